@@ -1,0 +1,132 @@
+//! What a queue pair counts: plain numbers with one writer, its worker, and any number of readers.
+//!
+//! They are added to once per burst, without a locked instruction.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number that one thread adds to and others may read.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds to it. Only the counter's one writer may call this.
+    #[inline]
+    pub fn add(&self, amount: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    /// The value at this moment.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Why a frame was dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Drop {
+    /// Shorter than its headers.
+    TooShort,
+    /// Longer than the port's MTU allows.
+    TooLong,
+    /// Its virtio header contradicts the frame or the negotiated features.
+    BadHeader,
+    /// The guest's buffers were too small or too few for it.
+    NoRoom,
+    /// It needs a checksum or segmentation that the guest did not accept.
+    NotAccepted,
+    /// Its ring is disabled.
+    Disabled,
+    /// The host refused it.
+    HostRefused,
+}
+
+impl Drop {
+    /// All reasons.
+    pub const ALL: [Drop; 7] = [
+        Drop::TooShort,
+        Drop::TooLong,
+        Drop::BadHeader,
+        Drop::NoRoom,
+        Drop::NotAccepted,
+        Drop::Disabled,
+        Drop::HostRefused,
+    ];
+
+    /// The reason as it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            Drop::TooShort => "too_short",
+            Drop::TooLong => "too_long",
+            Drop::BadHeader => "bad_header",
+            Drop::NoRoom => "no_room",
+            Drop::NotAccepted => "not_accepted",
+            Drop::Disabled => "disabled",
+            Drop::HostRefused => "host_refused",
+        }
+    }
+}
+
+/// The numbers of one direction of a queue pair.
+#[derive(Debug, Default)]
+pub struct DirectionCounters {
+    /// Frames moved.
+    pub frames: Counter,
+    /// Bytes of those frames, without the virtio header.
+    pub bytes: Counter,
+    /// Frames dropped, by reason.
+    drops: [Counter; Drop::ALL.len()],
+    /// Interrupts sent to the guest.
+    pub calls: Counter,
+    /// Times that the used index moved and the guest wanted no interrupt.
+    pub calls_suppressed: Counter,
+    /// Times that a kick woke the worker.
+    pub kicks: Counter,
+}
+
+impl DirectionCounters {
+    /// Counts one dropped frame.
+    pub fn dropped(&self, reason: Drop) {
+        self.drops[reason as usize].add(1);
+    }
+
+    /// Frames dropped for `reason`.
+    pub fn drops(&self, reason: Drop) -> u64 {
+        self.drops[reason as usize].get()
+    }
+}
+
+impl fmt::Display for DirectionCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} frames, {} bytes", self.frames.get(), self.bytes.get())?;
+        for reason in Drop::ALL {
+            let count = self.drops(reason);
+            if count > 0 {
+                write!(f, ", {count} dropped ({})", reason.name())?;
+            }
+        }
+        write!(
+            f,
+            ", {} kicks, {} calls, {} calls suppressed",
+            self.kicks.get(),
+            self.calls.get(),
+            self.calls_suppressed.get()
+        )
+    }
+}
+
+/// The numbers of a queue pair. rx and tx are the guest's: tx is from the guest to the host.
+#[derive(Debug, Default)]
+pub struct PairCounters {
+    /// To the guest.
+    pub rx: DirectionCounters,
+    /// From the guest.
+    pub tx: DirectionCounters,
+    /// Turns of the worker that moved something.
+    pub turns: Counter,
+    /// Times that the worker went to sleep.
+    pub sleeps: Counter,
+    /// Times that rx had to wait for the guest to provide buffers.
+    pub starved: Counter,
+}

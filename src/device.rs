@@ -1,0 +1,421 @@
+//! The state machine of one port: what the frontend has told us, and which sessions follow from it.
+//!
+//! Knows no packets. Invariant: a worker serves exactly what the state says. Every request that
+//! changes a running ring, its memory or its features ends the session of its queue pair, and a
+//! new one begins from the new state, at the used index in guest memory.
+//!
+//! The rules are the vhost-user specification's, and where frontends differ from it, theirs:
+//! QEMU enables rings before it has negotiated anything, and cloud-hypervisor counts a ring's base
+//! by the avail index.
+
+mod ring;
+
+use std::fmt;
+use std::fs::File;
+use std::sync::Arc;
+
+use log::{debug, info, warn};
+use vhost::vhost_user::message::VhostUserProtocolFeatures as ProtocolFeatures;
+
+use crate::features::{Negotiated, Offer, protocol_features};
+use crate::guest::memory::MAX_SLOTS;
+use crate::guest::virtqueue::MAX_SIZE;
+use crate::guest::{GuestMemory, MemoryError};
+use crate::net_config::{MIN_MTU, NetConfig};
+use crate::protocol::{Message, Reply, Request};
+use crate::worker::{Session, Worker};
+
+use ring::{Kick, RingState};
+
+/// A request that the device does not carry out.
+#[derive(Debug)]
+pub enum Refusal {
+    /// The frontend is told, if it wants to know, and the connection lives on.
+    Refused(String),
+    /// The request demands an answer that can't be given: the connection has to be closed.
+    Unanswerable(String),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::Refused(why) | Refusal::Unanswerable(why) => f.write_str(why),
+        }
+    }
+}
+
+fn refused<T>(why: impl Into<String>) -> Result<T, Refusal> {
+    Err(Refusal::Refused(why.into()))
+}
+
+impl From<MemoryError> for Refusal {
+    fn from(error: MemoryError) -> Self {
+        Refusal::Refused(error.to_string())
+    }
+}
+
+/// What the frontend has told us over one connection.
+#[derive(Debug, Default)]
+struct Told {
+    features: Option<Negotiated>,
+    protocol_features: Option<ProtocolFeatures>,
+    status: u8,
+    /// MTU by NET_SET_MTU.
+    mtu: Option<u16>,
+    memory: Arc<GuestMemory>,
+    rings: Vec<RingState>,
+    /// The channel for requests of ours, of which there are none yet.
+    _backend_requests: Option<File>,
+}
+
+/// One port's device: its workers, and what a frontend has told about them.
+#[derive(Debug)]
+pub struct Device {
+    name: String,
+    offer: Offer,
+    config: NetConfig,
+    workers: Vec<Worker>,
+    told: Told,
+}
+
+impl Device {
+    /// Makes a device with one queue pair per worker, to which no frontend has spoken yet.
+    pub fn new(name: String, offer: Offer, config: NetConfig, workers: Vec<Worker>) -> Self {
+        let mut device = Device { name, offer, config, workers, told: Told::default() };
+        device.forget();
+        device
+    }
+
+    /// The port's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The workers, one per queue pair.
+    pub fn workers(&self) -> &[Worker] {
+        &self.workers
+    }
+
+    /// Whether the frontend wants to hear of the success of requests without a reply.
+    pub fn acknowledges(&self) -> bool {
+        self.told
+            .protocol_features
+            .is_some_and(|features| features.contains(ProtocolFeatures::REPLY_ACK))
+    }
+
+    /// The frontend has gone: ends all sessions and forgets all that it said.
+    pub fn forget(&mut self) {
+        for worker in &mut self.workers {
+            worker.end();
+        }
+        let rings = (0..2 * self.workers.len()).map(|_| RingState::default()).collect();
+        self.told = Told { rings, ..Told::default() };
+    }
+
+    /// Carries a request out.
+    ///
+    /// # Errors
+    /// A [`Refusal`]; the device is as it was before.
+    pub fn handle(&mut self, message: Message) -> Result<Option<Reply>, Refusal> {
+        let code = message.code;
+        debug!("{}: {code:?}", self.name);
+        let reply = |value: u64| Ok(Some(Reply::U64(value)));
+        match message.request {
+            Request::GetFeatures => reply(self.offer.bits()),
+            Request::SetFeatures(bits) => self.set_features(bits),
+            Request::SetOwner => Ok(None),
+            Request::ResetOwner => self.disable_all(),
+            Request::GetProtocolFeatures => reply(protocol_features().bits()),
+            Request::SetProtocolFeatures(bits) => self.set_protocol_features(bits),
+            Request::GetQueueNum => {
+                self.answerable(ProtocolFeatures::MQ)?;
+                // cloud-hypervisor compares this with its rings, QEMU with its queue pairs: the
+                // larger number satisfies both, and a ring beyond the last is refused.
+                reply(self.told.rings.len() as u64)
+            }
+            Request::SetMemTable(regions) => {
+                let memory = GuestMemory::map(regions)?;
+                self.replace_memory(memory)
+            }
+            Request::AddMemReg(region, file) => {
+                self.requires(ProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
+                let memory = self.told.memory.with(region, file)?;
+                self.replace_memory(memory)
+            }
+            Request::RemMemReg(region) => {
+                self.requires(ProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
+                let memory = self.told.memory.without(region)?;
+                self.replace_memory(memory)
+            }
+            Request::GetMaxMemSlots => {
+                self.answerable(ProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
+                reply(MAX_SLOTS as u64)
+            }
+            Request::SetVringNum { index, size } => {
+                let ring = self.stopped_ring(index)?;
+                match u16::try_from(size) {
+                    Ok(size) if size.is_power_of_two() && size <= MAX_SIZE => ring.size = size,
+                    _ => {
+                        return refused(format!(
+                            "ring size {size} is no power of two up to {MAX_SIZE}"
+                        ));
+                    }
+                }
+                Ok(None)
+            }
+            Request::SetVringBase { index, base } => {
+                let ring = self.stopped_ring(index)?;
+                ring.base = u16::try_from(base)
+                    .map_err(|_| Refusal::Refused(format!("ring base {base} is beyond 65535")))?;
+                Ok(None)
+            }
+            Request::SetVringAddr { index, addresses } => {
+                let ring = self.ring(index)?;
+                let moved = ring.addresses.is_some_and(|known| !known.same_place(&addresses));
+                if ring.is_running() && moved {
+                    return refused(format!("the addresses of ring {index} changed while it runs"));
+                }
+                ring.addresses = Some(addresses.into());
+                Ok(None)
+            }
+            Request::GetVringBase { index } => self.stop_ring(index),
+            Request::SetVringKick { index, file } => self.set_vring_kick(index, file),
+            Request::SetVringCall { index, file } => {
+                let event = ring::foreign(file)?;
+                self.ring(index)?.call = event;
+                self.restart_if_running(index)
+            }
+            Request::SetVringErr { index, file } => {
+                let event = ring::foreign(file)?;
+                self.ring(index)?.error = event;
+                self.restart_if_running(index)
+            }
+            Request::SetVringEnable { index, enable } => {
+                let ring = self.ring(index)?;
+                if std::mem::replace(&mut ring.enabled, enable) == enable {
+                    return Ok(None);
+                }
+                self.restart_if_running(index)
+            }
+            Request::NetSetMtu(mtu) => {
+                self.requires(ProtocolFeatures::MTU)?;
+                match u16::try_from(mtu) {
+                    Ok(mtu) if mtu >= MIN_MTU => self.told.mtu = Some(mtu),
+                    _ => return refused(format!("MTU {mtu} is not between {MIN_MTU} and 65535")),
+                }
+                self.restart_all();
+                Ok(None)
+            }
+            Request::SetBackendReqFd(file) => {
+                self.requires(ProtocolFeatures::BACKEND_REQ)?;
+                self.told._backend_requests = Some(file);
+                Ok(None)
+            }
+            Request::GetConfig { offset, size, flags } => {
+                self.answerable(ProtocolFeatures::CONFIG)?;
+                let config = NetConfig { mtu: self.mtu(), ..self.config };
+                let bytes = config.read(offset, size).unwrap_or_else(|| {
+                    warn!(
+                        "{}: {size} bytes at {offset} lie outside the configuration space",
+                        self.name
+                    );
+                    Vec::new()
+                });
+                Ok(Some(Reply::Config { offset, flags, bytes }))
+            }
+            Request::SetConfig => refused("the configuration space is read-only"),
+            Request::ResetDevice => {
+                self.requires(ProtocolFeatures::RESET_DEVICE)?;
+                self.told.features = None;
+                self.told.status = 0;
+                self.disable_all()
+            }
+            Request::SetStatus(status) => {
+                self.requires(ProtocolFeatures::STATUS)?;
+                let Ok(status) = u8::try_from(status) else {
+                    return refused(format!("device status {status:#x} has more than 8 bits"));
+                };
+                self.told.status = status;
+                if status == 0 {
+                    self.stop_all();
+                }
+                Ok(None)
+            }
+            Request::GetStatus => {
+                self.answerable(ProtocolFeatures::STATUS)?;
+                reply(self.told.status.into())
+            }
+            Request::Unsupported(code) => {
+                Err(Refusal::Unanswerable(format!("{code:?} was not offered")))
+            }
+        }
+    }
+
+    /// Refuses a request whose protocol feature was not negotiated.
+    fn requires(&self, feature: ProtocolFeatures) -> Result<(), Refusal> {
+        match self.told.protocol_features {
+            Some(features) if features.contains(feature) => Ok(()),
+            _ => refused(format!("its protocol feature {feature:?} was not negotiated")),
+        }
+    }
+
+    /// As `requires`, for a request that can't be answered with a refusal.
+    fn answerable(&self, feature: ProtocolFeatures) -> Result<(), Refusal> {
+        self.requires(feature).map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))
+    }
+
+    fn set_features(&mut self, bits: u64) -> Result<Option<Reply>, Refusal> {
+        let negotiated = match self.offer.accept(bits) {
+            Ok(negotiated) => negotiated,
+            Err(error) => return refused(error.to_string()),
+        };
+        let running = self.told.rings.iter().any(RingState::is_running);
+        if running && self.told.features != Some(negotiated) {
+            return refused("the features changed while rings run");
+        }
+        if self.told.features.replace(negotiated) != Some(negotiated) {
+            info!("{}: features {bits:#x}", self.name);
+        }
+        Ok(None)
+    }
+
+    fn set_protocol_features(&mut self, bits: u64) -> Result<Option<Reply>, Refusal> {
+        let surplus = bits & !protocol_features().bits();
+        if surplus != 0 {
+            return refused(format!("protocol feature bits {surplus:#x} were not offered"));
+        }
+        self.told.protocol_features = Some(ProtocolFeatures::from_bits_truncate(bits));
+        Ok(None)
+    }
+
+    fn ring(&mut self, index: u32) -> Result<&mut RingState, Refusal> {
+        let rings = self.told.rings.len();
+        match self.told.rings.get_mut(index as usize) {
+            Some(ring) => Ok(ring),
+            None => refused(format!(
+                "there is no ring {index}: the port has {rings} ({} queue pairs); \
+                 start it with a larger --queue-pairs",
+                rings / 2
+            )),
+        }
+    }
+
+    fn stopped_ring(&mut self, index: u32) -> Result<&mut RingState, Refusal> {
+        let ring = self.ring(index)?;
+        if ring.is_running() {
+            return refused(format!("ring {index} is running"));
+        }
+        Ok(ring)
+    }
+
+    fn set_vring_kick(&mut self, index: u32, file: Option<File>) -> Result<Option<Reply>, Refusal> {
+        let event = ring::foreign(file)?;
+        if self.told.features.is_none() {
+            return refused(format!("ring {index} was started before SET_FEATURES"));
+        }
+        let memory = self.told.memory.clone();
+        let ring = self.ring(index)?;
+        // Checked now, so that the frontend hears of it.
+        ring.layout(&memory).map_err(Refusal::Refused)?;
+        ring.kick = Kick::Given(event);
+        ring.fault = None;
+        self.restart(index);
+        Ok(None)
+    }
+
+    /// GET_VRING_BASE: when it is answered, the ring's memory is touched no more.
+    fn stop_ring(&mut self, index: u32) -> Result<Option<Reply>, Refusal> {
+        self.ring(index).map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))?;
+        self.end(index as usize / 2);
+        let ring = &mut self.told.rings[index as usize];
+        ring.stop();
+        let num = u32::from(ring.base);
+        self.begin(index as usize / 2);
+        Ok(Some(Reply::VringState { index, num }))
+    }
+
+    fn stop_all(&mut self) {
+        for pair in 0..self.workers.len() {
+            self.end(pair);
+        }
+        self.told.rings.iter_mut().for_each(RingState::stop);
+    }
+
+    fn disable_all(&mut self) -> Result<Option<Reply>, Refusal> {
+        self.stop_all();
+        for ring in &mut self.told.rings {
+            ring.enabled = false;
+        }
+        Ok(None)
+    }
+
+    /// Puts a new memory table in force, under running rings if need be.
+    fn replace_memory(&mut self, memory: GuestMemory) -> Result<Option<Reply>, Refusal> {
+        for (index, ring) in self.told.rings.iter().enumerate() {
+            if ring.is_running() && ring.layout(&memory).is_err() {
+                return refused(format!("ring {index} runs in memory that would go"));
+            }
+        }
+        for pair in 0..self.workers.len() {
+            self.end(pair);
+        }
+        debug!("{}: {} memory regions", self.name, memory.len());
+        self.told.memory = Arc::new(memory);
+        self.restart_all();
+        Ok(None)
+    }
+
+    fn mtu(&self) -> u16 {
+        self.told.mtu.unwrap_or(self.config.mtu)
+    }
+
+    fn restart_if_running(&mut self, index: u32) -> Result<Option<Reply>, Refusal> {
+        if self.ring(index)?.is_running() {
+            self.restart(index);
+        }
+        Ok(None)
+    }
+
+    fn restart_all(&mut self) {
+        for pair in 0..self.workers.len() {
+            self.end(pair);
+            self.begin(pair);
+        }
+    }
+
+    fn restart(&mut self, index: u32) {
+        self.end(index as usize / 2);
+        self.begin(index as usize / 2);
+    }
+
+    /// Ends the session of a queue pair, and notes where its rings stand.
+    fn end(&mut self, pair: usize) {
+        let ended = self.workers[pair].end();
+        let (rx, tx) = (2 * pair, 2 * pair + 1);
+        for (index, next) in [(rx, ended.rx), (tx, ended.tx)] {
+            let ring = &mut self.told.rings[index];
+            ring.base = next.unwrap_or(ring.base);
+            if ended.fault.is_some() {
+                ring.fault.clone_from(&ended.fault);
+            }
+        }
+    }
+
+    /// Begins the session that the state asks for, if any ring of the pair is to run.
+    fn begin(&mut self, pair: usize) {
+        let Some(negotiated) = self.told.features else { return };
+        let rings = &mut self.told.rings[2 * pair..2 * pair + 2];
+        let [rx, tx] = [0, 1].map(|side| {
+            let ring = &mut rings[side];
+            ring.session(&self.told.memory, &negotiated, |why| {
+                warn!("{}: ring {}: {why}", self.name, 2 * pair + side);
+            })
+        });
+        if rx.is_none() && tx.is_none() {
+            return;
+        }
+        let mtu = self.mtu();
+        let memory = self.told.memory.clone();
+        self.workers[pair].begin(Session { memory, negotiated, mtu, rx, tx });
+    }
+}

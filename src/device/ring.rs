@@ -1,0 +1,131 @@
+//! What the frontend has told about one ring.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::device::Refusal;
+use crate::features::Negotiated;
+use crate::guest::{GuestMemory, RingLayout};
+use crate::protocol::VringAddresses;
+use crate::sys::eventfd::ForeignEventFd;
+use crate::worker::Ring;
+
+/// Whether the frontend has started the ring, and how its driver kicks.
+#[derive(Debug, Default)]
+pub(super) enum Kick {
+    /// Not started.
+    #[default]
+    NotGiven,
+    /// Started; without a descriptor the ring is to be polled.
+    Given(Option<Arc<ForeignEventFd>>),
+}
+
+/// A ring's addresses as the frontend sees them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Addresses {
+    descriptors: u64,
+    used: u64,
+    avail: u64,
+}
+
+impl From<VringAddresses> for Addresses {
+    fn from(told: VringAddresses) -> Self {
+        Addresses { descriptors: told.descriptors, used: told.used, avail: told.avail }
+    }
+}
+
+impl Addresses {
+    pub(super) fn same_place(&self, told: &VringAddresses) -> bool {
+        *self == Addresses::from(*told)
+    }
+}
+
+/// One ring.
+#[derive(Debug, Default)]
+pub(super) struct RingState {
+    pub(super) size: u16,
+    pub(super) addresses: Option<Addresses>,
+    /// By SET_VRING_BASE, or where the ring stood when it last stopped.
+    pub(super) base: u16,
+    pub(super) enabled: bool,
+    pub(super) kick: Kick,
+    pub(super) call: Option<Arc<ForeignEventFd>>,
+    pub(super) error: Option<Arc<ForeignEventFd>>,
+    /// Why the ring does not run though it was started.
+    pub(super) fault: Option<String>,
+}
+
+impl RingState {
+    pub(super) fn is_running(&self) -> bool {
+        matches!(self.kick, Kick::Given(_)) && self.fault.is_none()
+    }
+
+    /// Stops the ring; size, addresses and descriptors for call and error stay, as QEMU expects
+    /// over a reset.
+    pub(super) fn stop(&mut self) {
+        self.kick = Kick::NotGiven;
+        self.fault = None;
+    }
+
+    /// Where the ring lies in `memory`.
+    ///
+    /// # Errors
+    /// What is missing or wrong.
+    pub(super) fn layout(&self, memory: &GuestMemory) -> Result<RingLayout, String> {
+        let addresses = self.addresses.ok_or("it was started before SET_VRING_ADDR")?;
+        if self.size == 0 {
+            return Err("it was started before SET_VRING_NUM".into());
+        }
+        let find = |address: u64, part: &str| {
+            memory
+                .guest_address(address)
+                .ok_or(format!("its {part} at {address:#x} is in no memory region"))
+        };
+        let layout = RingLayout {
+            size: self.size,
+            descriptors: find(addresses.descriptors, "descriptor table")?,
+            avail: find(addresses.avail, "avail ring")?,
+            used: find(addresses.used, "used ring")?,
+        };
+        layout.check(memory).map_err(|fault| fault.to_string())?;
+        Ok(layout)
+    }
+
+    /// The ring as a session needs it; none if it is not to run. `complain` hears why not, if it
+    /// was started.
+    pub(super) fn session(
+        &mut self,
+        memory: &GuestMemory,
+        negotiated: &Negotiated,
+        complain: impl FnOnce(&str),
+    ) -> Option<Ring> {
+        let Kick::Given(kick) = &self.kick else { return None };
+        if self.fault.is_some() {
+            return None;
+        }
+        match self.layout(memory) {
+            Ok(layout) => Some(Ring {
+                layout,
+                base: self.base,
+                // Without protocol features there is no SET_VRING_ENABLE: a ring that was
+                // started is enabled.
+                enabled: self.enabled || !negotiated.protocol_features(),
+                kick: kick.clone(),
+                call: self.call.clone(),
+                error: self.error.clone(),
+            }),
+            Err(why) => {
+                complain(&why);
+                self.fault = Some(why);
+                None
+            }
+        }
+    }
+}
+
+/// Takes over a descriptor that must be an eventfd.
+pub(super) fn foreign(file: Option<File>) -> Result<Option<Arc<ForeignEventFd>>, Refusal> {
+    file.map(|file| ForeignEventFd::new(file).map(Arc::new))
+        .transpose()
+        .map_err(|error| Refusal::Refused(error.to_string()))
+}

@@ -1,0 +1,193 @@
+//! Where connections to the frontend come from: a listening socket, an inherited descriptor, or
+//! connecting to the frontend's own socket.
+//!
+//! One frontend is served at a time. A second one waits in the listener's queue: a VMM that is
+//! restarted may connect before the end of its predecessor has been noticed.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+
+use crate::config::Frontend;
+use crate::daemon::StartError;
+use crate::sys::process::inherit;
+use crate::sys::socket::{Inherited, classify, connect_now};
+
+/// Time between two attempts to connect: the first, and the longest, up to which it doubles.
+const FIRST_RETRY: Duration = Duration::from_millis(5);
+const LAST_RETRY: Duration = Duration::from_millis(500);
+
+/// Source of connections.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// A listening socket, and the file that we made for it, if we did.
+    Listener(UnixListener, Option<SocketFile>),
+    /// A connection that we were given: there will be no other.
+    Connected(Option<UnixStream>),
+    /// A socket to connect to.
+    Connect {
+        /// The frontend's socket.
+        path: PathBuf,
+        /// When to try next.
+        next: Instant,
+        /// How long to wait after that.
+        wait: Duration,
+    },
+}
+
+impl Endpoint {
+    /// Opens what the command line names.
+    ///
+    /// # Errors
+    /// With the path or descriptor, what is wrong, and the way out.
+    pub fn open(frontend: &Frontend) -> Result<Self, StartError> {
+        match frontend {
+            Frontend::Listen(path) => listen(path),
+            Frontend::Connect(path) => Ok(Endpoint::Connect {
+                path: path.clone(),
+                next: Instant::now(),
+                wait: FIRST_RETRY,
+            }),
+            Frontend::Inherited(number) => {
+                let failed =
+                    |error| StartError::new(format!("use descriptor {number} (--fd): {error}"));
+                let fd = inherit(*number).map_err(failed)?;
+                match classify(fd.as_fd()).map_err(failed)? {
+                    Inherited::Connection => Ok(Endpoint::Connected(Some(UnixStream::from(fd)))),
+                    Inherited::Listener => {
+                        let listener = UnixListener::from(OwnedFd::from(fd));
+                        listener.set_nonblocking(true).map_err(failed)?;
+                        Ok(Endpoint::Listener(listener, None))
+                    }
+                }
+            }
+        }
+    }
+
+    /// The descriptor that becomes readable when a frontend connects.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Endpoint::Listener(listener, _) => Some(listener.as_fd()),
+            Endpoint::Connected(_) | Endpoint::Connect { .. } => None,
+        }
+    }
+
+    /// When to look again at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        match self {
+            Endpoint::Connect { next, .. } => Some(*next),
+            Endpoint::Listener(..) | Endpoint::Connected(_) => None,
+        }
+    }
+
+    /// Whether there can be no further connection.
+    pub fn is_exhausted(&self) -> bool {
+        matches!(self, Endpoint::Connected(None))
+    }
+
+    /// A new connection, if there is one now.
+    pub fn connection(&mut self) -> Option<UnixStream> {
+        match self {
+            Endpoint::Listener(listener, _) => match listener.accept() {
+                Ok((stream, _)) => Some(stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+                Err(error) => {
+                    warn!("accept a frontend: {error}");
+                    None
+                }
+            },
+            Endpoint::Connected(stream) => stream.take(),
+            Endpoint::Connect { path, next, wait } => {
+                if Instant::now() < *next {
+                    return None;
+                }
+                match connect_now(path) {
+                    Ok(stream) => {
+                        // A frontend that hangs up at once is not called again at once.
+                        *next = Instant::now() + FIRST_RETRY;
+                        *wait = FIRST_RETRY;
+                        Some(stream)
+                    }
+                    Err(error) => {
+                        if *wait == FIRST_RETRY {
+                            info!("connect to {}: {error}; trying until it works", path.display());
+                        }
+                        *next = Instant::now() + *wait;
+                        *wait = (*wait * 2).min(LAST_RETRY);
+                        None
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The file of a socket that we made: it is removed when we go, unless another has taken its
+/// place.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// Listens at `path`, in place of a socket that nobody listens on any more.
+fn listen(path: &Path) -> Result<Endpoint, StartError> {
+    let shown = path.display();
+    let failed = |error: io::Error| {
+        let hint = match error.kind() {
+            io::ErrorKind::NotFound => "; make its directory first",
+            io::ErrorKind::PermissionDenied => "; its directory must be writable for this user",
+            _ => "",
+        };
+        StartError::new(format!("listen on {shown}: {error}{hint}"))
+    };
+    remove_stale(path)?;
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    let file = SocketFile { path: path.to_owned(), identity: identity(path).map_err(failed)? };
+    listener.set_nonblocking(true).map_err(failed)?;
+    Ok(Endpoint::Listener(listener, Some(file)))
+}
+
+/// Removes a socket that a killed process left behind.
+fn remove_stale(path: &Path) -> Result<(), StartError> {
+    let shown = path.display();
+    let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
+    if !metadata.file_type().is_socket() {
+        return Err(StartError::new(format!(
+            "listen on {shown}: there is a file that is no socket; remove it or choose another path"
+        )));
+    }
+    match connect_now(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            info!("replacing the stale socket {shown}");
+            fs::remove_file(path).map_err(|error| {
+                StartError::new(format!("remove the stale socket {shown}: {error}"))
+            })
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(StartError::new(format!("listen on {shown}: another user's socket is there")))
+        }
+        // Connected, or its queue is full: somebody listens.
+        _ => Err(StartError::new(format!(
+            "listen on {shown}: another process listens there; stop it or choose another path"
+        ))),
+    }
+}

@@ -1,0 +1,156 @@
+//! Waiting for several descriptors at once: the `epoll` crate, wrapped once, with typed events
+//! in place of numbers.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use epoll::{ControlOptions, Event, Events};
+
+use crate::sys;
+
+/// Events that one wait can bring.
+const EVENTS: usize = 16;
+
+/// What a descriptor is waited on for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Interest {
+    /// Readable; also hung up or broken.
+    Read,
+    /// Writable; also hung up or broken.
+    Write,
+    /// Either.
+    ReadWrite,
+    /// Each write to an eventfd, whatever its counter and without reading it.
+    Edge,
+}
+
+impl Interest {
+    fn events(self) -> Events {
+        match self {
+            Interest::Read => Events::EPOLLIN,
+            Interest::Write => Events::EPOLLOUT,
+            Interest::ReadWrite => Events::EPOLLIN | Events::EPOLLOUT,
+            Interest::Edge => Events::EPOLLIN | Events::EPOLLET,
+        }
+    }
+}
+
+/// An epoll instance whose events are values of `T`.
+#[derive(Debug)]
+pub struct Poller<T> {
+    epoll: OwnedFd,
+    /// What each watched descriptor stands for; a descriptor's place here is its epoll data.
+    watched: Vec<Option<(RawFd, T)>>,
+}
+
+impl<T: Copy + PartialEq> Poller<T> {
+    /// Makes an instance that watches nothing.
+    pub fn new() -> io::Result<Self> {
+        Ok(Poller { epoll: sys::epoll()?, watched: Vec::new() })
+    }
+
+    /// Watches a descriptor, as `what`. It must stay open until it is removed or the poller is
+    /// dropped.
+    ///
+    /// # Errors
+    /// EEXIST if the same descriptor is watched already, EPERM if it can't be waited on.
+    pub fn add(&mut self, fd: impl AsFd, interest: Interest, what: T) -> io::Result<()> {
+        let fd = fd.as_fd().as_raw_fd();
+        let place = self.watched.iter().position(Option::is_none).unwrap_or_else(|| {
+            self.watched.push(None);
+            self.watched.len() - 1
+        });
+        self.control(ControlOptions::EPOLL_CTL_ADD, fd, interest, place)?;
+        self.watched[place] = Some((fd, what));
+        Ok(())
+    }
+
+    /// Changes what `what` is waited on for.
+    pub fn modify(&mut self, what: T, interest: Interest) -> io::Result<()> {
+        match self.find(what) {
+            Some((place, fd)) => self.control(ControlOptions::EPOLL_CTL_MOD, fd, interest, place),
+            None => Err(io::Error::from_raw_os_error(libc::ENOENT)),
+        }
+    }
+
+    /// Watches `what` no more; does nothing if it was not watched.
+    pub fn remove(&mut self, what: T) -> io::Result<()> {
+        let Some((place, fd)) = self.find(what) else { return Ok(()) };
+        self.watched[place] = None;
+        self.control(ControlOptions::EPOLL_CTL_DEL, fd, Interest::Read, place)
+    }
+
+    fn find(&self, what: T) -> Option<(usize, RawFd)> {
+        self.watched.iter().enumerate().find_map(|(place, watched)| match watched {
+            Some((fd, this)) if *this == what => Some((place, *fd)),
+            _ => None,
+        })
+    }
+
+    fn control(
+        &self,
+        option: ControlOptions,
+        fd: RawFd,
+        interest: Interest,
+        place: usize,
+    ) -> io::Result<()> {
+        epoll::ctl(self.epoll.as_raw_fd(), option, fd, Event::new(interest.events(), place as u64))
+    }
+
+    /// Waits until something happens, `timeout` has passed (none: for ever), or a signal arrives,
+    /// and calls `each` for every event.
+    pub fn wait(&self, timeout: Option<Duration>, mut each: impl FnMut(T)) -> io::Result<()> {
+        let mut events = [Event::new(Events::empty(), 0); EVENTS];
+        // Rounded up: a wait that ends early would be repeated at once.
+        let milliseconds = timeout
+            .map_or(-1, |timeout| timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32);
+        let count = match epoll::wait(self.epoll.as_raw_fd(), milliseconds, &mut events) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            other => other?,
+        };
+        for event in &events[..count] {
+            let place = event.data as usize;
+            if let Some(Some((_, what))) = self.watched.get(place) {
+                each(*what);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Time from now until `deadline`, none if there is no deadline.
+pub fn until(deadline: Option<Instant>) -> Option<Duration> {
+    deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    fn events(poller: &Poller<char>) -> Vec<char> {
+        let mut found = Vec::new();
+        poller.wait(Some(Duration::ZERO), |what| found.push(what)).unwrap();
+        found.sort_unstable();
+        found
+    }
+
+    #[test]
+    fn events_are_what_was_registered() {
+        let (a, mut a_peer) = UnixStream::pair().unwrap();
+        let (b, mut b_peer) = UnixStream::pair().unwrap();
+        let mut poller = Poller::new().unwrap();
+        poller.add(&a, Interest::Read, 'a').unwrap();
+        poller.add(&b, Interest::Edge, 'b').unwrap();
+        assert_eq!(events(&poller), []);
+        a_peer.write_all(b"x").unwrap();
+        b_peer.write_all(b"x").unwrap();
+        assert_eq!(events(&poller), ['a', 'b']);
+        assert_eq!(events(&poller), ['a'], "the edge is reported once");
+        b_peer.write_all(b"x").unwrap();
+        poller.remove('a').unwrap();
+        assert_eq!(events(&poller), ['b']);
+    }
+}

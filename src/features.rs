@@ -1,0 +1,308 @@
+//! Feature bits, from the offer to what was negotiated. No other file names one.
+//!
+//! Invariant: a [`Negotiated`] holds nothing that was not offered, and no offload whose
+//! prerequisite (virtio 1.3, section 5.1.3.1) is missing.
+
+use std::fmt;
+
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use virtio_bindings::bindings::virtio_config::{
+    VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+};
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+
+use crate::guest::Notification;
+
+/// Length in bytes of `virtio_net_hdr_v1`, before each frame.
+pub const HEADER_LENGTH: usize = 12;
+/// Length in bytes of the header of a driver from before virtio 1.0 without mergeable buffers.
+const LEGACY_HEADER_LENGTH: usize = 10;
+
+const fn bit(number: u32) -> u64 {
+    1 << number
+}
+
+const fn bits(numbers: &[u32]) -> u64 {
+    let (mut all, mut i) = (0, 0);
+    while i < numbers.len() {
+        all |= bit(numbers[i]);
+        i += 1;
+    }
+    all
+}
+
+/// Ring format and device features that every port has.
+const ALWAYS: u64 = bits(&[
+    VIRTIO_F_VERSION_1,
+    VIRTIO_F_ANY_LAYOUT,
+    VIRTIO_F_IN_ORDER,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_MQ,
+    // The frontend serves the control queue itself; cloud-hypervisor shows it to the guest only
+    // if the backend offers the bit.
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+]) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+const HOST_CHECKSUM: u64 = bit(VIRTIO_NET_F_CSUM);
+const HOST_SEGMENTATION: u64 =
+    bits(&[VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_ECN]);
+const HOST_UDP_SEGMENTATION: u64 = bit(VIRTIO_NET_F_HOST_USO);
+const GUEST_CHECKSUM: u64 = bit(VIRTIO_NET_F_GUEST_CSUM);
+const GUEST_SEGMENTATION: u64 =
+    bits(&[VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN]);
+const GUEST_UDP_SEGMENTATION: u64 = bits(&[VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6]);
+
+/// The vhost-user protocol features that the daemon has.
+pub fn protocol_features() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::MTU
+        | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::STATUS
+}
+
+/// What a port can do with the offloads of a frame.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PortOffloads {
+    /// It completes checksums and segments TCP for the guest, and can leave both to it.
+    pub segmentation: bool,
+    /// The same for UDP.
+    pub udp_segmentation: bool,
+}
+
+/// What the operator decides about the offer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OfferOptions {
+    /// Whether the guest may be given unsegmented frames (`--guest-tso`).
+    pub guest_segmentation: bool,
+    /// Whether the daemon sets the card's MAC address (`--mac`).
+    pub mac: bool,
+}
+
+/// The features that a port offers. It never shrinks while the daemon runs: a frontend that
+/// reconnects must find what it had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offer(u64);
+
+/// Features were acknowledged that had not been offered.
+#[derive(Debug, PartialEq, Eq)]
+pub struct NotOffered(pub u64);
+
+impl fmt::Display for NotOffered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "feature bits {:#x} were not offered", self.0)
+    }
+}
+
+impl std::error::Error for NotOffered {}
+
+impl Offer {
+    /// Puts the offer together from what the port can do and what the operator wants.
+    pub fn new(port: PortOffloads, options: OfferOptions) -> Self {
+        let mut offer = ALWAYS;
+        if options.mac {
+            offer |= bit(VIRTIO_NET_F_MAC);
+        }
+        if port.segmentation {
+            offer |= HOST_CHECKSUM | HOST_SEGMENTATION | GUEST_CHECKSUM;
+            if options.guest_segmentation {
+                offer |= GUEST_SEGMENTATION;
+            }
+        }
+        if port.udp_segmentation {
+            offer |= HOST_UDP_SEGMENTATION;
+            if options.guest_segmentation {
+                offer |= GUEST_UDP_SEGMENTATION;
+            }
+        }
+        Offer(offer)
+    }
+
+    /// The bits for GET_FEATURES.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Checks what was acknowledged.
+    ///
+    /// # Errors
+    /// [`NotOffered`], with the bits that were not.
+    pub fn accept(self, acknowledged: u64) -> Result<Negotiated, NotOffered> {
+        let surplus = acknowledged & !self.0;
+        if surplus != 0 {
+            return Err(NotOffered(surplus));
+        }
+        let mut kept = acknowledged;
+        // Segmentation without checksum offload makes no sense; a driver must not ask for it.
+        if kept & HOST_CHECKSUM == 0 {
+            kept &= !(HOST_SEGMENTATION | HOST_UDP_SEGMENTATION);
+        }
+        if kept & GUEST_CHECKSUM == 0 {
+            kept &= !(GUEST_SEGMENTATION | GUEST_UDP_SEGMENTATION);
+        }
+        Ok(Negotiated { acknowledged, kept })
+    }
+}
+
+/// The features that driver and device agreed on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Negotiated {
+    acknowledged: u64,
+    kept: u64,
+}
+
+/// Which work on a frame one side may leave to the other.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Offloads {
+    /// Checksums.
+    pub checksum: bool,
+    /// Segmentation of TCP over IPv4.
+    pub tcp4: bool,
+    /// Segmentation of TCP over IPv6.
+    pub tcp6: bool,
+    /// Segmentation of TCP with ECN's CWR bit set.
+    pub ecn: bool,
+    /// Segmentation of UDP over IPv4.
+    pub udp4: bool,
+    /// Segmentation of UDP over IPv6.
+    pub udp6: bool,
+}
+
+impl Offloads {
+    /// Whether any kind of segmentation may be left.
+    pub fn segmentation(&self) -> bool {
+        self.tcp4 || self.tcp6 || self.udp4 || self.udp6
+    }
+}
+
+impl Negotiated {
+    fn has(&self, number: u32) -> bool {
+        self.kept & bit(number) != 0
+    }
+
+    /// The bits as they were acknowledged.
+    pub fn bits(&self) -> u64 {
+        self.acknowledged
+    }
+
+    /// Whether the frontend speaks the vhost-user protocol with feature negotiation. Without it
+    /// all rings are enabled from the start.
+    pub fn protocol_features(&self) -> bool {
+        self.kept & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
+    }
+
+    /// How the rings are to be used.
+    pub fn notification(&self) -> Notification {
+        Notification {
+            event_idx: self.has(VIRTIO_RING_F_EVENT_IDX),
+            indirect: self.has(VIRTIO_RING_F_INDIRECT_DESC),
+        }
+    }
+
+    /// Whether a frame to the guest may take several buffers.
+    pub fn mergeable(&self) -> bool {
+        self.has(VIRTIO_NET_F_MRG_RXBUF)
+    }
+
+    /// Length in bytes of the header before each frame (virtio 1.3, section 5.1.6.1).
+    pub fn header_length(&self) -> usize {
+        if self.has(VIRTIO_F_VERSION_1) || self.mergeable() {
+            HEADER_LENGTH
+        } else {
+            LEGACY_HEADER_LENGTH
+        }
+    }
+
+    /// What the guest may leave to the host.
+    pub fn host(&self) -> Offloads {
+        Offloads {
+            checksum: self.has(VIRTIO_NET_F_CSUM),
+            tcp4: self.has(VIRTIO_NET_F_HOST_TSO4),
+            tcp6: self.has(VIRTIO_NET_F_HOST_TSO6),
+            ecn: self.has(VIRTIO_NET_F_HOST_ECN),
+            udp4: self.has(VIRTIO_NET_F_HOST_USO),
+            udp6: self.has(VIRTIO_NET_F_HOST_USO),
+        }
+    }
+
+    /// What the host may leave to the guest.
+    pub fn guest(&self) -> Offloads {
+        Offloads {
+            checksum: self.has(VIRTIO_NET_F_GUEST_CSUM),
+            tcp4: self.has(VIRTIO_NET_F_GUEST_TSO4),
+            tcp6: self.has(VIRTIO_NET_F_GUEST_TSO6),
+            ecn: self.has(VIRTIO_NET_F_GUEST_ECN),
+            udp4: self.has(VIRTIO_NET_F_GUEST_USO4),
+            udp6: self.has(VIRTIO_NET_F_GUEST_USO6),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: PortOffloads = PortOffloads { segmentation: true, udp_segmentation: true };
+    const OPTIONS: OfferOptions = OfferOptions { guest_segmentation: true, mac: true };
+
+    #[test]
+    fn features_that_were_not_offered_are_refused() {
+        let offer = Offer::new(PortOffloads::default(), OPTIONS);
+        let packed = 1 << 34;
+        assert_eq!(offer.accept(offer.bits() | packed), Err(NotOffered(packed)));
+        assert!(offer.accept(HOST_SEGMENTATION).is_err());
+    }
+
+    #[test]
+    fn a_linux_driver_gets_every_offload_of_the_port() {
+        let offer = Offer::new(FULL, OPTIONS);
+        let negotiated = offer.accept(offer.bits()).unwrap();
+        for offloads in [negotiated.host(), negotiated.guest()] {
+            assert!(offloads.checksum && offloads.tcp4 && offloads.tcp6);
+            assert!(offloads.ecn && offloads.udp4 && offloads.udp6);
+        }
+        assert!(negotiated.mergeable());
+        assert_eq!(negotiated.header_length(), 12);
+    }
+
+    #[test]
+    fn guest_tso_off_keeps_checksums_and_the_other_direction() {
+        let offer = Offer::new(FULL, OfferOptions { guest_segmentation: false, ..OPTIONS });
+        let negotiated = offer.accept(offer.bits()).unwrap();
+        assert!(negotiated.guest().checksum && !negotiated.guest().segmentation());
+        assert!(negotiated.host().tcp4);
+    }
+
+    #[test]
+    fn segmentation_without_checksums_is_not_used() {
+        let offer = Offer::new(FULL, OPTIONS);
+        let negotiated = offer.accept(GUEST_SEGMENTATION | HOST_SEGMENTATION).unwrap();
+        assert!(!negotiated.guest().segmentation() && !negotiated.host().segmentation());
+    }
+
+    #[test]
+    fn only_an_old_driver_without_mergeable_buffers_has_a_short_header() {
+        let offer = Offer::new(FULL, OPTIONS);
+        assert_eq!(offer.accept(0).unwrap().header_length(), 10);
+        assert_eq!(offer.accept(bit(VIRTIO_NET_F_MRG_RXBUF)).unwrap().header_length(), 12);
+        assert_eq!(offer.accept(bit(VIRTIO_F_VERSION_1)).unwrap().header_length(), 12);
+    }
+}

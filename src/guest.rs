@@ -1,0 +1,16 @@
+//! Guest memory and virtqueues: the first of the two rooms where `unsafe` is allowed.
+//!
+//! Everything that comes out of here has been checked: a [`Chain`]'s segments lie inside mapped
+//! regions, its head is not lent twice, and it cannot outlive the memory table it points into.
+//! The guest may write all of this memory at any moment, so each field is read once, checked as
+//! a copy, and used as that copy; nobody ever holds a `&[u8]` onto it.
+
+#![allow(unsafe_code)]
+
+pub mod chain;
+pub mod memory;
+pub mod virtqueue;
+
+pub use chain::{Burst, Chain, Direction, Readable, Segment, Writable};
+pub use memory::{GuestMemory, MemoryError, RegionRequest};
+pub use virtqueue::{Budget, Fault, Notification, Published, RingLayout, Virtqueue};

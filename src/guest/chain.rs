@@ -1,0 +1,271 @@
+//! Descriptor chains on loan, and the pieces of memory that they consist of.
+//!
+//! Invariant: a [`Chain`] stands for one head that its virtqueue has lent out. It can't be
+//! copied, it goes back to the queue that it came from, once, and its direction is in its type.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::marker::PhantomData;
+use std::mem;
+use std::ptr::NonNull;
+
+/// Which way the device may use a chain's memory.
+pub trait Direction: fmt::Debug + 'static {
+    /// Whether the device writes it (the descriptors have `VIRTQ_DESC_F_WRITE`).
+    const WRITABLE: bool;
+}
+
+/// Device-readable: a frame from the guest, on the tx virtqueue.
+#[derive(Debug)]
+pub enum Readable {}
+
+/// Device-writable: an empty buffer for a frame to the guest, on the rx virtqueue.
+#[derive(Debug)]
+pub enum Writable {}
+
+impl Direction for Readable {
+    const WRITABLE: bool = false;
+}
+
+impl Direction for Writable {
+    const WRITABLE: bool = true;
+}
+
+/// A piece of memory that is contiguous for the host: guest memory, or memory of our own that
+/// goes into the same system call.
+///
+/// It has the layout of `iovec`, and no way to a slice: the guest may be writing there.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct Segment<'mem> {
+    iovec: libc::iovec,
+    memory: PhantomData<&'mem ()>,
+}
+
+// SAFETY: a Segment is an address and a length; what it points to is shared memory that is only
+// reached through copies made by volatile access or by the kernel.
+unsafe impl Send for Segment<'_> {}
+
+impl<'mem> Segment<'mem> {
+    /// The `length` bytes from `start`.
+    ///
+    /// # Safety
+    /// They must stay mapped, readable and writable, for `'mem`.
+    #[inline]
+    pub(crate) unsafe fn new(start: NonNull<u8>, length: usize) -> Self {
+        Segment {
+            iovec: libc::iovec { iov_base: start.as_ptr().cast(), iov_len: length },
+            memory: PhantomData,
+        }
+    }
+
+    /// Memory of our own that the kernel reads, such as a header put before a frame.
+    #[inline]
+    pub fn of_bytes(bytes: &'mem [u8]) -> Self {
+        Segment {
+            iovec: libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() },
+            memory: PhantomData,
+        }
+    }
+
+    /// Length in bytes.
+    #[inline]
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.iovec.iov_len
+    }
+
+    /// This segment without its first `bytes`.
+    ///
+    /// # Panics
+    /// If it is shorter than that.
+    #[inline]
+    #[must_use]
+    pub fn skip(&self, bytes: usize) -> Self {
+        assert!(bytes <= self.iovec.iov_len, "cannot skip more than there is");
+        Segment {
+            iovec: libc::iovec {
+                iov_base: self.iovec.iov_base.wrapping_byte_add(bytes),
+                iov_len: self.iovec.iov_len - bytes,
+            },
+            memory: PhantomData,
+        }
+    }
+
+    #[inline]
+    fn start(&self) -> *mut u8 {
+        self.iovec.iov_base.cast()
+    }
+
+    /// Copies to `target` as much as both have; returns the bytes copied.
+    #[inline]
+    fn read(&self, target: &mut [u8]) -> usize {
+        let length = self.len().min(target.len());
+        // SAFETY: `length` bytes are mapped (`new`) and `target` is our own, so they do not
+        // overlap. The guest may write meanwhile: the copy may then mix old and new bytes, but
+        // it is taken once, and only the copy is used.
+        unsafe { volatile_copy(self.start(), target.as_mut_ptr(), length) };
+        length
+    }
+
+    /// Copies from `source` as much as both have; returns the bytes copied.
+    #[inline]
+    fn write(&self, source: &[u8]) -> usize {
+        let length = self.len().min(source.len());
+        // SAFETY: as in `read`, the other way round.
+        unsafe { volatile_copy(source.as_ptr(), self.start(), length) };
+        length
+    }
+}
+
+impl fmt::Debug for Segment<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:p}+{}", self.iovec.iov_base, self.iovec.iov_len)
+    }
+}
+
+/// Copies `length` bytes such that each is read once and written once, eight at a time.
+///
+/// # Safety
+/// Both ranges must be mapped and must not overlap.
+#[inline]
+unsafe fn volatile_copy(from: *const u8, to: *mut u8, length: usize) {
+    #[repr(C, packed)]
+    #[derive(Clone, Copy)]
+    struct Word(u64);
+    let mut done = 0;
+    // SAFETY: every access lies within `length` bytes of `from` and `to`; Word has alignment 1.
+    unsafe {
+        while length - done >= 8 {
+            to.add(done)
+                .cast::<Word>()
+                .write_volatile(from.add(done).cast::<Word>().read_volatile());
+            done += 8;
+        }
+        while done < length {
+            to.add(done).write_volatile(from.add(done).read_volatile());
+            done += 1;
+        }
+    }
+}
+
+/// A descriptor chain that its virtqueue has lent out.
+///
+/// It must go back: to [`Virtqueue::retire`](super::Virtqueue::retire) when the device has
+/// finished with it, or to [`Virtqueue::take_back`](super::Virtqueue::take_back) unused, when a
+/// session ends. In a debug build, dropping one instead panics: its head would be lost.
+#[must_use = "a chain that is dropped is lost to the guest"]
+pub struct Chain<'mem, D: Direction> {
+    /// The avail ring's index that it was popped at, which is also the used ring's index that it
+    /// will be retired at: chains complete in order.
+    position: u16,
+    head: u16,
+    length: u32,
+    segments: Vec<Segment<'mem>>,
+    direction: PhantomData<D>,
+}
+
+impl<'mem, D: Direction> Chain<'mem, D> {
+    pub(super) fn new(position: u16, head: u16, length: u32, segments: Vec<Segment<'mem>>) -> Self {
+        Chain { position, head, length, segments, direction: PhantomData }
+    }
+
+    /// Takes the chain apart: position, head, and its list of segments for further use.
+    pub(super) fn into_parts(mut self) -> (u16, u16, Vec<Segment<'mem>>) {
+        let parts = (self.position, self.head, mem::take(&mut self.segments));
+        mem::forget(self);
+        parts
+    }
+
+    /// Bytes in all segments together.
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.length as usize
+    }
+
+    /// The chain's memory, in order.
+    pub fn segments(&self) -> &[Segment<'mem>] {
+        &self.segments
+    }
+
+    /// Copies the chain's first bytes to `target`; returns how many there were.
+    #[inline]
+    pub fn read_start(&self, target: &mut [u8]) -> usize {
+        let mut done = 0;
+        for segment in &self.segments {
+            if done == target.len() {
+                break;
+            }
+            done += segment.read(&mut target[done..]);
+        }
+        done
+    }
+}
+
+impl Chain<'_, Writable> {
+    /// Writes `bytes` at `offset`, as far as the chain reaches.
+    #[inline]
+    pub fn write_at(&self, offset: usize, bytes: &[u8]) {
+        let (mut skip, mut rest) = (offset, bytes);
+        for segment in &self.segments {
+            if rest.is_empty() {
+                return;
+            }
+            if skip >= segment.len() {
+                skip -= segment.len();
+                continue;
+            }
+            let written = segment.skip(skip).write(rest);
+            rest = &rest[written..];
+            skip = 0;
+        }
+    }
+
+    /// Copies `source`'s bytes from `offset` on to this chain's start; returns how many it took.
+    pub fn copy_from(&self, source: &Chain<'_, Readable>, offset: usize) -> usize {
+        let (mut from_index, mut from_skip, mut done) = (0, offset, 0);
+        for to in &self.segments {
+            let mut to = *to;
+            while to.len() > 0 {
+                let Some(from) = source.segments.get(from_index) else { return done };
+                if from_skip >= from.len() {
+                    from_skip -= from.len();
+                    from_index += 1;
+                    continue;
+                }
+                let from = from.skip(from_skip);
+                let length = from.len().min(to.len());
+                // SAFETY: both segments are mapped for at least `length` bytes. A guest can make
+                // its tx and rx buffers overlap; `copy` allows that, and the guest gets what it
+                // asked for. Neither range is ever seen as a Rust reference.
+                unsafe { std::ptr::copy(from.start(), to.start(), length) };
+                to = to.skip(length);
+                from_skip += length;
+                done += length;
+            }
+        }
+        done
+    }
+}
+
+impl<D: Direction> fmt::Debug for Chain<'_, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chain")
+            .field("head", &self.head)
+            .field("position", &self.position)
+            .field("segments", &self.segments)
+            .finish()
+    }
+}
+
+#[cfg(debug_assertions)]
+impl<D: Direction> Drop for Chain<'_, D> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            panic!("descriptor chain with head {} was dropped, not given back", self.head);
+        }
+    }
+}
+
+/// Chains of one virtqueue in the order in which they were popped.
+pub type Burst<'mem, D> = VecDeque<Chain<'mem, D>>;

@@ -1,0 +1,329 @@
+//! The guest's memory as the frontend shares it: a table of regions, each mapped once.
+//!
+//! Invariant: a region in the table lies wholly inside its file as of the time it was mapped, and
+//! overlaps no other region, neither in the guest's nor in the frontend's address space. A table
+//! is never changed: adding or removing a region makes a new one that shares the mappings.
+
+use std::fmt;
+use std::fs::File;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, MmapRegion};
+
+use crate::sys::process::file_facts;
+
+/// Regions that a table can hold: what QEMU and cloud-hypervisor can use of the protocol's
+/// CONFIGURE_MEM_SLOTS.
+pub const MAX_SLOTS: usize = 509;
+
+/// A region as the frontend describes it: `VhostUserMemoryRegion` of the protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RegionRequest {
+    /// First guest-physical address.
+    pub guest_address: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// First address in the frontend's own address space, which SET_VRING_ADDR speaks of.
+    pub frontend_address: u64,
+    /// Where in the file the region starts, in bytes.
+    pub file_offset: u64,
+}
+
+/// Why a memory region was refused.
+#[derive(Debug)]
+pub enum MemoryError {
+    /// The region has no bytes.
+    Empty,
+    /// An address or offset plus the size is beyond 64 bits.
+    Overflow,
+    /// The descriptor is not a regular file (memfd, hugetlbfs or shared memory).
+    NotAFile,
+    /// The descriptor is not open for reading and writing.
+    ReadOnly,
+    /// The region ends behind the end of its file.
+    PastEndOfFile {
+        /// First byte behind the region, as an offset into the file.
+        end: u64,
+        /// The file's size in bytes.
+        file_size: u64,
+    },
+    /// It shares addresses with a region that is already there.
+    Overlap,
+    /// All [`MAX_SLOTS`] are taken.
+    NoSlot,
+    /// No region like this is in the table.
+    Unknown,
+    /// The kernel refused to look at or to map the file.
+    Map(std::io::Error),
+}
+
+impl fmt::Display for MemoryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            MemoryError::Empty => write!(f, "the region is empty"),
+            MemoryError::Overflow => write!(f, "its address plus its size is beyond 64 bits"),
+            MemoryError::NotAFile => write!(
+                f,
+                "its descriptor is no file that can be shared; give the guest memory from \
+                 memory-backend-memfd or memory-backend-file with share=on"
+            ),
+            MemoryError::ReadOnly => {
+                write!(f, "its descriptor is not open for reading and writing")
+            }
+            MemoryError::PastEndOfFile { end, file_size } => {
+                write!(f, "it ends at byte {end} of a file of {file_size} bytes")
+            }
+            MemoryError::Overlap => write!(f, "it overlaps another region"),
+            MemoryError::NoSlot => write!(f, "all {MAX_SLOTS} memory slots are taken"),
+            MemoryError::Unknown => write!(f, "there is no such region"),
+            MemoryError::Map(error) => write!(f, "map its file: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for MemoryError {}
+
+/// One mapped region.
+#[derive(Debug)]
+struct Region {
+    request: RegionRequest,
+    /// The mapping may start before the region: offsets are rounded down to (huge) pages.
+    mapping: MmapRegion,
+    /// Offset of the region's first byte in the mapping.
+    lead: usize,
+}
+
+impl Region {
+    fn map(request: RegionRequest, file: File) -> Result<Self, MemoryError> {
+        let RegionRequest { guest_address, size, frontend_address, file_offset } = request;
+        if size == 0 {
+            return Err(MemoryError::Empty);
+        }
+        let ends =
+            [guest_address, frontend_address, file_offset].map(|from| from.checked_add(size));
+        let [Some(_), Some(_), Some(end)] = ends else { return Err(MemoryError::Overflow) };
+        let facts = file_facts(&file).map_err(MemoryError::Map)?;
+        if !facts.regular {
+            return Err(MemoryError::NotAFile);
+        }
+        if !facts.writable {
+            return Err(MemoryError::ReadOnly);
+        }
+        if end > facts.size {
+            return Err(MemoryError::PastEndOfFile { end, file_size: facts.size });
+        }
+        let start = file_offset - file_offset % facts.alignment;
+        let length = (end - start).next_multiple_of(facts.alignment) as usize;
+        let mapping = MmapRegionBuilder::new(length)
+            .with_file_offset(FileOffset::new(file, start))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()
+            .map_err(|error| MemoryError::Map(std::io::Error::other(error)))?;
+        Ok(Region { request, mapping, lead: (file_offset - start) as usize })
+    }
+
+    fn overlaps(&self, other: &RegionRequest) -> bool {
+        let meet = |a: u64, b: u64| a < b + other.size && b < a + self.request.size;
+        meet(self.request.guest_address, other.guest_address)
+            || meet(self.request.frontend_address, other.frontend_address)
+    }
+
+    /// Bytes from `address` to the end of the region, and where `address` is mapped; nothing if
+    /// the address lies outside.
+    fn at(&self, address: u64) -> Option<(NonNull<u8>, u64)> {
+        let offset = address.wrapping_sub(self.request.guest_address);
+        if offset >= self.request.size {
+            return None;
+        }
+        // SAFETY: lead + offset is less than the mapping's length: `map` made the mapping at
+        // least lead + size bytes long, and offset < size.
+        let pointer = unsafe { self.mapping.as_ptr().add(self.lead + offset as usize) };
+        NonNull::new(pointer).map(|pointer| (pointer, self.request.size - offset))
+    }
+}
+
+/// The table of regions that one session works with.
+#[derive(Debug, Clone, Default)]
+pub struct GuestMemory {
+    /// In the order of their guest addresses.
+    regions: Vec<Arc<Region>>,
+}
+
+impl GuestMemory {
+    /// Makes a table of all `requests` at once (SET_MEM_TABLE).
+    pub fn map(
+        requests: impl IntoIterator<Item = (RegionRequest, File)>,
+    ) -> Result<Self, MemoryError> {
+        let mut memory = GuestMemory::default();
+        for (request, file) in requests {
+            memory = memory.with(request, file)?;
+        }
+        Ok(memory)
+    }
+
+    /// This table and one more region (ADD_MEM_REG).
+    pub fn with(&self, request: RegionRequest, file: File) -> Result<Self, MemoryError> {
+        if self.regions.len() >= MAX_SLOTS {
+            return Err(MemoryError::NoSlot);
+        }
+        let region = Region::map(request, file)?;
+        if self.regions.iter().any(|other| other.overlaps(&request)) {
+            return Err(MemoryError::Overlap);
+        }
+        let mut regions = self.regions.clone();
+        let place =
+            regions.partition_point(|other| other.request.guest_address < request.guest_address);
+        regions.insert(place, Arc::new(region));
+        Ok(GuestMemory { regions })
+    }
+
+    /// This table without one region (REM_MEM_REG). The file offset does not count: frontends
+    /// may leave it out.
+    pub fn without(&self, request: RegionRequest) -> Result<Self, MemoryError> {
+        let same = |region: &Arc<Region>| {
+            region.request.guest_address == request.guest_address
+                && region.request.size == request.size
+                && region.request.frontend_address == request.frontend_address
+        };
+        let place = self.regions.iter().position(same).ok_or(MemoryError::Unknown)?;
+        let mut regions = self.regions.clone();
+        regions.remove(place);
+        Ok(GuestMemory { regions })
+    }
+
+    /// Number of regions.
+    pub fn len(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// Whether there is no region.
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// Turns an address of the frontend's into the guest's.
+    pub fn guest_address(&self, frontend_address: u64) -> Option<GuestAddress> {
+        self.regions.iter().find_map(|region| {
+            let offset = frontend_address.wrapping_sub(region.request.frontend_address);
+            (offset < region.request.size)
+                .then(|| GuestAddress(region.request.guest_address + offset))
+        })
+    }
+
+    /// Where the `length` bytes from `address` are mapped, if one region holds them all.
+    pub(super) fn resolve(&self, address: GuestAddress, length: u64) -> Option<NonNull<u8>> {
+        let (pointer, room) = self.at(address.0, &mut 0)?;
+        (length <= room).then_some(pointer)
+    }
+
+    /// Where `address` is mapped, and how many bytes of its region follow it. `hint` remembers
+    /// the region of the last look-up: nearly all of a guest's buffers lie in one.
+    #[inline]
+    pub(super) fn at(&self, address: u64, hint: &mut usize) -> Option<(NonNull<u8>, u64)> {
+        if let Some(found) = self.regions.get(*hint).and_then(|region| region.at(address)) {
+            return Some(found);
+        }
+        let behind = self.regions.partition_point(|region| region.request.guest_address <= address);
+        *hint = behind.checked_sub(1)?;
+        self.regions[*hint].at(address)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{AsRawFd, FromRawFd};
+
+    fn memfd(size: u64) -> File {
+        // SAFETY: a fresh descriptor, owned by the File.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), 0)) };
+        file.set_len(size).unwrap();
+        file
+    }
+
+    fn region(guest_address: u64, size: u64) -> RegionRequest {
+        RegionRequest {
+            guest_address,
+            size,
+            frontend_address: 0x7000_0000_0000 + guest_address,
+            file_offset: 0,
+        }
+    }
+
+    #[test]
+    fn addresses_are_found_in_their_region_and_nowhere_else() {
+        let memory = GuestMemory::map([
+            (region(0x10_0000, 0x1000), memfd(0x1000)),
+            (region(0, 0x2000), memfd(0x2000)),
+        ])
+        .unwrap();
+        let mut hint = 7;
+        assert_eq!(memory.at(0x1fff, &mut hint).unwrap().1, 1);
+        assert_eq!(memory.at(0x10_0000, &mut hint).unwrap().1, 0x1000);
+        for gap in [0x2000, 0xf_ffff, 0x10_1000, u64::MAX] {
+            assert!(memory.at(gap, &mut hint).is_none());
+        }
+        assert!(memory.resolve(GuestAddress(0x1ff0), 0x10).is_some());
+        assert!(memory.resolve(GuestAddress(0x1ff0), 0x11).is_none());
+        assert_eq!(memory.guest_address(0x7000_0010_0004), Some(GuestAddress(0x10_0004)));
+        assert_eq!(memory.guest_address(0x1000), None);
+    }
+
+    #[test]
+    fn a_region_must_lie_inside_its_file() {
+        let outside = [
+            RegionRequest { size: 0x2000, ..region(0, 0) },
+            RegionRequest { file_offset: 0x800, ..region(0, 0x1000) },
+            RegionRequest { file_offset: u64::MAX - 0x10, ..region(0, 0x1000) },
+            RegionRequest { guest_address: u64::MAX - 0x10, ..region(0, 0x1000) },
+            RegionRequest { size: 1 << 63, ..region(0, 0) },
+            region(0, 0),
+        ];
+        for request in outside {
+            assert!(GuestMemory::map([(request, memfd(0x1000))]).is_err(), "{request:?}");
+        }
+    }
+
+    #[test]
+    fn a_region_at_an_odd_offset_of_its_file_is_mapped_where_it_is() {
+        use std::os::unix::fs::FileExt;
+        let file = memfd(0x3000);
+        file.write_all_at(b"here", 0x1234).unwrap();
+        let request = RegionRequest { file_offset: 0x1234, ..region(0x8000, 0x100) };
+        let memory = GuestMemory::map([(request, file)]).unwrap();
+        let pointer = memory.resolve(GuestAddress(0x8000), 4).unwrap();
+        // SAFETY: resolve vouches for four mapped bytes.
+        assert_eq!(unsafe { pointer.cast::<[u8; 4]>().read() }, *b"here");
+    }
+
+    #[test]
+    fn what_cannot_be_shared_is_refused() {
+        let file = memfd(0x1000);
+        let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        let error = GuestMemory::map([(region(0, 0x1000), read_only)]).unwrap_err();
+        assert!(matches!(error, MemoryError::ReadOnly));
+        for path in ["/dev/zero", "/"] {
+            let file = File::open(path).unwrap();
+            let error = GuestMemory::map([(region(0, 0x1000), file)]).unwrap_err();
+            assert!(matches!(error, MemoryError::NotAFile), "{path}: {error}");
+        }
+    }
+
+    #[test]
+    fn overlaps_are_refused_in_both_address_spaces() {
+        let memory = GuestMemory::map([(region(0x1000, 0x1000), memfd(0x1000))]).unwrap();
+        assert!(matches!(
+            memory.with(region(0x1800, 0x1000), memfd(0x1000)),
+            Err(MemoryError::Overlap)
+        ));
+        let elsewhere = RegionRequest { guest_address: 0x10_0000, ..region(0x1800, 0x1000) };
+        assert!(matches!(memory.with(elsewhere, memfd(0x1000)), Err(MemoryError::Overlap)));
+        let beside = memory.with(region(0x2000, 0x1000), memfd(0x1000)).unwrap();
+        assert_eq!(beside.len(), 2);
+        assert_eq!(beside.without(region(0x1000, 0x1000)).unwrap().len(), 1);
+        assert!(matches!(beside.without(region(0x1000, 0x800)), Err(MemoryError::Unknown)));
+    }
+}

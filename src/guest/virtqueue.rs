@@ -1,0 +1,590 @@
+//! The device's end of one split virtqueue (virtio 1.3, section 2.7).
+//!
+//! Ring addresses are resolved to pointers once, when the ring starts; from then on the verbs are
+//! *pop*, *retire* (or *take back*), *publish* and *arm*.
+//!
+//! Invariant: chains are retired in the order in which they were popped. So at any time the used
+//! index is the first chain that has not been finished, and whoever starts the ring next,
+//! this daemon or its successor, resumes there without asking anybody.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueState};
+use vm_memory::GuestAddress;
+
+use super::chain::{Burst, Chain, Direction, Segment};
+use super::memory::GuestMemory;
+
+/// Largest number of descriptors of a split virtqueue (virtio 1.3, section 2.7).
+pub const MAX_SIZE: u16 = 32768;
+
+/// Segments of one chain at the most: what fits one `writev` (`IOV_MAX`, 1024) beside a header of
+/// our own. A frame of 64 KiB in pages has 18.
+pub const MAX_SEGMENTS: usize = 1022;
+
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+const USED_F_NO_NOTIFY: u16 = 1;
+
+/// Where a ring lies in guest memory, and how big it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingLayout {
+    /// Number of descriptors: a power of two.
+    pub size: u16,
+    /// The descriptor table, 16 bytes each.
+    pub descriptors: GuestAddress,
+    /// The available ring (the driver area).
+    pub avail: GuestAddress,
+    /// The used ring (the device area).
+    pub used: GuestAddress,
+}
+
+impl RingLayout {
+    /// Checks size and alignment, by the rules of `virtio-queue`, and that all parts lie in
+    /// `memory`.
+    ///
+    /// # Errors
+    /// A [`Fault`] that names what is wrong.
+    pub fn check(&self, memory: &GuestMemory) -> Result<(), Fault> {
+        self.resolve(memory).map(|_| ())
+    }
+
+    /// Where descriptor table, avail and used ring are mapped.
+    fn resolve(&self, memory: &GuestMemory) -> Result<[NonNull<u8>; 3], Fault> {
+        let state = QueueState {
+            max_size: MAX_SIZE,
+            size: self.size,
+            ready: true,
+            desc_table: self.descriptors.0,
+            avail_ring: self.avail.0,
+            used_ring: self.used.0,
+            ..QueueState::default()
+        };
+        Queue::try_from(state).map_err(|error| Fault::Layout(error.to_string()))?;
+        let size = u64::from(self.size);
+        // A region mapped at an odd offset of its file can be out of step with the guest's
+        // addresses.
+        let part = |address, length, name, alignment| {
+            let start = memory.resolve(address, length).ok_or(Fault::RingUnmapped(name))?;
+            if !start.addr().get().is_multiple_of(alignment) {
+                return Err(Fault::Layout(format!("its {name} is not aligned in its file")));
+            }
+            Ok(start)
+        };
+        Ok([
+            part(self.descriptors, 16 * size, "descriptor table", 8)?,
+            part(self.avail, 6 + 2 * size, "avail ring", 2)?,
+            part(self.used, 6 + 8 * size, "used ring", 4)?,
+        ])
+    }
+}
+
+/// The guest (or its frontend) broke a rule of the ring: the queue pair stops.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// Size or alignment of the ring is not allowed.
+    Layout(String),
+    /// A part of the ring lies outside guest memory.
+    RingUnmapped(&'static str),
+    /// The avail index is further ahead than the ring is long, or went back.
+    AvailIndex {
+        /// The index in guest memory.
+        index: u16,
+        /// The chain that we would have popped next.
+        expected: u16,
+    },
+    /// An entry of the avail ring is no descriptor.
+    HeadOutOfRange(u16),
+    /// A head was made available again before it was used.
+    HeadOfferedTwice(u16),
+    /// A chain's next descriptor is none.
+    NextOutOfRange(u16),
+    /// The chain has more descriptors than the ring, or more than [`MAX_SEGMENTS`] pieces.
+    ChainTooLong {
+        /// Head of the chain.
+        head: u16,
+    },
+    /// The chain is longer than 4 GiB.
+    ChainTooLarge {
+        /// Head of the chain.
+        head: u16,
+    },
+    /// A buffer lies outside guest memory.
+    BufferUnmapped {
+        /// Guest-physical address of the buffer.
+        address: u64,
+        /// Its length in bytes.
+        length: u32,
+    },
+    /// A device-writable descriptor on the tx ring, or a device-readable one on the rx ring.
+    WrongDirection {
+        /// Head of the chain.
+        head: u16,
+    },
+    /// A descriptor is indirect though that was not negotiated, or inside an indirect table, or
+    /// has the `NEXT` flag as well.
+    IndirectNotAllowed {
+        /// Head of the chain.
+        head: u16,
+    },
+    /// An indirect table is empty, no multiple of 16 bytes, or longer than the ring.
+    IndirectLength(u32),
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::Layout(reason) => write!(f, "{reason}"),
+            Fault::RingUnmapped(part) => write!(f, "its {part} lies outside guest memory"),
+            Fault::AvailIndex { index, expected } => {
+                write!(f, "avail index {index} is not within the ring's size of {expected}")
+            }
+            Fault::HeadOutOfRange(head) => write!(f, "head {head} is no descriptor"),
+            Fault::HeadOfferedTwice(head) => write!(f, "head {head} was offered twice"),
+            Fault::NextOutOfRange(next) => write!(f, "next descriptor {next} is none"),
+            Fault::ChainTooLong { head } => {
+                write!(f, "the chain at head {head} has too many descriptors")
+            }
+            Fault::ChainTooLarge { head } => write!(f, "the chain at head {head} is over 4 GiB"),
+            Fault::BufferUnmapped { address, length } => {
+                write!(f, "a buffer of {length} bytes at {address:#x} lies outside guest memory")
+            }
+            Fault::WrongDirection { head } => {
+                write!(f, "the chain at head {head} has a descriptor of the wrong direction")
+            }
+            Fault::IndirectNotAllowed { head } => {
+                write!(f, "the chain at head {head} has an indirect descriptor where none may be")
+            }
+            Fault::IndirectLength(length) => {
+                write!(f, "an indirect table of {length} bytes is not allowed")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// How driver and device tell each other about their progress.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Notification {
+    /// `VIRTIO_F_EVENT_IDX` was negotiated.
+    pub event_idx: bool,
+    /// `VIRTIO_F_INDIRECT_DESC` was negotiated.
+    pub indirect: bool,
+}
+
+/// What [`Virtqueue::publish`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Published {
+    /// There was nothing to show.
+    Nothing,
+    /// The used index moved; the driver wants no interrupt for that.
+    Quietly,
+    /// The used index moved, and the driver wants to be called.
+    Call,
+}
+
+/// What one turn may pop, so that one ring cannot hold the thread.
+#[derive(Debug, Clone, Copy)]
+pub struct Budget {
+    /// Chains.
+    pub chains: usize,
+    /// Bytes; the chain that passes the limit is still popped.
+    pub bytes: usize,
+}
+
+/// A 16-byte descriptor as it stands in guest memory, at any alignment (indirect tables have no
+/// rule about theirs).
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+struct RawDescriptor {
+    address: u64,
+    length: u32,
+    flags: u16,
+    next: u16,
+}
+
+/// A running ring of one direction.
+#[derive(Debug)]
+pub struct Virtqueue<'mem, D: Direction> {
+    memory: &'mem GuestMemory,
+    descriptors: NonNull<u8>,
+    avail: NonNull<u8>,
+    used: NonNull<u8>,
+    size: u16,
+    notification: Notification,
+    /// Avail index of the chain to pop next.
+    next_avail: u16,
+    /// The driver's avail index as it was last read.
+    seen_avail: u16,
+    /// Used index of the chain to retire next.
+    next_used: u16,
+    /// The used index in guest memory.
+    published: u16,
+    /// Used index at the last decision about a call; nothing after a start, when the driver's
+    /// wishes before it are unknown and a call too many does no harm.
+    called_at: Option<u16>,
+    /// Whether the driver was last told to kick.
+    armed: bool,
+    /// One bit per head that is on loan.
+    on_loan: Box<[u64]>,
+    /// Segment lists of chains that went back, for chains to come: no allocation per frame.
+    spare: Vec<Vec<Segment<'mem>>>,
+    region_hint: usize,
+    direction: PhantomData<D>,
+}
+
+impl<'mem, D: Direction> Virtqueue<'mem, D> {
+    /// Starts the ring at the used index in guest memory.
+    ///
+    /// # Errors
+    /// A [`Fault`] if the layout is not allowed, or indices in guest memory contradict each other.
+    pub fn start(
+        memory: &'mem GuestMemory,
+        layout: RingLayout,
+        notification: Notification,
+    ) -> Result<Self, Fault> {
+        let [descriptors, avail, used] = layout.resolve(memory)?;
+        let mut queue = Virtqueue {
+            memory,
+            descriptors,
+            avail,
+            used,
+            size: layout.size,
+            notification,
+            next_avail: 0,
+            seen_avail: 0,
+            next_used: 0,
+            published: 0,
+            called_at: None,
+            armed: true,
+            on_loan: vec![0; usize::from(layout.size).div_ceil(64)].into_boxed_slice(),
+            spare: Vec::new(),
+            region_hint: 0,
+            direction: PhantomData,
+        };
+        let used = queue.used_u16(2).load(Ordering::Relaxed);
+        (queue.next_avail, queue.seen_avail) = (used, used);
+        (queue.next_used, queue.published) = (used, used);
+        queue.look()?;
+        Ok(queue)
+    }
+
+    /// Used index of the first chain that is not finished: where the next start resumes.
+    pub fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Pops chains into `burst` until the budget is spent or none is left; returns how many.
+    ///
+    /// # Errors
+    /// A [`Fault`] of the guest's; chains popped before it stay in `burst`.
+    pub fn pop(&mut self, burst: &mut Burst<'mem, D>, budget: Budget) -> Result<usize, Fault> {
+        if self.next_avail == self.seen_avail && !self.look()? {
+            return Ok(0);
+        }
+        let waiting = usize::from(self.seen_avail.wrapping_sub(self.next_avail));
+        let most = waiting.min(budget.chains);
+        let mut bytes = 0;
+        for popped in 0..most {
+            if bytes >= budget.bytes {
+                return Ok(popped);
+            }
+            let chain = self.pop_one()?;
+            bytes += chain.len();
+            burst.push_back(chain);
+        }
+        Ok(most)
+    }
+
+    /// Looks at the driver's avail index; says whether there is anything to pop.
+    ///
+    /// # Errors
+    /// [`Fault::AvailIndex`] if it claims more chains than the ring has room for.
+    fn look(&mut self) -> Result<bool, Fault> {
+        // Acquire pairs with the driver's write barrier between filling ring entry and
+        // descriptors and storing the index (virtio 1.3, section 2.7.13.3).
+        let index = self.avail_u16(2).load(Ordering::Acquire);
+        let outstanding = index.wrapping_sub(self.next_used);
+        let lent = self.next_avail.wrapping_sub(self.next_used);
+        if outstanding > self.size || outstanding < lent {
+            return Err(Fault::AvailIndex { index, expected: self.next_avail });
+        }
+        self.seen_avail = index;
+        Ok(index != self.next_avail)
+    }
+
+    #[inline]
+    fn pop_one(&mut self) -> Result<Chain<'mem, D>, Fault> {
+        let position = self.next_avail;
+        let slot = usize::from(position & (self.size - 1));
+        let head = self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed);
+        if head >= self.size {
+            return Err(Fault::HeadOutOfRange(head));
+        }
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        if self.on_loan[word] & bit != 0 {
+            return Err(Fault::HeadOfferedTwice(head));
+        }
+        let mut segments = self.spare.pop().unwrap_or_default();
+        match self.walk(head, &mut segments) {
+            Ok(length) => {
+                self.on_loan[word] |= bit;
+                self.next_avail = position.wrapping_add(1);
+                Ok(Chain::new(position, head, length, segments))
+            }
+            Err(fault) => {
+                segments.clear();
+                self.spare.push(segments);
+                Err(fault)
+            }
+        }
+    }
+
+    /// Collects the segments of the chain at `head`; returns their bytes.
+    #[inline]
+    fn walk(&mut self, head: u16, segments: &mut Vec<Segment<'mem>>) -> Result<u32, Fault> {
+        let first = self.descriptor(self.descriptors, head);
+        if !first.refers_to_indirect_table() {
+            return self.walk_table(head, first, self.descriptors, self.size, segments);
+        }
+        if !self.notification.indirect || first.has_next() {
+            return Err(Fault::IndirectNotAllowed { head });
+        }
+        // A chain may not be longer than the ring, however it is stored (section 2.7.5.3.1).
+        let length = first.len();
+        if length == 0 || !length.is_multiple_of(16) || length / 16 > u32::from(self.size) {
+            return Err(Fault::IndirectLength(length));
+        }
+        let table = self
+            .memory
+            .resolve(first.addr(), length.into())
+            .ok_or(Fault::BufferUnmapped { address: first.addr().0, length })?;
+        let entries = (length / 16) as u16;
+        let first = self.descriptor(table, 0);
+        self.walk_table(head, first, table, entries, segments)
+    }
+
+    #[inline]
+    fn walk_table(
+        &mut self,
+        head: u16,
+        first: Descriptor,
+        table: NonNull<u8>,
+        entries: u16,
+        segments: &mut Vec<Segment<'mem>>,
+    ) -> Result<u32, Fault> {
+        let mut descriptor = first;
+        let mut total = 0u32;
+        // A chain without a loop passes each descriptor once at the most.
+        for _ in 0..entries {
+            if descriptor.refers_to_indirect_table() {
+                return Err(Fault::IndirectNotAllowed { head });
+            }
+            if descriptor.is_write_only() != D::WRITABLE {
+                return Err(Fault::WrongDirection { head });
+            }
+            total = total.checked_add(descriptor.len()).ok_or(Fault::ChainTooLarge { head })?;
+            self.map(head, descriptor, segments)?;
+            if !descriptor.has_next() {
+                return Ok(total);
+            }
+            let next = descriptor.next();
+            if next >= entries {
+                return Err(Fault::NextOutOfRange(next));
+            }
+            descriptor = self.descriptor(table, next);
+        }
+        Err(Fault::ChainTooLong { head })
+    }
+
+    /// Adds the descriptor's memory to `segments`, in as many pieces as it spans regions.
+    #[inline]
+    fn map(
+        &mut self,
+        head: u16,
+        descriptor: Descriptor,
+        segments: &mut Vec<Segment<'mem>>,
+    ) -> Result<(), Fault> {
+        let (mut address, mut left) = (descriptor.addr().0, u64::from(descriptor.len()));
+        let unmapped =
+            Fault::BufferUnmapped { address: descriptor.addr().0, length: descriptor.len() };
+        while left > 0 {
+            let Some((start, room)) = self.memory.at(address, &mut self.region_hint) else {
+                return Err(unmapped);
+            };
+            if segments.len() == MAX_SEGMENTS {
+                return Err(Fault::ChainTooLong { head });
+            }
+            let length = left.min(room);
+            // SAFETY: `at` vouches for `room` mapped bytes, and the table that holds the mapping
+            // is borrowed for 'mem.
+            segments.push(unsafe { Segment::new(start, length as usize) });
+            left -= length;
+            address = address.wrapping_add(length);
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn descriptor(&self, table: NonNull<u8>, index: u16) -> Descriptor {
+        // SAFETY: the caller has checked `index` against the table's number of entries, and the
+        // table was resolved with 16 bytes for each. Volatile: the guest may write meanwhile, and
+        // the copy must be the one value that all checks see.
+        let raw = unsafe {
+            table.cast::<RawDescriptor>().add(usize::from(index)).as_ptr().read_volatile()
+        };
+        Descriptor::new(
+            u64::from_le(raw.address),
+            u32::from_le(raw.length),
+            u16::from_le(raw.flags),
+            u16::from_le(raw.next),
+        )
+    }
+
+    /// Writes the chain's used entry: the device has finished with it, and has written `written`
+    /// bytes to it. The driver sees it when it is published.
+    ///
+    /// # Panics
+    /// If an older chain is still on loan.
+    #[inline]
+    pub fn retire(&mut self, chain: Chain<'mem, D>, written: u32) {
+        let (position, head, segments) = chain.into_parts();
+        assert_eq!(position, self.next_used, "chains must be retired in the order of the ring");
+        let slot = usize::from(position & (self.size - 1));
+        // SAFETY: `start` resolved 6 + 8 × size bytes of used ring at an address aligned to 4,
+        // and slot < size. Relaxed: `publish` orders these stores.
+        unsafe {
+            let entry = self.used.add(4 + 8 * slot).cast::<u32>().as_ptr();
+            AtomicU32::from_ptr(entry).store(u32::from(head).to_le(), Ordering::Relaxed);
+            AtomicU32::from_ptr(entry.add(1)).store(written.to_le(), Ordering::Relaxed);
+        }
+        self.next_used = position.wrapping_add(1);
+        self.release(head, segments);
+    }
+
+    /// Takes a chain back that was not used, when the ring stops: the next start pops it again.
+    pub fn take_back(&mut self, chain: Chain<'mem, D>) {
+        let (_, head, segments) = chain.into_parts();
+        self.release(head, segments);
+    }
+
+    #[inline]
+    fn release(&mut self, head: u16, mut segments: Vec<Segment<'mem>>) {
+        self.on_loan[usize::from(head / 64)] &= !(1 << (head % 64));
+        segments.clear();
+        self.spare.push(segments);
+    }
+
+    /// Shows the driver what was retired, with one store, and tells what it wants done.
+    pub fn publish(&mut self) -> Published {
+        if self.next_used == self.published {
+            return Published::Nothing;
+        }
+        // Release: the used entries must be visible before the index that covers them.
+        self.used_u16(2).store(self.next_used, Ordering::Release);
+        self.published = self.next_used;
+        // The other side is a driver about to sleep: it writes used_event (or clears
+        // NO_INTERRUPT), then reads the used index. We store the used index, then read its wish.
+        // Without a full fence on both sides each could read the other's old value, and the
+        // driver would sleep on a frame (virtio 1.3, section 2.7.7.1; Linux
+        // virtqueue_enable_cb_prepare and virtio_mb).
+        fence(Ordering::SeqCst);
+        let call = if self.notification.event_idx {
+            let event = self.avail_u16(4 + 2 * usize::from(self.size)).load(Ordering::Relaxed);
+            let before = self.called_at.replace(self.next_used);
+            before.is_none_or(|before| passed(event, self.next_used, before))
+        } else {
+            self.avail_u16(0).load(Ordering::Relaxed) & AVAIL_F_NO_INTERRUPT == 0
+        };
+        if call { Published::Call } else { Published::Quietly }
+    }
+
+    /// Asks the driver to kick when it makes something available. Returns true if it already has:
+    /// then there may be no kick, and the ring must be popped again before sleeping.
+    ///
+    /// # Errors
+    /// As [`pop`](Self::pop), for the avail index.
+    pub fn arm(&mut self) -> Result<bool, Fault> {
+        if self.notification.event_idx {
+            self.used_u16(4 + 8 * usize::from(self.size)).store(self.next_avail, Ordering::Relaxed);
+        } else {
+            self.used_u16(0).store(0, Ordering::Relaxed);
+        }
+        self.armed = true;
+        // The mirror image of `publish`: we write our wish, then read the avail index; the driver
+        // writes the avail index, then reads our wish.
+        fence(Ordering::SeqCst);
+        self.look()
+    }
+
+    /// Asks the driver not to kick. With EVENT_IDX that needs no store: the index armed at has
+    /// been passed.
+    pub fn disarm(&mut self) {
+        if self.armed && !self.notification.event_idx {
+            self.used_u16(0).store(USED_F_NO_NOTIFY, Ordering::Relaxed);
+        }
+        self.armed = false;
+    }
+
+    /// A 16-bit field of the avail ring. Callers stay within 6 + 2 × size bytes.
+    #[inline]
+    fn avail_u16(&self, offset: usize) -> LittleEndian<'_> {
+        debug_assert!(offset < 6 + 2 * usize::from(self.size));
+        // SAFETY: `start` resolved that many bytes at an even address, and offsets are even.
+        LittleEndian(unsafe { AtomicU16::from_ptr(self.avail.add(offset).cast().as_ptr()) })
+    }
+
+    /// A 16-bit field of the used ring. Callers stay within 6 + 8 × size bytes.
+    #[inline]
+    fn used_u16(&self, offset: usize) -> LittleEndian<'_> {
+        debug_assert!(offset < 6 + 8 * usize::from(self.size));
+        // SAFETY: `start` resolved that many bytes at an even address, and offsets are even.
+        LittleEndian(unsafe { AtomicU16::from_ptr(self.used.add(offset).cast().as_ptr()) })
+    }
+}
+
+/// A little-endian 16-bit field that the other side reads and writes.
+struct LittleEndian<'a>(&'a AtomicU16);
+
+impl LittleEndian<'_> {
+    #[inline]
+    fn load(&self, order: Ordering) -> u16 {
+        u16::from_le(self.0.load(order))
+    }
+
+    #[inline]
+    fn store(&self, value: u16, order: Ordering) {
+        self.0.store(value.to_le(), order);
+    }
+}
+
+/// `vring_need_event` of the specification (section 2.7.10): whether moving from `before` to
+/// `now` passed `event`.
+#[inline]
+fn passed(event: u16, now: u16, before: u16) -> bool {
+    now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::passed;
+
+    #[test]
+    fn an_event_is_passed_once_per_lap() {
+        assert!(passed(4, 5, 4));
+        assert!(passed(4, 9, 0));
+        assert!(!passed(5, 5, 4));
+        assert!(!passed(3, 5, 4));
+        assert!(passed(0xffff, 0, 0xffff));
+        assert!(!passed(0, 0, 0xffff));
+    }
+}

@@ -1,0 +1,43 @@
+//! A vhost-user backend for virtio network cards.
+//!
+//! A VMM (QEMU, cloud-hypervisor) keeps the card's face; this daemon is its data plane. It maps
+//! the guest's memory, takes descriptor chains from the virtqueues, and hands those very buffers
+//! to the host's network. No frame is copied in user space.
+//!
+//! # The story
+//!
+//! The guest **kicks**. The [`worker`] **pops a burst** of descriptor chains from the tx
+//! [virtqueue](guest::virtqueue) and lends it to the [`port`], which **transmits**. It pops the rx
+//! virtqueue's empty chains and **posts** them for frames to come. It **reaps** whatever the host
+//! has finished with, **retires** those chains into the used rings, **publishes** each ring once,
+//! and **calls** the guest if it asked. When a turn moves nothing, it **arms** both rings, looks
+//! once more, and sleeps.
+//!
+//! tx and rx are always the guest's: tx is from the guest to the host. A *burst* is at most 64
+//! chains. A *session* is one memory table, one feature set and running rings; it ends with
+//! whatever changes one of these, and a new one begins.
+//!
+//! # The rooms
+//!
+//! [`config`] reads the command line; [`daemon`] opens what it names and serves frontends from an
+//! [`endpoint`], one after the other. [`protocol`] frames their messages and knows no device;
+//! [`device`] turns requests into sessions and knows no packets. A [`worker`] per queue pair runs
+//! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
+//! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
+//! [`net_config`] are what the card offers, [`counters`] what it did. Unsafe code is in [`guest`]
+//! and [`sys`] only.
+
+pub mod config;
+pub mod counters;
+pub mod daemon;
+pub mod device;
+pub mod endpoint;
+pub mod event;
+pub mod features;
+pub mod guest;
+pub mod net_config;
+pub mod port;
+pub mod protocol;
+pub mod sys;
+pub mod vnet_header;
+pub mod worker;

@@ -1,0 +1,30 @@
+//! The program: parse, start, exit code.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use vhost_user_net::config::{self, Invocation};
+use vhost_user_net::daemon;
+
+fn main() -> ExitCode {
+    let config = match config::parse(std::env::args_os()) {
+        Ok(Invocation::Run(config)) => config,
+        Ok(Invocation::Print(text)) => {
+            // Whoever closes the pipe early has seen enough.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("vhost-user-net: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    env_logger::Builder::new().filter_level(config.log_level).format_target(false).init();
+    match daemon::run(&config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vhost-user-net: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

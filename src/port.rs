@@ -1,0 +1,116 @@
+//! The seam between a virtqueue and the host's network.
+//!
+//! A port borrows descriptor chains, a burst at a time, and gives each of them back: a loan, not a
+//! `read_frame(&mut [u8])`. That is what lets the host read and write guest memory itself, and
+//! lets a session end at any moment.
+
+pub mod loopback;
+pub mod tap;
+
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
+use crate::counters::Drop;
+use crate::features::{Negotiated, PortOffloads};
+use crate::guest::{Burst, Chain, Readable, Writable};
+
+/// One queue pair's way to the host's network, for one session.
+///
+/// Chains come back in the order in which they were lent, each direction for itself. What the host
+/// refuses comes back as dropped; a host side that is gone is the port's to report and to retry,
+/// and drops frames meanwhile.
+pub trait Port<'mem> {
+    /// Borrows chains to send, oldest first; leaves behind those the host has no room for yet.
+    fn transmit(&mut self, burst: &mut Burst<'mem, Readable>);
+
+    /// Borrows empty buffers for frames to come, oldest first; leaves behind those it has no use
+    /// for yet.
+    fn post(&mut self, buffers: &mut Burst<'mem, Writable>);
+
+    /// Gives back everything that has finished.
+    fn reap(&mut self, finished: &mut Finished<'mem>);
+
+    /// What to wait for while idle.
+    fn readiness(&self) -> Readiness<'_>;
+
+    /// Tells whether waiting showed the port's descriptor readable.
+    fn woken(&mut self, readable: bool);
+
+    /// Stops the host side and gives back every chain still borrowed.
+    fn recall(&mut self, finished: &mut Finished<'mem>);
+}
+
+/// What an idle port waits for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Readiness<'a> {
+    /// The descriptor to wait on, if the port has one.
+    pub fd: Option<BorrowedFd<'a>>,
+    /// Whether it is to be waited on for frames.
+    pub read: bool,
+    /// Whether it is to be waited on for room to send.
+    pub write: bool,
+    /// Whether the guest is to say when it provides more buffers.
+    pub starved: bool,
+    /// Look again after this time, whatever happens.
+    pub timeout: Option<Duration>,
+}
+
+/// What became of a frame from the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was handed to the host.
+    Sent,
+    /// It was dropped.
+    Dropped(Drop),
+}
+
+/// Chains that a port gives back, in the order of their rings.
+#[derive(Debug, Default)]
+pub struct Finished<'mem> {
+    /// Frames from the guest, and what became of them.
+    pub tx: Vec<(Chain<'mem, Readable>, Outcome)>,
+    /// Buffers that hold a frame for the guest, or a part of one, and the bytes in each.
+    pub rx: Vec<(Chain<'mem, Writable>, u32)>,
+    /// Frames that were put into the buffers of `rx`.
+    pub rx_frames: u64,
+    /// Bytes of those frames, headers excluded.
+    pub rx_bytes: u64,
+    /// Frames that never reached the guest, and why.
+    pub rx_dropped: Vec<Drop>,
+    /// Chains from the guest that were not looked at: only `recall` gives such back.
+    pub unused_tx: Vec<Chain<'mem, Readable>>,
+    /// Buffers that hold nothing: only `recall` gives such back.
+    pub unused_rx: Vec<Chain<'mem, Writable>>,
+}
+
+/// The host side of one queue pair: it stays open over all sessions.
+#[derive(Debug)]
+pub enum HostQueue {
+    /// A queue of a TAP device.
+    Tap(tap::TapQueue),
+    /// Frames go back to the guest that sent them.
+    Loopback,
+}
+
+impl HostQueue {
+    /// What the port can do with a frame's offloads.
+    pub fn offloads(&self) -> PortOffloads {
+        match self {
+            HostQueue::Tap(queue) => queue.offloads(),
+            HostQueue::Loopback => PortOffloads { segmentation: true, udp_segmentation: true },
+        }
+    }
+
+    /// Begins a session. `receives` says whether the guest has an rx ring in it.
+    pub fn session<'mem>(
+        &'mem mut self,
+        negotiated: &Negotiated,
+        mtu: u16,
+        receives: bool,
+    ) -> Box<dyn Port<'mem> + 'mem> {
+        match self {
+            HostQueue::Tap(queue) => Box::new(queue.session(negotiated, mtu, receives)),
+            HostQueue::Loopback => Box::new(loopback::Loopback::new(negotiated, mtu)),
+        }
+    }
+}

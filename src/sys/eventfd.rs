@@ -1,0 +1,141 @@
+//! Event descriptors: those that somebody else handed us, and our own.
+//!
+//! Invariant: no descriptor from a frontend can block a thread of ours or raise a signal. Kick
+//! descriptors are never read: the worker watches them edge-triggered, so each kick wakes it once
+//! whatever the counter says. Call and error descriptors are written without blocking.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::check;
+
+/// A descriptor that was checked to be an eventfd.
+///
+/// It is the frontend's open file description: the other side may read it, fill it or change its
+/// flags at any time, and nothing here depends on its counter.
+#[derive(Debug)]
+pub struct ForeignEventFd(OwnedFd);
+
+impl ForeignEventFd {
+    /// Checks that `file` is an eventfd and makes it non-blocking.
+    ///
+    /// A pipe at its end, a full pipe without a reader or a regular file would wake a worker for
+    /// ever, raise SIGPIPE or fail to be watched at all.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the descriptor is anything but an eventfd.
+    pub fn new(file: File) -> io::Result<Self> {
+        let kind = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+        if kind.as_os_str() != "anon_inode:[eventfd]" {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("the descriptor is {}, not an eventfd", kind.display()),
+            ));
+        }
+        // SAFETY: fcntl with these commands reads and sets flags of a descriptor that we own.
+        unsafe {
+            let flags = check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))?;
+            check(libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
+        }
+        Ok(ForeignEventFd(OwnedFd::from(file)))
+    }
+
+    /// Adds one to the counter, which wakes whoever waits for it.
+    ///
+    /// # Errors
+    /// `WouldBlock` if the counter is at its maximum: whoever waits has been woken long ago.
+    pub fn signal(&self) -> io::Result<()> {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: writes 8 bytes from a live array.
+        let written = unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        if written < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for ForeignEventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// An eventfd of our own, by which one thread wakes another.
+#[derive(Debug)]
+pub struct Waker(EventFd);
+
+impl Waker {
+    /// Makes one that nobody has rung yet.
+    pub fn new() -> io::Result<Self> {
+        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Waker)
+    }
+
+    /// Makes the descriptor readable.
+    pub fn wake(&self) {
+        // It fails only when the counter is full, and then the descriptor is readable.
+        let _ = self.0.write(1);
+    }
+
+    /// Makes the descriptor unreadable until it is woken again.
+    pub fn clear(&self) {
+        // It fails only when the counter is zero already.
+        let _ = self.0.read();
+    }
+}
+
+impl AsFd for Waker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the eventfd stays open as long as `self`, which is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::FromRawFd;
+
+    fn foreign(event: &EventFd) -> ForeignEventFd {
+        let duplicate = event.try_clone().unwrap();
+        // SAFETY: the duplicate's descriptor is handed over and the wrapper forgotten.
+        let file = unsafe { File::from_raw_fd(duplicate.as_raw_fd()) };
+        std::mem::forget(duplicate);
+        ForeignEventFd::new(file).unwrap()
+    }
+
+    #[test]
+    fn a_signal_adds_one() {
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let foreign = foreign(&event);
+        foreign.signal().unwrap();
+        foreign.signal().unwrap();
+        assert_eq!(event.read().unwrap(), 2);
+    }
+
+    #[test]
+    fn a_blocking_eventfd_at_its_maximum_does_not_block() {
+        let event = EventFd::new(0).unwrap();
+        event.write(u64::MAX - 1).unwrap();
+        let error = foreign(&event).signal().unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn anything_but_an_eventfd_is_refused() {
+        let (read_end, write_end) = io::pipe().unwrap();
+        let files = [
+            File::open("/dev/zero").unwrap(),
+            File::open("/").unwrap(),
+            File::from(OwnedFd::from(read_end)),
+            File::from(OwnedFd::from(write_end)),
+        ];
+        for file in files {
+            let error = ForeignEventFd::new(file).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Signals, threads and inherited descriptors of this process.
+
+use std::fs::File;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use super::check;
+
+/// SIGTERM and SIGINT as a descriptor that can be waited for.
+#[derive(Debug)]
+pub struct TerminationSignals(OwnedFd);
+
+impl TerminationSignals {
+    /// Blocks the signals in this thread, and so in each thread that it starts from here on, and
+    /// opens a descriptor that becomes readable when one arrives.
+    pub fn block() -> io::Result<Self> {
+        let set = vmm_sys_util::signal::create_sigset(&[libc::SIGTERM, libc::SIGINT])
+            .map_err(io::Error::from)?;
+        // SAFETY: `set` is an initialised signal set; the old mask is not asked for.
+        let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
+        if failed != 0 {
+            return Err(io::Error::from_raw_os_error(failed));
+        }
+        // SAFETY: the descriptor is fresh and becomes owned here and nowhere else.
+        unsafe {
+            let fd = check(libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))?;
+            Ok(TerminationSignals(OwnedFd::from_raw_fd(fd)))
+        }
+    }
+}
+
+impl AsFd for TerminationSignals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Takes over a descriptor that the process that started us left open for us.
+///
+/// # Errors
+/// If the number is not an open descriptor, or is one of the standard streams.
+pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
+    if number <= 2 {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("descriptor {number} is a standard stream"),
+        ));
+    }
+    // SAFETY: fcntl on any number is harmless: it fails where nothing is open.
+    unsafe { check(libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC))? };
+    // SAFETY: the descriptor is open (above), and the command line names it as handed over to
+    // us; nothing else in this process refers to a descriptor by number.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Binds the calling thread to one processor.
+///
+/// # Errors
+/// `InvalidInput` if there is no such processor, or this process may not use it.
+pub fn pin_this_thread(cpu: usize) -> io::Result<()> {
+    // SAFETY: cpu_set_t is plain old data, and all zeros is the empty set.
+    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
+    if cpu >= libc::CPU_SETSIZE as usize {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: `cpu` is below CPU_SETSIZE, and the set lives through the call.
+    unsafe {
+        libc::CPU_SET(cpu, &mut set);
+        check(libc::sched_setaffinity(0, mem::size_of_val(&set), &set))?;
+    }
+    Ok(())
+}
+
+/// A thread that can be got out of a system call it is stuck in.
+#[derive(Debug, Clone, Copy)]
+pub struct Interruptible(libc::pthread_t);
+
+impl Interruptible {
+    /// The calling thread. Its handler for SIGURG, which does nothing, is installed without
+    /// SA_RESTART: the signal's one effect is that a blocked system call returns `EINTR`.
+    pub fn this_thread() -> io::Result<Self> {
+        extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        vmm_sys_util::signal::register_signal_handler(libc::SIGURG, nothing)
+            .map_err(io::Error::from)?;
+        // SAFETY: the call has no preconditions.
+        Ok(Interruptible(unsafe { libc::pthread_self() }))
+    }
+
+    /// Interrupts the thread's current system call.
+    ///
+    /// `alive` stands for the thread: it is borrowed so that the thread has not been joined.
+    pub fn interrupt<T>(&self, alive: &std::thread::JoinHandle<T>) {
+        let _ = alive;
+        // SAFETY: the thread has not been joined (its handle is borrowed), so its id is valid.
+        unsafe { libc::pthread_kill(self.0, libc::SIGURG) };
+    }
+}
+
+/// The descriptor's size and whether it can be mapped for reading and writing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileFacts {
+    /// Whether it is a regular file (which memfd, hugetlbfs and shm files are).
+    pub regular: bool,
+    /// Whether it was opened for reading and writing.
+    pub writable: bool,
+    /// Size in bytes.
+    pub size: u64,
+    /// Alignment in bytes that a mapping's offset and length need: the page size, or the huge
+    /// page size on hugetlbfs.
+    pub alignment: u64,
+}
+
+/// Reads what must be known of a file before it is mapped.
+pub fn file_facts(file: &File) -> io::Result<FileFacts> {
+    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    // SAFETY: all zeros is a valid value of both; the kernel fills them during the calls.
+    let (stat, fs) = unsafe {
+        let mut stat: libc::stat64 = mem::zeroed();
+        let mut fs: libc::statfs64 = mem::zeroed();
+        check(libc::fstat64(file.as_raw_fd(), &mut stat))?;
+        check(libc::fstatfs64(file.as_raw_fd(), &mut fs))?;
+        (stat, fs)
+    };
+    // SAFETY: reads the flags of a descriptor that we own.
+    let flags = unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))? };
+    let page = page_size();
+    Ok(FileFacts {
+        regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
+        writable: flags & libc::O_ACCMODE == libc::O_RDWR,
+        size: stat.st_size as u64,
+        alignment: if fs.f_type == HUGETLBFS_MAGIC { page.max(fs.f_bsize as u64) } else { page },
+    })
+}
+
+/// The size of a page in bytes.
+pub fn page_size() -> u64 {
+    // SAFETY: the call has no preconditions.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as u64 }
+}
+
+/// The name of `/proc/self/fd/N` for messages.
+pub fn describe(fd: BorrowedFd<'_>) -> String {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .map(|path| path.display().to_string())
+        .unwrap_or_else(|_| format!("descriptor {}", fd.as_raw_fd()))
+}

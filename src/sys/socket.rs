@@ -1,0 +1,159 @@
+//! Unix stream sockets: receiving bytes with descriptors, and telling a listener from a
+//! connection.
+
+use std::fs::File;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use super::check;
+
+/// Descriptors that are taken from one read at the most. The specification's largest number is
+/// 8 (one for each region of SET_MEM_TABLE); with more than this the read fails and the kernel's
+/// surplus is closed.
+pub const MAX_DESCRIPTORS: usize = 32;
+
+/// Longest path of a unix socket in bytes (`sun_path` less its nul).
+pub const MAX_PATH: usize = 107;
+
+/// What one read brought.
+#[derive(Debug, Default)]
+pub struct Received {
+    /// Bytes read; 0 is the end of the connection.
+    pub bytes: usize,
+    /// Descriptors that came with them.
+    pub files: Vec<File>,
+}
+
+/// Reads once, without blocking if the socket is non-blocking.
+///
+/// # Errors
+/// `WouldBlock` if nothing is there, `ConnectionReset`-like errors of the socket, and ENOBUFS
+/// when more than [`MAX_DESCRIPTORS`] descriptors came (none of them stays open).
+pub fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Received> {
+    let mut descriptors: [RawFd; MAX_DESCRIPTORS] = [-1; MAX_DESCRIPTORS];
+    let mut iovec = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
+    // SAFETY: the iovec describes `buffer`, which lives through the call and to which any bytes
+    // may be written.
+    let (bytes, count) = unsafe { socket.recv_with_fds(&mut iovec, &mut descriptors) }
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    // SAFETY: the kernel has just made these descriptors for us; each is owned once.
+    let files = descriptors[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) }).collect();
+    Ok(Received { bytes, files })
+}
+
+/// Connects to the socket at `path`, or fails at once: unlike [`UnixStream::connect`] it does not
+/// wait for a listener whose queue is full.
+///
+/// # Errors
+/// `NotFound`, `ConnectionRefused`, `WouldBlock` for a full queue, and others of `connect`.
+pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let bytes = path.as_os_str().as_bytes();
+    // SAFETY: all zeros is a valid sockaddr_un.
+    let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
+    if bytes.len() > MAX_PATH || bytes.contains(&0) {
+        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+    }
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = *from as libc::c_char;
+    }
+    // SAFETY: the descriptor is fresh and owned at once; the address lives through the call.
+    unsafe {
+        let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        let socket = UnixStream::from_raw_fd(check(libc::socket(libc::AF_UNIX, flags, 0))?);
+        let length = mem::size_of_val(&address) as libc::socklen_t;
+        check(libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length))?;
+        Ok(socket)
+    }
+}
+
+/// What an inherited descriptor turned out to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inherited {
+    /// A unix stream socket that listens.
+    Listener,
+    /// A unix stream socket with a peer.
+    Connection,
+}
+
+/// Tells whether `fd` is a listening or a connected unix stream socket.
+///
+/// # Errors
+/// `InvalidInput`, with what it is instead, for everything else.
+pub fn classify(fd: BorrowedFd<'_>) -> io::Result<Inherited> {
+    let wrong = |what: &str| {
+        let name = super::process::describe(fd);
+        Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is {what}")))
+    };
+    let option = |name| -> io::Result<libc::c_int> {
+        let mut value: libc::c_int = 0;
+        let mut length = mem::size_of_val(&value) as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes to `value`.
+        unsafe {
+            check(libc::getsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                name,
+                (&raw mut value).cast(),
+                &mut length,
+            ))?;
+        }
+        Ok(value)
+    };
+    match option(libc::SO_DOMAIN) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOTSOCK) => return wrong("no socket"),
+        Err(error) => return Err(error),
+        Ok(libc::AF_UNIX) => {}
+        Ok(_) => return wrong("not a unix socket"),
+    }
+    if option(libc::SO_TYPE)? != libc::SOCK_STREAM {
+        return wrong("not a stream socket");
+    }
+    if option(libc::SO_ACCEPTCONN)? == 1 {
+        return Ok(Inherited::Listener);
+    }
+    // SAFETY: all zeros is a valid address buffer; the kernel fills at most `length` bytes.
+    unsafe {
+        let mut address: libc::sockaddr_un = mem::zeroed();
+        let mut length = mem::size_of_val(&address) as libc::socklen_t;
+        match check(libc::getpeername(fd.as_raw_fd(), (&raw mut address).cast(), &mut length)) {
+            Ok(_) => Ok(Inherited::Connection),
+            Err(_) => wrong("a socket that neither listens nor is connected"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
+
+    #[test]
+    fn sockets_are_told_apart() {
+        let (connected, _peer) = UnixStream::pair().unwrap();
+        assert_eq!(classify(connected.as_fd()).unwrap(), Inherited::Connection);
+        let (datagram, _peer) = UnixDatagram::pair().unwrap();
+        assert!(classify(datagram.as_fd()).unwrap_err().to_string().contains("stream"));
+        let file = File::open("/").unwrap();
+        assert!(classify(file.as_fd()).unwrap_err().to_string().contains("no socket"));
+    }
+
+    #[test]
+    fn too_many_descriptors_fail_the_read_and_leave_none_open() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (mut read_end, write_end) = io::pipe().unwrap();
+        let many = vec![write_end.as_raw_fd(); 200];
+        theirs.send_with_fds(&[&b"x"[..]], &many).unwrap();
+        drop(write_end);
+        assert!(receive(&ours, &mut [0; 16]).is_err());
+        // End of file: no copy of the write end is left.
+        assert_eq!(io::Read::read(&mut read_end, &mut [0]).unwrap(), 0);
+    }
+}

@@ -1,0 +1,308 @@
+//! TUN/TAP devices: opening their queues, and the ioctls of `linux/if_tun.h`.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::ptr::NonNull;
+
+use super::check;
+use crate::guest::Segment;
+
+/// Longest name of a network device in bytes, as the kernel has it (`IFNAMSIZ` less its nul).
+pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
+
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+const TUNGETSNDBUF: libc::c_ulong = 0x8004_54d3;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+const TUNSETVNETLE: libc::c_ulong = 0x4004_54dc;
+
+/// `TUN_F_*` of `linux/if_tun.h`: what the reader of a TAP accepts in the frames it reads.
+pub mod offload {
+    /// Checksums may be left to the reader.
+    pub const CSUM: u32 = 0x01;
+    /// TCP over IPv4 may come unsegmented.
+    pub const TSO4: u32 = 0x02;
+    /// TCP over IPv6 may come unsegmented.
+    pub const TSO6: u32 = 0x04;
+    /// Unsegmented TCP may carry ECN bits.
+    pub const TSO_ECN: u32 = 0x08;
+    /// UDP over IPv4 may come unsegmented (Linux 6.2).
+    pub const USO4: u32 = 0x20;
+    /// UDP over IPv6 may come unsegmented (Linux 6.2).
+    pub const USO6: u32 = 0x40;
+}
+
+/// How a TAP's queue was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// The device's name.
+    pub name: String,
+    /// Whether the device has `IFF_MULTI_QUEUE`.
+    pub multi_queue: bool,
+}
+
+/// One queue of a TAP device, non-blocking, with a virtio header before each frame.
+#[derive(Debug)]
+pub struct Queue {
+    file: File,
+    identity: Identity,
+}
+
+/// What is there under a network device's name before it is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// No device has that name.
+    Missing,
+    /// A TAP, and whether it takes several queues.
+    Tap {
+        /// Whether it was made with `multi_queue`.
+        multi_queue: bool,
+    },
+    /// A network device of another kind.
+    Other,
+}
+
+/// Looks a network device up by name.
+pub fn existing(name: &str) -> Existing {
+    let device = PathBuf::from("/sys/class/net").join(name);
+    if !device.exists() {
+        return Existing::Missing;
+    }
+    let flags = fs::read_to_string(device.join("tun_flags"))
+        .ok()
+        .and_then(|text| u32::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok());
+    match flags {
+        Some(flags) if flags & libc::IFF_TAP as u32 != 0 => {
+            Existing::Tap { multi_queue: flags & libc::IFF_MULTI_QUEUE as u32 != 0 }
+        }
+        _ => Existing::Other,
+    }
+}
+
+/// An `ifreq` with the given name in it and all else zero.
+fn request(name: &str) -> io::Result<libc::ifreq> {
+    let text = CString::new(name)?;
+    if name.is_empty() || name.len() > MAX_NAME {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a network device's name has 1 to {MAX_NAME} bytes"),
+        ));
+    }
+    // SAFETY: ifreq is plain old data, and all zeros is a valid one.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(text.as_bytes()) {
+        *to = *from as libc::c_char;
+    }
+    Ok(request)
+}
+
+impl Queue {
+    /// Opens one more queue of the TAP `name`, which is made if it is missing.
+    ///
+    /// # Errors
+    /// Those of `/dev/net/tun` and TUNSETIFF: EBUSY if the device has another user, EINVAL if
+    /// `multi_queue` is not what the device has, EPERM without the right to open it.
+    pub fn open(name: &str, multi_queue: bool) -> io::Result<Self> {
+        let mut request = request(name)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")?;
+        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if multi_queue {
+            flags |= libc::IFF_MULTI_QUEUE;
+        }
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        // SAFETY: TUNSETIFF reads and writes one ifreq.
+        unsafe { check(libc::ioctl(file.as_raw_fd(), TUNSETIFF, &mut request))? };
+        Queue { file, identity: Identity { name: String::new(), multi_queue } }.identified()
+    }
+
+    /// Takes over a TAP queue that another process opened for us.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the descriptor is no TAP, or was opened without `IFF_VNET_HDR`.
+    pub fn inherit(fd: OwnedFd) -> io::Result<Self> {
+        // SAFETY: sets flags of a descriptor that we own.
+        unsafe {
+            let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;
+            check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
+        }
+        let unknown = Identity { name: String::new(), multi_queue: false };
+        Queue { file: File::from(fd), identity: unknown }.identified()
+    }
+
+    /// Asks the kernel which device this queue belongs to.
+    fn identified(mut self) -> io::Result<Self> {
+        // SAFETY: ifreq is plain old data; TUNGETIFF fills one.
+        let answer = unsafe {
+            let mut answer: libc::ifreq = mem::zeroed();
+            check(libc::ioctl(self.file.as_raw_fd(), TUNGETIFF, &mut answer)).map_err(|error| {
+                let name = super::process::describe(self.file.as_fd());
+                io::Error::new(error.kind(), format!("{name} is no TAP queue: {error}"))
+            })?;
+            answer
+        };
+        // SAFETY: TUNGETIFF has just set the flags; every bit pattern of them is valid.
+        let flags = i32::from(unsafe { answer.ifr_ifru.ifru_flags });
+        let name: Vec<u8> =
+            answer.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
+        self.identity.name = String::from_utf8_lossy(&name).into_owned();
+        self.identity.multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
+        let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if flags & wanted != wanted {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "{} was not opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR",
+                    self.identity.name
+                ),
+            ));
+        }
+        Ok(self)
+    }
+
+    /// Which device this queue belongs to.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn set(&self, code: libc::c_ulong, value: libc::c_int) -> io::Result<()> {
+        // SAFETY: the TUNSET* codes used here read one int.
+        unsafe { check(libc::ioctl(self.file.as_raw_fd(), code, &value))? };
+        Ok(())
+    }
+
+    /// Sets the length in bytes of the header before each frame, and its byte order to little
+    /// endian. Applies to the whole device.
+    pub fn set_header_length(&self, bytes: usize) -> io::Result<()> {
+        self.set(TUNSETVNETHDRSZ, bytes as libc::c_int)?;
+        self.set(TUNSETVNETLE, 1)
+    }
+
+    /// Tells the kernel which of [`offload`]'s the reader accepts. Applies to the whole device.
+    pub fn set_offload(&self, offloads: u32) -> io::Result<()> {
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        unsafe {
+            check(libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offloads)))?
+        };
+        Ok(())
+    }
+
+    /// Has the kernel steer frames to this queue, or none.
+    pub fn set_attached(&self, attached: bool) -> io::Result<()> {
+        let flag = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        // SAFETY: TUNSETQUEUE reads one ifreq, of which only the flags count.
+        unsafe {
+            let mut request: libc::ifreq = mem::zeroed();
+            request.ifr_ifru.ifru_flags = flag as libc::c_short;
+            check(libc::ioctl(self.file.as_raw_fd(), TUNSETQUEUE, &mut request))?;
+        }
+        Ok(())
+    }
+
+    /// Whether a write can be refused because too much is under way. Without a limit (the
+    /// kernel's default) a write to a TAP either succeeds or fails for good.
+    pub fn has_send_limit(&self) -> bool {
+        let mut limit: libc::c_int = 0;
+        // SAFETY: TUNGETSNDBUF writes one int.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNGETSNDBUF, &mut limit) };
+        result < 0 || limit != libc::c_int::MAX
+    }
+
+    /// The device's MTU in bytes.
+    pub fn mtu(&self) -> io::Result<u32> {
+        let mut request = request(&self.identity.name)?;
+        // SAFETY: SIOCGIFMTU reads and writes one ifreq, and sets its MTU.
+        unsafe {
+            check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCGIFMTU, &mut request))?;
+            Ok(request.ifr_ifru.ifru_mtu as u32)
+        }
+    }
+
+    /// Sets the device's MTU in bytes.
+    pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
+        let mut request = request(&self.identity.name)?;
+        request.ifr_ifru.ifru_mtu = mtu as libc::c_int;
+        // SAFETY: SIOCSIFMTU reads one ifreq.
+        unsafe {
+            check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCSIFMTU, &mut request))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the device up, as `ip link set NAME up` does.
+    pub fn set_up(&self) -> io::Result<()> {
+        let mut request = request(&self.identity.name)?;
+        let socket = control_socket()?;
+        // SAFETY: SIOCGIFFLAGS fills the flags of one ifreq, SIOCSIFFLAGS reads them.
+        unsafe {
+            check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request))?;
+            request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
+            check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &mut request))?;
+        }
+        Ok(())
+    }
+
+    /// Reads one frame, header first, into `window`. A result longer than the window means that
+    /// the frame was longer, and is lost.
+    ///
+    /// The kernel cuts a frame to the buffers it is given and says nothing, so one byte of our
+    /// own goes behind them.
+    ///
+    /// # Errors
+    /// `WouldBlock` if no frame waits; otherwise those of the device.
+    pub fn read(&self, window: &mut Vec<Segment<'_>>) -> io::Result<usize> {
+        let mut overflow = [0u8; 1];
+        // SAFETY: `overflow` outlives the segment, which is popped below.
+        window.push(unsafe { Segment::new(NonNull::from(&mut overflow).cast(), 1) });
+        // SAFETY: a Segment is an iovec over mapped guest memory, which its lifetime keeps
+        // mapped; the guest's memory may be written at any time by its own rules. The last
+        // segment is `overflow`, which lives to the end of this function, and leaves the window
+        // before that.
+        let read = unsafe {
+            libc::readv(self.file.as_raw_fd(), window.as_ptr().cast(), window.len() as libc::c_int)
+        };
+        window.pop();
+        if read < 0 { Err(io::Error::last_os_error()) } else { Ok(read as usize) }
+    }
+
+    /// Writes one frame, header first.
+    ///
+    /// # Errors
+    /// `WouldBlock` if a send limit is reached; otherwise those of the device.
+    pub fn write(&self, segments: &[Segment<'_>]) -> io::Result<usize> {
+        // SAFETY: as in `read`; the kernel only reads here.
+        let written = unsafe {
+            libc::writev(
+                self.file.as_raw_fd(),
+                segments.as_ptr().cast(),
+                segments.len() as libc::c_int,
+            )
+        };
+        if written < 0 { Err(io::Error::last_os_error()) } else { Ok(written as usize) }
+    }
+}
+
+impl AsFd for Queue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// A socket for the interface ioctls that do not go through the TAP's own descriptor.
+fn control_socket() -> io::Result<OwnedFd> {
+    // SAFETY: a fresh descriptor, owned from here on.
+    unsafe {
+        let fd = check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}

@@ -1,0 +1,465 @@
+//! `virtio_net_hdr` as a value: read once, checked, written (virtio 1.3, section 5.1.6).
+//!
+//! Invariant: no header that the guest wrote reaches the host. [`admit`] copies it, checks the
+//! copy against the frame and the negotiated features, and what is sent begins with the copy. For
+//! a frame to be segmented the copy goes on through the TCP or UDP header, so that the very
+//! headers that were checked are the ones the kernel segments by. The guest can rewrite its memory
+//! meanwhile and change nothing but its payload.
+
+use crate::counters::Drop;
+use crate::features::{HEADER_LENGTH, Offloads};
+use crate::guest::{Chain, Readable};
+
+const NEEDS_CSUM: u8 = 1;
+
+const GSO_NONE: u8 = 0;
+const GSO_TCPV4: u8 = 1;
+const GSO_TCPV6: u8 = 4;
+const GSO_UDP_L4: u8 = 5;
+const GSO_ECN: u8 = 0x80;
+
+const ETHERNET_LENGTH: usize = 14;
+const VLAN_TAG_LENGTH: usize = 4;
+/// Tags of one frame at the most: a provider's around a customer's.
+const VLAN_TAGS: usize = 2;
+/// Ethernet header and VLAN tags: what a frame has on top of its MTU.
+pub const LINK_OVERHEAD: usize = ETHERNET_LENGTH + VLAN_TAGS * VLAN_TAG_LENGTH;
+/// Longest frame of all, in bytes: the largest IP packet, which only exists unsegmented.
+pub const MAX_FRAME: usize = 65535 + LINK_OVERHEAD;
+
+/// Smallest segment that TCP or UDP may be cut into: Linux's TCP_MIN_GSO_SIZE. One byte a segment
+/// would make 65,000 packets of one frame.
+const MIN_SEGMENT: u16 = 8;
+/// `GSO_BY_FRAGS`, which has a meaning of its own inside Linux.
+const GSO_BY_FRAGS: u16 = 0xffff;
+/// Linux's UDP_MAX_SEGMENTS.
+const MAX_UDP_SEGMENTS: usize = 128;
+
+/// Bytes that [`admit`] copies of a frame to be segmented: room for the longest headers that it
+/// accepts (IPv4 and TCP, each with all options, behind two VLAN tags).
+const SEGMENTED_COPY: usize = LINK_OVERHEAD + 60 + 60;
+
+/// Start of a frame in memory of our own: what [`admit`] has checked.
+#[derive(Debug, Clone)]
+pub struct PrivateStart {
+    bytes: [u8; HEADER_LENGTH + SEGMENTED_COPY],
+    length: usize,
+}
+
+impl Default for PrivateStart {
+    fn default() -> Self {
+        PrivateStart { bytes: [0; HEADER_LENGTH + SEGMENTED_COPY], length: 0 }
+    }
+}
+
+impl PrivateStart {
+    /// The checked bytes, virtio header first: they replace as many at the chain's start.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+}
+
+/// The header's fields.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct VnetHeader {
+    /// `VIRTIO_NET_HDR_F_*`.
+    pub flags: u8,
+    /// `VIRTIO_NET_HDR_GSO_*`.
+    pub gso_type: u8,
+    /// Length of the headers in bytes: a hint.
+    pub hdr_len: u16,
+    /// Payload bytes of each segment.
+    pub gso_size: u16,
+    /// Where checksumming starts, counted from the start of the frame.
+    pub csum_start: u16,
+    /// Where the checksum goes, counted from `csum_start`.
+    pub csum_offset: u16,
+}
+
+impl VnetHeader {
+    /// Reads the fields from the first ten bytes.
+    #[inline]
+    pub fn parse(bytes: &[u8; 10]) -> Self {
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        VnetHeader {
+            flags: bytes[0],
+            gso_type: bytes[1],
+            hdr_len: u16_at(2),
+            gso_size: u16_at(4),
+            csum_start: u16_at(6),
+            csum_offset: u16_at(8),
+        }
+    }
+
+    /// The header as it goes before a frame; `num_buffers` is 0, as a driver must send it.
+    #[inline]
+    pub fn to_bytes(self) -> [u8; HEADER_LENGTH] {
+        let mut bytes = [0; HEADER_LENGTH];
+        bytes[0] = self.flags;
+        bytes[1] = self.gso_type;
+        bytes[2..4].copy_from_slice(&self.hdr_len.to_le_bytes());
+        bytes[4..6].copy_from_slice(&self.gso_size.to_le_bytes());
+        bytes[6..8].copy_from_slice(&self.csum_start.to_le_bytes());
+        bytes[8..10].copy_from_slice(&self.csum_offset.to_le_bytes());
+        bytes
+    }
+
+    /// Whether the reader has to complete a checksum.
+    pub fn needs_checksum(&self) -> bool {
+        self.flags & NEEDS_CSUM != 0
+    }
+
+    /// Whether a frame with this header may be given to someone who accepts `offloads`.
+    #[inline]
+    pub fn accepted_by(&self, offloads: &Offloads) -> bool {
+        let segmentation = match self.gso_type & !GSO_ECN {
+            GSO_NONE => true,
+            GSO_TCPV4 => offloads.tcp4,
+            GSO_TCPV6 => offloads.tcp6,
+            GSO_UDP_L4 => offloads.udp4 || offloads.udp6,
+            _ => false,
+        };
+        segmentation
+            && (self.gso_type & GSO_ECN == 0 || offloads.ecn)
+            && (!self.needs_checksum() || offloads.checksum)
+    }
+}
+
+/// What a frame from the guest may be.
+#[derive(Debug, Clone, Copy)]
+pub struct Admission {
+    /// Length in bytes of the header that was negotiated.
+    pub header_length: usize,
+    /// What the guest may leave to the host.
+    pub offloads: Offloads,
+    /// Longest frame in bytes that is not to be segmented: MTU and [`LINK_OVERHEAD`].
+    pub max_frame: usize,
+}
+
+/// Checks a frame from the guest, and puts the start that is to be sent in its stead into `start`.
+///
+/// # Errors
+/// Why the frame must be dropped.
+#[inline]
+pub fn admit(
+    chain: &Chain<'_, Readable>,
+    admission: &Admission,
+    start: &mut PrivateStart,
+) -> Result<(), Drop> {
+    let header_length = admission.header_length;
+    let Some(frame_length) = chain.len().checked_sub(header_length) else {
+        return Err(Drop::TooShort);
+    };
+    if frame_length < ETHERNET_LENGTH {
+        return Err(Drop::TooShort);
+    }
+    chain.read_start(&mut start.bytes[..header_length]);
+    let first: &[u8; 10] = start.bytes.first_chunk().expect("the header has at least 10 bytes");
+    let header = VnetHeader::parse(first);
+    let mut copied = header_length;
+    let checked = if header.gso_type == GSO_NONE {
+        if frame_length > admission.max_frame {
+            return Err(Drop::TooLong);
+        }
+        check_plain(&header, frame_length, &admission.offloads)?
+    } else {
+        if frame_length > MAX_FRAME {
+            return Err(Drop::TooLong);
+        }
+        copied = chain.read_start(&mut start.bytes);
+        // The header was read once already: only that copy counts.
+        check_segmented(
+            &header,
+            &start.bytes[header_length..copied],
+            frame_length,
+            &admission.offloads,
+        )?
+    };
+    start.bytes[..header_length].copy_from_slice(&checked.to_bytes()[..header_length]);
+    start.length = copied;
+    Ok(())
+}
+
+/// A frame that is sent as it is, maybe with its checksum completed.
+#[inline]
+fn check_plain(
+    header: &VnetHeader,
+    frame_length: usize,
+    offloads: &Offloads,
+) -> Result<VnetHeader, Drop> {
+    if !header.needs_checksum() {
+        // Flags that only a device may set mean nothing here; nor do the other fields.
+        return Ok(VnetHeader::default());
+    }
+    check_checksum(header, frame_length, offloads)?;
+    Ok(VnetHeader {
+        flags: NEEDS_CSUM,
+        csum_start: header.csum_start,
+        csum_offset: header.csum_offset,
+        ..VnetHeader::default()
+    })
+}
+
+#[inline]
+fn check_checksum(
+    header: &VnetHeader,
+    frame_length: usize,
+    offloads: &Offloads,
+) -> Result<(), Drop> {
+    let (start, offset) = (usize::from(header.csum_start), usize::from(header.csum_offset));
+    let sound = offloads.checksum
+        && start >= ETHERNET_LENGTH
+        && start.is_multiple_of(2)
+        && offset.is_multiple_of(2)
+        && start + offset + 2 <= frame_length
+        && usize::from(header.hdr_len) <= frame_length;
+    if sound { Ok(()) } else { Err(Drop::BadHeader) }
+}
+
+/// A frame that the host is to segment: `copy` is its start.
+fn check_segmented(
+    header: &VnetHeader,
+    copy: &[u8],
+    frame_length: usize,
+    offloads: &Offloads,
+) -> Result<VnetHeader, Drop> {
+    if !header.needs_checksum()
+        || !header.accepted_by(offloads)
+        || header.gso_size < MIN_SEGMENT
+        || header.gso_size == GSO_BY_FRAGS
+    {
+        return Err(Drop::BadHeader);
+    }
+    check_checksum(header, frame_length, offloads)?;
+    let headers = Headers::parse(copy).ok_or(Drop::BadHeader)?;
+    let transport = headers.transport;
+    let (protocol, checksum_at, version) = match header.gso_type {
+        GSO_UDP_L4 => (libc::IPPROTO_UDP, 6, None),
+        other => match other & !GSO_ECN {
+            GSO_TCPV4 => (libc::IPPROTO_TCP, 16, Some(4)),
+            GSO_TCPV6 => (libc::IPPROTO_TCP, 16, Some(6)),
+            _ => return Err(Drop::BadHeader),
+        },
+    };
+    if version.is_some_and(|version| version != headers.version)
+        || i32::from(headers.protocol) != protocol
+        || usize::from(header.csum_start) != transport
+        || header.csum_offset != checksum_at
+    {
+        return Err(Drop::BadHeader);
+    }
+    let tcp = protocol == libc::IPPROTO_TCP;
+    let transport_length = if tcp {
+        let length = usize::from(copy.get(transport + 12).ok_or(Drop::BadHeader)? >> 4) * 4;
+        if length < 20 {
+            return Err(Drop::BadHeader);
+        }
+        length
+    } else {
+        8
+    };
+    let header_end = transport + transport_length;
+    // All of the headers must be in the copy, or the guest could still change them.
+    if header_end > copy.len() {
+        return Err(Drop::BadHeader);
+    }
+    let segments = (frame_length - header_end).div_ceil(usize::from(header.gso_size));
+    if !tcp && segments > MAX_UDP_SEGMENTS {
+        return Err(Drop::BadHeader);
+    }
+    Ok(VnetHeader {
+        flags: NEEDS_CSUM,
+        gso_type: header.gso_type,
+        hdr_len: header_end as u16,
+        gso_size: header.gso_size,
+        csum_start: header.csum_start,
+        csum_offset: header.csum_offset,
+    })
+}
+
+/// What segmentation needs to know of a frame's headers.
+struct Headers {
+    version: u8,
+    /// IP protocol of the transport header.
+    protocol: u8,
+    /// Offset of the transport header in the frame.
+    transport: usize,
+}
+
+impl Headers {
+    /// Reads Ethernet, VLAN tags and IP; nothing if they are malformed or reach beyond `frame`.
+    fn parse(frame: &[u8]) -> Option<Self> {
+        const IPV4: u16 = 0x0800;
+        const IPV6: u16 = 0x86dd;
+        const VLAN: [u16; 2] = [0x8100, 0x88a8];
+        let u16_at = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
+        let mut at = 12;
+        let mut ethertype = u16_at(at)?;
+        for _ in 0..VLAN_TAGS {
+            if VLAN.contains(&ethertype) {
+                at += VLAN_TAG_LENGTH;
+                ethertype = u16_at(at)?;
+            }
+        }
+        let network = at + 2;
+        let first = *frame.get(network)?;
+        match (ethertype, first >> 4) {
+            (IPV4, 4) if first & 0xf >= 5 => Some(Headers {
+                version: 4,
+                protocol: *frame.get(network + 9)?,
+                transport: network + usize::from(first & 0xf) * 4,
+            }),
+            (IPV6, 6) => {
+                let (protocol, transport) = skip_extensions(frame, network)?;
+                Some(Headers { version: 6, protocol, transport })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Walks over IPv6 extension headers that may stand before a transport header (RFC 8200,
+/// section 4.1); returns the transport protocol and where its header starts.
+fn skip_extensions(frame: &[u8], network: usize) -> Option<(u8, usize)> {
+    const EXTENSIONS: [i32; 3] =
+        [libc::IPPROTO_HOPOPTS, libc::IPPROTO_ROUTING, libc::IPPROTO_DSTOPTS];
+    let mut next = *frame.get(network + 6)?;
+    let mut at = network + 40;
+    while EXTENSIONS.contains(&i32::from(next)) {
+        next = *frame.get(at)?;
+        at += (usize::from(*frame.get(at + 1)?) + 1) * 8;
+    }
+    Some((next, at))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Offloads =
+        Offloads { checksum: true, tcp4: true, tcp6: true, ecn: true, udp4: true, udp6: true };
+
+    fn tcp4() -> (VnetHeader, Vec<u8>) {
+        let mut frame = vec![0; 142];
+        frame[12..14].copy_from_slice(&[8, 0]);
+        frame[14] = 0x45;
+        frame[23] = 6;
+        frame[46] = 0x80;
+        let header = VnetHeader {
+            flags: NEEDS_CSUM,
+            gso_type: GSO_TCPV4,
+            hdr_len: 66,
+            gso_size: 1448,
+            csum_start: 34,
+            csum_offset: 16,
+        };
+        (header, frame)
+    }
+
+    fn check(header: VnetHeader, frame: &[u8]) -> Result<VnetHeader, Drop> {
+        check_segmented(&header, frame, 64_000, &ALL)
+    }
+
+    #[test]
+    fn a_tcp_frame_is_admitted_with_its_header_length_recalculated() {
+        let (header, frame) = tcp4();
+        let lie = VnetHeader { hdr_len: 0, ..header };
+        assert_eq!(check(lie, &frame), Ok(header));
+    }
+
+    #[test]
+    fn every_field_that_contradicts_the_frame_is_refused() {
+        let (good, frame) = tcp4();
+        let wrong = [
+            VnetHeader { gso_size: 0, ..good },
+            VnetHeader { gso_size: 1, ..good },
+            VnetHeader { gso_size: 65535, ..good },
+            VnetHeader { hdr_len: 64_001, ..good },
+            VnetHeader { flags: 0, ..good },
+            VnetHeader { gso_type: GSO_TCPV6, ..good },
+            VnetHeader { gso_type: GSO_UDP_L4, ..good },
+            VnetHeader { gso_type: 2, ..good },
+            VnetHeader { gso_type: 3, ..good },
+            VnetHeader { gso_type: 0x41, ..good },
+            VnetHeader { gso_type: GSO_ECN, ..good },
+            VnetHeader { csum_start: 33, ..good },
+            VnetHeader { csum_start: 12, ..good },
+            VnetHeader { csum_start: 36, ..good },
+            VnetHeader { csum_offset: 6, ..good },
+            VnetHeader { csum_offset: 65534, ..good },
+        ];
+        for header in wrong {
+            assert_eq!(check(header, &frame), Err(Drop::BadHeader), "{header:?}");
+        }
+    }
+
+    #[test]
+    fn malformed_ip_and_tcp_headers_are_refused() {
+        for (at, value) in [(12, 9), (14, 0x44), (14, 0x65), (23, 17), (46, 0x40)] {
+            let (header, mut frame) = tcp4();
+            frame[at] = value;
+            assert_eq!(check(header, &frame), Err(Drop::BadHeader), "byte {at} = {value:#x}");
+        }
+        let (header, frame) = tcp4();
+        assert_eq!(check(header, &frame[..60]), Err(Drop::BadHeader));
+    }
+
+    #[test]
+    fn vlan_tags_move_the_headers() {
+        let (header, mut frame) = tcp4();
+        frame.splice(12..12, [0x81, 0, 0, 7]);
+        assert_eq!(check(header, &frame), Err(Drop::BadHeader));
+        let moved = VnetHeader { csum_start: 38, ..header };
+        assert!(check(moved, &frame).is_ok());
+    }
+
+    #[test]
+    fn ipv6_extension_headers_are_walked() {
+        let mut frame = vec![0; 142];
+        frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+        frame[14] = 0x60;
+        frame[20] = 0;
+        frame[54] = 6;
+        frame[55] = 1;
+        frame[70 + 12] = 0x50;
+        let (header, _) = tcp4();
+        let header = VnetHeader { gso_type: GSO_TCPV6, csum_start: 70, ..header };
+        assert_eq!(check(header, &frame).unwrap().hdr_len, 90);
+        frame[55] = 255;
+        assert_eq!(check(header, &frame), Err(Drop::BadHeader));
+    }
+
+    #[test]
+    fn udp_may_be_cut_into_128_segments_at_the_most() {
+        let (header, mut frame) = tcp4();
+        frame[23] = 17;
+        let header = VnetHeader { gso_type: GSO_UDP_L4, csum_offset: 6, gso_size: 512, ..header };
+        assert!(check(header, &frame).is_ok());
+        assert_eq!(check(VnetHeader { gso_size: 256, ..header }, &frame), Err(Drop::BadHeader));
+    }
+
+    #[test]
+    fn a_plain_frame_loses_what_a_driver_may_not_set() {
+        let noise = VnetHeader {
+            flags: 0xfe,
+            hdr_len: 9,
+            gso_size: 9,
+            csum_start: 9,
+            ..VnetHeader::default()
+        };
+        assert_eq!(check_plain(&noise, 60, &ALL), Ok(VnetHeader::default()));
+    }
+
+    #[test]
+    fn checksums_must_lie_inside_the_frame_and_be_negotiated() {
+        let header = VnetHeader {
+            flags: NEEDS_CSUM,
+            csum_start: 34,
+            csum_offset: 16,
+            ..VnetHeader::default()
+        };
+        assert_eq!(check_plain(&header, 60, &ALL), Ok(header));
+        assert_eq!(check_plain(&header, 51, &ALL), Err(Drop::BadHeader));
+        assert_eq!(check_plain(&header, 60, &Offloads::default()), Err(Drop::BadHeader));
+    }
+}

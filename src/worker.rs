@@ -1,0 +1,236 @@
+//! The story, running: one thread per queue pair, asleep while there is nothing to do.
+//!
+//! Invariant: rings, chains and the port's session live on the worker's stack and end with the
+//! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more.
+
+mod session;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use log::warn;
+
+use crate::counters::PairCounters;
+use crate::features::Negotiated;
+use crate::guest::{GuestMemory, RingLayout};
+use crate::port::HostQueue;
+use crate::sys::eventfd::{ForeignEventFd, Waker};
+use crate::sys::process::{Interruptible, pin_this_thread};
+
+/// How long a worker may take to end its session before the system call that it is in is
+/// interrupted.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// One ring of a session.
+#[derive(Debug, Clone)]
+pub struct Ring {
+    /// Where it lies.
+    pub layout: RingLayout,
+    /// Where the frontend thinks it stands. The used index in guest memory counts.
+    pub base: u16,
+    /// Whether its frames are to be moved. A tx ring that is not enabled is drained, an rx ring
+    /// that is not enabled is left alone.
+    pub enabled: bool,
+    /// Tells us that the driver has made something available; without one the ring is polled
+    /// at each wake-up only.
+    pub kick: Option<Arc<ForeignEventFd>>,
+    /// Interrupts the driver; without one it gets no interrupts.
+    pub call: Option<Arc<ForeignEventFd>>,
+    /// Tells the frontend that the ring has stopped for a fault.
+    pub error: Option<Arc<ForeignEventFd>>,
+}
+
+/// What a worker serves until it is told to end: one memory table, one feature set, running rings.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// The guest's memory.
+    pub memory: Arc<GuestMemory>,
+    /// The features agreed on.
+    pub negotiated: Negotiated,
+    /// MTU in bytes.
+    pub mtu: u16,
+    /// The ring for frames to the guest.
+    pub rx: Option<Ring>,
+    /// The ring for frames from the guest.
+    pub tx: Option<Ring>,
+}
+
+/// How a session ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// First chain of the rx ring that was not finished, if the ring ran.
+    pub rx: Option<u16>,
+    /// First chain of the tx ring that was not finished, if the ring ran.
+    pub tx: Option<u16>,
+    /// Why the rings had stopped before, if they had.
+    pub fault: Option<String>,
+}
+
+/// Settings of a worker that do not change while the daemon runs.
+#[derive(Debug, Clone, Default)]
+pub struct WorkerOptions {
+    /// Port and queue pair, for messages.
+    pub name: String,
+    /// Processor to run on.
+    pub cpu: Option<usize>,
+    /// How long to look for work before going to sleep.
+    pub busy_poll: Duration,
+}
+
+impl Mailbox {
+    fn has_command(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0
+    }
+}
+
+/// What the control thread asks of a worker.
+enum Command {
+    Begin(Session),
+    End,
+}
+
+/// Shared with the thread: what it must notice while it is busy or asleep.
+#[derive(Debug)]
+struct Mailbox {
+    /// Commands that wait. The sender counts up before it wakes the thread, so a thread that has
+    /// cleared its waker and then reads 0 here has missed nothing.
+    waiting: AtomicUsize,
+    /// Ends the thread's sleep.
+    wake: Waker,
+}
+
+/// A queue pair's thread, as the control thread sees it.
+#[derive(Debug)]
+pub struct Worker {
+    commands: Sender<Command>,
+    replies: Receiver<Ended>,
+    mailbox: Arc<Mailbox>,
+    thread: Option<JoinHandle<()>>,
+    interruptible: Interruptible,
+    counters: Arc<PairCounters>,
+    running: bool,
+}
+
+impl Worker {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// No thread or event descriptor to be had, or no such processor.
+    pub fn start(host: HostQueue, options: WorkerOptions) -> io::Result<Self> {
+        let (commands, inbox) = channel();
+        let (outbox, replies) = channel();
+        let (started, ready) = channel();
+        let mailbox = Arc::new(Mailbox { waiting: AtomicUsize::new(0), wake: Waker::new()? });
+        let counters = Arc::new(PairCounters::default());
+        let (its_mailbox, its_counters) = (mailbox.clone(), counters.clone());
+        let thread = thread::Builder::new().name(options.name.clone()).spawn(move || {
+            let prepared = options.cpu.map_or(Ok(()), |cpu| {
+                pin_this_thread(cpu).map_err(|error| {
+                    io::Error::new(error.kind(), format!("run on processor {cpu}: {error}"))
+                })
+            });
+            let prepared = prepared.and_then(|()| Interruptible::this_thread());
+            let failed = prepared.is_err();
+            if started.send(prepared).is_ok() && !failed {
+                run(host, &options, &its_mailbox, &its_counters, &inbox, &outbox);
+            }
+        })?;
+        let interruptible = ready.recv().map_err(io::Error::other)??;
+        Ok(Worker {
+            commands,
+            replies,
+            mailbox,
+            thread: Some(thread),
+            interruptible,
+            counters,
+            running: false,
+        })
+    }
+
+    /// What the worker has counted so far.
+    pub fn counters(&self) -> &Arc<PairCounters> {
+        &self.counters
+    }
+
+    /// Begins a session.
+    ///
+    /// # Panics
+    /// If one is running: it must be ended first.
+    pub fn begin(&mut self, session: Session) {
+        assert!(!self.running, "a worker serves one session at a time");
+        self.running = true;
+        self.send(Command::Begin(session));
+    }
+
+    /// Ends the session, if one is running. When this returns, each of its chains has been retired
+    /// or taken back, and its memory is touched no more.
+    pub fn end(&mut self) -> Ended {
+        if !self.running {
+            return Ended::default();
+        }
+        self.running = false;
+        self.send(Command::End);
+        loop {
+            match self.replies.recv_timeout(PATIENCE) {
+                Ok(ended) => return ended,
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Some(thread) = &self.thread {
+                        self.interruptible.interrupt(thread);
+                    }
+                }
+                // The thread has panicked: it holds nothing any more.
+                Err(RecvTimeoutError::Disconnected) => return Ended::default(),
+            }
+        }
+    }
+
+    fn send(&self, command: Command) {
+        if self.commands.send(command).is_err() {
+            warn!("a worker thread has ended; its queue pair is dead until the daemon restarts");
+        }
+        self.mailbox.waiting.fetch_add(1, Ordering::Release);
+        self.mailbox.wake.wake();
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.end();
+        // A closed channel ends the thread.
+        let (closed, _) = channel();
+        self.commands = closed;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The thread: serves one session after the other until the channel closes.
+fn run(
+    mut host: HostQueue,
+    options: &WorkerOptions,
+    mailbox: &Mailbox,
+    counters: &PairCounters,
+    inbox: &Receiver<Command>,
+    outbox: &Sender<Ended>,
+) {
+    let mut ended = Ended::default();
+    while let Ok(command) = inbox.recv() {
+        mailbox.waiting.fetch_sub(1, Ordering::Relaxed);
+        mailbox.wake.clear();
+        match command {
+            Command::Begin(session) => {
+                ended = session::serve(&mut host, &session, options, mailbox, counters);
+            }
+            Command::End => {
+                if outbox.send(std::mem::take(&mut ended)).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! A session of a worker: turns, and the sleep between them.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use log::{debug, info, warn};
+
+use super::{Ended, Mailbox, Ring, Session, WorkerOptions};
+use crate::counters::{DirectionCounters, Drop, PairCounters};
+use crate::event::{Interest, Poller};
+use crate::guest::{Budget, Burst, Direction, Fault, Published, Readable, Virtqueue, Writable};
+use crate::port::{Finished, HostQueue, Outcome, Port, Readiness};
+
+/// What one turn takes from the tx ring.
+const TX_BUDGET: Budget = Budget { chains: 64, bytes: 512 << 10 };
+/// What one turn takes from the rx ring: empty buffers cost nothing but the walk.
+const RX_BUDGET: Budget = Budget { chains: 64, bytes: usize::MAX };
+/// How often a ring without a kick descriptor is looked at while its worker is idle.
+const POLL: Duration = Duration::from_millis(1);
+/// How long a worker whose waiting failed does nothing, so that it does not spin.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// What wakes a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wake {
+    Command,
+    RxKick,
+    TxKick,
+    Port,
+}
+
+/// One direction of the pair: its ring, and what was popped from it and not yet lent.
+struct Side<'s, D: Direction> {
+    ring: &'s Ring,
+    queue: Virtqueue<'s, D>,
+    burst: Burst<'s, D>,
+    counters: &'s DirectionCounters,
+}
+
+impl<'s, D: Direction> Side<'s, D> {
+    fn start(
+        name: &str,
+        session: &'s Session,
+        ring: &'s Option<Ring>,
+        counters: &'s DirectionCounters,
+    ) -> Result<Option<Self>, Fault> {
+        let Some(ring) = ring else { return Ok(None) };
+        let notification = session.negotiated.notification();
+        let queue = Virtqueue::start(&session.memory, ring.layout, notification)?;
+        let used = queue.next_used();
+        if used != ring.base {
+            // cloud-hypervisor counts by the avail index, which would skip chains in flight.
+            info!(
+                "{name}: ring base {} differs from the used index, resuming at {used}",
+                ring.base
+            );
+        }
+        Ok(Some(Side { ring, queue, burst: Burst::new(), counters }))
+    }
+
+    /// Shows the driver what was retired, and calls it if it asked for that.
+    fn publish(&mut self) {
+        match (self.queue.publish(), &self.ring.call) {
+            (Published::Nothing, _) => {}
+            (Published::Call, Some(call)) => {
+                // A full counter means that an interrupt is pending anyway.
+                let _ = call.signal();
+                self.counters.calls.add(1);
+            }
+            (Published::Call | Published::Quietly, _) => self.counters.calls_suppressed.add(1),
+        }
+    }
+}
+
+/// Everything of a running session.
+struct Serving<'s> {
+    rx: Option<Side<'s, Writable>>,
+    tx: Option<Side<'s, Readable>>,
+    port: Box<dyn Port<'s> + 's>,
+    finished: Finished<'s>,
+    counters: &'s PairCounters,
+    header_length: usize,
+}
+
+/// Serves a session until a command waits.
+pub(super) fn serve(
+    host: &mut HostQueue,
+    session: &Session,
+    options: &WorkerOptions,
+    mailbox: &Mailbox,
+    counters: &PairCounters,
+) -> Ended {
+    let receives = session.rx.as_ref().is_some_and(|ring| ring.enabled);
+    let sides = Side::start(&options.name, session, &session.rx, &counters.rx)
+        .and_then(|rx| Ok((rx, Side::start(&options.name, session, &session.tx, &counters.tx)?)));
+    let (rx, tx) = match sides {
+        Ok(sides) => sides,
+        Err(fault) => return stopped(session, options, &fault, Ended::default()),
+    };
+    let port = host.session(&session.negotiated, session.mtu, receives);
+    let header_length = session.negotiated.header_length();
+    let mut serving =
+        Serving { rx, tx, port, finished: Finished::default(), counters, header_length };
+    let result = serving.turn_until_command(options, mailbox);
+    serving.surrender();
+    let ended = Ended {
+        rx: serving.rx.as_ref().map(|side| side.queue.next_used()),
+        tx: serving.tx.as_ref().map(|side| side.queue.next_used()),
+        fault: None,
+    };
+    match result {
+        Ok(()) => ended,
+        Err(fault) => stopped(session, options, &fault, ended),
+    }
+}
+
+/// The guest broke its rings: says so in the log and to the frontend.
+fn stopped(session: &Session, options: &WorkerOptions, fault: &Fault, ended: Ended) -> Ended {
+    warn!("{}: stopped until the guest resets: {fault}", options.name);
+    for ring in [&session.rx, &session.tx].into_iter().flatten() {
+        if let Some(error) = &ring.error {
+            let _ = error.signal();
+        }
+    }
+    Ended { fault: Some(fault.to_string()), ..ended }
+}
+
+impl Serving<'_> {
+    /// Turns while something moves; else arms the rings, looks once more, and sleeps.
+    fn turn_until_command(
+        &mut self,
+        options: &WorkerOptions,
+        mailbox: &Mailbox,
+    ) -> Result<(), Fault> {
+        let mut sleeper = match Sleeper::new(self, mailbox) {
+            Ok(sleeper) => sleeper,
+            Err(error) => {
+                warn!("{}: can't wait for its descriptors: {error}", options.name);
+                return Ok(());
+            }
+        };
+        while !mailbox.has_command() {
+            if self.turn()? || self.busy_poll(options.busy_poll, mailbox)? || self.arm()? {
+                continue;
+            }
+            self.counters.sleeps.add(1);
+            let woken = sleeper.sleep(&self.port.readiness()).unwrap_or_else(|error| {
+                debug!("{}: waiting failed: {error}", options.name);
+                std::thread::sleep(PAUSE);
+                Woken::default()
+            });
+            self.note(woken);
+        }
+        Ok(())
+    }
+
+    /// One turn: lends, reaps, retires, publishes. Says whether anything moved.
+    fn turn(&mut self) -> Result<bool, Fault> {
+        let mut moved = false;
+        if let Some(tx) = &mut self.tx {
+            if tx.burst.is_empty() {
+                tx.queue.pop(&mut tx.burst, TX_BUDGET)?;
+            }
+            if !tx.burst.is_empty() {
+                tx.queue.disarm();
+                if tx.ring.enabled {
+                    self.port.transmit(&mut tx.burst);
+                } else {
+                    let dropped = Outcome::Dropped(Drop::Disabled);
+                    self.finished.tx.extend(tx.burst.drain(..).map(|chain| (chain, dropped)));
+                }
+            }
+        }
+        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.ring.enabled) {
+            if rx.burst.is_empty() {
+                moved |= rx.queue.pop(&mut rx.burst, RX_BUDGET)? > 0;
+            }
+            if !rx.burst.is_empty() {
+                rx.queue.disarm();
+                self.port.post(&mut rx.burst);
+            }
+        }
+        self.port.reap(&mut self.finished);
+        moved |= self.retire();
+        if moved {
+            self.counters.turns.add(1);
+        }
+        Ok(moved)
+    }
+
+    /// Writes used entries for everything that has finished, and publishes each ring once.
+    fn retire(&mut self) -> bool {
+        let finished = &mut self.finished;
+        let mut moved = false;
+        if let Some(tx) = self.tx.as_mut().filter(|_| !finished.tx.is_empty()) {
+            moved = true;
+            let (mut frames, mut bytes) = (0, 0);
+            for (chain, outcome) in finished.tx.drain(..) {
+                match outcome {
+                    Outcome::Sent => {
+                        frames += 1;
+                        bytes += (chain.len() - self.header_length) as u64;
+                    }
+                    Outcome::Dropped(reason) => tx.counters.dropped(reason),
+                }
+                tx.queue.retire(chain, 0);
+            }
+            tx.counters.frames.add(frames);
+            tx.counters.bytes.add(bytes);
+            tx.publish();
+        }
+        if let Some(rx) = self.rx.as_mut().filter(|_| !finished.rx.is_empty()) {
+            moved = true;
+            for (chain, written) in finished.rx.drain(..) {
+                rx.queue.retire(chain, written);
+            }
+            rx.counters.frames.add(std::mem::take(&mut finished.rx_frames));
+            rx.counters.bytes.add(std::mem::take(&mut finished.rx_bytes));
+            rx.publish();
+        }
+        for reason in finished.rx_dropped.drain(..) {
+            moved = true;
+            self.counters.rx.dropped(reason);
+        }
+        moved
+    }
+
+    /// Turns for a while in which nothing may move; says whether something did.
+    fn busy_poll(&mut self, time: Duration, mailbox: &Mailbox) -> Result<bool, Fault> {
+        if time.is_zero() {
+            return Ok(false);
+        }
+        let end = Instant::now() + time;
+        while Instant::now() < end && !mailbox.has_command() {
+            self.port.woken(true);
+            if self.turn()? {
+                return Ok(true);
+            }
+            std::hint::spin_loop();
+        }
+        self.port.woken(false);
+        Ok(false)
+    }
+
+    /// Asks the driver for kicks where they are of use; says whether it has been faster.
+    ///
+    /// A ring whose burst waits for the port needs none: the port's readiness wakes the worker.
+    /// Nor does the rx ring while the port has buffers enough.
+    fn arm(&mut self) -> Result<bool, Fault> {
+        let starved = self.port.readiness().starved;
+        let mut more = false;
+        if let Some(tx) = self.tx.as_mut().filter(|tx| tx.burst.is_empty()) {
+            more |= tx.queue.arm()?;
+        }
+        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.ring.enabled && rx.burst.is_empty()) {
+            if starved {
+                self.counters.starved.add(1);
+                more |= rx.queue.arm()?;
+            }
+        }
+        Ok(more)
+    }
+
+    fn note(&mut self, woken: Woken) {
+        if woken.rx {
+            self.counters.rx.kicks.add(1);
+        }
+        if woken.tx {
+            self.counters.tx.kicks.add(1);
+        }
+        self.port.woken(woken.port);
+    }
+
+    /// Ends the host side; what was not used goes back, what was is shown to the driver.
+    fn surrender(&mut self) {
+        self.port.recall(&mut self.finished);
+        self.retire();
+        let (unused_tx, unused_rx) = (
+            std::mem::take(&mut self.finished.unused_tx),
+            std::mem::take(&mut self.finished.unused_rx),
+        );
+        if let Some(tx) = &mut self.tx {
+            for chain in unused_tx.into_iter().chain(tx.burst.drain(..)) {
+                tx.queue.take_back(chain);
+            }
+        }
+        if let Some(rx) = &mut self.rx {
+            for chain in unused_rx.into_iter().chain(rx.burst.drain(..)) {
+                rx.queue.take_back(chain);
+            }
+        }
+    }
+}
+
+/// What a sleep was ended by.
+#[derive(Debug, Default, Clone, Copy)]
+struct Woken {
+    rx: bool,
+    tx: bool,
+    port: bool,
+}
+
+/// The descriptors that a session waits on.
+struct Sleeper {
+    poller: Poller<Wake>,
+    /// The port's descriptor as it is registered now, and what for.
+    port: Option<(RawFd, Interest)>,
+    /// How long to sleep at the most, where a driver was given no way to kick.
+    polling: Option<Duration>,
+}
+
+impl Sleeper {
+    fn new(serving: &Serving<'_>, mailbox: &Mailbox) -> io::Result<Self> {
+        let mut poller = Poller::new()?;
+        poller.add(&mailbox.wake, Interest::Read, Wake::Command)?;
+        let kicks = [
+            (serving.rx.as_ref().map(|side| side.ring), Wake::RxKick),
+            (serving.tx.as_ref().map(|side| side.ring), Wake::TxKick),
+        ];
+        let mut polling = None;
+        for (ring, wake) in kicks {
+            let Some(ring) = ring else { continue };
+            let Some(kick) = &ring.kick else {
+                polling = Some(POLL);
+                continue;
+            };
+            match poller.add(kick.as_fd(), Interest::Edge, wake) {
+                // One eventfd for both rings wakes the worker just the same.
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+                other => other?,
+            }
+        }
+        Ok(Sleeper { poller, port: None, polling })
+    }
+
+    /// Sleeps until something of `readiness` or of the session's descriptors happens.
+    fn sleep(&mut self, readiness: &Readiness<'_>) -> io::Result<Woken> {
+        self.watch_port(readiness)?;
+        let mut woken = Woken::default();
+        let timeout = readiness.timeout.into_iter().chain(self.polling).min();
+        self.poller.wait(timeout, |wake| match wake {
+            Wake::Command => {}
+            Wake::RxKick => woken.rx = true,
+            Wake::TxKick => woken.tx = true,
+            Wake::Port => woken.port = true,
+        })?;
+        Ok(woken)
+    }
+
+    /// Has the port's descriptor watched for what the port wants now.
+    fn watch_port(&mut self, readiness: &Readiness<'_>) -> io::Result<()> {
+        let interest = match (readiness.read, readiness.write) {
+            (true, true) => Some(Interest::ReadWrite),
+            (true, false) => Some(Interest::Read),
+            (false, true) => Some(Interest::Write),
+            (false, false) => None,
+        };
+        let wanted = readiness.fd.zip(interest).map(|(fd, interest)| (fd.as_raw_fd(), interest));
+        if self.port == wanted {
+            return Ok(());
+        }
+        match (self.port, readiness.fd.zip(interest)) {
+            (Some((before, _)), Some((fd, interest))) if before == fd.as_raw_fd() => {
+                self.poller.modify(Wake::Port, interest)?;
+            }
+            (before, now) => {
+                if before.is_some() {
+                    self.poller.remove(Wake::Port)?;
+                }
+                if let Some((fd, interest)) = now {
+                    self.poller.add(fd, interest, Wake::Port)?;
+                }
+            }
+        }
+        self.port = wanted;
+        Ok(())
+    }
+}
