@@ -16,7 +16,7 @@ use crate::port::HostQueue;
 use crate::port::tap::TapQueue;
 use crate::protocol::{Connection, Event, Message, Reply};
 use crate::sys::process::{TerminationSignals, inherit};
-use crate::sys::tap::{Existing, Queue, existing};
+use crate::sys::tap::{Queue, device_exists};
 use crate::worker::{Worker, WorkerOptions};
 
 /// Messages handled before other descriptors are looked at again.
@@ -124,41 +124,53 @@ fn open_host(config: &Config) -> Result<(String, Vec<HostQueue>), StartError> {
     Ok((name, queues))
 }
 
-/// Opens `pairs` queues of the TAP `name`.
+/// Opens `pairs` queues of the TAP `name`, which is made if it is missing.
 fn open_tap(name: &str, pairs: u16) -> Result<Vec<Queue>, StartError> {
     let several = if pairs > 1 { " multi_queue" } else { "" };
     let make = format!("ip tuntap add dev {name} mode tap vnet_hdr{several}");
-    let (multi_queue, is_new) = match existing(name) {
-        Existing::Missing => (pairs > 1, true),
-        Existing::Tap { multi_queue: false } if pairs > 1 => {
-            return Err(StartError::new(format!(
-                "tap {name} has one queue, and --queue-pairs={pairs}: make it again with \
-                 'ip link delete {name} && {make}'"
-            )));
-        }
-        Existing::Tap { multi_queue } => (multi_queue, false),
-        Existing::Other => {
-            return Err(StartError::new(format!("{name} is a network device, but no TAP")));
-        }
-    };
     let failed = |error: io::Error| {
         let hint = match error.raw_os_error() {
             Some(libc::EBUSY) => "; is another process using it?".into(),
-            Some(libc::EPERM) => format!(
-                "; run with CAP_NET_ADMIN, or make it for this user with '{make} user NAME'"
-            ),
+            Some(libc::EPERM) => {
+                format!(
+                    "; run with CAP_NET_ADMIN, or make it for this user with '{make} user NAME'"
+                )
+            }
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
                 "; is the kernel module tun loaded, and /dev/net/tun there?".into()
             }
-            Some(libc::E2BIG) => "; the kernel has no room for so many queues".into(),
+            Some(libc::E2BIG) => "; other processes have queues of it open".into(),
             _ => String::new(),
         };
         StartError::new(format!("open tap {name}: {error}{hint}"))
     };
-    let queues: Vec<Queue> = (0..pairs)
-        .map(|_| Queue::open(name, multi_queue))
-        .collect::<Result<_, _>>()
-        .map_err(failed)?;
+    let is_new = !device_exists(name).map_err(failed)?;
+    let first = match (Queue::open(name, pairs > 1), pairs) {
+        // The kernel says EINVAL when IFF_MULTI_QUEUE is not what the device has.
+        (Err(error), _) if !is_new && error.raw_os_error() == Some(libc::EINVAL) => {
+            match (Queue::open(name, pairs == 1), pairs) {
+                (Ok(queue), 1) => queue,
+                (Ok(_), _) => {
+                    return Err(StartError::new(format!(
+                        "tap {name} has one queue, and --queue-pairs={pairs}: make it again with \
+                         'ip link delete {name} && {make}'"
+                    )));
+                }
+                (Err(error), _) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    return Err(StartError::new(format!(
+                        "{name} is a network device, but no TAP; choose another name"
+                    )));
+                }
+                (Err(error), _) => return Err(failed(error)),
+            }
+        }
+        (opened, _) => opened.map_err(failed)?,
+    };
+    let multi_queue = first.identity().multi_queue;
+    let mut queues = vec![first];
+    for _ in 1..pairs {
+        queues.push(Queue::open(name, multi_queue).map_err(failed)?);
+    }
     if is_new {
         info!("tap {name}: made, for as long as this process runs");
         queues[0].set_up().map_err(failed)?;

@@ -1,12 +1,11 @@
 //! TUN/TAP devices: opening their queues, and the ioctls of `linux/if_tun.h`.
 
 use std::ffi::CString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 use std::ptr::NonNull;
 
 use super::check;
@@ -55,35 +54,13 @@ pub struct Queue {
     identity: Identity,
 }
 
-/// What is there under a network device's name before it is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Existing {
-    /// No device has that name.
-    Missing,
-    /// A TAP, and whether it takes several queues.
-    Tap {
-        /// Whether it was made with `multi_queue`.
-        multi_queue: bool,
-    },
-    /// A network device of another kind.
-    Other,
-}
-
-/// Looks a network device up by name.
-pub fn existing(name: &str) -> Existing {
-    let device = PathBuf::from("/sys/class/net").join(name);
-    if !device.exists() {
-        return Existing::Missing;
-    }
-    let flags = fs::read_to_string(device.join("tun_flags"))
-        .ok()
-        .and_then(|text| u32::from_str_radix(text.trim().trim_start_matches("0x"), 16).ok());
-    match flags {
-        Some(flags) if flags & libc::IFF_TAP as u32 != 0 => {
-            Existing::Tap { multi_queue: flags & libc::IFF_MULTI_QUEUE as u32 != 0 }
-        }
-        _ => Existing::Other,
-    }
+/// Whether a network device of that name is there, of whatever kind.
+pub fn device_exists(name: &str) -> io::Result<bool> {
+    let mut request = request(name)?;
+    // SAFETY: SIOCGIFINDEX reads and writes one ifreq.
+    let result =
+        unsafe { libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCGIFINDEX, &mut request) };
+    Ok(result >= 0)
 }
 
 /// An `ifreq` with the given name in it and all else zero.
