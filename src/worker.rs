@@ -96,8 +96,8 @@ enum Command {
 /// Shared with the thread: what it must notice while it is busy or asleep.
 #[derive(Debug)]
 struct Mailbox {
-    /// Commands that wait. The sender counts up before it wakes the thread, so a thread that has
-    /// cleared its waker and then reads 0 here has missed nothing.
+    /// Commands sent and not yet taken. The sender counts up before it wakes the thread, so a
+    /// thread that has cleared its waker and then reads 0 here has missed nothing.
     waiting: AtomicUsize,
     /// Ends the thread's sleep.
     wake: Waker,
@@ -189,10 +189,11 @@ impl Worker {
     }
 
     fn send(&self, command: Command) {
+        // Counted before it can be taken, or the thread would count below zero.
+        self.mailbox.waiting.fetch_add(1, Ordering::Release);
         if self.commands.send(command).is_err() {
             warn!("a worker thread has ended; its queue pair is dead until the daemon restarts");
         }
-        self.mailbox.waiting.fetch_add(1, Ordering::Release);
         self.mailbox.wake.wake();
     }
 }

@@ -177,6 +177,11 @@ impl<'mem, D: Direction> Chain<'mem, D> {
         parts
     }
 
+    /// Index of the chain's first descriptor, by which the driver knows it.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
     /// Bytes in all segments together.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {

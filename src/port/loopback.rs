@@ -65,10 +65,11 @@ impl<'mem> Loopback<'mem> {
             let length = buffer.copy_from(frame, copied);
             if index == 0 {
                 // The header that was checked, and the buffers that the frame takes.
+                let header_length = self.admission.header_length;
                 let mut header = [0; HEADER_LENGTH];
-                header.copy_from_slice(&self.start.bytes()[..HEADER_LENGTH]);
+                header[..header_length].copy_from_slice(&self.start.bytes()[..header_length]);
                 header[10..12].copy_from_slice(&(buffers as u16).to_le_bytes());
-                buffer.write_at(0, &header[..self.admission.header_length]);
+                buffer.write_at(0, &header[..header_length]);
             }
             copied += length;
             self.done.rx.push((buffer, length as u32));

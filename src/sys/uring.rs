@@ -1,7 +1,7 @@
 //! One system call for a burst of writes: io_uring, used as a vector of `writev`.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
@@ -10,9 +10,13 @@ use crate::guest::Segment;
 /// Writes of one burst at the most.
 pub const MAX_WRITES: usize = 64;
 
-/// An io_uring instance for writes to one descriptor, which is registered with it.
+/// An io_uring instance for writes to one descriptor.
+///
+/// The descriptor is not registered with it: the kernel lets go of registered files some time after
+/// the process has ended, and until then a TAP device would be busy for the next one.
 pub struct Writer {
     ring: IoUring,
+    target: RawFd,
 }
 
 impl std::fmt::Debug for Writer {
@@ -22,14 +26,13 @@ impl std::fmt::Debug for Writer {
 }
 
 impl Writer {
-    /// Makes an instance and registers `target` as its file 0.
+    /// Makes an instance for `target`, which must stay open as long as it is used.
     ///
     /// # Errors
     /// EPERM or ENOSYS where io_uring is not permitted or not there.
     pub fn new(target: impl AsFd) -> io::Result<Self> {
         let ring = IoUring::builder().setup_coop_taskrun().build(MAX_WRITES as u32)?;
-        ring.submitter().register_files(&[target.as_fd().as_raw_fd()])?;
-        Ok(Writer { ring })
+        Ok(Writer { ring, target: target.as_fd().as_raw_fd() })
     }
 
     /// Writes each of `frames` in order and puts the outcome of the n-th into `results[n]`:
@@ -38,7 +41,8 @@ impl Writer {
     /// A TAP's write never waits, so every write has completed when this returns.
     ///
     /// # Errors
-    /// Those of `io_uring_enter`; the results are then void.
+    /// Those of `io_uring_enter`. The results are then void, and the instance must be dropped: it
+    /// may hold writes that were not submitted.
     ///
     /// # Panics
     /// If there are more than [`MAX_WRITES`] frames, or fewer results than frames.
@@ -52,7 +56,7 @@ impl Writer {
         let mut queue = self.ring.submission();
         for (index, segments) in frames.enumerate() {
             let entry = opcode::Writev::new(
-                types::Fixed(0),
+                types::Fd(self.target),
                 segments.as_ptr().cast(),
                 segments.len() as u32,
             )

@@ -1,0 +1,11 @@
+//! The integration tests: one program, a module per use.
+
+mod cli;
+mod echo;
+mod lifecycle;
+mod oracle;
+mod protocol;
+mod qemu;
+mod support;
+mod tap;
+mod testpmd;

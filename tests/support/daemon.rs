@@ -1,0 +1,132 @@
+//! The daemon as a child process.
+
+use std::fs;
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vmm_sys_util::tempdir::TempDir;
+
+use super::eventually;
+
+/// A running daemon, ended with the value.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    child: Child,
+    directory: TempDir,
+}
+
+/// The program under test.
+pub(crate) fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-user-net"));
+    command.stdin(Stdio::null());
+    command
+}
+
+impl Daemon {
+    /// Starts it on a socket in a directory of its own, and waits until it listens.
+    pub(crate) fn start(options: &[&str]) -> Self {
+        let daemon = Self::spawn(options);
+        daemon.wait_until_it_listens();
+        daemon
+    }
+
+    /// Starts it without waiting. `{}` in an option stands for the socket's path.
+    pub(crate) fn spawn(options: &[&str]) -> Self {
+        let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+        let mut daemon = Daemon { child: Command::new("true").spawn().unwrap(), directory };
+        daemon.child.wait().unwrap();
+        daemon.run(options);
+        daemon
+    }
+
+    /// Starts it again in the same directory, after it has ended.
+    pub(crate) fn run(&mut self, options: &[&str]) {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
+        let socket = self.socket();
+        let socket = socket.to_str().unwrap();
+        let mut command = program();
+        if !options.iter().any(|option| option.contains("{}") || option.starts_with("--fd")) {
+            command.arg(format!("--socket-path={socket}"));
+        }
+        command.args(options.iter().map(|option| option.replace("{}", socket)));
+        self.child = command.stderr(log).spawn().unwrap();
+    }
+
+    /// Its socket is there a moment before it listens.
+    pub(crate) fn wait_until_it_listens(&self) {
+        eventually("the daemon listens", || UnixStream::connect(self.socket()).is_ok());
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.directory.as_path().join("socket")
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.as_path()
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.directory.as_path().join("log")
+    }
+
+    /// What it has logged so far.
+    pub(crate) fn log(&self) -> String {
+        let mut text = String::new();
+        if let Ok(mut file) = fs::File::open(self.log_path()) {
+            let _ = file.read_to_string(&mut text);
+        }
+        text
+    }
+
+    pub(crate) fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.socket()).unwrap()
+    }
+
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Sends SIGKILL and waits.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let mut status = None;
+        eventually("the daemon ends", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    }
+
+    /// Open descriptors, threads, and resident memory in kB.
+    pub(crate) fn resources(&self) -> (usize, usize, usize) {
+        let process = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let count = |what: &str| fs::read_dir(process.join(what)).unwrap().count();
+        let status = fs::read_to_string(process.join("status")).unwrap();
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let kilobytes = resident.trim().trim_end_matches(" kB").parse().unwrap();
+        (count("fd"), count("task"), kilobytes)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("the daemon said:\n{}", self.log());
+        }
+    }
+}

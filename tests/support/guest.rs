@@ -1,0 +1,65 @@
+//! Memory that plays the guest's RAM: a memfd, mapped here and shared with the daemon.
+
+use std::fs::File;
+use std::sync::atomic::Ordering;
+
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// What the frontend adds to a guest address to get its own.
+pub(crate) const FRONTEND_BASE: u64 = 0x5555_0000_0000;
+
+/// One region of RAM from guest address 0 on, or wherever it is put.
+#[derive(Debug)]
+pub(crate) struct Ram {
+    pub(crate) file: File,
+    pub(crate) base: u64,
+    pub(crate) size: u64,
+    memory: GuestMemoryMmap,
+}
+
+/// A memfd of `size` bytes.
+pub(crate) fn memfd(size: u64) -> File {
+    let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+    let file = File::from(nix::sys::memfd::memfd_create(c"guest", flags).unwrap());
+    file.set_len(size).unwrap();
+    file
+}
+
+impl Ram {
+    pub(crate) fn new(base: u64, size: u64) -> Self {
+        let file = memfd(size);
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+        let ranges = [(GuestAddress(base), size as usize, Some(offset))];
+        let memory = GuestMemoryMmap::from_ranges_with_files(ranges).unwrap();
+        Ram { file, base, size, memory }
+    }
+
+    pub(crate) fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    pub(crate) fn read(&self, address: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    pub(crate) fn read_u32(&self, address: u64) -> u32 {
+        u32::from_le_bytes(self.read(address, 4).try_into().unwrap())
+    }
+
+    /// Reads an index that the daemon stores with release.
+    pub(crate) fn load(&self, address: u64) -> u16 {
+        self.memory.load(GuestAddress(address), Ordering::SeqCst).unwrap()
+    }
+
+    /// Stores an index, and a full barrier behind it, as a driver does before it decides to kick.
+    pub(crate) fn store(&self, address: u64, value: u16) {
+        self.memory.store(value, GuestAddress(address), Ordering::SeqCst).unwrap();
+        std::sync::atomic::fence(Ordering::SeqCst);
+    }
+}

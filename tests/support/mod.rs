@@ -1,0 +1,67 @@
+//! What the tests share: a frontend that speaks vhost-user, a virtio-net driver over memory of its
+//! own, the daemon as a child process, and network namespaces.
+
+pub(crate) mod daemon;
+pub(crate) mod driver;
+pub(crate) mod frontend;
+pub(crate) mod guest;
+pub(crate) mod network;
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// How long anything that must happen may take on a slow machine.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+/// Waits until `condition` holds.
+#[track_caller]
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + SOON;
+    while !condition() {
+        assert!(Instant::now() < end, "{what}: not within {SOON:?}");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+/// Notes that a test can't run here. tests/run prints these lines, and fails on the CI machine.
+pub(crate) fn skip(test: &str, why: &str) {
+    eprintln!("SKIPPED {test}: {why}");
+    if let Some(path) = std::env::var_os("SKIPPED_TESTS") {
+        let mut file = OpenOptions::new().create(true).append(true).open(path).unwrap();
+        writeln!(file, "{test}: {why}").unwrap();
+    }
+}
+
+/// Returns from a test that needs root, for TAP devices and namespaces, where it is not.
+macro_rules! needs_root {
+    ($test:expr) => {
+        if !nix::unistd::geteuid().is_root() {
+            $crate::support::skip($test, "needs root for TAP devices and network namespaces");
+            return;
+        }
+    };
+}
+pub(crate) use needs_root;
+
+/// Returns from a test whose program is not installed.
+macro_rules! needs_program {
+    ($test:expr, $program:expr) => {
+        let found = std::process::Command::new("sh")
+            .args(["-c", &format!("command -v {}", $program)])
+            .stdout(std::process::Stdio::null())
+            .status();
+        if !found.is_ok_and(|status| status.success()) {
+            $crate::support::skip($test, concat!($program, " is not installed"));
+            return;
+        }
+    };
+}
+pub(crate) use needs_program;
+
+/// Tests that keep both processors busy run one at a time.
+pub(crate) fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static BUSY: Mutex<()> = Mutex::new(());
+    BUSY.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}

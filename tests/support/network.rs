@@ -1,0 +1,79 @@
+//! Network namespaces and the host's end of a TAP device.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::Command;
+
+use nix::ifaddrs::getifaddrs;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
+};
+
+/// Moves this thread, and whatever it starts, into a network namespace of its own, which goes
+/// with them.
+pub(crate) fn enter_new_namespace() {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    ip("link set lo up");
+}
+
+/// Runs `ip` with these words.
+#[track_caller]
+pub(crate) fn ip(words: &str) {
+    let status = Command::new("ip").args(words.split(' ')).status().unwrap();
+    assert!(status.success(), "ip {words}");
+}
+
+/// What a command prints.
+pub(crate) fn output(program: &str, words: &str) -> String {
+    let output = Command::new(program).args(words.split(' ')).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+/// A packet socket on a network device: sees what the guest sends, sends what the guest is to see.
+#[derive(Debug)]
+pub(crate) struct Wire(OwnedFd);
+
+/// Ethertype of the tests' frames, which no protocol of the host's answers (IEEE 802.1, local
+/// experimental).
+pub(crate) const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+
+impl Wire {
+    pub(crate) fn open(device: &str) -> Self {
+        let protocol = Some(SockProtocol::EthAll);
+        let fd = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol)
+            .unwrap();
+        let address = getifaddrs()
+            .unwrap()
+            .filter(|interface| interface.interface_name == device)
+            .find_map(|interface| interface.address?.as_link_addr().copied())
+            .unwrap_or_else(|| panic!("there is no {device}"));
+        bind(fd.as_raw_fd(), &address).unwrap();
+        Wire(fd)
+    }
+
+    pub(crate) fn send(&self, frame: &[u8]) {
+        assert_eq!(send(self.0.as_raw_fd(), frame, MsgFlags::empty()).unwrap(), frame.len());
+    }
+
+    /// The next frame of the tests' ethertype, if one comes within `milliseconds`.
+    pub(crate) fn receive(&self, milliseconds: u16) -> Option<Vec<u8>> {
+        let mut frame = vec![0; 70_000];
+        loop {
+            match recv(self.0.as_raw_fd(), &mut frame, MsgFlags::empty()) {
+                Ok(length) if length > 14 && frame[12..14] == ETHERTYPE => {
+                    frame.truncate(length);
+                    return Some(frame);
+                }
+                Ok(_) => {}
+                Err(nix::errno::Errno::EAGAIN) => {
+                    let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+                    if poll(&mut fds, PollTimeout::from(milliseconds)).unwrap() == 0 {
+                        return None;
+                    }
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
