@@ -25,7 +25,7 @@ use crate::net_config::{MIN_MTU, NetConfig};
 use crate::protocol::{Message, Reply, Request};
 use crate::worker::{Session, Worker};
 
-use ring::{Kick, RingState};
+use ring::{Kick, ToldRing};
 
 /// A request that the device does not carry out.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ struct Told {
     /// MTU by NET_SET_MTU.
     mtu: Option<u16>,
     memory: Arc<GuestMemory>,
-    rings: Vec<RingState>,
+    rings: Vec<ToldRing>,
     /// The channel for requests of ours, of which there are none yet.
     _backend_requests: Option<File>,
 }
@@ -108,7 +108,7 @@ impl Device {
         for worker in &mut self.workers {
             worker.end();
         }
-        let rings = (0..2 * self.workers.len()).map(|_| RingState::default()).collect();
+        let rings = (0..2 * self.workers.len()).map(|_| ToldRing::default()).collect();
         self.told = Told { rings, ..Told::default() };
     }
 
@@ -192,7 +192,7 @@ impl Device {
             }
             Request::SetVringEnable { index, enable } => {
                 let ring = self.ring(index)?;
-                if std::mem::replace(&mut ring.enabled, enable) == enable {
+                if ring.enabled.replace(enable) == Some(enable) {
                     return Ok(None);
                 }
                 self.restart_if_running(index)
@@ -269,7 +269,7 @@ impl Device {
             Ok(negotiated) => negotiated,
             Err(error) => return refused(error.to_string()),
         };
-        let running = self.told.rings.iter().any(RingState::is_running);
+        let running = self.told.rings.iter().any(ToldRing::is_running);
         if running && self.told.features != Some(negotiated) {
             return refused("the features changed while rings run");
         }
@@ -288,7 +288,7 @@ impl Device {
         Ok(None)
     }
 
-    fn ring(&mut self, index: u32) -> Result<&mut RingState, Refusal> {
+    fn ring(&mut self, index: u32) -> Result<&mut ToldRing, Refusal> {
         let rings = self.told.rings.len();
         match self.told.rings.get_mut(index as usize) {
             Some(ring) => Ok(ring),
@@ -300,7 +300,7 @@ impl Device {
         }
     }
 
-    fn stopped_ring(&mut self, index: u32) -> Result<&mut RingState, Refusal> {
+    fn stopped_ring(&mut self, index: u32) -> Result<&mut ToldRing, Refusal> {
         let ring = self.ring(index)?;
         if ring.is_running() {
             return refused(format!("ring {index} is running"));
@@ -338,13 +338,13 @@ impl Device {
         for pair in 0..self.workers.len() {
             self.end(pair);
         }
-        self.told.rings.iter_mut().for_each(RingState::stop);
+        self.told.rings.iter_mut().for_each(ToldRing::stop);
     }
 
     fn disable_all(&mut self) -> Result<Option<Reply>, Refusal> {
         self.stop_all();
         for ring in &mut self.told.rings {
-            ring.enabled = false;
+            ring.enabled = Some(false);
         }
         Ok(None)
     }

@@ -25,6 +25,17 @@ use crate::sys::process::{Interruptible, pin_this_thread};
 /// interrupted.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// What is to be done with a ring that was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RingState {
+    /// Move its frames.
+    Enabled,
+    /// Drop what comes on a tx ring, put nothing into an rx ring.
+    Disabled,
+    /// Leave it alone: the frontend has not said yet.
+    Waiting,
+}
+
 /// One ring of a session.
 #[derive(Debug, Clone)]
 pub struct Ring {
@@ -32,9 +43,8 @@ pub struct Ring {
     pub layout: RingLayout,
     /// Where the frontend thinks it stands. The used index in guest memory counts.
     pub base: u16,
-    /// Whether its frames are to be moved. A tx ring that is not enabled is drained, an rx ring
-    /// that is not enabled is left alone.
-    pub enabled: bool,
+    /// Whether its frames are to be moved.
+    pub state: RingState,
     /// Tells us that the driver has made something available; without one the ring is polled
     /// at each wake-up only.
     pub kick: Option<Arc<ForeignEventFd>>,

@@ -1,1 +1,137 @@
-//! todo
+//! How the daemon starts, ends, and outlives its frontends.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use vhost::vhost_user::message::FrontendReq;
+
+use crate::support::daemon::Daemon;
+use crate::support::driver::{Card, Options};
+use crate::support::eventually;
+use crate::support::frontend::Frontend;
+
+#[test]
+fn an_inherited_listening_socket_is_served_and_never_removed() {
+    let directory =
+        vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+    let path = directory.as_path().join("theirs");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut daemon = Daemon::inheriting(&["--loopback", "--fd=5"], OwnedFd::from(listener), None);
+    for _ in 0..3 {
+        let stream = UnixStream::connect(&path).unwrap();
+        Card::start(Frontend::new(stream), Options::default()).check_echo(50);
+    }
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(path.exists());
+}
+
+#[test]
+fn an_inherited_connection_is_served_until_it_ends() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut daemon = Daemon::inheriting(&["--loopback", "--fd=5"], OwnedFd::from(theirs), None);
+    Card::start(Frontend::new(ours), Options::default()).check_echo(50);
+    assert_eq!(daemon.wait().code(), Some(0));
+}
+
+#[test]
+fn a_client_connects_again_and_again() {
+    let mut daemon = Daemon::spawn(&["--loopback", "--connect={}"]);
+    let path = daemon.socket();
+    std::thread::sleep(Duration::from_millis(50));
+    for round in 0..5 {
+        let listener = UnixListener::bind(&path).unwrap();
+        let (stream, _) = listener.accept().unwrap();
+        let mut card = Card::start(Frontend::new(stream), Options::default());
+        card.check_echo(50);
+        drop((card, listener));
+        std::fs::remove_file(&path).unwrap();
+        std::thread::sleep(Duration::from_millis(30 * (round + 1)));
+    }
+    let complaints = || daemon.log().matches("trying until it works").count();
+    eventually("each absence is logged", || complaints() == 6);
+    assert!(daemon.cpu_ticks(500) <= 1, "it does not spin meanwhile");
+    assert_eq!(complaints(), 6, "and once only");
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_signal_ends_it_within_a_second_under_load_and_leaves_the_rings_consistent() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut daemon = Daemon::start(&["--loopback"]);
+        let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+        card.check_echo(50);
+        for slot in 0..200 {
+            card.queue_tx(0, slot, &[0; 12], &[slot as u8; 100]);
+        }
+        card.tx[0].publish();
+        let started = Instant::now();
+        daemon.signal(signal);
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert!(started.elapsed() < Duration::from_secs(1));
+        assert!(!daemon.socket().exists());
+        // Its successor takes up where it stopped: each frame comes back once.
+        let mut next = Daemon::start(&["--loopback"]);
+        card.frontend = Frontend::new(next.connect());
+        card.frontend.begin();
+        card.frontend.set_features(card.options.features);
+        let ram = card.ram.clone();
+        card.frontend.set_mem_table(&[&ram]);
+        card.run();
+        for slot in 0..200u8 {
+            assert_eq!(card.receive(0)[12..], [slot; 100]);
+        }
+        assert!(card.try_receive(0).is_none());
+        assert!(next.is_alive());
+    }
+}
+
+#[test]
+fn a_killed_daemon_s_successor_resumes_at_the_used_index() {
+    let mut daemon = Daemon::start(&["--loopback"]);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    for _ in 0..20 {
+        card.check_echo(70);
+        daemon.kill();
+        daemon.run(&["--loopback"]);
+        daemon.wait_until_it_listens();
+        card.frontend = Frontend::new(daemon.connect());
+        card.frontend.begin();
+        card.frontend.set_features(card.options.features);
+        let ram = card.ram.clone();
+        card.frontend.set_mem_table(&[&ram]);
+        card.run();
+    }
+    card.check_echo(70);
+}
+
+#[test]
+fn a_signal_during_a_half_sent_message_ends_it_too() {
+    let mut daemon = Daemon::start(&["--loopback"]);
+    let mut frontend = Frontend::new(daemon.connect());
+    frontend.get(FrontendReq::GET_FEATURES);
+    frontend.send_raw(&[1, 0, 0]);
+    let started = Instant::now();
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(started.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn a_frontend_that_does_not_read_its_replies_is_left() {
+    let daemon = Daemon::start(&["--loopback"]);
+    let mut deaf = Frontend::new(daemon.connect());
+    deaf.stream.set_nonblocking(true).unwrap();
+    // Requests until nothing more fits: the daemon stops reading when its replies pile up.
+    let request = crate::support::frontend::header(FrontendReq::GET_FEATURES.into(), 1, 0);
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_millis(300) {
+        let _ = std::io::Write::write(&mut deaf.stream, &request);
+    }
+    eventually("it is cut off", || daemon.log().contains("over reading a reply"));
+    assert_ne!(Frontend::new(daemon.connect()).get(FrontendReq::GET_FEATURES), 0);
+}

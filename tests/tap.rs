@@ -1,1 +1,396 @@
-//! todo
+//! The TAP port: frames between a driver of ours and the host's end of the device, each test in a
+//! network namespace of its own.
+
+use std::fs;
+
+use crate::support::daemon::Daemon;
+use crate::support::driver::{
+    CSUM, Card, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, Options, PROTOCOL, VERSION_1,
+};
+use crate::support::frontend::Frontend;
+use crate::support::network::{ETHERTYPE, Wire, enter_new_namespace, ip, output};
+use crate::support::{eventually, needs_root, one_at_a_time};
+
+const OFFLOADS: u64 = CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
+
+/// A frame of the tests' ethertype that no two tests' numbers share.
+fn frame(number: usize, length: usize) -> Vec<u8> {
+    let mut frame = vec![number as u8; length.max(60)];
+    frame[..6].copy_from_slice(&[0x52, 0x54, 0, 0, 2, 2]);
+    frame[6..12].copy_from_slice(&[0x52, 0x54, 0, 0, 2, 1]);
+    frame[12..14].copy_from_slice(&ETHERTYPE);
+    frame[14..22].copy_from_slice(&(number as u64).to_le_bytes());
+    frame
+}
+
+/// A TAP in a fresh namespace, without traffic of the host's own, and a daemon on it.
+fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
+    enter_new_namespace();
+    let several = if card.pairs > 1 { " multi_queue" } else { "" };
+    ip(&format!("tuntap add dev tap0 mode tap vnet_hdr{several}"));
+    // No router solicitations and the like: only the tests' frames.
+    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    ip("link set tap0 up");
+    let queues = format!("--queue-pairs={}", card.pairs);
+    let mut all = vec!["--tap=tap0", &queues];
+    all.extend(options);
+    let daemon = Daemon::start(&all);
+    let card = Card::start(Frontend::new(daemon.connect()), card);
+    (daemon, Wire::open("tap0"), card)
+}
+
+/// Sends frames both ways in bursts and checks that each arrives once, unchanged, in order.
+fn check_both_ways(wire: &Wire, card: &mut Card, count: usize) {
+    let length = |number: usize| 60 + number * 13 % 1400;
+    // More would not fit the packet socket's queue.
+    let burst = usize::from(card.options.size / 4).min(64);
+    for first in (0..count).step_by(burst) {
+        let numbers = first..count.min(first + burst);
+        for number in numbers.clone() {
+            let slot = (number % burst) as u64;
+            card.queue_tx(0, slot, &[0; HEADER], &frame(number, length(number)));
+        }
+        card.tx[0].publish();
+        for number in numbers.clone() {
+            let received =
+                wire.receive(1000).unwrap_or_else(|| panic!("frame {number} is missing"));
+            assert_eq!(received, frame(number, length(number)), "to the host");
+        }
+        numbers.clone().for_each(|_| drop(card.tx[0].wait_used()));
+        numbers.clone().for_each(|number| wire.send(&frame(number, length(number))));
+        for number in numbers {
+            let received = card.receive(0);
+            assert_eq!(received[HEADER..], frame(number, length(number)), "to the guest");
+        }
+    }
+    assert_eq!(wire.receive(20), None, "no frame comes twice");
+    assert!(card.try_receive(0).is_none());
+}
+
+#[test]
+fn frames_go_both_ways_unchanged_and_in_order() {
+    needs_root!("frames_go_both_ways_unchanged_and_in_order");
+    for features in
+        [Options::default().features, Options::default().features | OFFLOADS, VERSION_1 | PROTOCOL]
+    {
+        for size in [64, 1024] {
+            let (_daemon, wire, mut card) =
+                start(&[], Options { features, size, ..Options::default() });
+            check_both_ways(&wire, &mut card, 2000);
+        }
+    }
+}
+
+/// io_uring is switched off for the whole machine as long as this lives.
+struct NoUring(String);
+
+const URING: &str = "/proc/sys/kernel/io_uring_disabled";
+
+impl NoUring {
+    fn new() -> Self {
+        let before = fs::read_to_string(URING).unwrap();
+        fs::write(URING, "2").unwrap();
+        NoUring(before)
+    }
+}
+
+impl Drop for NoUring {
+    fn drop(&mut self) {
+        let _ = fs::write(URING, &self.0);
+    }
+}
+
+#[test]
+fn without_io_uring_frames_are_written_one_by_one() {
+    needs_root!("without_io_uring_frames_are_written_one_by_one");
+    let _alone = one_at_a_time();
+    let without = NoUring::new();
+    let (daemon, wire, mut card) = start(&[], Options::default());
+    drop(without);
+    assert!(daemon.log().contains("tx by writev"), "{}", daemon.log());
+    check_both_ways(&wire, &mut card, 1000);
+}
+
+#[test]
+fn busy_polling_moves_the_same_frames() {
+    needs_root!("busy_polling_moves_the_same_frames");
+    let (_daemon, wire, mut card) =
+        start(&["--busy-poll=200", "--cpu-affinity=0"], Options::default());
+    check_both_ways(&wire, &mut card, 1000);
+}
+
+#[test]
+fn the_device_is_set_to_what_the_guest_accepts() {
+    needs_root!("the_device_is_set_to_what_the_guest_accepts");
+    let base = Options::default().features;
+    let (daemon, wire, mut card) =
+        start(&[], Options { features: base | OFFLOADS, ..Options::default() });
+    check_both_ways(&wire, &mut card, 10);
+    let offloads = || output("ethtool", "-k tap0");
+    let is = |what: &str, state: &str| offloads().contains(&format!("{what}: {state}"));
+    assert!(is("tx-checksumming", "on") && is("tx-tcp-segmentation", "on"), "{}", offloads());
+    assert!(is("tx-tcp6-segmentation", "on") && is("tx-tcp-ecn-segmentation", "off"));
+    drop(card);
+    // Another driver, which accepts checksums only.
+    let mut card = Card::start(
+        Frontend::new(daemon.connect()),
+        Options { features: base | GUEST_CSUM, ..Options::default() },
+    );
+    check_both_ways(&wire, &mut card, 10);
+    assert!(is("tx-checksumming", "on") && is("tx-tcp-segmentation", "off"), "{}", offloads());
+    drop(card);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    check_both_ways(&wire, &mut card, 10);
+    assert!(is("tx-checksumming", "off"), "{}", offloads());
+}
+
+#[test]
+fn guest_tso_off_is_not_offered() {
+    needs_root!("guest_tso_off_is_not_offered");
+    enter_new_namespace();
+    let daemon = Daemon::start(&["--tap=tap0", "--guest-tso=off"]);
+    let offered = Frontend::new(daemon.connect()).begin();
+    assert_eq!(offered & GUEST_TSO, 0);
+    assert_eq!(offered & (HOST_TSO | GUEST_CSUM), HOST_TSO | GUEST_CSUM);
+}
+
+#[test]
+fn a_frame_is_spread_over_small_buffers() {
+    needs_root!("a_frame_is_spread_over_small_buffers");
+    let (_daemon, wire, mut card) = start(&[], Options { buffer: 100, ..Options::default() });
+    wire.send(&frame(1, 1000));
+    let received = card.receive(0);
+    assert_eq!(received[HEADER..], frame(1, 1000));
+    assert_eq!(received[10..12], 11u16.to_le_bytes());
+    check_both_ways(&wire, &mut card, 200);
+}
+
+#[test]
+fn a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives() {
+    needs_root!("a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives");
+    let options = Options { features: VERSION_1 | PROTOCOL, buffer: 200, ..Options::default() };
+    let (daemon, wire, mut card) = start(&[], options);
+    wire.send(&frame(1, 1000));
+    wire.send(&frame(2, 189));
+    wire.send(&frame(3, 188));
+    assert_eq!(card.receive(0)[HEADER..], frame(3, 188));
+    drop(card);
+    eventually("the drops are counted", || daemon.log().contains("2 dropped (no_room)"));
+}
+
+#[test]
+fn a_buffer_too_small_for_any_header_does_not_stall_the_queue() {
+    needs_root!("a_buffer_too_small_for_any_header_does_not_stall_the_queue");
+    for buffer in [1, 11, 12, 13] {
+        let options =
+            Options { features: VERSION_1 | PROTOCOL, buffer, size: 8, ..Options::default() };
+        let (daemon, wire, card) = start(&[], options);
+        (0..20).for_each(|number| wire.send(&frame(number, 60)));
+        // The kernel does not count what it could not deliver: nothing shows that all were read.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(card);
+        eventually("the drops are counted", || daemon.log().contains("20 dropped (no_room)"));
+    }
+}
+
+#[test]
+fn a_guest_with_few_buffers_gets_its_small_frames() {
+    needs_root!("a_guest_with_few_buffers_gets_its_small_frames");
+    // The largest frame would take 64 KiB, and the guest has 16 KiB of buffers.
+    let features = Options::default().features | OFFLOADS;
+    let (_daemon, wire, mut card) = start(&[], Options { features, size: 8, ..Options::default() });
+    for number in 0..20 {
+        wire.send(&frame(number, 600));
+        assert_eq!(card.receive(0)[HEADER..], frame(number, 600));
+    }
+}
+
+#[test]
+fn frames_wait_for_a_guest_that_has_no_buffers() {
+    needs_root!("frames_wait_for_a_guest_that_has_no_buffers");
+    enter_new_namespace();
+    let daemon = Daemon::start(&["--tap=tap0"]);
+    let wire = Wire::open("tap0");
+    let mut card = Card::prepare(Frontend::new(daemon.connect()), Options::default());
+    card.run();
+    (0..100).for_each(|number| wire.send(&frame(number, 100)));
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    card.fill();
+    // Whatever the host sent on its own accord comes in between.
+    let mut expected = 0;
+    while expected < 100 {
+        let received = card.receive(0);
+        if received[HEADER + 12..HEADER + 14] == ETHERTYPE {
+            assert_eq!(received[HEADER..], frame(expected, 100));
+            expected += 1;
+        }
+    }
+}
+
+/// Ethernet, IPv4 and TCP headers before `payload` bytes, and the virtio header to segment it by.
+fn tcp_frame(payload: usize) -> (Vec<u8>, Vec<u8>) {
+    let mut bytes = frame(0, 54 + payload);
+    bytes[12..14].copy_from_slice(&[8, 0]);
+    bytes[14..34].fill(0);
+    bytes[14] = 0x45;
+    bytes[16..18].copy_from_slice(&((40 + payload) as u16).to_be_bytes());
+    bytes[22] = 64;
+    bytes[23] = 6;
+    bytes[26..34].copy_from_slice(&[192, 0, 2, 2, 192, 0, 2, 1]);
+    let sum: u32 =
+        bytes[14..34].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    bytes[24..26].copy_from_slice(&sum.to_be_bytes());
+    bytes[34..54].fill(0);
+    bytes[46] = 0x50;
+    let mut header = vec![1, 1, 54, 0];
+    header.extend(1448u16.to_le_bytes());
+    header.extend(34u16.to_le_bytes());
+    header.extend(16u16.to_le_bytes());
+    header.extend([0, 0]);
+    (header, bytes)
+}
+
+#[test]
+fn a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not() {
+    needs_root!("a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not");
+    let features = Options::default().features | OFFLOADS;
+    let (daemon, _wire, mut card) = start(&[], Options { features, ..Options::default() });
+    let received = || output("ip", "-s link show tap0").lines().nth(3).unwrap().trim().to_owned();
+    let (header, bytes) = tcp_frame(20_000);
+    // The payload lies in pieces anywhere in memory.
+    let area = card.tx[0].buffer_area();
+    card.ram.write(area, &[header.as_slice(), &bytes].concat());
+    let mut pieces = vec![(area, HEADER as u32), (area + HEADER as u64, 70)];
+    let rest = (bytes.len() - 70) as u32;
+    pieces.extend((0..4).map(|part| {
+        (
+            area + HEADER as u64 + 70 + u64::from(part * (rest / 4)),
+            if part < 3 { rest / 4 } else { rest - 3 * (rest / 4) },
+        )
+    }));
+    card.tx[0].add(&pieces, false).unwrap();
+    card.tx[0].publish();
+    card.tx[0].wait_used();
+    // One frame, of all the bytes.
+    assert!(received().starts_with(&format!("{} ", bytes.len())), "{}", received());
+
+    for (at, value) in [(4, 0), (5, 0xff), (1, 4), (6, 36), (8, 6)] {
+        let (mut header, bytes) = tcp_frame(1900);
+        header[at] = value;
+        if at == 5 {
+            header[4] = 0xff;
+        }
+        if at == 4 {
+            header[5] = 0;
+        }
+        card.send_with(0, &header, &bytes);
+    }
+    assert!(received().starts_with(&format!("{} ", bytes.len())), "{}", received());
+    drop(card);
+    eventually("the drops are counted", || daemon.log().contains("5 dropped (bad_header)"));
+}
+
+#[test]
+fn frames_are_steered_to_the_pairs_that_have_buffers() {
+    needs_root!("frames_are_steered_to_the_pairs_that_have_buffers");
+    enter_new_namespace();
+    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    let daemon = Daemon::start(&["--tap=tap0", "--queue-pairs=2"]);
+    let wire = Wire::open("tap0");
+    let options = Options { pairs: 2, ..Options::default() };
+    let mut card = Card::prepare(Frontend::new(daemon.connect()), options);
+    // cloud-hypervisor enables every ring whatever the guest uses; this guest fills its first.
+    let area = card.rx[0].buffer_area();
+    (0..256).for_each(|slot| card.post(0, area + slot * 2048));
+    card.rx[0].publish();
+    card.run();
+    // Flows that the kernel would spread over both queues.
+    let flow = |number: usize| {
+        let (_, mut bytes) = tcp_frame(100);
+        bytes[34..36].copy_from_slice(&(1000 + number as u16).to_be_bytes());
+        bytes
+    };
+    let mut arrived = [0, 0];
+    let mut count = |card: &mut Card, expected: usize| {
+        eventually("all flows arrive", || {
+            for (pair, arrived) in arrived.iter_mut().enumerate() {
+                while card.try_receive(pair).is_some() {
+                    *arrived += 1;
+                }
+            }
+            arrived[0] + arrived[1] == expected
+        });
+        arrived
+    };
+    // The device has no queue before the first pair's buffers are seen.
+    eventually("the first pair is steered to", || {
+        wire.send(&flow(0));
+        card.try_receive(0).is_some()
+    });
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    while card.try_receive(0).is_some() {}
+    (0..64).for_each(|number| wire.send(&flow(number)));
+    assert_eq!(count(&mut card, 64), [64, 0]);
+    let area = card.rx[1].buffer_area();
+    (0..256).for_each(|slot| card.post(1, area + slot * 2048));
+    card.rx[1].publish();
+    // Its kick makes the worker attach the second queue.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    (0..64).for_each(|number| wire.send(&flow(number)));
+    let arrived = count(&mut card, 128);
+    assert!(arrived[1] > 10, "the second pair gets its share: {arrived:?}");
+    // Disabled again, all go to the first.
+    card.frontend.enable(2, false);
+    (0..64).for_each(|number| wire.send(&flow(number)));
+    let before = arrived[1];
+    assert_eq!(count(&mut card, 192)[1], before);
+}
+
+#[test]
+fn a_device_that_goes_down_or_away_costs_frames_and_nothing_else() {
+    needs_root!("a_device_that_goes_down_or_away_costs_frames_and_nothing_else");
+    let (mut daemon, wire, mut card) = start(&[], Options::default());
+    check_both_ways(&wire, &mut card, 20);
+    ip("link set tap0 down");
+    (0..10).for_each(|number| card.send(0, &frame(number, 100)));
+    ip("link set tap0 up");
+    drop(wire);
+    let wire = Wire::open("tap0");
+    check_both_ways(&wire, &mut card, 20);
+    ip("link delete tap0");
+    (0..100).for_each(|number| card.send(0, &frame(number, 100)));
+    eventually("it is reported", || daemon.log().contains("tap tap0: the device is gone"));
+    assert_eq!(daemon.log().matches("the device is gone").count(), 1, "once");
+    assert!(daemon.is_alive());
+    assert!(daemon.cpu_ticks(300) < 10, "and does not spin");
+}
+
+#[test]
+fn inherited_queues_of_a_tap_are_used() {
+    needs_root!("inherited_queues_of_a_tap_are_used");
+    enter_new_namespace();
+    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    ip("tuntap add dev tap0 mode tap vnet_hdr multi_queue");
+    ip("link set tap0 up");
+    let open = || {
+        use std::os::fd::AsFd;
+        let queue = vhost_user_net::sys::tap::Queue::open("tap0", true).unwrap();
+        queue.as_fd().try_clone_to_owned().unwrap()
+    };
+    let daemon = Daemon::inheriting(&["--tap-fd=5,6"], open(), Some(open()));
+    daemon.wait_until_it_listens();
+    let wire = Wire::open("tap0");
+    let mut card =
+        Card::start(Frontend::new(daemon.connect()), Options { pairs: 2, ..Options::default() });
+    card.send(1, &frame(1, 100));
+    assert_eq!(wire.receive(1000).unwrap(), frame(1, 100));
+}
+
+#[test]
+fn idle_costs_nothing() {
+    needs_root!("idle_costs_nothing");
+    let (daemon, wire, mut card) = start(&[], Options::default());
+    check_both_ways(&wire, &mut card, 100);
+    assert_eq!(daemon.cpu_ticks(1000), 0);
+}

@@ -8,7 +8,7 @@ use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
 use crate::protocol::VringAddresses;
 use crate::sys::eventfd::ForeignEventFd;
-use crate::worker::Ring;
+use crate::worker::{Ring, RingState};
 
 /// Whether the frontend has started the ring, and how its driver kicks.
 #[derive(Debug, Default)]
@@ -42,12 +42,13 @@ impl Addresses {
 
 /// One ring.
 #[derive(Debug, Default)]
-pub(super) struct RingState {
+pub(super) struct ToldRing {
     pub(super) size: u16,
     pub(super) addresses: Option<Addresses>,
     /// By SET_VRING_BASE, or where the ring stood when it last stopped.
     pub(super) base: u16,
-    pub(super) enabled: bool,
+    /// By SET_VRING_ENABLE; nothing before the first one.
+    pub(super) enabled: Option<bool>,
     pub(super) kick: Kick,
     pub(super) call: Option<Arc<ForeignEventFd>>,
     pub(super) error: Option<Arc<ForeignEventFd>>,
@@ -55,7 +56,7 @@ pub(super) struct RingState {
     pub(super) fault: Option<String>,
 }
 
-impl RingState {
+impl ToldRing {
     pub(super) fn is_running(&self) -> bool {
         matches!(self.kick, Kick::Given(_)) && self.fault.is_none()
     }
@@ -107,9 +108,15 @@ impl RingState {
             Ok(layout) => Some(Ring {
                 layout,
                 base: self.base,
-                // Without protocol features there is no SET_VRING_ENABLE: a ring that was
-                // started is enabled.
-                enabled: self.enabled || !negotiated.protocol_features(),
+                state: match self.enabled {
+                    Some(true) => RingState::Enabled,
+                    Some(false) => RingState::Disabled,
+                    // Without protocol features there is no SET_VRING_ENABLE.
+                    None if !negotiated.protocol_features() => RingState::Enabled,
+                    // cloud-hypervisor enables a ring after it has started it. What the guest
+                    // sent before must not be dropped in between, as for a disabled ring.
+                    None => RingState::Waiting,
+                },
                 kick: kick.clone(),
                 call: self.call.clone(),
                 error: self.error.clone(),

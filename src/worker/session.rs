@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
-use super::{Ended, Mailbox, Ring, Session, WorkerOptions};
+use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::counters::{DirectionCounters, Drop, PairCounters};
 use crate::event::{Interest, Poller};
 use crate::guest::{Budget, Burst, Direction, Fault, Published, Readable, Virtqueue, Writable};
@@ -59,6 +59,10 @@ impl<'s, D: Direction> Side<'s, D> {
         Ok(Some(Side { ring, queue, burst: Burst::new(), counters }))
     }
 
+    fn is_enabled(&self) -> bool {
+        self.ring.state == RingState::Enabled
+    }
+
     /// Shows the driver what was retired, and calls it if it asked for that.
     fn publish(&mut self) {
         match (self.queue.publish(), &self.ring.call) {
@@ -91,7 +95,7 @@ pub(super) fn serve(
     mailbox: &Mailbox,
     counters: &PairCounters,
 ) -> Ended {
-    let receives = session.rx.as_ref().is_some_and(|ring| ring.enabled);
+    let receives = session.rx.as_ref().is_some_and(|ring| ring.state == RingState::Enabled);
     let sides = Side::start(&options.name, session, &session.rx, &counters.rx)
         .and_then(|rx| Ok((rx, Side::start(&options.name, session, &session.tx, &counters.tx)?)));
     let (rx, tx) = match sides {
@@ -158,13 +162,13 @@ impl Serving<'_> {
     /// One turn: lends, reaps, retires, publishes. Says whether anything moved.
     fn turn(&mut self) -> Result<bool, Fault> {
         let mut moved = false;
-        if let Some(tx) = &mut self.tx {
+        if let Some(tx) = self.tx.as_mut().filter(|tx| tx.ring.state != RingState::Waiting) {
             if tx.burst.is_empty() {
                 tx.queue.pop(&mut tx.burst, TX_BUDGET)?;
             }
             if !tx.burst.is_empty() {
                 tx.queue.disarm();
-                if tx.ring.enabled {
+                if tx.is_enabled() {
                     self.port.transmit(&mut tx.burst);
                 } else {
                     let dropped = Outcome::Dropped(Drop::Disabled);
@@ -172,7 +176,7 @@ impl Serving<'_> {
                 }
             }
         }
-        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.ring.enabled) {
+        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.is_enabled()) {
             if rx.burst.is_empty() {
                 moved |= rx.queue.pop(&mut rx.burst, RX_BUDGET)? > 0;
             }
@@ -250,10 +254,12 @@ impl Serving<'_> {
     fn arm(&mut self) -> Result<bool, Fault> {
         let starved = self.port.readiness().starved;
         let mut more = false;
-        if let Some(tx) = self.tx.as_mut().filter(|tx| tx.burst.is_empty()) {
+        let waiting = RingState::Waiting;
+        let tx = self.tx.as_mut().filter(|tx| tx.burst.is_empty() && tx.ring.state != waiting);
+        if let Some(tx) = tx {
             more |= tx.queue.arm()?;
         }
-        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.ring.enabled && rx.burst.is_empty()) {
+        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.is_enabled() && rx.burst.is_empty()) {
             if starved {
                 self.counters.starved.add(1);
                 more |= rx.queue.arm()?;

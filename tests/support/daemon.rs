@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -36,16 +37,58 @@ impl Daemon {
 
     /// Starts it without waiting. `{}` in an option stands for the socket's path.
     pub(crate) fn spawn(options: &[&str]) -> Self {
-        let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
-        let mut daemon = Daemon { child: Command::new("true").spawn().unwrap(), directory };
-        daemon.child.wait().unwrap();
+        let mut daemon = Self::nobody();
         daemon.run(options);
         daemon
     }
 
+    /// Starts it with descriptors 5 and 6 open.
+    pub(crate) fn inheriting(options: &[&str], five: OwnedFd, six: Option<OwnedFd>) -> Self {
+        let mut daemon = Self::nobody();
+        let script = if six.is_some() {
+            "exec \"$0\" \"$@\" 5<&0 6<&1 0<&- 1>&2"
+        } else {
+            "exec \"$0\" \"$@\" 5<&0 0<&-"
+        };
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(program().get_program());
+        if !options.iter().any(|option| option.starts_with("--fd")) {
+            command.arg(format!("--socket-path={}", daemon.socket().display()));
+        }
+        command.args(options).stdin(Stdio::from(five)).stderr(daemon.open_log());
+        if let Some(six) = six {
+            command.stdout(Stdio::from(six));
+        }
+        daemon.child = command.spawn().unwrap();
+        daemon
+    }
+
+    /// A directory, and no daemon in it yet.
+    fn nobody() -> Self {
+        let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+        let mut child = Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        Daemon { child, directory }
+    }
+
+    fn open_log(&self) -> fs::File {
+        fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap()
+    }
+
+    /// Processor time in ticks (10 ms) that it uses in the next `milliseconds`.
+    pub(crate) fn cpu_ticks(&self, milliseconds: u64) -> u64 {
+        let used = || {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        };
+        let before = used();
+        std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+        used() - before
+    }
+
     /// Starts it again in the same directory, after it has ended.
     pub(crate) fn run(&mut self, options: &[&str]) {
-        let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
         let socket = self.socket();
         let socket = socket.to_str().unwrap();
         let mut command = program();
@@ -53,7 +96,7 @@ impl Daemon {
             command.arg(format!("--socket-path={socket}"));
         }
         command.args(options.iter().map(|option| option.replace("{}", socket)));
-        self.child = command.stderr(log).spawn().unwrap();
+        self.child = command.stderr(self.open_log()).spawn().unwrap();
     }
 
     /// Its socket is there a moment before it listens.
