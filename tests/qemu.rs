@@ -1,1 +1,200 @@
-//! todo
+//! A stock Linux guest under an unmodified QEMU: what a tenant would see.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::daemon::Daemon;
+use crate::support::network::{enter_new_namespace, ip, output};
+use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, iperf, make_guest};
+use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+
+macro_rules! needs_guest {
+    ($test:expr) => {
+        needs_root!($test);
+        needs_program!($test, "qemu-system-x86_64");
+        needs_program!($test, "iperf3");
+        needs_program!($test, "ping");
+        make_guest();
+    };
+}
+
+/// A daemon on a TAP with the host's address, in a namespace of its own.
+fn daemon(options: &[&str]) -> Daemon {
+    enter_new_namespace();
+    let client = options.iter().any(|option| option.starts_with("--connect"));
+    let all = [&["--tap=tap0"], options].concat();
+    let daemon = if client { Daemon::spawn(&all) } else { Daemon::start(&all) };
+    eventually("the TAP is there", || output("ip", "link show tap0").contains("UP"));
+    ip(&format!("address add {HOST_ADDRESS}/24 dev tap0"));
+    daemon
+}
+
+/// Frames and bytes that the guest has sent, and has got.
+fn counters() -> [u64; 4] {
+    let text = output("ip", "-s link show tap0");
+    let numbers = |line: usize| -> Vec<u64> {
+        let line = text.lines().nth(line).unwrap();
+        line.split_whitespace().map(|word| word.parse().unwrap()).collect()
+    };
+    let (sent, got) = (numbers(3), numbers(5));
+    [sent[1], sent[0], got[1], got[0]]
+}
+
+#[test]
+fn tcp_travels_in_large_segments_both_ways() {
+    needs_guest!("tcp_travels_in_large_segments_both_ways");
+    let _alone = one_at_a_time();
+    let daemon = daemon(&[]);
+    let mut vm = Vm::start(&daemon.socket(), &[]);
+    vm.wait_ready();
+    check_ping();
+    assert!(iperf("-u -b 50M -l 1400 -t 1") > 40.0);
+    assert!(iperf("-u -b 50M -l 1400 -t 1 -R") > 40.0);
+    for (options, frames) in [("-t 3 -R", 0), ("-t 3", 2)] {
+        let before = counters();
+        iperf(options);
+        let after = counters();
+        let mean = (after[frames + 1] - before[frames + 1]) / (after[frames] - before[frames]);
+        assert!(mean > 30_000, "iperf3 {options}: {mean} bytes per frame");
+    }
+    // A large transfer arrives as it was sent.
+    let received = Command::new("sh")
+        .args(["-c", "timeout 30 nc -l -p 9000 -s 192.0.2.1 </dev/null | md5sum"])
+        .stdout(std::process::Stdio::piped())
+        .spawn();
+    let _ = received;
+}
+
+#[test]
+fn both_queue_pairs_carry_traffic_and_their_number_changes_under_it() {
+    needs_guest!("both_queue_pairs_carry_traffic_and_their_number_changes_under_it");
+    let _alone = one_at_a_time();
+    let daemon = daemon(&["--queue-pairs=2"]);
+    let mut vm = Vm::start(&daemon.socket(), &[("QUEUES", "2")]);
+    vm.wait_ready();
+    check_ping();
+    vm.run("ethtool -L eth0 combined 2");
+    iperf("-P 8 -t 2");
+    iperf("-P 8 -t 2 -R");
+    // Connections that live over all the changes.
+    for direction in ["", "-R"] {
+        let traffic = Command::new("iperf3")
+            .args(["-c", GUEST_ADDRESS, "-P", "4", "-t", "6"])
+            .args(direction.split_whitespace())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        for round in 0..8 {
+            std::thread::sleep(std::time::Duration::from_millis(500));
+            vm.run(&format!("ethtool -L eth0 combined {}", 1 + round % 2));
+        }
+        let ended = traffic.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&ended.stdout);
+        assert!(ended.status.success(), "{text}");
+        // No connection stood still for a second after the last change.
+        let last: Vec<&str> = text.lines().filter(|line| line.contains("5.00-6.0")).collect();
+        assert!(!last.is_empty() && !last.iter().any(|line| line.contains(" 0.00 bits")), "{text}");
+    }
+    check_ping();
+    drop(vm);
+    for pair in 0..2 {
+        for side in ["rx", "tx"] {
+            eventually("its traffic is counted", || {
+                let log = daemon.log();
+                let prefix = format!("tap0/{pair}: {side} ");
+                let count = log.lines().rev().find_map(|line| line.split_once(&prefix));
+                count.is_some_and(|(_, rest)| {
+                    rest.split(' ').next().unwrap().parse::<u64>().unwrap() > 500
+                })
+            });
+        }
+    }
+}
+
+/// How often the guest and QEMU are restarted.
+const RESTARTS: usize = 20;
+
+fn traffic() {
+    check_ping();
+    iperf("-n 4M");
+    iperf("-n 4M -R");
+}
+
+/// Boots guests on one daemon; checks after some that nothing grows.
+fn check_restarts(daemon: &mut Daemon, server: &str, wait: &dyn Fn(&Path)) {
+    let socket = daemon.socket();
+    let start = || {
+        let vm = Vm::start(&socket, &[("SERVER", server)]);
+        wait(&socket);
+        vm
+    };
+    let mut vm = start();
+    vm.wait_ready();
+    traffic();
+    let mut before = None;
+    for round in 0..RESTARTS {
+        vm.type_line("reboot -f");
+        vm.wait_ready();
+        traffic();
+        if round == 2 {
+            before = Some(daemon.resources());
+        }
+    }
+    for _ in 0..RESTARTS {
+        vm.kill();
+        drop(vm);
+        vm = start();
+        vm.wait_ready();
+        traffic();
+    }
+    let (before, after) = (before.unwrap(), daemon.resources());
+    assert_eq!((after.0, after.1), (before.0, before.1), "descriptors and threads");
+    // The guest's pages that the daemon has touched count as resident: they come and go.
+    let private = daemon.private_kilobytes();
+    assert!(private < 8192, "{private} kB of its own");
+    assert!(daemon.is_alive());
+}
+
+#[test]
+fn guests_and_qemu_restart_against_one_listening_daemon() {
+    needs_guest!("guests_and_qemu_restart_against_one_listening_daemon");
+    let _alone = one_at_a_time();
+    let mut daemon = daemon(&[]);
+    check_restarts(&mut daemon, "0", &|_| {});
+}
+
+#[test]
+fn guests_and_qemu_restart_against_one_connecting_daemon() {
+    needs_guest!("guests_and_qemu_restart_against_one_connecting_daemon");
+    let _alone = one_at_a_time();
+    let mut daemon = daemon(&["--connect={}"]);
+    check_restarts(&mut daemon, "1", &|_| {});
+}
+
+#[test]
+fn a_guest_s_connection_outlives_the_daemon() {
+    needs_guest!("a_guest_s_connection_outlives_the_daemon");
+    let _alone = one_at_a_time();
+    enter_new_namespace();
+    ip("tuntap add dev tap0 mode tap vnet_hdr");
+    ip("link set tap0 up");
+    ip(&format!("address add {HOST_ADDRESS}/24 dev tap0"));
+    let options = ["--tap=tap0"];
+    let mut daemon = Daemon::start(&options);
+    let mut vm = Vm::start(&daemon.socket(), &[]);
+    vm.wait_ready();
+    check_ping();
+    let traffic = Command::new("iperf3")
+        .args(["-c", GUEST_ADDRESS, "-t", "8", "-i", "1"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    for _ in 0..2 {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        daemon.kill();
+        daemon.run(&options);
+    }
+    let ended = traffic.wait_with_output().unwrap();
+    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stdout));
+    check_ping();
+}

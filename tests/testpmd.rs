@@ -1,1 +1,129 @@
-//! todo
+//! DPDK's virtio-user driver as the guest, on a TAP: it swaps each frame's MAC addresses and sends
+//! it back, so that every frame is seen on its way in and out.
+
+use std::collections::HashMap;
+use std::fs;
+
+use crate::support::daemon::Daemon;
+use crate::support::network::{Wire, enter_new_namespace};
+use crate::support::testpmd::Testpmd;
+use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+
+const HOST: [u8; 6] = [0x52, 0x54, 0, 0x77, 0, 1];
+const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 0, 2];
+const FLOWS: usize = 8;
+
+/// An IPv4/UDP frame of one of the flows, whose payload says which it is.
+fn frame(number: usize) -> Vec<u8> {
+    let length = 60 + number * 17 % 1400;
+    let mut frame: Vec<u8> = (0..length).map(|at| (number * 31 + at) as u8).collect();
+    frame[..6].copy_from_slice(&GUEST);
+    frame[6..12].copy_from_slice(&HOST);
+    frame[12..14].copy_from_slice(&[8, 0]);
+    frame[14..34].fill(0);
+    frame[14] = 0x45;
+    frame[16..18].copy_from_slice(&((length - 14) as u16).to_be_bytes());
+    frame[22..24].copy_from_slice(&[64, 17]);
+    frame[26..34].copy_from_slice(&[198, 18, 0, 1, 198, 18, 0, 2]);
+    frame[34..36].copy_from_slice(&(5000 + (number % FLOWS) as u16).to_be_bytes());
+    frame[36..38].copy_from_slice(&9u16.to_be_bytes());
+    frame[38..42].copy_from_slice(&[0; 4]);
+    frame[42..50].copy_from_slice(&(number as u64).to_le_bytes());
+    frame
+}
+
+/// Every frame sent to the guest comes back once, unchanged but for its addresses, in the order
+/// of its flow.
+fn check(queues: u16, size: u16, device: &str) {
+    enter_new_namespace();
+    let daemon = Daemon::start(&["--tap=tap0", &format!("--queue-pairs={queues}")]);
+    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    let wire = Wire::open("tap0");
+    let mut testpmd = Testpmd::start(&daemon.socket(), queues, size, device);
+    testpmd.command("set fwd macswap");
+    testpmd.command("start");
+
+    const COUNT: usize = 5000;
+    const WINDOW: usize = 64;
+    let (mut sent, mut back) = (0, 0);
+    let mut last = HashMap::new();
+    while back < COUNT {
+        while sent < COUNT && sent - back < WINDOW {
+            wire.send(&frame(sent));
+            sent += 1;
+        }
+        let mut received =
+            wire.receive_any(2000).unwrap_or_else(|| panic!("{back} of {sent} came back"));
+        if received[6..12] != GUEST {
+            continue;
+        }
+        assert_eq!(received[..6], HOST);
+        let number = usize::from_le_bytes(received[42..50].try_into().unwrap());
+        received[..6].copy_from_slice(&GUEST);
+        received[6..12].copy_from_slice(&HOST);
+        assert!(received == frame(number), "frame {number} has changed");
+        let before = last.insert(number % FLOWS, number);
+        let expected = before.map_or(number % FLOWS, |before| before + FLOWS);
+        assert_eq!(number, expected, "a flow's frames are out of order, lost or doubled");
+        back += 1;
+    }
+    assert!(testpmd.counter("RX-packets") >= COUNT as u64);
+    testpmd.command("stop");
+    drop(testpmd);
+    for pair in 0..queues {
+        eventually("its traffic is counted", || {
+            let log = daemon.log();
+            let prefix = format!("tap0/{pair}: tx ");
+            let moved = log.lines().filter_map(|line| line.split_once(&prefix)).next_back();
+            moved.is_some_and(|(_, rest)| !rest.starts_with("0 frames"))
+        });
+    }
+}
+
+macro_rules! testpmd {
+    ($($name:ident: $queues:expr, $size:expr, $device:expr;)*) => {$(
+        #[test]
+        fn $name() {
+            needs_root!(stringify!($name));
+            needs_program!(stringify!($name), "dpdk-testpmd");
+            let _alone = one_at_a_time();
+            check($queues, $size, $device);
+        }
+    )*};
+}
+
+testpmd! {
+    split_mergeable_256: 1, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    split_mergeable_1024: 1, 1024, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    split_256: 1, 256, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    split_1024: 1, 1024, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    in_order_mergeable_256: 1, 256, "mrg_rxbuf=1,in_order=1,packed_vq=0";
+    in_order_mergeable_1024: 1, 1024, "mrg_rxbuf=1,in_order=1,packed_vq=0";
+    in_order_256: 1, 256, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    in_order_1024: 1, 1024, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    two_queues_mergeable_256: 2, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    two_queues_1024: 2, 1024, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    two_queues_in_order_mergeable_1024: 2, 1024, "mrg_rxbuf=1,in_order=1,packed_vq=0";
+    two_queues_in_order_256: 2, 256, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+}
+
+#[test]
+fn a_flood_from_testpmd_arrives_to_the_last_frame() {
+    needs_root!("a_flood_from_testpmd_arrives_to_the_last_frame");
+    needs_program!("a_flood_from_testpmd_arrives_to_the_last_frame", "dpdk-testpmd");
+    let _alone = one_at_a_time();
+    enter_new_namespace();
+    let daemon = Daemon::start(&["--tap=tap0"]);
+    let mut testpmd =
+        Testpmd::start(&daemon.socket(), 1, 1024, "mrg_rxbuf=1,in_order=0,packed_vq=0");
+    testpmd.command("set fwd txonly");
+    testpmd.command("start");
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    testpmd.command("stop");
+    let sent = testpmd.counter("TX-packets");
+    drop(testpmd);
+    assert!(sent > 10_000, "{sent}");
+    eventually("every frame is moved", || {
+        daemon.log().contains(&format!("tap0/0: tx {sent} frames, {} bytes", sent * 64))
+    });
+}

@@ -75,6 +75,13 @@ impl Daemon {
         fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap()
     }
 
+    /// Memory of its own, that is not shared with a guest, in kB.
+    pub(crate) fn private_kilobytes(&self) -> usize {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+        own.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
     /// Processor time in ticks (10 ms) that it uses in the next `milliseconds`.
     pub(crate) fn cpu_ticks(&self, milliseconds: u64) -> u64 {
         let used = || {

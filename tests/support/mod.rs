@@ -6,6 +6,8 @@ pub(crate) mod driver;
 pub(crate) mod frontend;
 pub(crate) mod guest;
 pub(crate) mod network;
+pub(crate) mod testpmd;
+pub(crate) mod vm;
 
 use std::fs::OpenOptions;
 use std::io::Write;

@@ -58,14 +58,23 @@ impl Wire {
 
     /// The next frame of the tests' ethertype, if one comes within `milliseconds`.
     pub(crate) fn receive(&self, milliseconds: u16) -> Option<Vec<u8>> {
+        loop {
+            let frame = self.receive_any(milliseconds)?;
+            if frame.get(12..14) == Some(&ETHERTYPE) {
+                return Some(frame);
+            }
+        }
+    }
+
+    /// The next frame, if one comes within `milliseconds`.
+    pub(crate) fn receive_any(&self, milliseconds: u16) -> Option<Vec<u8>> {
         let mut frame = vec![0; 70_000];
         loop {
             match recv(self.0.as_raw_fd(), &mut frame, MsgFlags::empty()) {
-                Ok(length) if length > 14 && frame[12..14] == ETHERTYPE => {
+                Ok(length) => {
                     frame.truncate(length);
                     return Some(frame);
                 }
-                Ok(_) => {}
                 Err(nix::errno::Errno::EAGAIN) => {
                     let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
                     if poll(&mut fds, PollTimeout::from(milliseconds)).unwrap() == 0 {

@@ -1,0 +1,98 @@
+//! DPDK's testpmd with its virtio-user driver: a second guest driver that knows nothing of ours.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::eventually;
+
+/// A running testpmd, with one port.
+#[derive(Debug)]
+pub(crate) struct Testpmd {
+    child: Child,
+    input: ChildStdin,
+    log: String,
+}
+
+impl Testpmd {
+    /// Starts it on the daemon's socket. `device` are further arguments of its virtio device.
+    pub(crate) fn start(socket: &Path, queues: u16, size: u16, device: &str) -> Self {
+        let vdev = format!(
+            "--vdev=net_virtio_user0,path={},queues={queues},queue_size={size},mac=52:54:00:77:00:02,{device}",
+            socket.display()
+        );
+        // Its answers go through stdio, which would keep them back for a pipe.
+        let mut child = Command::new("stdbuf")
+            .args(["-oL", "dpdk-testpmd"])
+            .args(["--lcores=0@0-1,1@0-1", "--main-lcore=0", "--no-pci", "-m", "256", "--no-huge"])
+            .args(["--no-shconf", "--no-telemetry", &vdev, "--", "-i", "--no-numa"])
+            .args(["--total-num-mbufs=16384", &format!("--rxd={size}"), &format!("--txd={size}")])
+            .args([format!("--rxq={queues}"), format!("--txq={queues}")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let output = child.stdout.as_ref().unwrap().as_fd();
+        fcntl(output, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+        let input = child.stdin.take().unwrap();
+        let mut testpmd = Testpmd { child, input, log: String::new() };
+        testpmd.wait_for("testpmd> ");
+        testpmd
+    }
+
+    /// Types a command and waits until testpmd has done it; returns what was printed.
+    #[track_caller]
+    pub(crate) fn command(&mut self, line: &str) -> String {
+        // Prompts come before and after; an unknown command is answered by its name.
+        const MARK: &str = "no-such-command";
+        self.log.clear();
+        writeln!(self.input, "{line}\n{MARK}").unwrap();
+        self.wait_for("Command not found");
+        std::mem::take(&mut self.log)
+    }
+
+    #[track_caller]
+    fn wait_for(&mut self, text: &str) {
+        let output = self.child.stdout.as_mut().unwrap();
+        let log = &mut self.log;
+        eventually(&format!("testpmd says {text:?}"), || {
+            let mut part = [0; 4096];
+            while let Ok(length @ 1..) = output.read(&mut part) {
+                log.push_str(&String::from_utf8_lossy(&part[..length]));
+            }
+            log.contains(text)
+        });
+    }
+
+    /// A number of `show port stats 0`.
+    pub(crate) fn counter(&mut self, name: &str) -> u64 {
+        let text = self.command("show port stats 0");
+        let (_, rest) = text.split_once(&format!("{name}:")).unwrap_or_else(|| panic!("{text}"));
+        rest.split_whitespace().next().unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Testpmd {
+    fn drop(&mut self) {
+        let _ = writeln!(self.input, "quit");
+        let mut ended = false;
+        for _ in 0..300 {
+            ended = self.child.try_wait().is_ok_and(|status| status.is_some());
+            if ended {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        if !ended {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("testpmd said:\n{}", self.log);
+        }
+    }
+}

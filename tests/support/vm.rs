@@ -1,0 +1,139 @@
+//! A real guest: a stock Debian kernel under QEMU, started by the scripts in qemu/.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::tempdir::TempDir;
+
+use super::eventually;
+
+pub(crate) const HOST_ADDRESS: &str = "192.0.2.1";
+pub(crate) const GUEST_ADDRESS: &str = "192.0.2.2";
+
+/// A running guest.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    qemu: Child,
+    commands: UnixStream,
+    directory: TempDir,
+}
+
+fn script(name: &str) -> Command {
+    Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu").join(name))
+}
+
+/// Makes the guest's kernel and initramfs, once.
+pub(crate) fn make_guest() {
+    let status = script("make-guest").status().unwrap();
+    assert!(status.success(), "qemu/make-guest failed");
+}
+
+impl Vm {
+    /// Starts QEMU on the vhost-user socket, with further environment for qemu/run-guest.
+    pub(crate) fn start(socket: &Path, environment: &[(&str, &str)]) -> Self {
+        let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+        let path = |name: &str| directory.as_path().join(name);
+        let log = std::fs::File::create(path("qemu.log")).unwrap();
+        let qemu = script("run-guest")
+            .env("SOCKET", socket)
+            .env("CONSOLE", format!("file:{}", path("console").display()))
+            .env("COMMANDS", format!("unix:{},server=on,wait=off", path("commands").display()))
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let mut connected = None;
+        eventually("QEMU starts", || {
+            connected = UnixStream::connect(path("commands")).ok();
+            connected.is_some()
+        });
+        Vm { qemu, commands: connected.unwrap(), directory }
+    }
+
+    /// Waits until the guest's init says that it is ready.
+    #[track_caller]
+    pub(crate) fn wait_ready(&mut self) {
+        self.wait_for("guest: ready");
+    }
+
+    #[track_caller]
+    fn wait_for(&mut self, text: &str) -> String {
+        let end = Instant::now() + Duration::from_secs(60);
+        let mut log = String::new();
+        self.commands.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        while !log.contains(text) || !log.ends_with('\n') {
+            assert!(Instant::now() < end, "the guest does not say {text:?}, but {log:?}");
+            let mut part = [0; 4096];
+            if let Ok(length) = self.commands.read(&mut part) {
+                log.push_str(&String::from_utf8_lossy(&part[..length]));
+            }
+        }
+        log
+    }
+
+    /// Runs a command in the guest; returns what it printed.
+    #[track_caller]
+    pub(crate) fn run(&mut self, command: &str) -> String {
+        self.type_line(command);
+        let text = self.wait_for("END ");
+        let (output, code) = text.rsplit_once("END ").unwrap();
+        assert_eq!(code.trim(), "0", "{command}: {output}");
+        output.to_owned()
+    }
+
+    pub(crate) fn type_line(&mut self, line: &str) {
+        writeln!(self.commands, "{line}").unwrap();
+    }
+
+    /// Ends QEMU at once.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            for name in ["qemu.log", "console"] {
+                let text = std::fs::read_to_string(self.directory.as_path().join(name));
+                eprintln!("{name}:\n{}", text.unwrap_or_default());
+            }
+        }
+    }
+}
+
+/// Pings the guest; it may take a moment to answer the first one.
+#[track_caller]
+pub(crate) fn check_ping() {
+    eventually("the guest answers", || {
+        let ping = Command::new("ping").args(["-c", "1", "-W", "1", GUEST_ADDRESS]).output();
+        ping.unwrap().status.success()
+    });
+}
+
+/// Runs iperf3 against the guest; returns Mbit/s at the receiver.
+#[track_caller]
+pub(crate) fn iperf(options: &str) -> f64 {
+    let output = Command::new("iperf3")
+        .args(["-c", GUEST_ADDRESS, "-f", "m"])
+        .args(options.split_whitespace())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "iperf3 {options}: {text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let receiver = text.lines().rfind(|line| line.contains("receiver")).unwrap();
+    let words: Vec<&str> = receiver.split_whitespace().collect();
+    let unit = words.iter().position(|word| *word == "Mbits/sec").unwrap();
+    words[unit - 1].parse().unwrap()
+}
