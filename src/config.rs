@@ -56,6 +56,9 @@ struct Arguments {
     /// Look for work this long before going to sleep.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
     busy_poll: u32,
+    /// How bursts of frames are written to the TAP: auto measures at the start which is cheaper.
+    #[arg(long, value_name = "METHOD", value_enum, default_value_t = TxMethod::Auto)]
+    tx_method: TxMethod,
     /// Processors for the queue pairs' threads, as 2,4-7: the first pair runs on the first, and
     /// so on, around.
     #[arg(long, value_name = "LIST", value_parser = parse_cpu_list)]
@@ -90,6 +93,17 @@ pub enum Host {
     Loopback,
 }
 
+/// How bursts of frames are written to a TAP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum TxMethod {
+    /// Whichever is found cheaper at the start.
+    Auto,
+    /// One io_uring submission for a burst; an error where it is not permitted.
+    IoUring,
+    /// One system call for each frame.
+    Writev,
+}
+
 /// A list of processors.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuList(pub Vec<usize>);
@@ -111,6 +125,8 @@ pub struct Config {
     pub guest_tso: bool,
     /// How long to look for work before going to sleep.
     pub busy_poll: Duration,
+    /// How bursts of frames are written to a TAP.
+    pub tx_method: TxMethod,
     /// Processors for the workers.
     pub cpu_affinity: Option<CpuList>,
     /// What is logged.
@@ -194,6 +210,7 @@ impl Arguments {
             mtu: self.mtu,
             guest_tso: self.guest_tso,
             busy_poll: Duration::from_micros(self.busy_poll.into()),
+            tx_method: self.tx_method,
             cpu_affinity: self.cpu_affinity,
             log_level: self.log_level,
         })

@@ -109,14 +109,16 @@ fn open_host(config: &Config) -> Result<(String, Vec<HostQueue>), StartError> {
     }
     let queues = queues
         .into_iter()
-        .map(|queue| TapQueue::new(queue).map(HostQueue::Tap))
+        .map(|queue| {
+            TapQueue::new(queue, config.tx_method).map(|queue| HostQueue::Tap(Box::new(queue)))
+        })
         .collect::<io::Result<Vec<_>>>()
         .map_err(|error| StartError::new(format!("set up tap {name}: {error}")))?;
     if let HostQueue::Tap(queue) = &queues[0] {
         let offloads = queue.offloads();
         info!(
             "tap {name}: tx by {}, TCP segmentation {}, UDP segmentation {}",
-            if queue.uses_io_uring() { "io_uring" } else { "writev" },
+            queue.tx_method(),
             if offloads.segmentation { "on" } else { "off" },
             if offloads.udp_segmentation { "on" } else { "off" },
         );
@@ -328,10 +330,10 @@ impl Control {
         debug!("{}: stopped in {:?}", self.device.name(), started.elapsed());
         let _ = self.poller.remove(Source::Connection);
         self.connection = None;
-        if let Some(fd) = self.endpoint.fd() {
-            if let Err(error) = self.poller.add(fd, Interest::Read, Source::Endpoint) {
-                warn!("{}: wait for the next frontend: {error}", self.device.name());
-            }
+        if let Some(fd) = self.endpoint.fd()
+            && let Err(error) = self.poller.add(fd, Interest::Read, Source::Endpoint)
+        {
+            warn!("{}: wait for the next frontend: {error}", self.device.name());
         }
         self.log_counters();
     }
@@ -339,8 +341,9 @@ impl Control {
     /// Stops in the order in which nothing is left half done: rings first, then the connection,
     /// then the socket's file (all when `self` is dropped).
     fn finish(mut self) {
-        self.device.forget();
-        self.log_counters();
+        if self.connection.is_some() {
+            self.disconnect(Some("the daemon stops"));
+        }
         info!("{}: stopped", self.device.name());
     }
 

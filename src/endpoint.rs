@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ impl Endpoint {
                 match classify(fd.as_fd()).map_err(failed)? {
                     Inherited::Connection => Ok(Endpoint::Connected(Some(UnixStream::from(fd)))),
                     Inherited::Listener => {
-                        let listener = UnixListener::from(OwnedFd::from(fd));
+                        let listener = UnixListener::from(fd);
                         listener.set_nonblocking(true).map_err(failed)?;
                         Ok(Endpoint::Listener(listener, None))
                     }

@@ -87,7 +87,7 @@ pub struct Finished<'mem> {
 #[derive(Debug)]
 pub enum HostQueue {
     /// A queue of a TAP device.
-    Tap(tap::TapQueue),
+    Tap(Box<tap::TapQueue>),
     /// Frames go back to the guest that sent them.
     Loopback,
 }

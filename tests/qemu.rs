@@ -57,12 +57,6 @@ fn tcp_travels_in_large_segments_both_ways() {
         let mean = (after[frames + 1] - before[frames + 1]) / (after[frames] - before[frames]);
         assert!(mean > 30_000, "iperf3 {options}: {mean} bytes per frame");
     }
-    // A large transfer arrives as it was sent.
-    let received = Command::new("sh")
-        .args(["-c", "timeout 30 nc -l -p 9000 -s 192.0.2.1 </dev/null | md5sum"])
-        .stdout(std::process::Stdio::piped())
-        .spawn();
-    let _ = received;
 }
 
 #[test]
@@ -78,6 +72,8 @@ fn both_queue_pairs_carry_traffic_and_their_number_changes_under_it() {
     iperf("-P 8 -t 2 -R");
     // Connections that live over all the changes.
     for direction in ["", "-R"] {
+        iperf("-n 1M");
+        std::thread::sleep(std::time::Duration::from_millis(500));
         let traffic = Command::new("iperf3")
             .args(["-c", GUEST_ADDRESS, "-P", "4", "-t", "6"])
             .args(direction.split_whitespace())

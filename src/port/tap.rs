@@ -1,8 +1,8 @@
 //! A TAP device as port: frames go between guest memory and the kernel without a copy of ours.
 //!
 //! *transmit* hands the kernel a private, checked copy of the headers and the rest of the chain
-//! where it lies, a burst with one io_uring submission, or a `writev` per frame where io_uring is
-//! not permitted. *reap* has the kernel read each frame straight into the oldest buffers.
+//! where it lies, a burst with one io_uring submission or a `writev` per frame, whichever costs
+//! less on this machine. *reap* has the kernel read each frame straight into the oldest buffers.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,15 +10,16 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::warn;
 
 use super::{Finished, Outcome, Port, Readiness};
+use crate::config::TxMethod;
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Negotiated, Offloads, PortOffloads};
 use crate::guest::virtqueue::MAX_SEGMENTS;
 use crate::guest::{Burst, Chain, Readable, Segment, Writable};
 use crate::sys::tap::{Queue, offload};
-use crate::sys::uring::{MAX_WRITES, Writer};
+use crate::sys::uring::{Comparison, MAX_WRITES, Writer, compare};
 use crate::vnet_header::{Admission, LINK_OVERHEAD, MAX_FRAME, PrivateStart, VnetHeader, admit};
 
 /// Frames that one turn reads.
@@ -39,6 +40,8 @@ const RETRY: Duration = Duration::from_secs(1);
 pub struct TapQueue {
     queue: Queue,
     writer: Option<Writer>,
+    /// Why bursts are written that way.
+    reason: String,
     offloads: PortOffloads,
     /// What the device was last set to by this queue: header length and `TUN_F_*`.
     applied: Option<(usize, u32)>,
@@ -50,8 +53,8 @@ impl TapQueue {
     /// Prepares an open queue: asks what the device can do, and chooses how to write.
     ///
     /// # Errors
-    /// Those of the device's ioctls.
-    pub fn new(queue: Queue) -> io::Result<Self> {
+    /// Those of the device's ioctls, and those of io_uring if `method` demands it.
+    pub fn new(queue: Queue, method: TxMethod) -> io::Result<Self> {
         use offload::{CSUM, TSO_ECN, TSO4, TSO6, USO4, USO6};
         queue.set_header_length(HEADER_LENGTH)?;
         let tcp = CSUM | TSO4 | TSO6 | TSO_ECN;
@@ -63,39 +66,26 @@ impl TapQueue {
             // No frame is steered here before a guest has buffers for it.
             queue.set_attached(false)?;
         }
-        let writer = if queue.has_send_limit() {
-            // Frames behind one that was refused for lack of room would overtake it.
-            info!("tap {}: send buffer is limited, writing frame by frame", queue.identity().name);
-            None
-        } else {
-            match Writer::new(queue.as_fd()) {
-                Ok(writer) => Some(writer),
-                Err(error) => {
-                    info!(
-                        "tap {}: writing frame by frame, for io_uring is not available: {error}",
-                        queue.identity().name
-                    );
-                    None
-                }
-            }
-        };
+        let (writer, reason) = choose_writer(&queue, method)?;
         Ok(TapQueue {
             queue,
             writer,
+            reason,
             offloads: PortOffloads { segmentation, udp_segmentation },
             applied: None,
             attached: multi_queue.then_some(false),
         })
     }
 
+    /// How bursts are written, and why so.
+    pub fn tx_method(&self) -> String {
+        let way = if self.writer.is_some() { "io_uring" } else { "writev" };
+        format!("{way} ({})", self.reason)
+    }
+
     /// What the device can do with a frame's offloads.
     pub fn offloads(&self) -> PortOffloads {
         self.offloads
-    }
-
-    /// Whether bursts are written through io_uring.
-    pub fn uses_io_uring(&self) -> bool {
-        self.writer.is_some()
     }
 
     /// The device's name.
@@ -162,6 +152,32 @@ impl TapQueue {
         }
         Ok(())
     }
+}
+
+/// An io_uring instance if bursts are to be written with one, and the reason.
+fn choose_writer(queue: &Queue, method: TxMethod) -> io::Result<(Option<Writer>, String)> {
+    if method == TxMethod::Writev {
+        return Ok((None, "as configured".into()));
+    }
+    if queue.has_send_limit() {
+        // Frames behind one that was refused for lack of room would overtake it.
+        return Ok((None, "the device limits what it buffers".into()));
+    }
+    if method == TxMethod::IoUring {
+        return Ok((Some(Writer::new(queue.as_fd())?), "as configured".into()));
+    }
+    let measured = compare().and_then(|costs| Ok((costs, Writer::new(queue.as_fd())?)));
+    Ok(match measured {
+        Ok((Comparison { io_uring, writev }, writer)) => {
+            let reason = format!(
+                "a frame's writing costs {} ns by io_uring and {} ns by writev here",
+                io_uring.as_nanos(),
+                writev.as_nanos()
+            );
+            ((io_uring < writev).then_some(writer), reason)
+        }
+        Err(error) => (None, format!("io_uring is not available: {error}")),
+    })
 }
 
 /// `TUN_F_*` for what the guest has accepted.

@@ -257,15 +257,7 @@ impl Queue {
     /// # Errors
     /// `WouldBlock` if a send limit is reached; otherwise those of the device.
     pub fn write(&self, segments: &[Segment<'_>]) -> io::Result<usize> {
-        // SAFETY: as in `read`; the kernel only reads here.
-        let written = unsafe {
-            libc::writev(
-                self.file.as_raw_fd(),
-                segments.as_ptr().cast(),
-                segments.len() as libc::c_int,
-            )
-        };
-        if written < 0 { Err(io::Error::last_os_error()) } else { Ok(written as usize) }
+        super::write_segments(self.as_fd(), segments)
     }
 }
 

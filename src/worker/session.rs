@@ -259,11 +259,10 @@ impl Serving<'_> {
         if let Some(tx) = tx {
             more |= tx.queue.arm()?;
         }
-        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.is_enabled() && rx.burst.is_empty()) {
-            if starved {
-                self.counters.starved.add(1);
-                more |= rx.queue.arm()?;
-            }
+        let rx = self.rx.as_mut().filter(|rx| rx.is_enabled() && rx.burst.is_empty() && starved);
+        if let Some(rx) = rx {
+            self.counters.starved.add(1);
+            more |= rx.queue.arm()?;
         }
         Ok(more)
     }

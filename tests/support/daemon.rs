@@ -75,6 +75,18 @@ impl Daemon {
         fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap()
     }
 
+    /// On-CPU nanoseconds of all its threads: for the benchmark.
+    #[allow(dead_code)]
+    pub(crate) fn cpu_nanoseconds(&self) -> u64 {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        threads
+            .map(|thread| {
+                let text = fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap();
+                text.split(' ').next().unwrap().parse::<u64>().unwrap()
+            })
+            .sum()
+    }
+
     /// Memory of its own, that is not shared with a guest, in kB.
     pub(crate) fn private_kilobytes(&self) -> usize {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();

@@ -20,6 +20,17 @@ pub(crate) struct Testpmd {
 impl Testpmd {
     /// Starts it on the daemon's socket. `device` are further arguments of its virtio device.
     pub(crate) fn start(socket: &Path, queues: u16, size: u16, device: &str) -> Self {
+        Self::start_on("0-1", socket, queues, size, device)
+    }
+
+    /// The same, on these processors.
+    pub(crate) fn start_on(
+        cpus: &str,
+        socket: &Path,
+        queues: u16,
+        size: u16,
+        device: &str,
+    ) -> Self {
         let vdev = format!(
             "--vdev=net_virtio_user0,path={},queues={queues},queue_size={size},mac=52:54:00:77:00:02,{device}",
             socket.display()
@@ -27,7 +38,8 @@ impl Testpmd {
         // Its answers go through stdio, which would keep them back for a pipe.
         let mut child = Command::new("stdbuf")
             .args(["-oL", "dpdk-testpmd"])
-            .args(["--lcores=0@0-1,1@0-1", "--main-lcore=0", "--no-pci", "-m", "256", "--no-huge"])
+            .arg(format!("--lcores=0@{cpus},1@{cpus}"))
+            .args(["--main-lcore=0", "--no-pci", "-m", "256", "--no-huge"])
             .args(["--no-shconf", "--no-telemetry", &vdev, "--", "-i", "--no-numa"])
             .args(["--total-num-mbufs=16384", &format!("--rxd={size}"), &format!("--txd={size}")])
             .args([format!("--rxq={queues}"), format!("--txq={queues}")])

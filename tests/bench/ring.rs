@@ -1,0 +1,115 @@
+//! What it costs to pop a chain and to retire it: our ring against `virtio-queue`, on memory of
+//! two regions, with warm caches.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
+use vhost_user_net::guest::{
+    Budget, Burst, GuestMemory, Notification, Readable, RegionRequest, RingLayout, Virtqueue,
+};
+
+use super::{ROUNDS, median};
+use crate::support::guest::memfd;
+
+const SIZE: u16 = 256;
+const BURST: u16 = 64;
+const BURSTS: u32 = 100_000;
+const AVAIL: u64 = 0x2000;
+const USED: u64 = 0x3000;
+/// Buffers lie in the second region.
+const BUFFERS: u64 = 1 << 32;
+const REGION: u64 = 1 << 20;
+
+/// Nanoseconds per chain of `burst`, which handles one burst at the given avail index.
+fn time(mut burst: impl FnMut(u16)) -> f64 {
+    let mut avail = 0u16;
+    let mut many = |count: u32| {
+        for _ in 0..count {
+            avail = avail.wrapping_add(BURST);
+            burst(avail);
+        }
+    };
+    many(BURSTS / 10);
+    let rounds = (0..ROUNDS).map(|_| {
+        let started = Instant::now();
+        many(BURSTS);
+        started.elapsed().as_nanos() as f64 / f64::from(BURSTS) / f64::from(BURST)
+    });
+    median(rounds.collect())
+}
+
+pub(super) fn run() {
+    let files = [memfd(REGION), memfd(REGION)];
+    let bases = [0, BUFFERS];
+    let ranges = bases.iter().zip(&files).map(|(base, file)| {
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+        (GuestAddress(*base), REGION as usize, Some(offset))
+    });
+    let shared: GuestMemoryMmap = GuestMemoryMmap::from_ranges_with_files(ranges).unwrap();
+    for head in 0..SIZE {
+        let mut descriptor = (BUFFERS + 2048 * u64::from(head)).to_le_bytes().to_vec();
+        descriptor.extend(76u32.to_le_bytes());
+        descriptor.extend([0; 4]);
+        shared.write_slice(&descriptor, GuestAddress(16 * u64::from(head))).unwrap();
+        shared.write_obj(head, GuestAddress(AVAIL + 4 + 2 * u64::from(head))).unwrap();
+    }
+    let offer = |avail: u16| shared.write_obj(avail, GuestAddress(AVAIL + 2)).unwrap();
+
+    let regions = bases.iter().zip(&files).map(|(base, file)| {
+        let request = RegionRequest {
+            guest_address: *base,
+            size: REGION,
+            frontend_address: *base,
+            file_offset: 0,
+        };
+        (request, file.try_clone().unwrap())
+    });
+    let memory = GuestMemory::map(regions).unwrap();
+    let layout = RingLayout {
+        size: SIZE,
+        descriptors: GuestAddress(0),
+        avail: GuestAddress(AVAIL),
+        used: GuestAddress(USED),
+    };
+    let notification = Notification { event_idx: true, indirect: true };
+    let mut queue = Virtqueue::<Readable>::start(&memory, layout, notification).unwrap();
+    let budget = Budget { chains: BURST.into(), bytes: usize::MAX };
+    let mut burst = Burst::new();
+    let ours = time(|avail| {
+        offer(avail);
+        queue.pop(&mut burst, budget).unwrap();
+        for chain in burst.drain(..) {
+            black_box(chain.segments());
+            queue.retire(chain, 0);
+        }
+        black_box(queue.publish());
+    });
+
+    shared.write_obj(0u16, GuestAddress(USED + 2)).unwrap();
+    offer(0);
+    let mut queue = Queue::new(SIZE).unwrap();
+    queue.try_set_desc_table_address(GuestAddress(0)).unwrap();
+    queue.try_set_avail_ring_address(GuestAddress(AVAIL)).unwrap();
+    queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
+    queue.set_event_idx(true);
+    queue.set_ready(true);
+    let theirs = time(|avail| {
+        offer(avail);
+        for _ in 0..BURST {
+            let chain = queue.iter(&shared).unwrap().next().unwrap();
+            let head = chain.head_index();
+            for descriptor in chain {
+                black_box((descriptor.addr(), descriptor.len()));
+            }
+            queue.add_used(&shared, head, 0).unwrap();
+        }
+        black_box(queue.needs_notification(&shared).unwrap());
+    });
+
+    println!("\nring, ns per chain popped and retired (bursts of {BURST})");
+    println!("  {:<34} {ours:8.1}", "vhost-user-net");
+    println!("  {:<34} {theirs:8.1}   {:.1} times", "virtio-queue", theirs / ours);
+}
