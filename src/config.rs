@@ -202,6 +202,9 @@ impl Arguments {
                 ));
             }
         };
+        if let Some(number) = named_twice(&frontend, &host) {
+            return Err(format!("descriptor {number} is named twice"));
+        }
         Ok(Config {
             frontend,
             host,
@@ -215,6 +218,19 @@ impl Arguments {
             log_level: self.log_level,
         })
     }
+}
+
+/// A descriptor that --fd and --tap-fd name more than once.
+fn named_twice(frontend: &Frontend, host: &Host) -> Option<RawFd> {
+    let mut numbers = match host {
+        Host::TapDescriptors(numbers) => numbers.clone(),
+        Host::Tap(_) | Host::Loopback => Vec::new(),
+    };
+    if let Frontend::Inherited(number) = frontend {
+        numbers.push(*number);
+    }
+    numbers.sort_unstable();
+    numbers.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
 }
 
 fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
@@ -326,6 +342,7 @@ mod tests {
             (&["--socket-path=a", "--tap=a", "--queue-pairs=0"], "--queue-pairs=0"),
             (&["--socket-path=a", "--tap=a", "--queue-pairs=129"], "128"),
             (&["--socket-path=a", "--tap-fd=5,6", "--queue-pairs=3"], "--tap-fd names 2"),
+            (&["--fd=5", "--tap-fd=6,5"], "descriptor 5"),
             (&["--socket-path=a", "--tap=a", "--mac=1:2"], "1:2"),
             (&["--socket-path=a", "--tap=a", "--mtu=67"], "67"),
             (&["--socket-path=a", "--tap=a", "--guest-tso=maybe"], "maybe"),

@@ -2,11 +2,12 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::{OwnedFd, RawFd};
 use std::time::Instant;
 
 use log::{debug, info, warn};
 
-use crate::config::{Config, Host};
+use crate::config::{Config, Frontend, Host};
 use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
@@ -54,10 +55,13 @@ enum Source {
 /// # Errors
 /// What kept it from starting; once it runs, nothing ends it but a signal.
 pub fn run(config: &Config) -> Result<(), StartError> {
+    // Before anything is opened, which could get the number of a descriptor that we were
+    // promised and did not get.
+    let inherited = Inherited::take(config)?;
     // Before any thread is started: they inherit the mask.
     let signals = TerminationSignals::block()
         .map_err(|error| StartError::new(format!("block signals: {error}")))?;
-    let (name, queues) = open_host(config)?;
+    let (name, queues) = open_host(config, inherited.tap_queues)?;
     let offloads = queues[0].offloads();
     let options = OfferOptions { guest_segmentation: config.guest_tso, mac: config.mac.is_some() };
     let offer = Offer::new(offloads, options);
@@ -68,7 +72,7 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     };
     let workers = start_workers(config, &name, queues)?;
     // Last: whoever sees the socket may connect.
-    let endpoint = Endpoint::open(&config.frontend)?;
+    let endpoint = Endpoint::open(&config.frontend, inherited.frontend)?;
     let device = Device::new(name, offer, net_config, workers);
     info!(
         "{}: ready, {} queue pairs, features {:#x}",
@@ -83,20 +87,48 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     Ok(())
 }
 
+/// Descriptors that the process that started us left open for us.
+struct Inherited {
+    frontend: Option<OwnedFd>,
+    tap_queues: Vec<OwnedFd>,
+}
+
+impl Inherited {
+    fn take(config: &Config) -> Result<Self, StartError> {
+        let take = |number: RawFd, option: &str| {
+            inherit(number).map_err(|error| {
+                StartError::new(format!("use descriptor {number} ({option}): {error}"))
+            })
+        };
+        let frontend = match config.frontend {
+            Frontend::Inherited(number) => Some(take(number, "--fd")?),
+            Frontend::Listen(_) | Frontend::Connect(_) => None,
+        };
+        let tap_queues = match &config.host {
+            Host::TapDescriptors(numbers) => {
+                numbers.iter().map(|&number| take(number, "--tap-fd")).collect::<Result<_, _>>()?
+            }
+            Host::Tap(_) | Host::Loopback => Vec::new(),
+        };
+        Ok(Inherited { frontend, tap_queues })
+    }
+}
+
 /// Opens the host side, one queue per pair, and names the port after it.
-fn open_host(config: &Config) -> Result<(String, Vec<HostQueue>), StartError> {
+fn open_host(
+    config: &Config,
+    inherited: Vec<OwnedFd>,
+) -> Result<(String, Vec<HostQueue>), StartError> {
     let pairs = config.queue_pairs;
     let queues = match &config.host {
         Host::Loopback => {
             return Ok(("loopback".into(), (0..pairs).map(|_| HostQueue::Loopback).collect()));
         }
-        Host::Tap(name) => open_tap(name, pairs)?,
-        Host::TapDescriptors(numbers) => numbers
-            .iter()
-            .map(|&number| {
-                inherit(number).and_then(Queue::inherit).map_err(|error| {
-                    StartError::new(format!("use descriptor {number} (--tap-fd): {error}"))
-                })
+        Host::Tap(name) => open_tap(name, pairs, config.mtu)?,
+        Host::TapDescriptors(_) => inherited
+            .into_iter()
+            .map(|fd| {
+                Queue::inherit(fd).map_err(|error| StartError::new(format!("--tap-fd: {error}")))
             })
             .collect::<Result<_, _>>()?,
     };
@@ -127,7 +159,7 @@ fn open_host(config: &Config) -> Result<(String, Vec<HostQueue>), StartError> {
 }
 
 /// Opens `pairs` queues of the TAP `name`, which is made if it is missing.
-fn open_tap(name: &str, pairs: u16) -> Result<Vec<Queue>, StartError> {
+fn open_tap(name: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>, StartError> {
     let several = if pairs > 1 { " multi_queue" } else { "" };
     let make = format!("ip tuntap add dev {name} mode tap vnet_hdr{several}");
     let failed = |error: io::Error| {
@@ -175,7 +207,7 @@ fn open_tap(name: &str, pairs: u16) -> Result<Vec<Queue>, StartError> {
     }
     if is_new {
         info!("tap {name}: made, for as long as this process runs");
-        queues[0].set_up().map_err(failed)?;
+        queues[0].set_mtu(mtu.into()).and_then(|()| queues[0].set_up()).map_err(failed)?;
     }
     Ok(queues)
 }
@@ -353,6 +385,12 @@ impl Control {
             let counters = worker.counters();
             info!("{name}/{pair}: rx {}", counters.rx);
             info!("{name}/{pair}: tx {}", counters.tx);
+            debug!(
+                "{name}/{pair}: {} turns, {} sleeps, {} waits for the guest's buffers",
+                counters.turns.get(),
+                counters.sleeps.get(),
+                counters.starved.get()
+            );
         }
     }
 }

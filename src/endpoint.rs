@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -16,12 +16,14 @@ use log::{info, warn};
 
 use crate::config::Frontend;
 use crate::daemon::StartError;
-use crate::sys::process::inherit;
 use crate::sys::socket::{Inherited, classify, connect_now};
 
 /// Time between two attempts to connect: the first, and the longest, up to which it doubles.
 const FIRST_RETRY: Duration = Duration::from_millis(5);
 const LAST_RETRY: Duration = Duration::from_millis(500);
+
+/// How long a failing accept is left alone.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// Source of connections.
 #[derive(Debug)]
@@ -42,30 +44,33 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// Opens what the command line names.
+    /// Opens what the command line names; `inherited` is its descriptor, if it names one.
     ///
     /// # Errors
     /// With the path or descriptor, what is wrong, and the way out.
-    pub fn open(frontend: &Frontend) -> Result<Self, StartError> {
-        match frontend {
-            Frontend::Listen(path) => listen(path),
-            Frontend::Connect(path) => Ok(Endpoint::Connect {
+    pub fn open(frontend: &Frontend, inherited: Option<OwnedFd>) -> Result<Self, StartError> {
+        match (frontend, inherited) {
+            (Frontend::Inherited(number), Some(fd)) => Self::inherited(*number, fd),
+            (Frontend::Inherited(number), None) => {
+                Err(StartError::new(format!("descriptor {number} (--fd) was not taken over")))
+            }
+            (Frontend::Listen(path), _) => listen(path),
+            (Frontend::Connect(path), _) => Ok(Endpoint::Connect {
                 path: path.clone(),
                 next: Instant::now(),
                 wait: FIRST_RETRY,
             }),
-            Frontend::Inherited(number) => {
-                let failed =
-                    |error| StartError::new(format!("use descriptor {number} (--fd): {error}"));
-                let fd = inherit(*number).map_err(failed)?;
-                match classify(fd.as_fd()).map_err(failed)? {
-                    Inherited::Connection => Ok(Endpoint::Connected(Some(UnixStream::from(fd)))),
-                    Inherited::Listener => {
-                        let listener = UnixListener::from(fd);
-                        listener.set_nonblocking(true).map_err(failed)?;
-                        Ok(Endpoint::Listener(listener, None))
-                    }
-                }
+        }
+    }
+
+    fn inherited(number: RawFd, fd: OwnedFd) -> Result<Self, StartError> {
+        let failed = |error| StartError::new(format!("use descriptor {number} (--fd): {error}"));
+        match classify(fd.as_fd()).map_err(failed)? {
+            Inherited::Connection => Ok(Endpoint::Connected(Some(UnixStream::from(fd)))),
+            Inherited::Listener => {
+                let listener = UnixListener::from(fd);
+                listener.set_nonblocking(true).map_err(failed)?;
+                Ok(Endpoint::Listener(listener, None))
             }
         }
     }
@@ -98,7 +103,9 @@ impl Endpoint {
                 Ok((stream, _)) => Some(stream),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
                 Err(error) => {
+                    // Most likely out of descriptors; the connection waits, and so do we.
                     warn!("accept a frontend: {error}");
+                    std::thread::sleep(ACCEPT_PAUSE);
                     None
                 }
             },

@@ -232,7 +232,6 @@ fn run(
     let mut ended = Ended::default();
     while let Ok(command) = inbox.recv() {
         mailbox.waiting.fetch_sub(1, Ordering::Relaxed);
-        mailbox.wake.clear();
         match command {
             Command::Begin(session) => {
                 ended = session::serve(&mut host, &session, options, mailbox, counters);

@@ -147,8 +147,9 @@ fn taps_that_do_not_fit_are_explained() {
 fn a_missing_tap_is_made_and_goes_with_the_daemon() {
     needs_root!("a_missing_tap_is_made_and_goes_with_the_daemon");
     enter_new_namespace();
-    let mut daemon = Daemon::start(&["--tap=made0"]);
+    let mut daemon = Daemon::start(&["--tap=made0", "--mtu=9000"]);
     assert!(output("ip", "link show made0").contains("UP"));
+    assert!(output("ip", "link show made0").contains("mtu 9000"));
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait().code(), Some(0));
     assert!(output("ip", "link show made0").contains("does not exist"));

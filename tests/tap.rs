@@ -164,6 +164,37 @@ fn the_device_is_set_to_what_the_guest_accepts() {
 }
 
 #[test]
+fn an_old_driver_s_header_of_ten_bytes_is_understood() {
+    needs_root!("an_old_driver_s_header_of_ten_bytes_is_understood");
+    let (_daemon, wire, mut card) =
+        start(&[], Options { features: PROTOCOL, ..Options::default() });
+    card.send_with(0, &[0; 10], &frame(1, 100));
+    assert_eq!(wire.receive(1000).unwrap(), frame(1, 100));
+    wire.send(&frame(2, 100));
+    assert_eq!(card.rx[0].wait_used().1, 110);
+    assert_eq!(card.ram.read(card.rx[0].buffer_area() + 10, 100), frame(2, 100));
+}
+
+#[test]
+fn the_device_s_mtu_may_change_under_way() {
+    needs_root!("the_device_s_mtu_may_change_under_way");
+    let (_daemon, wire, mut card) = start(&[], Options::default());
+    card.send(0, &frame(1, 2000));
+    assert_eq!(wire.receive(50), None, "longer than the MTU");
+    ip("link set tap0 mtu 4000");
+    card.send(0, &frame(2, 2000));
+    assert_eq!(wire.receive(1000).unwrap(), frame(2, 2000));
+    // What comes to the guest is known to be longer from the first frame that was.
+    wire.send(&frame(3, 3000));
+    (4..6).for_each(|number| wire.send(&frame(number, 3000)));
+    let first = card.receive(0);
+    if first[HEADER..] == frame(3, 3000) {
+        assert_eq!(card.receive(0)[HEADER..], frame(4, 3000));
+    }
+    assert_eq!(card.receive(0)[HEADER..], frame(5, 3000));
+}
+
+#[test]
 fn guest_tso_off_is_not_offered() {
     needs_root!("guest_tso_off_is_not_offered");
     enter_new_namespace();
@@ -411,5 +442,10 @@ fn idle_costs_nothing() {
     needs_root!("idle_costs_nothing");
     let (daemon, wire, mut card) = start(&[], Options::default());
     check_both_ways(&wire, &mut card, 100);
+    // However often its worker was told something before.
+    for _ in 0..200 {
+        card.frontend.enable(0, false);
+        card.frontend.enable(0, true);
+    }
     assert_eq!(daemon.cpu_ticks(1000), 0);
 }

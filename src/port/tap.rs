@@ -343,16 +343,20 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             let count = burst.len().min(MAX_WRITES);
             self.transmitter.starts.resize_with(MAX_WRITES, PrivateStart::default);
             let mut outcomes = [Outcome::Sent; MAX_WRITES];
-            let mut too_long = false;
+            let mut asked = false;
             for (index, chain) in burst.iter().take(count).enumerate() {
-                let start = &mut self.transmitter.starts[index];
-                if let Err(reason) = admit(chain, &self.admission, start) {
-                    outcomes[index] = Outcome::Dropped(reason);
-                    too_long |= reason == Drop::TooLong;
+                let starts = &mut self.transmitter.starts;
+                let mut admitted = admit(chain, &self.admission, &mut starts[index]);
+                if admitted == Err(Drop::TooLong) && !asked {
+                    // Or the device's MTU was raised: once a burst it is asked.
+                    asked = true;
+                    self.refresh_mtu();
+                    let starts = &mut self.transmitter.starts;
+                    admitted = admit(chain, &self.admission, &mut starts[index]);
                 }
-            }
-            if too_long {
-                self.refresh_mtu();
+                if let Err(reason) = admitted {
+                    outcomes[index] = Outcome::Dropped(reason);
+                }
             }
             let dealt_with = self.write_burst(burst, &mut outcomes, count);
             self.transmitter.done.extend(burst.drain(..dealt_with).zip(outcomes));

@@ -117,8 +117,8 @@ impl Queue {
         Queue { file: File::from(fd), identity: unknown }.identified()
     }
 
-    /// Asks the kernel which device this queue belongs to.
-    fn identified(mut self) -> io::Result<Self> {
+    /// Asks the kernel which device this queue belongs to now, and how it was opened.
+    fn ask(&self) -> io::Result<(String, libc::c_int)> {
         // SAFETY: ifreq is plain old data; TUNGETIFF fills one.
         let answer = unsafe {
             let mut answer: libc::ifreq = mem::zeroed();
@@ -132,7 +132,13 @@ impl Queue {
         let flags = i32::from(unsafe { answer.ifr_ifru.ifru_flags });
         let name: Vec<u8> =
             answer.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
-        self.identity.name = String::from_utf8_lossy(&name).into_owned();
+        Ok((String::from_utf8_lossy(&name).into_owned(), flags))
+    }
+
+    /// Fills in which device this queue belongs to.
+    fn identified(mut self) -> io::Result<Self> {
+        let (name, flags) = self.ask()?;
+        self.identity.name = name;
         self.identity.multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
         let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         if flags & wanted != wanted {
@@ -195,9 +201,9 @@ impl Queue {
         result < 0 || limit != libc::c_int::MAX
     }
 
-    /// The device's MTU in bytes.
+    /// The device's MTU in bytes, whatever its name is by now.
     pub fn mtu(&self) -> io::Result<u32> {
-        let mut request = request(&self.identity.name)?;
+        let mut request = request(&self.ask()?.0)?;
         // SAFETY: SIOCGIFMTU reads and writes one ifreq, and sets its MTU.
         unsafe {
             check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCGIFMTU, &mut request))?;

@@ -149,7 +149,7 @@ impl Serving<'_> {
                 continue;
             }
             self.counters.sleeps.add(1);
-            let woken = sleeper.sleep(&self.port.readiness()).unwrap_or_else(|error| {
+            let woken = sleeper.sleep(&self.port.readiness(), mailbox).unwrap_or_else(|error| {
                 debug!("{}: waiting failed: {error}", options.name);
                 std::thread::sleep(PAUSE);
                 Woken::default()
@@ -340,12 +340,13 @@ impl Sleeper {
     }
 
     /// Sleeps until something of `readiness` or of the session's descriptors happens.
-    fn sleep(&mut self, readiness: &Readiness<'_>) -> io::Result<Woken> {
+    fn sleep(&mut self, readiness: &Readiness<'_>, mailbox: &Mailbox) -> io::Result<Woken> {
         self.watch_port(readiness)?;
         let mut woken = Woken::default();
         let timeout = readiness.timeout.into_iter().chain(self.polling).min();
         self.poller.wait(timeout, |wake| match wake {
-            Wake::Command => {}
+            // Cleared here and nowhere else: it may be rung after its command was taken.
+            Wake::Command => mailbox.wake.clear(),
             Wake::RxKick => woken.rx = true,
             Wake::TxKick => woken.tx = true,
             Wake::Port => woken.port = true,

@@ -121,13 +121,19 @@ pub(crate) fn check_ping() {
 /// Runs iperf3 against the guest; returns Mbit/s at the receiver.
 #[track_caller]
 pub(crate) fn iperf(options: &str) -> f64 {
+    iperf_with(GUEST_ADDRESS, options)
+}
+
+/// The same with a guest at another address.
+#[track_caller]
+pub(crate) fn iperf_with(guest: &str, options: &str) -> f64 {
     let mut text = String::new();
     // The server listens anew after each client, and turns away who comes too early.
     const TOO_EARLY: [&str; 3] = ["refused", "busy", "reset by peer"];
     eventually(&format!("iperf3 {options}"), || {
         std::thread::sleep(Duration::from_millis(200));
         let output = Command::new("iperf3")
-            .args(["-c", GUEST_ADDRESS, "-f", "m"])
+            .args(["-c", guest, "-f", "m"])
             .args(options.split_whitespace())
             .output()
             .unwrap();
