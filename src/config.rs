@@ -53,6 +53,10 @@ struct Arguments {
     /// frames, or attach XDP programs.
     #[arg(long, value_name = "on|off", default_value = "on", value_parser = on_or_off, action = clap::ArgAction::Set)]
     guest_tso: bool,
+    /// Whether the guest may reset single rings (ethtool -G, XDP sockets). The VMM must pass that
+    /// on to us; QEMU up to 10.2 does not.
+    #[arg(long, value_name = "on|off", default_value = "off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    ring_reset: bool,
     /// Look for work this long before going to sleep.
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
     busy_poll: u32,
@@ -123,6 +127,8 @@ pub struct Config {
     pub mtu: u16,
     /// Whether the guest may be given unsegmented frames.
     pub guest_tso: bool,
+    /// Whether the guest may reset single rings.
+    pub ring_reset: bool,
     /// How long to look for work before going to sleep.
     pub busy_poll: Duration,
     /// How bursts of frames are written to a TAP.
@@ -212,6 +218,7 @@ impl Arguments {
             mac: self.mac,
             mtu: self.mtu,
             guest_tso: self.guest_tso,
+            ring_reset: self.ring_reset,
             busy_poll: Duration::from_micros(self.busy_poll.into()),
             tx_method: self.tx_method,
             cpu_affinity: self.cpu_affinity,

@@ -63,7 +63,11 @@ pub fn run(config: &Config) -> Result<(), StartError> {
         .map_err(|error| StartError::new(format!("block signals: {error}")))?;
     let (name, queues) = open_host(config, inherited.tap_queues)?;
     let offloads = queues[0].offloads();
-    let options = OfferOptions { guest_segmentation: config.guest_tso, mac: config.mac.is_some() };
+    let options = OfferOptions {
+        guest_segmentation: config.guest_tso,
+        mac: config.mac.is_some(),
+        ring_reset: config.ring_reset,
+    };
     let offer = Offer::new(offloads, options);
     let net_config = NetConfig {
         mac: config.mac.unwrap_or_default(),

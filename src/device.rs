@@ -18,8 +18,8 @@ use log::{debug, info, warn};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as ProtocolFeatures;
 
 use crate::features::{Negotiated, Offer, protocol_features};
+use crate::guest::layout::MAX_SIZE;
 use crate::guest::memory::MAX_SLOTS;
-use crate::guest::virtqueue::MAX_SIZE;
 use crate::guest::{GuestMemory, MemoryError};
 use crate::net_config::{MIN_MTU, NetConfig};
 use crate::protocol::{Message, Reply, Request};

@@ -45,7 +45,6 @@ const ALWAYS: u64 = bits(&[
     VIRTIO_F_VERSION_1,
     VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_IN_ORDER,
-    VIRTIO_F_RING_RESET,
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
     VIRTIO_NET_F_MRG_RXBUF,
@@ -95,6 +94,11 @@ pub struct OfferOptions {
     pub guest_segmentation: bool,
     /// Whether the daemon sets the card's MAC address (`--mac`).
     pub mac: bool,
+    /// Whether the guest may reset single rings (`--ring-reset`). A ring that is stopped and
+    /// started again is nothing new to us, but the frontend has to pass the reset on: QEMU does
+    /// that for its own TAP only (`virtio_net_queue_reset`, as of 10.2), and a guest that resets
+    /// a ring would wait for its frames for ever.
+    pub ring_reset: bool,
 }
 
 /// The features that a port offers. It never shrinks while the daemon runs: a frontend that
@@ -120,6 +124,9 @@ impl Offer {
         let mut offer = ALWAYS;
         if options.mac {
             offer |= bit(VIRTIO_NET_F_MAC);
+        }
+        if options.ring_reset {
+            offer |= bit(VIRTIO_F_RING_RESET);
         }
         if port.segmentation {
             offer |= HOST_CHECKSUM | HOST_SEGMENTATION | GUEST_CHECKSUM;
@@ -261,7 +268,8 @@ mod tests {
     use super::*;
 
     const FULL: PortOffloads = PortOffloads { segmentation: true, udp_segmentation: true };
-    const OPTIONS: OfferOptions = OfferOptions { guest_segmentation: true, mac: true };
+    const OPTIONS: OfferOptions =
+        OfferOptions { guest_segmentation: true, mac: true, ring_reset: false };
 
     #[test]
     fn features_that_were_not_offered_are_refused() {

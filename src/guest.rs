@@ -8,9 +8,13 @@
 #![allow(unsafe_code)]
 
 pub mod chain;
+pub mod fault;
+pub mod layout;
 pub mod memory;
 pub mod virtqueue;
 
 pub use chain::{Burst, Chain, Direction, Readable, Segment, Writable};
+pub use fault::Fault;
+pub use layout::RingLayout;
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
-pub use virtqueue::{Budget, Fault, Notification, Published, RingLayout, Virtqueue};
+pub use virtqueue::{Budget, Notification, Published, Virtqueue};

@@ -1,14 +1,19 @@
 //! The rings, driven through the loopback port: every frame comes back once, unchanged, in order.
 
+use std::fs;
+use std::os::fd::AsRawFd;
+
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::support::daemon::Daemon;
+use crate::support::driver::HUGE;
 use crate::support::driver::{
     CSUM, Card, EVENT_IDX, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, IN_ORDER, INDIRECT, MRG_RXBUF,
-    Options, PROTOCOL, VERSION_1,
+    Options, PROTOCOL, Ring, VERSION_1,
 };
-use crate::support::eventually;
 use crate::support::frontend::Frontend;
+use crate::support::guest::{Ram, huge_memfd};
+use crate::support::{eventually, needs_root};
 
 fn start(options: Options) -> (Daemon, Card) {
     let daemon = Daemon::start(&["--loopback", "--queue-pairs=2"]);
@@ -282,6 +287,45 @@ fn a_buffer_over_two_regions_is_served_in_two_pieces() {
     assert_eq!(card.receive(0)[HEADER..], [[4; 38].as_slice(), &[6; 100]].concat());
 }
 
+/// Huge pages that the kernel keeps, as long as this lives.
+struct HugePages(String);
+
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    fn reserve(count: usize) -> Self {
+        let before = fs::read_to_string(NR_HUGEPAGES).unwrap();
+        let wanted = before.trim().parse::<usize>().unwrap() + count;
+        fs::write(NR_HUGEPAGES, wanted.to_string()).unwrap();
+        HugePages(before)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(NR_HUGEPAGES, &self.0);
+    }
+}
+
+#[test]
+fn memory_of_huge_pages_is_served_at_any_offset_of_its_file() {
+    needs_root!("memory_of_huge_pages_is_served_at_any_offset_of_its_file");
+    let _pages = HugePages::reserve(16);
+    let (_daemon, mut card) = start(Options { huge: true, ..Options::default() });
+    card.check_echo(300);
+    // QEMU's second region starts at 0xc0000 of its file, in the middle of a huge page.
+    let file = huge_memfd(2 * HUGE).unwrap();
+    let region = [0, 1 << 32, HUGE, 1 << 32, 0xc0000u64];
+    let payload: Vec<u8> = region.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    card.frontend.ask(FrontendReq::ADD_MEM_REG, &payload, &[file.as_raw_fd()]);
+    let whole = Ram::of(file, 0, 2 * HUGE);
+    whole.write(0xc0000, &[0; HEADER]);
+    whole.write(0xc0000 + HEADER as u64, &[8; 80]);
+    card.tx[0].add(&[(1 << 32, (HEADER + 80) as u32)], false).unwrap();
+    card.tx[0].publish();
+    assert_eq!(card.receive(0)[HEADER..], [8; 80]);
+}
+
 #[test]
 fn rings_without_call_and_kick_descriptors_are_served() {
     let daemon = Daemon::start(&["--loopback"]);
@@ -307,6 +351,40 @@ fn rings_without_call_and_kick_descriptors_are_served() {
         frontend.enable(ring.index, true);
     }
     card.check_echo(300);
+}
+
+#[test]
+fn single_rings_are_reset_while_the_others_run() {
+    const RING_RESET: u64 = 1 << 40;
+    let offered = |options: &[&str]| {
+        let daemon = Daemon::start(options);
+        Frontend::new(daemon.connect()).begin() & RING_RESET
+    };
+    assert_eq!(offered(&["--loopback"]), 0, "QEMU would show it to the guest, and not tell us");
+
+    let daemon = Daemon::start(&["--loopback", "--queue-pairs=2", "--ring-reset=on"]);
+    let features = Options::default().features | RING_RESET;
+    let options = Options { features, pairs: 2, ..Options::default() };
+    let mut card = Card::start(Frontend::new(daemon.connect()), options);
+    card.send(1, &[1; 100]);
+    card.receive(1);
+    card.check_echo(100);
+    let mut size = card.options.size;
+    for round in 0..20 {
+        // The second pair's tx ring goes, and comes back elsewhere with another size.
+        card.frontend.enable(3, false);
+        card.frontend.get_vring_base(3);
+        card.check_echo(20);
+        size = if size == 256 { 64 } else { 256 };
+        let place = card.tx[1].descriptors + if round % 2 == 0 { 0x100 } else { 0 };
+        let before = card.tx[1].descriptors;
+        card.tx[1] = Ring::new(&card.ram, 3, place, size, true);
+        card.tx[1].start(&mut card.frontend, 0);
+        card.frontend.enable(3, true);
+        card.send(1, &[round; 100]);
+        assert_eq!(card.receive(1)[HEADER..], [round; 100]);
+        card.tx[1].descriptors = before;
+    }
 }
 
 #[test]

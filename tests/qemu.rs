@@ -67,8 +67,8 @@ fn both_queue_pairs_carry_traffic_and_their_number_changes_under_it() {
     let mut vm = Vm::start(&daemon.socket(), &[("QUEUES", "2"), ("RING", "1024")]);
     vm.wait_ready();
     check_ping();
-    // Rings are reset one by one, and come back with another size.
-    vm.run("ethtool -G eth0 rx 256 tx 128");
+    // QEMU would not tell us of a ring's reset, so the guest must not try.
+    vm.run("! ethtool -G eth0 rx 256 tx 128");
     check_ping();
     vm.run("ethtool -L eth0 combined 2");
     iperf("-P 8 -t 2");

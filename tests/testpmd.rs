@@ -102,9 +102,13 @@ testpmd! {
     in_order_256: 1, 256, "mrg_rxbuf=0,in_order=1,packed_vq=0";
     in_order_1024: 1, 1024, "mrg_rxbuf=0,in_order=1,packed_vq=0";
     two_queues_mergeable_256: 2, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    two_queues_mergeable_1024: 2, 1024, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    two_queues_256: 2, 256, "mrg_rxbuf=0,in_order=0,packed_vq=0";
     two_queues_1024: 2, 1024, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    two_queues_in_order_mergeable_256: 2, 256, "mrg_rxbuf=1,in_order=1,packed_vq=0";
     two_queues_in_order_mergeable_1024: 2, 1024, "mrg_rxbuf=1,in_order=1,packed_vq=0";
     two_queues_in_order_256: 2, 256, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    two_queues_in_order_1024: 2, 1024, "mrg_rxbuf=0,in_order=1,packed_vq=0";
 }
 
 #[test]

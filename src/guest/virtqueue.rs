@@ -7,20 +7,16 @@
 //! index is the first chain that has not been finished, and whoever starts the ring next,
 //! this daemon or its successor, resumes there without asking anybody.
 
-use std::fmt;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{Queue, QueueState};
-use vm_memory::GuestAddress;
 
 use super::chain::{Burst, Chain, Direction, Segment};
+use super::fault::Fault;
+use super::layout::RingLayout;
 use super::memory::GuestMemory;
-
-/// Largest number of descriptors of a split virtqueue (virtio 1.3, section 2.7).
-pub const MAX_SIZE: u16 = 32768;
 
 /// Segments of one chain at the most: what fits one `writev` (`IOV_MAX`, 1024) beside a header of
 /// our own. A frame of 64 KiB in pages has 18.
@@ -28,144 +24,6 @@ pub const MAX_SEGMENTS: usize = 1022;
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
-
-/// Where a ring lies in guest memory, and how big it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RingLayout {
-    /// Number of descriptors: a power of two.
-    pub size: u16,
-    /// The descriptor table, 16 bytes each.
-    pub descriptors: GuestAddress,
-    /// The available ring (the driver area).
-    pub avail: GuestAddress,
-    /// The used ring (the device area).
-    pub used: GuestAddress,
-}
-
-impl RingLayout {
-    /// Checks size and alignment, by the rules of `virtio-queue`, and that all parts lie in
-    /// `memory`.
-    ///
-    /// # Errors
-    /// A [`Fault`] that names what is wrong.
-    pub fn check(&self, memory: &GuestMemory) -> Result<(), Fault> {
-        self.resolve(memory).map(|_| ())
-    }
-
-    /// Where descriptor table, avail and used ring are mapped.
-    fn resolve(&self, memory: &GuestMemory) -> Result<[NonNull<u8>; 3], Fault> {
-        let state = QueueState {
-            max_size: MAX_SIZE,
-            size: self.size,
-            ready: true,
-            desc_table: self.descriptors.0,
-            avail_ring: self.avail.0,
-            used_ring: self.used.0,
-            ..QueueState::default()
-        };
-        Queue::try_from(state).map_err(|error| Fault::Layout(error.to_string()))?;
-        let size = u64::from(self.size);
-        // A region mapped at an odd offset of its file can be out of step with the guest's
-        // addresses.
-        let part = |address, length, name, alignment| {
-            let start = memory.resolve(address, length).ok_or(Fault::RingUnmapped(name))?;
-            if !start.addr().get().is_multiple_of(alignment) {
-                return Err(Fault::Layout(format!("its {name} is not aligned in its file")));
-            }
-            Ok(start)
-        };
-        Ok([
-            part(self.descriptors, 16 * size, "descriptor table", 8)?,
-            part(self.avail, 6 + 2 * size, "avail ring", 2)?,
-            part(self.used, 6 + 8 * size, "used ring", 4)?,
-        ])
-    }
-}
-
-/// The guest (or its frontend) broke a rule of the ring: the queue pair stops.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Fault {
-    /// Size or alignment of the ring is not allowed.
-    Layout(String),
-    /// A part of the ring lies outside guest memory.
-    RingUnmapped(&'static str),
-    /// The avail index is further ahead than the ring is long, or went back.
-    AvailIndex {
-        /// The index in guest memory.
-        index: u16,
-        /// The chain that we would have popped next.
-        expected: u16,
-    },
-    /// An entry of the avail ring is no descriptor.
-    HeadOutOfRange(u16),
-    /// A head was made available again before it was used.
-    HeadOfferedTwice(u16),
-    /// A chain's next descriptor is none.
-    NextOutOfRange(u16),
-    /// The chain has more descriptors than the ring, or more than [`MAX_SEGMENTS`] pieces.
-    ChainTooLong {
-        /// Head of the chain.
-        head: u16,
-    },
-    /// The chain is longer than 4 GiB.
-    ChainTooLarge {
-        /// Head of the chain.
-        head: u16,
-    },
-    /// A buffer lies outside guest memory.
-    BufferUnmapped {
-        /// Guest-physical address of the buffer.
-        address: u64,
-        /// Its length in bytes.
-        length: u32,
-    },
-    /// A device-writable descriptor on the tx ring, or a device-readable one on the rx ring.
-    WrongDirection {
-        /// Head of the chain.
-        head: u16,
-    },
-    /// A descriptor is indirect though that was not negotiated, or inside an indirect table, or
-    /// has the `NEXT` flag as well.
-    IndirectNotAllowed {
-        /// Head of the chain.
-        head: u16,
-    },
-    /// An indirect table is empty, no multiple of 16 bytes, or longer than the ring.
-    IndirectLength(u32),
-}
-
-impl fmt::Display for Fault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Fault::Layout(reason) => write!(f, "{reason}"),
-            Fault::RingUnmapped(part) => write!(f, "its {part} lies outside guest memory"),
-            Fault::AvailIndex { index, expected } => {
-                write!(f, "avail index {index} is not within the ring's size of {expected}")
-            }
-            Fault::HeadOutOfRange(head) => write!(f, "head {head} is no descriptor"),
-            Fault::HeadOfferedTwice(head) => write!(f, "head {head} was offered twice"),
-            Fault::NextOutOfRange(next) => write!(f, "next descriptor {next} is none"),
-            Fault::ChainTooLong { head } => {
-                write!(f, "the chain at head {head} has too many descriptors")
-            }
-            Fault::ChainTooLarge { head } => write!(f, "the chain at head {head} is over 4 GiB"),
-            Fault::BufferUnmapped { address, length } => {
-                write!(f, "a buffer of {length} bytes at {address:#x} lies outside guest memory")
-            }
-            Fault::WrongDirection { head } => {
-                write!(f, "the chain at head {head} has a descriptor of the wrong direction")
-            }
-            Fault::IndirectNotAllowed { head } => {
-                write!(f, "the chain at head {head} has an indirect descriptor where none may be")
-            }
-            Fault::IndirectLength(length) => {
-                write!(f, "an indirect table of {length} bytes is not allowed")
-            }
-        }
-    }
-}
-
-impl std::error::Error for Fault {}
 
 /// How driver and device tell each other about their progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,34 +4,29 @@
 //! where it lies, a burst with one io_uring submission or a `writev` per frame, whichever costs
 //! less on this machine. *reap* has the kernel read each frame straight into the oldest buffers.
 
-use std::collections::VecDeque;
+mod receiver;
+mod transmitter;
+
 use std::io;
-use std::ops::Range;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::{Finished, Outcome, Port, Readiness};
+use super::{Finished, Port, Readiness};
 use crate::config::TxMethod;
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Negotiated, Offloads, PortOffloads};
-use crate::guest::virtqueue::MAX_SEGMENTS;
-use crate::guest::{Burst, Chain, Readable, Segment, Writable};
+use crate::guest::{Burst, Readable, Writable};
 use crate::sys::tap::{Queue, offload};
-use crate::sys::uring::{Comparison, MAX_WRITES, Writer, compare};
-use crate::vnet_header::{Admission, LINK_OVERHEAD, MAX_FRAME, PrivateStart, VnetHeader, admit};
+use crate::sys::uring::{Comparison, Writer, compare};
+use crate::vnet_header::{Admission, LINK_OVERHEAD};
+
+use receiver::Receiver;
+use transmitter::Transmitter;
 
 /// Frames that one turn reads.
 const READS_PER_TURN: usize = 64;
-/// Buffers that are borrowed ahead, which bounds what a session holds. Eight frames of 64 KiB in
-/// the 1.5 KiB buffers of a Linux driver.
-const POSTED: usize = 512;
-/// Bursts from this many frames on go through io_uring: a submission of one costs more than a
-/// `writev`.
-const URING_FROM: usize = 2;
-/// How long frames wait for the guest to provide the buffers that the largest of them could need.
-const PATIENCE: Duration = Duration::from_millis(10);
 /// How long a device that is gone is left alone.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -105,32 +100,28 @@ impl TapQueue {
         let prepared = self
             .apply(header_length, tun_offloads(&accepted))
             .and_then(|()| if receives { Ok(()) } else { self.set_attached(false) });
+        let longest = self.longest_frame(mtu);
+        let admission =
+            Admission { header_length, offloads: negotiated.host(), max_frame: longest };
         let mut port = TapPort {
-            host: self,
+            transmitter: Transmitter::new(admission, mtu),
+            receiver: Receiver::new(negotiated, longest, receives),
             mtu,
-            admission: Admission { header_length, offloads: negotiated.host(), max_frame: 0 },
-            transmitter: Transmitter::default(),
-            receiver: Receiver {
-                header_length,
-                accepted,
-                mergeable: negotiated.mergeable(),
-                largest: 0,
-                posted: VecDeque::new(),
-                room: 0,
-                window: Vec::new(),
-                window_chains: 0,
-                window_room: 0,
-                may_have_frames: receives,
-                short_since: None,
-                make_do: false,
-            },
+            bursts_since_woken: 0,
             gone_since: None,
+            host: self,
         };
-        port.refresh_mtu();
         if let Err(error) = prepared {
             port.gone(&error);
         }
         port
+    }
+
+    /// Longest frame in bytes that is not to be segmented: by the device's MTU, which can be
+    /// changed at any time, or the card's.
+    fn longest_frame(&self, mtu: u16) -> usize {
+        let device = self.queue.mtu().unwrap_or(0) as usize;
+        device.max(usize::from(mtu)) + LINK_OVERHEAD
     }
 
     /// Sets what applies to the whole device, if this queue has not done so already.
@@ -205,162 +196,29 @@ pub struct TapPort<'mem> {
     host: &'mem mut TapQueue,
     /// The MTU that the operator or the frontend set.
     mtu: u16,
-    admission: Admission,
     transmitter: Transmitter<'mem>,
     receiver: Receiver<'mem>,
+    bursts_since_woken: usize,
     /// When the device was last found to be gone.
     gone_since: Option<Instant>,
 }
 
-/// Chains on their way out.
-#[derive(Debug, Default)]
-struct Transmitter<'mem> {
-    /// The checked start of each frame of a burst.
-    starts: Vec<PrivateStart>,
-    /// Chain's place in the burst, and its part of the list of segments.
-    bounds: Vec<(usize, Range<usize>)>,
-    done: Vec<(Chain<'mem, Readable>, Outcome)>,
-    /// The device had no room for the last frame.
-    blocked: bool,
-    bursts_since_woken: usize,
-}
-
-/// Buffers for frames to come.
-#[derive(Debug)]
-struct Receiver<'mem> {
-    header_length: usize,
-    accepted: Offloads,
-    mergeable: bool,
-    /// Longest frame in bytes that the device can deliver, header included.
-    largest: usize,
-    posted: VecDeque<Chain<'mem, Writable>>,
-    /// Bytes in `posted`.
-    room: usize,
-    /// Segments of the oldest `window_chains` chains, which are what the next frame may take.
-    window: Vec<Segment<'mem>>,
-    window_chains: usize,
-    window_room: usize,
-    may_have_frames: bool,
-    /// Since when frames have waited for more buffers.
-    short_since: Option<Instant>,
-    /// They waited long enough: read with the buffers that there are.
-    make_do: bool,
-}
-
 impl<'mem> TapPort<'mem> {
-    /// The device's MTU can be changed at any time.
-    fn refresh_mtu(&mut self) {
-        let device = self.host.queue.mtu().unwrap_or(0) as usize;
-        let frame = device.max(usize::from(self.mtu)) + LINK_OVERHEAD;
-        self.admission.max_frame = frame;
-        let segmentation = self.receiver.accepted.segmentation();
-        self.receiver.largest =
-            self.receiver.header_length + if segmentation { MAX_FRAME } else { frame };
-    }
-
     /// Notes that the device does not work: its frames are dropped, and it is tried again later.
     fn gone(&mut self, error: &io::Error) {
         if self.gone_since.replace(Instant::now()).is_none() {
             warn!("tap {}: the device is gone, frames are dropped: {error}", self.host.name());
         }
     }
-
-    /// Writes the frames that were admitted, and notes in `outcomes`, which holds the drops
-    /// already, what became of each. Returns how many chains are dealt with; the rest wait for
-    /// room.
-    fn write_burst(
-        &mut self,
-        burst: &Burst<'mem, Readable>,
-        outcomes: &mut [Outcome; MAX_WRITES],
-        count: usize,
-    ) -> usize {
-        let Transmitter { starts, bounds, blocked, .. } = &mut self.transmitter;
-        // The checked start of each frame, then its chain from there on.
-        let mut segments: Vec<Segment<'_>> = Vec::with_capacity(2 * count);
-        bounds.clear();
-        for (index, chain) in burst.iter().take(count).enumerate() {
-            if outcomes[index] != Outcome::Sent {
-                continue;
-            }
-            let start = starts[index].bytes();
-            let from = segments.len();
-            segments.push(Segment::of_bytes(start));
-            let mut skip = start.len();
-            for segment in chain.segments() {
-                if skip >= segment.len() {
-                    skip -= segment.len();
-                } else {
-                    segments.push(segment.skip(skip));
-                    skip = 0;
-                }
-            }
-            bounds.push((index, from..segments.len()));
-        }
-
-        if let Some(writer) = self.host.writer.as_mut().filter(|_| bounds.len() >= URING_FROM) {
-            let mut results = [0; MAX_WRITES];
-            let mut frames = bounds.iter().map(|(_, part)| &segments[part.clone()]);
-            match writer.write_all(&mut frames, &mut results) {
-                Ok(()) => {
-                    for ((index, _), result) in bounds.iter().zip(results) {
-                        if result < 0 {
-                            outcomes[*index] = Outcome::Dropped(Drop::HostRefused);
-                        }
-                    }
-                    return count;
-                }
-                Err(error) => {
-                    let name = &self.host.queue.identity().name;
-                    warn!(
-                        "tap {name}: io_uring failed, writing frame by frame from now on: {error}"
-                    );
-                    self.host.writer = None;
-                }
-            }
-        }
-        for (index, part) in bounds {
-            match self.host.queue.write(&segments[part.clone()]) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    *blocked = true;
-                    return *index;
-                }
-                Err(_) => outcomes[*index] = Outcome::Dropped(Drop::HostRefused),
-            }
-        }
-        count
-    }
 }
 
 impl<'mem> Port<'mem> for TapPort<'mem> {
     fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
-        self.transmitter.blocked = false;
         // A worker that goes from burst to burst does not wait, and so hears of no frames. After
         // one burst it most often does wait, and a read that finds nothing would be for nothing.
-        self.receiver.may_have_frames |= self.transmitter.bursts_since_woken > 0;
-        self.transmitter.bursts_since_woken += 1;
-        while !burst.is_empty() && !self.transmitter.blocked {
-            let count = burst.len().min(MAX_WRITES);
-            self.transmitter.starts.resize_with(MAX_WRITES, PrivateStart::default);
-            let mut outcomes = [Outcome::Sent; MAX_WRITES];
-            let mut asked = false;
-            for (index, chain) in burst.iter().take(count).enumerate() {
-                let starts = &mut self.transmitter.starts;
-                let mut admitted = admit(chain, &self.admission, &mut starts[index]);
-                if admitted == Err(Drop::TooLong) && !asked {
-                    // Or the device's MTU was raised: once a burst it is asked.
-                    asked = true;
-                    self.refresh_mtu();
-                    let starts = &mut self.transmitter.starts;
-                    admitted = admit(chain, &self.admission, &mut starts[index]);
-                }
-                if let Err(reason) = admitted {
-                    outcomes[index] = Outcome::Dropped(reason);
-                }
-            }
-            let dealt_with = self.write_burst(burst, &mut outcomes, count);
-            self.transmitter.done.extend(burst.drain(..dealt_with).zip(outcomes));
-        }
+        self.receiver.may_have_frames |= self.bursts_since_woken > 0;
+        self.bursts_since_woken += 1;
+        self.transmitter.transmit(burst, self.host);
     }
 
     fn post(&mut self, buffers: &mut Burst<'mem, Writable>) {
@@ -379,11 +237,12 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         {
             return;
         }
-        let dropped = finished.rx_dropped.len();
+        let mut asked = false;
         for _ in 0..READS_PER_TURN {
             if !self.receiver.can_read() {
                 break;
             }
+            let dropped = finished.rx_dropped.len();
             match self.receiver.read(&self.host.queue) {
                 Ok(length) => self.receiver.deliver(length, finished),
                 Err(error) => match error.raw_os_error() {
@@ -400,16 +259,18 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                 },
             }
             self.gone_since = None;
-        }
-        if finished.rx_dropped.len() > dropped {
-            self.refresh_mtu();
+            if finished.rx_dropped.len() > dropped && !asked {
+                // Perhaps the device's MTU was raised: the next frame will find the room.
+                asked = true;
+                self.receiver.expect(self.host.longest_frame(self.mtu));
+            }
         }
     }
 
     fn readiness(&self) -> Readiness<'_> {
         let timeout = match self.gone_since {
             Some(_) => Some(RETRY),
-            None => self.receiver.short_since.map(|since| PATIENCE.saturating_sub(since.elapsed())),
+            None => self.receiver.patience(),
         };
         Readiness {
             fd: self.gone_since.is_none().then(|| self.host.queue.as_fd()),
@@ -421,7 +282,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
     }
 
     fn woken(&mut self, readable: bool) {
-        self.transmitter.bursts_since_woken = 0;
+        self.bursts_since_woken = 0;
         if self.receiver.watches() && self.gone_since.is_none() {
             self.receiver.may_have_frames = readable;
         }
@@ -429,123 +290,6 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
 
     fn recall(&mut self, finished: &mut Finished<'mem>) {
         finished.tx.append(&mut self.transmitter.done);
-        finished.unused_rx.extend(self.receiver.posted.drain(..));
-    }
-}
-
-impl<'mem> Receiver<'mem> {
-    fn take(&mut self, buffers: &mut Burst<'mem, Writable>) {
-        let wanted = POSTED.saturating_sub(self.posted.len()).min(buffers.len());
-        // Without buffers nobody has looked for frames.
-        self.may_have_frames |= self.posted.is_empty();
-        for chain in buffers.drain(..wanted) {
-            self.room += chain.len();
-            self.posted.push_back(chain);
-        }
-        self.make_do = false;
-    }
-
-    /// Whether the largest frame that may come fits the buffers posted.
-    ///
-    /// A frame that is read into too few is lost, and a TAP does not tell the next frame's
-    /// length. So frames wait for the guest's buffers instead, but for [`PATIENCE`] only, since
-    /// the guest may have no more.
-    fn has_room(&self) -> bool {
-        match self.posted.len() {
-            0 => false,
-            POSTED => true,
-            _ => !self.mergeable || self.room >= self.largest,
-        }
-    }
-
-    fn may_read(&self) -> bool {
-        self.has_room() || (self.make_do && !self.posted.is_empty())
-    }
-
-    /// Whether to wait for the device: not while frames are known to wait for buffers.
-    fn watches(&self) -> bool {
-        !self.posted.is_empty() && (self.may_read() || !self.may_have_frames)
-    }
-
-    /// As `may_read`, and keeps the time that frames have waited.
-    fn can_read(&mut self) -> bool {
-        if self.has_room() || self.posted.is_empty() {
-            self.short_since = None;
-        } else if !self.make_do {
-            let since = *self.short_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= PATIENCE {
-                self.make_do = true;
-                self.short_since = None;
-            }
-        }
-        self.may_read()
-    }
-
-    /// Reads the next frame into the oldest buffers; returns its length with header.
-    fn read(&mut self, queue: &Queue) -> io::Result<usize> {
-        let most = if self.mergeable { self.posted.len() } else { 1 };
-        while self.window_room < self.largest && self.window_chains < most {
-            let chain = &self.posted[self.window_chains];
-            if self.window.len() + chain.segments().len() > MAX_SEGMENTS {
-                break;
-            }
-            self.window.extend_from_slice(chain.segments());
-            self.window_chains += 1;
-            self.window_room += chain.len();
-        }
-        queue.read(&mut self.window)
-    }
-
-    /// Gives back the buffers that the frame of `length` bytes takes, or counts it as dropped.
-    fn deliver(&mut self, length: usize, finished: &mut Finished<'mem>) {
-        if length > self.window_room {
-            finished.rx_dropped.push(Drop::NoRoom);
-            return;
-        }
-        if length < self.header_length {
-            finished.rx_dropped.push(Drop::TooShort);
-            return;
-        }
-        if let Err(reason) = self.fit_header_to_guest() {
-            finished.rx_dropped.push(reason);
-            return;
-        }
-        let (mut left, mut buffers, mut segments) = (length, 0u16, 0);
-        let first = finished.rx.len();
-        while left > 0 {
-            let chain = self.posted.pop_front().expect("the window has room for the frame");
-            let part = left.min(chain.len());
-            left -= part;
-            buffers += 1;
-            segments += chain.segments().len();
-            self.room -= chain.len();
-            self.window_room -= chain.len();
-            self.window_chains -= 1;
-            finished.rx.push((chain, part as u32));
-        }
-        self.window.drain(..segments);
-        if self.header_length == HEADER_LENGTH {
-            // The kernel knows a header of 10 bytes only, and leaves the rest as it was.
-            finished.rx[first].0.write_at(10, &buffers.to_le_bytes());
-        }
-        finished.rx_frames += 1;
-        finished.rx_bytes += (length - self.header_length) as u64;
-    }
-
-    /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,
-    /// but frames may have been queued before that.
-    fn fit_header_to_guest(&self) -> Result<(), Drop> {
-        let mut bytes = [0; 10];
-        let buffer = &self.posted[0];
-        buffer.read_start(&mut bytes);
-        let header = VnetHeader::parse(&bytes);
-        if !header.accepted_by(&self.accepted) {
-            return Err(Drop::NotAccepted);
-        }
-        if !self.accepted.checksum && header.flags != 0 {
-            // Section 5.1.6.4.1: flags are zero without GUEST_CSUM.
-            buffer.write_at(0, &[0]);
-        }
-        Ok(())
+        finished.unused_rx.extend(self.receiver.hand_back());
     }
 }

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::eventually;
 use super::frontend::{Frontend, addresses, pair};
-use super::guest::Ram;
+use super::guest::{Ram, huge_memfd, memfd};
 
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const INDIRECT: u64 = 1 << 28;
@@ -22,6 +22,9 @@ pub(crate) const GUEST_CSUM: u64 = 1 << 1;
 pub(crate) const HOST_TSO: u64 = 1 << 11 | 1 << 12;
 /// GUEST_TSO4, GUEST_TSO6.
 pub(crate) const GUEST_TSO: u64 = 1 << 7 | 1 << 8;
+
+/// Size of a huge page in bytes.
+pub(crate) const HUGE: u64 = 2 << 20;
 
 /// Length of the virtio header in bytes.
 pub(crate) const HEADER: usize = 12;
@@ -250,6 +253,8 @@ pub(crate) struct Options {
     pub(crate) buffer: u32,
     /// Whether chains are indirect.
     pub(crate) indirect: bool,
+    /// Whether memory is of huge pages.
+    pub(crate) huge: bool,
 }
 
 impl Default for Options {
@@ -260,6 +265,7 @@ impl Default for Options {
             pairs: 1,
             buffer: 2048,
             indirect: false,
+            huge: false,
         }
     }
 }
@@ -290,7 +296,9 @@ impl Card {
         frontend.begin();
         frontend.set_features(options.features);
         let each = footprint(options.size, u64::from(options.buffer).max(2048));
-        let ram = Arc::new(Ram::new(0, each * u64::from(2 * options.pairs)));
+        let size = (each * u64::from(2 * options.pairs)).next_multiple_of(HUGE);
+        let file = if options.huge { huge_memfd(size).unwrap() } else { memfd(size) };
+        let ram = Arc::new(Ram::of(file, 0, size));
         frontend.set_mem_table(&[&ram]);
         let ring = |index: u32| {
             let event_idx = options.features & EVENT_IDX != 0;

@@ -25,9 +25,20 @@ pub(crate) fn memfd(size: u64) -> File {
     file
 }
 
+/// A memfd of `size` bytes in huge pages of 2 MiB, if the machine has that many to give.
+pub(crate) fn huge_memfd(size: u64) -> Option<File> {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+    let file = File::from(memfd_create(c"guest", MFdFlags::MFD_HUGETLB).ok()?);
+    file.set_len(size).unwrap();
+    Some(file)
+}
+
 impl Ram {
     pub(crate) fn new(base: u64, size: u64) -> Self {
-        let file = memfd(size);
+        Self::of(memfd(size), base, size)
+    }
+
+    pub(crate) fn of(file: File, base: u64, size: u64) -> Self {
         let offset = FileOffset::new(file.try_clone().unwrap(), 0);
         let ranges = [(GuestAddress(base), size as usize, Some(offset))];
         let memory = GuestMemoryMmap::from_ranges_with_files(ranges).unwrap();

@@ -1,0 +1,197 @@
+//! Buffers for frames to come: the kernel reads each frame straight into the oldest of them.
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::{Duration, Instant};
+
+use crate::counters::Drop;
+use crate::features::{HEADER_LENGTH, Negotiated, Offloads};
+use crate::guest::virtqueue::MAX_SEGMENTS;
+use crate::guest::{Burst, Chain, Segment, Writable};
+use crate::port::Finished;
+use crate::sys::tap::Queue;
+use crate::vnet_header::{MAX_FRAME, VnetHeader};
+
+/// Buffers that are borrowed ahead, which bounds what a session holds. Eight frames of 64 KiB in
+/// the 1.5 KiB buffers of a Linux driver.
+const POSTED: usize = 512;
+/// How long frames wait for the guest to provide the buffers that the largest of them could need.
+const PATIENCE: Duration = Duration::from_millis(10);
+
+/// Buffers for frames to come.
+#[derive(Debug)]
+pub(super) struct Receiver<'mem> {
+    header_length: usize,
+    accepted: Offloads,
+    mergeable: bool,
+    /// Longest frame in bytes that the device can deliver, header included.
+    largest: usize,
+    posted: VecDeque<Chain<'mem, Writable>>,
+    /// Bytes in `posted`.
+    room: usize,
+    /// Segments of the oldest `window_chains` chains, which are what the next frame may take.
+    window: Vec<Segment<'mem>>,
+    window_chains: usize,
+    window_room: usize,
+    /// Whether to read: nobody has found the device empty since frames may have come.
+    pub(super) may_have_frames: bool,
+    /// Since when frames have waited for more buffers.
+    short_since: Option<Instant>,
+    /// They waited long enough: read with the buffers that there are.
+    make_do: bool,
+}
+
+impl<'mem> Receiver<'mem> {
+    /// For frames up to `longest` bytes, but for those that are to be segmented.
+    pub(super) fn new(negotiated: &Negotiated, longest: usize, receives: bool) -> Self {
+        let mut receiver = Receiver {
+            header_length: negotiated.header_length(),
+            accepted: negotiated.guest(),
+            mergeable: negotiated.mergeable(),
+            largest: 0,
+            posted: VecDeque::new(),
+            room: 0,
+            window: Vec::new(),
+            window_chains: 0,
+            window_room: 0,
+            may_have_frames: receives,
+            short_since: None,
+            make_do: false,
+        };
+        receiver.expect(longest);
+        receiver
+    }
+
+    /// Prepares for frames up to `longest` bytes, but for those that are to be segmented.
+    pub(super) fn expect(&mut self, longest: usize) {
+        let frame = if self.accepted.segmentation() { MAX_FRAME } else { longest };
+        self.largest = self.header_length + frame;
+    }
+
+    /// All buffers that hold nothing, when the session ends.
+    pub(super) fn hand_back(&mut self) -> impl Iterator<Item = Chain<'mem, Writable>> {
+        self.window.clear();
+        self.posted.drain(..)
+    }
+
+    /// How long frames that are known to wait are to wait on for the guest's buffers.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        self.short_since.map(|since| PATIENCE.saturating_sub(since.elapsed()))
+    }
+
+    /// Borrows buffers, as far as there is use for them.
+    pub(super) fn take(&mut self, buffers: &mut Burst<'mem, Writable>) {
+        let wanted = POSTED.saturating_sub(self.posted.len()).min(buffers.len());
+        // Without buffers nobody has looked for frames.
+        self.may_have_frames |= self.posted.is_empty();
+        for chain in buffers.drain(..wanted) {
+            self.room += chain.len();
+            self.posted.push_back(chain);
+        }
+        self.make_do = false;
+    }
+
+    /// Whether the largest frame that may come fits the buffers posted.
+    ///
+    /// A frame that is read into too few is lost, and a TAP does not tell the next frame's
+    /// length. So frames wait for the guest's buffers instead, but for [`PATIENCE`] only, since
+    /// the guest may have no more.
+    pub(super) fn has_room(&self) -> bool {
+        match self.posted.len() {
+            0 => false,
+            POSTED => true,
+            _ => !self.mergeable || self.room >= self.largest,
+        }
+    }
+
+    fn may_read(&self) -> bool {
+        self.has_room() || (self.make_do && !self.posted.is_empty())
+    }
+
+    /// Whether to wait for the device: not while frames are known to wait for buffers.
+    pub(super) fn watches(&self) -> bool {
+        !self.posted.is_empty() && (self.may_read() || !self.may_have_frames)
+    }
+
+    /// As `may_read`, and keeps the time that frames have waited.
+    pub(super) fn can_read(&mut self) -> bool {
+        if self.has_room() || self.posted.is_empty() {
+            self.short_since = None;
+        } else if !self.make_do {
+            let since = *self.short_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= PATIENCE {
+                self.make_do = true;
+                self.short_since = None;
+            }
+        }
+        self.may_read()
+    }
+
+    /// Reads the next frame into the oldest buffers; returns its length with header.
+    pub(super) fn read(&mut self, queue: &Queue) -> io::Result<usize> {
+        let most = if self.mergeable { self.posted.len() } else { 1 };
+        while self.window_room < self.largest && self.window_chains < most {
+            let chain = &self.posted[self.window_chains];
+            if self.window.len() + chain.segments().len() > MAX_SEGMENTS {
+                break;
+            }
+            self.window.extend_from_slice(chain.segments());
+            self.window_chains += 1;
+            self.window_room += chain.len();
+        }
+        queue.read(&mut self.window)
+    }
+
+    /// Gives back the buffers that the frame of `length` bytes takes, or counts it as dropped.
+    pub(super) fn deliver(&mut self, length: usize, finished: &mut Finished<'mem>) {
+        if length > self.window_room {
+            finished.rx_dropped.push(Drop::NoRoom);
+            return;
+        }
+        if length < self.header_length {
+            finished.rx_dropped.push(Drop::TooShort);
+            return;
+        }
+        if let Err(reason) = self.fit_header_to_guest() {
+            finished.rx_dropped.push(reason);
+            return;
+        }
+        let (mut left, mut buffers, mut segments) = (length, 0u16, 0);
+        let first = finished.rx.len();
+        while left > 0 {
+            let chain = self.posted.pop_front().expect("the window has room for the frame");
+            let part = left.min(chain.len());
+            left -= part;
+            buffers += 1;
+            segments += chain.segments().len();
+            self.room -= chain.len();
+            self.window_room -= chain.len();
+            self.window_chains -= 1;
+            finished.rx.push((chain, part as u32));
+        }
+        self.window.drain(..segments);
+        if self.header_length == HEADER_LENGTH {
+            // The kernel knows a header of 10 bytes only, and leaves the rest as it was.
+            finished.rx[first].0.write_at(10, &buffers.to_le_bytes());
+        }
+        finished.rx_frames += 1;
+        finished.rx_bytes += (length - self.header_length) as u64;
+    }
+
+    /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,
+    /// but frames may have been queued before that.
+    fn fit_header_to_guest(&self) -> Result<(), Drop> {
+        let mut bytes = [0; 10];
+        let buffer = &self.posted[0];
+        buffer.read_start(&mut bytes);
+        let header = VnetHeader::parse(&bytes);
+        if !header.accepted_by(&self.accepted) {
+            return Err(Drop::NotAccepted);
+        }
+        if !self.accepted.checksum && header.flags != 0 {
+            // Section 5.1.6.4.1: flags are zero without GUEST_CSUM.
+            buffer.write_at(0, &[0]);
+        }
+        Ok(())
+    }
+}
