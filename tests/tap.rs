@@ -363,7 +363,7 @@ fn frames_are_steered_to_the_pairs_that_have_buffers() {
     };
     let mut arrived = [0, 0];
     let mut count = |card: &mut Card, expected: usize| {
-        eventually("all flows arrive", || {
+        eventually(&format!("{expected} frames arrive"), || {
             for (pair, arrived) in arrived.iter_mut().enumerate() {
                 while card.try_receive(pair).is_some() {
                     *arrived += 1;
@@ -392,6 +392,7 @@ fn frames_are_steered_to_the_pairs_that_have_buffers() {
     assert!(arrived[1] > 10, "the second pair gets its share: {arrived:?}");
     // Disabled again, all go to the first.
     card.frontend.enable(2, false);
+    std::thread::sleep(std::time::Duration::from_millis(100));
     (0..64).for_each(|number| wire.send(&flow(number)));
     let before = arrived[1];
     assert_eq!(count(&mut card, 192)[1], before);
@@ -447,5 +448,10 @@ fn idle_costs_nothing() {
         card.frontend.enable(0, false);
         card.frontend.enable(0, true);
     }
-    assert_eq!(daemon.cpu_ticks(1000), 0);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    let before = daemon.cpu_nanoseconds();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let used = daemon.cpu_nanoseconds() - before;
+    // Nothing is due, but the kernel may see to one thing or another in a thread's name.
+    assert!(used < 1_000_000, "{used} ns in a second");
 }

@@ -75,8 +75,7 @@ impl Daemon {
         fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap()
     }
 
-    /// On-CPU nanoseconds of all its threads: for the benchmark.
-    #[allow(dead_code)]
+    /// On-CPU nanoseconds of all its threads.
     pub(crate) fn cpu_nanoseconds(&self) -> u64 {
         let threads = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
         threads
