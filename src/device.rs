@@ -15,7 +15,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use log::{debug, info, warn};
-use vhost::vhost_user::message::VhostUserProtocolFeatures as ProtocolFeatures;
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as ProtocolFeatures};
 
 use crate::features::{Negotiated, Offer, protocol_features};
 use crate::guest::layout::MAX_SIZE;
@@ -42,6 +42,22 @@ impl fmt::Display for Refusal {
             Refusal::Refused(why) | Refusal::Unanswerable(why) => f.write_str(why),
         }
     }
+}
+
+/// Whether a request that we do not support has a reply of its own, with no way to say no in it.
+fn demands_answer(code: FrontendReq) -> bool {
+    matches!(
+        code,
+        FrontendReq::SET_LOG_BASE
+            | FrontendReq::GET_INFLIGHT_FD
+            | FrontendReq::CREATE_CRYPTO_SESSION
+            | FrontendReq::POSTCOPY_ADVISE
+            | FrontendReq::POSTCOPY_END
+            | FrontendReq::GET_SHARED_OBJECT
+            | FrontendReq::SET_DEVICE_STATE_FD
+            | FrontendReq::CHECK_DEVICE_STATE
+            | FrontendReq::GET_SHMEM_CONFIG
+    )
 }
 
 fn refused<T>(why: impl Into<String>) -> Result<T, Refusal> {
@@ -246,7 +262,12 @@ impl Device {
                 reply(self.told.status.into())
             }
             Request::Unsupported(code) => {
-                Err(Refusal::Unanswerable(format!("{code:?} was not offered")))
+                let why = "its protocol feature was not offered".to_owned();
+                Err(if demands_answer(code) {
+                    Refusal::Unanswerable(why)
+                } else {
+                    Refusal::Refused(why)
+                })
             }
         }
     }

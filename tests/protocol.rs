@@ -337,6 +337,7 @@ fn the_crate_s_own_frontend_is_served() {
 fn what_is_refused_does_not_cost_the_connection() {
     let (_daemon, mut frontend) = connected();
     let offered = frontend.begin();
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
     frontend.refused(FrontendReq::SET_FEATURES, &(offered | 1 << 34).to_ne_bytes(), &[]);
     frontend.refused(FrontendReq::SET_PROTOCOL_FEATURES, &u64::MAX.to_ne_bytes(), &[]);
     for size in [0, 3, 100, 32769, 65536] {
@@ -355,8 +356,19 @@ fn what_is_refused_does_not_cost_the_connection() {
     }
     frontend.refused(FrontendReq::SET_STATUS, &0x100u64.to_ne_bytes(), &[]);
     frontend.refused(FrontendReq::SET_CONFIG, &[0; 12], &[]);
+    // What belongs to protocol features that were not offered.
+    for code in [
+        FrontendReq::SEND_RARP,
+        FrontendReq::SET_LOG_FD,
+        FrontendReq::IOTLB_MSG,
+        FrontendReq::SET_VRING_ENDIAN,
+        FrontendReq::VRING_KICK,
+        FrontendReq::SET_INFLIGHT_FD,
+        FrontendReq::POSTCOPY_LISTEN,
+    ] {
+        frontend.refused(code, &[0; 8], &[event.as_raw_fd()]);
+    }
     // Rings beyond those there are, without NEED_REPLY: QEMU with more queues than we have.
-    let event = EventFd::new(EFD_NONBLOCK).unwrap();
     frontend.send_with(FrontendReq::SET_VRING_CALL, 0, &7u64.to_ne_bytes(), &[event.as_raw_fd()]);
     assert_eq!(frontend.get(FrontendReq::GET_FEATURES), offered, "the connection lives");
 }
