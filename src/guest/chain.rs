@@ -92,14 +92,39 @@ impl<'mem> Segment<'mem> {
         }
     }
 
+    /// This segment's first `bytes`, or all of it if it is shorter.
+    #[inline]
+    #[must_use]
+    pub fn first(&self, bytes: usize) -> Self {
+        let iov_len = self.iovec.iov_len.min(bytes);
+        Segment { iovec: libc::iovec { iov_len, ..self.iovec }, memory: PhantomData }
+    }
+
+    /// Where it starts in this process, to find out what it is a part of.
+    #[inline]
+    pub fn address(&self) -> usize {
+        self.iovec.iov_base as usize
+    }
+
     #[inline]
     fn start(&self) -> *mut u8 {
         self.iovec.iov_base.cast()
     }
 
+    /// Copies from `source` as much as both have; returns the bytes copied.
+    #[inline]
+    pub fn copy_from(&self, source: &Segment<'_>) -> usize {
+        let length = self.len().min(source.len());
+        // SAFETY: both are mapped for at least `length` bytes (`new`). A guest can make its
+        // buffers overlap; `copy` allows that, and the guest gets what it asked for. Neither
+        // range is ever seen as a Rust reference.
+        unsafe { std::ptr::copy(source.start(), self.start(), length) };
+        length
+    }
+
     /// Copies to `target` as much as both have; returns the bytes copied.
     #[inline]
-    fn read(&self, target: &mut [u8]) -> usize {
+    pub fn read(&self, target: &mut [u8]) -> usize {
         let length = self.len().min(target.len());
         // SAFETY: `length` bytes are mapped (`new`) and `target` is our own, so they do not
         // overlap. The guest may write meanwhile: the copy may then mix old and new bytes, but
@@ -110,7 +135,7 @@ impl<'mem> Segment<'mem> {
 
     /// Copies from `source` as much as both have; returns the bytes copied.
     #[inline]
-    fn write(&self, source: &[u8]) -> usize {
+    pub fn write(&self, source: &[u8]) -> usize {
         let length = self.len().min(source.len());
         // SAFETY: as in `read`, the other way round.
         unsafe { volatile_copy(source.as_ptr(), self.start(), length) };
@@ -177,6 +202,24 @@ impl<'mem, D: Direction> Chain<'mem, D> {
         parts
     }
 
+    /// Whether this chain stands before `other` in their ring.
+    #[inline]
+    pub fn is_older_than(&self, other: &Self) -> bool {
+        // A ring has 32768 entries at the most: the distance tells.
+        (other.position.wrapping_sub(self.position) as i16) > 0
+    }
+
+    /// The chain's memory without its first `bytes`, in order.
+    #[inline]
+    pub fn segments_after(&self, bytes: usize) -> impl Iterator<Item = Segment<'mem>> {
+        let mut skip = bytes;
+        self.segments.iter().filter_map(move |segment| {
+            let skipped = skip.min(segment.len());
+            skip -= skipped;
+            (skipped < segment.len()).then(|| segment.skip(skipped))
+        })
+    }
+
     /// Index of the chain's first descriptor, by which the driver knows it.
     pub fn head(&self) -> u16 {
         self.head
@@ -211,43 +254,53 @@ impl Chain<'_, Writable> {
     /// Writes `bytes` at `offset`, as far as the chain reaches.
     #[inline]
     pub fn write_at(&self, offset: usize, bytes: &[u8]) {
-        let (mut skip, mut rest) = (offset, bytes);
-        for segment in &self.segments {
+        let mut rest = bytes;
+        for segment in self.segments_after(offset) {
             if rest.is_empty() {
                 return;
             }
-            if skip >= segment.len() {
-                skip -= segment.len();
-                continue;
-            }
-            let written = segment.skip(skip).write(rest);
-            rest = &rest[written..];
-            skip = 0;
+            rest = &rest[segment.write(rest)..];
         }
     }
 
     /// Copies `source`'s bytes from `offset` on to this chain's start; returns how many it took.
     pub fn copy_from(&self, source: &Chain<'_, Readable>, offset: usize) -> usize {
-        let (mut from_index, mut from_skip, mut done) = (0, offset, 0);
-        for to in &self.segments {
-            let mut to = *to;
-            while to.len() > 0 {
-                let Some(from) = source.segments.get(from_index) else { return done };
-                if from_skip >= from.len() {
-                    from_skip -= from.len();
-                    from_index += 1;
-                    continue;
-                }
-                let from = from.skip(from_skip);
-                let length = from.len().min(to.len());
-                // SAFETY: both segments are mapped for at least `length` bytes. A guest can make
-                // its tx and rx buffers overlap; `copy` allows that, and the guest gets what it
-                // asked for. Neither range is ever seen as a Rust reference.
-                unsafe { std::ptr::copy(from.start(), to.start(), length) };
-                to = to.skip(length);
-                from_skip += length;
-                done += length;
+        let mut done = 0;
+        for piece in source.segments_after(offset) {
+            let copied = self.copy_segment(done, &piece);
+            done += copied;
+            if copied < piece.len() {
+                break;
             }
+        }
+        done
+    }
+
+    /// Copies `source` to `offset` and behind it, as far as the chain reaches; returns how many
+    /// bytes it took.
+    pub fn copy_segment(&self, offset: usize, source: &Segment<'_>) -> usize {
+        let mut done = 0;
+        for target in self.segments_after(offset) {
+            if done == source.len() {
+                break;
+            }
+            done += target.copy_from(&source.skip(done));
+        }
+        done
+    }
+}
+
+impl Chain<'_, Readable> {
+    /// Copies the chain's bytes from `offset` on to `target`, as many as both have; returns how
+    /// many those were.
+    #[inline]
+    pub fn copy_to(&self, offset: usize, target: &Segment<'_>) -> usize {
+        let mut done = 0;
+        for source in self.segments_after(offset) {
+            if done == target.len() {
+                break;
+            }
+            done += target.skip(done).copy_from(&source);
         }
         done
     }

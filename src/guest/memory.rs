@@ -93,6 +93,23 @@ struct Region {
     mapping: MmapRegion,
     /// Offset of the region's first byte in the mapping.
     lead: usize,
+    /// Size in bytes of the pages that the file consists of.
+    page: u64,
+}
+
+/// Where a region is mapped, and what of: to map the same memory once more elsewhere.
+#[derive(Debug, Clone, Copy)]
+pub struct Mapped<'a> {
+    /// First address of the mapping in this process.
+    pub start: usize,
+    /// Its length in bytes, a multiple of `page`.
+    pub length: usize,
+    /// The file.
+    pub file: &'a File,
+    /// Where in the file the mapping starts, a multiple of `page`.
+    pub offset: u64,
+    /// Size in bytes of the pages that the file consists of.
+    pub page: u64,
 }
 
 impl Region {
@@ -122,7 +139,7 @@ impl Region {
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .build()
             .map_err(|error| MemoryError::Map(std::io::Error::other(error)))?;
-        Ok(Region { request, mapping, lead: (file_offset - start) as usize })
+        Ok(Region { request, mapping, lead: (file_offset - start) as usize, page: facts.alignment })
     }
 
     fn overlaps(&self, other: &RegionRequest) -> bool {
@@ -202,6 +219,20 @@ impl GuestMemory {
     /// Whether there is no region.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
+    }
+
+    /// The mapping of each region.
+    pub fn mappings(&self) -> impl Iterator<Item = Mapped<'_>> {
+        self.regions.iter().map(|region| {
+            let file = region.mapping.file_offset().expect("every region is mapped from a file");
+            Mapped {
+                start: region.mapping.as_ptr() as usize,
+                length: region.mapping.size(),
+                file: file.file(),
+                offset: file.start(),
+                page: region.page,
+            }
+        })
     }
 
     /// Turns an address of the frontend's into the guest's.
