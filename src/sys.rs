@@ -5,11 +5,15 @@
 
 #![allow(unsafe_code)]
 
+pub mod bpf;
 pub mod eventfd;
+pub mod link;
 pub mod process;
 pub mod socket;
 pub mod tap;
+pub mod umem;
 pub mod uring;
+pub mod xsk;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

@@ -1,0 +1,405 @@
+//! The part of `bpf(2)` that an XDP program and its maps need.
+//!
+//! Each value owns a descriptor. The kernel frees a program or a map when its last user has gone,
+//! and detaches a link's program when the link's last descriptor is closed, however its process
+//! ended.
+
+use std::ffi::CStr;
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use super::check;
+
+/// Commands of `enum bpf_cmd`.
+mod command {
+    pub(super) const MAP_CREATE: libc::c_long = 0;
+    pub(super) const MAP_LOOKUP_ELEM: libc::c_long = 1;
+    pub(super) const MAP_UPDATE_ELEM: libc::c_long = 2;
+    pub(super) const MAP_DELETE_ELEM: libc::c_long = 3;
+    pub(super) const PROG_LOAD: libc::c_long = 5;
+    pub(super) const PROG_GET_FD_BY_ID: libc::c_long = 13;
+    pub(super) const MAP_GET_FD_BY_ID: libc::c_long = 14;
+    pub(super) const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+    pub(super) const LINK_CREATE: libc::c_long = 28;
+    pub(super) const LINK_GET_FD_BY_ID: libc::c_long = 30;
+    pub(super) const LINK_GET_NEXT_ID: libc::c_long = 31;
+}
+
+const PROG_TYPE_XDP: u32 = 6;
+const ATTACH_XDP: u32 = 37;
+const LINK_TYPE_XDP: u32 = 6;
+/// Longest name of a program or a map in bytes (`BPF_OBJ_NAME_LEN` less its nul).
+const MAX_NAME: usize = 15;
+
+/// Calls bpf(2); returns what it returns.
+///
+/// # Safety
+/// `attributes` must be what the command expects, and pointers in it valid.
+unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_int> {
+    let size = mem::size_of::<T>() as libc::c_long;
+    // SAFETY: the attributes live through the call and have the size given; the rest is the
+    // caller's promise.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size) };
+    check(result as libc::c_int)
+}
+
+/// The same for a command that returns a descriptor.
+///
+/// # Safety
+/// As [`bpf`].
+unsafe fn bpf_open<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
+    // SAFETY: the caller's promise; the descriptor is fresh and has no other owner.
+    unsafe { Ok(OwnedFd::from_raw_fd(bpf(command, attributes)?)) }
+}
+
+fn open_by_id(command: libc::c_long, id: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        id: u32,
+        next_id: u32,
+        open_flags: u32,
+    }
+    // SAFETY: these commands read an id and flags, and have no pointers.
+    unsafe { bpf_open(command, &mut Attributes { id, next_id: 0, open_flags: 0 }) }
+}
+
+/// Fills the start of the kernel's information about an object.
+fn information<T>(fd: &OwnedFd, info: &mut T) -> io::Result<()> {
+    #[repr(C)]
+    struct Attributes {
+        fd: RawFd,
+        length: u32,
+        info: u64,
+    }
+    let mut attributes = Attributes {
+        fd: fd.as_raw_fd(),
+        length: mem::size_of::<T>() as u32,
+        info: &raw mut *info as u64,
+    };
+    // SAFETY: the kernel writes `length` bytes of plain numbers to `info` at the most.
+    unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attributes)? };
+    Ok(())
+}
+
+fn name_bytes(name: &str) -> [u8; MAX_NAME + 1] {
+    let mut bytes = [0; MAX_NAME + 1];
+    bytes[..name.len()].copy_from_slice(name.as_bytes());
+    bytes
+}
+
+fn name_from(bytes: &[u8]) -> String {
+    CStr::from_bytes_until_nul(bytes).map_or_else(
+        |_| String::from_utf8_lossy(bytes).into_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    )
+}
+
+/// What a map holds, under keys from 0 on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MapKind {
+    /// An AF_XDP socket for each queue (`BPF_MAP_TYPE_XSKMAP`).
+    Sockets,
+    /// Some `u64` for each key and processor (`BPF_MAP_TYPE_PERCPU_ARRAY`).
+    Counters(usize),
+}
+
+/// A map.
+#[derive(Debug)]
+pub struct Map(OwnedFd);
+
+impl Map {
+    /// Makes a map. `name` has 15 bytes at the most.
+    ///
+    /// # Errors
+    /// EPERM without CAP_BPF.
+    pub fn new(kind: MapKind, name: &str, entries: u32) -> io::Result<Self> {
+        const PERCPU_ARRAY: u32 = 6;
+        const XSKMAP: u32 = 17;
+        #[repr(C)]
+        struct Attributes {
+            kind: u32,
+            key_size: u32,
+            value_size: u32,
+            entries: u32,
+            flags: u32,
+            inner_map: u32,
+            numa_node: u32,
+            name: [u8; MAX_NAME + 1],
+        }
+        let (kind, value_size) = match kind {
+            MapKind::Sockets => (XSKMAP, 4),
+            MapKind::Counters(count) => (PERCPU_ARRAY, 8 * count as u32),
+        };
+        let mut attributes = Attributes {
+            kind,
+            key_size: 4,
+            value_size,
+            entries,
+            flags: 0,
+            inner_map: 0,
+            numa_node: 0,
+            name: name_bytes(name),
+        };
+        // SAFETY: MAP_CREATE reads numbers only.
+        unsafe { bpf_open(command::MAP_CREATE, &mut attributes) }.map(Map)
+    }
+
+    /// Opens a map that somebody has.
+    ///
+    /// # Errors
+    /// EPERM without CAP_SYS_ADMIN, ENOENT if there is none.
+    pub fn by_id(id: u32) -> io::Result<Self> {
+        open_by_id(command::MAP_GET_FD_BY_ID, id).map(Map)
+    }
+
+    /// Its descriptor's number, by which a program to be loaded names it.
+    pub fn descriptor(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
+    /// Its name.
+    pub fn name(&self) -> io::Result<String> {
+        #[repr(C)]
+        #[derive(Default)]
+        struct Info {
+            numbers: [u32; 6],
+            name: [u8; MAX_NAME + 1],
+        }
+        let mut info = Info::default();
+        information(&self.0, &mut info)?;
+        Ok(name_from(&info.name))
+    }
+
+    fn element(&self, command: libc::c_long, key: u32, value: u64) -> io::Result<libc::c_int> {
+        #[repr(C)]
+        struct Attributes {
+            map: RawFd,
+            key: u64,
+            value: u64,
+            flags: u64,
+        }
+        let mut attributes =
+            Attributes { map: self.0.as_raw_fd(), key: &raw const key as u64, value, flags: 0 };
+        // SAFETY: keys of our maps have 4 bytes; callers vouch for what `value` points to.
+        unsafe { bpf(command, &mut attributes) }
+    }
+
+    /// Puts a socket under `key`: frames that the program redirects to it arrive there from now.
+    pub fn set_socket(&self, key: u32, socket: &OwnedFd) -> io::Result<()> {
+        let value = socket.as_raw_fd();
+        self.element(command::MAP_UPDATE_ELEM, key, &raw const value as u64).map(drop)
+    }
+
+    /// Takes away what is under `key`.
+    pub fn remove(&self, key: u32) -> io::Result<()> {
+        self.element(command::MAP_DELETE_ELEM, key, 0).map(drop)
+    }
+
+    /// The `N` counters under `key`, each summed over all processors. The map must have been made
+    /// for `N`.
+    pub fn counters<const N: usize>(&self, key: u32) -> io::Result<[u64; N]> {
+        let mut values = vec![[0u64; N]; possible_processors()?];
+        self.element(command::MAP_LOOKUP_ELEM, key, values.as_mut_ptr() as u64)?;
+        let sum = |index: usize| values.iter().map(|value| value[index]).sum();
+        Ok(std::array::from_fn(sum))
+    }
+}
+
+/// For how many processors the kernel keeps values (`num_possible_cpus`).
+fn possible_processors() -> io::Result<usize> {
+    let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
+    let last = text.trim().rsplit([',', '-']).next().and_then(|number| number.parse().ok());
+    last.map(|last: usize| last + 1).ok_or_else(|| io::Error::other("read the list of processors"))
+}
+
+/// A verified program.
+#[derive(Debug)]
+pub struct Program(OwnedFd);
+
+/// What the kernel knows of a program.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProgramInfo {
+    /// Its name.
+    pub name: String,
+    /// Ids of the first maps that it uses.
+    pub maps: Vec<u32>,
+}
+
+impl Program {
+    /// Loads an XDP program of `instructions` (`struct bpf_insn`). `name` has 15 bytes at the most.
+    ///
+    /// # Errors
+    /// EPERM without CAP_BPF and CAP_NET_ADMIN; EINVAL or EACCES if the verifier refuses it, with
+    /// the end of what it said.
+    pub fn load(name: &str, instructions: &[u64]) -> io::Result<Self> {
+        #[repr(C)]
+        struct Attributes {
+            kind: u32,
+            count: u32,
+            instructions: u64,
+            license: u64,
+            log_level: u32,
+            log_size: u32,
+            log: u64,
+            kernel_version: u32,
+            flags: u32,
+            name: [u8; MAX_NAME + 1],
+        }
+        let load = |log: &mut [u8]| {
+            let mut attributes = Attributes {
+                kind: PROG_TYPE_XDP,
+                count: instructions.len() as u32,
+                instructions: instructions.as_ptr() as u64,
+                license: c"Dual BSD/GPL".as_ptr() as u64,
+                log_level: u32::from(!log.is_empty()),
+                log_size: log.len() as u32,
+                log: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
+                kernel_version: 0,
+                flags: 0,
+                name: name_bytes(name),
+            };
+            // SAFETY: instructions, licence and log live through the call, with the lengths given.
+            unsafe { bpf_open(command::PROG_LOAD, &mut attributes) }
+        };
+        load(&mut []).map(Program).map_err(|error| {
+            if !matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EACCES)) {
+                return error;
+            }
+            let mut log = vec![0; 1 << 16];
+            let _ = load(&mut log);
+            let text = name_from(&log);
+            let end: Vec<&str> = text.trim().lines().rev().take(2).collect();
+            io::Error::new(error.kind(), format!("{error}: {}", end.join("; ")))
+        })
+    }
+
+    /// Opens a program that somebody has loaded.
+    ///
+    /// # Errors
+    /// EPERM without CAP_SYS_ADMIN, ENOENT if there is none.
+    pub fn by_id(id: u32) -> io::Result<Self> {
+        open_by_id(command::PROG_GET_FD_BY_ID, id).map(Program)
+    }
+
+    /// What the kernel knows of it.
+    pub fn info(&self) -> io::Result<ProgramInfo> {
+        #[repr(C)]
+        #[derive(Default)]
+        struct Info {
+            kind: u32,
+            id: u32,
+            tag: [u8; 8],
+            jited_length: u32,
+            translated_length: u32,
+            jited: u64,
+            translated: u64,
+            load_time: u64,
+            user: u32,
+            map_count: u32,
+            maps: u64,
+            name: [u8; MAX_NAME + 1],
+        }
+        let mut maps = [0u32; 8];
+        let mut info = Info {
+            map_count: maps.len() as u32,
+            maps: maps.as_mut_ptr() as u64,
+            ..Info::default()
+        };
+        information(&self.0, &mut info)?;
+        let count = (info.map_count as usize).min(maps.len());
+        Ok(ProgramInfo { name: name_from(&info.name), maps: maps[..count].to_vec() })
+    }
+}
+
+/// How an XDP program is run (`XDP_FLAGS_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hook {
+    /// By the device's driver, before the kernel has made a packet of the frame.
+    Native,
+    /// By the kernel, for devices whose driver can't.
+    Generic,
+}
+
+/// A program's attachment to a device, which ends with the last descriptor of it.
+#[derive(Debug)]
+pub struct Link(OwnedFd);
+
+/// What the kernel knows of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Id of the program.
+    pub program: u32,
+    /// Index of the device, in the namespace where it is; 0 if the device has gone.
+    pub device: u32,
+}
+
+impl Link {
+    /// Attaches a program to a network device.
+    ///
+    /// # Errors
+    /// EBUSY or EEXIST if the device has a program, EOPNOTSUPP if its driver can't run one,
+    /// EINVAL if it can't with the MTU, or the number of queues, that it has.
+    pub fn attach(program: &Program, device: u32, hook: Hook) -> io::Result<Self> {
+        #[repr(C)]
+        struct Attributes {
+            program: RawFd,
+            device: u32,
+            attach: u32,
+            flags: u32,
+        }
+        let flags = match hook {
+            Hook::Generic => 1 << 1,
+            Hook::Native => 1 << 2,
+        };
+        let mut attributes =
+            Attributes { program: program.0.as_raw_fd(), device, attach: ATTACH_XDP, flags };
+        // SAFETY: LINK_CREATE reads numbers only.
+        unsafe { bpf_open(command::LINK_CREATE, &mut attributes) }.map(Link)
+    }
+
+    /// The link that attaches program `program` to an XDP hook, whoever has it.
+    ///
+    /// # Errors
+    /// EPERM without CAP_SYS_ADMIN, ENOENT if the program was not attached by a link.
+    pub fn of_program(program: u32) -> io::Result<Self> {
+        #[repr(C)]
+        struct Attributes {
+            start: u32,
+            next: u32,
+            open_flags: u32,
+        }
+        let mut attributes = Attributes { start: 0, next: 0, open_flags: 0 };
+        loop {
+            // SAFETY: LINK_GET_NEXT_ID reads and writes numbers only.
+            unsafe { bpf(command::LINK_GET_NEXT_ID, &mut attributes)? };
+            attributes.start = attributes.next;
+            let link = match open_by_id(command::LINK_GET_FD_BY_ID, attributes.next) {
+                // Gone meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
+                other => Link(other?),
+            };
+            if link.info()?.is_some_and(|info| info.program == program) {
+                return Ok(link);
+            }
+        }
+    }
+
+    /// What the kernel knows of it, if it is one of an XDP program.
+    pub fn info(&self) -> io::Result<Option<LinkInfo>> {
+        #[repr(C)]
+        #[derive(Default)]
+        struct Info {
+            kind: u32,
+            id: u32,
+            program: u32,
+            _align: u32,
+            device: u32,
+            _rest: u32,
+        }
+        let mut info = Info::default();
+        information(&self.0, &mut info)?;
+        let found = LinkInfo { program: info.program, device: info.device };
+        Ok((info.kind == LINK_TYPE_XDP).then_some(found))
+    }
+}

@@ -1,0 +1,522 @@
+//! AF_XDP sockets (`Documentation/networking/af_xdp.rst`, `linux/if_xdp.h`): their four rings as
+//! queue views, and the calls that set them up.
+//!
+//! Invariant: a ring's memory is mapped as long as its view lives, and indices never lead outside
+//! it, whatever the other side stores there. Entries are values: what an address in one means is
+//! the port's business, which finds it in a table of its own before it believes it.
+
+use std::io;
+use std::marker::PhantomData;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use super::check;
+use super::umem::Umem;
+
+/// The kernel reads or writes this many bytes at the most for one address: it is a page, which
+/// costs the least of its memory for each byte of guest memory registered.
+pub const CHUNK: u32 = 4096;
+/// Bytes that the kernel leaves before a received frame (`XDP_PACKET_HEADROOM`), beside the
+/// headroom that is asked for.
+pub const KERNEL_HEADROOM: u32 = 256;
+/// Bytes of `struct xsk_tx_metadata`, which stands right before a frame to be sent.
+pub const TX_METADATA: usize = 24;
+/// The part of an address that is a place; above it stands an offset that the kernel adds to it
+/// (`XSK_UNALIGNED_BUF_OFFSET_SHIFT`).
+pub const ADDRESS_BITS: u32 = 48;
+
+/// `struct xdp_desc`: a frame to be sent, or one received.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Descriptor {
+    /// Where the frame starts in the UMEM.
+    pub address: u64,
+    /// Its length in bytes.
+    pub length: u32,
+    /// `XDP_TX_METADATA`, `XDP_PKT_CONTD`.
+    pub options: u32,
+}
+
+impl Descriptor {
+    /// Says that [`TX_METADATA`] bytes of metadata stand before the frame.
+    pub const HAS_METADATA: u32 = libc::XDP_TX_METADATA;
+}
+
+/// `struct xsk_tx_metadata` with a request to complete the checksum.
+pub fn checksum_request(start: u16, offset: u16) -> [u8; TX_METADATA] {
+    let mut bytes = [0; TX_METADATA];
+    bytes[..8].copy_from_slice(&u64::from(libc::XDP_TXMD_FLAGS_CHECKSUM).to_ne_bytes());
+    bytes[8..10].copy_from_slice(&start.to_ne_bytes());
+    bytes[10..12].copy_from_slice(&offset.to_ne_bytes());
+    bytes
+}
+
+/// Entries of each of a socket's rings: powers of two.
+#[derive(Debug, Clone, Copy)]
+pub struct RingSizes {
+    /// Of the fill ring and the rx ring, which so has room for every buffer that is posted.
+    pub rx: u32,
+    /// Of the tx ring and the completion ring.
+    pub tx: u32,
+}
+
+/// How a socket is bound to its queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Binding {
+    /// Index of the network device.
+    pub device: u32,
+    /// Number of the queue.
+    pub queue: u32,
+    /// Whether the driver moves frames itself, or the kernel copies them.
+    pub zero_copy: bool,
+}
+
+/// What the kernel counted for a socket (`struct xdp_statistics`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Frames lost because no buffer was posted, or they were longer than a buffer.
+    pub rx_dropped: u64,
+    /// Frames lost because the rx ring was full.
+    pub rx_ring_full: u64,
+    /// Addresses in the fill ring that were refused. We check them before: it is a fault of ours.
+    pub rx_invalid: u64,
+    /// Descriptors in the tx ring that were refused; likewise.
+    pub tx_invalid: u64,
+}
+
+/// A socket that is set up and not yet bound. It takes buffers into its fill ring already.
+#[derive(Debug)]
+pub struct Socket {
+    // Dropped in this order: the kernel lets go of a socket when its last mapping has gone.
+    /// Frames that have arrived.
+    pub rx: Consumer<Descriptor>,
+    /// Frames to be sent.
+    pub tx: Producer<Descriptor>,
+    /// Buffers for frames to come.
+    pub fill: Producer<u64>,
+    /// Addresses of frames that were sent.
+    pub completion: Consumer<u64>,
+    fd: Arc<OwnedFd>,
+    /// What the rings' addresses are offsets into, kept as long as the kernel uses it.
+    umem: Arc<Umem>,
+}
+
+/// Whose memory a new socket is to use.
+#[derive(Debug, Clone)]
+pub enum Registration<'a> {
+    /// Registered with this socket: all of the UMEM is pinned.
+    New {
+        /// Bytes left free before each received frame, beside [`KERNEL_HEADROOM`].
+        headroom: u32,
+        /// Whether frames to be sent may carry metadata (Linux 6.8).
+        metadata: bool,
+    },
+    /// As registered with that socket, which must be bound.
+    Shared(BorrowedFd<'a>),
+}
+
+impl Socket {
+    /// Makes a socket with its rings.
+    ///
+    /// # Errors
+    /// ENOBUFS if the UMEM is more than may be locked (RLIMIT_MEMLOCK without CAP_IPC_LOCK),
+    /// EINVAL if the kernel does not know a flag (metadata before Linux 6.8), EAFNOSUPPORT
+    /// without AF_XDP, EPERM without CAP_NET_RAW.
+    pub fn new(
+        umem: &Arc<Umem>,
+        sizes: RingSizes,
+        registration: &Registration<'_>,
+    ) -> io::Result<Self> {
+        // SAFETY: the descriptor is fresh and has no other owner.
+        let fd = unsafe {
+            let flags = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+            OwnedFd::from_raw_fd(check(libc::socket(libc::AF_XDP, flags, 0))?)
+        };
+        if let Registration::New { headroom, metadata } = *registration {
+            let mut flags = libc::XDP_UMEM_UNALIGNED_CHUNK_FLAG;
+            if metadata {
+                flags |= libc::XDP_UMEM_TX_METADATA_LEN;
+            }
+            let request = libc::xdp_umem_reg {
+                addr: umem.start() as u64,
+                len: umem.length() as u64,
+                chunk_size: CHUNK,
+                headroom,
+                flags,
+                tx_metadata_len: if metadata { TX_METADATA as u32 } else { 0 },
+            };
+            set_option(&fd, libc::SOL_XDP, libc::XDP_UMEM_REG, &request)?;
+        }
+        for (option, size) in [
+            (libc::XDP_UMEM_FILL_RING, sizes.rx),
+            (libc::XDP_RX_RING, sizes.rx),
+            (libc::XDP_UMEM_COMPLETION_RING, sizes.tx),
+            (libc::XDP_TX_RING, sizes.tx),
+        ] {
+            set_option(&fd, libc::SOL_XDP, option, &size)?;
+        }
+        let offsets: libc::xdp_mmap_offsets =
+            get_option(&fd, libc::SOL_XDP, libc::XDP_MMAP_OFFSETS)?;
+        let map = |offsets: &libc::xdp_ring_offset, size, entry, page| {
+            Mapped::new(&fd, offsets, size, entry, page)
+        };
+        let (descriptor, address) = (mem::size_of::<Descriptor>(), mem::size_of::<u64>());
+        Ok(Socket {
+            rx: Consumer::new(map(&offsets.rx, sizes.rx, descriptor, libc::XDP_PGOFF_RX_RING)?),
+            tx: Producer::new(map(&offsets.tx, sizes.tx, descriptor, libc::XDP_PGOFF_TX_RING)?),
+            fill: Producer::new(map(
+                &offsets.fr,
+                sizes.rx,
+                address,
+                libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t,
+            )?),
+            completion: Consumer::new(map(
+                &offsets.cr,
+                sizes.tx,
+                address,
+                libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t,
+            )?),
+            fd: Arc::new(fd),
+            umem: umem.clone(),
+        })
+    }
+
+    /// Binds the socket to a queue. Frames arrive once an XDP program redirects them to it.
+    ///
+    /// # Errors
+    /// EBUSY if the queue has a socket, or had one until some 30 ms ago; EINVAL if there is no
+    /// such queue; EOPNOTSUPP if its driver has no zero copy; ENODEV, ENETDOWN without the device.
+    pub fn bind(&self, to: Binding, registration: &Registration<'_>) -> io::Result<()> {
+        let (flags, shared) = match registration {
+            // The mode is that of the first socket.
+            Registration::Shared(first) => (libc::XDP_SHARED_UMEM, first.as_raw_fd() as u32),
+            Registration::New { .. } => {
+                let mode = if to.zero_copy { libc::XDP_ZEROCOPY } else { libc::XDP_COPY };
+                (mode | libc::XDP_USE_NEED_WAKEUP, 0)
+            }
+        };
+        let address = libc::sockaddr_xdp {
+            sxdp_family: libc::AF_XDP as u16,
+            sxdp_flags: flags,
+            sxdp_ifindex: to.device,
+            sxdp_queue_id: to.queue,
+            sxdp_shared_umem_fd: shared,
+        };
+        let length = mem::size_of_val(&address) as libc::socklen_t;
+        // SAFETY: the address lives through the call, and has the length given.
+        unsafe {
+            check(libc::bind(self.fd.as_raw_fd(), (&raw const address).cast(), length))?;
+        }
+        Ok(())
+    }
+
+    /// The descriptor, for a map of sockets or for others to share its UMEM. Whoever keeps it
+    /// keeps the socket alive.
+    pub fn descriptor(&self) -> &Arc<OwnedFd> {
+        &self.fd
+    }
+
+    /// The memory that its addresses are offsets into.
+    pub fn umem(&self) -> &Arc<Umem> {
+        &self.umem
+    }
+
+    /// Whether it is bound in zero-copy mode.
+    pub fn is_zero_copy(&self) -> io::Result<bool> {
+        let options: libc::xdp_options = get_option(&self.fd, libc::SOL_XDP, libc::XDP_OPTIONS)?;
+        Ok(options.flags & libc::XDP_OPTIONS_ZEROCOPY != 0)
+    }
+
+    /// What the kernel has counted since it was made.
+    pub fn statistics(&self) -> io::Result<Statistics> {
+        let counts: libc::xdp_statistics =
+            get_option(&self.fd, libc::SOL_XDP, libc::XDP_STATISTICS)?;
+        Ok(Statistics {
+            rx_dropped: counts.rx_dropped,
+            rx_ring_full: counts.rx_ring_full,
+            rx_invalid: counts.rx_invalid_descs,
+            tx_invalid: counts.tx_invalid_descs,
+        })
+    }
+
+    /// Lets frames to be sent take this many bytes of the kernel's memory at a time, beyond the
+    /// system's limit if we may.
+    pub fn set_send_buffer(&self, bytes: u32) {
+        let forced = set_option(&self.fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &bytes);
+        if forced.is_err() {
+            // As much as there is: frames then wait for room.
+            let _ = set_option(&self.fd, libc::SOL_SOCKET, libc::SO_SNDBUF, &bytes);
+        }
+    }
+
+    /// Has [`send`](Self::send) and [`receive`](Self::receive) do the driver's work, and its
+    /// interrupts held back meanwhile (Linux 5.11).
+    pub fn prefer_busy_poll(&self, time: Duration, budget: u32) -> io::Result<()> {
+        let microseconds = time.as_micros().min(u32::MAX.into()) as u32;
+        for (option, value) in [
+            (libc::SO_PREFER_BUSY_POLL, 1),
+            (libc::SO_BUSY_POLL, microseconds),
+            (libc::SO_BUSY_POLL_BUDGET, budget),
+        ] {
+            set_option(&self.fd, libc::SOL_SOCKET, option, &value)?;
+        }
+        Ok(())
+    }
+
+    /// Has the kernel send what the tx ring holds.
+    ///
+    /// # Errors
+    /// EAGAIN if it has sent a part, and is to be called again; EBUSY if the device dropped a
+    /// frame, and is to be called again; ENOBUFS without memory; ENETDOWN, ENXIO if the device is
+    /// down or gone.
+    pub fn send(&self) -> io::Result<()> {
+        // SAFETY: sends nothing from our side: no buffer, no address.
+        let result = unsafe {
+            libc::sendto(self.fd.as_raw_fd(), ptr::null(), 0, libc::MSG_DONTWAIT, ptr::null(), 0)
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Has the driver look at the fill ring, and receive, if frames are busily polled for.
+    pub fn receive(&self) -> io::Result<()> {
+        // SAFETY: receives nothing on our side: no buffer, no address.
+        let result = unsafe {
+            libc::recvfrom(
+                self.fd.as_raw_fd(),
+                ptr::null_mut(),
+                0,
+                libc::MSG_DONTWAIT,
+                ptr::null_mut(),
+                ptr::null_mut(),
+            )
+        };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn set_option<T>(
+    fd: &OwnedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: &T,
+) -> io::Result<()> {
+    let length = mem::size_of::<T>() as libc::socklen_t;
+    // SAFETY: the value lives through the call, and has the length given.
+    unsafe {
+        check(libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const *value).cast(), length))?;
+    }
+    Ok(())
+}
+
+/// Reads an option that is plain numbers; a kernel that knows fewer of them leaves zeros.
+fn get_option<T>(fd: &OwnedFd, level: libc::c_int, option: libc::c_int) -> io::Result<T> {
+    let mut length = mem::size_of::<T>() as libc::socklen_t;
+    // SAFETY: `T` is a structure of integers, for which all zeros is a value, and the kernel
+    // writes `length` bytes of it at the most.
+    unsafe {
+        let mut value: T = mem::zeroed();
+        let place = (&raw mut value).cast();
+        check(libc::getsockopt(fd.as_raw_fd(), level, option, place, &mut length))?;
+        Ok(value)
+    }
+}
+
+/// A ring's memory: two indices, flags, and a power of two of entries.
+#[derive(Debug)]
+struct Mapped {
+    start: NonNull<u8>,
+    length: usize,
+    producer: NonNull<AtomicU32>,
+    consumer: NonNull<AtomicU32>,
+    flags: NonNull<AtomicU32>,
+    entries: NonNull<u8>,
+    mask: u32,
+}
+
+// SAFETY: the pointers are into a mapping that the value owns, and all of it that the kernel
+// writes is read by atomic or volatile access.
+unsafe impl Send for Mapped {}
+
+impl Mapped {
+    fn new(
+        fd: &OwnedFd,
+        offsets: &libc::xdp_ring_offset,
+        size: u32,
+        entry: usize,
+        page: libc::off_t,
+    ) -> io::Result<Self> {
+        let length = offsets.desc as usize + size as usize * entry;
+        // SAFETY: a new mapping anywhere, owned by the value made below.
+        let start = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_POPULATE,
+                fd.as_raw_fd(),
+                page,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast::<u8>()).expect("mmap does not map at address 0");
+        let place = |offset: u64| {
+            assert!(offset as usize + 4 <= length, "the kernel's ring offsets lie in its mapping");
+            // SAFETY: inside the mapping, as was just checked.
+            unsafe { start.add(offset as usize) }
+        };
+        Ok(Mapped {
+            start,
+            length,
+            producer: place(offsets.producer).cast(),
+            consumer: place(offsets.consumer).cast(),
+            flags: place(offsets.flags).cast(),
+            entries: place(offsets.desc),
+            mask: size - 1,
+        })
+    }
+
+    fn producer(&self) -> &AtomicU32 {
+        // SAFETY: an aligned word of the mapping, which `self` keeps.
+        unsafe { self.producer.as_ref() }
+    }
+
+    fn consumer(&self) -> &AtomicU32 {
+        // SAFETY: as above.
+        unsafe { self.consumer.as_ref() }
+    }
+
+    fn needs_wakeup(&self) -> bool {
+        // SAFETY: as above.
+        let flags = unsafe { self.flags.as_ref() }.load(Ordering::Relaxed);
+        flags & libc::XDP_RING_NEED_WAKEUP != 0
+    }
+
+    /// Where the entry of that index is, for entries of type `T`.
+    fn entry<T>(&self, index: u32) -> *mut T {
+        // SAFETY: `mask` keeps the index inside the ring that `new` mapped for entries of this
+        // size: only Producer<T> and Consumer<T> of one T are made from it.
+        unsafe { self.entries.cast::<T>().add((index & self.mask) as usize).as_ptr() }
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: `new` mapped it, and nothing refers to it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}
+
+/// A ring that we fill: entries are staged, then shown to the kernel all at once.
+#[derive(Debug)]
+pub struct Producer<T> {
+    ring: Mapped,
+    /// Index of the entry to stage next.
+    staged: u32,
+    /// The kernel's index as it was last read.
+    consumed: u32,
+    entries: PhantomData<T>,
+}
+
+impl<T: Copy> Producer<T> {
+    fn new(ring: Mapped) -> Self {
+        Producer { ring, staged: 0, consumed: 0, entries: PhantomData }
+    }
+
+    /// Entries that can be staged now.
+    #[inline]
+    pub fn room(&mut self) -> u32 {
+        let size = self.ring.mask + 1;
+        let used = self.staged.wrapping_sub(self.consumed);
+        if used < size {
+            return size - used;
+        }
+        // Acquire: the kernel has read the entries that its index covers.
+        self.consumed = self.ring.consumer().load(Ordering::Acquire);
+        size.saturating_sub(self.staged.wrapping_sub(self.consumed))
+    }
+
+    /// Puts an entry behind the others.
+    ///
+    /// # Panics
+    /// If there is no room.
+    #[inline]
+    pub fn stage(&mut self, entry: T) {
+        assert!(self.room() > 0, "an entry is staged only where there is room");
+        // SAFETY: inside the ring; the kernel does not read it before `submit`.
+        unsafe { self.ring.entry::<T>(self.staged).write_volatile(entry) };
+        self.staged = self.staged.wrapping_add(1);
+    }
+
+    /// Shows the kernel what was staged.
+    #[inline]
+    pub fn submit(&mut self) {
+        // Release pairs with the kernel's read barrier behind its load of the index (barriers B
+        // and C in net/xdp/xsk_queue.h).
+        self.ring.producer().store(self.staged, Ordering::Release);
+    }
+
+    /// Entries that the kernel has not taken yet.
+    #[inline]
+    pub fn pending(&mut self) -> u32 {
+        self.consumed = self.ring.consumer().load(Ordering::Acquire);
+        self.staged.wrapping_sub(self.consumed)
+    }
+
+    /// Whether the kernel is to be told of new entries.
+    #[inline]
+    pub fn needs_wakeup(&self) -> bool {
+        self.ring.needs_wakeup()
+    }
+}
+
+/// A ring that the kernel fills: entries are taken, then given back all at once.
+#[derive(Debug)]
+pub struct Consumer<T> {
+    ring: Mapped,
+    /// Index of the entry to take next.
+    taken: u32,
+    /// The kernel's index as it was last read.
+    produced: u32,
+    entries: PhantomData<T>,
+}
+
+impl<T: Copy> Consumer<T> {
+    fn new(ring: Mapped) -> Self {
+        Consumer { ring, taken: 0, produced: 0, entries: PhantomData }
+    }
+
+    /// The next entry, if there is one.
+    #[inline]
+    pub fn take(&mut self) -> Option<T> {
+        if self.taken == self.produced {
+            // Acquire pairs with the kernel's write barrier between entries and index.
+            self.produced = self.ring.producer().load(Ordering::Acquire);
+            if self.taken == self.produced {
+                return None;
+            }
+        }
+        // SAFETY: inside the ring, whatever the index. Read once, as a value.
+        let entry = unsafe { self.ring.entry::<T>(self.taken).read_volatile() };
+        self.taken = self.taken.wrapping_add(1);
+        Some(entry)
+    }
+
+    /// Gives back to the kernel the entries that were taken.
+    #[inline]
+    pub fn release(&mut self) {
+        // Release: they were read before (barrier D in net/xdp/xsk_queue.h).
+        self.ring.consumer().store(self.taken, Ordering::Release);
+    }
+}
