@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgGroup, Parser};
+use clap::{ArgGroup, Parser, ValueEnum};
 use log::LevelFilter;
 
 use crate::net_config::{MIN_MTU, MacAddress};
@@ -36,6 +36,12 @@ struct Arguments {
     /// Use these inherited descriptors of a TAP device's queues, one for each queue pair.
     #[arg(long, value_name = "N[,N…]", group = "host", value_delimiter = ',')]
     tap_fd: Vec<RawFd>,
+    /// Move frames through AF_XDP sockets on this device's queues, from N on one for each queue
+    /// pair, with the guest's memory as theirs. mode: whether its driver reads and writes that
+    /// memory itself; attach: where the XDP program runs; steer=mac: have the device bring what is
+    /// for --mac to the queue.
+    #[arg(long, value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic][,steer=mac]", group = "host", value_parser = parse_af_xdp)]
+    af_xdp: Option<AfXdp>,
     /// Return each frame to the guest that sent it: for trying out a VMM or a driver.
     #[arg(long, group = "host")]
     loopback: bool,
@@ -93,8 +99,47 @@ pub enum Host {
     Tap(String),
     /// Inherited queues of a TAP device.
     TapDescriptors(Vec<RawFd>),
+    /// AF_XDP sockets on a network device's queues.
+    AfXdp(AfXdp),
     /// Back to the guest.
     Loopback,
+}
+
+/// AF_XDP sockets on a network device's queues.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AfXdp {
+    /// The device's name.
+    pub name: String,
+    /// Queue of the first queue pair; the others follow it.
+    pub queue: u16,
+    /// Who moves frames between the device and the guest's memory.
+    pub mode: Mode,
+    /// Where the XDP program runs.
+    pub attach: Attach,
+    /// Whether the device is to bring frames for the card's address to the queue.
+    pub steer: bool,
+}
+
+/// Who moves frames between the device and the guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Mode {
+    /// The device if its driver can, else the kernel.
+    Auto,
+    /// The kernel, by copying.
+    Copy,
+    /// The device.
+    ZeroCopy,
+}
+
+/// Where the XDP program runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Attach {
+    /// In the driver if it can, else in the kernel's generic code.
+    Auto,
+    /// In the driver.
+    Native,
+    /// In the kernel's generic code.
+    Generic,
 }
 
 /// How bursts of frames are written to a TAP.
@@ -197,11 +242,16 @@ impl Arguments {
                 "--queue-pairs={queue_pairs} is not between 1 and {MAX_QUEUE_PAIRS}"
             ));
         }
-        let host = match self.tap {
-            Some(name) => Host::Tap(tap_name(name)?),
-            None if self.loopback => Host::Loopback,
-            None if queues_given == queue_pairs => Host::TapDescriptors(self.tap_fd),
-            None => {
+        let steered = self.af_xdp.as_ref().is_some_and(|af_xdp| af_xdp.steer);
+        if steered && self.mac.is_none() {
+            return Err("--af-xdp with steer=mac needs the address: give --mac as well".into());
+        }
+        let host = match (self.tap, self.af_xdp) {
+            (Some(name), _) => Host::Tap(device_name(&name)?),
+            (None, Some(af_xdp)) => Host::AfXdp(af_xdp),
+            _ if self.loopback => Host::Loopback,
+            _ if queues_given == queue_pairs => Host::TapDescriptors(self.tap_fd),
+            _ => {
                 return Err(format!(
                     "--queue-pairs={queue_pairs} but --tap-fd names {queues_given} queues: \
                      each pair needs one"
@@ -231,7 +281,7 @@ impl Arguments {
 fn named_twice(frontend: &Frontend, host: &Host) -> Option<RawFd> {
     let mut numbers = match host {
         Host::TapDescriptors(numbers) => numbers.clone(),
-        Host::Tap(_) | Host::Loopback => Vec::new(),
+        Host::Tap(_) | Host::AfXdp(_) | Host::Loopback => Vec::new(),
     };
     if let Frontend::Inherited(number) = frontend {
         numbers.push(*number);
@@ -255,7 +305,7 @@ fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
 }
 
 /// A name that the kernel takes (`dev_valid_name`); `%` would make it number the device.
-fn tap_name(name: String) -> Result<String, String> {
+fn device_name(name: &str) -> Result<String, String> {
     let bad = name.is_empty()
         || name.len() > MAX_NAME
         || name == "."
@@ -268,7 +318,43 @@ fn tap_name(name: String) -> Result<String, String> {
             "{name:?} is no name for a network device: 1 to {MAX_NAME} bytes without /, :, % or blanks"
         ));
     }
-    Ok(name)
+    Ok(name.to_owned())
+}
+
+fn parse_af_xdp(text: &str) -> Result<AfXdp, String> {
+    let mut parts = text.split(',');
+    let mut parsed = AfXdp {
+        name: device_name(parts.next().unwrap_or_default())?,
+        queue: 0,
+        mode: Mode::Auto,
+        attach: Attach::Auto,
+        steer: false,
+    };
+    for part in parts {
+        let (key, value) =
+            part.split_once('=').ok_or_else(|| format!("'{part}' is not of the form key=value"))?;
+        let one_of = |choices: &str| format!("'{value}' is no {key}: write {choices}");
+        match key {
+            "queue" => {
+                parsed.queue = value.parse().map_err(|_| one_of("a number up to 65535"))?;
+            }
+            "mode" => {
+                parsed.mode =
+                    Mode::from_str(value, false).map_err(|_| one_of("auto, copy or zero-copy"))?;
+            }
+            "attach" => {
+                parsed.attach = Attach::from_str(value, false)
+                    .map_err(|_| one_of("auto, native or generic"))?;
+            }
+            "steer" if value == "mac" => parsed.steer = true,
+            "steer" => return Err(one_of("mac")),
+            _ => return Err(format!("'{key}' is none of queue, mode, attach and steer")),
+        }
+    }
+    if parsed.mode == Mode::ZeroCopy && parsed.attach == Attach::Generic {
+        return Err("mode=zero-copy needs the driver: it does not go with attach=generic".into());
+    }
+    Ok(parsed)
 }
 
 fn on_or_off(text: &str) -> Result<bool, String> {
@@ -337,6 +423,24 @@ mod tests {
     }
 
     #[test]
+    fn an_af_xdp_port_is_a_device_and_what_differs_from_the_default() {
+        let config = read(&["--socket-path=a", "--af-xdp=eth1"]).unwrap();
+        let plain = AfXdp {
+            name: "eth1".into(),
+            queue: 0,
+            mode: Mode::Auto,
+            attach: Attach::Auto,
+            steer: false,
+        };
+        assert_eq!(config.host, Host::AfXdp(plain.clone()));
+        let option = "--af-xdp=eth1,queue=3,mode=zero-copy,attach=native,steer=mac";
+        let config = read(&["--socket-path=a", option, "--mac=52:54:00:00:00:01"]).unwrap();
+        let expected =
+            AfXdp { queue: 3, mode: Mode::ZeroCopy, attach: Attach::Native, steer: true, ..plain };
+        assert_eq!(config.host, Host::AfXdp(expected));
+    }
+
+    #[test]
     fn what_is_wrong_is_said_in_one_line_that_names_it() {
         let long = format!("--socket-path=/{}", "x".repeat(107));
         let cases: &[(&[&str], &str)] = &[
@@ -357,6 +461,14 @@ mod tests {
             (&["--socket-path=a", "--tap=a", "--log-level=loud"], "loud"),
             (&["--socket-path=a", "--tap=far/too/long"], "far/too/long"),
             (&["--socket-path=a", "--tap=vnet%d"], "vnet%d"),
+            (&["--socket-path=a", "--af-xdp=a/b"], "a/b"),
+            (&["--socket-path=a", "--af-xdp=eth1,3"], "'3'"),
+            (&["--socket-path=a", "--af-xdp=eth1,queue=x"], "'x'"),
+            (&["--socket-path=a", "--af-xdp=eth1,mode=fast"], "'fast'"),
+            (&["--socket-path=a", "--af-xdp=eth1,lane=1"], "'lane'"),
+            (&["--socket-path=a", "--af-xdp=eth1,steer=mac"], "--mac"),
+            (&["--socket-path=a", "--af-xdp=eth1,mode=zero-copy,attach=generic"], "generic"),
+            (&["--socket-path=a", "--tap=a", "--af-xdp=b"], "--af-xdp"),
         ];
         for (arguments, named) in cases {
             let error = read(arguments).unwrap_err();

@@ -68,6 +68,33 @@ impl Drop {
     }
 }
 
+/// Why a frame's payload was copied in user space, on a port that can do without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+pub enum CopyReason {
+    /// The host completes its checksum: metadata or the sum itself goes with a private copy.
+    Checksum,
+    /// The guest's frame lies in several pieces.
+    Pieces,
+    /// The guest's buffer does not suit the host, which put the frame into one of ours.
+    Unsuitable,
+}
+
+impl CopyReason {
+    /// All reasons.
+    pub const ALL: [CopyReason; 3] =
+        [CopyReason::Checksum, CopyReason::Pieces, CopyReason::Unsuitable];
+
+    /// The reason as it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            CopyReason::Checksum => "checksum",
+            CopyReason::Pieces => "pieces",
+            CopyReason::Unsuitable => "unsuitable_buffer",
+        }
+    }
+}
+
 /// The numbers of one direction of a queue pair.
 #[derive(Debug, Default)]
 pub struct DirectionCounters {
@@ -77,6 +104,8 @@ pub struct DirectionCounters {
     pub bytes: Counter,
     /// Frames dropped, by reason.
     drops: [Counter; Drop::ALL.len()],
+    /// Of those moved, frames whose payload was copied in user space, by reason.
+    copies: [Counter; CopyReason::ALL.len()],
     /// Interrupts sent to the guest.
     pub calls: Counter,
     /// Times that the used index moved and the guest wanted no interrupt.
@@ -86,9 +115,19 @@ pub struct DirectionCounters {
 }
 
 impl DirectionCounters {
-    /// Counts one dropped frame.
-    pub fn dropped(&self, reason: Drop) {
-        self.drops[reason as usize].add(1);
+    /// Counts dropped frames.
+    pub fn dropped(&self, reason: Drop, frames: u64) {
+        self.drops[reason as usize].add(frames);
+    }
+
+    /// Counts frames whose payload was copied.
+    pub fn copied(&self, reason: CopyReason, frames: u64) {
+        self.copies[reason as usize].add(frames);
+    }
+
+    /// Frames whose payload was copied for `reason`.
+    pub fn copies(&self, reason: CopyReason) -> u64 {
+        self.copies[reason as usize].get()
     }
 
     /// Frames dropped for `reason`.
@@ -104,6 +143,12 @@ impl fmt::Display for DirectionCounters {
             let count = self.drops(reason);
             if count > 0 {
                 write!(f, ", {count} dropped ({})", reason.name())?;
+            }
+        }
+        for reason in CopyReason::ALL {
+            let count = self.copies(reason);
+            if count > 0 {
+                write!(f, ", {count} copied ({})", reason.name())?;
             }
         }
         write!(

@@ -14,6 +14,7 @@ use crate::event::{Interest, Poller, until};
 use crate::features::{Offer, OfferOptions};
 use crate::net_config::NetConfig;
 use crate::port::HostQueue;
+use crate::port::af_xdp::Interface;
 use crate::port::tap::TapQueue;
 use crate::protocol::{Connection, Event, Message, Reply};
 use crate::sys::process::{TerminationSignals, inherit};
@@ -112,7 +113,7 @@ impl Inherited {
             Host::TapDescriptors(numbers) => {
                 numbers.iter().map(|&number| take(number, "--tap-fd")).collect::<Result<_, _>>()?
             }
-            Host::Tap(_) | Host::Loopback => Vec::new(),
+            Host::Tap(_) | Host::AfXdp(_) | Host::Loopback => Vec::new(),
         };
         Ok(Inherited { frontend, tap_queues })
     }
@@ -127,6 +128,12 @@ fn open_host(
     let queues = match &config.host {
         Host::Loopback => {
             return Ok(("loopback".into(), (0..pairs).map(|_| HostQueue::Loopback).collect()));
+        }
+        Host::AfXdp(options) => {
+            let queues = Interface::start(options, pairs, config.mtu, config.busy_poll)
+                .map_err(|error| StartError::new(error.to_string()))?;
+            let queues = queues.into_iter().map(|queue| HostQueue::AfXdp(Box::new(queue)));
+            return Ok((options.name.clone(), queues.collect()));
         }
         Host::Tap(name) => open_tap(name, pairs, config.mtu)?,
         Host::TapDescriptors(_) => inherited

@@ -81,10 +81,18 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
 /// What a port can do with the offloads of a frame.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PortOffloads {
-    /// It completes checksums and segments TCP for the guest, and can leave both to it.
+    /// It completes checksums for the guest.
+    pub checksum: bool,
+    /// It segments TCP for the guest as well, and can leave both to it.
     pub segmentation: bool,
     /// The same for UDP.
     pub udp_segmentation: bool,
+}
+
+impl PortOffloads {
+    /// Everything.
+    pub const ALL: Self =
+        PortOffloads { checksum: true, segmentation: true, udp_segmentation: true };
 }
 
 /// What the operator decides about the offer.
@@ -128,8 +136,11 @@ impl Offer {
         if options.ring_reset {
             offer |= bit(VIRTIO_F_RING_RESET);
         }
+        if port.checksum {
+            offer |= HOST_CHECKSUM;
+        }
         if port.segmentation {
-            offer |= HOST_CHECKSUM | HOST_SEGMENTATION | GUEST_CHECKSUM;
+            offer |= HOST_SEGMENTATION | GUEST_CHECKSUM;
             if options.guest_segmentation {
                 offer |= GUEST_SEGMENTATION;
             }
@@ -267,7 +278,6 @@ impl Negotiated {
 mod tests {
     use super::*;
 
-    const FULL: PortOffloads = PortOffloads { segmentation: true, udp_segmentation: true };
     const OPTIONS: OfferOptions =
         OfferOptions { guest_segmentation: true, mac: true, ring_reset: false };
 
@@ -281,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_linux_driver_gets_every_offload_of_the_port() {
-        let offer = Offer::new(FULL, OPTIONS);
+        let offer = Offer::new(PortOffloads::ALL, OPTIONS);
         let negotiated = offer.accept(offer.bits()).unwrap();
         for offloads in [negotiated.host(), negotiated.guest()] {
             assert!(offloads.checksum && offloads.tcp4 && offloads.tcp6);
@@ -293,7 +303,8 @@ mod tests {
 
     #[test]
     fn guest_tso_off_keeps_checksums_and_the_other_direction() {
-        let offer = Offer::new(FULL, OfferOptions { guest_segmentation: false, ..OPTIONS });
+        let offer =
+            Offer::new(PortOffloads::ALL, OfferOptions { guest_segmentation: false, ..OPTIONS });
         let negotiated = offer.accept(offer.bits()).unwrap();
         assert!(negotiated.guest().checksum && !negotiated.guest().segmentation());
         assert!(negotiated.host().tcp4);
@@ -301,14 +312,14 @@ mod tests {
 
     #[test]
     fn segmentation_without_checksums_is_not_used() {
-        let offer = Offer::new(FULL, OPTIONS);
+        let offer = Offer::new(PortOffloads::ALL, OPTIONS);
         let negotiated = offer.accept(GUEST_SEGMENTATION | HOST_SEGMENTATION).unwrap();
         assert!(!negotiated.guest().segmentation() && !negotiated.host().segmentation());
     }
 
     #[test]
     fn only_an_old_driver_without_mergeable_buffers_has_a_short_header() {
-        let offer = Offer::new(FULL, OPTIONS);
+        let offer = Offer::new(PortOffloads::ALL, OPTIONS);
         assert_eq!(offer.accept(0).unwrap().header_length(), 10);
         assert_eq!(offer.accept(bit(VIRTIO_NET_F_MRG_RXBUF)).unwrap().header_length(), 12);
         assert_eq!(offer.accept(bit(VIRTIO_F_VERSION_1)).unwrap().header_length(), 12);

@@ -4,15 +4,17 @@
 //! `read_frame(&mut [u8])`. That is what lets the host read and write guest memory itself, and
 //! lets a session end at any moment.
 
+pub mod af_xdp;
 pub mod loopback;
 pub mod tap;
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::counters::Drop;
+use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
-use crate::guest::{Burst, Chain, Readable, Writable};
+use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
 
 /// One queue pair's way to the host's network, for one session.
 ///
@@ -35,6 +37,15 @@ pub trait Port<'mem> {
 
     /// Tells whether waiting showed the port's descriptor readable.
     fn woken(&mut self, readable: bool);
+
+    /// A descriptor that becomes readable when something about the host's device has changed, to
+    /// be waited on whenever the worker sleeps.
+    fn events(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Tells that it did.
+    fn host_changed(&mut self) {}
 
     /// Stops the host side and gives back every chain still borrowed.
     fn recall(&mut self, finished: &mut Finished<'mem>);
@@ -75,8 +86,12 @@ pub struct Finished<'mem> {
     pub rx_frames: u64,
     /// Bytes of those frames, headers excluded.
     pub rx_bytes: u64,
-    /// Frames that never reached the guest, and why.
-    pub rx_dropped: Vec<Drop>,
+    /// Frames that never reached the guest, why, and how many.
+    pub rx_dropped: Vec<(Drop, u64)>,
+    /// For each of the frames in `rx` that was copied in user space, why.
+    pub rx_copied: Vec<CopyReason>,
+    /// The same for `tx`.
+    pub tx_copied: Vec<CopyReason>,
     /// Chains from the guest that were not looked at: only `recall` gives such back.
     pub unused_tx: Vec<Chain<'mem, Readable>>,
     /// Buffers that hold nothing: only `recall` gives such back.
@@ -88,6 +103,8 @@ pub struct Finished<'mem> {
 pub enum HostQueue {
     /// A queue of a TAP device.
     Tap(Box<tap::TapQueue>),
+    /// A queue of a network device, through an AF_XDP socket.
+    AfXdp(Box<af_xdp::XdpQueue>),
     /// Frames go back to the guest that sent them.
     Loopback,
 }
@@ -97,19 +114,22 @@ impl HostQueue {
     pub fn offloads(&self) -> PortOffloads {
         match self {
             HostQueue::Tap(queue) => queue.offloads(),
-            HostQueue::Loopback => PortOffloads { segmentation: true, udp_segmentation: true },
+            HostQueue::AfXdp(queue) => queue.offloads(),
+            HostQueue::Loopback => PortOffloads::ALL,
         }
     }
 
     /// Begins a session. `receives` says whether the guest has an rx ring in it.
     pub fn session<'mem>(
         &'mem mut self,
+        memory: &'mem Arc<GuestMemory>,
         negotiated: &Negotiated,
         mtu: u16,
         receives: bool,
     ) -> Box<dyn Port<'mem> + 'mem> {
         match self {
             HostQueue::Tap(queue) => Box::new(queue.session(negotiated, mtu, receives)),
+            HostQueue::AfXdp(queue) => Box::new(queue.session(memory, negotiated, mtu, receives)),
             HostQueue::Loopback => Box::new(loopback::Loopback::new(negotiated, mtu)),
         }
     }

@@ -1,5 +1,6 @@
 //! The integration tests: one program, a module per use.
 
+mod af_xdp;
 mod cli;
 mod echo;
 mod lifecycle;

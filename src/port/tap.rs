@@ -66,7 +66,7 @@ impl TapQueue {
             queue,
             writer,
             reason,
-            offloads: PortOffloads { segmentation, udp_segmentation },
+            offloads: PortOffloads { checksum: segmentation, segmentation, udp_segmentation },
             applied: None,
             attached: multi_queue.then_some(false),
         })
@@ -251,7 +251,9 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                         break;
                     }
                     // The frame is lost: the guest's buffer has no room for a header, or is gone.
-                    Some(libc::EINVAL | libc::EFAULT) => finished.rx_dropped.push(Drop::NoRoom),
+                    Some(libc::EINVAL | libc::EFAULT) => {
+                        finished.rx_dropped.push((Drop::NoRoom, 1));
+                    }
                     _ => {
                         self.gone(&error);
                         return;

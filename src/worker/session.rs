@@ -28,6 +28,7 @@ enum Wake {
     RxKick,
     TxKick,
     Port,
+    Host,
 }
 
 /// One direction of the pair: its ring, and what was popped from it and not yet lent.
@@ -102,7 +103,7 @@ pub(super) fn serve(
         Ok(sides) => sides,
         Err(fault) => return stopped(session, options, &fault, Ended::default()),
     };
-    let port = host.session(&session.negotiated, session.mtu, receives);
+    let port = host.session(&session.memory, &session.negotiated, session.mtu, receives);
     let header_length = session.negotiated.header_length();
     let mut serving =
         Serving { rx, tx, port, finished: Finished::default(), counters, header_length };
@@ -206,7 +207,7 @@ impl Serving<'_> {
                         frames += 1;
                         bytes += (chain.len() - self.header_length) as u64;
                     }
-                    Outcome::Dropped(reason) => tx.counters.dropped(reason),
+                    Outcome::Dropped(reason) => tx.counters.dropped(reason, 1),
                 }
                 tx.queue.retire(chain, 0);
             }
@@ -223,9 +224,15 @@ impl Serving<'_> {
             rx.counters.bytes.add(std::mem::take(&mut finished.rx_bytes));
             rx.publish();
         }
-        for reason in finished.rx_dropped.drain(..) {
+        for (reason, frames) in finished.rx_dropped.drain(..) {
             moved = true;
-            self.counters.rx.dropped(reason);
+            self.counters.rx.dropped(reason, frames);
+        }
+        for (copied, counters) in [
+            (&mut finished.rx_copied, &self.counters.rx),
+            (&mut finished.tx_copied, &self.counters.tx),
+        ] {
+            copied.drain(..).for_each(|reason| counters.copied(reason, 1));
         }
         moved
     }
@@ -275,6 +282,9 @@ impl Serving<'_> {
             self.counters.tx.kicks.add(1);
         }
         self.port.woken(woken.port);
+        if woken.host {
+            self.port.host_changed();
+        }
     }
 
     /// Ends the host side; what was not used goes back, what was is shown to the driver.
@@ -304,6 +314,7 @@ struct Woken {
     rx: bool,
     tx: bool,
     port: bool,
+    host: bool,
 }
 
 /// The descriptors that a session waits on.
@@ -336,6 +347,9 @@ impl Sleeper {
                 other => other?,
             }
         }
+        if let Some(events) = serving.port.events() {
+            poller.add(events, Interest::Read, Wake::Host)?;
+        }
         Ok(Sleeper { poller, port: None, polling })
     }
 
@@ -350,6 +364,7 @@ impl Sleeper {
             Wake::RxKick => woken.rx = true,
             Wake::TxKick => woken.tx = true,
             Wake::Port => woken.port = true,
+            Wake::Host => woken.host = true,
         })?;
         Ok(woken)
     }

@@ -7,6 +7,7 @@ pub(crate) mod frontend;
 pub(crate) mod guest;
 pub(crate) mod network;
 pub(crate) mod testpmd;
+pub(crate) mod traffic;
 pub(crate) mod vm;
 
 use std::fs::OpenOptions;

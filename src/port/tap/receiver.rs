@@ -145,15 +145,15 @@ impl<'mem> Receiver<'mem> {
     /// Gives back the buffers that the frame of `length` bytes takes, or counts it as dropped.
     pub(super) fn deliver(&mut self, length: usize, finished: &mut Finished<'mem>) {
         if length > self.window_room {
-            finished.rx_dropped.push(Drop::NoRoom);
+            finished.rx_dropped.push((Drop::NoRoom, 1));
             return;
         }
         if length < self.header_length {
-            finished.rx_dropped.push(Drop::TooShort);
+            finished.rx_dropped.push((Drop::TooShort, 1));
             return;
         }
         if let Err(reason) = self.fit_header_to_guest() {
-            finished.rx_dropped.push(reason);
+            finished.rx_dropped.push((reason, 1));
             return;
         }
         let (mut left, mut buffers, mut segments) = (length, 0u16, 0);

@@ -1,0 +1,307 @@
+//! AF_XDP sockets as port: the guest's own memory is what the kernel, or the device, sends from
+//! and receives into.
+//!
+//! The pieces: [`umem`] says which addresses the kernel may be given, [`program`] brings frames to
+//! the sockets, [`interface`] opens and closes these, the [`transmitter`] and the [`receiver`] keep
+//! what the kernel holds. A socket lives for a session at the most: it opens when the guest first
+//! has something for it, since that pins all of the guest's memory, and is closed before a single
+//! buffer goes back unfinished.
+
+mod checksum;
+mod interface;
+mod program;
+mod receiver;
+mod transmitter;
+mod umem;
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+
+use super::{Finished, Port, Readiness};
+use crate::counters::Drop;
+use crate::features::{Negotiated, PortOffloads};
+use crate::guest::{Burst, GuestMemory, Readable, Writable};
+use crate::port::Outcome;
+use crate::sys::link::Watch;
+
+pub use interface::Interface;
+use interface::{Failure, OpenSocket};
+use receiver::Receiver;
+use transmitter::Transmitter;
+
+/// How long a queue whose last socket was just closed is left alone between attempts.
+const BUSY_RETRY: Duration = Duration::from_millis(2);
+/// For how long a queue may be busy with a socket of our own that was closed.
+const BUSY_LIMIT: Duration = Duration::from_secs(1);
+/// How long a device that does not work is left alone, unless it is heard of.
+const RETRY: Duration = Duration::from_secs(1);
+/// How soon to look whether the kernel has finished with frames that it was given.
+const COMPLETION: Duration = Duration::from_millis(1);
+/// How long frames that were handed over are waited for when a session ends.
+const LAST_FRAMES: Duration = Duration::from_millis(20);
+
+/// Why a device can't be used: one line that names it and the way out.
+#[derive(Debug)]
+pub struct OpenError(pub(crate) String);
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One queue of a network device, for the daemon's life.
+#[derive(Debug)]
+pub struct XdpQueue {
+    interface: Arc<Interface>,
+    /// Which of the port's queue pairs it is for.
+    pair: u16,
+    watch: Watch,
+}
+
+impl XdpQueue {
+    /// What the port can do for the guest: checksums. Frames come from the wire as they are, and
+    /// go there as they are.
+    pub fn offloads(&self) -> PortOffloads {
+        PortOffloads { checksum: true, segmentation: false, udp_segmentation: false }
+    }
+
+    /// Begins a session. Nothing is opened yet.
+    pub fn session<'mem>(
+        &'mem mut self,
+        memory: &'mem Arc<GuestMemory>,
+        negotiated: &Negotiated,
+        mtu: u16,
+        receives: bool,
+    ) -> XdpPort<'mem> {
+        XdpPort {
+            transmitter: Transmitter::new(negotiated, self.pair),
+            receiver: Receiver::new(negotiated, self.pair),
+            host: self,
+            memory,
+            mtu,
+            receives,
+            failed: None,
+            state: State::Closed { since: None, retry: Instant::now() },
+        }
+    }
+}
+
+/// Whether a session has a socket.
+#[derive(Debug)]
+enum State {
+    Open(Box<OpenSocket>),
+    Closed {
+        /// Since when there has been none though there should be.
+        since: Option<Closed>,
+        /// When to try again.
+        retry: Instant,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Closed {
+    at: Instant,
+    /// The device does not work, and it was said so: frames are dropped.
+    gone: bool,
+}
+
+/// A session on a queue.
+#[derive(Debug)]
+pub struct XdpPort<'mem> {
+    host: &'mem mut XdpQueue,
+    memory: &'mem Arc<GuestMemory>,
+    /// The card's MTU.
+    mtu: u16,
+    /// Whether the guest has an rx ring.
+    receives: bool,
+    state: State,
+    /// The device was heard to work no more.
+    failed: Option<OpenError>,
+    transmitter: Transmitter<'mem>,
+    receiver: Receiver<'mem>,
+}
+
+impl<'mem> XdpPort<'mem> {
+    /// Opens the socket, if it is not open and it is time to try.
+    fn open(&mut self) {
+        let State::Closed { since, retry } = self.state else { return };
+        let now = Instant::now();
+        if now < retry {
+            return;
+        }
+        let interface = &self.host.interface;
+        let pair = self.host.pair;
+        let mut receiver = self.receives.then_some(&mut self.receiver);
+        let opened = interface.open(pair, self.memory, self.mtu, self.receives, |socket, umem| {
+            if let Some(receiver) = &mut receiver {
+                receiver.post_all(socket, umem);
+            }
+        });
+        if opened.is_err() {
+            self.receiver.withdraw();
+        }
+        match opened {
+            Ok(socket) => {
+                if since.is_some_and(|since| since.gone) {
+                    info!("af_xdp {}: works again", interface.name());
+                }
+                self.transmitter.begin(&socket);
+                self.state = State::Open(Box::new(socket));
+            }
+            Err(Failure::Busy(error)) => {
+                let since = since.unwrap_or(Closed { at: now, gone: false });
+                self.state = State::Closed { since: Some(since), retry: now + BUSY_RETRY };
+                if now - since.at > BUSY_LIMIT {
+                    self.gone(&error);
+                }
+            }
+            Err(Failure::Gone(error)) => self.gone(&error),
+        }
+    }
+
+    /// Notes that the device does not work: frames are dropped, and it is tried again later.
+    fn gone(&mut self, why: &dyn fmt::Display) {
+        let now = Instant::now();
+        let known =
+            matches!(self.state, State::Closed { since: Some(Closed { gone: true, .. }), .. });
+        if !known {
+            warn!(
+                "af_xdp {}: does not work, frames are dropped: {why}",
+                self.host.interface.name()
+            );
+        }
+        let since = Some(Closed { at: now, gone: true });
+        self.state = State::Closed { since, retry: now + RETRY };
+    }
+
+    fn is_gone(&self) -> bool {
+        matches!(self.state, State::Closed { since: Some(Closed { gone: true, .. }), .. })
+    }
+
+    /// Closes the socket: what was sent is finished, what was posted is ours again.
+    fn close(&mut self, finished: &mut Finished<'mem>) {
+        let closed = State::Closed { since: None, retry: Instant::now() };
+        let State::Open(mut open) = std::mem::replace(&mut self.state, closed) else { return };
+        let pair = self.host.pair;
+        self.host.interface.stop_receiving(pair);
+        // What the kernel has not sent at once is under way, or never will be.
+        let deadline = Instant::now() + LAST_FRAMES;
+        loop {
+            self.receiver.reap(&mut open, finished);
+            self.transmitter.reap(&mut open);
+            if !self.transmitter.is_waiting(&mut open) || Instant::now() > deadline {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        self.transmitter.stop(&mut open);
+        let unreceived = self.host.interface.close(pair, *open);
+        // Not before here: the kernel writes no more.
+        let lost = unreceived + self.receiver.withdraw();
+        if lost > 0 {
+            finished.rx_dropped.push((Drop::NoRoom, lost));
+        }
+    }
+
+    /// The device was found not to work any more.
+    fn fail(&mut self, why: &dyn fmt::Display, finished: &mut Finished<'mem>) {
+        self.close(finished);
+        self.transmitter.drop_unsent();
+        self.gone(why);
+    }
+}
+
+impl<'mem> Port<'mem> for XdpPort<'mem> {
+    fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
+        self.open();
+        match &mut self.state {
+            State::Open(open) => self.transmitter.transmit(burst, open),
+            State::Closed { since: Some(Closed { gone: true, .. }), .. } => {
+                let dropped = Outcome::Dropped(Drop::HostRefused);
+                self.transmitter.done.extend(burst.drain(..).map(|chain| (chain, dropped)));
+            }
+            // The queue is busy with its last socket: it takes some 30 ms.
+            State::Closed { .. } => {}
+        }
+    }
+
+    fn post(&mut self, buffers: &mut Burst<'mem, Writable>) {
+        self.receiver.take(buffers);
+        if self.receiver.has_buffers() {
+            self.open();
+        }
+        if let State::Open(open) = &mut self.state {
+            self.receiver.post(open);
+        }
+    }
+
+    fn reap(&mut self, finished: &mut Finished<'mem>) {
+        if let State::Open(open) = &mut self.state {
+            let kicked = self.transmitter.kick(open);
+            if open.busy_poll {
+                // Its errors are those of sending.
+                let _ = open.socket.receive();
+            }
+            self.transmitter.reap(open);
+            self.receiver.reap(open, finished);
+            if let Some(error) = self.failed.take() {
+                self.fail(&error, finished);
+            } else if let Err(error) = kicked {
+                self.fail(&error, finished);
+            } else if self.receiver.is_stuck() {
+                self.fail(&"the kernel keeps a buffer that others have overtaken", finished);
+            }
+        } else if self.receiver.has_buffers() || self.is_gone() {
+            self.open();
+        }
+        self.transmitter.finish(finished);
+    }
+
+    fn readiness(&self) -> Readiness<'_> {
+        let (fd, timeout) = match &self.state {
+            State::Open(open) => {
+                let waiting = self.transmitter.has_frames().then_some(COMPLETION);
+                (Some(open.as_fd()), waiting.or(self.receiver.patience()))
+            }
+            State::Closed { since: Some(_), retry } => {
+                (None, Some(retry.saturating_duration_since(Instant::now())))
+            }
+            State::Closed { .. } => (None, None),
+        };
+        Readiness {
+            fd,
+            read: fd.is_some() && self.receives,
+            write: false,
+            starved: self.receiver.is_starved(),
+            timeout,
+        }
+    }
+
+    fn woken(&mut self, _readable: bool) {}
+
+    fn events(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.host.watch.as_fd())
+    }
+
+    fn host_changed(&mut self) {
+        self.host.watch.clear();
+        match &mut self.state {
+            State::Open(open) => {
+                self.failed = self.host.interface.check(open).err();
+            }
+            State::Closed { retry, .. } => *retry = Instant::now(),
+        }
+    }
+
+    fn recall(&mut self, finished: &mut Finished<'mem>) {
+        self.close(finished);
+        self.transmitter.finish(finished);
+        self.transmitter.recall(finished);
+        self.receiver.recall(finished);
+    }
+}

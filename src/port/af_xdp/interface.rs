@@ -1,0 +1,451 @@
+//! A network device and the sockets on its queues, as the queue pairs of a port share them: one
+//! XDP program, one UMEM for all sockets of a memory table.
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::{Duration, Instant};
+
+use log::{debug, info, warn};
+
+use super::program::Attachment;
+use super::receiver::RING_SIZES;
+use super::umem::{FrameLayout, GuestUmem};
+use super::{BUSY_LIMIT, BUSY_RETRY, OpenError, XdpQueue};
+use crate::config::{AfXdp, Mode};
+use crate::guest::GuestMemory;
+use crate::sys::link::{self, Link, Watch};
+use crate::sys::umem::Umem;
+use crate::sys::xsk::{Binding, CHUNK, Registration, RingSizes, Socket};
+
+/// What a frame has on top of its MTU at the most: an Ethernet header and a VLAN tag, as Linux
+/// forwards frames (`is_skb_forwardable`).
+const OVERHEAD: usize = 18;
+/// Memory in bytes that the kernel may use for frames of a socket on their way: a full ring of
+/// them, at what each takes with its bookkeeping.
+const SEND_BUFFER: u32 = 4 << 20;
+/// Frames that one busy poll of the driver handles.
+const BUSY_POLL_BUDGET: u32 = 64;
+
+/// Why a socket could not be opened.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The queue has another socket, maybe our own that was just closed.
+    Busy(OpenError),
+    /// The device does not work.
+    Gone(OpenError),
+}
+
+/// A socket bound to its queue.
+#[derive(Debug)]
+pub(super) struct OpenSocket {
+    pub(super) socket: Socket,
+    pub(super) umem: Arc<GuestUmem>,
+    /// Whether frames may ask for a checksum by metadata.
+    pub(super) metadata: bool,
+    /// Whether the kernel is to be asked for frames, rather than waited for.
+    pub(super) busy_poll: bool,
+    binding: Binding,
+}
+
+impl AsFd for OpenSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// What device, driver and kernel can do.
+#[derive(Debug, Clone, Copy, Default)]
+struct Abilities {
+    zero_copy: bool,
+    /// Frames to be sent may carry metadata.
+    metadata: bool,
+}
+
+/// The UMEM of the sockets that are open.
+#[derive(Debug)]
+struct Registered {
+    guest: Arc<GuestMemory>,
+    umem: Arc<GuestUmem>,
+    sockets: Vec<(u16, Weak<OwnedFd>)>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    attachment: Option<Attachment>,
+    abilities: Abilities,
+    registered: Option<Registered>,
+}
+
+/// A network device whose queues a port uses.
+#[derive(Debug)]
+pub struct Interface {
+    options: AfXdp,
+    pairs: u16,
+    busy_poll: Duration,
+    shared: Mutex<Shared>,
+}
+
+impl Interface {
+    /// Attaches the program and tries each queue.
+    ///
+    /// # Errors
+    /// There is no such device or queue, it is in use, or can't do what was asked for.
+    pub fn start(
+        options: &AfXdp,
+        pairs: u16,
+        mtu: u16,
+        busy_poll: Duration,
+    ) -> Result<Vec<XdpQueue>, OpenError> {
+        let name = &options.name;
+        let interface = Arc::new(Interface {
+            options: options.clone(),
+            pairs,
+            busy_poll,
+            shared: Mutex::default(),
+        });
+        let link = interface.find()?;
+        if !link.is_up {
+            warn!("af_xdp {name}: is down; set it up with 'ip link set {name} up'");
+        }
+        interface.layout(&link, mtu, false)?;
+        let mut shared = interface.lock();
+        shared.attachment = Some(Attachment::new(name, link.index, options.attach)?);
+        shared.abilities = interface.try_queues(&link)?;
+        drop(shared);
+        (0..pairs)
+            .map(|pair| {
+                let watch = Watch::new()
+                    .map_err(|error| OpenError(format!("watch network devices: {error}")))?;
+                Ok(XdpQueue { interface: interface.clone(), pair, watch })
+            })
+            .collect()
+    }
+
+    /// The device's name.
+    pub(super) fn name(&self) -> &str {
+        &self.options.name
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn queue(&self, pair: u16) -> u32 {
+        u32::from(self.options.queue) + u32::from(pair)
+    }
+
+    fn find(&self) -> Result<Link, OpenError> {
+        let name = self.name();
+        link::find(name).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENODEV) => OpenError(format!(
+                "there is no network device {name}; 'ip link add {name} type veth peer name …' \
+                 makes one"
+            )),
+            _ => OpenError(format!("look up network device {name}: {error}")),
+        })
+    }
+
+    fn layout(&self, link: &Link, mtu: u16, zero_copy: bool) -> Result<FrameLayout, OpenError> {
+        let longest = link.mtu.max(mtu.into()) as usize + OVERHEAD;
+        FrameLayout::new(longest, zero_copy).map_err(|error| {
+            OpenError(format!("{} has an MTU of {}: {error}", self.name(), link.mtu))
+        })
+    }
+
+    /// Binds a socket to each queue and closes it: finds out what device and kernel can do.
+    fn try_queues(&self, link: &Link) -> Result<Abilities, OpenError> {
+        let mut abilities =
+            Abilities { zero_copy: self.options.mode != Mode::Copy, metadata: true };
+        for pair in 0..self.pairs {
+            let queue = self.queue(pair);
+            loop {
+                let binding = Binding { device: link.index, queue, zero_copy: abilities.zero_copy };
+                match try_bind(binding, abilities.metadata) {
+                    Ok(()) => break,
+                    Err(Refused::Metadata) => abilities.metadata = false,
+                    Err(Refused::Bind(error))
+                        if abilities.zero_copy
+                            && self.options.mode == Mode::Auto
+                            && !is_final(&error) =>
+                    {
+                        debug!("af_xdp {}: no zero copy: {error}", self.name());
+                        abilities.zero_copy = false;
+                    }
+                    Err(Refused::Bind(error) | Refused::Socket(error)) => {
+                        return Err(self.refused(queue, abilities.zero_copy, &error));
+                    }
+                }
+            }
+        }
+        info!(
+            "af_xdp {}: queues {}-{}, {} mode{}, checksums by {}",
+            self.name(),
+            self.queue(0),
+            self.queue(self.pairs - 1),
+            if abilities.zero_copy { "zero-copy" } else { "copy" },
+            match self.options.mode {
+                Mode::Auto if !abilities.zero_copy => ", since the driver has no zero copy",
+                _ => "",
+            },
+            if abilities.metadata && !abilities.zero_copy { "the kernel" } else { "the daemon" },
+        );
+        // Drivers need not look at metadata, as virtio_net does not.
+        abilities.metadata &= !abilities.zero_copy;
+        Ok(abilities)
+    }
+
+    /// What a refusal means, and what to do about it.
+    fn refused(&self, queue: u32, zero_copy: bool, error: &io::Error) -> OpenError {
+        let name = self.name();
+        let hint = match error.raw_os_error() {
+            Some(libc::EBUSY) => {
+                "; another AF_XDP socket has that queue: choose another with queue=N, or stop \
+                 whoever uses it"
+            }
+            Some(libc::EINVAL | libc::EOPNOTSUPP) if zero_copy => {
+                "; the driver has no zero copy, or not as the device is set up: use mode=auto or \
+                 mode=copy"
+            }
+            Some(libc::EINVAL) => "; has it that many queues? 'ethtool -l' tells",
+            Some(libc::EPERM) => "; run with CAP_NET_RAW",
+            Some(libc::EAFNOSUPPORT) => "; the kernel has no AF_XDP (CONFIG_XDP_SOCKETS)",
+            _ => "",
+        };
+        let mode = if zero_copy { "zero-copy" } else { "copy" };
+        OpenError(format!(
+            "bind an AF_XDP socket to queue {queue} of {name} in {mode} mode: {error}{hint}"
+        ))
+    }
+
+    /// Opens a queue pair's socket on `memory`. `fill` posts buffers: drivers want some before
+    /// the socket is bound.
+    pub(super) fn open(
+        &self,
+        pair: u16,
+        memory: &Arc<GuestMemory>,
+        mtu: u16,
+        receives: bool,
+        fill: impl FnOnce(&mut Socket, &GuestUmem),
+    ) -> Result<OpenSocket, Failure> {
+        let link = self.find().map_err(Failure::Gone)?;
+        if !link.is_up {
+            let why = format!("it is down; set it up with 'ip link set {} up'", self.name());
+            return Err(Failure::Gone(OpenError(why)));
+        }
+        let mut shared = self.lock();
+        let shared = &mut *shared;
+        if !shared.attachment.as_ref().is_some_and(|attachment| attachment.is_on(link.index)) {
+            // Another device than before.
+            shared.attachment = None;
+            let attached = Attachment::new(self.name(), link.index, self.options.attach);
+            shared.attachment = Some(attached.map_err(Failure::Gone)?);
+            shared.abilities = self.try_queues(&link).map_err(Failure::Gone)?;
+        }
+        let abilities = shared.abilities;
+        let layout = self.layout(&link, mtu, abilities.zero_copy).map_err(Failure::Gone)?;
+        let queue = self.queue(pair);
+        let binding = Binding { device: link.index, queue, zero_copy: abilities.zero_copy };
+        let refused = |error: io::Error| {
+            let busy = error.raw_os_error() == Some(libc::EBUSY);
+            let error = self.refused(queue, abilities.zero_copy, &error);
+            if busy { Failure::Busy(error) } else { Failure::Gone(error) }
+        };
+
+        // A socket of another queue pair whose UMEM this is.
+        let first = shared.registered.as_ref().and_then(|registered| {
+            let same = Arc::ptr_eq(&registered.guest, memory) && registered.umem.layout == layout;
+            let mut live = registered.sockets.iter().filter_map(|(_, socket)| socket.upgrade());
+            same.then(|| live.next().map(|socket| (socket, registered.umem.clone()))).flatten()
+        });
+        let (registration, umem) = match &first {
+            Some((socket, umem)) => (Registration::Shared(socket.as_fd()), umem.clone()),
+            None => {
+                let umem = GuestUmem::new(memory, self.pairs, layout).map_err(|error| {
+                    Failure::Gone(OpenError(format!("map the guest's memory: {error}")))
+                })?;
+                let headroom = layout.headroom();
+                (Registration::New { headroom, metadata: abilities.metadata }, Arc::new(umem))
+            }
+        };
+        let started = Instant::now();
+        let mut socket = Socket::new(umem.memory(), RING_SIZES, &registration)
+            .map_err(|error| Failure::Gone(not_registered(&error, umem.memory().length())))?;
+        fill(&mut socket, &umem);
+        socket.bind(binding, &registration).map_err(refused)?;
+        if abilities.zero_copy && !socket.is_zero_copy().unwrap_or(false) {
+            let why = "the kernel bound the socket without zero copy".into();
+            return Err(Failure::Gone(OpenError(why)));
+        }
+        socket.set_send_buffer(SEND_BUFFER);
+        let busy_poll = !self.busy_poll.is_zero();
+        if busy_poll && let Err(error) = socket.prefer_busy_poll(self.busy_poll, BUSY_POLL_BUDGET) {
+            debug!("af_xdp {}: the kernel does not busy-poll: {error}", self.name());
+        }
+        if receives && let Some(attachment) = &shared.attachment {
+            attachment.redirect(queue, socket.descriptor()).map_err(|error| {
+                let why = format!("redirect frames of queue {queue} to a socket: {error}");
+                Failure::Gone(OpenError(why))
+            })?;
+        }
+        let entry = (pair, Arc::downgrade(socket.descriptor()));
+        match (&mut shared.registered, first.is_some()) {
+            (Some(registered), true) => registered.sockets.push(entry),
+            (registered, _) => {
+                *registered = Some(Registered {
+                    guest: memory.clone(),
+                    umem: umem.clone(),
+                    sockets: vec![entry],
+                });
+            }
+        }
+        info!(
+            "af_xdp {}: queue {queue} bound in {} mode, {} MiB of guest memory registered in {:?}",
+            self.name(),
+            if abilities.zero_copy { "zero-copy" } else { "copy" },
+            umem.memory().length() >> 20,
+            started.elapsed(),
+        );
+        Ok(OpenSocket { socket, umem, metadata: abilities.metadata, busy_poll, binding })
+    }
+
+    /// Has frames of a queue pair's passed to the host.
+    pub(super) fn stop_receiving(&self, pair: u16) {
+        if let Some(attachment) = &self.lock().attachment {
+            // It fails if it was not there, or the device has gone.
+            let _ = attachment.pass(self.queue(pair));
+        }
+    }
+
+    /// Closes a socket. When this returns, neither kernel nor device touches the guest's memory
+    /// any more. Returns how many frames were lost for want of buffers.
+    pub(super) fn close(&self, pair: u16, open: OpenSocket) -> u64 {
+        let OpenSocket { socket, umem, binding, .. } = open;
+        let statistics = socket.statistics().unwrap_or_default();
+        if statistics.rx_invalid + statistics.tx_invalid > 0 {
+            warn!(
+                "af_xdp {}: the kernel refused addresses, {} for rx and {} for tx: this is a bug",
+                self.name(),
+                statistics.rx_invalid,
+                statistics.tx_invalid
+            );
+        }
+        let mut shared = self.lock();
+        if let Some(registered) = &mut shared.registered {
+            registered.sockets.retain(|(of, _)| *of != pair);
+            if registered.sockets.is_empty() {
+                shared.registered = None;
+            }
+        }
+        let counted = shared.attachment.as_ref().map(|it| it.counters(binding.queue));
+        if let Some(Ok(counters)) = counted {
+            info!("af_xdp {}: queue {}: {counters}", self.name(), binding.queue);
+        }
+        // In copy mode this is enough: closing waits until nobody is in the middle of delivering
+        // (`synchronize_net` in xsk_unbind_dev), and sending copies at once.
+        drop(socket);
+        drop(umem);
+        drop(shared);
+        if binding.zero_copy {
+            self.wait_for_device(binding);
+        }
+        statistics.rx_dropped + statistics.rx_ring_full
+    }
+
+    /// Waits until the device has let go of a queue whose zero-copy socket was closed: it writes
+    /// into its buffers until then. That is when the queue can be bound again.
+    fn wait_for_device(&self, binding: Binding) {
+        let started = Instant::now();
+        while let Err(Refused::Bind(error)) =
+            try_bind(Binding { zero_copy: false, ..binding }, false)
+            && error.raw_os_error() == Some(libc::EBUSY)
+        {
+            if started.elapsed() > BUSY_LIMIT {
+                warn!("af_xdp {}: queue {} stays busy", self.name(), binding.queue);
+                return;
+            }
+            std::thread::sleep(BUSY_RETRY);
+        }
+        debug!("af_xdp {}: the device let go after {:?}", self.name(), started.elapsed());
+    }
+
+    /// Whether a socket still can work, after its device has changed.
+    ///
+    /// # Errors
+    /// Why it can't.
+    pub(super) fn check(&self, open: &OpenSocket) -> Result<(), OpenError> {
+        match link::at(open.binding.device) {
+            Ok(link) if link.is_up => Ok(()),
+            Ok(_) => Err(OpenError("it is down".into())),
+            Err(error) => Err(OpenError(format!("look it up: {error}"))),
+        }
+    }
+}
+
+/// An error that has nothing to do with zero copy.
+fn is_final(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENODEV | libc::ENETDOWN | libc::EPERM))
+}
+
+fn not_registered(error: &io::Error, bytes: usize) -> OpenError {
+    let mebibytes = bytes.div_ceil(1 << 20);
+    let hint = match error.raw_os_error() {
+        Some(libc::ENOBUFS) => format!(
+            ": it needs that much locked memory; run with CAP_IPC_LOCK, or with 'ulimit -l {}' \
+             (LimitMEMLOCK={mebibytes}M)",
+            mebibytes << 10
+        ),
+        Some(libc::ENOMEM) => ": the host has not that much memory free".into(),
+        Some(libc::EFAULT) => ": it can't be pinned; is the file shorter than the region?".into(),
+        _ => String::new(),
+    };
+    OpenError(format!("register {mebibytes} MiB of guest memory with AF_XDP: {error}{hint}"))
+}
+
+/// Where an attempt to bind ended.
+enum Refused {
+    /// The kernel knows no metadata of frames to be sent.
+    Metadata,
+    Socket(io::Error),
+    Bind(io::Error),
+}
+
+/// Binds a socket that nobody uses, and closes it. A queue that is busy may be so with a socket
+/// that was closed a moment ago, also by a process that has ended.
+fn try_bind(binding: Binding, metadata: bool) -> Result<(), Refused> {
+    const SIZES: RingSizes = RingSizes { rx: 64, tx: 64 };
+    const BUFFERS: u32 = 64;
+    let layout = FrameLayout::new(1500 + OVERHEAD, binding.zero_copy).map_err(Refused::Socket)?;
+    let umem = Umem::new((BUFFERS * CHUNK) as usize, &[], 0).map_err(Refused::Socket)?;
+    let umem = Arc::new(umem);
+    let started = Instant::now();
+    loop {
+        let registration = Registration::New { headroom: layout.headroom(), metadata };
+        let mut socket = Socket::new(&umem, SIZES, &registration).map_err(|error| {
+            match error.raw_os_error() {
+                Some(libc::EINVAL) if metadata => Refused::Metadata,
+                _ => Refused::Socket(error),
+            }
+        })?;
+        (0..BUFFERS).for_each(|buffer| socket.fill.stage((buffer * CHUNK).into()));
+        socket.fill.submit();
+        match socket.bind(binding, &registration) {
+            Err(error)
+                if error.raw_os_error() == Some(libc::EBUSY) && started.elapsed() < BUSY_LIMIT =>
+            {
+                drop(socket);
+                std::thread::sleep(BUSY_RETRY);
+            }
+            result => return result.map_err(Refused::Bind),
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::Busy(error) | Failure::Gone(error) => error.fmt(f),
+        }
+    }
+}

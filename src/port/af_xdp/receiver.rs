@@ -1,0 +1,372 @@
+//! Buffers for frames to come: posted in the fill ring, until the rx ring says that a frame is in
+//! one of them.
+//!
+//! A guest's buffer that can take the longest frame behind its header is posted itself, and the
+//! frame is where the guest wants it. Other buffers are *parked*: a frame for them is received into
+//! a slot of the arena, which is posted in their stead, and copied. When the guest has no buffers
+//! left, a few slots are posted all the same, so that the device never runs dry: frames in them
+//! wait for buffers to come.
+//!
+//! Invariant: chains go back in the order of the ring, and none before every older one, since the
+//! kernel may still write into an older one that is posted.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use super::interface::OpenSocket;
+use super::umem::{GuestUmem, RX_SLOTS};
+use crate::counters::{CopyReason, Drop};
+use crate::features::{HEADER_LENGTH, Negotiated};
+use crate::guest::{Burst, Chain, Segment, Writable};
+use crate::port::Finished;
+use crate::sys::xsk::{ADDRESS_BITS, RingSizes, Socket};
+
+/// Buffers that are borrowed ahead.
+const BORROWED: usize = 512;
+/// With fewer buffers than this the guest is asked for more.
+const FEW: usize = 32;
+/// Slots that are posted when the guest has no buffers left.
+const SPARE: usize = 8;
+/// The kernel gives buffers back in the order in which they were posted, or soon after. One that
+/// others have overtaken for this long is not coming.
+const STUCK: Duration = Duration::from_millis(100);
+
+/// Entries of a socket's rings. Every buffer posted finds room in the rx ring: the kernel never
+/// takes one up and drops its frame, which would change their order.
+pub(super) const RING_SIZES: RingSizes =
+    RingSizes { rx: (BORROWED + RX_SLOTS).next_power_of_two() as u32, tx: 512 };
+
+/// Where a posted address leads to.
+#[derive(Debug)]
+enum Target<'mem> {
+    /// A buffer of the guest's.
+    Guest(Chain<'mem, Writable>),
+    /// A slot of the arena.
+    Slot(usize),
+}
+
+/// A buffer that the kernel has.
+#[derive(Debug)]
+struct Posted<'mem> {
+    address: u64,
+    target: Target<'mem>,
+    /// Length in bytes of the frame that has arrived in it, before an older buffer had one.
+    filled: Option<usize>,
+}
+
+/// A frame that is to be copied into the guest's buffers.
+#[derive(Debug)]
+enum Waiting {
+    /// In a slot of the arena.
+    Slot { slot: usize, length: usize },
+    /// In memory of our own.
+    Copy(Vec<u8>),
+}
+
+/// Buffers for frames to come.
+#[derive(Debug)]
+pub(super) struct Receiver<'mem> {
+    pair: u16,
+    header_length: usize,
+    mergeable: bool,
+    /// In the order of the fill ring.
+    posted: VecDeque<Posted<'mem>>,
+    /// How many of `posted` are slots.
+    slots_posted: usize,
+    /// Buffers that have not been looked at, younger than all others.
+    fresh: VecDeque<Chain<'mem, Writable>>,
+    /// Buffers that are not posted, oldest first.
+    parked: VecDeque<Chain<'mem, Writable>>,
+    /// Bytes in `parked`.
+    parked_room: usize,
+    waiting: VecDeque<Waiting>,
+    free_slots: Vec<usize>,
+    /// Since when a buffer has been overtaken.
+    overtaken: Option<Instant>,
+}
+
+impl<'mem> Receiver<'mem> {
+    pub(super) fn new(negotiated: &Negotiated, pair: u16) -> Self {
+        Receiver {
+            pair,
+            header_length: negotiated.header_length(),
+            mergeable: negotiated.mergeable(),
+            posted: VecDeque::new(),
+            slots_posted: 0,
+            fresh: VecDeque::new(),
+            parked: VecDeque::new(),
+            parked_room: 0,
+            waiting: VecDeque::new(),
+            free_slots: (0..RX_SLOTS).collect(),
+            overtaken: None,
+        }
+    }
+
+    /// Whether any buffer of the guest's is here.
+    pub(super) fn has_buffers(&self) -> bool {
+        self.borrowed() > 0
+    }
+
+    /// Whether the guest is to say when it provides more.
+    pub(super) fn is_starved(&self) -> bool {
+        self.borrowed() < FEW
+    }
+
+    fn borrowed(&self) -> usize {
+        self.posted.len() - self.slots_posted + self.parked.len() + self.fresh.len()
+    }
+
+    /// Borrows buffers, as far as there is use for them.
+    pub(super) fn take(&mut self, buffers: &mut Burst<'mem, Writable>) {
+        let wanted = BORROWED.saturating_sub(self.borrowed()).min(buffers.len());
+        self.fresh.extend(buffers.drain(..wanted));
+    }
+
+    fn park(&mut self, chain: Chain<'mem, Writable>) {
+        self.parked_room += chain.len();
+        self.parked.push_back(chain);
+    }
+
+    fn unpark(&mut self) -> Option<Chain<'mem, Writable>> {
+        let chain = self.parked.pop_front()?;
+        self.parked_room -= chain.len();
+        Some(chain)
+    }
+
+    /// Posts what can be posted.
+    pub(super) fn post(&mut self, open: &mut OpenSocket) {
+        self.post_all(&mut open.socket, &open.umem);
+        if open.socket.fill.needs_wakeup() {
+            // It only has the driver look again.
+            let _ = open.socket.receive();
+        }
+    }
+
+    /// The same on a socket that may not be bound yet.
+    pub(super) fn post_all(&mut self, socket: &mut Socket, umem: &GuestUmem) {
+        let mut staged = false;
+        while let Some(chain) = self.fresh.pop_front() {
+            // Slots that are out go before it, and need the buffers that are older.
+            let uncovered = self.slots_posted + self.waiting.len() > self.frames_parked(umem);
+            let address =
+                if uncovered { None } else { umem.receivable(&chain, self.header_length) };
+            match address {
+                Some(address) => {
+                    self.stage(socket, address, Target::Guest(chain));
+                    staged = true;
+                }
+                None => {
+                    self.park(chain);
+                    staged |= self.post_slots(socket, umem);
+                }
+            }
+        }
+        staged |= self.post_slots(socket, umem);
+        if staged {
+            socket.fill.submit();
+        }
+    }
+
+    /// Longest frames that the parked buffers hold.
+    fn frames_parked(&self, umem: &GuestUmem) -> usize {
+        if self.mergeable {
+            self.parked_room / (self.header_length + umem.layout.writes)
+        } else {
+            self.parked.len()
+        }
+    }
+
+    /// Posts slots for the buffers that are parked, or some spare ones if nothing is posted.
+    fn post_slots(&mut self, socket: &mut Socket, umem: &GuestUmem) -> bool {
+        let parked = self.frames_parked(umem);
+        let mut any = false;
+        let spare = if self.posted.len() == self.slots_posted { SPARE } else { 0 };
+        while self.slots_posted + self.waiting.len() < parked.max(spare) {
+            let Some(slot) = self.free_slots.pop() else { break };
+            self.slots_posted += 1;
+            self.stage(socket, umem.rx_slot(self.pair, slot), Target::Slot(slot));
+            any = true;
+        }
+        any
+    }
+
+    fn stage(&mut self, socket: &mut Socket, address: u64, target: Target<'mem>) {
+        socket.fill.stage(address);
+        self.posted.push_back(Posted { address, target, filled: None });
+    }
+
+    /// Gives back the buffers that frames have arrived in.
+    pub(super) fn reap(&mut self, open: &mut OpenSocket, finished: &mut Finished<'mem>) {
+        let mut any = false;
+        while let Some(descriptor) = open.socket.rx.take() {
+            any = true;
+            let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
+            // Nearly always the oldest.
+            let found = self
+                .posted
+                .iter_mut()
+                .find(|posted| posted.address == address && posted.filled.is_none());
+            if let Some(posted) = found {
+                posted.filled = Some(descriptor.length as usize);
+            }
+            self.deliver(&open.umem, finished);
+        }
+        if !any {
+            return;
+        }
+        open.socket.rx.release();
+        self.overtaken =
+            self.posted.iter().any(|posted| posted.filled.is_some()).then(Instant::now);
+    }
+
+    /// Whether a buffer is not coming back, though younger ones have.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.overtaken.is_some_and(|since| since.elapsed() > STUCK)
+    }
+
+    /// When to look whether it is.
+    pub(super) fn patience(&self) -> Option<Duration> {
+        self.overtaken.map(|_| STUCK)
+    }
+
+    /// Delivers the frames in the oldest buffers posted.
+    fn deliver(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) {
+        while let Some(length) = self.posted.front().and_then(|posted| posted.filled) {
+            let Some(posted) = self.posted.pop_front() else { return };
+            match posted.target {
+                Target::Guest(chain) if self.is_next(&chain) => {
+                    let written = self.header_length + length;
+                    write_header(&chain, self.header_length, 1);
+                    finished.rx.push((chain, written as u32));
+                    finished.rx_frames += 1;
+                    finished.rx_bytes += length as u64;
+                }
+                Target::Guest(chain) => {
+                    // Older buffers are parked: the frame is theirs, and its buffer one of them.
+                    let mut bytes = vec![0; length];
+                    if let Some(piece) = chain.segments_after(self.header_length).next() {
+                        piece.read(&mut bytes);
+                    }
+                    self.waiting.push_back(Waiting::Copy(bytes));
+                    let older = self.parked.partition_point(|parked| parked.is_older_than(&chain));
+                    self.parked_room += chain.len();
+                    self.parked.insert(older, chain);
+                    self.serve_waiting(umem, finished);
+                }
+                Target::Slot(slot) => {
+                    self.slots_posted -= 1;
+                    self.waiting.push_back(Waiting::Slot { slot, length });
+                    self.serve_waiting(umem, finished);
+                }
+            }
+        }
+    }
+
+    /// Whether the buffer is the oldest of all, and no frame waits.
+    #[inline]
+    fn is_next(&self, chain: &Chain<'mem, Writable>) -> bool {
+        self.waiting.is_empty()
+            && self.parked.front().is_none_or(|parked| chain.is_older_than(parked))
+    }
+
+    /// Copies the frames that wait into the parked buffers.
+    fn serve_waiting(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) {
+        while let Some(frame) = self.waiting.pop_front() {
+            let served = match &frame {
+                Waiting::Slot { slot, length } => {
+                    self.spread(&umem.rx_frame(self.pair, *slot, *length), finished)
+                }
+                Waiting::Copy(bytes) => self.spread(&Segment::of_bytes(bytes), finished),
+            };
+            if !served {
+                self.waiting.push_front(frame);
+                return;
+            }
+            if let Waiting::Slot { slot, .. } = frame {
+                self.free_slots.push(slot);
+            }
+        }
+    }
+
+    /// Copies a frame into the oldest parked buffers; says whether they were there.
+    fn spread(&mut self, frame: &Segment<'_>, finished: &mut Finished<'mem>) -> bool {
+        let needed = self.header_length + frame.len();
+        let Some(buffers) = self.buffers_for(needed) else { return false };
+        let (mut copied, first) = (0, finished.rx.len());
+        for index in 0..buffers {
+            let Some(chain) = self.unpark() else { break };
+            let lead = if index == 0 { self.header_length } else { 0 };
+            let part = chain.copy_segment(lead, &frame.skip(copied));
+            copied += part;
+            finished.rx.push((chain, (lead + part) as u32));
+        }
+        if copied < frame.len() {
+            // One buffer, and too small: it goes back with nothing in it, which drivers take for
+            // the faulty frame that it was.
+            finished.rx[first].1 = 0;
+            finished.rx_dropped.push((Drop::NoRoom, 1));
+            return true;
+        }
+        write_header(&finished.rx[first].0, self.header_length, buffers as u16);
+        finished.rx_frames += 1;
+        finished.rx_bytes += copied as u64;
+        finished.rx_copied.push(CopyReason::Unsuitable);
+        true
+    }
+
+    /// How many of the oldest buffers hold `bytes`, if they are parked and nothing older is
+    /// posted.
+    fn buffers_for(&self, bytes: usize) -> Option<usize> {
+        let oldest_posted = self.posted.iter().find_map(|posted| match &posted.target {
+            Target::Guest(chain) => Some(chain),
+            Target::Slot(_) => None,
+        });
+        let mut room = 0;
+        for (index, chain) in self.parked.iter().enumerate() {
+            if oldest_posted.is_some_and(|posted| posted.is_older_than(chain)) {
+                return None;
+            }
+            room += chain.len();
+            if room >= bytes || !self.mergeable {
+                return Some(index + 1);
+            }
+        }
+        None
+    }
+
+    /// Takes back what the kernel had: its socket is closed. Returns how many frames are lost that
+    /// had arrived in buffers.
+    pub(super) fn withdraw(&mut self) -> u64 {
+        let mut lost = 0;
+        let mut chains: Vec<_> = self.parked.drain(..).chain(self.fresh.drain(..)).collect();
+        for posted in self.posted.drain(..) {
+            lost += u64::from(posted.filled.is_some());
+            if let Target::Guest(chain) = posted.target {
+                chains.push(chain);
+            }
+        }
+        chains.sort_by(|a, b| b.is_older_than(a).cmp(&a.is_older_than(b)));
+        self.parked_room = 0;
+        self.fresh.extend(chains);
+        lost += self.waiting.len() as u64;
+        self.waiting.clear();
+        self.slots_posted = 0;
+        self.free_slots = (0..RX_SLOTS).collect();
+        self.overtaken = None;
+        lost
+    }
+
+    /// Gives back all buffers, which hold nothing, when the session ends.
+    pub(super) fn recall(&mut self, finished: &mut Finished<'mem>) {
+        finished.unused_rx.extend(self.fresh.drain(..));
+    }
+}
+
+/// Writes the header of a frame that needs nothing done to it, in so many buffers. Not before the
+/// frame has arrived: a device may have used its place for a header of its own.
+#[inline]
+fn write_header(chain: &Chain<'_, Writable>, length: usize, buffers: u16) {
+    let mut header = [0; HEADER_LENGTH];
+    header[10..12].copy_from_slice(&buffers.to_le_bytes());
+    chain.write_at(0, &header[..length]);
+}
