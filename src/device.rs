@@ -198,13 +198,19 @@ impl Device {
             Request::SetVringKick { index, file } => self.set_vring_kick(index, file),
             Request::SetVringCall { index, file } => {
                 let event = ring::foreign(file)?;
-                self.ring(index)?.call = event;
-                self.restart_if_running(index)
+                let ring = self.ring(index)?;
+                ring.call.replace(event);
+                // QEMU changes the descriptor whenever the guest masks or moves an interrupt. A
+                // call that went to the last one meanwhile may be lost; one too many does no harm.
+                if ring.is_running() {
+                    ring.call.signal();
+                }
+                Ok(None)
             }
             Request::SetVringErr { index, file } => {
                 let event = ring::foreign(file)?;
-                self.ring(index)?.error = event;
-                self.restart_if_running(index)
+                self.ring(index)?.error.replace(event);
+                Ok(None)
             }
             Request::SetVringEnable { index, enable } => {
                 let ring = self.ring(index)?;
@@ -338,7 +344,7 @@ impl Device {
         let ring = self.ring(index)?;
         // Checked now, so that the frontend hears of it.
         ring.layout(&memory).map_err(Refusal::Refused)?;
-        ring.kick = Kick::Given(event);
+        ring.kick = Kick::Given(event.map(Arc::new));
         ring.fault = None;
         self.restart(index);
         Ok(None)

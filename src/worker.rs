@@ -18,7 +18,7 @@ use crate::counters::PairCounters;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
 use crate::port::HostQueue;
-use crate::sys::eventfd::{ForeignEventFd, Waker};
+use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
 use crate::sys::process::{Interruptible, pin_this_thread};
 
 /// How long a worker may take to end its session before the system call that it is in is
@@ -49,9 +49,9 @@ pub struct Ring {
     /// at each wake-up only.
     pub kick: Option<Arc<ForeignEventFd>>,
     /// Interrupts the driver; without one it gets no interrupts.
-    pub call: Option<Arc<ForeignEventFd>>,
+    pub call: Arc<ForeignEvent>,
     /// Tells the frontend that the ring has stopped for a fault.
-    pub error: Option<Arc<ForeignEventFd>>,
+    pub error: Arc<ForeignEvent>,
 }
 
 /// What a worker serves until it is told to end: one memory table, one feature set, running rings.

@@ -7,7 +7,7 @@ use crate::device::Refusal;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
 use crate::protocol::VringAddresses;
-use crate::sys::eventfd::ForeignEventFd;
+use crate::sys::eventfd::{ForeignEvent, ForeignEventFd};
 use crate::worker::{Ring, RingState};
 
 /// Whether the frontend has started the ring, and how its driver kicks.
@@ -50,8 +50,8 @@ pub(super) struct ToldRing {
     /// By SET_VRING_ENABLE; nothing before the first one.
     pub(super) enabled: Option<bool>,
     pub(super) kick: Kick,
-    pub(super) call: Option<Arc<ForeignEventFd>>,
-    pub(super) error: Option<Arc<ForeignEventFd>>,
+    pub(super) call: Arc<ForeignEvent>,
+    pub(super) error: Arc<ForeignEvent>,
     /// Why the ring does not run though it was started.
     pub(super) fault: Option<String>,
 }
@@ -131,8 +131,8 @@ impl ToldRing {
 }
 
 /// Takes over a descriptor that must be an eventfd.
-pub(super) fn foreign(file: Option<File>) -> Result<Option<Arc<ForeignEventFd>>, Refusal> {
-    file.map(|file| ForeignEventFd::new(file).map(Arc::new))
+pub(super) fn foreign(file: Option<File>) -> Result<Option<ForeignEventFd>, Refusal> {
+    file.map(ForeignEventFd::new)
         .transpose()
         .map_err(|error| Refusal::Refused(error.to_string()))
 }

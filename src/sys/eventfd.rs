@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -61,6 +62,28 @@ impl ForeignEventFd {
 impl AsFd for ForeignEventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// The place of a descriptor that the frontend may change at any time, or take away.
+#[derive(Debug, Default)]
+pub struct ForeignEvent(Mutex<Option<ForeignEventFd>>);
+
+impl ForeignEvent {
+    /// Signals it, if there is one; says whether there was.
+    pub fn signal(&self) -> bool {
+        let event = self.lock();
+        // A full counter means that a signal is pending anyway.
+        event.as_ref().map(ForeignEventFd::signal).is_some()
+    }
+
+    /// Puts another descriptor in its place, or none.
+    pub fn replace(&self, event: Option<ForeignEventFd>) {
+        *self.lock() = event;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<ForeignEventFd>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 

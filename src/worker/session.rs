@@ -66,14 +66,10 @@ impl<'s, D: Direction> Side<'s, D> {
 
     /// Shows the driver what was retired, and calls it if it asked for that.
     fn publish(&mut self) {
-        match (self.queue.publish(), &self.ring.call) {
-            (Published::Nothing, _) => {}
-            (Published::Call, Some(call)) => {
-                // A full counter means that an interrupt is pending anyway.
-                let _ = call.signal();
-                self.counters.calls.add(1);
-            }
-            (Published::Call | Published::Quietly, _) => self.counters.calls_suppressed.add(1),
+        match self.queue.publish() {
+            Published::Nothing => {}
+            Published::Call if self.ring.call.signal() => self.counters.calls.add(1),
+            Published::Call | Published::Quietly => self.counters.calls_suppressed.add(1),
         }
     }
 }
@@ -124,9 +120,7 @@ pub(super) fn serve(
 fn stopped(session: &Session, options: &WorkerOptions, fault: &Fault, ended: Ended) -> Ended {
     warn!("{}: stopped until the guest resets: {fault}", options.name);
     for ring in [&session.rx, &session.tx].into_iter().flatten() {
-        if let Some(error) = &ring.error {
-            let _ = error.signal();
-        }
+        ring.error.signal();
     }
     Ended { fault: Some(fault.to_string()), ..ended }
 }
