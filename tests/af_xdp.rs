@@ -1,44 +1,535 @@
 //! The AF_XDP port: frames between a driver of ours and the far end of a veth, each test in a
 //! network namespace of its own.
 
-use crate::support::daemon::Daemon;
-use crate::support::driver::{Card, EVENT_IDX, INDIRECT, Options, PROTOCOL, VERSION_1};
+use std::fs;
+use std::os::fd::AsFd;
+
+use crate::support::daemon::{Daemon, program};
+use crate::support::driver::{
+    CSUM, Card, EVENT_IDX, HEADER, MRG_RXBUF, Options, PROTOCOL, VERSION_1,
+};
 use crate::support::frontend::Frontend;
-use crate::support::network::{Wire, enter_new_namespace, ip};
-use crate::support::traffic::{check_both_ways, frame};
+use crate::support::guest::Ram;
+use crate::support::network::{Wire, enter_new_namespace, ip, output};
+use crate::support::traffic::{Check, Flood, check_both_ways, frame};
 use crate::support::{eventually, needs_root};
 
 /// A veth in a fresh namespace: one end for the daemon, the other for the test.
-fn veth(queues: u32) {
+pub(crate) fn enter_namespace_with_veth(queues: u32) {
     enter_new_namespace();
-    std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    make_veth(queues);
+}
+
+pub(crate) fn make_veth(queues: u32) {
     let many = format!("numrxqueues {queues} numtxqueues {queues}");
     ip(&format!("link add veth0 {many} type veth peer name veth1 {many}"));
     ip("link set veth0 up");
     ip("link set veth1 up");
 }
 
-fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
-    veth(card.pairs);
+/// A daemon on one end of a veth, and a card with its rings running.
+pub(crate) fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
+    enter_namespace_with_veth(card.pairs);
     let queues = format!("--queue-pairs={}", card.pairs);
     let mut all = vec!["--af-xdp=veth0", queues.as_str()];
+    if options.iter().any(|option| option.starts_with("--af-xdp")) {
+        all.remove(0);
+    }
     all.extend(options);
     let daemon = Daemon::start(&all);
-    let card = Card::start(Frontend::new(daemon.connect()), card);
+    let mut card = Card::start(Frontend::new(daemon.connect()), card);
+    (0..card.tx.len()).for_each(|pair| wait_until_open(&mut card, pair));
     (daemon, Wire::open("veth1"), card)
 }
 
+/// A queue is busy for some 30 ms after its last socket. Frames from the guest wait that long,
+/// also one that is too short to be sent.
+#[track_caller]
+pub(crate) fn wait_until_open(card: &mut Card, pair: usize) {
+    card.send(pair, &[0; 5]);
+}
+
+/// Ends the card and waits until the daemon has logged its counters.
+#[track_caller]
+fn counted(daemon: &Daemon, card: Card, text: &str) {
+    drop(card);
+    eventually(text, || daemon.log().contains(text));
+}
+
 #[test]
-fn frames_go_both_ways_unchanged_and_in_order() {
-    needs_root!("frames_go_both_ways_unchanged_and_in_order");
-    for features in [Options::default().features, VERSION_1 | PROTOCOL] {
-        for size in [64, 1024] {
-            let options = Options { features, size, ..Options::default() };
+fn frames_go_both_ways_unchanged_in_order_and_uncopied() {
+    needs_root!("frames_go_both_ways_unchanged_in_order_and_uncopied");
+    let split = VERSION_1 | PROTOCOL;
+    for features in [Options::default().features, split, split | EVENT_IDX, PROTOCOL | MRG_RXBUF] {
+        for (size, indirect) in [(64, false), (1024, false), (256, true)] {
+            let features = if indirect { Options::default().features } else { features };
+            let options = Options { features, size, indirect, ..Options::default() };
             let (daemon, wire, mut card) = start(&[], options);
             check_both_ways(&wire, &mut card, 2000);
-            drop(card);
-            eventually("it is counted", || daemon.log().contains("tx 2000 frames"));
-            println!("{}", daemon.log());
+            counted(&daemon, card, "tx 2000 frames");
+            assert!(!daemon.log().contains("copied"), "{}", daemon.log());
         }
+    }
+}
+
+#[test]
+fn an_old_driver_s_header_of_ten_bytes_is_understood() {
+    needs_root!("an_old_driver_s_header_of_ten_bytes_is_understood");
+    let (_daemon, wire, mut card) =
+        start(&[], Options { features: PROTOCOL, ..Options::default() });
+    card.send_with(0, &[0; 10], &frame(1, 100));
+    assert_eq!(wire.receive(1000).unwrap(), frame(1, 100));
+    wire.send(&frame(2, 100));
+    assert_eq!(card.rx[0].wait_used().1, 110);
+    assert_eq!(card.ram.read(card.rx[0].buffer_area() + 10, 100), frame(2, 100));
+}
+
+#[test]
+fn every_mode_that_the_driver_has_moves_the_same_frames() {
+    needs_root!("every_mode_that_the_driver_has_moves_the_same_frames");
+    for (mode, attached) in [
+        ("mode=copy,attach=native", "attached, native"),
+        ("mode=auto,attach=generic", "attached, generic"),
+        ("mode=copy,attach=auto", "attached, native"),
+    ] {
+        let (daemon, wire, mut card) =
+            start(&[&format!("--af-xdp=veth0,{mode}")], Options::default());
+        assert!(daemon.log().contains(attached), "{mode}: {}", daemon.log());
+        assert!(daemon.log().contains("copy mode"), "{mode}: {}", daemon.log());
+        check_both_ways(&wire, &mut card, 500);
+    }
+}
+
+#[test]
+fn busy_polling_moves_the_same_frames() {
+    needs_root!("busy_polling_moves_the_same_frames");
+    let (daemon, wire, mut card) =
+        start(&["--busy-poll=200", "--cpu-affinity=0", "--log-level=debug"], Options::default());
+    check_both_ways(&wire, &mut card, 1000);
+    assert!(!daemon.log().contains("does not busy-poll"), "{}", daemon.log());
+}
+
+#[test]
+fn a_guest_on_huge_pages_is_served() {
+    needs_root!("a_guest_on_huge_pages_is_served");
+    let _pages = crate::support::guest::HugePages::reserve(4);
+    let (daemon, wire, mut card) = start(&[], Options { huge: true, ..Options::default() });
+    check_both_ways(&wire, &mut card, 500);
+    counted(&daemon, card, "tx 500 frames");
+    assert!(!daemon.log().contains("copied"), "{}", daemon.log());
+}
+
+#[test]
+fn frames_in_pieces_are_put_together() {
+    needs_root!("frames_in_pieces_are_put_together");
+    let (daemon, wire, mut card) = start(&[], Options::default());
+    for (number, pieces) in [2u32, 3, 7, 12].into_iter().enumerate() {
+        let bytes = [vec![0; HEADER], frame(number, 1200)].concat();
+        let area = card.tx[0].buffer_area();
+        let each = bytes.len() as u32 / pieces;
+        let mut parts = Vec::new();
+        for part in 0..pieces {
+            let (start, end) = (
+                part * each,
+                if part + 1 == pieces { bytes.len() as u32 } else { (part + 1) * each },
+            );
+            let address = area + u64::from(part) * 2048;
+            card.ram.write(address, &bytes[start as usize..end as usize]);
+            parts.push((address, end - start));
+        }
+        card.tx[0].add(&parts, false).unwrap();
+        card.tx[0].publish();
+        card.tx[0].wait_used();
+        assert_eq!(wire.receive(1000).unwrap(), frame(number, 1200), "{pieces} pieces");
+    }
+    // The header apart from the frame is no reason to copy.
+    let area = card.tx[0].buffer_area();
+    card.ram.write(area, &[0; HEADER]);
+    card.ram.write(area + 0x1000, &frame(9, 900));
+    card.tx[0].add(&[(area, HEADER as u32), (area + 0x1000, 900)], false).unwrap();
+    card.tx[0].publish();
+    card.tx[0].wait_used();
+    assert_eq!(wire.receive(1000).unwrap(), frame(9, 900));
+    counted(&daemon, card, "4 copied (pieces)");
+}
+
+/// An IPv4/UDP datagram whose checksum is left to the device, and its virtio header.
+fn datagram(payload: usize) -> (Vec<u8>, Vec<u8>) {
+    let mut bytes = frame(0, 42 + payload);
+    bytes[12..14].copy_from_slice(&[8, 0]);
+    bytes[14..42].fill(0);
+    bytes[14] = 0x45;
+    bytes[16..18].copy_from_slice(&((28 + payload) as u16).to_be_bytes());
+    bytes[22..24].copy_from_slice(&[64, 17]);
+    bytes[26..34].copy_from_slice(&[192, 0, 2, 2, 192, 0, 2, 1]);
+    bytes[34..38].copy_from_slice(&[0, 9, 0, 9]);
+    let length = ((8 + payload) as u16).to_be_bytes();
+    bytes[38..40].copy_from_slice(&length);
+    // The sum of the pseudo-header, as drivers leave it.
+    let pseudo = [&bytes[26..34], &[0, 17], &length].concat();
+    let partial = sum(&pseudo).to_be_bytes();
+    bytes[40..42].copy_from_slice(&partial);
+    let header = vec![1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 0, 0];
+    (header, bytes)
+}
+
+fn sum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])))
+        .sum();
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+#[test]
+fn checksums_that_the_guest_leaves_are_completed() {
+    needs_root!("checksums_that_the_guest_leaves_are_completed");
+    let features = Options::default().features | CSUM;
+    let (daemon, wire, mut card) = start(&[], Options { features, ..Options::default() });
+    // Has the kernel complete what is still open when it leaves the device.
+    output("ethtool", "-K veth0 tx off");
+    for payload in [18, 19, 500, 1001, 1472] {
+        let (header, bytes) = datagram(payload);
+        card.send_with(0, &header, &bytes);
+        let received = loop {
+            let received = wire.receive_any(1000).unwrap();
+            if received[12..14] == [8, 0] {
+                break received;
+            }
+        };
+        assert_eq!(received[..40], bytes[..40]);
+        assert_eq!(received[42..], bytes[42..]);
+        let pseudo = [&received[26..34], &[0, 17], &received[38..40]].concat();
+        let all = [&pseudo, &received[34..]].concat();
+        assert_eq!(sum(&all), 0xffff, "{payload} bytes");
+    }
+    // What lies outside the frame is refused.
+    let (mut header, bytes) = datagram(100);
+    header[6] = 200;
+    card.send_with(0, &header, &bytes);
+    assert_eq!(wire.receive_any(50), None);
+    drop(card);
+    eventually("it is counted", || daemon.log().contains("5 copied (checksum)"));
+    assert!(daemon.log().contains("1 dropped (bad_header)"));
+}
+
+#[test]
+fn frames_for_small_buffers_are_spread_over_several() {
+    needs_root!("frames_for_small_buffers_are_spread_over_several");
+    for (buffer, size) in [(100, 1024), (500, 256), (1530, 256)] {
+        let (daemon, wire, mut card) = start(&[], Options { buffer, size, ..Options::default() });
+        wire.send(&frame(1, 1000));
+        let received = card.receive(0);
+        assert_eq!(received[HEADER..], frame(1, 1000));
+        let count = (1000 + HEADER as u32).div_ceil(buffer) as u16;
+        assert_eq!(received[10..12], count.to_le_bytes());
+        check_both_ways(&wire, &mut card, 200);
+        drop(card);
+        let copied = if buffer < 1530 { "copied (unsuitable_buffer)" } else { "rx 201 frames" };
+        eventually(copied, || daemon.log().contains(copied));
+        assert_eq!(daemon.log().contains("copied"), buffer < 1530, "{}", daemon.log());
+    }
+}
+
+#[test]
+fn a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives() {
+    needs_root!("a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives");
+    let options = Options { features: VERSION_1 | PROTOCOL, buffer: 200, ..Options::default() };
+    let (daemon, wire, mut card) = start(&[], options);
+    wire.send(&frame(1, 1000));
+    wire.send(&frame(2, 189));
+    wire.send(&frame(3, 188));
+    // Buffers that hold no frame come back empty: drivers count an error.
+    assert_eq!([card.rx[0].wait_used().1, card.rx[0].wait_used().1], [0, 0]);
+    assert_eq!(card.receive(0)[HEADER..], frame(3, 188));
+    counted(&daemon, card, "2 dropped (no_room)");
+}
+
+#[test]
+fn suitable_and_unsuitable_buffers_may_be_mixed() {
+    needs_root!("suitable_and_unsuitable_buffers_may_be_mixed");
+    for features in [Options::default().features, VERSION_1 | PROTOCOL] {
+        let options = Options { features, ..Options::default() };
+        enter_namespace_with_veth(1);
+        let daemon = Daemon::start(&["--af-xdp=veth0"]);
+        let wire = Wire::open("veth1");
+        let mut card = Card::prepare(Frontend::new(daemon.connect()), options);
+        // Every third buffer is in two pieces, of which none takes a whole frame.
+        let area = card.rx[0].buffer_area();
+        for slot in 0..100 {
+            let address = area + slot * 2048;
+            if slot % 3 == 1 {
+                card.post_pieces(0, &[(address, 700), (address + 700, 1348)]);
+            } else {
+                card.post(0, address);
+            }
+        }
+        card.rx[0].publish();
+        card.run();
+        wait_until_open(&mut card, 0);
+        let count = 90;
+        (0..count).for_each(|number| wire.send(&frame(number, 60 + number * 13 % 1400)));
+        for number in 0..count {
+            let received = card.receive_once(0);
+            assert_eq!(received[HEADER..], frame(number, 60 + number * 13 % 1400), "{number}");
+        }
+        counted(&daemon, card, "copied (unsuitable_buffer)");
+    }
+}
+
+#[test]
+fn frames_wait_for_a_guest_that_has_no_buffers() {
+    needs_root!("frames_wait_for_a_guest_that_has_no_buffers");
+    enter_namespace_with_veth(1);
+    let daemon = Daemon::start(&["--af-xdp=veth0"]);
+    let wire = Wire::open("veth1");
+    let mut card = Card::prepare(Frontend::new(daemon.connect()), Options::default());
+    card.run();
+    let area = card.rx[0].buffer_area();
+    (0..4).for_each(|slot| card.post(0, area + slot * 2048));
+    card.rx[0].publish();
+    wait_until_open(&mut card, 0);
+    (0..4).for_each(|number| wire.send(&frame(number, 100)));
+    (0..4).for_each(|number| assert_eq!(card.receive_once(0)[HEADER..], frame(number, 100)));
+    // Four more are received, and handed over when there are buffers.
+    (4..8).for_each(|number| wire.send(&frame(number, 100)));
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    card.fill_from(0, 4);
+    (4..8).for_each(|number| assert_eq!(card.receive(0)[HEADER..], frame(number, 100)));
+    check_both_ways(&wire, &mut card, 500);
+}
+
+#[test]
+fn memory_that_is_added_under_traffic_is_received_into() {
+    needs_root!("memory_that_is_added_under_traffic_is_received_into");
+    let (daemon, _wire, mut card) = start(&[], Options::default());
+    let (flood, mut check) = (Flood::start("veth1"), Check::default());
+    check.wait(&mut card, 0, 100);
+    let more = Ram::new(1 << 32, 0x20_0000);
+    card.frontend.add_mem_reg(&more);
+    check.wait(&mut card, 0, 100);
+    drop(flood);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    check.take(&mut card, 0);
+    drop(card);
+    eventually("it is counted", || daemon.log().contains("frontend disconnected"));
+    assert!(!daemon.log().contains("copied"), "{}", daemon.log());
+    // Sent from and received into the new region.
+    let mut card = Card::prepare(Frontend::new(daemon.connect()), Options::default());
+    card.frontend.add_mem_reg(&more);
+    let wire = Wire::open("veth1");
+    card.tx[0].start(&mut card.frontend, 0);
+    card.rx[0].start(&mut card.frontend, 0);
+    card.frontend.enable(0, true);
+    card.frontend.enable(1, true);
+    more.write(1 << 32, &[vec![0; HEADER], frame(5, 300)].concat());
+    card.tx[0].add(&[(1 << 32, 312)], false).unwrap();
+    card.rx[0].add(&[((1 << 32) + 0x1000, 2048)], true).unwrap();
+    card.rx[0].publish();
+    card.tx[0].publish();
+    card.tx[0].wait_used();
+    assert_eq!(wire.receive(1000).unwrap(), frame(5, 300));
+    wire.send(&frame(6, 400));
+    assert_eq!(card.rx[0].wait_used().1, 412);
+    assert_eq!(more.read((1 << 32) + 0x1000 + HEADER as u64, 400), frame(6, 400));
+}
+
+#[test]
+fn queue_pairs_have_a_queue_each_and_one_registered_memory() {
+    needs_root!("queue_pairs_have_a_queue_each_and_one_registered_memory");
+    let (daemon, wire, mut card) = start(&[], Options { pairs: 2, ..Options::default() });
+    for pair in 0..2 {
+        card.send(pair, &frame(pair, 200));
+        assert_eq!(wire.receive(1000).unwrap(), frame(pair, 200));
+    }
+    // The kernel spreads what the packet socket sends over the veth's queues.
+    let flow = |number: usize| {
+        let (_, mut bytes) = datagram(100);
+        bytes[34..36].copy_from_slice(&(1000 + number as u16).to_be_bytes());
+        bytes
+    };
+    let mut arrived = [0, 0];
+    (0..64).for_each(|number| wire.send(&flow(number)));
+    eventually("all arrive", || {
+        for (pair, arrived) in arrived.iter_mut().enumerate() {
+            while card.try_receive(pair).is_some() {
+                *arrived += 1;
+            }
+        }
+        arrived[0] + arrived[1] == 64
+    });
+    assert!(arrived.iter().all(|count| *count > 5), "{arrived:?}");
+    // One pair stops and starts again while the other goes on.
+    for _ in 0..10 {
+        card.frontend.enable(2, false);
+        card.frontend.enable(2, true);
+        card.send(0, &frame(7, 100));
+        card.send(1, &frame(8, 100));
+        assert_eq!(wire.receive(1000).unwrap(), frame(7, 100));
+        assert_eq!(wire.receive(1000).unwrap(), frame(8, 100));
+    }
+    drop(card);
+    eventually("it is counted", || daemon.log().contains("frontend disconnected"));
+}
+
+#[test]
+fn two_daemons_share_a_device_and_its_program() {
+    needs_root!("two_daemons_share_a_device_and_its_program");
+    enter_namespace_with_veth(2);
+    let start = |queue: u32| Daemon::start(&[&format!("--af-xdp=veth0,queue={queue}")]);
+    let mut first = start(0);
+    let second = start(1);
+    let wire = Wire::open("veth1");
+    let mut cards = [&first, &second]
+        .map(|daemon| Card::start(Frontend::new(daemon.connect()), Options::default()));
+    let check = |cards: &mut [Card], wire: &Wire| {
+        for (number, card) in cards.iter_mut().enumerate() {
+            card.send(0, &frame(number, 100));
+            assert_eq!(wire.receive(1000).unwrap(), frame(number, 100));
+        }
+    };
+    check(&mut cards, &wire);
+    let attached = || output("ip", "-d link show veth0").contains("prog/xdp");
+    assert!(attached());
+    // The one that loaded the program dies: the other's frames still come.
+    first.kill();
+    assert!(attached());
+    check(&mut cards[1..], &wire);
+    let flow = |number: u16| {
+        let (_, mut bytes) = datagram(100);
+        bytes[34..36].copy_from_slice(&number.to_be_bytes());
+        bytes
+    };
+    eventually("frames come to the second", || {
+        (0..16).for_each(|number| wire.send(&flow(number)));
+        cards[1].try_receive(0).is_some()
+    });
+    // A successor joins the program that is there.
+    let next = start(0);
+    let mut card = Card::start(Frontend::new(next.connect()), Options::default());
+    card.send(0, &frame(3, 100));
+    assert_eq!(wire.receive(1000).unwrap(), frame(3, 100));
+    drop((card, cards, next, second));
+    assert!(!attached(), "nothing is left behind");
+}
+
+#[test]
+fn frames_pass_to_the_host_while_there_is_no_guest() {
+    needs_root!("frames_pass_to_the_host_while_there_is_no_guest");
+    enter_namespace_with_veth(1);
+    let daemon = Daemon::start(&["--af-xdp=veth0"]);
+    let (wire, host) = (Wire::open("veth1"), Wire::open("veth0"));
+    wire.send(&frame(1, 100));
+    assert_eq!(host.receive(1000).unwrap(), frame(1, 100));
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    wait_until_open(&mut card, 0);
+    wire.send(&frame(3, 100));
+    assert_eq!(card.receive(0)[HEADER..], frame(3, 100));
+    drop(card);
+    eventually("both are counted", || {
+        daemon.log().contains("1 frames, 100 bytes redirected, 1 frames, 100 bytes passed")
+    });
+    wire.send(&frame(4, 100));
+    let seen: Vec<_> = std::iter::from_fn(|| host.receive(200)).collect();
+    assert_eq!(seen, [frame(4, 100)]);
+}
+
+/// Runs a daemon that must not start; returns its one line.
+#[track_caller]
+fn refused(options: &[&str]) -> String {
+    let output = program()
+        .args(["--socket-path=/tmp/vhost-user-net-never", "--log-level=error"])
+        .args(options)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+#[test]
+fn what_can_not_be_had_is_named_with_the_way_out() {
+    needs_root!("what_can_not_be_had_is_named_with_the_way_out");
+    enter_namespace_with_veth(1);
+    let says = |options: &[&str], words: &[&str]| {
+        let text = refused(options);
+        words.iter().for_each(|word| assert!(text.contains(word), "{word}: {text}"));
+    };
+    says(&["--af-xdp=nothing0"], &["no network device nothing0"]);
+    says(&["--af-xdp=veth0,queue=5"], &["queue 5 of veth0", "ethtool -l"]);
+    says(&["--af-xdp=veth0", "--queue-pairs=2"], &["queue 1 of veth0", "ethtool -l"]);
+    says(&["--af-xdp=veth0,mode=zero-copy"], &["veth0", "no zero copy", "mode=auto"]);
+    ip("link set lo mtu 1500");
+    says(&["--af-xdp=lo,attach=native"], &["lo", "attach=generic"]);
+    let first = Daemon::start(&["--af-xdp=veth0"]);
+    let mut card = Card::start(Frontend::new(first.connect()), Options::default());
+    card.send(0, &frame(1, 100));
+    says(&["--af-xdp=veth0"], &["queue 0 of veth0", "another AF_XDP socket", "queue=N"]);
+    drop((card, first));
+    ip("link set veth1 mtu 9000");
+    ip("link set veth0 mtu 9000");
+    says(&["--af-xdp=veth0"], &["veth0 has an MTU of 9000", "up to 3818"]);
+    assert!(!output("ip", "-d link show veth0").contains("prog/xdp"), "nothing is left behind");
+}
+
+#[test]
+fn a_foreign_program_is_named_and_left_alone() {
+    needs_root!("a_foreign_program_is_named_and_left_alone");
+    enter_namespace_with_veth(1);
+    // r0 = XDP_PASS; exit
+    let program = vhost_user_net::sys::bpf::Program::load("somebody_s", &[0x2_0000_00b7, 0x95]);
+    let device = vhost_user_net::sys::link::find("veth0").unwrap().index;
+    let hook = vhost_user_net::sys::bpf::Hook::Native;
+    let link = vhost_user_net::sys::bpf::Link::attach(&program.unwrap(), device, hook).unwrap();
+    let text = refused(&["--af-xdp=veth0"]);
+    assert!(text.contains("'somebody_s'") && text.contains("xdp off"), "{text}");
+    assert_eq!(link.info().unwrap().unwrap().device, device);
+}
+
+#[test]
+fn too_little_locked_memory_is_said_with_the_number_needed() {
+    needs_root!("too_little_locked_memory_is_said_with_the_number_needed");
+    enter_namespace_with_veth(1);
+    let wrapper = ["prlimit", "--memlock=1048576", "setpriv", "--bounding-set=-ipc_lock"];
+    let mut daemon = Daemon::start_under(&wrapper, &["--af-xdp=veth0"]);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    card.send(0, &frame(1, 100));
+    drop(card);
+    eventually("it is counted", || daemon.log().contains("1 dropped (host_refused)"));
+    let log = daemon.log();
+    assert!(log.contains("needs that much locked memory") && log.contains("ulimit -l"), "{log}");
+    assert_eq!(log.matches("does not work").count(), 1, "once: {log}");
+    assert!(daemon.is_alive());
+}
+
+#[test]
+fn idle_costs_nothing() {
+    needs_root!("idle_costs_nothing");
+    let (daemon, wire, mut card) = start(&[], Options::default());
+    check_both_ways(&wire, &mut card, 100);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    let before = daemon.cpu_nanoseconds();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let used = daemon.cpu_nanoseconds() - before;
+    assert!(used < 1_000_000, "{used} ns in a second");
+}
+
+#[test]
+fn the_kernel_s_rings_hold_addresses_of_the_guest_s_memory() {
+    needs_root!("the_kernel_s_rings_hold_addresses_of_the_guest_s_memory");
+    let (daemon, wire, mut card) = start(&[], Options::default());
+    check_both_ways(&wire, &mut card, 600);
+    // Seen from outside, in what the kernel has mapped for the daemon.
+    let view = daemon.socket_rings();
+    let guest = view.guest_memory(card.ram.file.as_fd());
+    for (name, addresses) in [("rx", &view.rx), ("tx", &view.tx)] {
+        assert!(addresses.len() > 500, "{name}: {}", addresses.len());
+        let outside = addresses.iter().filter(|address| !guest.contains(address)).count();
+        assert_eq!(outside, 0, "{name}: {outside} of {} are outside {guest:x?}", addresses.len());
     }
 }

@@ -76,12 +76,7 @@ fn a_signal_ends_it_within_a_second_under_load_and_leaves_the_rings_consistent()
         assert!(!daemon.socket().exists());
         // Its successor takes up where it stopped: each frame comes back once.
         let mut next = Daemon::start(&["--loopback"]);
-        card.frontend = Frontend::new(next.connect());
-        card.frontend.begin();
-        card.frontend.set_features(card.options.features);
-        let ram = card.ram.clone();
-        card.frontend.set_mem_table(&[&ram]);
-        card.run();
+        card.resume(Frontend::new(next.connect()));
         for slot in 0..200u8 {
             assert_eq!(card.receive(0)[12..], [slot; 100]);
         }
@@ -99,12 +94,7 @@ fn a_killed_daemon_s_successor_resumes_at_the_used_index() {
         daemon.kill();
         daemon.run(&["--loopback"]);
         daemon.wait_until_it_listens();
-        card.frontend = Frontend::new(daemon.connect());
-        card.frontend.begin();
-        card.frontend.set_features(card.options.features);
-        let ram = card.ram.clone();
-        card.frontend.set_mem_table(&[&ram]);
-        card.run();
+        card.resume(Frontend::new(daemon.connect()));
     }
     card.check_echo(70);
 }

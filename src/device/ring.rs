@@ -132,7 +132,5 @@ impl ToldRing {
 
 /// Takes over a descriptor that must be an eventfd.
 pub(super) fn foreign(file: Option<File>) -> Result<Option<ForeignEventFd>, Refusal> {
-    file.map(ForeignEventFd::new)
-        .transpose()
-        .map_err(|error| Refusal::Refused(error.to_string()))
+    file.map(ForeignEventFd::new).transpose().map_err(|error| Refusal::Refused(error.to_string()))
 }

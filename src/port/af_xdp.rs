@@ -9,7 +9,7 @@
 
 mod checksum;
 mod interface;
-mod program;
+pub mod program;
 mod receiver;
 mod transmitter;
 mod umem;
@@ -61,6 +61,8 @@ pub struct XdpQueue {
     /// Which of the port's queue pairs it is for.
     pair: u16,
     watch: Watch,
+    /// It was said that the device does not work.
+    reported: bool,
 }
 
 impl XdpQueue {
@@ -85,6 +87,7 @@ impl XdpQueue {
             memory,
             mtu,
             receives,
+            left_behind: false,
             failed: None,
             state: State::Closed { since: None, retry: Instant::now() },
         }
@@ -120,6 +123,8 @@ pub struct XdpPort<'mem> {
     /// Whether the guest has an rx ring.
     receives: bool,
     state: State,
+    /// Frames from the guest were left behind.
+    left_behind: bool,
     /// The device was heard to work no more.
     failed: Option<OpenError>,
     transmitter: Transmitter<'mem>,
@@ -139,7 +144,7 @@ impl<'mem> XdpPort<'mem> {
         let mut receiver = self.receives.then_some(&mut self.receiver);
         let opened = interface.open(pair, self.memory, self.mtu, self.receives, |socket, umem| {
             if let Some(receiver) = &mut receiver {
-                receiver.post_all(socket, umem);
+                receiver.post_before_bind(socket, umem);
             }
         });
         if opened.is_err() {
@@ -147,8 +152,8 @@ impl<'mem> XdpPort<'mem> {
         }
         match opened {
             Ok(socket) => {
-                if since.is_some_and(|since| since.gone) {
-                    info!("af_xdp {}: works again", interface.name());
+                if std::mem::take(&mut self.host.reported) {
+                    info!("af_xdp {}: works again", self.host.interface.name());
                 }
                 self.transmitter.begin(&socket);
                 self.state = State::Open(Box::new(socket));
@@ -166,15 +171,11 @@ impl<'mem> XdpPort<'mem> {
 
     /// Notes that the device does not work: frames are dropped, and it is tried again later.
     fn gone(&mut self, why: &dyn fmt::Display) {
-        let now = Instant::now();
-        let known =
-            matches!(self.state, State::Closed { since: Some(Closed { gone: true, .. }), .. });
-        if !known {
-            warn!(
-                "af_xdp {}: does not work, frames are dropped: {why}",
-                self.host.interface.name()
-            );
+        if !std::mem::replace(&mut self.host.reported, true) {
+            let name = self.host.interface.name();
+            warn!("af_xdp {name}: does not work, frames are dropped: {why}");
         }
+        let now = Instant::now();
         let since = Some(Closed { at: now, gone: true });
         self.state = State::Closed { since, retry: now + RETRY };
     }
@@ -228,6 +229,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
             // The queue is busy with its last socket: it takes some 30 ms.
             State::Closed { .. } => {}
         }
+        self.left_behind = !burst.is_empty();
     }
 
     fn post(&mut self, buffers: &mut Burst<'mem, Writable>) {
@@ -265,8 +267,15 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
     fn readiness(&self) -> Readiness<'_> {
         let (fd, timeout) = match &self.state {
             State::Open(open) => {
-                let waiting = self.transmitter.has_frames().then_some(COMPLETION);
-                (Some(open.as_fd()), waiting.or(self.receiver.patience()))
+                let wait = if self.transmitter.has_frames() {
+                    Some(COMPLETION)
+                } else if self.left_behind {
+                    // It was opened for the guest's buffers, after that.
+                    Some(Duration::ZERO)
+                } else {
+                    self.receiver.patience()
+                };
+                (Some(open.as_fd()), wait)
             }
             State::Closed { since: Some(_), retry } => {
                 (None, Some(retry.saturating_duration_since(Instant::now())))

@@ -44,6 +44,8 @@ pub struct Descriptor {
 impl Descriptor {
     /// Says that [`TX_METADATA`] bytes of metadata stand before the frame.
     pub const HAS_METADATA: u32 = libc::XDP_TX_METADATA;
+    /// Says that the frame goes on in the next descriptor.
+    pub const CONTINUES: u32 = libc::XDP_PKT_CONTD;
 }
 
 /// `struct xsk_tx_metadata` with a request to complete the checksum.
@@ -73,6 +75,9 @@ pub struct Binding {
     pub queue: u32,
     /// Whether the driver moves frames itself, or the kernel copies them.
     pub zero_copy: bool,
+    /// Whether a frame may have several descriptors (Linux 6.6). The port does without: the
+    /// benchmark shows what it costs.
+    pub multi_buffer: bool,
 }
 
 /// What the kernel counted for a socket (`struct xdp_statistics`).
@@ -196,7 +201,8 @@ impl Socket {
             Registration::Shared(first) => (libc::XDP_SHARED_UMEM, first.as_raw_fd() as u32),
             Registration::New { .. } => {
                 let mode = if to.zero_copy { libc::XDP_ZEROCOPY } else { libc::XDP_COPY };
-                (mode | libc::XDP_USE_NEED_WAKEUP, 0)
+                let pieces = if to.multi_buffer { libc::XDP_USE_SG } else { 0 };
+                (mode | pieces | libc::XDP_USE_NEED_WAKEUP, 0)
             }
         };
         let address = libc::sockaddr_xdp {

@@ -381,7 +381,8 @@ impl Sleeper {
             }
             (before, now) => {
                 if before.is_some() {
-                    self.poller.remove(Wake::Port)?;
+                    // It fails if the port has closed the descriptor: then it is not watched.
+                    let _ = self.poller.remove(Wake::Port);
                 }
                 if let Some((fd, interest)) = now {
                     self.poller.add(fd, interest, Wake::Port)?;

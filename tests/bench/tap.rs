@@ -19,17 +19,17 @@ use crate::support::daemon::Daemon;
 use crate::support::network::{Wire, enter_new_namespace, ip, output};
 use crate::support::testpmd::Testpmd;
 
-const TIME: Duration = Duration::from_millis(1500);
-const BATCH: usize = 32;
+pub(super) const TIME: Duration = Duration::from_millis(1500);
+pub(super) const BATCH: usize = 32;
 
 /// Nanoseconds per frame, and frames per second.
 #[derive(Clone, Copy)]
-struct Cost {
-    ns: f64,
-    rate: f64,
+pub(super) struct Cost {
+    pub(super) ns: f64,
+    pub(super) rate: f64,
 }
 
-fn medians(costs: Vec<Cost>) -> Cost {
+pub(super) fn medians(costs: Vec<Cost>) -> Cost {
     Cost {
         ns: median(costs.iter().map(|cost| cost.ns).collect()),
         rate: median(costs.iter().map(|cost| cost.rate).collect()),
@@ -43,7 +43,7 @@ fn own_time() -> u64 {
 }
 
 /// Runs `step`, which returns the frames it moved, for a while on processor 1.
-fn bare(mut step: impl FnMut() -> u64) -> Cost {
+pub(super) fn bare(mut step: impl FnMut() -> u64) -> Cost {
     pin_this_thread(1).unwrap();
     let (started, before, mut frames) = (Instant::now(), own_time(), 0);
     while started.elapsed() < TIME {
@@ -60,7 +60,7 @@ fn bare(mut step: impl FnMut() -> u64) -> Cost {
 }
 
 /// An IPv4/UDP frame like testpmd's, for nobody on this host.
-fn frame(length: usize) -> Vec<u8> {
+pub(super) fn frame(length: usize) -> Vec<u8> {
     let mut frame = vec![0; length];
     frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 0, 0x52, 0x54, 0, 0x77, 0, 2, 8, 0]);
     frame[14] = 0x45;
@@ -92,13 +92,13 @@ fn daemon_cost(daemon: &Daemon, direction: usize) -> Cost {
 }
 
 /// Floods the device from the host's side, on processor 0, until it is dropped.
-struct Sender {
+pub(super) struct Sender {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Sender {
-    fn start(device: &str, length: usize) -> Self {
+    pub(super) fn start(device: &str, length: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let wire = Wire::open(device);
@@ -120,7 +120,7 @@ impl Drop for Sender {
     }
 }
 
-fn row(name: &str, cost: Cost, peer: Option<(&str, Cost)>) {
+pub(super) fn row(name: &str, cost: Cost, peer: Option<(&str, Cost)>) {
     let ratio = peer.map(|(peer, other)| format!("{:.2} of {peer}", cost.ns / other.ns));
     println!(
         "  {name:<34} {:8.0} {:10.3}   {}",

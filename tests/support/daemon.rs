@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::eventually;
+use super::rings::SocketRings;
 
 /// A running daemon, ended with the value.
 #[derive(Debug)]
@@ -33,6 +34,27 @@ impl Daemon {
         let daemon = Self::spawn(options);
         daemon.wait_until_it_listens();
         daemon
+    }
+
+    /// Starts it by another program, which limits it.
+    pub(crate) fn start_under(wrapper: &[&str], options: &[&str]) -> Self {
+        let mut daemon = Self::nobody();
+        daemon.child = Command::new(wrapper[0])
+            .args(&wrapper[1..])
+            .arg(program().get_program())
+            .arg(format!("--socket-path={}", daemon.socket().display()))
+            .args(options)
+            .stdin(Stdio::null())
+            .stderr(daemon.open_log())
+            .spawn()
+            .unwrap();
+        daemon.wait_until_it_listens();
+        daemon
+    }
+
+    /// What its AF_XDP socket's rings hold, as the kernel has mapped them.
+    pub(crate) fn socket_rings(&self) -> SocketRings {
+        SocketRings::of(self.child.id())
     }
 
     /// Starts it without waiting. `{}` in an option stands for the socket's path.
@@ -77,13 +99,7 @@ impl Daemon {
 
     /// On-CPU nanoseconds of all its threads.
     pub(crate) fn cpu_nanoseconds(&self) -> u64 {
-        let threads = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        threads
-            .map(|thread| {
-                let text = fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap();
-                text.split(' ').next().unwrap().parse::<u64>().unwrap()
-            })
-            .sum()
+        super::cpu_nanoseconds(self.child.id())
     }
 
     /// Memory of its own, that is not shared with a guest, in kB.

@@ -321,27 +321,44 @@ impl Card {
         }
     }
 
+    /// Negotiates again over a new connection, and starts the rings where they stand.
+    pub(crate) fn resume(&mut self, frontend: Frontend) {
+        self.frontend = frontend;
+        self.frontend.begin();
+        self.frontend.set_features(self.options.features);
+        let ram = self.ram.clone();
+        self.frontend.set_mem_table(&[&ram]);
+        self.run();
+    }
+
     /// Fills every rx ring.
     pub(crate) fn fill(&mut self) {
-        for pair in 0..self.rx.len() {
-            let area = self.rx[pair].buffer_area();
-            for slot in 0..u64::from(self.options.size) {
-                self.post(pair, area + slot * u64::from(self.options.buffer));
-            }
-            self.rx[pair].publish();
+        (0..self.rx.len()).for_each(|pair| self.fill_from(pair, 0));
+    }
+
+    /// Fills the rest of an rx ring, from the n-th buffer on.
+    pub(crate) fn fill_from(&mut self, pair: usize, first: u64) {
+        let area = self.rx[pair].buffer_area();
+        for slot in first..u64::from(self.options.size) {
+            self.post(pair, area + slot * u64::from(self.options.buffer));
         }
+        self.rx[pair].publish();
     }
 
     /// Adds one rx buffer at `address`; `publish` shows it.
     pub(crate) fn post(&mut self, pair: usize, address: u64) {
-        let pieces = [(address, self.options.buffer)];
+        self.post_pieces(pair, &[(address, self.options.buffer)]);
+    }
+
+    /// The same in pieces that follow each other.
+    pub(crate) fn post_pieces(&mut self, pair: usize, pieces: &[(u64, u32)]) {
         let ring = &mut self.rx[pair];
         let head = if self.options.indirect {
-            ring.add_indirect(&pieces, true)
+            ring.add_indirect(pieces, true)
         } else {
-            ring.add(&pieces, true)
+            ring.add(pieces, true)
         };
-        self.rx_buffers[pair][usize::from(head.unwrap())] = address;
+        self.rx_buffers[pair][usize::from(head.unwrap())] = pieces[0].0;
     }
 
     /// Writes header and frame into the tx area at `slot` and makes them available.
@@ -374,6 +391,14 @@ impl Card {
 
     /// Takes a frame from the rx ring, with its header, if one is there; posts its buffers again.
     pub(crate) fn try_receive(&mut self, pair: usize) -> Option<Vec<u8>> {
+        let (frame, buffers) = self.try_take(pair)?;
+        buffers.into_iter().for_each(|address| self.post(pair, address));
+        self.rx[pair].publish();
+        Some(frame)
+    }
+
+    /// Takes a frame, and the addresses of its buffers.
+    fn try_take(&mut self, pair: usize) -> Option<(Vec<u8>, Vec<u64>)> {
         let (head, length) = self.rx[pair].take_used()?;
         let mut buffers = vec![self.rx_buffers[pair][usize::from(head)]];
         let mut frame = self.ram.read(buffers[0], length as usize);
@@ -387,11 +412,18 @@ impl Card {
             frame.extend(self.ram.read(address, length as usize));
             buffers.push(address);
         }
-        for address in buffers {
-            self.post(pair, address);
-        }
-        self.rx[pair].publish();
-        Some(frame)
+        Some((frame, buffers))
+    }
+
+    /// Waits for a frame, and keeps its buffers.
+    #[track_caller]
+    pub(crate) fn receive_once(&mut self, pair: usize) -> Vec<u8> {
+        let mut taken = None;
+        eventually("a frame", || {
+            taken = self.try_take(pair);
+            taken.is_some()
+        });
+        taken.unwrap().0
     }
 
     #[track_caller]

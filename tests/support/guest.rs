@@ -33,6 +33,30 @@ pub(crate) fn huge_memfd(size: u64) -> Option<File> {
     Some(file)
 }
 
+/// Huge pages of 2 MiB that the machine has to spare as long as this lives.
+pub(crate) struct HugePages {
+    before: u64,
+    _alone: std::sync::MutexGuard<'static, ()>,
+}
+
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    pub(crate) fn reserve(count: u64) -> Self {
+        static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+        let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let before: u64 = std::fs::read_to_string(HUGE_PAGES).unwrap().trim().parse().unwrap();
+        std::fs::write(HUGE_PAGES, (before + count).to_string()).unwrap();
+        HugePages { before, _alone }
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(HUGE_PAGES, self.before.to_string());
+    }
+}
+
 impl Ram {
     pub(crate) fn new(base: u64, size: u64) -> Self {
         Self::of(memfd(size), base, size)

@@ -6,6 +6,7 @@ pub(crate) mod driver;
 pub(crate) mod frontend;
 pub(crate) mod guest;
 pub(crate) mod network;
+pub(crate) mod rings;
 pub(crate) mod testpmd;
 pub(crate) mod traffic;
 pub(crate) mod vm;
@@ -26,6 +27,16 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "{what}: not within {SOON:?}");
         std::thread::sleep(Duration::from_micros(50));
     }
+}
+
+/// On-CPU nanoseconds of all threads of a process.
+pub(crate) fn cpu_nanoseconds(process: u32) -> u64 {
+    let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let used = |thread: std::io::Result<std::fs::DirEntry>| -> u64 {
+        let text = std::fs::read_to_string(thread.unwrap().path().join("schedstat")).unwrap();
+        text.split(' ').next().unwrap().parse().unwrap()
+    };
+    threads.map(used).sum()
 }
 
 /// Notes that a test can't run here. tests/run prints these lines, and fails on the CI machine.

@@ -42,20 +42,29 @@ pub(crate) const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
 impl Wire {
     pub(crate) fn open(device: &str) -> Self {
+        Self::try_open(device).unwrap_or_else(|| panic!("there is no {device}"))
+    }
+
+    /// Opens it if there is such a device.
+    pub(crate) fn try_open(device: &str) -> Option<Self> {
         let protocol = Some(SockProtocol::EthAll);
         let fd = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol)
             .unwrap();
         let address = getifaddrs()
             .unwrap()
             .filter(|interface| interface.interface_name == device)
-            .find_map(|interface| interface.address?.as_link_addr().copied())
-            .unwrap_or_else(|| panic!("there is no {device}"));
-        bind(fd.as_raw_fd(), &address).unwrap();
-        Wire(fd)
+            .find_map(|interface| interface.address?.as_link_addr().copied())?;
+        bind(fd.as_raw_fd(), &address).ok()?;
+        Some(Wire(fd))
     }
 
     pub(crate) fn send(&self, frame: &[u8]) {
-        assert_eq!(send(self.0.as_raw_fd(), frame, MsgFlags::empty()).unwrap(), frame.len());
+        self.try_send(frame).unwrap();
+    }
+
+    /// Sends a frame, if the device is there, is up and has room.
+    pub(crate) fn try_send(&self, frame: &[u8]) -> nix::Result<()> {
+        send(self.0.as_raw_fd(), frame, MsgFlags::empty()).map(|sent| assert_eq!(sent, frame.len()))
     }
 
     /// Sends the frame 32 times with one system call, however few arrive: for the benchmark.

@@ -9,7 +9,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::eventually;
 
-/// A running testpmd, with one port.
+/// A running testpmd.
 #[derive(Debug)]
 pub(crate) struct Testpmd {
     child: Child,
@@ -31,18 +31,36 @@ impl Testpmd {
         size: u16,
         device: &str,
     ) -> Self {
-        let vdev = format!(
-            "--vdev=net_virtio_user0,path={},queues={queues},queue_size={size},mac=52:54:00:77:00:02,{device}",
+        let device = format!(
+            "net_virtio_user0,path={},queues={queues},queue_size={size},mac=52:54:00:77:00:02,{device}",
             socket.display()
         );
+        let size = size.to_string();
+        let queues = queues.to_string();
+        Self::run(
+            cpus,
+            &[&device],
+            &["--rxd", &size, "--txd", &size, "--rxq", &queues, "--txq", &queues],
+        )
+    }
+
+    /// Starts it as a backend that forwards between a vhost-user socket, on which it listens, and
+    /// another device.
+    pub(crate) fn backend(cpus: &str, socket: &Path, device: &str) -> Self {
+        let vhost = format!("net_vhost0,iface={},queues=1", socket.display());
+        Self::run(cpus, &[&vhost, device], &["--forward-mode=io", "--auto-start"])
+    }
+
+    fn run(cpus: &str, devices: &[&str], options: &[&str]) -> Self {
         // Its answers go through stdio, which would keep them back for a pipe.
         let mut child = Command::new("stdbuf")
             .args(["-oL", "dpdk-testpmd"])
             .arg(format!("--lcores=0@{cpus},1@{cpus}"))
             .args(["--main-lcore=0", "--no-pci", "-m", "256", "--no-huge"])
-            .args(["--no-shconf", "--no-telemetry", &vdev, "--", "-i", "--no-numa"])
-            .args(["--total-num-mbufs=16384", &format!("--rxd={size}"), &format!("--txd={size}")])
-            .args([format!("--rxq={queues}"), format!("--txq={queues}")])
+            .args(["--no-shconf", "--no-telemetry"])
+            .args(devices.iter().map(|device| format!("--vdev={device}")))
+            .args(["--", "-i", "--no-numa", "--total-num-mbufs=16384"])
+            .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -78,6 +96,11 @@ impl Testpmd {
             }
             log.contains(text)
         });
+    }
+
+    /// On-CPU nanoseconds of all its threads.
+    pub(crate) fn cpu_nanoseconds(&self) -> u64 {
+        super::cpu_nanoseconds(self.child.id())
     }
 
     /// A number of `show port stats 0`.

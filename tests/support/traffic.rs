@@ -1,6 +1,12 @@
 //! Frames between a driver of ours and the far end of its card.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
 use super::driver::{Card, HEADER};
+use super::eventually;
 use super::network::{ETHERTYPE, Wire};
 
 /// A frame of the tests' ethertype that no two tests' numbers share.
@@ -16,7 +22,6 @@ pub(crate) fn frame(number: usize, length: usize) -> Vec<u8> {
 /// Sends frames both ways in bursts and checks that each arrives once, unchanged, in order.
 #[track_caller]
 pub(crate) fn check_both_ways(wire: &Wire, card: &mut Card, count: usize) {
-    let length = |number: usize| 60 + number * 13 % 1400;
     // More would not fit the packet socket's queue.
     let burst = usize::from(card.options.size / 4).min(64);
     for first in (0..count).step_by(burst) {
@@ -42,4 +47,104 @@ pub(crate) fn check_both_ways(wire: &Wire, card: &mut Card, count: usize) {
     }
     assert_eq!(wire.receive(20), None, "no frame comes twice");
     assert!(card.try_receive(0).is_none());
+}
+
+fn length(number: usize) -> usize {
+    60 + number * 13 % 1400
+}
+
+/// Sends numbered frames to the guest through a device, whether it is there or not, until it is
+/// dropped.
+pub(crate) struct Flood {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flood {
+    pub(crate) fn start(device: &'static str) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let mut wire = None;
+            for number in 0.. {
+                if stopped.load(Ordering::Relaxed) {
+                    return;
+                }
+                let sent =
+                    wire.as_ref().map(|wire: &Wire| wire.try_send(&frame(number, length(number))));
+                if !matches!(sent, Some(Ok(()))) {
+                    wire = Wire::try_open(device);
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                if number % 16 == 0 {
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+            }
+        });
+        Flood { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
+/// Checks what a flood brings: every frame unchanged, in order, none twice.
+#[derive(Debug, Default)]
+pub(crate) struct Check {
+    next: usize,
+    pub(crate) received: usize,
+}
+
+impl Check {
+    /// Takes all frames that have arrived.
+    #[track_caller]
+    pub(crate) fn take(&mut self, card: &mut Card, pair: usize) -> usize {
+        let mut taken = 0;
+        while let Some(received) = card.try_receive(pair) {
+            let bytes = &received[HEADER..];
+            if bytes.get(12..14) != Some(&ETHERTYPE) {
+                continue;
+            }
+            let number = usize::from_le_bytes(bytes[14..22].try_into().unwrap());
+            assert!(number >= self.next, "frame {number} came after {}", self.next - 1);
+            assert_eq!(bytes, frame(number, length(number)));
+            self.next = number + 1;
+            taken += 1;
+        }
+        self.received += taken;
+        taken
+    }
+
+    /// Waits until frames arrive.
+    #[track_caller]
+    pub(crate) fn wait(&mut self, card: &mut Card, pair: usize, count: usize) {
+        let wanted = self.received + count;
+        eventually("frames arrive", || {
+            self.take(card, pair);
+            self.received >= wanted
+        });
+    }
+}
+
+/// What a buffer that the driver has back is filled with.
+const CANARY: u8 = 0xa5;
+
+/// Fills every rx buffer of a queue pair.
+pub(crate) fn plant_canaries(card: &Card, pair: usize) {
+    let (area, length) = (card.rx[pair].buffer_area(), card.options.buffer as usize);
+    card.ram.write(area, &vec![CANARY; length * usize::from(card.options.size)]);
+}
+
+/// Watches for a while that nobody writes into any of them.
+#[track_caller]
+pub(crate) fn check_canaries(card: &Card, pair: usize, milliseconds: u64) {
+    std::thread::sleep(Duration::from_millis(milliseconds));
+    let (area, length) = (card.rx[pair].buffer_area(), card.options.buffer as usize);
+    let bytes = card.ram.read(area, length * usize::from(card.options.size));
+    let touched = bytes.iter().position(|byte| *byte != CANARY);
+    assert_eq!(touched, None, "written after it was given back");
 }

@@ -118,7 +118,7 @@ impl Interface {
             .map(|pair| {
                 let watch = Watch::new()
                     .map_err(|error| OpenError(format!("watch network devices: {error}")))?;
-                Ok(XdpQueue { interface: interface.clone(), pair, watch })
+                Ok(XdpQueue { interface: interface.clone(), pair, watch, reported: false })
             })
             .collect()
     }
@@ -161,7 +161,7 @@ impl Interface {
         for pair in 0..self.pairs {
             let queue = self.queue(pair);
             loop {
-                let binding = Binding { device: link.index, queue, zero_copy: abilities.zero_copy };
+                let binding = binding_to(link, queue, abilities);
                 match try_bind(binding, abilities.metadata) {
                     Ok(()) => break,
                     Err(Refused::Metadata) => abilities.metadata = false,
@@ -246,7 +246,7 @@ impl Interface {
         let abilities = shared.abilities;
         let layout = self.layout(&link, mtu, abilities.zero_copy).map_err(Failure::Gone)?;
         let queue = self.queue(pair);
-        let binding = Binding { device: link.index, queue, zero_copy: abilities.zero_copy };
+        let binding = binding_to(&link, queue, abilities);
         let refused = |error: io::Error| {
             let busy = error.raw_os_error() == Some(libc::EBUSY);
             let error = self.refused(queue, abilities.zero_copy, &error);
@@ -381,6 +381,11 @@ impl Interface {
             Err(error) => Err(OpenError(format!("look it up: {error}"))),
         }
     }
+}
+
+fn binding_to(link: &Link, queue: u32, abilities: Abilities) -> Binding {
+    let zero_copy = abilities.zero_copy;
+    Binding { device: link.index, queue, zero_copy, multi_buffer: false }
 }
 
 /// An error that has nothing to do with zero copy.

@@ -30,7 +30,7 @@ const ATTEMPTS: usize = 5;
 
 /// What the program has counted on one queue, on behalf of all that used it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct QueueCounters {
+pub struct QueueCounters {
     /// Frames redirected to the queue's socket.
     pub redirected: u64,
     /// Bytes of those.
@@ -53,7 +53,7 @@ impl fmt::Display for QueueCounters {
 
 /// The program, attached to a device for as long as somebody holds it.
 #[derive(Debug)]
-pub(super) struct Attachment {
+pub struct Attachment {
     link: Link,
     sockets: Map,
     counters: Map,
@@ -65,7 +65,7 @@ impl Attachment {
     ///
     /// # Errors
     /// The device has a foreign program, its driver can't run one, or we may not attach one.
-    pub(super) fn new(name: &str, device: u32, attach: Attach) -> Result<Self, OpenError> {
+    pub fn new(name: &str, device: u32, attach: Attach) -> Result<Self, OpenError> {
         for _ in 0..ATTEMPTS {
             if let Some(program) = link::at(device).map_err(|e| failed(name, &e))?.program {
                 match Self::join(device, program) {
@@ -137,23 +137,23 @@ impl Attachment {
     }
 
     /// Whether it is still attached to the device of that index.
-    pub(super) fn is_on(&self, device: u32) -> bool {
+    pub fn is_on(&self, device: u32) -> bool {
         let attached = self.link.info().ok().flatten().map(|info| info.device);
         self.device == device && attached == Some(device)
     }
 
     /// Has frames of a queue redirected to the socket.
-    pub(super) fn redirect(&self, queue: u32, socket: &OwnedFd) -> io::Result<()> {
+    pub fn redirect(&self, queue: u32, socket: &OwnedFd) -> io::Result<()> {
         self.sockets.set_socket(queue, socket)
     }
 
     /// Has frames of a queue passed to the host again.
-    pub(super) fn pass(&self, queue: u32) -> io::Result<()> {
+    pub fn pass(&self, queue: u32) -> io::Result<()> {
         self.sockets.remove(queue)
     }
 
     /// What the program has counted on a queue.
-    pub(super) fn counters(&self, queue: u32) -> io::Result<QueueCounters> {
+    pub fn counters(&self, queue: u32) -> io::Result<QueueCounters> {
         let [redirected, redirected_bytes, passed, passed_bytes] = self.counters.counters(queue)?;
         Ok(QueueCounters { redirected, redirected_bytes, passed, passed_bytes })
     }

@@ -77,8 +77,8 @@ pub(super) struct Receiver<'mem> {
     fresh: VecDeque<Chain<'mem, Writable>>,
     /// Buffers that are not posted, oldest first.
     parked: VecDeque<Chain<'mem, Writable>>,
-    /// Bytes in `parked`.
-    parked_room: usize,
+    /// Bytes in the smallest that was parked since none was.
+    smallest: usize,
     waiting: VecDeque<Waiting>,
     free_slots: Vec<usize>,
     /// Since when a buffer has been overtaken.
@@ -95,7 +95,7 @@ impl<'mem> Receiver<'mem> {
             slots_posted: 0,
             fresh: VecDeque::new(),
             parked: VecDeque::new(),
-            parked_room: 0,
+            smallest: usize::MAX,
             waiting: VecDeque::new(),
             free_slots: (0..RX_SLOTS).collect(),
             overtaken: None,
@@ -122,28 +122,46 @@ impl<'mem> Receiver<'mem> {
         self.fresh.extend(buffers.drain(..wanted));
     }
 
+    /// Parks a buffer, in its place in the ring's order.
     fn park(&mut self, chain: Chain<'mem, Writable>) {
-        self.parked_room += chain.len();
-        self.parked.push_back(chain);
-    }
-
-    fn unpark(&mut self) -> Option<Chain<'mem, Writable>> {
-        let chain = self.parked.pop_front()?;
-        self.parked_room -= chain.len();
-        Some(chain)
+        if self.parked.is_empty() {
+            self.smallest = usize::MAX;
+        }
+        self.smallest = self.smallest.min(chain.len());
+        let older = match self.parked.back() {
+            Some(last) if !last.is_older_than(&chain) => {
+                self.parked.partition_point(|parked| parked.is_older_than(&chain))
+            }
+            _ => self.parked.len(),
+        };
+        self.parked.insert(older, chain);
     }
 
     /// Posts what can be posted.
     pub(super) fn post(&mut self, open: &mut OpenSocket) {
         self.post_all(&mut open.socket, &open.umem);
+        self.wake_driver(open);
+    }
+
+    /// Has a driver that ran out of buffers look at the fill ring again.
+    fn wake_driver(&self, open: &OpenSocket) {
         if open.socket.fill.needs_wakeup() {
-            // It only has the driver look again.
+            // An error would be the device's, which sending or an event brings up.
             let _ = open.socket.receive();
         }
     }
 
-    /// The same on a socket that may not be bound yet.
-    pub(super) fn post_all(&mut self, socket: &mut Socket, umem: &GuestUmem) {
+    /// Posts what there is on a socket that is not bound yet: a driver may never look again if it
+    /// finds nothing then (igb of Linux 6.18).
+    pub(super) fn post_before_bind(&mut self, socket: &mut Socket, umem: &GuestUmem) {
+        self.post_all(socket, umem);
+        if umem.layout.zero_copy && self.posted.is_empty() {
+            self.post_slots(socket, umem, SPARE);
+            socket.fill.submit();
+        }
+    }
+
+    fn post_all(&mut self, socket: &mut Socket, umem: &GuestUmem) {
         let mut staged = false;
         while let Some(chain) = self.fresh.pop_front() {
             // Slots that are out go before it, and need the buffers that are older.
@@ -157,31 +175,28 @@ impl<'mem> Receiver<'mem> {
                 }
                 None => {
                     self.park(chain);
-                    staged |= self.post_slots(socket, umem);
+                    staged |= self.post_slots(socket, umem, 0);
                 }
             }
         }
-        staged |= self.post_slots(socket, umem);
+        staged |= self.post_slots(socket, umem, 0);
         if staged {
             socket.fill.submit();
         }
     }
 
-    /// Longest frames that the parked buffers hold.
+    /// How many of the longest frames the parked buffers hold at the least.
     fn frames_parked(&self, umem: &GuestUmem) -> usize {
-        if self.mergeable {
-            self.parked_room / (self.header_length + umem.layout.writes)
-        } else {
-            self.parked.len()
-        }
+        let longest = self.header_length + umem.layout.writes;
+        let each = if self.mergeable { longest.div_ceil(self.smallest.max(1)) } else { 1 };
+        self.parked.len() / each
     }
 
-    /// Posts slots for the buffers that are parked, or some spare ones if nothing is posted.
-    fn post_slots(&mut self, socket: &mut Socket, umem: &GuestUmem) -> bool {
-        let parked = self.frames_parked(umem);
+    /// Posts slots for the frames that the parked buffers can take, and for `spare` in any case.
+    fn post_slots(&mut self, socket: &mut Socket, umem: &GuestUmem, spare: usize) -> bool {
+        let wanted = self.frames_parked(umem).max(spare);
         let mut any = false;
-        let spare = if self.posted.len() == self.slots_posted { SPARE } else { 0 };
-        while self.slots_posted + self.waiting.len() < parked.max(spare) {
+        while self.slots_posted + self.waiting.len() < wanted {
             let Some(slot) = self.free_slots.pop() else { break };
             self.slots_posted += 1;
             self.stage(socket, umem.rx_slot(self.pair, slot), Target::Slot(slot));
@@ -211,10 +226,16 @@ impl<'mem> Receiver<'mem> {
             }
             self.deliver(&open.umem, finished);
         }
+        self.serve_waiting(&open.umem, finished);
         if !any {
             return;
         }
         open.socket.rx.release();
+        let spare = if self.posted.len() == self.slots_posted { SPARE } else { 0 };
+        if self.post_slots(&mut open.socket, &open.umem, spare) {
+            open.socket.fill.submit();
+            self.wake_driver(open);
+        }
         self.overtaken =
             self.posted.iter().any(|posted| posted.filled.is_some()).then(Instant::now);
     }
@@ -248,9 +269,7 @@ impl<'mem> Receiver<'mem> {
                         piece.read(&mut bytes);
                     }
                     self.waiting.push_back(Waiting::Copy(bytes));
-                    let older = self.parked.partition_point(|parked| parked.is_older_than(&chain));
-                    self.parked_room += chain.len();
-                    self.parked.insert(older, chain);
+                    self.park(chain);
                     self.serve_waiting(umem, finished);
                 }
                 Target::Slot(slot) => {
@@ -270,6 +289,7 @@ impl<'mem> Receiver<'mem> {
     }
 
     /// Copies the frames that wait into the parked buffers.
+    #[inline]
     fn serve_waiting(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) {
         while let Some(frame) = self.waiting.pop_front() {
             let served = match &frame {
@@ -294,7 +314,7 @@ impl<'mem> Receiver<'mem> {
         let Some(buffers) = self.buffers_for(needed) else { return false };
         let (mut copied, first) = (0, finished.rx.len());
         for index in 0..buffers {
-            let Some(chain) = self.unpark() else { break };
+            let Some(chain) = self.parked.pop_front() else { break };
             let lead = if index == 0 { self.header_length } else { 0 };
             let part = chain.copy_segment(lead, &frame.skip(copied));
             copied += part;
@@ -346,7 +366,6 @@ impl<'mem> Receiver<'mem> {
             }
         }
         chains.sort_by(|a, b| b.is_older_than(a).cmp(&a.is_older_than(b)));
-        self.parked_room = 0;
         self.fresh.extend(chains);
         lost += self.waiting.len() as u64;
         self.waiting.clear();
