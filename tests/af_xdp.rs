@@ -227,7 +227,13 @@ fn frames_for_small_buffers_are_spread_over_several() {
         assert_eq!(received[HEADER..], frame(1, 1000));
         let count = (1000 + HEADER as u32).div_ceil(buffer) as u16;
         assert_eq!(received[10..12], count.to_le_bytes());
-        check_both_ways(&wire, &mut card, 200);
+        // As many frames at a time as the buffers take.
+        for first in (0..200).step_by(10) {
+            (first..first + 10).for_each(|number| wire.send(&frame(number, 60 + number * 7)));
+            for number in first..first + 10 {
+                assert_eq!(card.receive(0)[HEADER..], frame(number, 60 + number * 7));
+            }
+        }
         drop(card);
         let copied = if buffer < 1530 { "copied (unsuitable_buffer)" } else { "rx 201 frames" };
         eventually(copied, || daemon.log().contains(copied));

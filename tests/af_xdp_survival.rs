@@ -1,0 +1,181 @@
+//! The AF_XDP port when things end under traffic: the guest's session, the daemon, the device.
+//! What the kernel was given must not be written to once it was given back.
+
+use std::time::{Duration, Instant};
+
+use crate::af_xdp::{enter_namespace_with_veth, make_veth, start, wait_until_open};
+use crate::support::daemon::Daemon;
+use crate::support::driver::{Card, Options};
+use crate::support::frontend::Frontend;
+use crate::support::network::{Wire, ip, output};
+use crate::support::traffic::{Check, Flood, check_canaries, frame, plant_canaries};
+use crate::support::{eventually, needs_root, one_at_a_time};
+
+const ROUNDS: usize = 100;
+
+/// Frames come and go.
+#[track_caller]
+fn check_traffic(card: &mut Card, check: &mut Check) {
+    card.send(0, &frame(1, 100));
+    check.wait(card, 0, 20);
+}
+
+/// Frames that a device has received.
+fn arrived(device: &str) -> u64 {
+    let text = output("ip", &format!("-s link show {device}"));
+    text.lines().nth(3).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// Descriptors, threads, and memory of the daemon's own in kB. Not the guest's pages, which come
+/// and go.
+fn resources(daemon: &Daemon) -> (usize, usize, usize) {
+    let (descriptors, threads, _) = daemon.resources();
+    (descriptors, threads, daemon.private_kilobytes())
+}
+
+#[track_caller]
+fn check_resources(daemon: &Daemon, before: (usize, usize, usize)) {
+    let after = resources(daemon);
+    assert_eq!((after.0, after.1), (before.0, before.1), "descriptors and threads");
+    assert!(after.2 < before.2 + 256, "{} kB after {} kB", after.2, before.2);
+}
+
+#[test]
+fn nothing_is_written_after_a_guest_s_reset() {
+    needs_root!("nothing_is_written_after_a_guest_s_reset");
+    let _alone = one_at_a_time();
+    let (daemon, _wire, mut card) = start(&[], Options::default());
+    let _flood = Flood::start("veth1");
+    let mut check = Check::default();
+    check_traffic(&mut card, &mut check);
+    let mut before = None;
+    for round in 0..ROUNDS {
+        card.frontend.get_vring_base(0);
+        card.frontend.get_vring_base(1);
+        check.take(&mut card, 0);
+        // The rings' buffers are the driver's again, but for those that it had made available:
+        // they stay where they are, and are not touched either until the rings run.
+        plant_canaries(&card, 0);
+        check_canaries(&card, 0, 20);
+        card.run();
+        check_traffic(&mut card, &mut check);
+        if round == 2 {
+            before = Some(resources(&daemon));
+        }
+    }
+    check_resources(&daemon, before.unwrap());
+}
+
+#[test]
+fn nothing_is_written_after_the_daemon_s_death_and_its_successor_goes_on() {
+    needs_root!("nothing_is_written_after_the_daemon_s_death_and_its_successor_goes_on");
+    let _alone = one_at_a_time();
+    let (mut daemon, _wire, mut card) = start(&[], Options::default());
+    let _flood = Flood::start("veth1");
+    let mut check = Check::default();
+    for _ in 0..ROUNDS {
+        check_traffic(&mut card, &mut check);
+        daemon.kill();
+        check.take(&mut card, 0);
+        plant_canaries(&card, 0);
+        check_canaries(&card, 0, 10);
+        daemon.run(&["--af-xdp=veth0"]);
+        daemon.wait_until_it_listens();
+        card.resume(Frontend::new(daemon.connect()));
+    }
+    check_traffic(&mut card, &mut check);
+}
+
+#[test]
+fn a_device_may_go_down_and_up() {
+    needs_root!("a_device_may_go_down_and_up");
+    let _alone = one_at_a_time();
+    let (daemon, _, mut card) = start(&[], Options::default());
+    let _flood = Flood::start("veth1");
+    let mut check = Check::default();
+    check_traffic(&mut card, &mut check);
+    let mut before = None;
+    for round in 0..ROUNDS {
+        ip("link set veth0 down");
+        // The guest sends on, into nothing.
+        (0..3).for_each(|number| card.send(0, &frame(number, 100)));
+        ip("link set veth0 up");
+        let started = Instant::now();
+        check.wait(&mut card, 0, 20);
+        let before_sending = arrived("veth1");
+        eventually("the guest's frames arrive", || {
+            card.send(0, &frame(round, 77));
+            arrived("veth1") > before_sending
+        });
+        assert!(started.elapsed() < Duration::from_secs(5));
+        if round == 2 {
+            before = Some(resources(&daemon));
+        }
+    }
+    check_resources(&daemon, before.unwrap());
+    let log = daemon.log();
+    let [lost, back] = ["does not work", "works again"].map(|text| log.matches(text).count());
+    assert_eq!((lost, back), (ROUNDS, ROUNDS));
+}
+
+#[test]
+fn a_device_may_be_deleted_and_made_again() {
+    needs_root!("a_device_may_be_deleted_and_made_again");
+    let _alone = one_at_a_time();
+    let (mut daemon, wire, mut card) = start(&[], Options::default());
+    drop(wire);
+    let _flood = Flood::start("veth1");
+    let mut check = Check::default();
+    check_traffic(&mut card, &mut check);
+    let mut before = None;
+    for round in 0..ROUNDS {
+        ip("link delete veth0");
+        (0..3).for_each(|number| card.send(0, &frame(number, 100)));
+        make_veth(1);
+        check_traffic(&mut card, &mut check);
+        if round == 2 {
+            before = Some(resources(&daemon));
+        }
+    }
+    check_resources(&daemon, before.unwrap());
+    assert!(daemon.is_alive());
+    // While it is gone nothing spins.
+    ip("link delete veth0");
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(daemon.cpu_ticks(500) <= 1);
+}
+
+#[test]
+fn an_idle_guest_s_device_may_be_made_again() {
+    needs_root!("an_idle_guest_s_device_may_be_made_again");
+    let (daemon, wire, mut card) = start(&[], Options::default());
+    drop(wire);
+    // Nobody sends: only the kernel's word tells that the device has gone, and is back.
+    ip("link delete veth0");
+    eventually("it is heard of", || daemon.log().contains("does not work"));
+    make_veth(1);
+    eventually("it is heard of", || daemon.log().contains("works again"));
+    Wire::open("veth1").send(&frame(1, 100));
+    assert_eq!(card.receive(0)[12..], frame(1, 100));
+}
+
+#[test]
+fn a_signal_under_load_leaves_the_rings_consistent() {
+    needs_root!("a_signal_under_load_leaves_the_rings_consistent");
+    enter_namespace_with_veth(1);
+    let _flood = Flood::start("veth1");
+    let mut daemon = Daemon::start(&["--af-xdp=veth0"]);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    let mut check = Check::default();
+    for _ in 0..10 {
+        wait_until_open(&mut card, 0);
+        check_traffic(&mut card, &mut check);
+        let started = Instant::now();
+        daemon.signal(nix::sys::signal::Signal::SIGTERM);
+        assert_eq!(daemon.wait().code(), Some(0));
+        assert!(started.elapsed() < Duration::from_secs(1));
+        daemon.run(&["--af-xdp=veth0"]);
+        daemon.wait_until_it_listens();
+        card.resume(Frontend::new(daemon.connect()));
+    }
+}
