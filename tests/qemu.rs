@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::af_xdp::enter_namespace_with_veth;
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_new_namespace, ip, output};
 use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, iperf, make_guest};
@@ -106,6 +107,53 @@ fn both_queue_pairs_carry_traffic_and_their_number_changes_under_it() {
                     rest.split(' ').next().unwrap().parse::<u64>().unwrap() > 500
                 })
             });
+        }
+    }
+}
+
+/// Frames moved in a direction according to the daemon's last count, and those copied.
+fn moved_and_copied(daemon: &Daemon, direction: &str) -> (u64, u64) {
+    let log = daemon.log();
+    let prefix = format!("veth0/0: {direction} ");
+    let line = log.lines().rev().find_map(|line| line.split_once(&prefix)).unwrap().1;
+    let number = |words: &str| words.split(' ').next().unwrap().parse::<u64>().unwrap();
+    let copied = line.split(", ").filter(|part| part.contains(" copied ")).map(number).sum();
+    (number(line), copied)
+}
+
+#[test]
+fn a_guest_on_af_xdp_gets_and_sends_frames_that_nobody_copies() {
+    needs_guest!("a_guest_on_af_xdp_gets_and_sends_frames_that_nobody_copies");
+    let _alone = one_at_a_time();
+    enter_namespace_with_veth(1);
+    ip(&format!("address add {HOST_ADDRESS}/24 dev veth1"));
+    // What the host sends must be whole: an XDP socket gets it as it is.
+    output("ethtool", "-K veth1 tx off");
+    // The second guest sums for itself and puts its frames into one piece each.
+    for guest_sums in [false, true] {
+        let daemon = Daemon::start(&["--af-xdp=veth0"]);
+        let mut vm = Vm::start(&daemon.socket(), &[]);
+        vm.wait_ready();
+        if guest_sums {
+            vm.run("ethtool -K eth0 tx off sg off");
+        }
+        check_ping();
+        assert!(iperf("-u -b 50M -l 1400 -t 1") > 40.0);
+        assert!(iperf("-u -b 50M -l 1400 -t 1 -R") > 40.0);
+        iperf("-t 3");
+        iperf("-t 3 -R");
+        check_ping();
+        drop(vm);
+        eventually("it is counted", || daemon.log().matches("veth0/0: tx ").count() == 2);
+        let (received, copied) = moved_and_copied(&daemon, "rx");
+        assert!(received > 10_000, "{received}");
+        // The guest's buffers take every frame, unless it had none left.
+        assert!(copied * 100 < received, "rx: {copied} of {received}");
+        let (sent, copied) = moved_and_copied(&daemon, "tx");
+        assert!(sent > 10_000, "{sent}");
+        if guest_sums {
+            // A few were sent before.
+            assert!(copied < 100, "tx: {copied} of {sent}");
         }
     }
 }

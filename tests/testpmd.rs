@@ -1,9 +1,10 @@
-//! DPDK's virtio-user driver as the guest, on a TAP: it swaps each frame's MAC addresses and sends
-//! it back, so that every frame is seen on its way in and out.
+//! DPDK's virtio-user driver as the guest, on a TAP and on AF_XDP: it swaps each frame's MAC
+//! addresses and sends it back, so that every frame is seen on its way in and out.
 
 use std::collections::HashMap;
 use std::fs;
 
+use crate::af_xdp::enter_namespace_with_veth;
 use crate::support::daemon::Daemon;
 use crate::support::network::{Wire, enter_new_namespace, output};
 use crate::support::testpmd::Testpmd;
@@ -15,7 +16,7 @@ const FLOWS: usize = 8;
 
 /// An IPv4/UDP frame of one of the flows, whose payload says which it is.
 fn frame(number: usize) -> Vec<u8> {
-    let length = 60 + number * 17 % 1400;
+    let length = 60 + number * 17 % 1455;
     let mut frame: Vec<u8> = (0..length).map(|at| (number * 31 + at) as u8).collect();
     frame[..6].copy_from_slice(&GUEST);
     frame[6..12].copy_from_slice(&HOST);
@@ -32,16 +33,56 @@ fn frame(number: usize) -> Vec<u8> {
     frame
 }
 
+/// A daemon on a TAP, and the TAP.
+fn on_tap(queues: u16, size: u16, device: &str) {
+    enter_new_namespace();
+    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    let daemon = Daemon::start(&["--tap=tap0", &format!("--queue-pairs={queues}")]);
+    let testpmd = Testpmd::start(&daemon.socket(), queues, size, device);
+    check(testpmd, &Wire::open("tap0"));
+    for pair in 0..queues {
+        eventually("its traffic is counted", || {
+            let log = daemon.log();
+            let prefix = format!("tap0/{pair}: tx ");
+            let moved = log.lines().filter_map(|line| line.split_once(&prefix)).next_back();
+            moved.is_some_and(|(_, rest)| !rest.starts_with("0 frames"))
+        });
+    }
+}
+
+/// The same on one end of a veth, whose other end the test has.
+fn on_af_xdp(queues: u16, size: u16, device: &str) {
+    enter_namespace_with_veth(queues.into());
+    let daemon = Daemon::start(&["--af-xdp=veth0", &format!("--queue-pairs={queues}")]);
+    let testpmd = Testpmd::start(&daemon.socket(), queues, size, device);
+    check(testpmd, &Wire::open("veth1"));
+    eventually("its traffic is counted", || daemon.log().contains("veth0/0: tx "));
+    // DPDK's buffers take any frame, and its frames are in one piece.
+    assert!(!daemon.log().contains("copied"), "{}", daemon.log());
+}
+
+/// Buffers of 1 KiB take no frame of 1500 bytes.
+fn on_af_xdp_with_small_buffers(queues: u16, size: u16, device: &str) {
+    enter_namespace_with_veth(queues.into());
+    let daemon = Daemon::start(&["--af-xdp=veth0", &format!("--queue-pairs={queues}")]);
+    let options = ["--mbuf-size=1152", "--enable-scatter"];
+    let testpmd = Testpmd::start_with("0-1", &daemon.socket(), queues, size, device, &options);
+    check(testpmd, &Wire::open("veth1"));
+    eventually("copies are counted", || daemon.log().contains("copied (unsuitable_buffer)"));
+}
+
 /// Every frame sent to the guest comes back once, unchanged but for its addresses, in the order
 /// of its flow.
-fn check(queues: u16, size: u16, device: &str) {
-    enter_new_namespace();
-    let daemon = Daemon::start(&["--tap=tap0", &format!("--queue-pairs={queues}")]);
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
-    let wire = Wire::open("tap0");
-    let mut testpmd = Testpmd::start(&daemon.socket(), queues, size, device);
+fn check(mut testpmd: Testpmd, wire: &Wire) {
     testpmd.command("set fwd macswap");
     testpmd.command("start");
+    // A queue is busy for some 30 ms after its last socket: frames pass the daemon by.
+    eventually("a first frame comes back", || {
+        wire.send(&frame(1 << 20));
+        std::iter::from_fn(|| wire.receive_any(2)).any(|received| received[6..12] == GUEST)
+    });
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    while wire.receive_any(5).is_some() {}
 
     const COUNT: usize = 5000;
     const WINDOW: usize = 64;
@@ -69,46 +110,43 @@ fn check(queues: u16, size: u16, device: &str) {
     }
     assert!(testpmd.counter("RX-packets") >= COUNT as u64);
     testpmd.command("stop");
-    drop(testpmd);
-    for pair in 0..queues {
-        eventually("its traffic is counted", || {
-            let log = daemon.log();
-            let prefix = format!("tap0/{pair}: tx ");
-            let moved = log.lines().filter_map(|line| line.split_once(&prefix)).next_back();
-            moved.is_some_and(|(_, rest)| !rest.starts_with("0 frames"))
-        });
-    }
 }
 
 macro_rules! testpmd {
-    ($($name:ident: $queues:expr, $size:expr, $device:expr;)*) => {$(
+    ($($name:ident: $host:ident, $queues:expr, $size:expr, $device:expr;)*) => {$(
         #[test]
         fn $name() {
             needs_root!(stringify!($name));
             needs_program!(stringify!($name), "dpdk-testpmd");
             let _alone = one_at_a_time();
-            check($queues, $size, $device);
+            $host($queues, $size, $device);
         }
     )*};
 }
 
 testpmd! {
-    split_mergeable_256: 1, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
-    split_mergeable_1024: 1, 1024, "mrg_rxbuf=1,in_order=0,packed_vq=0";
-    split_256: 1, 256, "mrg_rxbuf=0,in_order=0,packed_vq=0";
-    split_1024: 1, 1024, "mrg_rxbuf=0,in_order=0,packed_vq=0";
-    in_order_mergeable_256: 1, 256, "mrg_rxbuf=1,in_order=1,packed_vq=0";
-    in_order_mergeable_1024: 1, 1024, "mrg_rxbuf=1,in_order=1,packed_vq=0";
-    in_order_256: 1, 256, "mrg_rxbuf=0,in_order=1,packed_vq=0";
-    in_order_1024: 1, 1024, "mrg_rxbuf=0,in_order=1,packed_vq=0";
-    two_queues_mergeable_256: 2, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
-    two_queues_mergeable_1024: 2, 1024, "mrg_rxbuf=1,in_order=0,packed_vq=0";
-    two_queues_256: 2, 256, "mrg_rxbuf=0,in_order=0,packed_vq=0";
-    two_queues_1024: 2, 1024, "mrg_rxbuf=0,in_order=0,packed_vq=0";
-    two_queues_in_order_mergeable_256: 2, 256, "mrg_rxbuf=1,in_order=1,packed_vq=0";
-    two_queues_in_order_mergeable_1024: 2, 1024, "mrg_rxbuf=1,in_order=1,packed_vq=0";
-    two_queues_in_order_256: 2, 256, "mrg_rxbuf=0,in_order=1,packed_vq=0";
-    two_queues_in_order_1024: 2, 1024, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    split_mergeable_256: on_tap, 1, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    split_mergeable_1024: on_tap, 1, 1024, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    split_256: on_tap, 1, 256, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    split_1024: on_tap, 1, 1024, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    in_order_mergeable_256: on_tap, 1, 256, "mrg_rxbuf=1,in_order=1,packed_vq=0";
+    in_order_mergeable_1024: on_tap, 1, 1024, "mrg_rxbuf=1,in_order=1,packed_vq=0";
+    in_order_256: on_tap, 1, 256, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    in_order_1024: on_tap, 1, 1024, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    two_queues_mergeable_256: on_tap, 2, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    two_queues_mergeable_1024: on_tap, 2, 1024, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    two_queues_256: on_tap, 2, 256, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    two_queues_1024: on_tap, 2, 1024, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    two_queues_in_order_mergeable_256: on_tap, 2, 256, "mrg_rxbuf=1,in_order=1,packed_vq=0";
+    two_queues_in_order_mergeable_1024: on_tap, 2, 1024, "mrg_rxbuf=1,in_order=1,packed_vq=0";
+    two_queues_in_order_256: on_tap, 2, 256, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    two_queues_in_order_1024: on_tap, 2, 1024, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    af_xdp_mergeable_256: on_af_xdp, 1, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    af_xdp_mergeable_1024: on_af_xdp, 1, 1024, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    af_xdp_256: on_af_xdp, 1, 256, "mrg_rxbuf=0,in_order=0,packed_vq=0";
+    af_xdp_in_order_1024: on_af_xdp, 1, 1024, "mrg_rxbuf=0,in_order=1,packed_vq=0";
+    af_xdp_two_queues_mergeable_256: on_af_xdp, 2, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
+    af_xdp_small_buffers_256: on_af_xdp_with_small_buffers, 1, 256, "mrg_rxbuf=1,in_order=0,packed_vq=0";
 }
 
 #[test]

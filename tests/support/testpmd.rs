@@ -31,17 +31,26 @@ impl Testpmd {
         size: u16,
         device: &str,
     ) -> Self {
+        Self::start_with(cpus, socket, queues, size, device, &[])
+    }
+
+    /// The same, with further options.
+    pub(crate) fn start_with(
+        cpus: &str,
+        socket: &Path,
+        queues: u16,
+        size: u16,
+        device: &str,
+        options: &[&str],
+    ) -> Self {
         let device = format!(
             "net_virtio_user0,path={},queues={queues},queue_size={size},mac=52:54:00:77:00:02,{device}",
             socket.display()
         );
         let size = size.to_string();
         let queues = queues.to_string();
-        Self::run(
-            cpus,
-            &[&device],
-            &["--rxd", &size, "--txd", &size, "--rxq", &queues, "--txq", &queues],
-        )
+        let sizes = ["--rxd", &size, "--txd", &size, "--rxq", &queues, "--txq", &queues];
+        Self::run(cpus, &[&device], &[&sizes, options].concat())
     }
 
     /// Starts it as a backend that forwards between a vhost-user socket, on which it listens, and
