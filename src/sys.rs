@@ -17,6 +17,7 @@ pub mod xsk;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use crate::guest::Segment;
 
@@ -33,6 +34,26 @@ fn write_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<us
         libc::writev(fd.as_raw_fd(), segments.as_ptr().cast(), segments.len() as libc::c_int)
     };
     if written < 0 { Err(io::Error::last_os_error()) } else { Ok(written as usize) }
+}
+
+/// Waits until one of two descriptors has what it is waited on for (`POLLIN`, `POLLOUT`), or
+/// `timeout` has passed (none: for ever), or a signal arrives; says which of them has.
+pub fn poll_two(
+    fds: [(BorrowedFd<'_>, libc::c_short); 2],
+    timeout: Option<Duration>,
+) -> io::Result<[bool; 2]> {
+    let mut polled =
+        fds.map(|(fd, events)| libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 });
+    let time = timeout.map(|time| libc::timespec {
+        tv_sec: time.as_secs() as libc::time_t,
+        tv_nsec: time.subsec_nanos().into(),
+    });
+    let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: the array and the time live through the call; no signal mask is given.
+    match check(unsafe { libc::ppoll(polled.as_mut_ptr(), 2, time, std::ptr::null()) }) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok([false; 2]),
+        result => result.map(|_| polled.map(|polled| polled.revents != 0)),
+    }
 }
 
 /// A new epoll instance.

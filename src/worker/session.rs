@@ -1,7 +1,7 @@
 //! A session of a worker: turns, and the sleep between them.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
@@ -27,7 +27,6 @@ enum Wake {
     Command,
     RxKick,
     TxKick,
-    Port,
     Host,
 }
 
@@ -132,7 +131,7 @@ impl Serving<'_> {
         options: &WorkerOptions,
         mailbox: &Mailbox,
     ) -> Result<(), Fault> {
-        let mut sleeper = match Sleeper::new(self, mailbox) {
+        let sleeper = match Sleeper::new(self, mailbox) {
             Ok(sleeper) => sleeper,
             Err(error) => {
                 warn!("{}: can't wait for its descriptors: {error}", options.name);
@@ -311,11 +310,9 @@ struct Woken {
     host: bool,
 }
 
-/// The descriptors that a session waits on.
+/// The descriptors that a session waits on, but for the port's.
 struct Sleeper {
     poller: Poller<Wake>,
-    /// The port's descriptor as it is registered now, and what for.
-    port: Option<(RawFd, Interest)>,
     /// How long to sleep at the most, where a driver was given no way to kick.
     polling: Option<Duration>,
 }
@@ -344,52 +341,30 @@ impl Sleeper {
         if let Some(events) = serving.port.events() {
             poller.add(events, Interest::Read, Wake::Host)?;
         }
-        Ok(Sleeper { poller, port: None, polling })
+        Ok(Sleeper { poller, polling })
     }
 
     /// Sleeps until something of `readiness` or of the session's descriptors happens.
-    fn sleep(&mut self, readiness: &Readiness<'_>, mailbox: &Mailbox) -> io::Result<Woken> {
-        self.watch_port(readiness)?;
+    fn sleep(&self, readiness: &Readiness<'_>, mailbox: &Mailbox) -> io::Result<Woken> {
         let mut woken = Woken::default();
         let timeout = readiness.timeout.into_iter().chain(self.polling).min();
-        self.poller.wait(timeout, |wake| match wake {
+        let note = |wake| match wake {
             // Cleared here and nowhere else: it may be rung after its command was taken.
             Wake::Command => mailbox.wake.clear(),
             Wake::RxKick => woken.rx = true,
             Wake::TxKick => woken.tx = true,
-            Wake::Port => woken.port = true,
             Wake::Host => woken.host = true,
-        })?;
-        Ok(woken)
-    }
-
-    /// Has the port's descriptor watched for what the port wants now.
-    fn watch_port(&mut self, readiness: &Readiness<'_>) -> io::Result<()> {
+        };
         let interest = match (readiness.read, readiness.write) {
             (true, true) => Some(Interest::ReadWrite),
             (true, false) => Some(Interest::Read),
             (false, true) => Some(Interest::Write),
             (false, false) => None,
         };
-        let wanted = readiness.fd.zip(interest).map(|(fd, interest)| (fd.as_raw_fd(), interest));
-        if self.port == wanted {
-            return Ok(());
-        }
-        match (self.port, readiness.fd.zip(interest)) {
-            (Some((before, _)), Some((fd, interest))) if before == fd.as_raw_fd() => {
-                self.poller.modify(Wake::Port, interest)?;
-            }
-            (before, now) => {
-                if before.is_some() {
-                    // It fails if the port has closed the descriptor: then it is not watched.
-                    let _ = self.poller.remove(Wake::Port);
-                }
-                if let Some((fd, interest)) = now {
-                    self.poller.add(fd, interest, Wake::Port)?;
-                }
-            }
-        }
-        self.port = wanted;
-        Ok(())
+        let port = match readiness.fd.zip(interest) {
+            Some((fd, interest)) => self.poller.wait_also(fd, interest, timeout, note)?,
+            None => self.poller.wait(timeout, note).map(|()| false)?,
+        };
+        Ok(Woken { port, ..woken })
     }
 }
