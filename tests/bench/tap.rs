@@ -92,13 +92,13 @@ fn daemon_cost(daemon: &Daemon, direction: usize) -> Cost {
 }
 
 /// Floods the device from the host's side, on processor 0, until it is dropped.
-pub(super) struct Sender {
+struct Sender {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Sender {
-    pub(super) fn start(device: &str, length: usize) -> Self {
+    fn start(device: &str, length: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let wire = Wire::open(device);

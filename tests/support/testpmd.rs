@@ -55,6 +55,7 @@ impl Testpmd {
 
     /// Starts it as a backend that forwards between a vhost-user socket, on which it listens, and
     /// another device.
+    #[allow(dead_code)]
     pub(crate) fn backend(cpus: &str, socket: &Path, device: &str) -> Self {
         let vhost = format!("net_vhost0,iface={},queues=1", socket.display());
         Self::run(cpus, &[&vhost, device], &["--forward-mode=io", "--auto-start"])
@@ -108,6 +109,7 @@ impl Testpmd {
     }
 
     /// On-CPU nanoseconds of all its threads.
+    #[allow(dead_code)]
     pub(crate) fn cpu_nanoseconds(&self) -> u64 {
         super::cpu_nanoseconds(self.child.id())
     }

@@ -45,8 +45,9 @@ mod tests {
     fn a_completed_checksum_makes_the_sum_all_ones() {
         for length in 40..60 {
             let mut frame: Vec<u8> = (0..length).map(|at| (at * 37) as u8).collect();
+            let pseudo_header = u64::from(u16::from_ne_bytes([frame[20], frame[21]]));
             complete(&mut frame, 14, 6);
-            assert_eq!(fold(sum(&frame[14..])), 0xffff, "{length}");
+            assert_eq!(fold(sum(&frame[14..]) + pseudo_header), 0xffff, "{length}");
         }
     }
 
