@@ -12,7 +12,7 @@ use crate::support::driver::{
     Options, PROTOCOL, Ring, VERSION_1,
 };
 use crate::support::frontend::Frontend;
-use crate::support::guest::{Ram, huge_memfd};
+use crate::support::guest::{HugePages, Ram, huge_memfd};
 use crate::support::{eventually, needs_root};
 
 fn start(options: Options) -> (Daemon, Card) {
@@ -285,26 +285,6 @@ fn a_buffer_over_two_regions_is_served_in_two_pieces() {
     card.tx[0].add(&[(start, 150)], false).unwrap();
     card.tx[0].publish();
     assert_eq!(card.receive(0)[HEADER..], [[4; 38].as_slice(), &[6; 100]].concat());
-}
-
-/// Huge pages that the kernel keeps, as long as this lives.
-struct HugePages(String);
-
-const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
-
-impl HugePages {
-    fn reserve(count: usize) -> Self {
-        let before = fs::read_to_string(NR_HUGEPAGES).unwrap();
-        let wanted = before.trim().parse::<usize>().unwrap() + count;
-        fs::write(NR_HUGEPAGES, wanted.to_string()).unwrap();
-        HugePages(before)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(NR_HUGEPAGES, &self.0);
-    }
 }
 
 #[test]

@@ -11,3 +11,4 @@ mod qemu;
 mod support;
 mod tap;
 mod testpmd;
+mod zero_copy;

@@ -111,7 +111,15 @@ impl Check {
             }
             let number = usize::from_le_bytes(bytes[14..22].try_into().unwrap());
             assert!(number >= self.next, "frame {number} came after {}", self.next - 1);
-            assert_eq!(bytes, frame(number, length(number)));
+            let expected = frame(number, length(number));
+            let same = bytes.iter().zip(&expected).take_while(|(a, b)| a == b).count();
+            assert!(
+                bytes == expected,
+                "frame {number}: {} of {} bytes, alike up to {same}: {:x?}",
+                bytes.len(),
+                expected.len(),
+                &bytes[same..bytes.len().min(same + 16)]
+            );
             self.next = number + 1;
             taken += 1;
         }

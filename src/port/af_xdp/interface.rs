@@ -273,7 +273,24 @@ impl Interface {
         let mut socket = Socket::new(umem.memory(), RING_SIZES, &registration)
             .map_err(|error| Failure::Gone(not_registered(&error, umem.memory().length())))?;
         fill(&mut socket, &umem);
+        let redirect = |socket: &Socket| match &shared.attachment {
+            Some(attachment) if receives => {
+                attachment.redirect(queue, socket.descriptor()).map_err(|error| {
+                    let why = format!("redirect frames of queue {queue} to a socket: {error}");
+                    Failure::Gone(OpenError(why))
+                })
+            }
+            _ => Ok(()),
+        };
+        if abilities.zero_copy {
+            // Frames that come between binding and redirecting are in its buffers already, which
+            // would go round in another order then.
+            redirect(&socket)?;
+        }
         socket.bind(binding, &registration).map_err(refused)?;
+        if !abilities.zero_copy {
+            redirect(&socket)?;
+        }
         if abilities.zero_copy && !socket.is_zero_copy().unwrap_or(false) {
             let why = "the kernel bound the socket without zero copy".into();
             return Err(Failure::Gone(OpenError(why)));
@@ -282,12 +299,6 @@ impl Interface {
         let busy_poll = !self.busy_poll.is_zero();
         if busy_poll && let Err(error) = socket.prefer_busy_poll(self.busy_poll, BUSY_POLL_BUDGET) {
             debug!("af_xdp {}: the kernel does not busy-poll: {error}", self.name());
-        }
-        if receives && let Some(attachment) = &shared.attachment {
-            attachment.redirect(queue, socket.descriptor()).map_err(|error| {
-                let why = format!("redirect frames of queue {queue} to a socket: {error}");
-                Failure::Gone(OpenError(why))
-            })?;
         }
         let entry = (pair, Arc::downgrade(socket.descriptor()));
         match (&mut shared.registered, first.is_some()) {

@@ -1,0 +1,91 @@
+//! Real zero copy: inside a virtual machine whose emulated network card's driver has it, the daemon
+//! serves a driver of ours on that card, and the other end of the wire is the machine's second card.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::daemon::{Daemon, program};
+use crate::support::driver::{Card, MRG_RXBUF, Options};
+use crate::support::frontend::Frontend;
+use crate::support::network::{Wire, ip};
+use crate::support::traffic::{check_both_ways, frame};
+use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+
+/// What runs inside the machine; alone it would find no such card.
+#[test]
+#[ignore = "runs inside the machine that the tests of this module start"]
+fn inside() {
+    for device in ["eth0", "eth1"] {
+        ip(&format!("link set {device} promisc on"));
+        ip(&format!("link set {device} up"));
+    }
+    for features in [Options::default().features, Options::default().features & !MRG_RXBUF] {
+        let daemon = Daemon::start(&["--af-xdp=eth0,mode=zero-copy"]);
+        let log = daemon.log();
+        assert!(log.contains("queues 0-0, zero-copy mode"), "{log}");
+        assert!(log.contains("attached, native"), "{log}");
+        // A buffer takes what the device may write, whole pages of it.
+        let options = Options { features, huge: true, buffer: 4096, ..Options::default() };
+        let mut card = Card::start(Frontend::new(daemon.connect()), options);
+        card.send(0, &[0; 5]);
+        let wire = Wire::open("eth1");
+        // Some cards lose their link for a moment when a queue is set up.
+        eventually("a first frame arrives", || {
+            wire.send(&frame(0, 60));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            card.try_receive(0).is_some()
+        });
+        eventually("a first frame is sent", || {
+            card.send(0, &frame(0, 60));
+            wire.receive(20).is_some()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        while wire.receive(50).is_some() || card.try_receive(0).is_some() {}
+        check_both_ways(&wire, &mut card, 1000);
+        drop((wire, card));
+        eventually("it is counted", || daemon.log().matches("eth0/0: tx ").count() == 2);
+        let log = daemon.log();
+        let rx = log.lines().rfind(|line| line.contains("eth0/0: rx ")).unwrap();
+        let number = |text: &str| text.split(' ').next().unwrap().parse::<u64>().unwrap();
+        let frames = number(rx.split("rx ").nth(1).unwrap());
+        let copied = rx.split(", ").find(|part| part.contains("copied")).map_or(0, number);
+        // Only buffers at a huge page's border do not suit.
+        assert!(frames >= 1000 && copied * 10 < frames, "{rx}");
+        assert!(!log.contains("this is a bug"), "{log}");
+    }
+}
+
+fn run_with(nic: &str) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu/run-in-zero-copy-machine");
+    let tests = std::env::current_exe().unwrap();
+    let daemon = program().get_program().to_owned();
+    let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+    let output = Command::new(script)
+        .env("NIC", nic)
+        .args([tests.as_os_str(), &daemon])
+        .args(["--", "env"])
+        .arg(format!("VHOST_USER_NET=/work/{}", name(Path::new(&daemon))))
+        .arg(format!("/work/{}", name(&tests)))
+        .args(["zero_copy::inside", "--exact", "--ignored", "--nocapture"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}\n{error}");
+}
+
+#[test]
+fn virtio_net_moves_frames_without_a_copy() {
+    needs_root!("virtio_net_moves_frames_without_a_copy");
+    needs_program!("virtio_net_moves_frames_without_a_copy", "qemu-system-x86_64");
+    let _alone = one_at_a_time();
+    run_with("virtio");
+}
+
+#[test]
+fn igb_moves_frames_without_a_copy() {
+    needs_root!("igb_moves_frames_without_a_copy");
+    needs_program!("igb_moves_frames_without_a_copy", "qemu-system-x86_64");
+    let _alone = one_at_a_time();
+    run_with("igb");
+}
