@@ -1,6 +1,5 @@
 //! The rings, driven through the loopback port: every frame comes back once, unchanged, in order.
 
-use std::fs;
 use std::os::fd::AsRawFd;
 
 use vhost::vhost_user::message::FrontendReq;
