@@ -38,9 +38,8 @@ struct Arguments {
     tap_fd: Vec<RawFd>,
     /// Move frames through AF_XDP sockets on this device's queues, from N on one for each queue
     /// pair, with the guest's memory as theirs. mode: whether its driver reads and writes that
-    /// memory itself; attach: where the XDP program runs; steer=mac: have the device bring what is
-    /// for --mac to the queue.
-    #[arg(long, value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic][,steer=mac]", group = "host", value_parser = parse_af_xdp)]
+    /// memory itself; attach: where the XDP program runs.
+    #[arg(long, value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic]", group = "host", value_parser = parse_af_xdp)]
     af_xdp: Option<AfXdp>,
     /// Return each frame to the guest that sent it: for trying out a VMM or a driver.
     #[arg(long, group = "host")]
@@ -116,8 +115,6 @@ pub struct AfXdp {
     pub mode: Mode,
     /// Where the XDP program runs.
     pub attach: Attach,
-    /// Whether the device is to bring frames for the card's address to the queue.
-    pub steer: bool,
 }
 
 /// Who moves frames between the device and the guest's memory.
@@ -242,10 +239,6 @@ impl Arguments {
                 "--queue-pairs={queue_pairs} is not between 1 and {MAX_QUEUE_PAIRS}"
             ));
         }
-        let steered = self.af_xdp.as_ref().is_some_and(|af_xdp| af_xdp.steer);
-        if steered && self.mac.is_none() {
-            return Err("--af-xdp with steer=mac needs the address: give --mac as well".into());
-        }
         let host = match (self.tap, self.af_xdp) {
             (Some(name), _) => Host::Tap(device_name(&name)?),
             (None, Some(af_xdp)) => Host::AfXdp(af_xdp),
@@ -328,7 +321,6 @@ fn parse_af_xdp(text: &str) -> Result<AfXdp, String> {
         queue: 0,
         mode: Mode::Auto,
         attach: Attach::Auto,
-        steer: false,
     };
     for part in parts {
         let (key, value) =
@@ -346,9 +338,7 @@ fn parse_af_xdp(text: &str) -> Result<AfXdp, String> {
                 parsed.attach = Attach::from_str(value, false)
                     .map_err(|_| one_of("auto, native or generic"))?;
             }
-            "steer" if value == "mac" => parsed.steer = true,
-            "steer" => return Err(one_of("mac")),
-            _ => return Err(format!("'{key}' is none of queue, mode, attach and steer")),
+            _ => return Err(format!("'{key}' is none of queue, mode and attach")),
         }
     }
     if parsed.mode == Mode::ZeroCopy && parsed.attach == Attach::Generic {
@@ -425,18 +415,11 @@ mod tests {
     #[test]
     fn an_af_xdp_port_is_a_device_and_what_differs_from_the_default() {
         let config = read(&["--socket-path=a", "--af-xdp=eth1"]).unwrap();
-        let plain = AfXdp {
-            name: "eth1".into(),
-            queue: 0,
-            mode: Mode::Auto,
-            attach: Attach::Auto,
-            steer: false,
-        };
+        let plain = AfXdp { name: "eth1".into(), queue: 0, mode: Mode::Auto, attach: Attach::Auto };
         assert_eq!(config.host, Host::AfXdp(plain.clone()));
-        let option = "--af-xdp=eth1,queue=3,mode=zero-copy,attach=native,steer=mac";
-        let config = read(&["--socket-path=a", option, "--mac=52:54:00:00:00:01"]).unwrap();
-        let expected =
-            AfXdp { queue: 3, mode: Mode::ZeroCopy, attach: Attach::Native, steer: true, ..plain };
+        let option = "--af-xdp=eth1,queue=3,mode=zero-copy,attach=native";
+        let config = read(&["--socket-path=a", option]).unwrap();
+        let expected = AfXdp { queue: 3, mode: Mode::ZeroCopy, attach: Attach::Native, ..plain };
         assert_eq!(config.host, Host::AfXdp(expected));
     }
 
@@ -466,7 +449,6 @@ mod tests {
             (&["--socket-path=a", "--af-xdp=eth1,queue=x"], "'x'"),
             (&["--socket-path=a", "--af-xdp=eth1,mode=fast"], "'fast'"),
             (&["--socket-path=a", "--af-xdp=eth1,lane=1"], "'lane'"),
-            (&["--socket-path=a", "--af-xdp=eth1,steer=mac"], "--mac"),
             (&["--socket-path=a", "--af-xdp=eth1,mode=zero-copy,attach=generic"], "generic"),
             (&["--socket-path=a", "--tap=a", "--af-xdp=b"], "--af-xdp"),
         ];

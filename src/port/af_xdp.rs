@@ -1,8 +1,8 @@
 //! AF_XDP sockets as port: the guest's own memory is what the kernel, or the device, sends from
 //! and receives into.
 //!
-//! The pieces: [`umem`] says which addresses the kernel may be given, [`program`] brings frames to
-//! the sockets, [`interface`] opens and closes these, the [`transmitter`] and the [`receiver`] keep
+//! The pieces: `umem` says which addresses the kernel may be given, `program` brings frames to
+//! the sockets, `interface` opens and closes these, the `transmitter` and the `receiver` keep
 //! what the kernel holds. A socket lives for a session at the most: it opens when the guest first
 //! has something for it, since that pins all of the guest's memory, and is closed before a single
 //! buffer goes back unfinished.

@@ -110,6 +110,14 @@ impl Interface {
             warn!("af_xdp {name}: is down; set it up with 'ip link set {name} up'");
         }
         interface.layout(&link, mtu, false)?;
+        if link.is_veth {
+            let peer = link.veth_peer.and_then(|peer| link::at(peer).ok());
+            let peer = peer.map_or("NAME".into(), |peer| peer.name);
+            info!(
+                "af_xdp {name}: the other end of a veth must send whole frames, with their \
+                 checksums: 'ethtool -K {peer} tx off'"
+            );
+        }
         let mut shared = interface.lock();
         shared.attachment = Some(Attachment::new(name, link.index, options.attach)?);
         shared.abilities = interface.try_queues(&link)?;
