@@ -73,6 +73,8 @@ pub(super) struct Receiver<'mem> {
     posted: VecDeque<Posted<'mem>>,
     /// How many of `posted` are slots.
     slots_posted: usize,
+    /// How many of `posted` have a frame, but for an older one that has none.
+    held: usize,
     /// Buffers that have not been looked at, younger than all others.
     fresh: VecDeque<Chain<'mem, Writable>>,
     /// Buffers that are not posted, oldest first.
@@ -93,6 +95,7 @@ impl<'mem> Receiver<'mem> {
             mergeable: negotiated.mergeable(),
             posted: VecDeque::new(),
             slots_posted: 0,
+            held: 0,
             fresh: VecDeque::new(),
             parked: VecDeque::new(),
             smallest: usize::MAX,
@@ -212,9 +215,11 @@ impl<'mem> Receiver<'mem> {
 
     /// Gives back the buffers that frames have arrived in.
     pub(super) fn reap(&mut self, open: &mut OpenSocket, finished: &mut Finished<'mem>) {
+        let mut arrived = self.held;
         let mut any = false;
         while let Some(descriptor) = open.socket.rx.take() {
             any = true;
+            arrived += 1;
             let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
             // Nearly always the oldest.
             let found = self
@@ -223,6 +228,7 @@ impl<'mem> Receiver<'mem> {
                 .find(|posted| posted.address == address && posted.filled.is_none());
             if let Some(posted) = found {
                 posted.filled = Some(descriptor.length as usize);
+                self.held += 1;
             }
             self.deliver(&open.umem, finished);
         }
@@ -236,8 +242,12 @@ impl<'mem> Receiver<'mem> {
             open.socket.fill.submit();
             self.wake_driver(open);
         }
-        self.overtaken =
-            self.posted.iter().any(|posted| posted.filled.is_some()).then(Instant::now);
+        // Counted anew from each time that the oldest came back.
+        self.overtaken = match self.held {
+            0 => None,
+            held if held < arrived => Some(Instant::now()),
+            _ => self.overtaken.or_else(|| Some(Instant::now())),
+        };
     }
 
     /// Whether a buffer is not coming back, though younger ones have.
@@ -254,6 +264,7 @@ impl<'mem> Receiver<'mem> {
     fn deliver(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) {
         while let Some(length) = self.posted.front().and_then(|posted| posted.filled) {
             let Some(posted) = self.posted.pop_front() else { return };
+            self.held -= 1;
             match posted.target {
                 Target::Guest(chain) if self.is_next(&chain) => {
                     let written = self.header_length + length;
@@ -370,6 +381,7 @@ impl<'mem> Receiver<'mem> {
         lost += self.waiting.len() as u64;
         self.waiting.clear();
         self.slots_posted = 0;
+        self.held = 0;
         self.free_slots = (0..RX_SLOTS).collect();
         self.overtaken = None;
         lost
