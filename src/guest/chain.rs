@@ -92,14 +92,6 @@ impl<'mem> Segment<'mem> {
         }
     }
 
-    /// This segment's first `bytes`, or all of it if it is shorter.
-    #[inline]
-    #[must_use]
-    pub fn first(&self, bytes: usize) -> Self {
-        let iov_len = self.iovec.iov_len.min(bytes);
-        Segment { iovec: libc::iovec { iov_len, ..self.iovec }, memory: PhantomData }
-    }
-
     /// Where it starts in this process, to find out what it is a part of.
     #[inline]
     pub fn address(&self) -> usize {

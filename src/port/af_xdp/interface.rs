@@ -1,7 +1,6 @@
 //! A network device and the sockets on its queues, as the queue pairs of a port share them: one
 //! XDP program, one UMEM for all sockets of a memory table.
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -376,15 +375,11 @@ impl Interface {
     /// into its buffers until then. That is when the queue can be bound again.
     fn wait_for_device(&self, binding: Binding) {
         let started = Instant::now();
-        while let Err(Refused::Bind(error)) =
-            try_bind(Binding { zero_copy: false, ..binding }, false)
+        if let Err(Refused::Bind(error)) = try_bind(Binding { zero_copy: false, ..binding }, false)
             && error.raw_os_error() == Some(libc::EBUSY)
         {
-            if started.elapsed() > BUSY_LIMIT {
-                warn!("af_xdp {}: queue {} stays busy", self.name(), binding.queue);
-                return;
-            }
-            std::thread::sleep(BUSY_RETRY);
+            warn!("af_xdp {}: queue {} stays busy", self.name(), binding.queue);
+            return;
         }
         debug!("af_xdp {}: the device let go after {:?}", self.name(), started.elapsed());
     }
@@ -462,14 +457,6 @@ fn try_bind(binding: Binding, metadata: bool) -> Result<(), Refused> {
                 std::thread::sleep(BUSY_RETRY);
             }
             result => return result.map_err(Refused::Bind),
-        }
-    }
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Failure::Busy(error) | Failure::Gone(error) => error.fmt(f),
         }
     }
 }
