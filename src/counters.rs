@@ -78,12 +78,14 @@ pub enum CopyReason {
     Pieces,
     /// The guest's buffer does not suit the host, which put the frame into one of ours.
     Unsuitable,
+    /// The frame came before the guest's buffer, and waited for it in one of ours.
+    Late,
 }
 
 impl CopyReason {
     /// All reasons.
-    pub const ALL: [CopyReason; 3] =
-        [CopyReason::Checksum, CopyReason::Pieces, CopyReason::Unsuitable];
+    pub const ALL: [CopyReason; 4] =
+        [CopyReason::Checksum, CopyReason::Pieces, CopyReason::Unsuitable, CopyReason::Late];
 
     /// The reason as it is shown.
     pub fn name(self) -> &'static str {
@@ -91,6 +93,7 @@ impl CopyReason {
             CopyReason::Checksum => "checksum",
             CopyReason::Pieces => "pieces",
             CopyReason::Unsuitable => "unsuitable_buffer",
+            CopyReason::Late => "late_buffer",
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::Instant;
 
 use log::{debug, info, warn};
@@ -139,7 +139,9 @@ fn open_host(
         Host::TapDescriptors(_) => inherited
             .into_iter()
             .map(|fd| {
-                Queue::inherit(fd).map_err(|error| StartError::new(format!("--tap-fd: {error}")))
+                let number = fd.as_raw_fd();
+                Queue::inherit(fd)
+                    .map_err(|error| StartError::new(format!("--tap-fd={number}: {error}")))
             })
             .collect::<Result<_, _>>()?,
     };

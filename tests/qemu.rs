@@ -147,8 +147,9 @@ fn a_guest_on_af_xdp_gets_and_sends_frames_that_nobody_copies() {
         eventually("it is counted", || daemon.log().matches("veth0/0: tx ").count() == 2);
         let (received, copied) = moved_and_copied(&daemon, "rx");
         assert!(received > 10_000, "{received}");
-        // The guest's buffers take every frame, unless it had none left.
-        assert!(copied * 100 < received, "rx: {copied} of {received}");
+        // The guest's buffers take every frame, unless it had none left: a slow guest, now and then.
+        assert!(!daemon.log().contains("copied (unsuitable_buffer)"), "{}", daemon.log());
+        assert!(copied * 10 < received, "rx: {copied} of {received}");
         let (sent, copied) = moved_and_copied(&daemon, "tx");
         assert!(sent > 10_000, "{sent}");
         if guest_sums {

@@ -305,9 +305,9 @@ impl<'mem> Receiver<'mem> {
         while let Some(frame) = self.waiting.pop_front() {
             let served = match &frame {
                 Waiting::Slot { slot, length } => {
-                    self.spread(&umem.rx_frame(self.pair, *slot, *length), finished)
+                    self.spread(&umem.rx_frame(self.pair, *slot, *length), umem, finished)
                 }
-                Waiting::Copy(bytes) => self.spread(&Segment::of_bytes(bytes), finished),
+                Waiting::Copy(bytes) => self.spread(&Segment::of_bytes(bytes), umem, finished),
             };
             if !served {
                 self.waiting.push_front(frame);
@@ -320,9 +320,19 @@ impl<'mem> Receiver<'mem> {
     }
 
     /// Copies a frame into the oldest parked buffers; says whether they were there.
-    fn spread(&mut self, frame: &Segment<'_>, finished: &mut Finished<'mem>) -> bool {
+    fn spread(
+        &mut self,
+        frame: &Segment<'_>,
+        umem: &GuestUmem,
+        finished: &mut Finished<'mem>,
+    ) -> bool {
         let needed = self.header_length + frame.len();
         let Some(buffers) = self.buffers_for(needed) else { return false };
+        let suitable = |chain| umem.receivable(chain, self.header_length).is_some();
+        let reason = match self.parked.front().is_some_and(suitable) {
+            true => CopyReason::Late,
+            false => CopyReason::Unsuitable,
+        };
         let (mut copied, first) = (0, finished.rx.len());
         for index in 0..buffers {
             let Some(chain) = self.parked.pop_front() else { break };
@@ -341,7 +351,7 @@ impl<'mem> Receiver<'mem> {
         write_header(&finished.rx[first].0, self.header_length, buffers as u16);
         finished.rx_frames += 1;
         finished.rx_bytes += copied as u64;
-        finished.rx_copied.push(CopyReason::Unsuitable);
+        finished.rx_copied.push(reason);
         true
     }
 
