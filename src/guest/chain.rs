@@ -9,10 +9,14 @@ use std::marker::PhantomData;
 use std::mem;
 use std::ptr::NonNull;
 
+use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
+
 /// Which way the device may use a chain's memory.
 pub trait Direction: fmt::Debug + 'static {
     /// Whether the device writes it (the descriptors have `VIRTQ_DESC_F_WRITE`).
     const WRITABLE: bool;
+    /// Flags of a descriptor that is a whole chain.
+    const FLAGS: u16 = if Self::WRITABLE { VRING_DESC_F_WRITE as u16 } else { 0 };
 }
 
 /// Device-readable: a frame from the guest, on the tx virtqueue.
@@ -141,29 +145,45 @@ impl fmt::Debug for Segment<'_> {
     }
 }
 
-/// Copies `length` bytes such that each is read once and written once, eight at a time.
+/// A number at any alignment.
+#[repr(C, packed)]
+#[derive(Clone, Copy)]
+pub(super) struct Unaligned<T>(pub(super) T);
+
+/// Copies `length` bytes such that each is read once and written once, as words where it can.
 ///
 /// # Safety
 /// Both ranges must be mapped and must not overlap.
 #[inline]
 unsafe fn volatile_copy(from: *const u8, to: *mut u8, length: usize) {
-    #[repr(C, packed)]
-    #[derive(Clone, Copy)]
-    struct Word(u64);
     let mut done = 0;
-    // SAFETY: every access lies within `length` bytes of `from` and `to`; Word has alignment 1.
+    // SAFETY: every access lies within `length` bytes of `from` and `to`; Unaligned has
+    // alignment 1.
     unsafe {
         while length - done >= 8 {
-            to.add(done)
-                .cast::<Word>()
-                .write_volatile(from.add(done).cast::<Word>().read_volatile());
+            let word = from.add(done).cast::<Unaligned<u64>>().read_volatile();
+            to.add(done).cast::<Unaligned<u64>>().write_volatile(word);
             done += 8;
+        }
+        if length - done >= 4 {
+            let word = from.add(done).cast::<Unaligned<u32>>().read_volatile();
+            to.add(done).cast::<Unaligned<u32>>().write_volatile(word);
+            done += 4;
         }
         while done < length {
             to.add(done).write_volatile(from.add(done).read_volatile());
             done += 1;
         }
     }
+}
+
+/// A chain's memory. Nearly all buffers, and small frames, are one piece: that needs no list.
+#[derive(Debug)]
+pub(super) enum Segments<'mem> {
+    /// One piece.
+    One(Segment<'mem>),
+    /// Any number of them.
+    List(Vec<Segment<'mem>>),
 }
 
 /// A descriptor chain that its virtqueue has lent out.
@@ -178,18 +198,21 @@ pub struct Chain<'mem, D: Direction> {
     position: u16,
     head: u16,
     length: u32,
-    segments: Vec<Segment<'mem>>,
+    segments: Segments<'mem>,
     direction: PhantomData<D>,
 }
 
 impl<'mem, D: Direction> Chain<'mem, D> {
-    pub(super) fn new(position: u16, head: u16, length: u32, segments: Vec<Segment<'mem>>) -> Self {
+    #[inline]
+    pub(super) fn new(position: u16, head: u16, length: u32, segments: Segments<'mem>) -> Self {
         Chain { position, head, length, segments, direction: PhantomData }
     }
 
-    /// Takes the chain apart: position, head, and its list of segments for further use.
-    pub(super) fn into_parts(mut self) -> (u16, u16, Vec<Segment<'mem>>) {
-        let parts = (self.position, self.head, mem::take(&mut self.segments));
+    /// Takes the chain apart: position, head, and its segments, whose list may be used again.
+    #[inline]
+    pub(super) fn into_parts(mut self) -> (u16, u16, Segments<'mem>) {
+        let none = Segments::List(Vec::new());
+        let parts = (self.position, self.head, mem::replace(&mut self.segments, none));
         mem::forget(self);
         parts
     }
@@ -205,11 +228,20 @@ impl<'mem, D: Direction> Chain<'mem, D> {
     #[inline]
     pub fn segments_after(&self, bytes: usize) -> impl Iterator<Item = Segment<'mem>> {
         let mut skip = bytes;
-        self.segments.iter().filter_map(move |segment| {
+        self.segments().iter().filter_map(move |segment| {
             let skipped = skip.min(segment.len());
             skip -= skipped;
             (skipped < segment.len()).then(|| segment.skip(skipped))
         })
+    }
+
+    /// The first piece of that, if there is any.
+    #[inline]
+    pub fn first_after(&self, bytes: usize) -> Option<Segment<'mem>> {
+        match &self.segments {
+            Segments::One(only) if bytes < only.len() => Some(only.skip(bytes)),
+            _ => self.segments_after(bytes).next(),
+        }
     }
 
     /// Index of the chain's first descriptor, by which the driver knows it.
@@ -224,15 +256,19 @@ impl<'mem, D: Direction> Chain<'mem, D> {
     }
 
     /// The chain's memory, in order.
+    #[inline]
     pub fn segments(&self) -> &[Segment<'mem>] {
-        &self.segments
+        match &self.segments {
+            Segments::One(only) => std::slice::from_ref(only),
+            Segments::List(list) => list,
+        }
     }
 
     /// Copies the chain's first bytes to `target`; returns how many there were.
     #[inline]
     pub fn read_start(&self, target: &mut [u8]) -> usize {
         let mut done = 0;
-        for segment in &self.segments {
+        for segment in self.segments() {
             if done == target.len() {
                 break;
             }
@@ -246,6 +282,12 @@ impl Chain<'_, Writable> {
     /// Writes `bytes` at `offset`, as far as the chain reaches.
     #[inline]
     pub fn write_at(&self, offset: usize, bytes: &[u8]) {
+        if let Segments::One(only) = &self.segments
+            && only.len() >= offset + bytes.len()
+        {
+            only.skip(offset).write(bytes);
+            return;
+        }
         let mut rest = bytes;
         for segment in self.segments_after(offset) {
             if rest.is_empty() {

@@ -148,17 +148,34 @@ impl Region {
             || meet(self.request.frontend_address, other.frontend_address)
     }
 
-    /// Bytes from `address` to the end of the region, and where `address` is mapped; nothing if
-    /// the address lies outside.
+    fn window(&self) -> Option<Window> {
+        // SAFETY: `map` made the mapping lead + size bytes long, and the size is not 0.
+        let mapped = unsafe { self.mapping.as_ptr().add(self.lead) };
+        let RegionRequest { guest_address, size, .. } = self.request;
+        Some(Window { guest_address, size, mapped: NonNull::new(mapped)? })
+    }
+}
+
+/// A region as look-ups need it, to be kept at hand: nearly all of a guest's buffers lie in one.
+/// It is no longer than the table that it is from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Window {
+    guest_address: u64,
+    size: u64,
+    mapped: NonNull<u8>,
+}
+
+impl Window {
+    /// No region.
+    pub(super) const EMPTY: Self =
+        Window { guest_address: 0, size: 0, mapped: NonNull::dangling() };
+
+    #[inline]
     fn at(&self, address: u64) -> Option<(NonNull<u8>, u64)> {
-        let offset = address.wrapping_sub(self.request.guest_address);
-        if offset >= self.request.size {
-            return None;
-        }
-        // SAFETY: lead + offset is less than the mapping's length: `map` made the mapping at
-        // least lead + size bytes long, and offset < size.
-        let pointer = unsafe { self.mapping.as_ptr().add(self.lead + offset as usize) };
-        NonNull::new(pointer).map(|pointer| (pointer, self.request.size - offset))
+        let offset = address.wrapping_sub(self.guest_address);
+        // SAFETY: `size` bytes are mapped.
+        (offset < self.size)
+            .then(|| (unsafe { self.mapped.add(offset as usize) }, self.size - offset))
     }
 }
 
@@ -246,20 +263,20 @@ impl GuestMemory {
 
     /// Where the `length` bytes from `address` are mapped, if one region holds them all.
     pub(super) fn resolve(&self, address: GuestAddress, length: u64) -> Option<NonNull<u8>> {
-        let (pointer, room) = self.at(address.0, &mut 0)?;
+        let (pointer, room) = self.at(address.0, &mut { Window::EMPTY })?;
         (length <= room).then_some(pointer)
     }
 
-    /// Where `address` is mapped, and how many bytes of its region follow it. `hint` remembers
-    /// the region of the last look-up: nearly all of a guest's buffers lie in one.
+    /// Where `address` is mapped, and how many bytes of its region follow it. `last` keeps the
+    /// region of the last look-up in this table.
     #[inline]
-    pub(super) fn at(&self, address: u64, hint: &mut usize) -> Option<(NonNull<u8>, u64)> {
-        if let Some(found) = self.regions.get(*hint).and_then(|region| region.at(address)) {
-            return Some(found);
-        }
-        let behind = self.regions.partition_point(|region| region.request.guest_address <= address);
-        *hint = behind.checked_sub(1)?;
-        self.regions[*hint].at(address)
+    pub(super) fn at(&self, address: u64, last: &mut Window) -> Option<(NonNull<u8>, u64)> {
+        last.at(address).or_else(|| {
+            let behind =
+                self.regions.partition_point(|region| region.request.guest_address <= address);
+            *last = self.regions[..behind].last()?.window()?;
+            last.at(address)
+        })
     }
 }
 
@@ -291,11 +308,11 @@ mod tests {
             (region(0, 0x2000), memfd(0x2000)),
         ])
         .unwrap();
-        let mut hint = 7;
-        assert_eq!(memory.at(0x1fff, &mut hint).unwrap().1, 1);
-        assert_eq!(memory.at(0x10_0000, &mut hint).unwrap().1, 0x1000);
+        let mut last = Window::EMPTY;
+        assert_eq!(memory.at(0x1fff, &mut last).unwrap().1, 1);
+        assert_eq!(memory.at(0x10_0000, &mut last).unwrap().1, 0x1000);
         for gap in [0x2000, 0xf_ffff, 0x10_1000, u64::MAX] {
-            assert!(memory.at(gap, &mut hint).is_none());
+            assert!(memory.at(gap, &mut last).is_none());
         }
         assert!(memory.resolve(GuestAddress(0x1ff0), 0x10).is_some());
         assert!(memory.resolve(GuestAddress(0x1ff0), 0x11).is_none());

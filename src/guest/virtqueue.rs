@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 
 use virtio_queue::desc::split::Descriptor;
 
-use super::chain::{Burst, Chain, Direction, Segment};
+use super::chain::{Burst, Chain, Direction, Segment, Segments, Unaligned};
 use super::fault::Fault;
 use super::layout::RingLayout;
-use super::memory::GuestMemory;
+use super::memory::{GuestMemory, Window};
 
 /// Segments of one chain at the most: what fits one `writev` (`IOV_MAX`, 1024) beside a header of
 /// our own. A frame of 64 KiB in pages has 18.
@@ -54,17 +54,6 @@ pub struct Budget {
     pub bytes: usize,
 }
 
-/// A 16-byte descriptor as it stands in guest memory, at any alignment (indirect tables have no
-/// rule about theirs).
-#[repr(C, packed)]
-#[derive(Clone, Copy)]
-struct RawDescriptor {
-    address: u64,
-    length: u32,
-    flags: u16,
-    next: u16,
-}
-
 /// A running ring of one direction.
 #[derive(Debug)]
 pub struct Virtqueue<'mem, D: Direction> {
@@ -91,7 +80,8 @@ pub struct Virtqueue<'mem, D: Direction> {
     on_loan: Box<[u64]>,
     /// Segment lists of chains that went back, for chains to come: no allocation per frame.
     spare: Vec<Vec<Segment<'mem>>>,
-    region_hint: usize,
+    /// The region of the last buffer.
+    region: Window,
     direction: PhantomData<D>,
 }
 
@@ -121,7 +111,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             armed: true,
             on_loan: vec![0; usize::from(layout.size).div_ceil(64)].into_boxed_slice(),
             spare: Vec::new(),
-            region_hint: 0,
+            region: Window::EMPTY,
             direction: PhantomData,
         };
         let used = queue.used_u16(2).load(Ordering::Relaxed);
@@ -145,6 +135,8 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     ///
     /// # Errors
     /// A [`Fault`] of the guest's; chains popped before it stay in `burst`.
+    // By itself, or its variables would compete with all of the worker's turn for registers.
+    #[inline(never)]
     pub fn pop(&mut self, burst: &mut Burst<'mem, D>, budget: Budget) -> Result<usize, Fault> {
         if self.next_avail == self.seen_avail && !self.look()? {
             return Ok(0);
@@ -192,25 +184,40 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         if self.on_loan[word] & bit != 0 {
             return Err(Fault::HeadOfferedTwice(head));
         }
-        let mut segments = self.spare.pop().unwrap_or_default();
-        match self.walk(head, &mut segments) {
-            Ok(length) => {
-                self.on_loan[word] |= bit;
-                self.next_avail = position.wrapping_add(1);
-                Ok(Chain::new(position, head, length, segments))
-            }
-            Err(fault) => {
-                segments.clear();
-                self.spare.push(segments);
-                Err(fault)
-            }
-        }
+        let (segments, length) = self.walk(head)?;
+        self.on_loan[word] |= bit;
+        self.next_avail = position.wrapping_add(1);
+        Ok(Chain::new(position, head, length, segments))
     }
 
-    /// Collects the segments of the chain at `head`; returns their bytes.
+    /// The segments of the chain at `head`, and their bytes.
     #[inline]
-    fn walk(&mut self, head: u16, segments: &mut Vec<Segment<'mem>>) -> Result<u32, Fault> {
+    fn walk(&mut self, head: u16) -> Result<(Segments<'mem>, u32), Fault> {
         let first = self.descriptor(self.descriptors, head);
+        let length = first.len();
+        // Nearly always: one descriptor, in one region.
+        if first.flags() == D::FLAGS
+            && length > 0
+            && let Some((start, room)) = self.memory.at(first.addr().0, &mut self.region)
+            && u64::from(length) <= room
+        {
+            // SAFETY: as in `map`.
+            let segment = unsafe { Segment::new(start, length as usize) };
+            return Ok((Segments::One(segment), length));
+        }
+        let mut list = self.spare.pop().unwrap_or_default();
+        let length = self.walk_all(head, first, &mut list)?;
+        Ok((Segments::List(list), length))
+    }
+
+    /// Collects the segments of the chain at `head`, of any kind; returns their bytes.
+    #[inline(never)]
+    fn walk_all(
+        &mut self,
+        head: u16,
+        first: Descriptor,
+        segments: &mut Vec<Segment<'mem>>,
+    ) -> Result<u32, Fault> {
         if !first.refers_to_indirect_table() {
             return self.walk_table(head, first, self.descriptors, self.size, segments);
         }
@@ -276,7 +283,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         let unmapped =
             Fault::BufferUnmapped { address: descriptor.addr().0, length: descriptor.len() };
         while left > 0 {
-            let Some((start, room)) = self.memory.at(address, &mut self.region_hint) else {
+            let Some((start, room)) = self.memory.at(address, &mut self.region) else {
                 return Err(unmapped);
             };
             if segments.len() == MAX_SEGMENTS {
@@ -295,17 +302,15 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     #[inline]
     fn descriptor(&self, table: NonNull<u8>, index: u16) -> Descriptor {
         // SAFETY: the caller has checked `index` against the table's number of entries, and the
-        // table was resolved with 16 bytes for each. Volatile: the guest may write meanwhile, and
-        // the copy must be the one value that all checks see.
-        let raw = unsafe {
-            table.cast::<RawDescriptor>().add(usize::from(index)).as_ptr().read_volatile()
+        // table was resolved with 16 bytes for each, at any alignment (indirect tables have no rule
+        // about theirs). Volatile: the guest may write meanwhile, and the copy must be the one
+        // value that all checks see.
+        let [address, rest] = unsafe {
+            let words = table.cast::<Unaligned<u64>>().add(2 * usize::from(index));
+            [words.read_volatile().0, words.add(1).read_volatile().0].map(u64::from_le)
         };
-        Descriptor::new(
-            u64::from_le(raw.address),
-            u32::from_le(raw.length),
-            u16::from_le(raw.flags),
-            u16::from_le(raw.next),
-        )
+        let (length, flags, next) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
+        Descriptor::new(address, length, flags, next)
     }
 
     /// Writes the chain's used entry: the device has finished with it, and has written `written`
@@ -336,10 +341,12 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     }
 
     #[inline]
-    fn release(&mut self, head: u16, mut segments: Vec<Segment<'mem>>) {
+    fn release(&mut self, head: u16, segments: Segments<'mem>) {
         self.on_loan[usize::from(head / 64)] &= !(1 << (head % 64));
-        segments.clear();
-        self.spare.push(segments);
+        if let Segments::List(mut list) = segments {
+            list.clear();
+            self.spare.push(list);
+        }
     }
 
     /// Shows the driver what was retired, with one store, and tells what it wants done.

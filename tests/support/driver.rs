@@ -140,9 +140,10 @@ impl Ring {
 
     /// The same with an indirect table.
     pub(crate) fn add_indirect(&mut self, pieces: &[(u64, u32)], write: bool) -> Option<u16> {
-        assert!(pieces.len() <= 16);
+        assert!(pieces.len() <= 15);
         let head = self.free.pop()?;
-        let table = self.buffers + 256 * u64::from(head);
+        // At any alignment.
+        let table = self.buffers + 256 * u64::from(head) + u64::from(head % 16);
         let slots: Vec<u16> = (0..pieces.len() as u16).collect();
         self.write_chain(table, &slots, pieces, write);
         self.write_descriptor(

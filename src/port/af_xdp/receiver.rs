@@ -11,6 +11,7 @@
 //! kernel may still write into an older one that is posted.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::time::{Duration, Instant};
 
 use super::interface::OpenSocket;
@@ -50,8 +51,8 @@ enum Target<'mem> {
 struct Posted<'mem> {
     address: u64,
     target: Target<'mem>,
-    /// Length in bytes of the frame that has arrived in it, before an older buffer had one.
-    filled: Option<usize>,
+    /// Length in bytes of the frame that has arrived in it.
+    filled: Option<u32>,
 }
 
 /// A frame that is to be copied into the guest's buffers.
@@ -73,7 +74,7 @@ pub(super) struct Receiver<'mem> {
     posted: VecDeque<Posted<'mem>>,
     /// How many of `posted` are slots.
     slots_posted: usize,
-    /// How many of `posted` have a frame, but for an older one that has none.
+    /// How many of `posted` have a frame, and wait for an older one that has none.
     held: usize,
     /// Buffers that have not been looked at, younger than all others.
     fresh: VecDeque<Chain<'mem, Writable>>,
@@ -122,7 +123,11 @@ impl<'mem> Receiver<'mem> {
     /// Borrows buffers, as far as there is use for them.
     pub(super) fn take(&mut self, buffers: &mut Burst<'mem, Writable>) {
         let wanted = BORROWED.saturating_sub(self.borrowed()).min(buffers.len());
-        self.fresh.extend(buffers.drain(..wanted));
+        if self.fresh.is_empty() && wanted == buffers.len() {
+            mem::swap(&mut self.fresh, buffers);
+        } else {
+            self.fresh.extend(buffers.drain(..wanted));
+        }
     }
 
     /// Parks a buffer, in its place in the ring's order.
@@ -165,31 +170,39 @@ impl<'mem> Receiver<'mem> {
     }
 
     fn post_all(&mut self, socket: &mut Socket, umem: &GuestUmem) {
-        let mut staged = false;
-        while let Some(chain) = self.fresh.pop_front() {
-            // Slots that are out go before it, and need the buffers that are older.
-            let uncovered = self.slots_posted + self.waiting.len() > self.frames_parked(umem);
+        let mut fresh = mem::take(&mut self.fresh);
+        let mut staged = !fresh.is_empty();
+        let mut uncovered = self.is_uncovered(umem);
+        for chain in fresh.drain(..) {
             let address =
                 if uncovered { None } else { umem.receivable(&chain, self.header_length) };
             match address {
-                Some(address) => {
-                    self.stage(socket, address, Target::Guest(chain));
-                    staged = true;
-                }
+                Some(address) => self.stage(socket, address, Target::Guest(chain)),
                 None => {
                     self.park(chain);
-                    staged |= self.post_slots(socket, umem, 0);
+                    self.post_slots(socket, umem, 0);
+                    uncovered = self.is_uncovered(umem);
                 }
             }
         }
+        self.fresh = fresh;
         staged |= self.post_slots(socket, umem, 0);
         if staged {
             socket.fill.submit();
         }
     }
 
+    /// Whether frames in slots may need more buffers than are parked: those to come, which are
+    /// older than what is posted behind the slots.
+    fn is_uncovered(&self, umem: &GuestUmem) -> bool {
+        self.slots_posted + self.waiting.len() > self.frames_parked(umem)
+    }
+
     /// How many of the longest frames the parked buffers hold at the least.
     fn frames_parked(&self, umem: &GuestUmem) -> usize {
+        if self.parked.is_empty() {
+            return 0;
+        }
         let longest = self.header_length + umem.layout.writes;
         let each = if self.mergeable { longest.div_ceil(self.smallest.max(1)) } else { 1 };
         self.parked.len() / each
@@ -208,6 +221,7 @@ impl<'mem> Receiver<'mem> {
         any
     }
 
+    #[inline]
     fn stage(&mut self, socket: &mut Socket, address: u64, target: Target<'mem>) {
         socket.fill.stage(address);
         self.posted.push_back(Posted { address, target, filled: None });
@@ -215,22 +229,21 @@ impl<'mem> Receiver<'mem> {
 
     /// Gives back the buffers that frames have arrived in.
     pub(super) fn reap(&mut self, open: &mut OpenSocket, finished: &mut Finished<'mem>) {
-        let mut arrived = self.held;
-        let mut any = false;
+        let (mut any, mut delivered) = (false, false);
         while let Some(descriptor) = open.socket.rx.take() {
             any = true;
-            arrived += 1;
             let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
-            // Nearly always the oldest.
-            let found = self
-                .posted
-                .iter_mut()
-                .find(|posted| posted.address == address && posted.filled.is_none());
-            if let Some(posted) = found {
-                posted.filled = Some(descriptor.length as usize);
-                self.held += 1;
+            // Nearly always it is the oldest.
+            match self.posted.pop_front_if(|oldest| oldest.address == address) {
+                Some(oldest) => {
+                    delivered = true;
+                    self.deliver(oldest.target, descriptor.length, &open.umem, finished);
+                    if self.held > 0 {
+                        self.deliver_held(&open.umem, finished);
+                    }
+                }
+                None => self.hold(address, descriptor.length),
             }
-            self.deliver(&open.umem, finished);
         }
         self.serve_waiting(&open.umem, finished);
         if !any {
@@ -243,11 +256,31 @@ impl<'mem> Receiver<'mem> {
             self.wake_driver(open);
         }
         // Counted anew from each time that the oldest came back.
-        self.overtaken = match self.held {
-            0 => None,
-            held if held < arrived => Some(Instant::now()),
-            _ => self.overtaken.or_else(|| Some(Instant::now())),
+        self.overtaken = match self.overtaken {
+            _ if self.held == 0 => None,
+            Some(since) if !delivered => Some(since),
+            _ => Some(Instant::now()),
         };
+    }
+
+    /// Keeps a frame that has arrived in a buffer which is not the oldest.
+    fn hold(&mut self, address: u64, length: u32) {
+        let is_its =
+            |posted: &&mut Posted<'_>| posted.address == address && posted.filled.is_none();
+        if let Some(posted) = self.posted.iter_mut().find(is_its) {
+            posted.filled = Some(length);
+            self.held += 1;
+        }
+    }
+
+    /// Delivers the frames that have waited for the buffer that was the oldest.
+    fn deliver_held(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) {
+        while let Some(Posted { target, filled: Some(length), .. }) =
+            self.posted.pop_front_if(|oldest| oldest.filled.is_some())
+        {
+            self.held -= 1;
+            self.deliver(target, length, umem, finished);
+        }
     }
 
     /// Whether a buffer is not coming back, though younger ones have.
@@ -260,36 +293,38 @@ impl<'mem> Receiver<'mem> {
         self.overtaken.map(|_| STUCK)
     }
 
-    /// Delivers the frames in the oldest buffers posted.
-    fn deliver(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) {
-        while let Some(length) = self.posted.front().and_then(|posted| posted.filled) {
-            let Some(posted) = self.posted.pop_front() else { return };
-            self.held -= 1;
-            match posted.target {
-                Target::Guest(chain) if self.is_next(&chain) => {
-                    let written = self.header_length + length;
-                    write_header(&chain, self.header_length, 1);
-                    finished.rx.push((chain, written as u32));
-                    finished.rx_frames += 1;
-                    finished.rx_bytes += length as u64;
+    /// Delivers the frame in the buffer that was the oldest posted.
+    #[inline(always)]
+    fn deliver(
+        &mut self,
+        target: Target<'mem>,
+        length: u32,
+        umem: &GuestUmem,
+        finished: &mut Finished<'mem>,
+    ) {
+        match target {
+            Target::Guest(chain) if self.is_next(&chain) => {
+                write_header(&chain, self.header_length, 1);
+                finished.rx.push((chain, self.header_length as u32 + length));
+                finished.rx_frames += 1;
+                finished.rx_bytes += u64::from(length);
+                return;
+            }
+            Target::Guest(chain) => {
+                // Older buffers are parked: the frame is theirs, and its buffer one of them.
+                let mut bytes = vec![0; length as usize];
+                if let Some(piece) = chain.first_after(self.header_length) {
+                    piece.read(&mut bytes);
                 }
-                Target::Guest(chain) => {
-                    // Older buffers are parked: the frame is theirs, and its buffer one of them.
-                    let mut bytes = vec![0; length];
-                    if let Some(piece) = chain.segments_after(self.header_length).next() {
-                        piece.read(&mut bytes);
-                    }
-                    self.waiting.push_back(Waiting::Copy(bytes));
-                    self.park(chain);
-                    self.serve_waiting(umem, finished);
-                }
-                Target::Slot(slot) => {
-                    self.slots_posted -= 1;
-                    self.waiting.push_back(Waiting::Slot { slot, length });
-                    self.serve_waiting(umem, finished);
-                }
+                self.waiting.push_back(Waiting::Copy(bytes));
+                self.park(chain);
+            }
+            Target::Slot(slot) => {
+                self.slots_posted -= 1;
+                self.waiting.push_back(Waiting::Slot { slot, length: length as usize });
             }
         }
+        self.serve_waiting(umem, finished);
     }
 
     /// Whether the buffer is the oldest of all, and no frame waits.
@@ -405,9 +440,13 @@ impl<'mem> Receiver<'mem> {
 
 /// Writes the header of a frame that needs nothing done to it, in so many buffers. Not before the
 /// frame has arrived: a device may have used its place for a header of its own.
-#[inline]
+#[inline(always)]
 fn write_header(chain: &Chain<'_, Writable>, length: usize, buffers: u16) {
     let mut header = [0; HEADER_LENGTH];
     header[10..12].copy_from_slice(&buffers.to_le_bytes());
-    chain.write_at(0, &header[..length]);
+    match length {
+        // What all drivers but the oldest have, of a length that the compiler knows.
+        HEADER_LENGTH => chain.write_at(0, &header),
+        _ => chain.write_at(0, &header[..length]),
+    }
 }

@@ -168,13 +168,13 @@ impl GuestUmem {
 
     /// The address to post such that a frame lands right behind the header's place in `chain`;
     /// nothing if the longest frame would not fit there, or the device can't write there.
-    #[inline]
+    #[inline(always)]
     pub(super) fn receivable(
         &self,
         chain: &Chain<'_, Writable>,
         header_length: usize,
     ) -> Option<u64> {
-        let room = chain.segments_after(header_length).next()?;
+        let room = chain.first_after(header_length)?;
         if room.len() < self.layout.writes {
             return None;
         }
