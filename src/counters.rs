@@ -76,6 +76,8 @@ pub enum CopyReason {
     Checksum,
     /// The guest's frame lies in several pieces.
     Pieces,
+    /// The guest's frame was cut into segments.
+    Segmentation,
     /// The guest's buffer does not suit the host, which put the frame into one of ours.
     Unsuitable,
     /// The frame came before the guest's buffer, and waited for it in one of ours.
@@ -84,14 +86,20 @@ pub enum CopyReason {
 
 impl CopyReason {
     /// All reasons.
-    pub const ALL: [CopyReason; 4] =
-        [CopyReason::Checksum, CopyReason::Pieces, CopyReason::Unsuitable, CopyReason::Late];
+    pub const ALL: [CopyReason; 5] = [
+        CopyReason::Checksum,
+        CopyReason::Pieces,
+        CopyReason::Segmentation,
+        CopyReason::Unsuitable,
+        CopyReason::Late,
+    ];
 
     /// The reason as it is shown.
     pub fn name(self) -> &'static str {
         match self {
             CopyReason::Checksum => "checksum",
             CopyReason::Pieces => "pieces",
+            CopyReason::Segmentation => "segmentation",
             CopyReason::Unsuitable => "unsuitable_buffer",
             CopyReason::Late => "late_buffer",
         }

@@ -83,16 +83,22 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
 pub struct PortOffloads {
     /// It completes checksums for the guest.
     pub checksum: bool,
-    /// It segments TCP for the guest as well, and can leave both to it.
+    /// It segments TCP for the guest.
     pub segmentation: bool,
-    /// The same for UDP.
+    /// It segments UDP for the guest.
     pub udp_segmentation: bool,
+    /// It can leave to the guest what the guest can leave to it.
+    pub both_ways: bool,
 }
 
 impl PortOffloads {
     /// Everything.
-    pub const ALL: Self =
-        PortOffloads { checksum: true, segmentation: true, udp_segmentation: true };
+    pub const ALL: Self = PortOffloads {
+        checksum: true,
+        segmentation: true,
+        udp_segmentation: true,
+        both_ways: true,
+    };
 }
 
 /// What the operator decides about the offer.
@@ -136,20 +142,18 @@ impl Offer {
         if options.ring_reset {
             offer |= bit(VIRTIO_F_RING_RESET);
         }
-        if port.checksum {
-            offer |= HOST_CHECKSUM;
-        }
-        if port.segmentation {
-            offer |= HOST_SEGMENTATION | GUEST_CHECKSUM;
-            if options.guest_segmentation {
-                offer |= GUEST_SEGMENTATION;
+        let guest_segmentation = port.both_ways && options.guest_segmentation;
+        for (able, host, guest) in [
+            (port.checksum, HOST_CHECKSUM, 0),
+            (port.segmentation, HOST_SEGMENTATION, GUEST_SEGMENTATION),
+            (port.udp_segmentation, HOST_UDP_SEGMENTATION, GUEST_UDP_SEGMENTATION),
+        ] {
+            if able {
+                offer |= host | if guest_segmentation { guest } else { 0 };
             }
         }
-        if port.udp_segmentation {
-            offer |= HOST_UDP_SEGMENTATION;
-            if options.guest_segmentation {
-                offer |= GUEST_UDP_SEGMENTATION;
-            }
+        if port.both_ways {
+            offer |= GUEST_CHECKSUM;
         }
         Offer(offer)
     }
@@ -299,6 +303,15 @@ mod tests {
         }
         assert!(negotiated.mergeable());
         assert_eq!(negotiated.header_length(), 12);
+    }
+
+    #[test]
+    fn a_port_that_only_segments_for_the_guest_leaves_nothing_to_it() {
+        let port = PortOffloads { both_ways: false, ..PortOffloads::ALL };
+        let offer = Offer::new(port, OPTIONS);
+        let negotiated = offer.accept(offer.bits()).unwrap();
+        assert!(negotiated.host().tcp4 && negotiated.host().udp6);
+        assert_eq!(negotiated.guest(), Offloads::default());
     }
 
     #[test]

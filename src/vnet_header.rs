@@ -35,20 +35,20 @@ const GSO_BY_FRAGS: u16 = 0xffff;
 /// Linux's UDP_MAX_SEGMENTS.
 const MAX_UDP_SEGMENTS: usize = 128;
 
-/// Bytes that [`admit`] copies of a frame to be segmented: room for the longest headers that it
-/// accepts (IPv4 and TCP, each with all options, behind two VLAN tags).
-const SEGMENTED_COPY: usize = LINK_OVERHEAD + 60 + 60;
+/// Longest headers in bytes of a frame to be segmented: IPv4 and TCP, each with all options, behind
+/// two VLAN tags. [`admit`] copies as much.
+pub const MAX_HEADERS: usize = LINK_OVERHEAD + 60 + 60;
 
 /// Start of a frame in memory of our own: what [`admit`] has checked.
 #[derive(Debug, Clone)]
 pub struct PrivateStart {
-    bytes: [u8; HEADER_LENGTH + SEGMENTED_COPY],
+    bytes: [u8; HEADER_LENGTH + MAX_HEADERS],
     length: usize,
 }
 
 impl Default for PrivateStart {
     fn default() -> Self {
-        PrivateStart { bytes: [0; HEADER_LENGTH + SEGMENTED_COPY], length: 0 }
+        PrivateStart { bytes: [0; HEADER_LENGTH + MAX_HEADERS], length: 0 }
     }
 }
 
@@ -56,6 +56,12 @@ impl PrivateStart {
     /// The checked bytes, virtio header first: they replace as many at the chain's start.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
+    }
+
+    /// The virtio header.
+    #[inline]
+    pub fn header(&self) -> VnetHeader {
+        VnetHeader::parse(self.bytes.first_chunk().expect("a header has 10 bytes"))
     }
 }
 
@@ -109,6 +115,11 @@ impl VnetHeader {
         self.flags & NEEDS_CSUM != 0
     }
 
+    /// Whether the frame is to be segmented.
+    pub fn is_segmented(&self) -> bool {
+        self.gso_type != GSO_NONE
+    }
+
     /// Whether a frame with this header may be given to someone who accepts `offloads`.
     #[inline]
     pub fn accepted_by(&self, offloads: &Offloads) -> bool {
@@ -154,10 +165,9 @@ pub fn admit(
         return Err(Drop::TooShort);
     }
     chain.read_start(&mut start.bytes[..header_length]);
-    let first: &[u8; 10] = start.bytes.first_chunk().expect("the header has at least 10 bytes");
-    let header = VnetHeader::parse(first);
+    let header = start.header();
     let mut copied = header_length;
-    let checked = if header.gso_type == GSO_NONE {
+    let checked = if !header.is_segmented() {
         if frame_length > admission.max_frame {
             return Err(Drop::TooLong);
         }
@@ -278,17 +288,21 @@ fn check_segmented(
 }
 
 /// What segmentation needs to know of a frame's headers.
-struct Headers {
-    version: u8,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Headers {
+    /// Version of IP.
+    pub version: u8,
     /// IP protocol of the transport header.
-    protocol: u8,
+    pub protocol: u8,
+    /// Offset of the IP header in the frame.
+    pub network: usize,
     /// Offset of the transport header in the frame.
-    transport: usize,
+    pub transport: usize,
 }
 
 impl Headers {
     /// Reads Ethernet, VLAN tags and IP; nothing if they are malformed or reach beyond `frame`.
-    fn parse(frame: &[u8]) -> Option<Self> {
+    pub fn parse(frame: &[u8]) -> Option<Self> {
         const IPV4: u16 = 0x0800;
         const IPV6: u16 = 0x86dd;
         const VLAN: [u16; 2] = [0x8100, 0x88a8];
@@ -307,11 +321,12 @@ impl Headers {
             (IPV4, 4) if first & 0xf >= 5 => Some(Headers {
                 version: 4,
                 protocol: *frame.get(network + 9)?,
+                network,
                 transport: network + usize::from(first & 0xf) * 4,
             }),
             (IPV6, 6) => {
                 let (protocol, transport) = skip_extensions(frame, network)?;
-                Some(Headers { version: 6, protocol, transport })
+                Some(Headers { version: 6, protocol, network, transport })
             }
             _ => None,
         }

@@ -1,32 +1,19 @@
 //! The AF_XDP port: frames between a driver of ours and the far end of a veth, each test in a
 //! network namespace of its own.
 
-use std::fs;
 use std::os::fd::AsFd;
 
 use crate::support::daemon::{Daemon, program};
 use crate::support::driver::{
-    CSUM, Card, EVENT_IDX, HEADER, MRG_RXBUF, Options, PROTOCOL, VERSION_1,
+    CSUM, Card, EVENT_IDX, HEADER, HOST_TSO, MRG_RXBUF, Options, PROTOCOL, VERSION_1,
 };
 use crate::support::frontend::Frontend;
 use crate::support::guest::Ram;
-use crate::support::network::{Wire, enter_new_namespace, ip, output};
-use crate::support::traffic::{Check, Flood, check_both_ways, frame};
+use crate::support::network::{Wire, enter_namespace_with_veth, ip, output};
+use crate::support::traffic::{
+    Check, Flood, check_both_ways, datagram, frame, sum, tcp_frame, transport_sum,
+};
 use crate::support::{eventually, needs_root};
-
-/// A veth in a fresh namespace: one end for the daemon, the other for the test.
-pub(crate) fn enter_namespace_with_veth(queues: u32) {
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
-    make_veth(queues);
-}
-
-pub(crate) fn make_veth(queues: u32) {
-    let many = format!("numrxqueues {queues} numtxqueues {queues}");
-    ip(&format!("link add veth0 {many} type veth peer name veth1 {many}"));
-    ip("link set veth0 up");
-    ip("link set veth1 up");
-}
 
 /// A daemon on one end of a veth, and a card with its rings running.
 pub(crate) fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
@@ -154,37 +141,6 @@ fn frames_in_pieces_are_put_together() {
     counted(&daemon, card, "4 copied (pieces)");
 }
 
-/// An IPv4/UDP datagram whose checksum is left to the device, and its virtio header.
-fn datagram(payload: usize) -> (Vec<u8>, Vec<u8>) {
-    let mut bytes = frame(0, 42 + payload);
-    bytes[12..14].copy_from_slice(&[8, 0]);
-    bytes[14..42].fill(0);
-    bytes[14] = 0x45;
-    bytes[16..18].copy_from_slice(&((28 + payload) as u16).to_be_bytes());
-    bytes[22..24].copy_from_slice(&[64, 17]);
-    bytes[26..34].copy_from_slice(&[192, 0, 2, 2, 192, 0, 2, 1]);
-    bytes[34..38].copy_from_slice(&[0, 9, 0, 9]);
-    let length = ((8 + payload) as u16).to_be_bytes();
-    bytes[38..40].copy_from_slice(&length);
-    // The sum of the pseudo-header, as drivers leave it.
-    let pseudo = [&bytes[26..34], &[0, 17], &length].concat();
-    let partial = sum(&pseudo).to_be_bytes();
-    bytes[40..42].copy_from_slice(&partial);
-    let header = vec![1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 0, 0];
-    (header, bytes)
-}
-
-fn sum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])))
-        .sum();
-    while sum >> 16 != 0 {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
-}
-
 #[test]
 fn checksums_that_the_guest_leaves_are_completed() {
     needs_root!("checksums_that_the_guest_leaves_are_completed");
@@ -195,17 +151,10 @@ fn checksums_that_the_guest_leaves_are_completed() {
     for payload in [18, 19, 500, 1001, 1472] {
         let (header, bytes) = datagram(payload);
         card.send_with(0, &header, &bytes);
-        let received = loop {
-            let received = wire.receive_any(1000).unwrap();
-            if received[12..14] == [8, 0] {
-                break received;
-            }
-        };
+        let received = receive_ipv4(&wire);
         assert_eq!(received[..40], bytes[..40]);
         assert_eq!(received[42..], bytes[42..]);
-        let pseudo = [&received[26..34], &[0, 17], &received[38..40]].concat();
-        let all = [&pseudo, &received[34..]].concat();
-        assert_eq!(sum(&all), 0xffff, "{payload} bytes");
+        assert_eq!(transport_sum(&received), 0xffff, "{payload} bytes");
     }
     // What lies outside the frame is refused.
     let (mut header, bytes) = datagram(100);
@@ -215,6 +164,47 @@ fn checksums_that_the_guest_leaves_are_completed() {
     drop(card);
     eventually("it is counted", || daemon.log().contains("5 copied (checksum)"));
     assert!(daemon.log().contains("1 dropped (bad_header)"));
+}
+
+/// The next IPv4 packet, as a frame.
+fn receive_ipv4(wire: &Wire) -> Vec<u8> {
+    loop {
+        let received = wire.receive_any(1000).unwrap();
+        if received[12..14] == [8, 0] {
+            return received;
+        }
+    }
+}
+
+#[test]
+fn frames_larger_than_the_mtu_are_cut() {
+    needs_root!("frames_larger_than_the_mtu_are_cut");
+    let features = Options::default().features | CSUM | HOST_TSO;
+    let (daemon, wire, mut card) = start(&[], Options { features, ..Options::default() });
+    output("ethtool", "-K veth0 tx off");
+    // More segments than can be under way at a time, many, and one.
+    for (payload, size) in [(20_000, 64), (20_000, 1448), (1448, 1448), (100, 1448)] {
+        let (header, bytes) = tcp_frame(payload, size);
+        card.send_with(0, &header, &bytes);
+        let mut got: Vec<u8> = Vec::new();
+        while got.len() < payload {
+            let received = receive_ipv4(&wire);
+            let sequence = u32::from_be_bytes(received[38..42].try_into().unwrap());
+            assert_eq!(sequence as usize, got.len());
+            assert_eq!(received.len() - 54, usize::from(size).min(payload - got.len()));
+            assert_eq!(sum(&received[14..34]), 0xffff);
+            assert_eq!(transport_sum(&received), 0xffff);
+            got.extend(&received[54..]);
+        }
+        assert_eq!(got, bytes[54..]);
+    }
+    // Segments that the device does not take.
+    let (header, bytes) = tcp_frame(20_000, 1480);
+    card.send_with(0, &header, &bytes);
+    assert_eq!(wire.receive_any(50), None);
+    drop(card);
+    eventually("it is counted", || daemon.log().contains("4 copied (segmentation)"));
+    assert!(daemon.log().contains("1 dropped (too_long)"));
 }
 
 #[test]

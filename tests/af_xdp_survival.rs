@@ -3,11 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::af_xdp::{enter_namespace_with_veth, make_veth, start, wait_until_open};
+use crate::af_xdp::{start, wait_until_open};
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{Wire, ip, output};
+use crate::support::network::{Wire, enter_namespace_with_veth, ip, make_veth, output};
 use crate::support::traffic::{Check, Flood, check_canaries, frame, plant_canaries};
 use crate::support::{eventually, needs_root, one_at_a_time};
 

@@ -3,9 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
-use crate::af_xdp::enter_namespace_with_veth;
 use crate::support::daemon::Daemon;
-use crate::support::network::{enter_new_namespace, ip, output};
+use crate::support::network::{enter_namespace_with_veth, enter_new_namespace, ip, output};
 use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, iperf, make_guest};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 

@@ -10,7 +10,7 @@ use crate::support::driver::{
 };
 use crate::support::frontend::Frontend;
 use crate::support::network::{ETHERTYPE, Wire, enter_new_namespace, ip, output};
-use crate::support::traffic::{check_both_ways, frame};
+use crate::support::traffic::{check_both_ways, frame, tcp_frame};
 use crate::support::{eventually, needs_root};
 
 const OFFLOADS: u64 = CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
@@ -238,37 +238,13 @@ fn frames_wait_for_a_guest_that_has_no_buffers() {
     }
 }
 
-/// Ethernet, IPv4 and TCP headers before `payload` bytes, and the virtio header to segment it by.
-fn tcp_frame(payload: usize) -> (Vec<u8>, Vec<u8>) {
-    let mut bytes = frame(0, 54 + payload);
-    bytes[12..14].copy_from_slice(&[8, 0]);
-    bytes[14..34].fill(0);
-    bytes[14] = 0x45;
-    bytes[16..18].copy_from_slice(&((40 + payload) as u16).to_be_bytes());
-    bytes[22] = 64;
-    bytes[23] = 6;
-    bytes[26..34].copy_from_slice(&[192, 0, 2, 2, 192, 0, 2, 1]);
-    let sum: u32 =
-        bytes[14..34].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
-    bytes[24..26].copy_from_slice(&sum.to_be_bytes());
-    bytes[34..54].fill(0);
-    bytes[46] = 0x50;
-    let mut header = vec![1, 1, 54, 0];
-    header.extend(1448u16.to_le_bytes());
-    header.extend(34u16.to_le_bytes());
-    header.extend(16u16.to_le_bytes());
-    header.extend([0, 0]);
-    (header, bytes)
-}
-
 #[test]
 fn a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not() {
     needs_root!("a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not");
     let features = Options::default().features | OFFLOADS;
     let (daemon, _wire, mut card) = start(&[], Options { features, ..Options::default() });
     let received = || output("ip", "-s link show tap0").lines().nth(3).unwrap().trim().to_owned();
-    let (header, bytes) = tcp_frame(20_000);
+    let (header, bytes) = tcp_frame(20_000, 1448);
     // The payload lies in pieces anywhere in memory.
     let area = card.tx[0].buffer_area();
     card.ram.write(area, &[header.as_slice(), &bytes].concat());
@@ -287,7 +263,7 @@ fn a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not() {
     assert!(received().starts_with(&format!("{} ", bytes.len())), "{}", received());
 
     for (at, value) in [(4, 0), (5, 0xff), (1, 4), (6, 36), (8, 6)] {
-        let (mut header, bytes) = tcp_frame(1900);
+        let (mut header, bytes) = tcp_frame(1900, 1448);
         header[at] = value;
         if at == 5 {
             header[4] = 0xff;
@@ -318,7 +294,7 @@ fn frames_are_steered_to_the_pairs_that_have_buffers() {
     card.run();
     // Flows that the kernel would spread over both queues.
     let flow = |number: usize| {
-        let (_, mut bytes) = tcp_frame(100);
+        let (_, mut bytes) = tcp_frame(100, 1448);
         bytes[34..36].copy_from_slice(&(1000 + number as u16).to_be_bytes());
         bytes
     };

@@ -4,9 +4,8 @@
 use std::collections::HashMap;
 use std::fs;
 
-use crate::af_xdp::enter_namespace_with_veth;
 use crate::support::daemon::Daemon;
-use crate::support::network::{Wire, enter_new_namespace, output};
+use crate::support::network::{Wire, enter_namespace_with_veth, enter_new_namespace, output};
 use crate::support::testpmd::Testpmd;
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 

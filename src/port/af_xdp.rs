@@ -11,6 +11,7 @@ mod checksum;
 mod interface;
 pub mod program;
 mod receiver;
+mod segmentation;
 mod transmitter;
 mod umem;
 
@@ -66,10 +67,10 @@ pub struct XdpQueue {
 }
 
 impl XdpQueue {
-    /// What the port can do for the guest: checksums. Frames come from the wire as they are, and
-    /// go there as they are.
+    /// What the port can do for the guest. Frames from the wire come as they are: whole, and with
+    /// their checksums.
     pub fn offloads(&self) -> PortOffloads {
-        PortOffloads { checksum: true, segmentation: false, udp_segmentation: false }
+        PortOffloads { both_ways: false, ..PortOffloads::ALL }
     }
 
     /// Begins a session. Nothing is opened yet.

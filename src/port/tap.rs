@@ -66,7 +66,12 @@ impl TapQueue {
             queue,
             writer,
             reason,
-            offloads: PortOffloads { checksum: segmentation, segmentation, udp_segmentation },
+            offloads: PortOffloads {
+                checksum: segmentation,
+                segmentation,
+                udp_segmentation,
+                both_ways: segmentation,
+            },
             applied: None,
             attached: multi_queue.then_some(false),
         })

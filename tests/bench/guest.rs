@@ -3,8 +3,8 @@
 
 use super::median;
 use crate::support::daemon::Daemon;
-use crate::support::network::{enter_new_namespace, ip};
-use crate::support::vm::{Vm, iperf_with, make_guest};
+use crate::support::network::{enter_namespace_with_veth, enter_new_namespace, ip, output};
+use crate::support::vm::{HOST_ADDRESS, Vm, iperf, iperf_with, make_guest};
 
 const ROUNDS: usize = 5;
 const OURS: &str = "192.0.2.2";
@@ -12,6 +12,13 @@ const THEIRS: &str = "198.51.100.2";
 
 pub(super) fn run() {
     make_guest();
+    // Each in a namespace of its own.
+    for part in [tap, af_xdp] {
+        std::thread::spawn(part).join().unwrap();
+    }
+}
+
+fn tap() {
     enter_new_namespace();
     for (tap, host) in [("tap0", "192.0.2.1/24"), ("tap1", "198.51.100.1/24")] {
         ip(&format!("tuntap add dev {tap} mode tap vnet_hdr"));
@@ -45,4 +52,32 @@ pub(super) fn run() {
     println!("  {:<34} {:>16.0} {:>10.0}", "vhost-user-net", ours[0], ours[1]);
     println!("  {:<34} {:>16.0} {:>10.0}", "QEMU's own virtio-net", theirs[0], theirs[1]);
     println!("  {:<34} {:>16.2} {:>10.2}", "ratio", ours[0] / theirs[0], ours[1] / theirs[1]);
+}
+
+/// Who cuts TCP into frames, where the host takes them as they are: the guest or the daemon.
+fn af_xdp() {
+    enter_namespace_with_veth(1);
+    ip(&format!("address add {HOST_ADDRESS}/24 dev veth1"));
+    output("ethtool", "-K veth1 tx off");
+    let daemon = Daemon::start(&["--af-xdp=veth0"]);
+    let mut guest = Vm::start(&daemon.socket(), &[]);
+    guest.wait_ready();
+    println!("\nTCP over AF_XDP to the host {:>26} {:>24}", "Mbit/s", "daemon's ns per KiB");
+    let mut costs: [[Vec<f64>; 2]; 2] = Default::default();
+    for round in 0..=ROUNDS {
+        for (side, setting) in ["on", "off"].into_iter().enumerate() {
+            guest.run(&format!("ethtool -K eth0 tso {setting}"));
+            let before = daemon.cpu_nanoseconds();
+            let rate = iperf("-t 2 -R");
+            let used = (daemon.cpu_nanoseconds() - before) as f64;
+            if round > 0 {
+                costs[side][0].push(rate);
+                costs[side][1].push(used / (rate * 2.0 * 1e6 / 8.0 / 1024.0));
+            }
+        }
+    }
+    for (name, cost) in ["cut by the daemon", "cut by the guest"].into_iter().zip(costs) {
+        let [rate, cpu] = cost.map(median);
+        println!("  {name:<34} {rate:>16.0} {cpu:>24.0}");
+    }
 }

@@ -9,7 +9,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, MultiHeaders, SockFlag, SockProtocol, SockType, bind, recv, send,
-    sendmmsg, socket,
+    sendmmsg, setsockopt, socket, sockopt::RcvBufForce,
 };
 
 /// Moves this thread, and whatever it starts, into a network namespace of its own, which goes
@@ -17,6 +17,21 @@ use nix::sys::socket::{
 pub(crate) fn enter_new_namespace() {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     ip("link set lo up");
+}
+
+/// A veth in a fresh namespace: one end for the daemon, the other for the test.
+pub(crate) fn enter_namespace_with_veth(queues: u32) {
+    enter_new_namespace();
+    std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    make_veth(queues);
+}
+
+/// A veth with so many queues at each end.
+pub(crate) fn make_veth(queues: u32) {
+    let many = format!("numrxqueues {queues} numtxqueues {queues}");
+    ip(&format!("link add veth0 {many} type veth peer name veth1 {many}"));
+    ip("link set veth0 up");
+    ip("link set veth1 up");
 }
 
 /// Runs `ip` with these words.
@@ -50,6 +65,8 @@ impl Wire {
         let protocol = Some(SockProtocol::EthAll);
         let fd = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol)
             .unwrap();
+        // For bursts: the default takes 256 small frames.
+        setsockopt(&fd, RcvBufForce, &(4 << 20)).unwrap();
         let address = getifaddrs()
             .unwrap()
             .filter(|interface| interface.interface_name == device)

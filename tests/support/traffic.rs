@@ -156,3 +156,66 @@ pub(crate) fn check_canaries(card: &Card, pair: usize, milliseconds: u64) {
     let touched = bytes.iter().position(|byte| *byte != CANARY);
     assert_eq!(touched, None, "written after it was given back");
 }
+
+/// An IPv4/UDP datagram whose checksum is left to the device, and its virtio header.
+pub(crate) fn datagram(payload: usize) -> (Vec<u8>, Vec<u8>) {
+    let mut bytes = frame(0, 42 + payload);
+    bytes[12..14].copy_from_slice(&[8, 0]);
+    bytes[14..42].fill(0);
+    bytes[14] = 0x45;
+    bytes[16..18].copy_from_slice(&((28 + payload) as u16).to_be_bytes());
+    bytes[22..24].copy_from_slice(&[64, 17]);
+    bytes[26..34].copy_from_slice(&[192, 0, 2, 2, 192, 0, 2, 1]);
+    bytes[34..38].copy_from_slice(&[0, 9, 0, 9]);
+    let length = ((8 + payload) as u16).to_be_bytes();
+    bytes[38..40].copy_from_slice(&length);
+    // The sum of the pseudo-header, as drivers leave it.
+    let partial = sum(&pseudo_header(&bytes)).to_be_bytes();
+    bytes[40..42].copy_from_slice(&partial);
+    let header = vec![1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 0, 0];
+    (header, bytes)
+}
+
+/// The Internet checksum before it is inverted (RFC 1071).
+pub(crate) fn sum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])))
+        .sum();
+    while sum >> 16 != 0 {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// The pseudo-header of an IPv4 packet without options, in a frame.
+fn pseudo_header(frame: &[u8]) -> Vec<u8> {
+    let length = (frame.len() - 34) as u16;
+    [&frame[26..34], &[0, frame[23]], &length.to_be_bytes()].concat()
+}
+
+/// The sum of its transport header and payload: all ones if its checksum is right.
+pub(crate) fn transport_sum(frame: &[u8]) -> u16 {
+    sum(&[&pseudo_header(frame), &frame[34..]].concat())
+}
+
+/// Ethernet, IPv4 and TCP headers before `payload` bytes, and the virtio header to cut it by into
+/// segments of `size`.
+pub(crate) fn tcp_frame(payload: usize, size: u16) -> (Vec<u8>, Vec<u8>) {
+    let mut bytes = frame(0, 54 + payload);
+    bytes[12..14].copy_from_slice(&[8, 0]);
+    bytes[14..54].fill(0);
+    bytes[14] = 0x45;
+    bytes[16..18].copy_from_slice(&((40 + payload) as u16).to_be_bytes());
+    bytes[22..24].copy_from_slice(&[64, 6]);
+    bytes[26..34].copy_from_slice(&[192, 0, 2, 2, 192, 0, 2, 1]);
+    let checksum = !sum(&bytes[14..34]);
+    bytes[24..26].copy_from_slice(&checksum.to_be_bytes());
+    bytes[46] = 0x50;
+    let partial = sum(&pseudo_header(&bytes)).to_be_bytes();
+    bytes[50..52].copy_from_slice(&partial);
+    let mut header = vec![1, 1, 54, 0];
+    header.extend(size.to_le_bytes());
+    header.extend([34, 0, 16, 0, 0, 0]);
+    (header, bytes)
+}

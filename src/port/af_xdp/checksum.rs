@@ -13,6 +13,17 @@ pub(super) fn complete(frame: &mut [u8], start: usize, offset: usize) {
     frame[place..place + 2].copy_from_slice(&sum.to_ne_bytes());
 }
 
+/// Replaces one number by another in the sum that stands at the start of `bytes`, not inverted
+/// yet, in network order (RFC 1624).
+///
+/// # Panics
+/// If there are no two bytes.
+pub(super) fn replace(bytes: &mut [u8], old: u16, new: u16) {
+    let sum = u16::from_be_bytes([bytes[0], bytes[1]]);
+    let sum = fold(u64::from(sum) + u64::from(!old) + u64::from(new));
+    bytes[..2].copy_from_slice(&sum.to_be_bytes());
+}
+
 /// Sums 16-bit words as they lie in memory: the order of their bytes does not matter to the sum.
 fn sum(bytes: &[u8]) -> u64 {
     let words = bytes.chunks_exact(4);
@@ -29,6 +40,12 @@ fn fold(mut sum: u64) -> u16 {
         sum = (sum & 0xffff) + (sum >> 16);
     }
     sum as u16
+}
+
+/// The folded sum of all pieces, of which each has an even length but for the last.
+#[cfg(test)]
+pub(super) fn sum_of(pieces: &[&[u8]]) -> u16 {
+    fold(pieces.iter().map(|piece| sum(piece)).sum())
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! A frame in one piece is sent from where the guest put it. One that needs a checksum, or lies in
 //! several pieces, is copied into the arena: measured, that costs a tenth of what the kernel takes
-//! for a frame of two descriptors (docs/af-xdp.md).
+//! for a frame of two descriptors (docs/af-xdp.md). So is each segment of a frame that is to be cut.
 //!
 //! Invariant: a chain is given back when the kernel has completed its frame, and in the order of
 //! the ring. The kernel completes an address as it got it, so each carries its frame's number in
@@ -13,10 +13,11 @@ use std::io;
 
 use super::checksum;
 use super::interface::OpenSocket;
+use super::segmentation::Segmentation;
 use super::umem::TX_SLOTS;
 use crate::counters::{CopyReason, Drop};
 use crate::features::Negotiated;
-use crate::guest::{Burst, Chain, Readable};
+use crate::guest::{Burst, Chain, Readable, Segment};
 use crate::port::{Finished, Outcome};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor, checksum_request};
 use crate::vnet_header::{Admission, PrivateStart, VnetHeader, admit};
@@ -24,10 +25,11 @@ use crate::vnet_header::{Admission, PrivateStart, VnetHeader, admit};
 /// Calls for one burst at the most: the kernel sends 32 frames at a time.
 const SENDS: usize = 16;
 
-/// A frame from the guest.
+/// A frame on its way.
 #[derive(Debug)]
 struct InFlight<'mem> {
-    chain: Chain<'mem, Readable>,
+    /// What it came from; nothing for a segment that others of its chain follow.
+    chain: Option<Chain<'mem, Readable>>,
     /// The kernel has it.
     pending: bool,
     outcome: Outcome,
@@ -38,7 +40,10 @@ struct InFlight<'mem> {
 pub(super) struct Transmitter<'mem> {
     pair: u16,
     admission: Admission,
+    /// The start of the frame that was admitted last.
     start: PrivateStart,
+    /// How that frame is being cut, and where in its payload the next segment begins.
+    cut: Option<(Segmentation, usize)>,
     /// Oldest first; their number is counted from `oldest`.
     in_flight: VecDeque<InFlight<'mem>>,
     /// Number of the oldest frame.
@@ -64,6 +69,7 @@ impl<'mem> Transmitter<'mem> {
                 max_frame: 0,
             },
             start: PrivateStart::default(),
+            cut: None,
             in_flight: VecDeque::with_capacity(TX_SLOTS),
             oldest: 0,
             done: Vec::new(),
@@ -88,62 +94,111 @@ impl<'mem> Transmitter<'mem> {
     /// Hands frames to the kernel, as far as there are places for them.
     pub(super) fn transmit(&mut self, burst: &mut Burst<'mem, Readable>, open: &mut OpenSocket) {
         while self.in_flight.len() < TX_SLOTS && open.socket.tx.room() > 0 {
-            let Some(chain) = burst.pop_front() else { break };
-            let outcome = match admit(&chain, &self.admission, &mut self.start) {
-                Err(reason) => Outcome::Dropped(reason),
-                Ok(()) => {
-                    let descriptor = self.place(&chain, open);
-                    open.socket.tx.stage(descriptor);
-                    self.unfinished = true;
-                    Outcome::Sent
-                }
+            let Some(chain) = burst.front() else { break };
+            if self.cut.is_none()
+                && let Err(reason) = self.begin_frame(chain)
+            {
+                let (chain, outcome) = (burst.pop_front(), Outcome::Dropped(reason));
+                self.in_flight.push_back(InFlight { chain, pending: false, outcome });
+                continue;
+            }
+            let slot = (self.oldest + self.in_flight.len()) % TX_SLOTS;
+            let mut descriptor = match &self.cut {
+                Some((how, offset)) => self.place_segment(chain, *how, *offset, slot, open),
+                None => self.place(chain, slot, open),
             };
-            let pending = outcome == Outcome::Sent;
-            self.in_flight.push_back(InFlight { chain, pending, outcome });
+            // The kernel adds both parts, and completes them as they are: the slot comes back.
+            descriptor.address -= slot as u64;
+            descriptor.address |= (slot as u64) << ADDRESS_BITS;
+            open.socket.tx.stage(descriptor);
+            self.unfinished = true;
+            // The last segment takes the chain with it.
+            let chain = if self.cut.is_none() { burst.pop_front() } else { None };
+            self.in_flight.push_back(InFlight { chain, pending: true, outcome: Outcome::Sent });
         }
         open.socket.tx.submit();
     }
 
+    /// Checks the frame, and sees whether it is to be cut.
+    fn begin_frame(&mut self, chain: &Chain<'mem, Readable>) -> Result<(), Drop> {
+        admit(chain, &self.admission, &mut self.start)?;
+        let header_length = self.admission.header_length;
+        let headers = &self.start.bytes()[header_length..];
+        let how = Segmentation::of(&self.start.header(), headers, chain.len() - header_length);
+        if how.is_some_and(|how| how.longest() > self.admission.max_frame) {
+            return Err(Drop::TooLong);
+        }
+        self.cut = how.map(|how| (how, 0));
+        Ok(())
+    }
+
     /// Where the frame is to be sent from.
-    fn place(&mut self, chain: &Chain<'mem, Readable>, open: &OpenSocket) -> Descriptor {
+    fn place(
+        &mut self,
+        chain: &Chain<'mem, Readable>,
+        slot: usize,
+        open: &OpenSocket,
+    ) -> Descriptor {
         let header_length = self.admission.header_length;
         let length = chain.len() - header_length;
-        let slot = (self.oldest + self.in_flight.len()) % TX_SLOTS;
-        let bytes = self.start.bytes();
-        let header = VnetHeader::parse(bytes.first_chunk().expect("a header has 10 bytes"));
-        let mut pieces = chain.segments_after(header_length);
-        let in_place = pieces
-            .next()
+        let header = self.start.header();
+        let in_place = chain
+            .first_after(header_length)
             .filter(|piece| piece.len() == length && !header.needs_checksum())
             .and_then(|piece| open.umem.sendable(&piece));
-        let mut options = 0;
-        let address = if let Some(address) = in_place {
-            address
+        if let Some(address) = in_place {
+            return Descriptor { address, length: length as u32, options: 0 };
+        }
+        let (frame, address) = open.umem.tx_frame(self.pair, slot, length);
+        chain.copy_to(header_length, &frame);
+        let options = if header.needs_checksum() {
+            self.copied.push(CopyReason::Checksum);
+            self.complete(&frame, slot, open)
         } else {
-            let (frame, address) = open.umem.tx_frame(self.pair, slot, length);
-            if !header.needs_checksum() {
-                self.copied.push(CopyReason::Pieces);
-                chain.copy_to(header_length, &frame);
-            } else {
-                self.copied.push(CopyReason::Checksum);
-                if open.metadata {
-                    chain.copy_to(header_length, &frame);
-                    let request = checksum_request(header.csum_start, header.csum_offset);
-                    open.umem.tx_metadata(self.pair, slot).write(&request);
-                    options = Descriptor::HAS_METADATA;
-                } else {
-                    self.scratch.resize(header_length + length, 0);
-                    chain.read_start(&mut self.scratch);
-                    let bytes = &mut self.scratch[header_length..];
-                    checksum::complete(bytes, header.csum_start.into(), header.csum_offset.into());
-                    frame.write(bytes);
-                }
-            }
-            address
+            self.copied.push(CopyReason::Pieces);
+            0
         };
-        // The kernel adds both parts, and completes them as they are: the slot comes back.
-        let address = (address - slot as u64) | (slot as u64) << ADDRESS_BITS;
         Descriptor { address, length: length as u32, options }
+    }
+
+    /// Puts the segment that begins at `offset` of the payload together, and goes on to the next.
+    fn place_segment(
+        &mut self,
+        chain: &Chain<'mem, Readable>,
+        how: Segmentation,
+        offset: usize,
+        slot: usize,
+        open: &OpenSocket,
+    ) -> Descriptor {
+        let header_length = self.admission.header_length;
+        let (headers, payload) = (how.headers(), how.payload_at(offset));
+        let (frame, address) = open.umem.tx_frame(self.pair, slot, headers + payload);
+        let whole = &self.start.bytes()[header_length..];
+        frame.write(&how.headers_at(whole, offset)[..headers]);
+        chain.copy_to(header_length + headers + offset, &frame.skip(headers));
+        if how.is_last(offset) {
+            self.copied.push(CopyReason::Segmentation);
+            self.cut = None;
+        } else {
+            self.cut = Some((how, offset + payload));
+        }
+        let options = self.complete(&frame, slot, open);
+        Descriptor { address, length: (headers + payload) as u32, options }
+    }
+
+    /// Has the checksum of a frame in the arena completed: by the kernel, or at once.
+    fn complete(&mut self, frame: &Segment<'_>, slot: usize, open: &OpenSocket) -> u32 {
+        let VnetHeader { csum_start, csum_offset, .. } = self.start.header();
+        if open.metadata {
+            let request = checksum_request(csum_start, csum_offset);
+            open.umem.tx_metadata(self.pair, slot).write(&request);
+            return Descriptor::HAS_METADATA;
+        }
+        self.scratch.resize(frame.len(), 0);
+        frame.read(&mut self.scratch);
+        checksum::complete(&mut self.scratch, csum_start.into(), csum_offset.into());
+        frame.write(&self.scratch);
+        0
     }
 
     /// Has the kernel send what it was handed.
@@ -189,7 +244,7 @@ impl<'mem> Transmitter<'mem> {
         }
         while self.in_flight.front().is_some_and(|frame| !frame.pending) {
             if let Some(frame) = self.in_flight.pop_front() {
-                self.done.push((frame.chain, frame.outcome));
+                self.done.extend(frame.chain.map(|chain| (chain, frame.outcome)));
                 self.oldest = self.oldest.wrapping_add(1);
             }
         }
@@ -210,9 +265,11 @@ impl<'mem> Transmitter<'mem> {
             && let Some(frame) = self.in_flight.pop_back()
         {
             unsent -= usize::from(frame.pending);
-            chains.push(frame.chain);
+            chains.extend(frame.chain);
         }
-        self.done.extend(self.in_flight.drain(..).map(|frame| (frame.chain, frame.outcome)));
+        let sent = self.in_flight.drain(..);
+        self.done.extend(sent.filter_map(|frame| Some((frame.chain?, frame.outcome))));
+        self.cut = None;
         self.unsent.extend(chains.into_iter().rev());
         self.oldest = 0;
         self.unfinished = false;
