@@ -3,24 +3,33 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use crate::support::daemon::{Daemon, program};
 use crate::support::driver::{Card, MRG_RXBUF, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{Wire, ip};
-use crate::support::traffic::{check_both_ways, frame};
+use crate::support::traffic::{
+    Check, check_both_ways, check_canaries, flood_frame, frame, plant_canaries,
+};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
-/// What runs inside the machine; alone it would find no such card.
-#[test]
-#[ignore = "runs inside the machine that the tests of this module start"]
-fn inside() {
+/// The daemon on the card with zero copy.
+fn start() -> Daemon {
     for device in ["eth0", "eth1"] {
         ip(&format!("link set {device} promisc on"));
         ip(&format!("link set {device} up"));
     }
+    Daemon::start(&["--af-xdp=eth0,mode=zero-copy"])
+}
+
+// The tests named inside_… run inside the machine; elsewhere they would find no such card.
+
+#[test]
+#[ignore = "runs inside the machine that the tests of this module start"]
+fn inside_frames_go_both_ways() {
     for features in [Options::default().features, Options::default().features & !MRG_RXBUF] {
-        let daemon = Daemon::start(&["--af-xdp=eth0,mode=zero-copy"]);
+        let daemon = start();
         let log = daemon.log();
         assert!(log.contains("queues 0-0, zero-copy mode"), "{log}");
         assert!(log.contains("attached, native"), "{log}");
@@ -32,14 +41,14 @@ fn inside() {
         // Some cards lose their link for a moment when a queue is set up.
         eventually("a first frame arrives", || {
             wire.send(&frame(0, 60));
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20));
             card.try_receive(0).is_some()
         });
         eventually("a first frame is sent", || {
             card.send(0, &frame(0, 60));
             wire.receive(20).is_some()
         });
-        std::thread::sleep(std::time::Duration::from_millis(500));
+        std::thread::sleep(Duration::from_millis(500));
         while wire.receive(50).is_some() || card.try_receive(0).is_some() {}
         check_both_ways(&wire, &mut card, 1000);
         drop((wire, card));
@@ -55,6 +64,42 @@ fn inside() {
     }
 }
 
+#[test]
+#[ignore = "runs inside the machine that the tests of this module start"]
+fn inside_nothing_is_written_after_a_guest_s_reset() {
+    let daemon = start();
+    let options = Options { huge: true, buffer: 4096, ..Options::default() };
+    let mut card = Card::start(Frontend::new(daemon.connect()), options);
+    card.send(0, &[0; 5]);
+    let wire = Wire::open("eth1");
+    let mut sent = 0..;
+    // Never more than the guest has buffers for: igb of Linux 6.18 to 7.3 takes old descriptors
+    // for new ones when it has run out of buffers at the end of its ring, and QEMU lets frames that
+    // a card had no buffers for be overtaken.
+    let mut send = || sent.by_ref().take(48).for_each(|number| wire.send(&flood_frame(number)));
+    let mut check = Check::in_any_order();
+    for _ in 0..100 {
+        let wanted = check.received + 20;
+        eventually("frames arrive", || {
+            send();
+            let sent = Instant::now();
+            while check.received < wanted && sent.elapsed() < Duration::from_millis(200) {
+                check.take(&mut card, 0);
+            }
+            check.received >= wanted
+        });
+        send();
+        card.frontend.get_vring_base(0);
+        card.frontend.get_vring_base(1);
+        check.take(&mut card, 0);
+        plant_canaries(&card, 0);
+        check_canaries(&card, 0, 20);
+        card.run();
+    }
+    assert!(!daemon.log().contains("this is a bug"), "{}", daemon.log());
+    assert!(!daemon.log().contains("anew"), "{}", daemon.log());
+}
+
 fn run_with(nic: &str) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu/run-in-zero-copy-machine");
     let tests = std::env::current_exe().unwrap();
@@ -62,16 +107,17 @@ fn run_with(nic: &str) {
     let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
     let output = Command::new(script)
         .env("NIC", nic)
+        .env("TIMEOUT", "300")
         .args([tests.as_os_str(), &daemon])
         .args(["--", "env"])
         .arg(format!("VHOST_USER_NET=/work/{}", name(Path::new(&daemon))))
         .arg(format!("/work/{}", name(&tests)))
-        .args(["zero_copy::inside", "--exact", "--ignored", "--nocapture"])
+        .args(["zero_copy::inside_", "--ignored", "--nocapture", "--test-threads=1"])
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && text.contains("1 passed"), "{text}\n{error}");
+    assert!(output.status.success() && text.contains("2 passed"), "{text}\n{error}");
 }
 
 #[test]

@@ -90,6 +90,7 @@ impl XdpQueue {
             receives,
             left_behind: false,
             failed: None,
+            opened_anew: None,
             state: State::Closed { since: None, retry: Instant::now() },
         }
     }
@@ -128,6 +129,8 @@ pub struct XdpPort<'mem> {
     left_behind: bool,
     /// The device was heard to work no more.
     failed: Option<OpenError>,
+    /// When the socket was opened anew for a fault.
+    opened_anew: Option<Instant>,
     transmitter: Transmitter<'mem>,
     receiver: Receiver<'mem>,
 }
@@ -152,11 +155,12 @@ impl<'mem> XdpPort<'mem> {
             self.receiver.withdraw();
         }
         match opened {
-            Ok(socket) => {
+            Ok(mut socket) => {
                 if std::mem::take(&mut self.host.reported) {
                     info!("af_xdp {}: works again", self.host.interface.name());
                 }
                 self.transmitter.begin(&socket);
+                self.receiver.post(&mut socket);
                 self.state = State::Open(Box::new(socket));
             }
             Err(Failure::Busy(error)) => {
@@ -210,6 +214,19 @@ impl<'mem> XdpPort<'mem> {
         }
     }
 
+    /// Something is wrong with the socket, of which a new one may be free.
+    fn open_anew(&mut self, why: &'static str, finished: &mut Finished<'mem>) {
+        if self.opened_anew.is_some_and(|at| at.elapsed() < RETRY) {
+            self.fail(&why, finished);
+            return;
+        }
+        warn!("af_xdp {}: opens its socket anew: {why}", self.host.interface.name());
+        self.opened_anew = Some(Instant::now());
+        self.close(finished);
+        self.transmitter.drop_unsent();
+        self.open();
+    }
+
     /// The device was found not to work any more.
     fn fail(&mut self, why: &dyn fmt::Display, finished: &mut Finished<'mem>) {
         self.close(finished);
@@ -256,8 +273,8 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
                 self.fail(&error, finished);
             } else if let Err(error) = kicked {
                 self.fail(&error, finished);
-            } else if self.receiver.is_stuck() {
-                self.fail(&"the kernel keeps a buffer that others have overtaken", finished);
+            } else if let Some(fault) = self.receiver.fault() {
+                self.open_anew(fault, finished);
             }
         } else if self.receiver.has_buffers() || self.is_gone() {
             self.open();

@@ -86,6 +86,8 @@ pub(super) struct Receiver<'mem> {
     free_slots: Vec<usize>,
     /// Since when a buffer has been overtaken.
     overtaken: Option<Instant>,
+    /// A buffer came back that had not been posted.
+    confused: bool,
 }
 
 impl<'mem> Receiver<'mem> {
@@ -103,6 +105,7 @@ impl<'mem> Receiver<'mem> {
             waiting: VecDeque::new(),
             free_slots: (0..RX_SLOTS).collect(),
             overtaken: None,
+            confused: false,
         }
     }
 
@@ -159,12 +162,12 @@ impl<'mem> Receiver<'mem> {
         }
     }
 
-    /// Posts what there is on a socket that is not bound yet: a driver may never look again if it
-    /// finds nothing then (igb of Linux 6.18).
+    /// Posts a slot on a socket that is not bound yet: a driver with zero copy may never look again
+    /// if it finds nothing then (igb of Linux 6.18). No more than that: frames that come before
+    /// the socket is bound are dropped, and send their buffers round in another order.
     pub(super) fn post_before_bind(&mut self, socket: &mut Socket, umem: &GuestUmem) {
-        self.post_all(socket, umem);
-        if umem.layout.zero_copy && self.posted.is_empty() {
-            self.post_slots(socket, umem, SPARE);
+        if umem.layout.zero_copy {
+            self.post_slots(socket, umem, 1);
             socket.fill.submit();
         }
     }
@@ -234,15 +237,17 @@ impl<'mem> Receiver<'mem> {
             any = true;
             let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
             // Nearly always it is the oldest.
-            match self.posted.pop_front_if(|oldest| oldest.address == address) {
-                Some(oldest) => {
-                    delivered = true;
-                    self.deliver(oldest.target, descriptor.length, &open.umem, finished);
-                    if self.held > 0 {
-                        self.deliver_held(&open.umem, finished);
-                    }
-                }
-                None => self.hold(address, descriptor.length),
+            let is_oldest = |oldest: &mut Posted<'_>| oldest.address == address;
+            let mut oldest = self.posted.pop_front_if(is_oldest);
+            if oldest.is_none() {
+                self.hold(address, descriptor.length);
+                oldest = self.pop_held();
+            }
+            while let Some(Posted { target, filled, .. }) = oldest {
+                delivered = true;
+                let length = filled.unwrap_or(descriptor.length);
+                self.deliver(target, length, &open.umem, finished);
+                oldest = if self.held > 0 { self.pop_held() } else { None };
             }
         }
         self.serve_waiting(&open.umem, finished);
@@ -263,32 +268,45 @@ impl<'mem> Receiver<'mem> {
         };
     }
 
-    /// Keeps a frame that has arrived in a buffer which is not the oldest.
+    /// Notes a frame that has arrived in a buffer which is not the oldest.
     fn hold(&mut self, address: u64, length: u32) {
-        let is_its =
-            |posted: &&mut Posted<'_>| posted.address == address && posted.filled.is_none();
-        if let Some(posted) = self.posted.iter_mut().find(is_its) {
-            posted.filled = Some(length);
-            self.held += 1;
-        }
-    }
-
-    /// Delivers the frames that have waited for the buffer that was the oldest.
-    fn deliver_held(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) {
-        while let Some(Posted { target, filled: Some(length), .. }) =
-            self.posted.pop_front_if(|oldest| oldest.filled.is_some())
+        let waits = |posted: &Posted<'_>| posted.filled.is_none();
+        let is_its = |posted: &Posted<'_>| posted.address == address && waits(posted);
+        let Some(mut index) = self.posted.iter().position(is_its) else {
+            self.confused = true;
+            return;
+        };
+        let is_slot = |posted: &Posted<'_>| matches!(posted.target, Target::Slot(_));
+        if is_slot(&self.posted[index])
+            && let Some(first) = self.posted.iter().position(|it| is_slot(it) && waits(it))
         {
-            self.held -= 1;
-            self.deliver(target, length, umem, finished);
+            // One slot is as good as another: frames stay in the order in which they came.
+            self.posted.swap(first, index);
+            index = first;
         }
+        self.posted[index].filled = Some(length);
+        self.held += 1;
     }
 
-    /// Whether a buffer is not coming back, though younger ones have.
-    pub(super) fn is_stuck(&self) -> bool {
-        self.overtaken.is_some_and(|since| since.elapsed() > STUCK)
+    /// The oldest buffer, if it has a frame.
+    fn pop_held(&mut self) -> Option<Posted<'mem>> {
+        let oldest = self.posted.pop_front_if(|oldest| oldest.filled.is_some())?;
+        self.held -= 1;
+        Some(oldest)
     }
 
-    /// When to look whether it is.
+    /// What is wrong with how buffers come back, if anything is.
+    pub(super) fn fault(&self) -> Option<&'static str> {
+        if self.confused {
+            // igb of Linux 6.18 to 7.3 takes old descriptors for new ones when it has run out of
+            // buffers at the end of its ring (`igb_alloc_rx_buffers_zc`).
+            return Some("the driver gives back a buffer that it does not have");
+        }
+        let stuck = self.overtaken.is_some_and(|since| since.elapsed() > STUCK);
+        stuck.then_some("the kernel keeps a buffer that others have overtaken")
+    }
+
+    /// When to look whether the oldest buffer is not coming back.
     pub(super) fn patience(&self) -> Option<Duration> {
         self.overtaken.map(|_| STUCK)
     }
@@ -429,6 +447,7 @@ impl<'mem> Receiver<'mem> {
         self.held = 0;
         self.free_slots = (0..RX_SLOTS).collect();
         self.overtaken = None;
+        self.confused = false;
         lost
     }
 
