@@ -224,7 +224,7 @@ impl<'mem> Receiver<'mem> {
         any
     }
 
-    #[inline]
+    #[inline(always)]
     fn stage(&mut self, socket: &mut Socket, address: u64, target: Target<'mem>) {
         socket.fill.stage(address);
         self.posted.push_back(Posted { address, target, filled: None });
@@ -237,17 +237,15 @@ impl<'mem> Receiver<'mem> {
             any = true;
             let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
             // Nearly always it is the oldest.
-            let is_oldest = |oldest: &mut Posted<'_>| oldest.address == address;
-            let mut oldest = self.posted.pop_front_if(is_oldest);
-            if oldest.is_none() {
-                self.hold(address, descriptor.length);
-                oldest = self.pop_held();
+            match self.posted.pop_front_if(|oldest| oldest.address == address) {
+                Some(oldest) => {
+                    delivered = true;
+                    self.deliver(oldest.target, descriptor.length, &open.umem, finished);
+                }
+                None => self.hold(address, descriptor.length),
             }
-            while let Some(Posted { target, filled, .. }) = oldest {
-                delivered = true;
-                let length = filled.unwrap_or(descriptor.length);
-                self.deliver(target, length, &open.umem, finished);
-                oldest = if self.held > 0 { self.pop_held() } else { None };
+            if self.held > 0 {
+                delivered |= self.deliver_held(&open.umem, finished);
             }
         }
         self.serve_waiting(&open.umem, finished);
@@ -288,11 +286,16 @@ impl<'mem> Receiver<'mem> {
         self.held += 1;
     }
 
-    /// The oldest buffer, if it has a frame.
-    fn pop_held(&mut self) -> Option<Posted<'mem>> {
-        let oldest = self.posted.pop_front_if(|oldest| oldest.filled.is_some())?;
-        self.held -= 1;
-        Some(oldest)
+    /// Delivers the frames in the oldest buffers; says whether there were any.
+    fn deliver_held(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) -> bool {
+        let before = self.held;
+        while let Some(Posted { target, filled: Some(length), .. }) =
+            self.posted.pop_front_if(|oldest| oldest.filled.is_some())
+        {
+            self.held -= 1;
+            self.deliver(target, length, umem, finished);
+        }
+        self.held < before
     }
 
     /// What is wrong with how buffers come back, if anything is.
@@ -326,11 +329,25 @@ impl<'mem> Receiver<'mem> {
                 finished.rx.push((chain, self.header_length as u32 + length));
                 finished.rx_frames += 1;
                 finished.rx_bytes += u64::from(length);
-                return;
             }
+            target => self.deliver_copied(target, length, umem, finished),
+        }
+    }
+
+    /// Delivers a frame that is not where it belongs.
+    #[inline(never)]
+    fn deliver_copied(
+        &mut self,
+        target: Target<'mem>,
+        length: u32,
+        umem: &GuestUmem,
+        finished: &mut Finished<'mem>,
+    ) {
+        let length = length as usize;
+        match target {
             Target::Guest(chain) => {
                 // Older buffers are parked: the frame is theirs, and its buffer one of them.
-                let mut bytes = vec![0; length as usize];
+                let mut bytes = vec![0; length];
                 if let Some(piece) = chain.first_after(self.header_length) {
                     piece.read(&mut bytes);
                 }
@@ -339,7 +356,7 @@ impl<'mem> Receiver<'mem> {
             }
             Target::Slot(slot) => {
                 self.slots_posted -= 1;
-                self.waiting.push_back(Waiting::Slot { slot, length: length as usize });
+                self.waiting.push_back(Waiting::Slot { slot, length });
             }
         }
         self.serve_waiting(umem, finished);
