@@ -38,8 +38,9 @@ struct Arguments {
     tap_fd: Vec<RawFd>,
     /// Move frames through AF_XDP sockets on this device's queues, from N on one for each queue
     /// pair, with the guest's memory as theirs. mode: whether its driver reads and writes that
-    /// memory itself; attach: where the XDP program runs.
-    #[arg(long, value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic]", group = "host", value_parser = parse_af_xdp)]
+    /// memory itself; attach: where the XDP program runs; steer=mac: bring frames for --mac to the
+    /// queue by a flow rule.
+    #[arg(long, value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic][,steer=mac]", group = "host", value_parser = parse_af_xdp)]
     af_xdp: Option<AfXdp>,
     /// Return each frame to the guest that sent it: for trying out a VMM or a driver.
     #[arg(long, group = "host")]
@@ -115,6 +116,8 @@ pub struct AfXdp {
     pub mode: Mode,
     /// Where the XDP program runs.
     pub attach: Attach,
+    /// Whether the card is to bring frames for the guest's address to the queue.
+    pub steer: bool,
 }
 
 /// Who moves frames between the device and the guest's memory.
@@ -241,6 +244,15 @@ impl Arguments {
         }
         let host = match (self.tap, self.af_xdp) {
             (Some(name), _) => Host::Tap(device_name(&name)?),
+            (None, Some(af_xdp)) if af_xdp.steer && self.mac.is_none() => {
+                return Err("steer=mac needs the guest's address: --mac".into());
+            }
+            (None, Some(af_xdp)) if af_xdp.steer && queue_pairs > 1 => {
+                return Err(format!(
+                    "steer=mac brings all frames to one queue, which does not go with \
+                     --queue-pairs={queue_pairs}"
+                ));
+            }
             (None, Some(af_xdp)) => Host::AfXdp(af_xdp),
             _ if self.loopback => Host::Loopback,
             _ if queues_given == queue_pairs => Host::TapDescriptors(self.tap_fd),
@@ -321,6 +333,7 @@ fn parse_af_xdp(text: &str) -> Result<AfXdp, String> {
         queue: 0,
         mode: Mode::Auto,
         attach: Attach::Auto,
+        steer: false,
     };
     for part in parts {
         let (key, value) =
@@ -338,7 +351,13 @@ fn parse_af_xdp(text: &str) -> Result<AfXdp, String> {
                 parsed.attach = Attach::from_str(value, false)
                     .map_err(|_| one_of("auto, native or generic"))?;
             }
-            _ => return Err(format!("'{key}' is none of queue, mode and attach")),
+            "steer" => {
+                if value != "mac" {
+                    return Err(one_of("mac"));
+                }
+                parsed.steer = true;
+            }
+            _ => return Err(format!("'{key}' is none of queue, mode, attach and steer")),
         }
     }
     if parsed.mode == Mode::ZeroCopy && parsed.attach == Attach::Generic {
@@ -415,7 +434,13 @@ mod tests {
     #[test]
     fn an_af_xdp_port_is_a_device_and_what_differs_from_the_default() {
         let config = read(&["--socket-path=a", "--af-xdp=eth1"]).unwrap();
-        let plain = AfXdp { name: "eth1".into(), queue: 0, mode: Mode::Auto, attach: Attach::Auto };
+        let plain = AfXdp {
+            name: "eth1".into(),
+            queue: 0,
+            mode: Mode::Auto,
+            attach: Attach::Auto,
+            steer: false,
+        };
         assert_eq!(config.host, Host::AfXdp(plain.clone()));
         let option = "--af-xdp=eth1,queue=3,mode=zero-copy,attach=native";
         let config = read(&["--socket-path=a", option]).unwrap();
@@ -450,6 +475,17 @@ mod tests {
             (&["--socket-path=a", "--af-xdp=eth1,mode=fast"], "'fast'"),
             (&["--socket-path=a", "--af-xdp=eth1,lane=1"], "'lane'"),
             (&["--socket-path=a", "--af-xdp=eth1,mode=zero-copy,attach=generic"], "generic"),
+            (&["--socket-path=a", "--af-xdp=eth1,steer=ip"], "'ip'"),
+            (&["--socket-path=a", "--af-xdp=eth1,steer=mac"], "--mac"),
+            (
+                &[
+                    "--socket-path=a",
+                    "--af-xdp=eth1,steer=mac",
+                    "--mac=52:54:00:00:00:01",
+                    "--queue-pairs=2",
+                ],
+                "--queue-pairs=2",
+            ),
             (&["--socket-path=a", "--tap=a", "--af-xdp=b"], "--af-xdp"),
         ];
         for (arguments, named) in cases {

@@ -130,7 +130,7 @@ fn open_host(
             return Ok(("loopback".into(), (0..pairs).map(|_| HostQueue::Loopback).collect()));
         }
         Host::AfXdp(options) => {
-            let queues = Interface::start(options, pairs, config.mtu, config.busy_poll)
+            let queues = Interface::start(options, pairs, config.mtu, config.mac, config.busy_poll)
                 .map_err(|error| StartError::new(error.to_string()))?;
             let queues = queues.into_iter().map(|queue| HostQueue::AfXdp(Box::new(queue)));
             return Ok((options.name.clone(), queues.collect()));

@@ -7,6 +7,7 @@
 
 pub mod bpf;
 pub mod eventfd;
+pub mod flow;
 pub mod link;
 pub mod process;
 pub mod socket;

@@ -460,6 +460,8 @@ fn what_can_not_be_had_is_named_with_the_way_out() {
     says(&["--af-xdp=veth0,queue=5"], &["queue 5 of veth0", "ethtool -l"]);
     says(&["--af-xdp=veth0", "--queue-pairs=2"], &["queue 1 of veth0", "ethtool -l"]);
     says(&["--af-xdp=veth0,mode=zero-copy"], &["veth0", "no zero copy", "mode=auto"]);
+    let steered = ["--af-xdp=veth0,steer=mac", "--mac=52:54:00:12:34:56"];
+    says(&steered, &["52:54:00:12:34:56", "queue 0 of veth0", "takes no such rule", "ntuple on"]);
     ip("link set lo mtu 1500");
     says(&["--af-xdp=lo,attach=native"], &["lo", "attach=generic"]);
     let first = Daemon::start(&["--af-xdp=veth0"]);

@@ -12,6 +12,7 @@ mod interface;
 pub mod program;
 mod receiver;
 mod segmentation;
+mod steering;
 mod transmitter;
 mod umem;
 

@@ -64,7 +64,7 @@ pub fn device_exists(name: &str) -> io::Result<bool> {
 }
 
 /// An `ifreq` with the given name in it and all else zero.
-fn request(name: &str) -> io::Result<libc::ifreq> {
+pub(super) fn request(name: &str) -> io::Result<libc::ifreq> {
     let text = CString::new(name)?;
     if name.is_empty() || name.len() > MAX_NAME {
         return Err(io::Error::new(

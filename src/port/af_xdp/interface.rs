@@ -10,10 +10,12 @@ use log::{debug, info, warn};
 
 use super::program::Attachment;
 use super::receiver::RING_SIZES;
+use super::steering::Steering;
 use super::umem::{FrameLayout, GuestUmem};
 use super::{BUSY_LIMIT, BUSY_RETRY, OpenError, XdpQueue};
 use crate::config::{AfXdp, Mode};
 use crate::guest::GuestMemory;
+use crate::net_config::MacAddress;
 use crate::sys::link::{self, Link, Watch};
 use crate::sys::umem::Umem;
 use crate::sys::xsk::{Binding, CHUNK, Registration, RingSizes, Socket};
@@ -73,6 +75,7 @@ struct Registered {
 #[derive(Debug, Default)]
 struct Shared {
     attachment: Option<Attachment>,
+    steering: Option<Steering>,
     abilities: Abilities,
     registered: Option<Registered>,
 }
@@ -83,6 +86,8 @@ pub struct Interface {
     options: AfXdp,
     pairs: u16,
     busy_poll: Duration,
+    /// The address whose frames are to be brought to the queue.
+    steer_for: Option<MacAddress>,
     shared: Mutex<Shared>,
 }
 
@@ -95,6 +100,7 @@ impl Interface {
         options: &AfXdp,
         pairs: u16,
         mtu: u16,
+        mac: Option<MacAddress>,
         busy_poll: Duration,
     ) -> Result<Vec<XdpQueue>, OpenError> {
         let name = &options.name;
@@ -102,6 +108,7 @@ impl Interface {
             options: options.clone(),
             pairs,
             busy_poll,
+            steer_for: mac.filter(|_| options.steer),
             shared: Mutex::default(),
         });
         let link = interface.find()?;
@@ -120,6 +127,7 @@ impl Interface {
         let mut shared = interface.lock();
         shared.attachment = Some(Attachment::new(name, link.index, options.attach)?);
         shared.abilities = interface.try_queues(&link)?;
+        shared.steering = interface.steer(&link)?;
         drop(shared);
         (0..pairs)
             .map(|pair| {
@@ -159,6 +167,12 @@ impl Interface {
         FrameLayout::new(longest, zero_copy).map_err(|error| {
             OpenError(format!("{} has an MTU of {}: {error}", self.name(), link.mtu))
         })
+    }
+
+    /// Brings the guest's frames to the queue, if that was asked for.
+    fn steer(&self, link: &Link) -> Result<Option<Steering>, OpenError> {
+        let steer = |address| Steering::new(self.name(), link.index, address, self.queue(0));
+        self.steer_for.map(steer).transpose()
     }
 
     /// Binds a socket to each queue and closes it: finds out what device and kernel can do.
@@ -249,6 +263,10 @@ impl Interface {
             let attached = Attachment::new(self.name(), link.index, self.options.attach);
             shared.attachment = Some(attached.map_err(Failure::Gone)?);
             shared.abilities = self.try_queues(&link).map_err(Failure::Gone)?;
+        }
+        if !shared.steering.as_ref().is_some_and(|steering| steering.is_on(link.index)) {
+            shared.steering = None;
+            shared.steering = self.steer(&link).map_err(Failure::Gone)?;
         }
         let abilities = shared.abilities;
         let layout = self.layout(&link, mtu, abilities.zero_copy).map_err(Failure::Gone)?;

@@ -1,0 +1,222 @@
+//! Which frames a network card takes, and which of its queues they go to: the receive flow rules of
+//! `linux/ethtool.h`, and the filter of unicast addresses.
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use super::check;
+use super::tap::request;
+
+const ETHTOOL_GRXCLSRLCNT: u32 = 0x2e;
+const ETHTOOL_GRXCLSRULE: u32 = 0x2f;
+const ETHTOOL_GRXCLSRLALL: u32 = 0x30;
+const ETHTOOL_SRXCLSRLDEL: u32 = 0x31;
+const ETHTOOL_SRXCLSRLINS: u32 = 0x32;
+/// The driver chooses a rule's place itself.
+const RX_CLS_LOC_SPECIAL: u64 = 0x8000_0000;
+const RX_CLS_LOC_ANY: u32 = 0xffff_ffff;
+/// A rule about the Ethernet header.
+const ETHER_FLOW: u32 = 0x12;
+/// Rules of a card that are looked at, at the most: a size that leaves no padding.
+const MOST: usize = 1025;
+
+/// `ethtool_rx_flow_spec`, with an Ethernet header in the unions.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct FlowSpec {
+    flow_type: u32,
+    destination: [u8; 6],
+    rest: [u8; 46],
+    extension: [u8; 20],
+    destination_mask: [u8; 6],
+    rest_mask: [u8; 46],
+    extension_mask: [u8; 20],
+    queue: u64,
+    location: u32,
+}
+
+/// `ethtool_rxnfc`, with room for the places of rules.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Request {
+    command: u32,
+    flow_type: u32,
+    data: u64,
+    rule: FlowSpec,
+    count: u32,
+    locations: [u32; MOST],
+}
+
+impl Request {
+    fn new(command: u32) -> Box<Self> {
+        // SAFETY: plain numbers, for which all zeros is a value.
+        let mut request: Box<Self> = Box::new(unsafe { mem::zeroed() });
+        request.command = command;
+        request
+    }
+}
+
+/// A rule: frames for a MAC address go to a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rule {
+    /// The destination address of its frames.
+    pub address: [u8; 6],
+    /// The queue that they go to.
+    pub queue: u64,
+    /// Its place in the card's table.
+    pub location: u32,
+}
+
+/// The flow rules of a network device.
+#[derive(Debug)]
+pub struct Rules {
+    socket: OwnedFd,
+    name: String,
+}
+
+impl Rules {
+    /// Those of the device `name`.
+    pub fn of(name: &str) -> io::Result<Self> {
+        // SAFETY: the descriptor is fresh and has no other owner.
+        let socket = unsafe {
+            let flags = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
+            OwnedFd::from_raw_fd(check(libc::socket(libc::AF_INET, flags, 0))?)
+        };
+        Ok(Rules { socket, name: name.to_owned() })
+    }
+
+    fn ask(&self, question: &mut Request) -> io::Result<()> {
+        let mut named = request(&self.name)?;
+        named.ifr_ifru.ifru_data = (&raw mut *question).cast();
+        // SAFETY: SIOCETHTOOL reads and writes an `ethtool_rxnfc`, and behind it as many places as
+        // `count` says, which is MOST at the most.
+        unsafe { check(libc::ioctl(self.socket.as_raw_fd(), libc::SIOCETHTOOL, &mut named))? };
+        Ok(())
+    }
+
+    /// The rules there are about nothing but a destination address.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP if the driver has no flow rules; `OutOfMemory` if there are too many.
+    pub fn list(&self) -> io::Result<Vec<Rule>> {
+        let mut rules = Vec::new();
+        for location in self.locations()?.0 {
+            let mut request = Request::new(ETHTOOL_GRXCLSRULE);
+            request.rule.location = location;
+            self.ask(&mut request)?;
+            let FlowSpec { destination, queue, .. } = request.rule;
+            if is_about(&request.rule, destination) {
+                rules.push(Rule { address: destination, queue, location });
+            }
+        }
+        Ok(rules)
+    }
+
+    /// The places of all rules, and where the next may be put.
+    fn locations(&self) -> io::Result<(Vec<u32>, u32)> {
+        let mut counts = Request::new(ETHTOOL_GRXCLSRLCNT);
+        self.ask(&mut counts)?;
+        let special = counts.data & RX_CLS_LOC_SPECIAL != 0;
+        let mut all = Request::new(ETHTOOL_GRXCLSRLALL);
+        all.count = counts.count;
+        if all.count as usize > MOST {
+            return Err(io::Error::new(io::ErrorKind::OutOfMemory, "it has too many flow rules"));
+        }
+        self.ask(&mut all)?;
+        let taken = all.locations[..(all.count as usize).min(MOST)].to_vec();
+        let size = (all.data & !RX_CLS_LOC_SPECIAL) as u32;
+        let free = (0..size).find(|location| !taken.contains(location));
+        Ok((taken, if special { RX_CLS_LOC_ANY } else { free.unwrap_or(RX_CLS_LOC_ANY) }))
+    }
+
+    /// Brings frames for `address` to `queue`.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP, EINVAL if the driver does not take such a rule; ENOSPC if its table is full.
+    pub fn insert(&self, address: [u8; 6], queue: u64) -> io::Result<Rule> {
+        let mut request = Request::new(ETHTOOL_SRXCLSRLINS);
+        request.rule.flow_type = ETHER_FLOW;
+        request.rule.destination = address;
+        request.rule.destination_mask = [0xff; 6];
+        request.rule.queue = queue;
+        request.rule.location = self.locations()?.1;
+        self.ask(&mut request)?;
+        Ok(Rule { address, queue, location: request.rule.location })
+    }
+
+    /// Takes a rule away.
+    pub fn delete(&self, rule: &Rule) -> io::Result<()> {
+        let mut request = Request::new(ETHTOOL_SRXCLSRLDEL);
+        request.rule.location = rule.location;
+        self.ask(&mut request)
+    }
+}
+
+/// Whether the rule is about this destination address and nothing else.
+fn is_about(rule: &FlowSpec, address: [u8; 6]) -> bool {
+    rule.flow_type == ETHER_FLOW
+        && rule.destination == address
+        && rule.destination_mask == [0xff; 6]
+        && rule.rest_mask == [0; 46]
+        && rule.extension_mask == [0; 20]
+}
+
+/// A unicast address that a network device takes frames for, beside its own. The kernel takes it
+/// back when the value, or the process, ends.
+#[derive(Debug)]
+pub struct AddressFilter {
+    _socket: OwnedFd,
+}
+
+impl AddressFilter {
+    /// Has the device of that index take frames for `address`.
+    ///
+    /// # Errors
+    /// EPERM without CAP_NET_RAW, EOPNOTSUPP, ENOSPC if the device takes no more.
+    pub fn new(device: u32, address: [u8; 6]) -> io::Result<Self> {
+        /// `packet_mreq` of `linux/if_packet.h`.
+        #[repr(C)]
+        struct Membership {
+            device: libc::c_int,
+            kind: u16,
+            length: u16,
+            address: [u8; 8],
+        }
+        let mut membership = Membership {
+            device: device as libc::c_int,
+            kind: libc::PACKET_MR_UNICAST as u16,
+            length: address.len() as u16,
+            address: [0; 8],
+        };
+        membership.address[..6].copy_from_slice(&address);
+        // SAFETY: the descriptor is fresh and has no other owner; protocol 0 receives nothing. The
+        // membership lives through the call, and has the length given.
+        unsafe {
+            let flags = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+            let socket = OwnedFd::from_raw_fd(check(libc::socket(libc::AF_PACKET, flags, 0))?);
+            check(libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_ADD_MEMBERSHIP,
+                (&raw const membership).cast(),
+                mem::size_of::<Membership>() as libc::socklen_t,
+            ))?;
+            Ok(AddressFilter { _socket: socket })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_laid_out_as_the_kernel_has_them() {
+        assert_eq!(mem::offset_of!(Request, rule), 16);
+        assert_eq!(mem::offset_of!(Request, rule.queue), 16 + 152);
+        assert_eq!(mem::offset_of!(Request, rule.location), 16 + 160);
+        assert_eq!(mem::offset_of!(Request, count), 184);
+        assert_eq!(mem::offset_of!(Request, locations), 188);
+    }
+}
