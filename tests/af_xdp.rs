@@ -506,6 +506,27 @@ fn too_little_locked_memory_is_said_with_the_number_needed() {
 }
 
 #[test]
+fn frames_that_the_device_drops_are_counted() {
+    needs_root!("frames_that_the_device_drops_are_counted");
+    let (daemon, wire, mut card) = start(&[], Options::default());
+    ip("link set veth1 down");
+    (0..10).for_each(|number| card.send(0, &frame(number, 100)));
+    ip("link set veth1 up");
+    drop(wire);
+    let wire = Wire::open("veth1");
+    eventually("the link is back", || {
+        card.send(0, &frame(10, 100));
+        wire.receive(10).is_some()
+    });
+    drop(card);
+    eventually("it is counted", || daemon.log().matches("veth0/0: tx ").count() == 2);
+    let log = daemon.log();
+    let tx = log.lines().rfind(|line| line.contains("veth0/0: tx ")).unwrap();
+    let dropped = tx.split(", ").find(|part| part.contains("dropped (host_refused)")).unwrap();
+    assert!(dropped.split(' ').next().unwrap().parse::<u64>().unwrap() >= 10, "{tx}");
+}
+
+#[test]
 fn idle_costs_nothing() {
     needs_root!("idle_costs_nothing");
     let (daemon, wire, mut card) = start(&[], Options::default());

@@ -211,21 +211,29 @@ impl<'mem> Transmitter<'mem> {
         }
         if open.socket.tx.needs_wakeup() {
             for _ in 0..SENDS {
-                match open.socket.send().map_err(|error| (error.raw_os_error(), error)) {
-                    Ok(()) => break,
-                    // It has sent as many as it does at a time, the device dropped one, or there
-                    // is no memory for now.
-                    Err((Some(libc::EAGAIN | libc::EBUSY | libc::ENOBUFS | libc::EINTR), _)) => {
-                        if open.socket.tx.pending() == 0 {
-                            break;
-                        }
-                    }
-                    Err((_, error)) => return Err(error),
+                let Err(error) = open.socket.send() else { break };
+                match error.raw_os_error() {
+                    Some(libc::EBUSY) => self.note_refused(open),
+                    // It has sent as many as it does at a time, or there is no memory for now.
+                    Some(libc::EAGAIN | libc::ENOBUFS | libc::EINTR) => {}
+                    _ => return Err(error),
+                }
+                if open.socket.tx.pending() == 0 {
+                    break;
                 }
             }
         }
         self.unfinished = open.socket.tx.pending() > 0;
         Ok(())
+    }
+
+    /// The device dropped the frame that the kernel took last: it is completed all the same.
+    fn note_refused(&mut self, open: &mut OpenSocket) {
+        let unsent = open.socket.tx.pending() as usize;
+        let mut pending = self.in_flight.iter_mut().rev().filter(|frame| frame.pending);
+        if let Some(frame) = pending.nth(unsent) {
+            frame.outcome = Outcome::Dropped(Drop::HostRefused);
+        }
     }
 
     /// Notes what the kernel has completed.
