@@ -116,6 +116,16 @@ fn inside_a_card_without_flow_rules_is_named() {
     }
 }
 
+/// A driver binds for zero copy then, too, but gives the socket no frames.
+#[test]
+#[ignore = "runs inside the machine that the tests of this module start"]
+fn inside_a_generic_program_goes_without_zero_copy() {
+    ip("link set eth0 up");
+    let daemon = Daemon::start(&["--af-xdp=eth0,attach=generic"]);
+    let log = daemon.log();
+    assert!(log.contains("copy mode, since the XDP program does not run in the driver"), "{log}");
+}
+
 fn run_with(nic: &str) {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu/run-in-zero-copy-machine");
     let tests = std::env::current_exe().unwrap();
@@ -133,7 +143,7 @@ fn run_with(nic: &str) {
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && text.contains("3 passed"), "{text}\n{error}");
+    assert!(output.status.success() && text.contains("4 passed"), "{text}\n{error}");
 }
 
 #[test]

@@ -7,6 +7,7 @@
 //! has something for it, since that pins all of the guest's memory, and is closed before a single
 //! buffer goes back unfinished.
 
+mod abilities;
 mod checksum;
 mod interface;
 pub mod program;

@@ -27,6 +27,8 @@ pub struct Link {
     pub mtu: u32,
     /// Id of the XDP program attached to it.
     pub program: Option<u32>,
+    /// Whether that runs in the kernel's generic code, not in the driver.
+    pub program_is_generic: bool,
     /// Index of its other end, where that is in the same namespace, for a veth.
     pub veth_peer: Option<u32>,
     /// Whether it is a veth.
@@ -104,6 +106,8 @@ fn read(message: &LinkMessage) -> Link {
                     LinkXdp::ProgId(id) if *id != 0 => Some(*id),
                     _ => None,
                 });
+                link.program_is_generic =
+                    infos.iter().any(|info| matches!(info, LinkXdp::SkbProgId(id) if *id != 0));
             }
             _ => {}
         }

@@ -8,21 +8,21 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
+use super::abilities::{Abilities, refused, wait_for_device};
 use super::program::Attachment;
 use super::receiver::RING_SIZES;
 use super::steering::Steering;
 use super::umem::{FrameLayout, GuestUmem};
-use super::{BUSY_LIMIT, BUSY_RETRY, OpenError, XdpQueue};
-use crate::config::{AfXdp, Mode};
+use super::{OpenError, XdpQueue};
+use crate::config::AfXdp;
 use crate::guest::GuestMemory;
 use crate::net_config::MacAddress;
 use crate::sys::link::{self, Link, Watch};
-use crate::sys::umem::Umem;
-use crate::sys::xsk::{Binding, CHUNK, Registration, RingSizes, Socket};
+use crate::sys::xsk::{Binding, Registration, Socket};
 
 /// What a frame has on top of its MTU at the most: an Ethernet header and a VLAN tag, as Linux
 /// forwards frames (`is_skb_forwardable`).
-const OVERHEAD: usize = 18;
+pub(super) const OVERHEAD: usize = 18;
 /// Memory in bytes that the kernel may use for frames of a socket on their way: a full ring of
 /// them, at what each takes with its bookkeeping.
 const SEND_BUFFER: u32 = 4 << 20;
@@ -54,14 +54,6 @@ impl AsFd for OpenSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
-}
-
-/// What device, driver and kernel can do.
-#[derive(Debug, Clone, Copy, Default)]
-struct Abilities {
-    zero_copy: bool,
-    /// Frames to be sent may carry metadata.
-    metadata: bool,
 }
 
 /// The UMEM of the sockets that are open.
@@ -126,7 +118,7 @@ impl Interface {
         }
         let mut shared = interface.lock();
         shared.attachment = Some(Attachment::new(name, link.index, options.attach)?);
-        shared.abilities = interface.try_queues(&link)?;
+        shared.abilities = interface.find_abilities(&link)?;
         shared.steering = interface.steer(&link)?;
         drop(shared);
         (0..pairs)
@@ -175,69 +167,9 @@ impl Interface {
         self.steer_for.map(steer).transpose()
     }
 
-    /// Binds a socket to each queue and closes it: finds out what device and kernel can do.
-    fn try_queues(&self, link: &Link) -> Result<Abilities, OpenError> {
-        let mut abilities =
-            Abilities { zero_copy: self.options.mode != Mode::Copy, metadata: true };
-        for pair in 0..self.pairs {
-            let queue = self.queue(pair);
-            loop {
-                let binding = binding_to(link, queue, abilities);
-                match try_bind(binding, abilities.metadata) {
-                    Ok(()) => break,
-                    Err(Refused::Metadata) => abilities.metadata = false,
-                    Err(Refused::Bind(error))
-                        if abilities.zero_copy
-                            && self.options.mode == Mode::Auto
-                            && !is_final(&error) =>
-                    {
-                        debug!("af_xdp {}: no zero copy: {error}", self.name());
-                        abilities.zero_copy = false;
-                    }
-                    Err(Refused::Bind(error) | Refused::Socket(error)) => {
-                        return Err(self.refused(queue, abilities.zero_copy, &error));
-                    }
-                }
-            }
-        }
-        info!(
-            "af_xdp {}: queues {}-{}, {} mode{}, checksums by {}",
-            self.name(),
-            self.queue(0),
-            self.queue(self.pairs - 1),
-            if abilities.zero_copy { "zero-copy" } else { "copy" },
-            match self.options.mode {
-                Mode::Auto if !abilities.zero_copy => ", since the driver has no zero copy",
-                _ => "",
-            },
-            if abilities.metadata && !abilities.zero_copy { "the kernel" } else { "the daemon" },
-        );
-        // Drivers need not look at metadata, as virtio_net does not.
-        abilities.metadata &= !abilities.zero_copy;
-        Ok(abilities)
-    }
-
-    /// What a refusal means, and what to do about it.
-    fn refused(&self, queue: u32, zero_copy: bool, error: &io::Error) -> OpenError {
-        let name = self.name();
-        let hint = match error.raw_os_error() {
-            Some(libc::EBUSY) => {
-                "; another AF_XDP socket has that queue: choose another with queue=N, or stop \
-                 whoever uses it"
-            }
-            Some(libc::EINVAL | libc::EOPNOTSUPP) if zero_copy => {
-                "; the driver has no zero copy, or not as the device is set up: use mode=auto or \
-                 mode=copy"
-            }
-            Some(libc::EINVAL) => "; has it that many queues? 'ethtool -l' tells",
-            Some(libc::EPERM) => "; run with CAP_NET_RAW",
-            Some(libc::EAFNOSUPPORT) => "; the kernel has no AF_XDP (CONFIG_XDP_SOCKETS)",
-            _ => "",
-        };
-        let mode = if zero_copy { "zero-copy" } else { "copy" };
-        OpenError(format!(
-            "bind an AF_XDP socket to queue {queue} of {name} in {mode} mode: {error}{hint}"
-        ))
+    fn find_abilities(&self, link: &Link) -> Result<Abilities, OpenError> {
+        let queues = self.queue(0)..self.queue(self.pairs);
+        Abilities::find(self.name(), link.index, queues, self.options.mode)
     }
 
     /// Opens a queue pair's socket on `memory`. `fill` posts buffers: drivers want some before
@@ -262,7 +194,7 @@ impl Interface {
             shared.attachment = None;
             let attached = Attachment::new(self.name(), link.index, self.options.attach);
             shared.attachment = Some(attached.map_err(Failure::Gone)?);
-            shared.abilities = self.try_queues(&link).map_err(Failure::Gone)?;
+            shared.abilities = self.find_abilities(&link).map_err(Failure::Gone)?;
         }
         if !shared.steering.as_ref().is_some_and(|steering| steering.is_on(link.index)) {
             shared.steering = None;
@@ -271,10 +203,10 @@ impl Interface {
         let abilities = shared.abilities;
         let layout = self.layout(&link, mtu, abilities.zero_copy).map_err(Failure::Gone)?;
         let queue = self.queue(pair);
-        let binding = binding_to(&link, queue, abilities);
-        let refused = |error: io::Error| {
+        let binding = abilities.binding(link.index, queue);
+        let failure = |error: io::Error| {
             let busy = error.raw_os_error() == Some(libc::EBUSY);
-            let error = self.refused(queue, abilities.zero_copy, &error);
+            let error = refused(self.name(), binding, &error);
             if busy { Failure::Busy(error) } else { Failure::Gone(error) }
         };
 
@@ -312,7 +244,7 @@ impl Interface {
             // would go round in another order then.
             redirect(&socket)?;
         }
-        socket.bind(binding, &registration).map_err(refused)?;
+        socket.bind(binding, &registration).map_err(failure)?;
         if !abilities.zero_copy {
             redirect(&socket)?;
         }
@@ -384,22 +316,9 @@ impl Interface {
         drop(umem);
         drop(shared);
         if binding.zero_copy {
-            self.wait_for_device(binding);
+            wait_for_device(self.name(), binding);
         }
         statistics.rx_dropped + statistics.rx_ring_full
-    }
-
-    /// Waits until the device has let go of a queue whose zero-copy socket was closed: it writes
-    /// into its buffers until then. That is when the queue can be bound again.
-    fn wait_for_device(&self, binding: Binding) {
-        let started = Instant::now();
-        if let Err(Refused::Bind(error)) = try_bind(Binding { zero_copy: false, ..binding }, false)
-            && error.raw_os_error() == Some(libc::EBUSY)
-        {
-            warn!("af_xdp {}: queue {} stays busy", self.name(), binding.queue);
-            return;
-        }
-        debug!("af_xdp {}: the device let go after {:?}", self.name(), started.elapsed());
     }
 
     /// Whether a socket still can work, after its device has changed.
@@ -415,16 +334,6 @@ impl Interface {
     }
 }
 
-fn binding_to(link: &Link, queue: u32, abilities: Abilities) -> Binding {
-    let zero_copy = abilities.zero_copy;
-    Binding { device: link.index, queue, zero_copy, multi_buffer: false }
-}
-
-/// An error that has nothing to do with zero copy.
-fn is_final(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENODEV | libc::ENETDOWN | libc::EPERM))
-}
-
 fn not_registered(error: &io::Error, bytes: usize) -> OpenError {
     let mebibytes = bytes.div_ceil(1 << 20);
     let hint = match error.raw_os_error() {
@@ -438,43 +347,4 @@ fn not_registered(error: &io::Error, bytes: usize) -> OpenError {
         _ => String::new(),
     };
     OpenError(format!("register {mebibytes} MiB of guest memory with AF_XDP: {error}{hint}"))
-}
-
-/// Where an attempt to bind ended.
-enum Refused {
-    /// The kernel knows no metadata of frames to be sent.
-    Metadata,
-    Socket(io::Error),
-    Bind(io::Error),
-}
-
-/// Binds a socket that nobody uses, and closes it. A queue that is busy may be so with a socket
-/// that was closed a moment ago, also by a process that has ended.
-fn try_bind(binding: Binding, metadata: bool) -> Result<(), Refused> {
-    const SIZES: RingSizes = RingSizes { rx: 64, tx: 64 };
-    const BUFFERS: u32 = 64;
-    let layout = FrameLayout::new(1500 + OVERHEAD, binding.zero_copy).map_err(Refused::Socket)?;
-    let umem = Umem::new((BUFFERS * CHUNK) as usize, &[], 0).map_err(Refused::Socket)?;
-    let umem = Arc::new(umem);
-    let started = Instant::now();
-    loop {
-        let registration = Registration::New { headroom: layout.headroom(), metadata };
-        let mut socket = Socket::new(&umem, SIZES, &registration).map_err(|error| {
-            match error.raw_os_error() {
-                Some(libc::EINVAL) if metadata => Refused::Metadata,
-                _ => Refused::Socket(error),
-            }
-        })?;
-        (0..BUFFERS).for_each(|buffer| socket.fill.stage((buffer * CHUNK).into()));
-        socket.fill.submit();
-        match socket.bind(binding, &registration) {
-            Err(error)
-                if error.raw_os_error() == Some(libc::EBUSY) && started.elapsed() < BUSY_LIMIT =>
-            {
-                drop(socket);
-                std::thread::sleep(BUSY_RETRY);
-            }
-            result => return result.map_err(Refused::Bind),
-        }
-    }
 }
