@@ -150,10 +150,12 @@ fn a_guest_on_af_xdp_gets_and_sends_frames_that_nobody_copies() {
         assert!(!daemon.log().contains("copied (unsuitable_buffer)"), "{}", daemon.log());
         assert!(copied * 10 < received, "rx: {copied} of {received}");
         let (sent, copied) = moved_and_copied(&daemon, "tx");
-        assert!(sent > 10_000, "{sent}");
         if guest_sums {
             // A few were sent before.
-            assert!(copied < 100, "tx: {copied} of {sent}");
+            assert!(sent > 10_000 && copied < 100, "tx: {copied} of {sent}");
+        } else {
+            // It leaves its TCP to be segmented.
+            assert!(sent > 1000 && daemon.log().contains("copied (segmentation)"), "tx: {sent}");
         }
     }
 }
