@@ -471,7 +471,7 @@ fn what_can_not_be_had_is_named_with_the_way_out() {
     drop((card, first));
     ip("link set veth1 mtu 9000");
     ip("link set veth0 mtu 9000");
-    says(&["--af-xdp=veth0"], &["veth0 has an MTU of 9000", "up to 3818"]);
+    says(&["--af-xdp=veth0"], &["veth0 has an MTU of 9000", "up to 3806"]);
     assert!(!output("ip", "-d link show veth0").contains("prog/xdp"), "nothing is left behind");
 }
 

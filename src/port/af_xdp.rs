@@ -147,12 +147,20 @@ impl<'mem> XdpPort<'mem> {
         }
         let interface = &self.host.interface;
         let pair = self.host.pair;
+        let header_length = self.receiver.header_length;
         let mut receiver = self.receives.then_some(&mut self.receiver);
-        let opened = interface.open(pair, self.memory, self.mtu, self.receives, |socket, umem| {
-            if let Some(receiver) = &mut receiver {
-                receiver.post_before_bind(socket, umem);
-            }
-        });
+        let opened = interface.open(
+            pair,
+            self.memory,
+            self.mtu,
+            header_length,
+            self.receives,
+            |socket, umem| {
+                if let Some(receiver) = &mut receiver {
+                    receiver.post_before_bind(socket, umem);
+                }
+            },
+        );
         if opened.is_err() {
             self.receiver.withdraw();
         }

@@ -101,6 +101,8 @@ fn name_from(bytes: &[u8]) -> String {
 pub enum MapKind {
     /// An AF_XDP socket for each queue (`BPF_MAP_TYPE_XSKMAP`).
     Sockets,
+    /// A number for each key (`BPF_MAP_TYPE_ARRAY`).
+    Numbers,
     /// Some `u64` for each key and processor (`BPF_MAP_TYPE_PERCPU_ARRAY`).
     Counters(usize),
 }
@@ -117,6 +119,7 @@ impl Map {
     pub fn new(kind: MapKind, name: &str, entries: u32) -> io::Result<Self> {
         const PERCPU_ARRAY: u32 = 6;
         const XSKMAP: u32 = 17;
+        const ARRAY: u32 = 2;
         #[repr(C)]
         struct Attributes {
             kind: u32,
@@ -130,6 +133,7 @@ impl Map {
         }
         let (kind, value_size) = match kind {
             MapKind::Sockets => (XSKMAP, 4),
+            MapKind::Numbers => (ARRAY, 4),
             MapKind::Counters(count) => (PERCPU_ARRAY, 8 * count as u32),
         };
         let mut attributes = Attributes {
@@ -189,6 +193,11 @@ impl Map {
     /// Puts a socket under `key`: frames that the program redirects to it arrive there from now.
     pub fn set_socket(&self, key: u32, socket: &OwnedFd) -> io::Result<()> {
         let value = socket.as_raw_fd();
+        self.element(command::MAP_UPDATE_ELEM, key, &raw const value as u64).map(drop)
+    }
+
+    /// Puts a number under `key`.
+    pub fn set_number(&self, key: u32, value: u32) -> io::Result<()> {
         self.element(command::MAP_UPDATE_ELEM, key, &raw const value as u64).map(drop)
     }
 

@@ -69,7 +69,7 @@ impl Bare {
                 result => {
                     result.unwrap();
                     socket.set_send_buffer(4 << 20);
-                    attachment.redirect(0, socket.descriptor()).unwrap();
+                    attachment.redirect(0, socket.descriptor(), 0).unwrap();
                     return Bare { socket, umem, next: 0, _attachment: attachment };
                 }
             }

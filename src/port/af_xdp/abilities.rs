@@ -140,7 +140,8 @@ enum Refused {
 fn try_bind(binding: Binding, metadata: bool) -> Result<(), Refused> {
     const SIZES: RingSizes = RingSizes { rx: 64, tx: 64 };
     const BUFFERS: u32 = 64;
-    let layout = FrameLayout::new(1500 + OVERHEAD, binding.zero_copy).map_err(Refused::Socket)?;
+    let layout =
+        FrameLayout::new(1500 + OVERHEAD, 0, binding.zero_copy).map_err(Refused::Socket)?;
     let umem = Umem::new((BUFFERS * CHUNK) as usize, &[], 0).map_err(Refused::Socket)?;
     let umem = Arc::new(umem);
     let started = Instant::now();

@@ -15,6 +15,7 @@ use super::steering::Steering;
 use super::umem::{FrameLayout, GuestUmem};
 use super::{OpenError, XdpQueue};
 use crate::config::AfXdp;
+use crate::features::HEADER_LENGTH;
 use crate::guest::GuestMemory;
 use crate::net_config::MacAddress;
 use crate::sys::link::{self, Link, Watch};
@@ -107,7 +108,7 @@ impl Interface {
         if !link.is_up {
             warn!("af_xdp {name}: is down; set it up with 'ip link set {name} up'");
         }
-        interface.layout(&link, mtu, false)?;
+        interface.layout(&link, mtu, HEADER_LENGTH, false)?;
         if link.is_veth {
             let peer = link.veth_peer.and_then(|peer| link::at(peer).ok());
             let peer = peer.map_or("NAME".into(), |peer| peer.name);
@@ -154,9 +155,15 @@ impl Interface {
         })
     }
 
-    fn layout(&self, link: &Link, mtu: u16, zero_copy: bool) -> Result<FrameLayout, OpenError> {
+    fn layout(
+        &self,
+        link: &Link,
+        mtu: u16,
+        header_length: usize,
+        zero_copy: bool,
+    ) -> Result<FrameLayout, OpenError> {
         let longest = link.mtu.max(mtu.into()) as usize + OVERHEAD;
-        FrameLayout::new(longest, zero_copy).map_err(|error| {
+        FrameLayout::new(longest, header_length, zero_copy).map_err(|error| {
             OpenError(format!("{} has an MTU of {}: {error}", self.name(), link.mtu))
         })
     }
@@ -179,6 +186,7 @@ impl Interface {
         pair: u16,
         memory: &Arc<GuestMemory>,
         mtu: u16,
+        header_length: usize,
         receives: bool,
         fill: impl FnOnce(&mut Socket, &GuestUmem),
     ) -> Result<OpenSocket, Failure> {
@@ -201,7 +209,8 @@ impl Interface {
             shared.steering = self.steer(&link).map_err(Failure::Gone)?;
         }
         let abilities = shared.abilities;
-        let layout = self.layout(&link, mtu, abilities.zero_copy).map_err(Failure::Gone)?;
+        let layout =
+            self.layout(&link, mtu, header_length, abilities.zero_copy).map_err(Failure::Gone)?;
         let queue = self.queue(pair);
         let binding = abilities.binding(link.index, queue);
         let failure = |error: io::Error| {
@@ -231,12 +240,12 @@ impl Interface {
             .map_err(|error| Failure::Gone(not_registered(&error, umem.memory().length())))?;
         fill(&mut socket, &umem);
         let redirect = |socket: &Socket| match &shared.attachment {
-            Some(attachment) if receives => {
-                attachment.redirect(queue, socket.descriptor()).map_err(|error| {
+            Some(attachment) if receives => attachment
+                .redirect(queue, socket.descriptor(), layout.header as u32)
+                .map_err(|error| {
                     let why = format!("redirect frames of queue {queue} to a socket: {error}");
                     Failure::Gone(OpenError(why))
-                })
-            }
+                }),
             _ => Ok(()),
         };
         if abilities.zero_copy {

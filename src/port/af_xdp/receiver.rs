@@ -51,7 +51,7 @@ enum Target<'mem> {
 struct Posted<'mem> {
     address: u64,
     target: Target<'mem>,
-    /// Length in bytes of the frame that has arrived in it.
+    /// Length in bytes of the frame that has arrived in it, with what the program put before it.
     filled: Option<u32>,
 }
 
@@ -68,7 +68,8 @@ enum Waiting {
 #[derive(Debug)]
 pub(super) struct Receiver<'mem> {
     pair: u16,
-    header_length: usize,
+    /// Length in bytes of the header before each frame.
+    pub(super) header_length: usize,
     mergeable: bool,
     /// In the order of the fill ring.
     posted: VecDeque<Posted<'mem>>,
@@ -206,7 +207,7 @@ impl<'mem> Receiver<'mem> {
         if self.parked.is_empty() {
             return 0;
         }
-        let longest = self.header_length + umem.layout.writes;
+        let longest = self.header_length - umem.layout.header + umem.layout.writes;
         let each = if self.mergeable { longest.div_ceil(self.smallest.max(1)) } else { 1 };
         self.parked.len() / each
     }
@@ -325,10 +326,14 @@ impl<'mem> Receiver<'mem> {
     ) {
         match target {
             Target::Guest(chain) if self.is_next(&chain) => {
-                write_header(&chain, self.header_length, 1);
-                finished.rx.push((chain, self.header_length as u32 + length));
+                // The program has put it there, if the kernel copies.
+                let header = (self.header_length - umem.layout.header) as u32;
+                if header > 0 {
+                    write_header(&chain, self.header_length, 1);
+                }
+                finished.rx.push((chain, header + length));
                 finished.rx_frames += 1;
-                finished.rx_bytes += u64::from(length);
+                finished.rx_bytes += u64::from(header + length) - self.header_length as u64;
             }
             target => self.deliver_copied(target, length, umem, finished),
         }
@@ -347,7 +352,7 @@ impl<'mem> Receiver<'mem> {
         match target {
             Target::Guest(chain) => {
                 // Older buffers are parked: the frame is theirs, and its buffer one of them.
-                let mut bytes = vec![0; length];
+                let mut bytes = vec![0; length - umem.layout.header];
                 if let Some(piece) = chain.first_after(self.header_length) {
                     piece.read(&mut bytes);
                 }
@@ -476,13 +481,8 @@ impl<'mem> Receiver<'mem> {
 
 /// Writes the header of a frame that needs nothing done to it, in so many buffers. Not before the
 /// frame has arrived: a device may have used its place for a header of its own.
-#[inline(always)]
 fn write_header(chain: &Chain<'_, Writable>, length: usize, buffers: u16) {
     let mut header = [0; HEADER_LENGTH];
     header[10..12].copy_from_slice(&buffers.to_le_bytes());
-    match length {
-        // What all drivers but the oldest have, of a length that the compiler knows.
-        HEADER_LENGTH => chain.write_at(0, &header),
-        _ => chain.write_at(0, &header[..length]),
-    }
+    chain.write_at(0, &header[..length]);
 }

@@ -12,6 +12,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::features::HEADER_LENGTH;
 use crate::guest::{Chain, GuestMemory, Segment, Writable};
 use crate::sys::umem::{Part, Umem};
 use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, TX_METADATA};
@@ -35,20 +36,23 @@ const ZERO_COPY_UNIT: usize = 1024;
 pub(super) struct FrameLayout {
     /// Longest frame in bytes that the kernel is to deliver, or to take.
     pub(super) longest: usize,
-    /// Bytes that the kernel may write into a buffer.
+    /// Bytes that the kernel, or the device, may write into a buffer.
     pub(super) writes: usize,
+    /// Bytes of virtio header that the XDP program puts before each frame: in copy mode all of it.
+    pub(super) header: usize,
     /// Whether the device itself reads and writes: a buffer must then lie in one page.
     pub(super) zero_copy: bool,
 }
 
 impl FrameLayout {
-    /// For frames up to `longest` bytes.
+    /// For frames up to `longest` bytes, behind a header of `header_length`.
     ///
     /// # Errors
     /// `InvalidInput` if they are longer than [`LONGEST_FRAME`].
-    pub(super) fn new(longest: usize, zero_copy: bool) -> io::Result<Self> {
-        if longest > LONGEST_FRAME {
-            let most = LONGEST_FRAME - crate::vnet_header::LINK_OVERHEAD;
+    pub(super) fn new(longest: usize, header_length: usize, zero_copy: bool) -> io::Result<Self> {
+        let header = if zero_copy { 0 } else { header_length };
+        if longest + header > LONGEST_FRAME {
+            let most = LONGEST_FRAME - HEADER_LENGTH - crate::vnet_header::LINK_OVERHEAD;
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!("AF_XDP takes an MTU up to {most} bytes; lower that of the device"),
@@ -56,8 +60,8 @@ impl FrameLayout {
         }
         let unit = if zero_copy { ZERO_COPY_UNIT } else { 1 };
         let smallest = (CHUNK - KERNEL_HEADROOM - MAX_HEADROOM) as usize;
-        let writes = longest.next_multiple_of(unit).clamp(smallest, LONGEST_FRAME);
-        Ok(FrameLayout { longest, writes, zero_copy })
+        let writes = (longest + header).next_multiple_of(unit).clamp(smallest, LONGEST_FRAME);
+        Ok(FrameLayout { longest, writes, header, zero_copy })
     }
 
     /// Bytes to be left free in each chunk before a frame, beside the kernel's own: what is left
@@ -174,7 +178,7 @@ impl GuestUmem {
         chain: &Chain<'_, Writable>,
         header_length: usize,
     ) -> Option<u64> {
-        let room = chain.first_after(header_length)?;
+        let room = chain.first_after(header_length - self.layout.header)?;
         if room.len() < self.layout.writes {
             return None;
         }
@@ -198,14 +202,15 @@ impl GuestUmem {
         (self.arena_of(pair) + slot * CHUNK as usize) as u64
     }
 
-    /// The frame of `length` bytes that has arrived in an rx slot.
+    /// The frame that has arrived in an rx slot, in `length` bytes with what the program put
+    /// before it.
     ///
     /// # Panics
     /// If it is longer than the slot.
     pub(super) fn rx_frame(&self, pair: u16, slot: usize, length: usize) -> Segment<'_> {
         assert!(length <= self.layout.writes, "the kernel writes no more than it was given");
         let start = self.rx_slot(pair, slot) + self.layout.lead();
-        self.memory.arena(start as usize, length)
+        self.memory.arena(start as usize, length).skip(self.layout.header)
     }
 
     /// Where to put a frame of `length` bytes to send it from a tx slot, and the address.
