@@ -351,12 +351,8 @@ fn parse_af_xdp(text: &str) -> Result<AfXdp, String> {
                 parsed.attach = Attach::from_str(value, false)
                     .map_err(|_| one_of("auto, native or generic"))?;
             }
-            "steer" => {
-                if value != "mac" {
-                    return Err(one_of("mac"));
-                }
-                parsed.steer = true;
-            }
+            "steer" if value == "mac" => parsed.steer = true,
+            "steer" => return Err(one_of("mac")),
             _ => return Err(format!("'{key}' is none of queue, mode, attach and steer")),
         }
     }
@@ -442,9 +438,10 @@ mod tests {
             steer: false,
         };
         assert_eq!(config.host, Host::AfXdp(plain.clone()));
-        let option = "--af-xdp=eth1,queue=3,mode=zero-copy,attach=native";
-        let config = read(&["--socket-path=a", option]).unwrap();
-        let expected = AfXdp { queue: 3, mode: Mode::ZeroCopy, attach: Attach::Native, ..plain };
+        let option = "--af-xdp=eth1,queue=3,mode=zero-copy,attach=native,steer=mac";
+        let config = read(&["--socket-path=a", option, "--mac=52:54:00:00:00:01"]).unwrap();
+        let expected =
+            AfXdp { queue: 3, mode: Mode::ZeroCopy, attach: Attach::Native, steer: true, ..plain };
         assert_eq!(config.host, Host::AfXdp(expected));
     }
 

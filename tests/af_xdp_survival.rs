@@ -8,7 +8,7 @@ use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{Wire, enter_namespace_with_veth, ip, make_veth, output};
-use crate::support::traffic::{Check, Flood, check_canaries, frame, plant_canaries};
+use crate::support::traffic::{Check, Flood, check_canaries, check_reset, frame, plant_canaries};
 use crate::support::{eventually, needs_root, one_at_a_time};
 
 const ROUNDS: usize = 100;
@@ -51,14 +51,7 @@ fn nothing_is_written_after_a_guest_s_reset() {
     check_traffic(&mut card, &mut check);
     let mut before = None;
     for round in 0..ROUNDS {
-        card.frontend.get_vring_base(0);
-        card.frontend.get_vring_base(1);
-        check.take(&mut card, 0);
-        // The rings' buffers are the driver's again, but for those that it had made available:
-        // they stay where they are, and are not touched either until the rings run.
-        plant_canaries(&card, 0);
-        check_canaries(&card, 0, 20);
-        card.run();
+        check_reset(&mut card, &mut check, 20);
         check_traffic(&mut card, &mut check);
         if round == 2 {
             before = Some(resources(&daemon));

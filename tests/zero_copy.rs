@@ -9,9 +9,7 @@ use crate::support::daemon::{Daemon, program};
 use crate::support::driver::{Card, MRG_RXBUF, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{Wire, ip};
-use crate::support::traffic::{
-    Check, check_both_ways, check_canaries, flood_frame, frame, plant_canaries,
-};
+use crate::support::traffic::{Check, check_both_ways, check_reset, flood_frame, frame};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
 /// The daemon on the card with zero copy.
@@ -89,12 +87,7 @@ fn inside_nothing_is_written_after_a_guest_s_reset() {
             check.received >= wanted
         });
         send();
-        card.frontend.get_vring_base(0);
-        card.frontend.get_vring_base(1);
-        check.take(&mut card, 0);
-        plant_canaries(&card, 0);
-        check_canaries(&card, 0, 20);
-        card.run();
+        check_reset(&mut card, &mut check, 20);
     }
     assert!(!daemon.log().contains("this is a bug"), "{}", daemon.log());
     assert!(!daemon.log().contains("anew"), "{}", daemon.log());

@@ -165,6 +165,20 @@ pub(crate) fn plant_canaries(card: &Card, pair: usize) {
     card.ram.write(area, &vec![CANARY; length * usize::from(card.options.size)]);
 }
 
+/// Resets the guest's driver: stops both rings of the first pair, and checks for a while that nobody
+/// writes into the buffers, before they run again.
+#[track_caller]
+pub(crate) fn check_reset(card: &mut Card, check: &mut Check, milliseconds: u64) {
+    card.frontend.get_vring_base(0);
+    card.frontend.get_vring_base(1);
+    check.take(card, 0);
+    // The rings' buffers are the driver's again, but for those that it had made available: they
+    // stay where they are, and are not touched either until the rings run.
+    plant_canaries(card, 0);
+    check_canaries(card, 0, milliseconds);
+    card.run();
+}
+
 /// Watches for a while that nobody writes into any of them.
 #[track_caller]
 pub(crate) fn check_canaries(card: &Card, pair: usize, milliseconds: u64) {
