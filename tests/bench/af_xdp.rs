@@ -1,6 +1,7 @@
 //! What a frame costs the daemon through AF_XDP on a veth, with DPDK's testpmd as the guest,
 //! against bare loops on a veth of their own and against testpmd as the backend.
 
+use std::cell::RefCell;
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -18,15 +19,16 @@ use vhost_user_net::sys::process::pin_this_thread;
 use vhost_user_net::sys::umem::Umem;
 use vhost_user_net::sys::xsk::{Binding, CHUNK, Descriptor, Registration, RingSizes, Socket};
 
-use super::ROUNDS;
-use super::tap::{BATCH, Cost, TIME, bare, frame, medians, row};
+use super::measure::{
+    BATCH, Cost, GUEST, LENGTHS, TURN, bare, cost, frame, head, in_turns, receive_frames, row,
+    send_frames, sent,
+};
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{enter_new_namespace, ip};
 use crate::support::testpmd::Testpmd;
 
-const GUEST: &str = "mrg_rxbuf=1,in_order=0,packed_vq=0";
 const SIZES: RingSizes = RingSizes { rx: 1024, tx: 1024 };
 const BUFFERS: u64 = 512;
 /// Bytes from the buffers for frames to come to those sent, and on to the copies of these.
@@ -208,32 +210,88 @@ enum Place {
     TwoPieces,
 }
 
-/// What a backend spends on each frame that `frames` counts.
-fn cost(frames: &mut dyn FnMut() -> u64, cpu: &dyn Fn() -> u64) -> Cost {
-    std::thread::sleep(Duration::from_millis(300));
-    let (started, before, first) = (Instant::now(), cpu(), frames());
-    std::thread::sleep(TIME);
-    let used = cpu() - before;
-    let moved = (frames() - first) as f64;
-    Cost { ns: used as f64 / moved, rate: moved / started.elapsed().as_secs_f64() }
+/// A backend whose guest is testpmd, and which stands still between its turns.
+struct Backend<'a> {
+    guest: Testpmd,
+    server: Server<'a>,
 }
 
-/// What a backend spends on frames that testpmd sends.
-fn tx_cost(socket: &Path, length: usize, cpu: &dyn Fn() -> u64) -> Cost {
-    let mut guest = Testpmd::start_on("0", socket, 1, 256, GUEST);
-    guest.command("set fwd txonly");
-    guest.command(&format!("set txpkts {length}"));
-    guest.command("start");
-    cost(&mut || guest.counter("TX-packets"), cpu)
+enum Server<'a> {
+    /// It sleeps while its guest stands still.
+    Ours(&'a Daemon),
+    Dpdk(Testpmd),
 }
 
-/// What it spends on frames that testpmd receives.
-fn rx_cost(socket: &Path, wire: &'static str, length: usize, cpu: &dyn Fn() -> u64) -> Cost {
-    let mut guest = Testpmd::start_on("0", socket, 1, 1024, GUEST);
-    guest.command("set fwd rxonly");
-    guest.command("start");
-    let _load = Load::start(wire, length);
-    cost(&mut || guest.counter("RX-packets"), cpu)
+impl Server<'_> {
+    /// On-CPU nanoseconds.
+    fn cpu(&self) -> u64 {
+        match self {
+            Server::Ours(daemon) => daemon.cpu_nanoseconds(),
+            Server::Dpdk(server) => server.cpu_nanoseconds(),
+        }
+    }
+}
+
+impl<'a> Backend<'a> {
+    fn ours(daemon: &'a Daemon, ring_size: u16) -> Self {
+        let guest = Testpmd::start_on("0", &daemon.socket(), 1, ring_size, GUEST);
+        Backend { guest, server: Server::Ours(daemon) }
+    }
+
+    fn dpdk(socket: &Path, ring_size: u16) -> Self {
+        let server = Testpmd::backend("1", socket, "net_af_xdp0,iface=dpdk0");
+        let guest = Testpmd::start_on("0", socket, 1, ring_size, GUEST);
+        Backend { guest, server: Server::Dpdk(server) }
+    }
+
+    fn pause(&self) {
+        self.guest.pause();
+        if let Server::Dpdk(server) = &self.server {
+            server.pause();
+        }
+    }
+
+    fn resume(&self) {
+        if let Server::Dpdk(server) = &self.server {
+            server.resume();
+        }
+        self.guest.resume();
+    }
+
+    /// What it spends on frames of its guest, which go out through `device`.
+    fn send(&self, device: &str) -> Cost {
+        self.resume();
+        let cost = cost(|| sent(device), || self.server.cpu());
+        self.pause();
+        cost
+    }
+
+    /// What it spends on frames that come from `wire` and reach its guest.
+    fn receive(&mut self, wire: &'static str, length: usize) -> Cost {
+        self.resume();
+        let load = Load::start(wire, length);
+        let cost = cost(|| self.guest.counter("RX-packets"), || self.server.cpu());
+        drop(load);
+        self.pause();
+        cost
+    }
+
+    /// What it spends while nothing happens, in cores.
+    fn idle(&self) -> f64 {
+        self.resume();
+        let before = self.server.cpu();
+        std::thread::sleep(5 * TURN);
+        let used = self.server.cpu() - before;
+        self.pause();
+        used as f64 / (5 * TURN).as_nanos() as f64
+    }
+}
+
+impl Drop for Backend<'_> {
+    fn drop(&mut self) {
+        // The guest takes leave of its backend.
+        self.resume();
+    }
 }
 
 /// What the daemon spends on frames that a driver takes which costs next to nothing.
@@ -243,68 +301,70 @@ fn lean_rx_cost(daemon: &Daemon, length: usize) -> Cost {
     card.send(0, &[0; 5]);
     let mut load = Load::start("veth1", length);
     let taken = load.taken_by(card);
-    cost(&mut || taken.load(Ordering::Relaxed), &|| daemon.cpu_nanoseconds())
+    cost(|| taken.load(Ordering::Relaxed), || daemon.cpu_nanoseconds())
 }
 
 pub(super) fn run() {
     enter_new_namespace();
     fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
     pin_this_thread(0).unwrap();
-    veth("bare");
-    veth("veth");
-    veth("dpdk");
+    ["bare", "pieces", "veth", "dpdk"].into_iter().for_each(veth);
+    let bare = RefCell::new(Bare::on("bare0", false));
+    let mut pieces = Bare::on("pieces0", true);
     let daemon = Daemon::start(&["--af-xdp=veth0", "--cpu-affinity=1"]);
-    let socket = daemon.directory().join("dpdk");
-    for length in [64, 1500 - 14] {
-        let mut all: [Vec<Cost>; 9] = Default::default();
-        for _ in 0..ROUNDS {
-            let mut bare = Bare::on("bare0", false);
-            all[0].push(bare.send(length, Place::There));
-            all[1].push(bare.send(length, Place::Copied));
-            drop(bare);
-            all[2].push(match length > HEADERS {
-                true => Bare::on("bare0", true).send(length, Place::TwoPieces),
-                false => all[0][0],
-            });
-            all[3].push(tx_cost(&daemon.socket(), length, &|| daemon.cpu_nanoseconds()));
-            {
-                let mut bare = Bare::on("bare0", false);
-                let _load = Load::start("bare1", length);
-                all[4].push(bare.receive());
-            }
-            all[5].push(lean_rx_cost(&daemon, length));
-            let cpu = || daemon.cpu_nanoseconds();
-            all[6].push(rx_cost(&daemon.socket(), "veth1", length, &cpu));
-            let backend = Testpmd::backend("1", &socket, "net_af_xdp0,iface=dpdk0");
-            let cpu = || backend.cpu_nanoseconds();
-            all[7].push(tx_cost(&socket, length, &cpu));
-            all[8].push(rx_cost(&socket, "dpdk1", length, &cpu));
-        }
-        let [there, copied, pieces, tx, received, lean, rx, their_tx, their_rx] = all.map(medians);
-        println!("\naf_xdp, frames of {length} bytes {:>19} {:>10}", "ns", "Mpps");
-        row("bare tx loop", there, None);
-        row("bare tx loop, frame copied", copied, Some(("in place", there)));
-        if length > HEADERS {
-            row("bare tx loop, two descriptors", pieces, Some(("in place", there)));
-        }
-        row("vhost-user-net tx", tx, Some(("bare", there)));
-        row("DPDK net_vhost + net_af_xdp tx", their_tx, Some(("bare", there)));
-        row("bare rx loop", received, None);
-        row("vhost-user-net rx, lean driver", lean, Some(("bare", received)));
-        row("vhost-user-net rx, testpmd", rx, None);
-        row("DPDK net_vhost + net_af_xdp rx", their_rx, Some(("ours", rx)));
-    }
-    let idle = |name: &str, cpu: &dyn Fn() -> u64| {
-        let before = cpu();
-        std::thread::sleep(TIME);
-        println!("  {name:<34} {:8.3} cores", (cpu() - before) as f64 / TIME.as_nanos() as f64);
+    let their_socket = daemon.directory().join("dpdk");
+    let backends = |ring_size, prepare: &dyn Fn(&mut Testpmd)| {
+        [Backend::ours(&daemon, ring_size), Backend::dpdk(&their_socket, ring_size)].map(
+            |mut backend| {
+                prepare(&mut backend.guest);
+                backend.pause();
+                backend
+            },
+        )
     };
-    println!("\nidle, with a guest");
-    {
-        let _guest = Testpmd::start_on("0", &daemon.socket(), 1, 256, GUEST);
-        std::thread::sleep(TIME);
-        idle("vhost-user-net", &|| daemon.cpu_nanoseconds());
+
+    for length in LENGTHS {
+        head(&format!("af_xdp, frames of {length} bytes"));
+        let [ours, theirs] = backends(256, &|guest| send_frames(guest, length));
+        let place = if length > HEADERS { Place::TwoPieces } else { Place::There };
+        let [there, copied, two, tx, their_tx] = in_turns([
+            &mut || bare.borrow_mut().send(length, Place::There),
+            &mut || bare.borrow_mut().send(length, Place::Copied),
+            &mut || pieces.send(length, place),
+            &mut || ours.send("veth0"),
+            &mut || theirs.send("dpdk0"),
+        ]);
+        drop([ours, theirs]);
+        row("bare tx loop", &there, None);
+        row("bare tx loop, frame copied", &copied, Some(("in place", &there)));
+        if length > HEADERS {
+            row("bare tx loop, two descriptors", &two, Some(("in place", &there)));
+        }
+        row("DPDK net_vhost + net_af_xdp tx", &their_tx, Some(("bare", &there)));
+        row("vhost-user-net tx", &tx, Some(("bare", &there)));
+        row("vhost-user-net tx", &tx, Some(("DPDK", &their_tx)));
+
+        let [received, lean] = in_turns([
+            &mut || {
+                let _load = Load::start("bare1", length);
+                bare.borrow_mut().receive()
+            },
+            &mut || lean_rx_cost(&daemon, length),
+        ]);
+        row("bare rx loop", &received, None);
+        row("vhost-user-net rx, lean driver", &lean, Some(("bare", &received)));
+
+        let [mut ours, mut theirs] = backends(1024, &receive_frames);
+        let [rx, their_rx] = in_turns([&mut || ours.receive("veth1", length), &mut || {
+            theirs.receive("dpdk1", length)
+        }]);
+        row("DPDK net_vhost + net_af_xdp rx", &their_rx, None);
+        row("vhost-user-net rx, testpmd", &rx, Some(("DPDK", &their_rx)));
     }
-    let backend = Testpmd::backend("1", &socket, "net_af_xdp0,iface=dpdk0");
-    idle("DPDK net_vhost + net_af_xdp", &|| backend.cpu_nanoseconds());
+
+    println!("\nidle, with a guest {:>26}", "cores");
+    let names = ["vhost-user-net", "DPDK net_vhost + net_af_xdp"];
+    for (name, backend) in names.into_iter().zip(backends(256, &|_| ())) {
+        println!("  {name:<34} {:8.3}", backend.idle());
+    }
 }

@@ -1,7 +1,7 @@
 //! TCP between the host and a real Linux guest: this daemon against QEMU's own virtio-net, each on
 //! a TAP of its own. Both guests run all the time, and are measured in turns.
 
-use super::median;
+use super::measure::median;
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_namespace_with_veth, enter_new_namespace, ip, output};
 use crate::support::vm::{HOST_ADDRESS, Vm, iperf, iperf_with, make_guest};

@@ -1,6 +1,7 @@
 //! The benchmark: `cargo bench` prints what a chain costs in the ring, what a frame costs the
-//! daemon through a TAP and through AF_XDP, and what TCP reaches in a real guest, each beside its peer or a bare loop
-//! in the same run. `cargo bench -- ring` (or `tap`, `af_xdp`, `guest`) runs a part.
+//! daemon through a TAP and through AF_XDP, and what TCP reaches in a real guest, each beside its
+//! peer or a bare loop in the same run. `cargo bench -- ring` (or `tap`, `af_xdp`, `guest`) runs a
+//! part.
 //!
 //! Judge by ratios within one run. "ns" is on-CPU time of all threads, kernel work in their system
 //! calls included; the daemon or loop measured has processor 1, everything else processor 0.
@@ -11,16 +12,9 @@ mod support;
 
 mod af_xdp;
 mod guest;
+mod measure;
 mod ring;
 mod tap;
-
-/// Rounds of each measurement; the median counts.
-const ROUNDS: usize = 3;
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
 
 fn main() {
     // cargo passes --bench.

@@ -11,7 +11,7 @@ use vhost_user_net::guest::{
     Budget, Burst, GuestMemory, Notification, Readable, RegionRequest, RingLayout, Virtqueue,
 };
 
-use super::{ROUNDS, median};
+use super::measure::{ROUNDS, median};
 use crate::support::guest::memfd;
 
 const SIZE: u16 = 256;

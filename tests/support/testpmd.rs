@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use super::eventually;
 
@@ -114,6 +116,21 @@ impl Testpmd {
         super::cpu_nanoseconds(self.child.id())
     }
 
+    /// Has it stand still.
+    #[allow(dead_code)]
+    pub(crate) fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// Has it go on.
+    pub(crate) fn resume(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
     /// A number of `show port stats 0`.
     pub(crate) fn counter(&mut self, name: &str) -> u64 {
         let text = self.command("show port stats 0");
@@ -124,6 +141,7 @@ impl Testpmd {
 
 impl Drop for Testpmd {
     fn drop(&mut self) {
+        self.resume();
         let _ = writeln!(self.input, "quit");
         let mut ended = false;
         for _ in 0..300 {
