@@ -1,84 +1,72 @@
-//! The command line, and what it means once it is checked.
+//! What the daemon is told at its start, checked: by the command line, or by a file for several
+//! ports.
+
+mod arguments;
+mod file;
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{ArgGroup, Parser, ValueEnum};
 use log::LevelFilter;
+use serde::Deserialize;
 
 use crate::net_config::{MIN_MTU, MacAddress};
 use crate::sys::socket::MAX_PATH;
 use crate::sys::tap::MAX_NAME;
 
+pub use arguments::parse;
+
 /// Queue pairs of a port at the most: virtio allows 32768, a frontend names rings with 8 bits.
 pub const MAX_QUEUE_PAIRS: u16 = 128;
+/// Longest name of a port in bytes.
+const MAX_PORT_NAME: usize = 63;
+const DEFAULT_MTU: u16 = 1500;
 
-/// Gives a virtual machine its virtio network card over vhost-user.
-#[derive(Debug, Parser)]
-#[command(name = "vhost-user-net", version, max_term_width = 100)]
-#[command(group = ArgGroup::new("frontend").required(true))]
-#[command(group = ArgGroup::new("host").required(true))]
-struct Arguments {
-    /// Listen on this unix socket for the VMM.
-    #[arg(long, value_name = "PATH", group = "frontend")]
-    socket_path: Option<PathBuf>,
-    /// Use this inherited descriptor: a unix socket that listens, or is connected.
-    #[arg(long, value_name = "N", group = "frontend")]
-    fd: Option<RawFd>,
-    /// Connect to the VMM's unix socket, again and again for ever.
-    #[arg(long, value_name = "PATH", group = "frontend")]
-    connect: Option<PathBuf>,
+/// What the daemon is asked for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Run with this configuration.
+    Run(Config),
+    /// Print this to standard output and exit with success.
+    Print(String),
+}
 
-    /// Move frames to and from this TAP device, which is made if it is missing.
-    #[arg(long, value_name = "NAME", group = "host")]
-    tap: Option<String>,
-    /// Use these inherited descriptors of a TAP device's queues, one for each queue pair.
-    #[arg(long, value_name = "N[,N…]", group = "host", value_delimiter = ',')]
-    tap_fd: Vec<RawFd>,
-    /// Move frames through AF_XDP sockets on this device's queues, from N on one for each queue
-    /// pair, with the guest's memory as theirs. mode: whether its driver reads and writes that
-    /// memory itself; attach: where the XDP program runs; steer=mac: bring frames for --mac to the
-    /// queue by a flow rule.
-    #[arg(long, value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic][,steer=mac]", group = "host", value_parser = parse_af_xdp)]
-    af_xdp: Option<AfXdp>,
-    /// Return each frame to the guest that sent it: for trying out a VMM or a driver.
-    #[arg(long, group = "host")]
-    loopback: bool,
+/// Everything that the daemon is told at its start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// What is logged.
+    pub log_level: LevelFilter,
+    /// The cards that it serves; there is at least one.
+    pub ports: Vec<PortConfig>,
+}
 
-    /// Pairs of receive and transmit queues [default: 1, or one per --tap-fd].
-    #[arg(long, value_name = "N")]
-    queue_pairs: Option<u16>,
-    /// The card's MAC address, for a VMM that leaves it to us.
-    #[arg(long, value_name = "MAC")]
-    mac: Option<MacAddress>,
-    /// The card's MTU in bytes; frames up to the TAP's own MTU pass in any case.
-    #[arg(long, value_name = "N", default_value_t = 1500, value_parser = clap::value_parser!(u16).range(i64::from(MIN_MTU)..))]
-    mtu: u16,
-    /// Whether the guest may be given unsegmented frames. Turn it off for guests that forward
-    /// frames, or attach XDP programs.
-    #[arg(long, value_name = "on|off", default_value = "on", value_parser = on_or_off, action = clap::ArgAction::Set)]
-    guest_tso: bool,
-    /// Whether the guest may reset single rings (ethtool -G, XDP sockets). The VMM must pass that
-    /// on to us; QEMU up to 10.2 does not.
-    #[arg(long, value_name = "on|off", default_value = "off", value_parser = on_or_off, action = clap::ArgAction::Set)]
-    ring_reset: bool,
-    /// Look for work this long before going to sleep.
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0)]
-    busy_poll: u32,
-    /// How bursts of frames are written to the TAP: auto measures at the start which is cheaper.
-    #[arg(long, value_name = "METHOD", value_enum, default_value_t = TxMethod::Auto)]
-    tx_method: TxMethod,
-    /// Processors for the queue pairs' threads, as 2,4-7: the first pair runs on the first, and
-    /// so on, around.
-    #[arg(long, value_name = "LIST", value_parser = parse_cpu_list)]
-    cpu_affinity: Option<CpuList>,
-    /// off, error, warn, info, debug or trace.
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
-    log_level: LevelFilter,
-    /// Print what this program can do, as QEMU's conventions ask for, and exit.
-    #[arg(long)]
-    print_capabilities: bool,
+/// One card.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortConfig {
+    /// Its name, if it is not to be called after its host side.
+    pub name: Option<String>,
+    /// Where the frontend comes from.
+    pub frontend: Frontend,
+    /// Where frames go.
+    pub host: Host,
+    /// Pairs of rings.
+    pub queue_pairs: u16,
+    /// The card's address, if it is ours to set.
+    pub mac: Option<MacAddress>,
+    /// The card's MTU in bytes.
+    pub mtu: u16,
+    /// Whether the guest may be given unsegmented frames.
+    pub guest_tso: bool,
+    /// Whether the guest may reset single rings.
+    pub ring_reset: bool,
+    /// How long to look for work before going to sleep.
+    pub busy_poll: Duration,
+    /// How bursts of frames are written to a TAP.
+    pub tx_method: TxMethod,
+    /// Processors for the workers; none: all that the process may use.
+    pub cpu_affinity: Vec<usize>,
 }
 
 /// Where the frontend comes from.
@@ -105,8 +93,9 @@ pub enum Host {
     Loopback,
 }
 
-/// AF_XDP sockets on a network device's queues.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// AF_XDP sockets on a network device's queues, as `NAME[,queue=N][,mode=…][,attach=…][,steer=mac]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
 pub struct AfXdp {
     /// The device's name.
     pub name: String,
@@ -143,7 +132,8 @@ pub enum Attach {
 }
 
 /// How bursts of frames are written to a TAP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum TxMethod {
     /// Whichever is found cheaper at the start.
     Auto,
@@ -153,146 +143,209 @@ pub enum TxMethod {
     Writev,
 }
 
-/// A list of processors.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CpuList(pub Vec<usize>);
+/// A list of processors, as `2,4-7`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+struct CpuList(Vec<usize>);
 
-/// Everything that the daemon is told at its start.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Config {
-    /// Where the frontend comes from.
-    pub frontend: Frontend,
-    /// Where frames go.
-    pub host: Host,
-    /// Pairs of rings.
-    pub queue_pairs: u16,
-    /// The card's address, if it is ours to set.
-    pub mac: Option<MacAddress>,
-    /// The card's MTU in bytes.
-    pub mtu: u16,
-    /// Whether the guest may be given unsegmented frames.
-    pub guest_tso: bool,
-    /// Whether the guest may reset single rings.
-    pub ring_reset: bool,
-    /// How long to look for work before going to sleep.
-    pub busy_poll: Duration,
-    /// How bursts of frames are written to a TAP.
-    pub tx_method: TxMethod,
-    /// Processors for the workers.
-    pub cpu_affinity: Option<CpuList>,
-    /// What is logged.
-    pub log_level: LevelFilter,
+/// What may be said about a port, and what was not said: options of the command line and keys of
+/// the file have the same names and meanings.
+#[derive(Debug, Clone, Default, PartialEq, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+struct PortOptions {
+    /// The port's name, in messages [default: the host device's].
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Listen on this unix socket for the VMM.
+    #[arg(long, value_name = "PATH", group = "frontend")]
+    socket_path: Option<PathBuf>,
+    /// Use this inherited descriptor: a unix socket that listens, or is connected.
+    #[arg(long, value_name = "N", group = "frontend")]
+    fd: Option<RawFd>,
+    /// Connect to the VMM's unix socket, again and again for ever.
+    #[arg(long, value_name = "PATH", group = "frontend")]
+    connect: Option<PathBuf>,
+
+    /// Move frames to and from this TAP device, which is made if it is missing.
+    #[arg(long, value_name = "NAME", group = "host")]
+    tap: Option<String>,
+    /// Use these inherited descriptors of a TAP device's queues, one for each queue pair.
+    #[arg(long, value_name = "N[,N…]", group = "host", value_delimiter = ',')]
+    tap_fd: Vec<RawFd>,
+    /// Move frames through AF_XDP sockets on this device's queues, from N on one for each queue
+    /// pair, with the guest's memory as theirs. mode: whether its driver reads and writes that
+    /// memory itself; attach: where the XDP program runs; steer=mac: bring frames for --mac to the
+    /// queue by a flow rule.
+    #[arg(
+        long,
+        value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic][,steer=mac]",
+        group = "host"
+    )]
+    af_xdp: Option<AfXdp>,
+    /// Return each frame to the guest that sent it: for trying out a VMM or a driver.
+    #[arg(long, group = "host")]
+    loopback: bool,
+
+    /// Pairs of receive and transmit queues [default: 1, or one per --tap-fd].
+    #[arg(long, value_name = "N")]
+    queue_pairs: Option<u16>,
+    /// The card's MAC address, for a VMM that leaves it to us.
+    #[arg(long, value_name = "MAC")]
+    mac: Option<MacAddress>,
+    /// The card's MTU in bytes; frames up to the TAP's own MTU pass in any case [default: 1500].
+    #[arg(long, value_name = "N")]
+    mtu: Option<u16>,
+    /// Whether the guest may be given unsegmented frames [default: on]. Turn it off for guests
+    /// that forward frames, or attach XDP programs.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    guest_tso: Option<bool>,
+    /// Whether the guest may reset single rings (ethtool -G, XDP sockets) [default: off]. The VMM
+    /// must pass that on to us; QEMU up to 10.2 does not.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    ring_reset: Option<bool>,
+    /// Look for work this long before going to sleep [default: 0].
+    #[arg(long, value_name = "MICROSECONDS")]
+    busy_poll: Option<u32>,
+    /// How bursts of frames are written to the TAP: auto measures at the start which is cheaper
+    /// [default: auto].
+    #[arg(long, value_name = "METHOD", value_enum)]
+    tx_method: Option<TxMethod>,
+    /// Processors for the queue pairs' threads, as 2,4-7: the first pair runs on the first, and
+    /// so on, around.
+    #[arg(long, value_name = "LIST")]
+    cpu_affinity: Option<CpuList>,
 }
 
-/// What the command line asks for.
-#[derive(Debug)]
-pub enum Invocation {
-    /// Run with this configuration.
-    Run(Config),
-    /// Print this to standard output and exit with success.
-    Print(String),
-}
-
-/// `--print-capabilities` of QEMU's backend program conventions.
-const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
-
-/// Reads a command line, program name first.
-///
-/// # Errors
-/// One line that says what is wrong.
-pub fn parse(
-    arguments: impl IntoIterator<Item = std::ffi::OsString>,
-) -> Result<Invocation, String> {
-    let arguments: Vec<_> = arguments.into_iter().collect();
-    // By QEMU's conventions it stands alone, so nothing else is required beside it.
-    if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
-        return Ok(Invocation::Print(CAPABILITIES.into()));
+impl PortOptions {
+    /// These, and `defaults` for what they do not say. What names a frontend, a host or one card
+    /// has no default.
+    fn or(self, defaults: &Self) -> Self {
+        PortOptions {
+            queue_pairs: self.queue_pairs.or(defaults.queue_pairs),
+            mtu: self.mtu.or(defaults.mtu),
+            guest_tso: self.guest_tso.or(defaults.guest_tso),
+            ring_reset: self.ring_reset.or(defaults.ring_reset),
+            busy_poll: self.busy_poll.or(defaults.busy_poll),
+            tx_method: self.tx_method.or(defaults.tx_method),
+            cpu_affinity: self.cpu_affinity.or_else(|| defaults.cpu_affinity.clone()),
+            ..self
+        }
     }
-    match Arguments::try_parse_from(arguments) {
-        Ok(arguments) => arguments.check().map(Invocation::Run),
-        Err(error) if !error.use_stderr() => Ok(Invocation::Print(error.render().to_string())),
-        Err(error) => Err(one_line(&error)),
-    }
-}
 
-/// clap explains itself in a paragraph; the log has lines.
-fn one_line(error: &clap::Error) -> String {
-    let text = error.render().to_string();
-    let mut lines = text
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage") && !line.starts_with("For more"))
-        .filter(|line| !line.is_empty());
-    let first = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
-    lines.fold(first, |text, line| format!("{text} {line}")) + "; try --help"
-}
-
-impl Arguments {
-    fn check(self) -> Result<Config, String> {
+    /// The port that they describe.
+    ///
+    /// # Errors
+    /// One line that says what is wrong.
+    fn check(self) -> Result<PortConfig, String> {
+        let name = self.name.map(port_name).transpose()?;
         let frontend = match (self.socket_path, self.fd, self.connect) {
-            (Some(path), _, _) => Frontend::Listen(socket_path(path)?),
-            (_, Some(fd), _) => Frontend::Inherited(fd),
-            (_, _, Some(path)) => Frontend::Connect(socket_path(path)?),
-            (None, None, None) => unreachable!("clap requires one of the group"),
+            (Some(path), None, None) => Frontend::Listen(socket_path(path)?),
+            (None, Some(fd), None) => Frontend::Inherited(fd),
+            (None, None, Some(path)) => Frontend::Connect(socket_path(path)?),
+            _ => return Err("name one of socket-path, fd and connect".into()),
         };
         let queues_given = u16::try_from(self.tap_fd.len()).unwrap_or(u16::MAX);
         let queue_pairs = self.queue_pairs.unwrap_or(queues_given.max(1));
         if queue_pairs == 0 || queue_pairs > MAX_QUEUE_PAIRS {
             return Err(format!(
-                "--queue-pairs={queue_pairs} is not between 1 and {MAX_QUEUE_PAIRS}"
+                "queue-pairs={queue_pairs} is not between 1 and {MAX_QUEUE_PAIRS}"
             ));
         }
-        let host = match (self.tap, self.af_xdp) {
-            (Some(name), _) => Host::Tap(device_name(&name)?),
-            (None, Some(af_xdp)) if af_xdp.steer && self.mac.is_none() => {
-                return Err("steer=mac needs the guest's address: --mac".into());
-            }
-            (None, Some(af_xdp)) if af_xdp.steer && queue_pairs > 1 => {
+        let host = match (self.tap, self.af_xdp, self.loopback, queues_given) {
+            (Some(name), None, false, 0) => Host::Tap(device_name(&name)?),
+            (None, Some(af_xdp), false, 0) => Host::AfXdp(af_xdp),
+            (None, None, true, 0) => Host::Loopback,
+            (None, None, false, 1..) => Host::TapDescriptors(self.tap_fd),
+            _ => return Err("name one of tap, tap-fd, af-xdp and loopback".into()),
+        };
+        match &host {
+            Host::TapDescriptors(_) if queues_given != queue_pairs => {
                 return Err(format!(
-                    "steer=mac brings all frames to one queue, which does not go with \
-                     --queue-pairs={queue_pairs}"
-                ));
-            }
-            (None, Some(af_xdp)) => Host::AfXdp(af_xdp),
-            _ if self.loopback => Host::Loopback,
-            _ if queues_given == queue_pairs => Host::TapDescriptors(self.tap_fd),
-            _ => {
-                return Err(format!(
-                    "--queue-pairs={queue_pairs} but --tap-fd names {queues_given} queues: \
+                    "queue-pairs={queue_pairs} but tap-fd names {queues_given} queues: \
                      each pair needs one"
                 ));
             }
-        };
-        if let Some(number) = named_twice(&frontend, &host) {
-            return Err(format!("descriptor {number} is named twice"));
+            Host::AfXdp(af_xdp) if af_xdp.steer && self.mac.is_none() => {
+                return Err("steer=mac needs the guest's address: mac".into());
+            }
+            Host::AfXdp(af_xdp) if af_xdp.steer && queue_pairs > 1 => {
+                return Err(format!(
+                    "steer=mac brings all frames to one queue, which does not go with \
+                     queue-pairs={queue_pairs}"
+                ));
+            }
+            _ => {}
         }
-        Ok(Config {
+        let mtu = self.mtu.unwrap_or(DEFAULT_MTU);
+        if mtu < MIN_MTU {
+            return Err(format!("mtu={mtu} is less than {MIN_MTU}, the smallest of IPv4"));
+        }
+        Ok(PortConfig {
+            name,
             frontend,
             host,
             queue_pairs,
             mac: self.mac,
-            mtu: self.mtu,
-            guest_tso: self.guest_tso,
-            ring_reset: self.ring_reset,
-            busy_poll: Duration::from_micros(self.busy_poll.into()),
-            tx_method: self.tx_method,
-            cpu_affinity: self.cpu_affinity,
-            log_level: self.log_level,
+            mtu,
+            guest_tso: self.guest_tso.unwrap_or(true),
+            ring_reset: self.ring_reset.unwrap_or(false),
+            busy_poll: Duration::from_micros(self.busy_poll.unwrap_or(0).into()),
+            tx_method: self.tx_method.unwrap_or(TxMethod::Auto),
+            cpu_affinity: self.cpu_affinity.map_or_else(Vec::new, |list| list.0),
         })
     }
 }
 
-/// A descriptor that --fd and --tap-fd name more than once.
-fn named_twice(frontend: &Frontend, host: &Host) -> Option<RawFd> {
-    let mut numbers = match host {
-        Host::TapDescriptors(numbers) => numbers.clone(),
-        Host::Tap(_) | Host::AfXdp(_) | Host::Loopback => Vec::new(),
-    };
-    if let Frontend::Inherited(number) = frontend {
-        numbers.push(*number);
+impl PortConfig {
+    /// What only one port can have: each socket, descriptor, name and host queue, as text.
+    fn claims(&self) -> Vec<String> {
+        let mut claims: Vec<String> = self.name.iter().map(|name| format!("name {name}")).collect();
+        let descriptor = |number: &RawFd| format!("descriptor {number}");
+        match &self.frontend {
+            Frontend::Listen(path) | Frontend::Connect(path) => {
+                claims.push(format!("socket {}", path.display()));
+            }
+            Frontend::Inherited(number) => claims.push(descriptor(number)),
+        }
+        match &self.host {
+            Host::Tap(name) => claims.push(format!("tap {name}")),
+            Host::TapDescriptors(numbers) => claims.extend(numbers.iter().map(descriptor)),
+            Host::AfXdp(AfXdp { name, queue, .. }) => claims.extend(
+                (0..self.queue_pairs).map(|pair| format!("queue {} of {name}", queue + pair)),
+            ),
+            Host::Loopback => {}
+        }
+        claims
     }
-    numbers.sort_unstable();
-    numbers.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
+}
+
+/// Checks that no two ports lay claim to one thing.
+///
+/// # Errors
+/// With what is named twice.
+fn check_claims(ports: &[PortConfig]) -> Result<(), String> {
+    let mut claims: Vec<String> = ports.iter().flat_map(PortConfig::claims).collect();
+    claims.sort_unstable();
+    match claims.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(format!("{} is named twice", pair[0])),
+        None => Ok(()),
+    }
+}
+
+/// A name that can stand in messages, paths and metrics as it is.
+fn port_name(name: String) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty()
+        || name.len() > MAX_PORT_NAME
+        || name.starts_with('.')
+        || !name.chars().all(plain)
+    {
+        return Err(format!(
+            "{name:?} is no name for a port: 1 to {MAX_PORT_NAME} letters, digits, -, _ and ., \
+             and no . at the start"
+        ));
+    }
+    Ok(name)
 }
 
 fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
@@ -326,40 +379,55 @@ fn device_name(name: &str) -> Result<String, String> {
     Ok(name.to_owned())
 }
 
-fn parse_af_xdp(text: &str) -> Result<AfXdp, String> {
-    let mut parts = text.split(',');
-    let mut parsed = AfXdp {
-        name: device_name(parts.next().unwrap_or_default())?,
-        queue: 0,
-        mode: Mode::Auto,
-        attach: Attach::Auto,
-        steer: false,
-    };
-    for part in parts {
-        let (key, value) =
-            part.split_once('=').ok_or_else(|| format!("'{part}' is not of the form key=value"))?;
-        let one_of = |choices: &str| format!("'{value}' is no {key}: write {choices}");
-        match key {
-            "queue" => {
-                parsed.queue = value.parse().map_err(|_| one_of("a number up to 65535"))?;
+impl FromStr for AfXdp {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let mut parsed = AfXdp {
+            name: device_name(parts.next().unwrap_or_default())?,
+            queue: 0,
+            mode: Mode::Auto,
+            attach: Attach::Auto,
+            steer: false,
+        };
+        for part in parts {
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| format!("'{part}' is not of the form key=value"))?;
+            let one_of = |choices: &str| format!("'{value}' is no {key}: write {choices}");
+            match key {
+                "queue" => {
+                    parsed.queue = value.parse().map_err(|_| one_of("a number up to 65535"))?;
+                }
+                "mode" => {
+                    parsed.mode = <Mode as clap::ValueEnum>::from_str(value, false)
+                        .map_err(|_| one_of("auto, copy or zero-copy"))?;
+                }
+                "attach" => {
+                    parsed.attach = <Attach as clap::ValueEnum>::from_str(value, false)
+                        .map_err(|_| one_of("auto, native or generic"))?;
+                }
+                "steer" if value == "mac" => parsed.steer = true,
+                "steer" => return Err(one_of("mac")),
+                _ => return Err(format!("'{key}' is none of queue, mode, attach and steer")),
             }
-            "mode" => {
-                parsed.mode =
-                    Mode::from_str(value, false).map_err(|_| one_of("auto, copy or zero-copy"))?;
-            }
-            "attach" => {
-                parsed.attach = Attach::from_str(value, false)
-                    .map_err(|_| one_of("auto, native or generic"))?;
-            }
-            "steer" if value == "mac" => parsed.steer = true,
-            "steer" => return Err(one_of("mac")),
-            _ => return Err(format!("'{key}' is none of queue, mode, attach and steer")),
         }
+        if parsed.mode == Mode::ZeroCopy && parsed.attach == Attach::Generic {
+            return Err(
+                "mode=zero-copy needs the driver: it does not go with attach=generic".into()
+            );
+        }
+        Ok(parsed)
     }
-    if parsed.mode == Mode::ZeroCopy && parsed.attach == Attach::Generic {
-        return Err("mode=zero-copy needs the driver: it does not go with attach=generic".into());
+}
+
+impl TryFrom<String> for AfXdp {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
-    Ok(parsed)
 }
 
 fn on_or_off(text: &str) -> Result<bool, String> {
@@ -370,132 +438,32 @@ fn on_or_off(text: &str) -> Result<bool, String> {
     }
 }
 
-fn parse_cpu_list(text: &str) -> Result<CpuList, String> {
-    let number =
-        |text: &str| text.parse::<usize>().map_err(|_| format!("'{text}' is no processor number"));
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = match part.split_once('-') {
-            Some((first, last)) => (number(first)?, number(last)?),
-            None => (number(part)?, number(part)?),
+impl FromStr for CpuList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| {
+            text.parse::<usize>().map_err(|_| format!("'{text}' is no processor number"))
         };
-        if last < first || last >= libc::CPU_SETSIZE as usize {
-            return Err(format!("'{part}' is no range of processors"));
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = match part.split_once('-') {
+                Some((first, last)) => (number(first)?, number(last)?),
+                None => (number(part)?, number(part)?),
+            };
+            if last < first || last >= libc::CPU_SETSIZE as usize {
+                return Err(format!("'{part}' is no range of processors"));
+            }
+            cpus.extend(first..=last);
         }
-        cpus.extend(first..=last);
+        Ok(CpuList(cpus))
     }
-    Ok(CpuList(cpus))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+impl TryFrom<String> for CpuList {
+    type Error = String;
 
-    fn read(arguments: &[&str]) -> Result<Config, String> {
-        let all = ["vhost-user-net"].iter().chain(arguments).map(Into::into);
-        match parse(all)? {
-            Invocation::Run(config) => Ok(config),
-            Invocation::Print(text) => panic!("{text}"),
-        }
-    }
-
-    #[test]
-    fn a_socket_and_a_tap_are_enough() {
-        let config = read(&["--socket-path=/run/a", "--tap=vnet0"]).unwrap();
-        assert_eq!(config.frontend, Frontend::Listen("/run/a".into()));
-        assert_eq!(config.host, Host::Tap("vnet0".into()));
-        assert_eq!((config.queue_pairs, config.mtu, config.guest_tso), (1, 1500, true));
-    }
-
-    #[test]
-    fn every_option_is_understood() {
-        let config = read(&[
-            "--connect=/run/a",
-            "--tap-fd=7,8",
-            "--mac=52:54:00:00:00:01",
-            "--mtu=9000",
-            "--guest-tso=off",
-            "--busy-poll=50",
-            "--cpu-affinity=1,3-4",
-            "--log-level=debug",
-        ])
-        .unwrap();
-        assert_eq!(config.host, Host::TapDescriptors(vec![7, 8]));
-        assert_eq!(config.queue_pairs, 2);
-        assert!(!config.guest_tso);
-        assert_eq!(config.busy_poll, Duration::from_micros(50));
-        assert_eq!(config.cpu_affinity, Some(CpuList(vec![1, 3, 4])));
-    }
-
-    #[test]
-    fn an_af_xdp_port_is_a_device_and_what_differs_from_the_default() {
-        let config = read(&["--socket-path=a", "--af-xdp=eth1"]).unwrap();
-        let plain = AfXdp {
-            name: "eth1".into(),
-            queue: 0,
-            mode: Mode::Auto,
-            attach: Attach::Auto,
-            steer: false,
-        };
-        assert_eq!(config.host, Host::AfXdp(plain.clone()));
-        let option = "--af-xdp=eth1,queue=3,mode=zero-copy,attach=native,steer=mac";
-        let config = read(&["--socket-path=a", option, "--mac=52:54:00:00:00:01"]).unwrap();
-        let expected =
-            AfXdp { queue: 3, mode: Mode::ZeroCopy, attach: Attach::Native, steer: true, ..plain };
-        assert_eq!(config.host, Host::AfXdp(expected));
-    }
-
-    #[test]
-    fn what_is_wrong_is_said_in_one_line_that_names_it() {
-        let long = format!("--socket-path=/{}", "x".repeat(107));
-        let cases: &[(&[&str], &str)] = &[
-            (&["--tap=a"], "--socket-path"),
-            (&["--socket-path=a"], "--tap"),
-            (&["--socket-path=a", "--fd=3", "--tap=a"], "--fd"),
-            (&["--socket-path=a", "--tap=a", "--loopback"], "--loopback"),
-            (&["--socket-path=a", "--tap=a", "--frobnicate"], "--frobnicate"),
-            (&[&long, "--tap=a"], "107"),
-            (&["--socket-path=a", "--tap=a", "--queue-pairs=0"], "--queue-pairs=0"),
-            (&["--socket-path=a", "--tap=a", "--queue-pairs=129"], "128"),
-            (&["--socket-path=a", "--tap-fd=5,6", "--queue-pairs=3"], "--tap-fd names 2"),
-            (&["--fd=5", "--tap-fd=6,5"], "descriptor 5"),
-            (&["--socket-path=a", "--tap=a", "--mac=1:2"], "1:2"),
-            (&["--socket-path=a", "--tap=a", "--mtu=67"], "67"),
-            (&["--socket-path=a", "--tap=a", "--guest-tso=maybe"], "maybe"),
-            (&["--socket-path=a", "--tap=a", "--cpu-affinity=4-2"], "4-2"),
-            (&["--socket-path=a", "--tap=a", "--log-level=loud"], "loud"),
-            (&["--socket-path=a", "--tap=far/too/long"], "far/too/long"),
-            (&["--socket-path=a", "--tap=vnet%d"], "vnet%d"),
-            (&["--socket-path=a", "--af-xdp=a/b"], "a/b"),
-            (&["--socket-path=a", "--af-xdp=eth1,3"], "'3'"),
-            (&["--socket-path=a", "--af-xdp=eth1,queue=x"], "'x'"),
-            (&["--socket-path=a", "--af-xdp=eth1,mode=fast"], "'fast'"),
-            (&["--socket-path=a", "--af-xdp=eth1,lane=1"], "'lane'"),
-            (&["--socket-path=a", "--af-xdp=eth1,mode=zero-copy,attach=generic"], "generic"),
-            (&["--socket-path=a", "--af-xdp=eth1,steer=ip"], "'ip'"),
-            (&["--socket-path=a", "--af-xdp=eth1,steer=mac"], "--mac"),
-            (
-                &[
-                    "--socket-path=a",
-                    "--af-xdp=eth1,steer=mac",
-                    "--mac=52:54:00:00:00:01",
-                    "--queue-pairs=2",
-                ],
-                "--queue-pairs=2",
-            ),
-            (&["--socket-path=a", "--tap=a", "--af-xdp=b"], "--af-xdp"),
-        ];
-        for (arguments, named) in cases {
-            let error = read(arguments).unwrap_err();
-            assert!(error.contains(named), "{arguments:?}: {error}");
-            assert_eq!(error.lines().count(), 1, "{error}");
-        }
-    }
-
-    #[test]
-    fn capabilities_need_no_other_option() {
-        let all = ["vhost-user-net", "--print-capabilities"].map(Into::into);
-        let Ok(Invocation::Print(text)) = parse(all) else { panic!("not printed") };
-        assert!(text.contains("\"type\": \"net\""));
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
 }

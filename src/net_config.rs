@@ -6,6 +6,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::Deserialize;
+
 /// Length in bytes of the fields served: mac, status, max_virtqueue_pairs, mtu, speed, duplex.
 pub const LENGTH: usize = 17;
 
@@ -18,8 +20,17 @@ const UNKNOWN_SPEED: u32 = u32::MAX;
 const UNKNOWN_DUPLEX: u8 = u8::MAX;
 
 /// An Ethernet address.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
 pub struct MacAddress(pub [u8; 6]);
+
+impl TryFrom<String> for MacAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
 
 impl FromStr for MacAddress {
     type Err = String;

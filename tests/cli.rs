@@ -48,7 +48,7 @@ fn help_goes_to_standard_output() {
 fn wrong_options_are_named() {
     fails(&["--loopback", "--socket-path=x", "--no-such-option"], &["--no-such-option"]);
     fails(&["--loopback"], &["--socket-path"]);
-    fails(&["--loopback", "--socket-path=x", "--queue-pairs=0"], &["--queue-pairs=0"]);
+    fails(&["--loopback", "--socket-path=x", "--queue-pairs=0"], &["queue-pairs=0"]);
     fails(&["--loopback", "--socket-path=x", "--cpu-affinity=5000"], &["5000"]);
     fails(&["--loopback", "--socket-path=x", "--cpu-affinity=999"], &["processor 999"]);
 }

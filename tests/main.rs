@@ -6,6 +6,7 @@ mod cli;
 mod echo;
 mod lifecycle;
 mod oracle;
+mod ports;
 mod protocol;
 mod qemu;
 mod support;

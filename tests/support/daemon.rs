@@ -37,6 +37,30 @@ impl Daemon {
         daemon
     }
 
+    /// Starts it with a file that describes its ports, and waits until the port `last` listens.
+    /// `{}` in the file stands for its directory.
+    pub(crate) fn with_config(contents: &str, last: &str) -> Self {
+        let mut daemon = Self::nobody();
+        let directory = daemon.directory().to_str().unwrap().to_owned();
+        let file = daemon.directory().join("config");
+        fs::write(&file, contents.replace("{}", &directory)).unwrap();
+        let mut command = program();
+        command.arg("run").arg("--config").arg(&file);
+        daemon.child = command.stderr(daemon.open_log()).spawn().unwrap();
+        eventually("the daemon listens", || UnixStream::connect(daemon.path(last)).is_ok());
+        daemon
+    }
+
+    /// A file in its directory.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.as_path().join(name)
+    }
+
+    /// Connects to another socket than the one that it is started with as a rule.
+    pub(crate) fn connect_to(&self, socket: &str) -> UnixStream {
+        UnixStream::connect(self.path(socket)).unwrap()
+    }
+
     /// Starts it by another program, which limits it.
     pub(crate) fn start_under(wrapper: &[&str], options: &[&str]) -> Self {
         let mut daemon = Self::nobody();

@@ -1,0 +1,208 @@
+//! The command line: one port by options, or several by a file.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Parser, Subcommand};
+use log::LevelFilter;
+
+use super::{Config, Invocation, PortOptions, check_claims, file};
+
+/// `--print-capabilities` of QEMU's backend program conventions.
+const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
+
+/// Gives virtual machines their virtio network cards over vhost-user.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-user-net", version, max_term_width = 100)]
+#[command(group = ArgGroup::new("frontend").required(true))]
+#[command(group = ArgGroup::new("host").required(true))]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    port: PortOptions,
+    /// off, error, warn, info, debug or trace.
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    log_level: LevelFilter,
+    /// Print what this program can do, as QEMU's conventions ask for, and exit.
+    #[arg(long)]
+    print_capabilities: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the ports that a file describes.
+    Run {
+        /// The file, in TOML.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Read such a file, and say what is wrong with it.
+    CheckConfig {
+        /// The file.
+        #[arg(value_name = "FILE")]
+        config: PathBuf,
+    },
+}
+
+/// Reads a command line, program name first.
+///
+/// # Errors
+/// One line that says what is wrong.
+pub fn parse(
+    arguments: impl IntoIterator<Item = std::ffi::OsString>,
+) -> Result<Invocation, String> {
+    let arguments: Vec<_> = arguments.into_iter().collect();
+    // By QEMU's conventions it stands alone, so nothing else is required beside it.
+    if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
+        return Ok(Invocation::Print(CAPABILITIES.into()));
+    }
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) if !error.use_stderr() => {
+            return Ok(Invocation::Print(error.render().to_string()));
+        }
+        Err(error) => return Err(one_line(&error)),
+    };
+    match arguments.command {
+        None => {
+            let ports = vec![arguments.port.check()?];
+            check_claims(&ports)?;
+            Ok(Invocation::Run(Config { log_level: arguments.log_level, ports }))
+        }
+        Some(Command::Run { config }) => file::read(&config).map(Invocation::Run),
+        Some(Command::CheckConfig { config }) => {
+            let ports = file::read(&config)?.ports.len();
+            let file = config.display();
+            Ok(Invocation::Print(format!("{file}: {ports} ports, nothing wrong\n")))
+        }
+    }
+}
+
+/// clap explains itself in a paragraph; the log has lines.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let mut lines = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage") && !line.starts_with("For more"))
+        .filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+    lines.fold(first, |text, line| format!("{text} {line}")) + "; try --help"
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::{AfXdp, Attach, Frontend, Host, Mode, PortConfig};
+
+    fn read(arguments: &[&str]) -> Result<PortConfig, String> {
+        let all = ["vhost-user-net"].iter().chain(arguments).map(Into::into);
+        match parse(all)? {
+            Invocation::Run(mut config) => Ok(config.ports.remove(0)),
+            Invocation::Print(text) => panic!("{text}"),
+        }
+    }
+
+    #[test]
+    fn a_socket_and_a_tap_are_enough() {
+        let config = read(&["--socket-path=/run/a", "--tap=vnet0"]).unwrap();
+        assert_eq!(config.frontend, Frontend::Listen("/run/a".into()));
+        assert_eq!(config.host, Host::Tap("vnet0".into()));
+        assert_eq!((config.queue_pairs, config.mtu, config.guest_tso), (1, 1500, true));
+    }
+
+    #[test]
+    fn every_option_is_understood() {
+        let config = read(&[
+            "--connect=/run/a",
+            "--tap-fd=7,8",
+            "--mac=52:54:00:00:00:01",
+            "--mtu=9000",
+            "--guest-tso=off",
+            "--busy-poll=50",
+            "--cpu-affinity=1,3-4",
+            "--log-level=debug",
+        ])
+        .unwrap();
+        assert_eq!(config.host, Host::TapDescriptors(vec![7, 8]));
+        assert_eq!(config.queue_pairs, 2);
+        assert!(!config.guest_tso);
+        assert_eq!(config.busy_poll, Duration::from_micros(50));
+        assert_eq!(config.cpu_affinity, [1, 3, 4]);
+    }
+
+    #[test]
+    fn an_af_xdp_port_is_a_device_and_what_differs_from_the_default() {
+        let config = read(&["--socket-path=a", "--af-xdp=eth1"]).unwrap();
+        let plain = AfXdp {
+            name: "eth1".into(),
+            queue: 0,
+            mode: Mode::Auto,
+            attach: Attach::Auto,
+            steer: false,
+        };
+        assert_eq!(config.host, Host::AfXdp(plain.clone()));
+        let option = "--af-xdp=eth1,queue=3,mode=zero-copy,attach=native,steer=mac";
+        let config = read(&["--socket-path=a", option, "--mac=52:54:00:00:00:01"]).unwrap();
+        let expected =
+            AfXdp { queue: 3, mode: Mode::ZeroCopy, attach: Attach::Native, steer: true, ..plain };
+        assert_eq!(config.host, Host::AfXdp(expected));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_one_line_that_names_it() {
+        let long = format!("--socket-path=/{}", "x".repeat(107));
+        let cases: &[(&[&str], &str)] = &[
+            (&["--tap=a"], "--socket-path"),
+            (&["--socket-path=a"], "--tap"),
+            (&["--socket-path=a", "--fd=3", "--tap=a"], "--fd"),
+            (&["--socket-path=a", "--tap=a", "--loopback"], "--loopback"),
+            (&["--socket-path=a", "--tap=a", "--frobnicate"], "--frobnicate"),
+            (&[&long, "--tap=a"], "107"),
+            (&["--socket-path=a", "--tap=a", "--queue-pairs=0"], "queue-pairs=0"),
+            (&["--socket-path=a", "--tap=a", "--queue-pairs=129"], "128"),
+            (&["--socket-path=a", "--tap-fd=5,6", "--queue-pairs=3"], "tap-fd names 2"),
+            (&["--fd=5", "--tap-fd=6,5"], "descriptor 5"),
+            (&["--socket-path=a", "--tap=a", "--mac=1:2"], "1:2"),
+            (&["--socket-path=a", "--tap=a", "--mtu=67"], "67"),
+            (&["--socket-path=a", "--tap=a", "--guest-tso=maybe"], "maybe"),
+            (&["--socket-path=a", "--tap=a", "--cpu-affinity=4-2"], "4-2"),
+            (&["--socket-path=a", "--tap=a", "--log-level=loud"], "loud"),
+            (&["--socket-path=a", "--tap=far/too/long"], "far/too/long"),
+            (&["--socket-path=a", "--tap=vnet%d"], "vnet%d"),
+            (&["--socket-path=a", "--af-xdp=a/b"], "a/b"),
+            (&["--socket-path=a", "--af-xdp=eth1,3"], "'3'"),
+            (&["--socket-path=a", "--af-xdp=eth1,queue=x"], "'x'"),
+            (&["--socket-path=a", "--af-xdp=eth1,mode=fast"], "'fast'"),
+            (&["--socket-path=a", "--af-xdp=eth1,lane=1"], "'lane'"),
+            (&["--socket-path=a", "--af-xdp=eth1,mode=zero-copy,attach=generic"], "generic"),
+            (&["--socket-path=a", "--af-xdp=eth1,steer=ip"], "'ip'"),
+            (&["--socket-path=a", "--af-xdp=eth1,steer=mac"], "address: mac"),
+            (
+                &[
+                    "--socket-path=a",
+                    "--af-xdp=eth1,steer=mac",
+                    "--mac=52:54:00:00:00:01",
+                    "--queue-pairs=2",
+                ],
+                "queue-pairs=2",
+            ),
+            (&["--socket-path=a", "--tap=a", "--af-xdp=b"], "--af-xdp"),
+        ];
+        for (arguments, named) in cases {
+            let error = read(arguments).unwrap_err();
+            assert!(error.contains(named), "{arguments:?}: {error}");
+            assert_eq!(error.lines().count(), 1, "{error}");
+        }
+    }
+
+    #[test]
+    fn capabilities_need_no_other_option() {
+        let all = ["vhost-user-net", "--print-capabilities"].map(Into::into);
+        let Ok(Invocation::Print(text)) = parse(all) else { panic!("not printed") };
+        assert!(text.contains("\"type\": \"net\""));
+    }
+}

@@ -1,0 +1,142 @@
+//! A file that describes several ports, in TOML: `[defaults]`, and a `[[port]]` for each. The keys
+//! are the command line's options.
+
+use std::fs;
+use std::path::Path;
+
+use log::LevelFilter;
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::{Config, PortConfig, PortOptions, check_claims};
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct Contents {
+    #[serde(default = "info")]
+    log_level: LevelFilter,
+    #[serde(default)]
+    defaults: PortOptions,
+    #[serde(default)]
+    port: Vec<Spanned<PortOptions>>,
+}
+
+fn info() -> LevelFilter {
+    LevelFilter::Info
+}
+
+/// Reads a file.
+///
+/// # Errors
+/// One line: the file, line and column, and what is wrong there.
+pub(super) fn read(path: &Path) -> Result<Config, String> {
+    let shown = path.display();
+    let text = fs::read_to_string(path).map_err(|error| format!("read {shown}: {error}"))?;
+    parse(&text).map_err(|(offset, what)| match offset {
+        Some(offset) => {
+            let (line, column) = position(&text, offset);
+            format!("{shown}:{line}:{column}: {what}")
+        }
+        None => format!("{shown}: {what}"),
+    })
+}
+
+/// What is wrong, and how many bytes stand before it.
+type Wrong = (Option<usize>, String);
+
+fn parse(text: &str) -> Result<Config, Wrong> {
+    let contents: Contents = toml::from_str(text).map_err(|error| {
+        let lines: Vec<&str> = error.message().lines().collect();
+        (error.span().map(|span| span.start), lines.join(", "))
+    })?;
+    let Contents { log_level, defaults, port } = contents;
+    // Whatever has no default is gone after this.
+    if PortOptions::default().or(&defaults) != defaults {
+        let what = "[defaults] can't name a port, its frontend, its host side or its MAC address";
+        return Err((None, what.into()));
+    }
+    if port.is_empty() {
+        return Err((None, "it describes no port: write a [[port]]".into()));
+    }
+    let ports = port
+        .into_iter()
+        .map(|options| {
+            let place = Some(options.span().start);
+            options.into_inner().or(&defaults).check().map_err(|what| (place, what))
+        })
+        .collect::<Result<Vec<PortConfig>, Wrong>>()?;
+    check_claims(&ports).map_err(|what| (None, what))?;
+    Ok(Config { log_level, ports })
+}
+
+/// Line and column, counted from 1, of a byte.
+fn position(text: &str, offset: usize) -> (usize, usize) {
+    let before = text.get(..offset).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Frontend, Host};
+
+    #[test]
+    fn a_port_says_what_differs_from_the_defaults() {
+        let config = parse(
+            r#"
+            log-level = "debug"
+            [defaults]
+            mtu = 9000
+            guest-tso = false
+            [[port]]
+            socket-path = "/run/a"
+            tap = "vnet0"
+            [[port]]
+            name = "b"
+            connect = "/run/b"
+            af-xdp = "eth1,queue=2"
+            mtu = 1400
+            cpu-affinity = "1,3-4"
+            tx-method = "io-uring"
+            mac = "52:54:00:00:00:01"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.log_level, LevelFilter::Debug);
+        let [a, b] = config.ports.try_into().unwrap();
+        assert_eq!((a.mtu, a.guest_tso, a.queue_pairs, a.name), (9000, false, 1, None));
+        assert_eq!(
+            (a.frontend, a.host),
+            (Frontend::Listen("/run/a".into()), Host::Tap("vnet0".into()))
+        );
+        assert_eq!((b.mtu, b.guest_tso, b.name.as_deref()), (1400, false, Some("b")));
+        assert_eq!(b.cpu_affinity, [1, 3, 4]);
+        assert!(matches!(b.host, Host::AfXdp(af_xdp) if af_xdp.queue == 2));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_its_place() {
+        let port = "[[port]]\nsocket-path = \"/a\"\nloopback = true\n";
+        let cases = [
+            ("", (None, "no port")),
+            ("[[port]]\nsocket-path = \"/a\"\ntup = \"x\"\n", (Some((3, 1)), "tup")),
+            ("log-levle = \"info\"\n[[port]]\n", (Some((1, 1)), "log-levle")),
+            ("[[port]]\nmtu = \"big\"\n", (Some((2, 7)), "u16")),
+            ("[[port]]\nmac = \"1:2\"\n", (Some((2, 7)), "1:2")),
+            ("[[port]]\naf-xdp = \"a,lane=1\"\n", (Some((2, 10)), "lane")),
+            ("[[port]]\nloopback = true\n", (Some((1, 1)), "socket-path")),
+            (&format!("{port}mtu = 67\n"), (Some((1, 1)), "67")),
+            (&format!("{port}name = \"a b\"\n"), (Some((1, 1)), "a b")),
+            (&format!("[defaults]\ntap = \"a\"\n{port}"), (None, "[defaults]")),
+            (&format!("{port}{port}"), (None, "socket /a is named twice")),
+            ("[[port]\n", (Some((1, 8)), "")),
+        ];
+        for (text, (place, named)) in cases {
+            let (offset, what) = parse(text).unwrap_err();
+            assert_eq!(offset.map(|offset| position(text, offset)), place, "{text}: {what}");
+            assert!(what.contains(named), "{text}: {what}");
+            assert_eq!(what.lines().count().max(1), 1, "{what}");
+        }
+    }
+}

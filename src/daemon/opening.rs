@@ -1,0 +1,147 @@
+//! What a port needs from the host: descriptors that it was promised, and its device's queues.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use log::info;
+
+use super::StartError;
+use crate::config::{Frontend, Host, PortConfig};
+use crate::port::HostQueue;
+use crate::port::af_xdp::Interface;
+use crate::port::tap::TapQueue;
+use crate::sys::process::inherit;
+use crate::sys::tap::{Queue, device_exists};
+
+/// Descriptors that the process that started us left open for us.
+pub(super) struct Inherited {
+    pub(super) frontend: Option<OwnedFd>,
+    pub(super) tap_queues: Vec<OwnedFd>,
+}
+
+impl Inherited {
+    pub(super) fn take(config: &PortConfig) -> Result<Self, StartError> {
+        let take = |number: RawFd, option: &str| {
+            inherit(number).map_err(|error| {
+                StartError::new(format!("use descriptor {number} ({option}): {error}"))
+            })
+        };
+        let frontend = match config.frontend {
+            Frontend::Inherited(number) => Some(take(number, "--fd")?),
+            Frontend::Listen(_) | Frontend::Connect(_) => None,
+        };
+        let tap_queues = match &config.host {
+            Host::TapDescriptors(numbers) => {
+                numbers.iter().map(|&number| take(number, "--tap-fd")).collect::<Result<_, _>>()?
+            }
+            Host::Tap(_) | Host::AfXdp(_) | Host::Loopback => Vec::new(),
+        };
+        Ok(Inherited { frontend, tap_queues })
+    }
+}
+
+/// Opens the host side, one queue per pair, and names the port after it.
+pub(super) fn open_host(
+    config: &PortConfig,
+    inherited: Vec<OwnedFd>,
+) -> Result<(String, Vec<HostQueue>), StartError> {
+    let pairs = config.queue_pairs;
+    let queues = match &config.host {
+        Host::Loopback => {
+            return Ok(("loopback".into(), (0..pairs).map(|_| HostQueue::Loopback).collect()));
+        }
+        Host::AfXdp(options) => {
+            let queues = Interface::start(options, pairs, config.mtu, config.mac, config.busy_poll)
+                .map_err(|error| StartError::new(error.to_string()))?;
+            let queues = queues.into_iter().map(|queue| HostQueue::AfXdp(Box::new(queue)));
+            return Ok((options.name.clone(), queues.collect()));
+        }
+        Host::Tap(name) => open_tap(name, pairs, config.mtu)?,
+        Host::TapDescriptors(_) => inherited
+            .into_iter()
+            .map(|fd| {
+                let number = fd.as_raw_fd();
+                Queue::inherit(fd)
+                    .map_err(|error| StartError::new(format!("--tap-fd={number}: {error}")))
+            })
+            .collect::<Result<_, _>>()?,
+    };
+    let name = queues[0].identity().name.clone();
+    if let Some(other) = queues.iter().find(|queue| queue.identity().name != name) {
+        let other = &other.identity().name;
+        return Err(StartError::new(format!(
+            "--tap-fd names queues of {name} and of {other}: all must be of one device"
+        )));
+    }
+    let queues = queues
+        .into_iter()
+        .map(|queue| {
+            TapQueue::new(queue, config.tx_method).map(|queue| HostQueue::Tap(Box::new(queue)))
+        })
+        .collect::<io::Result<Vec<_>>>()
+        .map_err(|error| StartError::new(format!("set up tap {name}: {error}")))?;
+    if let HostQueue::Tap(queue) = &queues[0] {
+        let offloads = queue.offloads();
+        info!(
+            "tap {name}: tx by {}, TCP segmentation {}, UDP segmentation {}",
+            queue.tx_method(),
+            if offloads.segmentation { "on" } else { "off" },
+            if offloads.udp_segmentation { "on" } else { "off" },
+        );
+    }
+    Ok((name, queues))
+}
+
+/// Opens `pairs` queues of the TAP `name`, which is made if it is missing.
+fn open_tap(name: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>, StartError> {
+    let several = if pairs > 1 { " multi_queue" } else { "" };
+    let make = format!("ip tuntap add dev {name} mode tap vnet_hdr{several}");
+    let failed = |error: io::Error| {
+        let hint = match error.raw_os_error() {
+            Some(libc::EBUSY) => "; is another process using it?".into(),
+            Some(libc::EPERM) => {
+                format!(
+                    "; run with CAP_NET_ADMIN, or make it for this user with '{make} user NAME'"
+                )
+            }
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+                "; is the kernel module tun loaded, and /dev/net/tun there?".into()
+            }
+            Some(libc::E2BIG) => "; other processes have queues of it open".into(),
+            _ => String::new(),
+        };
+        StartError::new(format!("open tap {name}: {error}{hint}"))
+    };
+    let is_new = !device_exists(name).map_err(failed)?;
+    let first = match (Queue::open(name, pairs > 1), pairs) {
+        // The kernel says EINVAL when IFF_MULTI_QUEUE is not what the device has.
+        (Err(error), _) if !is_new && error.raw_os_error() == Some(libc::EINVAL) => {
+            match (Queue::open(name, pairs == 1), pairs) {
+                (Ok(queue), 1) => queue,
+                (Ok(_), _) => {
+                    return Err(StartError::new(format!(
+                        "tap {name} has one queue, and --queue-pairs={pairs}: make it again with \
+                         'ip link delete {name} && {make}'"
+                    )));
+                }
+                (Err(error), _) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    return Err(StartError::new(format!(
+                        "{name} is a network device, but no TAP; choose another name"
+                    )));
+                }
+                (Err(error), _) => return Err(failed(error)),
+            }
+        }
+        (opened, _) => opened.map_err(failed)?,
+    };
+    let multi_queue = first.identity().multi_queue;
+    let mut queues = vec![first];
+    for _ in 1..pairs {
+        queues.push(Queue::open(name, multi_queue).map_err(failed)?);
+    }
+    if is_new {
+        info!("tap {name}: made, for as long as this process runs");
+        queues[0].set_mtu(mtu.into()).and_then(|()| queues[0].set_up()).map_err(failed)?;
+    }
+    Ok(queues)
+}

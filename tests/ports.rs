@@ -1,0 +1,99 @@
+//! One daemon with several ports, described by a file.
+
+use std::fs;
+
+use nix::sys::signal::Signal;
+
+use crate::support::daemon::{Daemon, program};
+use crate::support::driver::{Card, Options};
+use crate::support::eventually;
+use crate::support::frontend::Frontend;
+
+fn two_ports() -> Daemon {
+    let port = |name| {
+        format!("[[port]]\nname = \"{name}\"\nsocket-path = \"{{}}/{name}\"\nloopback = true\n")
+    };
+    Daemon::with_config(&(port("one") + &port("two")), "two")
+}
+
+fn card(daemon: &Daemon, port: &str) -> Card {
+    Card::start(Frontend::new(daemon.connect_to(port)), Options::default())
+}
+
+#[test]
+fn several_ports_are_served_at_once_and_each_ends_for_itself() {
+    let mut daemon = two_ports();
+    let mut one = card(&daemon, "one");
+    let mut two = card(&daemon, "two");
+    one.check_echo(500);
+    two.check_echo(500);
+    drop(one);
+    two.check_echo(500);
+    card(&daemon, "one").check_echo(500);
+    let log = daemon.log();
+    for line in ["one: ready, 1 queue pairs", "two: ready", "one: frontend disconnected"] {
+        assert!(log.contains(line), "{line}: {log}");
+    }
+    // Once by whoever waited for it to listen.
+    assert_eq!(log.matches("two: frontend disconnected").count(), 1, "{log}");
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait().success());
+    for socket in ["one", "two"] {
+        assert!(!daemon.path(socket).exists(), "{socket} is left behind");
+    }
+}
+
+#[test]
+fn a_port_more_costs_little_memory() {
+    let ports = |count: usize| {
+        let port = |number| {
+            format!(
+                "[[port]]\nname = \"p{number}\"\nsocket-path = \"{{}}/p{number}\"\nloopback = true\n"
+            )
+        };
+        let contents: String = (0..count).map(port).collect();
+        let daemon = Daemon::with_config(&contents, &format!("p{}", count - 1));
+        daemon.private_kilobytes()
+    };
+    let (one, many) = (ports(1), ports(33));
+    assert!(one < 4096, "{one} kB with one port");
+    assert!(many.saturating_sub(one) / 32 < 300, "{one} kB with one port, {many} kB with 33");
+}
+
+#[test]
+fn what_is_wrong_with_a_file_is_said_with_its_place() {
+    let daemon = two_ports();
+    let file = daemon.path("wrong");
+    let cases = [
+        ("[[port]]\nsocket-path = \"x\"\ntup = \"y\"\n", ":3:1: unknown field `tup`"),
+        ("[defaults]\ntap = \"y\"\n", ": [defaults] can't name"),
+        ("", ": it describes no port"),
+    ];
+    for (contents, said) in cases {
+        fs::write(&file, contents).unwrap();
+        for arguments in [&["check-config"][..], &["run", "--config"]] {
+            let output = program().args(arguments).arg(&file).output().unwrap();
+            let text = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{text}");
+            assert!(text.contains(&format!("{}{said}", file.display())), "{text}");
+        }
+    }
+    let output = program().arg("check-config").arg(daemon.path("config")).output().unwrap();
+    assert!(output.status.success());
+    assert!(String::from_utf8(output.stdout).unwrap().contains("2 ports, nothing wrong"));
+}
+
+#[test]
+fn two_ports_of_one_name_are_an_error() {
+    let daemon = two_ports();
+    let file = daemon.path("same");
+    let directory = daemon.directory().display();
+    let port =
+        |socket| format!("[[port]]\nsocket-path = \"{directory}/{socket}\"\nloopback = true\n");
+    fs::write(&file, port("a") + &port("b")).unwrap();
+    let output = program().args(["run", "--config"]).arg(&file).output().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text.contains("two ports are called loopback: give one a name"), "{text}");
+    eventually("no socket is left", || !daemon.path("a").exists());
+}
