@@ -20,6 +20,7 @@ use crate::device::Device;
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller};
 use crate::features::{Offer, OfferOptions};
+use crate::logging::Log;
 use crate::net_config::NetConfig;
 use crate::port::HostQueue;
 use crate::sys::eventfd::Waker;
@@ -59,6 +60,18 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     // Before any thread is started: they inherit the mask.
     let signals = TerminationSignals::block()
         .map_err(|error| StartError::new(format!("block signals: {error}")))?;
+    let log = Log::start(config.log_level)
+        .map_err(|error| StartError::new(format!("start a thread: {error}")))?;
+    let result = serve(config, inherited, &signals);
+    log.flush();
+    result
+}
+
+fn serve(
+    config: &Config,
+    inherited: Vec<Inherited>,
+    signals: &TerminationSignals,
+) -> Result<(), StartError> {
     let mut opened = Vec::with_capacity(config.ports.len());
     for (port, inherited) in config.ports.iter().zip(inherited) {
         let (device, queues) = open_host(port, inherited.tap_queues)?;
@@ -76,7 +89,7 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     for (name, port, queues, frontend) in opened {
         ports.push(Port::start(name, port, queues, frontend, &running)?);
     }
-    running.wait(&signals);
+    running.wait(signals);
     // All at once, so that none waits for another.
     ports.iter().for_each(|port| port.stop.wake());
     Ok(())

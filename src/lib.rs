@@ -24,7 +24,8 @@
 //! [`device`] turns requests into sessions and knows no packets. A [`worker`] per queue pair runs
 //! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
 //! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
-//! [`net_config`] are what the card offers, [`counters`] what it did. Unsafe code is in [`guest`]
+//! [`net_config`] are what the card offers, [`counters`] what it did. [`logging`] writes lines that
+//! nobody waits for. Unsafe code is in [`guest`]
 //! and [`sys`] only.
 
 pub mod config;
@@ -35,6 +36,7 @@ pub mod endpoint;
 pub mod event;
 pub mod features;
 pub mod guest;
+pub mod logging;
 pub mod net_config;
 pub mod port;
 pub mod protocol;

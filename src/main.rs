@@ -19,7 +19,6 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    env_logger::Builder::new().filter_level(config.log_level).format_target(false).init();
     match daemon::run(&config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -109,7 +109,10 @@ fn a_device_may_go_down_and_up() {
     check_resources(&daemon, before.unwrap());
     let log = daemon.log();
     let [lost, back] = ["does not work", "works again"].map(|text| log.matches(text).count());
-    assert_eq!((lost, back), (ROUNDS, ROUNDS));
+    // The log leaves lines out when there are more than twenty of a kind in ten seconds.
+    for said in [lost, back] {
+        assert!((20..=ROUNDS).contains(&said), "{log}");
+    }
 }
 
 #[test]
