@@ -61,6 +61,8 @@ pub struct PortConfig {
     pub guest_tso: bool,
     /// Whether the guest may reset single rings.
     pub ring_reset: bool,
+    /// Whether the guest's memory must not be truncatable.
+    pub require_sealed_memory: bool,
     /// How long to look for work before going to sleep.
     pub busy_poll: Duration,
     /// How bursts of frames are written to a TAP.
@@ -203,6 +205,10 @@ struct PortOptions {
     /// must pass that on to us; QEMU up to 10.2 does not.
     #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
     ring_reset: Option<bool>,
+    /// Refuse guest memory whose file could be truncated, which would stop the port. QEMU's
+    /// memory-backend-memfd is sealed; files in a file system can't be.
+    #[arg(long, num_args = 0..=1, default_missing_value = "on", value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    require_sealed_memory: Option<bool>,
     /// Look for work this long before going to sleep [default: 0].
     #[arg(long, value_name = "MICROSECONDS")]
     busy_poll: Option<u32>,
@@ -225,6 +231,7 @@ impl PortOptions {
             mtu: self.mtu.or(defaults.mtu),
             guest_tso: self.guest_tso.or(defaults.guest_tso),
             ring_reset: self.ring_reset.or(defaults.ring_reset),
+            require_sealed_memory: self.require_sealed_memory.or(defaults.require_sealed_memory),
             busy_poll: self.busy_poll.or(defaults.busy_poll),
             tx_method: self.tx_method.or(defaults.tx_method),
             cpu_affinity: self.cpu_affinity.or_else(|| defaults.cpu_affinity.clone()),
@@ -289,6 +296,7 @@ impl PortOptions {
             mtu,
             guest_tso: self.guest_tso.unwrap_or(true),
             ring_reset: self.ring_reset.unwrap_or(false),
+            require_sealed_memory: self.require_sealed_memory.unwrap_or(false),
             busy_poll: Duration::from_micros(self.busy_poll.unwrap_or(0).into()),
             tx_method: self.tx_method.unwrap_or(TxMethod::Auto),
             cpu_affinity: self.cpu_affinity.map_or_else(Vec::new, |list| list.0),

@@ -20,6 +20,7 @@ use crate::device::Device;
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller};
 use crate::features::{Offer, OfferOptions};
+use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::net_config::NetConfig;
 use crate::port::HostQueue;
@@ -57,6 +58,8 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     // Before anything is opened, which could get the number of a descriptor that we were
     // promised and did not get.
     let inherited = config.ports.iter().map(Inherited::take).collect::<Result<Vec<_>, _>>()?;
+    contain_sigbus()
+        .map_err(|error| StartError::new(format!("install a signal handler: {error}")))?;
     // Before any thread is started: they inherit the mask.
     let signals = TerminationSignals::block()
         .map_err(|error| StartError::new(format!("block signals: {error}")))?;
@@ -177,7 +180,8 @@ impl Port {
         // Last: whoever sees the socket may connect.
         let endpoint = Endpoint::open(&config.frontend, frontend)?;
         info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
-        let device = Device::new(name.clone(), offer, net_config, workers);
+        let mut device = Device::new(name.clone(), offer, net_config, workers);
+        device.require_sealed_memory(config.require_sealed_memory);
         let stop = Arc::new(Waker::new().map_err(no_descriptor)?);
         let mut control = Control::new(device, endpoint, stop.clone()).map_err(no_descriptor)?;
         let alive = Alive::new(running);

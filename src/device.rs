@@ -90,6 +90,7 @@ pub struct Device {
     name: String,
     offer: Offer,
     config: NetConfig,
+    requires_sealed_memory: bool,
     workers: Vec<Worker>,
     told: Told,
 }
@@ -97,9 +98,16 @@ pub struct Device {
 impl Device {
     /// Makes a device with one queue pair per worker, to which no frontend has spoken yet.
     pub fn new(name: String, offer: Offer, config: NetConfig, workers: Vec<Worker>) -> Self {
-        let mut device = Device { name, offer, config, workers, told: Told::default() };
+        let requires_sealed_memory = false;
+        let told = Told::default();
+        let mut device = Device { name, offer, config, requires_sealed_memory, workers, told };
         device.forget();
         device
+    }
+
+    /// Has memory refused whose file could be truncated later.
+    pub fn require_sealed_memory(&mut self, required: bool) {
+        self.requires_sealed_memory = required;
     }
 
     /// The port's name.
@@ -199,17 +207,20 @@ impl Device {
             Request::SetVringCall { index, file } => {
                 let event = ring::foreign(file)?;
                 let ring = self.ring(index)?;
-                ring.call.replace(event);
+                let (call, running) = (ring.call.clone(), ring.is_running());
+                let worker = &self.workers[index as usize / 2];
+                call.replace(event, || worker.interrupt());
                 // QEMU changes the descriptor whenever the guest masks or moves an interrupt. A
                 // call that went to the last one meanwhile may be lost; one too many does no harm.
-                if ring.is_running() {
-                    ring.call.signal();
+                if running {
+                    worker.call();
                 }
                 Ok(None)
             }
             Request::SetVringErr { index, file } => {
                 let event = ring::foreign(file)?;
-                self.ring(index)?.error.replace(event);
+                let error = self.ring(index)?.error.clone();
+                error.replace(event, || self.workers[index as usize / 2].interrupt());
                 Ok(None)
             }
             Request::SetVringEnable { index, enable } => {
@@ -378,6 +389,12 @@ impl Device {
 
     /// Puts a new memory table in force, under running rings if need be.
     fn replace_memory(&mut self, memory: GuestMemory) -> Result<Option<Reply>, Refusal> {
+        if self.requires_sealed_memory && !memory.is_sealed() {
+            return refused(
+                "its file can be truncated, and --require-sealed-memory is set; give the guest \
+                 memory from memory-backend-memfd, which seals it",
+            );
+        }
         for (index, ring) in self.told.rings.iter().enumerate() {
             if ring.is_running() && ring.layout(&memory).is_err() {
                 return refused(format!("ring {index} runs in memory that would go"));
@@ -387,6 +404,12 @@ impl Device {
             self.end(pair);
         }
         debug!("{}: {} memory regions", self.name, memory.len());
+        if !memory.is_sealed() && self.told.memory.is_sealed() {
+            info!(
+                "{}: guest memory is not sealed: whoever can truncate its file can stop this port",
+                self.name
+            );
+        }
         self.told.memory = Arc::new(memory);
         self.restart_all();
         Ok(None)

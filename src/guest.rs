@@ -10,11 +10,13 @@
 pub mod chain;
 pub mod fault;
 pub mod layout;
+pub mod lost;
 pub mod memory;
 pub mod virtqueue;
 
 pub use chain::{Burst, Chain, Direction, Readable, Segment, Writable};
 pub use fault::Fault;
 pub use layout::RingLayout;
+pub use lost::{Contained, contain_sigbus};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
 pub use virtqueue::{Budget, Notification, Published, Virtqueue};

@@ -7,7 +7,7 @@ mod session;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -95,6 +95,11 @@ impl Mailbox {
     fn has_command(&self) -> bool {
         self.waiting.load(Ordering::Acquire) > 0
     }
+
+    /// Whether both rings' drivers are to be called, once.
+    fn take_call(&self) -> bool {
+        self.call.load(Ordering::Relaxed) && self.call.swap(false, Ordering::Acquire)
+    }
 }
 
 /// What the control thread asks of a worker.
@@ -109,6 +114,8 @@ struct Mailbox {
     /// Commands sent and not yet taken. The sender counts up before it wakes the thread, so a
     /// thread that has cleared its waker and then reads 0 here has missed nothing.
     waiting: AtomicUsize,
+    /// A call may have gone to a descriptor that is not used any more.
+    call: AtomicBool,
     /// Ends the thread's sleep.
     wake: Waker,
 }
@@ -134,7 +141,8 @@ impl Worker {
         let (commands, inbox) = channel();
         let (outbox, replies) = channel();
         let (started, ready) = channel();
-        let mailbox = Arc::new(Mailbox { waiting: AtomicUsize::new(0), wake: Waker::new()? });
+        let (waiting, call) = Default::default();
+        let mailbox = Arc::new(Mailbox { waiting, call, wake: Waker::new()? });
         let counters = Arc::new(PairCounters::default());
         let (its_mailbox, its_counters) = (mailbox.clone(), counters.clone());
         let thread = thread::Builder::new().name(options.name.clone()).spawn(move || {
@@ -187,14 +195,23 @@ impl Worker {
         loop {
             match self.replies.recv_timeout(PATIENCE) {
                 Ok(ended) => return ended,
-                Err(RecvTimeoutError::Timeout) => {
-                    if let Some(thread) = &self.thread {
-                        self.interruptible.interrupt(thread);
-                    }
-                }
+                Err(RecvTimeoutError::Timeout) => self.interrupt(),
                 // The thread has panicked: it holds nothing any more.
                 Err(RecvTimeoutError::Disconnected) => return Ended::default(),
             }
+        }
+    }
+
+    /// Has the drivers called, whether or not there is anything new for them.
+    pub fn call(&self) {
+        self.mailbox.call.store(true, Ordering::Release);
+        self.mailbox.wake.wake();
+    }
+
+    /// Gets the thread out of a system call that it is stuck in.
+    pub fn interrupt(&self) {
+        if let Some(thread) = &self.thread {
+            self.interruptible.interrupt(thread);
         }
     }
 

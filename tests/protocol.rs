@@ -1,19 +1,15 @@
 //! vhost-user messages: the sequences that frontends send, and what must be refused.
 
-use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, EVENT_IDX, HEADER, MRG_RXBUF, Options, PROTOCOL, VERSION_1};
 use crate::support::eventually;
-use crate::support::frontend::{
-    Frontend, NEED_REPLY, PROTOCOL_FEATURES, addresses, dev_null, header, pair, region,
-};
+use crate::support::frontend::{Frontend, NEED_REPLY, PROTOCOL_FEATURES, addresses, pair, region};
 use crate::support::guest::Ram;
 
 const OPTIONS: &[&str] =
@@ -337,218 +333,12 @@ fn the_crate_s_own_frontend_is_served() {
 fn what_is_refused_does_not_cost_the_connection() {
     let (_daemon, mut frontend) = connected();
     let offered = frontend.begin();
-    let event = EventFd::new(EFD_NONBLOCK).unwrap();
-    frontend.refused(FrontendReq::SET_FEATURES, &(offered | 1 << 34).to_ne_bytes(), &[]);
-    frontend.refused(FrontendReq::SET_PROTOCOL_FEATURES, &u64::MAX.to_ne_bytes(), &[]);
-    for size in [0, 3, 100, 32769, 65536] {
-        frontend.refused(FrontendReq::SET_VRING_NUM, &pair(0, size), &[]);
-    }
-    frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 32768), &[]);
-    for index in [4, 5, 0xffff, u32::MAX] {
-        frontend.refused(FrontendReq::SET_VRING_NUM, &pair(index, 256), &[]);
-        frontend.refused(FrontendReq::SET_VRING_BASE, &pair(index, 0), &[]);
-        frontend.refused(FrontendReq::SET_VRING_ENABLE, &pair(index, 1), &[]);
-        frontend.refused(FrontendReq::SET_VRING_ADDR, &addresses(index, 0, 0, 0, 0), &[]);
-    }
-    frontend.refused(FrontendReq::SET_VRING_BASE, &pair(0, 65536), &[]);
     for mtu in [0u64, 67, 65536] {
         frontend.refused(FrontendReq::NET_SET_MTU, &mtu.to_ne_bytes(), &[]);
     }
     frontend.refused(FrontendReq::SET_STATUS, &0x100u64.to_ne_bytes(), &[]);
     frontend.refused(FrontendReq::SET_CONFIG, &[0; 12], &[]);
-    // What belongs to protocol features that were not offered.
-    for code in [
-        FrontendReq::SEND_RARP,
-        FrontendReq::SET_LOG_FD,
-        FrontendReq::IOTLB_MSG,
-        FrontendReq::SET_VRING_ENDIAN,
-        FrontendReq::VRING_KICK,
-        FrontendReq::SET_INFLIGHT_FD,
-        FrontendReq::POSTCOPY_LISTEN,
-    ] {
-        frontend.refused(code, &[0; 8], &[event.as_raw_fd()]);
-    }
-    // Rings beyond those there are, without NEED_REPLY: QEMU with more queues than we have.
-    frontend.send_with(FrontendReq::SET_VRING_CALL, 0, &7u64.to_ne_bytes(), &[event.as_raw_fd()]);
     assert_eq!(frontend.get(FrontendReq::GET_FEATURES), offered, "the connection lives");
-}
-
-#[test]
-fn the_wrong_order_is_refused() {
-    let (_daemon, mut frontend) = connected();
-    frontend.begin();
-    let event = EventFd::new(EFD_NONBLOCK).unwrap();
-    let kick = |frontend: &mut Frontend| {
-        frontend.refused(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), &[event.as_raw_fd()]);
-    };
-    kick(&mut frontend);
-    frontend.set_features(VERSION_1 | PROTOCOL);
-    kick(&mut frontend);
-    frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 256), &[]);
-    kick(&mut frontend);
-    frontend.ask(FrontendReq::SET_VRING_ADDR, &addresses(0, 0, 0, 0x2000, 0x1000), &[]);
-    kick(&mut frontend);
-    let ram = Ram::new(0, 0x10_0000);
-    frontend.set_mem_table(&[&ram]);
-    frontend.ask(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), &[event.as_raw_fd()]);
-    // It runs: what it stands on can't be changed.
-    frontend.refused(FrontendReq::SET_VRING_NUM, &pair(0, 128), &[]);
-    frontend.refused(FrontendReq::SET_VRING_BASE, &pair(0, 1), &[]);
-    frontend.refused(FrontendReq::SET_VRING_ADDR, &addresses(0, 0, 0, 0x4000, 0x1000), &[]);
-    frontend.ask(FrontendReq::SET_VRING_ADDR, &addresses(0, 0, 0, 0x2000, 0x1000), &[]);
-    frontend.refused(FrontendReq::SET_FEATURES, &VERSION_1.to_ne_bytes(), &[]);
-    let mut gone = vec![0; 8];
-    gone.extend(region(&ram));
-    frontend.refused(FrontendReq::REM_MEM_REG, &gone, &[]);
-    assert_eq!(frontend.get_vring_base(0), 0);
-    frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 128), &[]);
-    frontend.ask(FrontendReq::REM_MEM_REG, &gone, &[]);
-}
-
-#[test]
-fn rings_outside_guest_memory_or_out_of_step_do_not_start() {
-    let (_daemon, mut frontend) = connected();
-    frontend.begin();
-    frontend.set_features(VERSION_1 | PROTOCOL);
-    let ram = Ram::new(0, 0x1_0000);
-    frontend.set_mem_table(&[&ram]);
-    frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 256), &[]);
-    let event = EventFd::new(EFD_NONBLOCK).unwrap();
-    for (descriptors, used, avail) in [
-        (0xf008, 0x2000, 0x1000),
-        (0, 0xf900, 0x1000),
-        (0, 0x2000, 0xffff_0000),
-        (8, 0x2000, 0x1000),
-        (0, 0x2002, 0x1000),
-        (0, 0x2000, 0x1001),
-    ] {
-        frontend.ask(FrontendReq::SET_VRING_ADDR, &addresses(0, 0, descriptors, used, avail), &[]);
-        frontend.refused(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), &[event.as_raw_fd()]);
-    }
-}
-
-#[test]
-fn memory_that_is_not_there_is_refused_before_it_is_mapped() {
-    let (_daemon, mut frontend) = connected();
-    frontend.begin();
-    let ram = Ram::new(0, 0x1000);
-    let words = |words: [u64; 4]| -> Vec<u8> {
-        [0].iter().chain(&words).flat_map(|word| word.to_ne_bytes()).collect()
-    };
-    for wrong in [
-        [0, 0x2000, 0, 0],
-        [0, 0x1000, 0, 0x1000],
-        [0, 0x1000, 0, u64::MAX - 10],
-        [u64::MAX - 10, 0x1000, 0, 0],
-        [0, 0, 0, 0],
-        [0, 1 << 63, 0, 0],
-    ] {
-        frontend.refused(FrontendReq::ADD_MEM_REG, &words(wrong), &[ram.file.as_raw_fd()]);
-    }
-    let (reader, _writer) = std::io::pipe().unwrap();
-    for fd in [dev_null().as_raw_fd(), reader.as_raw_fd(), frontend.stream.as_raw_fd()] {
-        frontend.refused(FrontendReq::ADD_MEM_REG, &words([0, 0x1000, 0, 0]), &[fd]);
-    }
-    frontend.add_mem_reg(&ram);
-    frontend.refused(
-        FrontendReq::ADD_MEM_REG,
-        &words([0x800, 0x800, 1 << 40, 0]),
-        &[ram.file.as_raw_fd()],
-    );
-}
-
-#[test]
-fn descriptors_that_are_no_eventfds_are_refused() {
-    let (_daemon, mut frontend) = connected();
-    frontend.begin();
-    let (reader, writer) = std::io::pipe().unwrap();
-    let epoll = nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap();
-    for code in
-        [FrontendReq::SET_VRING_CALL, FrontendReq::SET_VRING_ERR, FrontendReq::SET_VRING_KICK]
-    {
-        for fd in
-            [dev_null().as_raw_fd(), reader.as_raw_fd(), writer.as_raw_fd(), epoll.as_raw_fd()]
-        {
-            frontend.refused(code, &0u64.to_ne_bytes(), &[fd]);
-        }
-    }
-}
-
-#[test]
-fn what_is_no_vhost_user_closes_the_connection_and_the_next_is_served() {
-    let daemon = Daemon::start(OPTIONS);
-    let get_features = u32::from(FrontendReq::GET_FEATURES);
-    let mut wrong: Vec<Vec<u8>> = vec![
-        header(get_features, 0, 0),
-        header(get_features, 2, 0),
-        header(get_features, 1 | 4, 0),
-        header(get_features, 0x101, 0),
-        header(0, 1, 0),
-        header(45, 1, 0),
-        header(get_features, 1, usize::MAX),
-        header(get_features, 1, 8),
-        header(FrontendReq::SET_FEATURES.into(), 1, 7),
-        header(FrontendReq::POSTCOPY_ADVISE.into(), 1, 0),
-        header(FrontendReq::GET_INFLIGHT_FD.into(), 1, 0),
-        // One descriptor is due.
-        header(FrontendReq::SET_BACKEND_REQ_FD.into(), 1, 0),
-    ];
-    for bytes in &mut wrong {
-        bytes.extend([0; 64]);
-        let mut frontend = Frontend::new(daemon.connect());
-        let _ = frontend.stream.write_all(bytes);
-        assert!(frontend.is_closed(), "{bytes:?}");
-    }
-    assert_ne!(Frontend::new(daemon.connect()).get(FrontendReq::GET_FEATURES), 0);
-}
-
-#[test]
-fn descriptors_where_none_belong_are_closed() {
-    let daemon = Daemon::start(OPTIONS);
-    let baseline = {
-        let mut frontend = Frontend::new(daemon.connect());
-        frontend.get(FrontendReq::GET_FEATURES);
-        daemon.resources().0
-    };
-    let (_reader, writer) = std::io::pipe().unwrap();
-    for count in [1, 2, 32, 33, 253] {
-        let mut frontend = Frontend::new(daemon.connect());
-        let bytes = header(FrontendReq::GET_FEATURES.into(), 1, 0);
-        frontend.stream.send_with_fds(&[&bytes[..]], &vec![writer.as_raw_fd(); count]).unwrap();
-        assert!(frontend.is_closed(), "{count} descriptors");
-    }
-    let mut frontend = Frontend::new(daemon.connect());
-    frontend.get(FrontendReq::GET_FEATURES);
-    assert_eq!(daemon.resources().0, baseline);
-}
-
-#[test]
-fn a_message_in_pieces_is_put_together_and_one_that_stops_times_out() {
-    let daemon = Daemon::start(OPTIONS);
-    let mut frontend = Frontend::new(daemon.connect());
-    for byte in header(FrontendReq::GET_FEATURES.into(), 1, 0) {
-        frontend.send_raw(&[byte]);
-        std::thread::sleep(std::time::Duration::from_millis(2));
-    }
-    frontend.reply(FrontendReq::GET_FEATURES);
-    frontend.send_raw(&[1, 0, 0]);
-    assert!(frontend.is_closed());
-    eventually("the time-out is logged", || daemon.log().contains("took longer than 5 s"));
-    assert_ne!(Frontend::new(daemon.connect()).get(FrontendReq::GET_FEATURES), 0);
-}
-
-#[test]
-fn a_second_frontend_waits_until_the_first_has_gone() {
-    let daemon = Daemon::start(OPTIONS);
-    let mut first = Frontend::new(daemon.connect());
-    first.get(FrontendReq::GET_FEATURES);
-    let mut second = Frontend::new(daemon.connect());
-    second.send(FrontendReq::GET_FEATURES, &[]);
-    second.stream.set_read_timeout(Some(std::time::Duration::from_millis(200))).unwrap();
-    assert!(second.try_reply(FrontendReq::GET_FEATURES).is_none());
-    drop(first);
-    second.stream.set_read_timeout(Some(crate::support::SOON)).unwrap();
-    assert!(second.try_reply(FrontendReq::GET_FEATURES).is_some());
 }
 
 #[test]
@@ -569,18 +359,6 @@ fn the_configuration_space_is_bounded() {
         let reply = frontend.reply(FrontendReq::GET_CONFIG);
         assert_eq!(reply.get(12..).map(<[u8]>::to_vec), expected, "{offset} {size}");
     }
-}
-
-#[test]
-fn many_memory_slots_are_there_and_one_more_is_refused() {
-    let (_daemon, mut frontend) = connected();
-    frontend.begin();
-    let rams: Vec<Ram> = (0..509).map(|slot| Ram::new(slot << 20, 0x1000)).collect();
-    rams.iter().for_each(|ram| frontend.add_mem_reg(ram));
-    let more = Ram::new(509 << 20, 0x1000);
-    let mut payload = vec![0; 8];
-    payload.extend(region(&more));
-    frontend.refused(FrontendReq::ADD_MEM_REG, &payload, &[more.file.as_raw_fd()]);
 }
 
 #[test]

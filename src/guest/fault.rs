@@ -7,6 +7,8 @@ use std::fmt;
 pub enum Fault {
     /// Size or alignment of the ring is not allowed.
     Layout(String),
+    /// The guest's memory has gone: its file was truncated, or a page of it broke.
+    MemoryLost,
     /// A part of the ring lies outside guest memory.
     RingUnmapped(&'static str),
     /// The avail index is further ahead than the ring is long, or went back.
@@ -58,6 +60,9 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Fault::Layout(reason) => write!(f, "{reason}"),
+            Fault::MemoryLost => {
+                write!(f, "the guest's memory has gone; was its file truncated?")
+            }
             Fault::RingUnmapped(part) => write!(f, "its {part} lies outside guest memory"),
             Fault::AvailIndex { index, expected } => {
                 write!(f, "avail index {index} is not within the ring's size of {expected}")

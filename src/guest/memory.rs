@@ -8,6 +8,7 @@ use std::fmt;
 use std::fs::File;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
@@ -95,6 +96,8 @@ struct Region {
     lead: usize,
     /// Size in bytes of the pages that the file consists of.
     page: u64,
+    /// The file can't be shrunk.
+    sealed: bool,
 }
 
 /// Where a region is mapped, and what of: to map the same memory once more elsewhere.
@@ -139,7 +142,13 @@ impl Region {
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .build()
             .map_err(|error| MemoryError::Map(std::io::Error::other(error)))?;
-        Ok(Region { request, mapping, lead: (file_offset - start) as usize, page: facts.alignment })
+        Ok(Region {
+            request,
+            mapping,
+            lead: (file_offset - start) as usize,
+            page: facts.alignment,
+            sealed: facts.sealed,
+        })
     }
 
     fn overlaps(&self, other: &RegionRequest) -> bool {
@@ -184,6 +193,8 @@ impl Window {
 pub struct GuestMemory {
     /// In the order of their guest addresses.
     regions: Vec<Arc<Region>>,
+    /// Some of it has gone. Tables that share regions share this.
+    lost: Arc<AtomicBool>,
 }
 
 impl GuestMemory {
@@ -211,7 +222,7 @@ impl GuestMemory {
         let place =
             regions.partition_point(|other| other.request.guest_address < request.guest_address);
         regions.insert(place, Arc::new(region));
-        Ok(GuestMemory { regions })
+        Ok(GuestMemory { regions, lost: self.lost.clone() })
     }
 
     /// This table without one region (REM_MEM_REG). The file offset does not count: frontends
@@ -225,7 +236,7 @@ impl GuestMemory {
         let place = self.regions.iter().position(same).ok_or(MemoryError::Unknown)?;
         let mut regions = self.regions.clone();
         regions.remove(place);
-        Ok(GuestMemory { regions })
+        Ok(GuestMemory { regions, lost: self.lost.clone() })
     }
 
     /// Number of regions.
@@ -236,6 +247,41 @@ impl GuestMemory {
     /// Whether there is no region.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
+    }
+
+    /// Whether nobody can shrink the files of all regions, as their seals say: then no memory can
+    /// be [lost](Self::is_lost) by truncation.
+    pub fn is_sealed(&self) -> bool {
+        self.regions.iter().all(|region| region.sealed)
+    }
+
+    /// Whether some of it was found to have gone (see [`lost`](super::lost)).
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
+    /// Puts empty memory in the place of the region that is mapped at `address`; says whether one
+    /// is. Async-signal-safe.
+    pub(super) fn lose(&self, address: usize) -> bool {
+        let found = self.regions.iter().find(|region| {
+            address.wrapping_sub(region.mapping.as_ptr() as usize) < region.mapping.size()
+        });
+        let Some(region) = found else { return false };
+        self.lost.store(true, Ordering::Relaxed);
+        // SAFETY: the range is exactly the region's own mapping, which stays mapped, only with
+        // other memory behind it, until the region is dropped. Pointers into it stay valid.
+        let replaced = unsafe {
+            libc::mmap(
+                region.mapping.as_ptr().cast(),
+                region.mapping.size(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        replaced != libc::MAP_FAILED
     }
 
     /// The mapping of each region.

@@ -1,17 +1,24 @@
 //! Event descriptors: those that somebody else handed us, and our own.
 //!
-//! Invariant: no descriptor from a frontend can block a thread of ours or raise a signal. Kick
+//! Invariant: no descriptor from a frontend can block the control thread or raise a signal. Kick
 //! descriptors are never read: the worker watches them edge-triggered, so each kick wakes it once
-//! whatever the counter says. Call and error descriptors are written without blocking.
+//! whatever the counter says. Call and error descriptors are non-blocking. The frontend can undo
+//! that, since the flag belongs to the open file, and no system call writes to an eventfd without
+//! regard to it. So only a worker writes to them: the frontend can hold up its own queue pair,
+//! until the control thread interrupts the worker.
 
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::check;
+
+/// How soon to look again whether a descriptor can be replaced.
+const RETRY: Duration = Duration::from_millis(1);
 
 /// A descriptor that was checked to be an eventfd.
 ///
@@ -77,9 +84,25 @@ impl ForeignEvent {
         event.as_ref().map(ForeignEventFd::signal).is_some()
     }
 
-    /// Puts another descriptor in its place, or none.
-    pub fn replace(&self, event: Option<ForeignEventFd>) {
-        *self.lock() = event;
+    /// Puts another descriptor in its place, or none. While somebody signals it, `interrupt` is
+    /// called again and again: it must get them out of the system call that they may be stuck in.
+    pub fn replace(&self, event: Option<ForeignEventFd>, interrupt: impl Fn()) {
+        loop {
+            match self.0.try_lock() {
+                Ok(mut place) => {
+                    *place = event;
+                    return;
+                }
+                Err(TryLockError::Poisoned(poisoned)) => {
+                    *poisoned.into_inner() = event;
+                    return;
+                }
+                Err(TryLockError::WouldBlock) => {
+                    interrupt();
+                    std::thread::sleep(RETRY);
+                }
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<ForeignEventFd>> {

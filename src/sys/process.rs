@@ -97,7 +97,7 @@ impl Interruptible {
     }
 }
 
-/// The descriptor's size and whether it can be mapped for reading and writing.
+/// What must be known of a file before it is mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileFacts {
     /// Whether it is a regular file (which memfd, hugetlbfs and shm files are).
@@ -106,12 +106,14 @@ pub struct FileFacts {
     pub writable: bool,
     /// Size in bytes.
     pub size: u64,
+    /// Whether its size can't shrink any more (F_SEAL_SHRINK of memfd_create(2)).
+    pub sealed: bool,
     /// Alignment in bytes that a mapping's offset and length need: the page size, or the huge
     /// page size on hugetlbfs.
     pub alignment: u64,
 }
 
-/// Reads what must be known of a file before it is mapped.
+/// Reads them.
 pub fn file_facts(file: &File) -> io::Result<FileFacts> {
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
     // SAFETY: all zeros is a valid value of both; the kernel fills them during the calls.
@@ -124,8 +126,11 @@ pub fn file_facts(file: &File) -> io::Result<FileFacts> {
     };
     // SAFETY: reads the flags of a descriptor that we own.
     let flags = unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))? };
+    // SAFETY: as above. Files that can't be sealed answer EINVAL.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
     let page = page_size();
     Ok(FileFacts {
+        sealed: seals >= 0 && seals & libc::F_SEAL_SHRINK != 0,
         regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
         writable: flags & libc::O_ACCMODE == libc::O_RDWR,
         size: stat.st_size as u64,

@@ -9,7 +9,10 @@ use log::{debug, info, warn};
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::counters::{DirectionCounters, Drop, PairCounters};
 use crate::event::{Interest, Poller};
-use crate::guest::{Budget, Burst, Direction, Fault, Published, Readable, Virtqueue, Writable};
+use crate::guest::{
+    Budget, Burst, Contained, Direction, Fault, GuestMemory, Published, Readable, Virtqueue,
+    Writable,
+};
 use crate::port::{Finished, HostQueue, Outcome, Port, Readiness};
 
 /// What one turn takes from the tx ring.
@@ -79,6 +82,7 @@ struct Serving<'s> {
     tx: Option<Side<'s, Readable>>,
     port: Box<dyn Port<'s> + 's>,
     finished: Finished<'s>,
+    memory: &'s GuestMemory,
     counters: &'s PairCounters,
     header_length: usize,
 }
@@ -91,6 +95,7 @@ pub(super) fn serve(
     mailbox: &Mailbox,
     counters: &PairCounters,
 ) -> Ended {
+    let _contained = Contained::new(&session.memory);
     let receives = session.rx.as_ref().is_some_and(|ring| ring.state == RingState::Enabled);
     let sides = Side::start(&options.name, session, &session.rx, &counters.rx)
         .and_then(|rx| Ok((rx, Side::start(&options.name, session, &session.tx, &counters.tx)?)));
@@ -100,8 +105,9 @@ pub(super) fn serve(
     };
     let port = host.session(&session.memory, &session.negotiated, session.mtu, receives);
     let header_length = session.negotiated.header_length();
-    let mut serving =
-        Serving { rx, tx, port, finished: Finished::default(), counters, header_length };
+    let finished = Finished::default();
+    let memory = &*session.memory;
+    let mut serving = Serving { rx, tx, port, finished, memory, counters, header_length };
     let result = serving.turn_until_command(options, mailbox);
     serving.surrender();
     let ended = Ended {
@@ -117,6 +123,8 @@ pub(super) fn serve(
 
 /// The guest broke its rings: says so in the log and to the frontend.
 fn stopped(session: &Session, options: &WorkerOptions, fault: &Fault, ended: Ended) -> Ended {
+    // Zeros where memory was may look like any fault.
+    let fault = if session.memory.is_lost() { &Fault::MemoryLost } else { fault };
     warn!("{}: stopped until the guest resets: {fault}", options.name);
     for ring in [&session.rx, &session.tx].into_iter().flatten() {
         ring.error.signal();
@@ -139,6 +147,13 @@ impl Serving<'_> {
             }
         };
         while !mailbox.has_command() {
+            if mailbox.take_call() {
+                let rings =
+                    self.rx.iter().map(|rx| rx.ring).chain(self.tx.iter().map(|tx| tx.ring));
+                rings.for_each(|ring| {
+                    ring.call.signal();
+                });
+            }
             if self.turn()? || self.busy_poll(options.busy_poll, mailbox)? || self.arm()? {
                 continue;
             }
@@ -155,6 +170,9 @@ impl Serving<'_> {
 
     /// One turn: lends, reaps, retires, publishes. Says whether anything moved.
     fn turn(&mut self) -> Result<bool, Fault> {
+        if self.memory.is_lost() {
+            return Err(Fault::MemoryLost);
+        }
         let mut moved = false;
         if let Some(tx) = self.tx.as_mut().filter(|tx| tx.ring.state != RingState::Waiting) {
             if tx.burst.is_empty() {

@@ -29,9 +29,9 @@ pub(crate) const HUGE: u64 = 2 << 20;
 /// Length of the virtio header in bytes.
 pub(crate) const HEADER: usize = 12;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT_FLAG: u16 = 4;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT_FLAG: u16 = 4;
 
 /// One ring as its driver sees it.
 #[derive(Debug)]

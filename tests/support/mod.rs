@@ -5,6 +5,7 @@ pub(crate) mod daemon;
 pub(crate) mod driver;
 pub(crate) mod frontend;
 pub(crate) mod guest;
+pub(crate) mod hostile;
 pub(crate) mod network;
 pub(crate) mod rings;
 pub(crate) mod testpmd;

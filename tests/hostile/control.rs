@@ -1,0 +1,652 @@
+//! Cases 1 to 20: the VM's control socket.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::epoll::{Epoll, EpollCreateFlags};
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
+use vhost::vhost_user::message::FrontendReq;
+use vhost_user_net::sys::socket::connect_now;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use crate::support::SOON;
+use crate::support::driver::{HEADER, PROTOCOL, VERSION_1};
+use crate::support::eventually;
+use crate::support::frontend::{Frontend, NEED_REPLY, addresses, dev_null, header, pair, region};
+use crate::support::guest::{FRONTEND_BASE, Ram, memfd};
+use crate::support::hostile::Scene;
+
+/// Payload of ADD_MEM_REG and REM_MEM_REG.
+fn one_region(guest: u64, size: u64, frontend: u64, offset: u64) -> Vec<u8> {
+    [0, guest, size, frontend, offset].iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+fn event() -> EventFd {
+    EventFd::new(EFD_NONBLOCK).unwrap()
+}
+
+#[test]
+fn hostile_01_what_is_no_message_closes_the_connection() {
+    let scene = Scene::new(1);
+    let get_features = u32::from(FrontendReq::GET_FEATURES);
+    let mut wrong: Vec<Vec<u8>> = vec![
+        header(get_features, 0, 0),
+        header(get_features, 2, 0),
+        header(get_features, 1 | 4, 0),
+        header(get_features, 0x101, 0),
+        header(0, 1, 0),
+        header(45, 1, 0),
+        header(get_features, 1, usize::MAX),
+        header(get_features, 1, 8),
+        header(FrontendReq::SET_FEATURES.into(), 1, 7),
+        header(FrontendReq::SET_MEM_TABLE.into(), 1, 9),
+        // One descriptor is due.
+        header(FrontendReq::SET_BACKEND_REQ_FD.into(), 1, 0),
+    ];
+    for bytes in &mut wrong {
+        bytes.extend([0; 64]);
+        let mut frontend = scene.frontend();
+        let _ = frontend.stream.write_all(bytes);
+        assert!(frontend.is_closed(), "{bytes:?}");
+    }
+    scene.says("connection closed: header flags 0x0 are not allowed");
+    scene.ends("R: the connection is closed, the next one served");
+}
+
+#[test]
+fn hostile_02_a_message_that_stops_half_way_times_out() {
+    let scene = Scene::new(2);
+    let mut frontend = scene.frontend();
+    for byte in header(FrontendReq::GET_FEATURES.into(), 1, 0) {
+        frontend.send_raw(&[byte]);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    frontend.reply(FrontendReq::GET_FEATURES);
+    // A byte now and then does not extend the time.
+    let started = Instant::now();
+    for byte in header(FrontendReq::SET_FEATURES.into(), 1, 8) {
+        if frontend.stream.write_all(&[byte]).is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    assert!(frontend.is_closed());
+    assert!(started.elapsed() < Duration::from_secs(15));
+    scene.says("took longer than 5 s over sending a message");
+    scene.ends("R: put together if it comes in time, else closed after 5 s");
+}
+
+#[test]
+fn hostile_03_a_disconnect_after_any_byte_leaves_a_listener() {
+    let scene = Scene::new(3);
+    let ram = Ram::new(0, 0x10_0000);
+    let mut table = pair(1, 0);
+    table.extend(region(&ram));
+    let number = |code: FrontendReq, value: u64| {
+        let mut bytes = header(code.into(), 1, 8);
+        bytes.extend(value.to_ne_bytes());
+        bytes
+    };
+    let (kick, call) = (event(), event());
+    let mut handshake: Vec<(Vec<u8>, Vec<RawFd>)> = vec![
+        (header(FrontendReq::GET_FEATURES.into(), 1, 0), vec![]),
+        (header(FrontendReq::SET_OWNER.into(), 1, 0), vec![]),
+        (number(FrontendReq::SET_FEATURES, VERSION_1), vec![]),
+        (
+            [header(FrontendReq::SET_MEM_TABLE.into(), 1, table.len()), table].concat(),
+            vec![ram.file.as_raw_fd()],
+        ),
+        ([header(FrontendReq::SET_VRING_NUM.into(), 1, 8), pair(0, 256)].concat(), vec![]),
+        (
+            {
+                let place = addresses(0, 0, 0, 0x3000, 0x2000);
+                [header(FrontendReq::SET_VRING_ADDR.into(), 1, place.len()), place].concat()
+            },
+            vec![],
+        ),
+        (number(FrontendReq::SET_VRING_CALL, 0), vec![call.as_raw_fd()]),
+        (number(FrontendReq::SET_VRING_KICK, 0), vec![kick.as_raw_fd()]),
+    ];
+    handshake
+        .push(([header(FrontendReq::GET_VRING_BASE.into(), 1, 8), pair(0, 0)].concat(), vec![]));
+    let length: usize = handshake.iter().map(|(bytes, _)| bytes.len()).sum();
+    for cut in 0..=length {
+        let frontend = scene.frontend();
+        let mut left = cut;
+        for (bytes, descriptors) in &handshake {
+            let part = &bytes[..bytes.len().min(left)];
+            if part.is_empty() {
+                break;
+            }
+            frontend.stream.send_with_fds(&[part], descriptors).unwrap();
+            left -= part.len();
+        }
+    }
+    scene.ends("clean, listening again");
+}
+
+#[test]
+fn hostile_04_truncated_descriptors_are_refused_and_none_is_kept() {
+    let scene = Scene::new(4);
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    for count in [33, 253] {
+        let mut frontend = scene.frontend();
+        let bytes = header(FrontendReq::GET_FEATURES.into(), 1, 0);
+        let many = vec![writer.as_raw_fd(); count];
+        frontend.stream.send_with_fds(&[&bytes[..]], &many).unwrap();
+        assert!(frontend.is_closed(), "{count} descriptors");
+    }
+    drop(writer);
+    // The end of the pipe: no copy of the other end is open anywhere.
+    assert_eq!(std::io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
+    scene.says("connection closed");
+    scene.ends("R: closed, none of the descriptors stays open");
+}
+
+#[test]
+fn hostile_05_descriptors_that_do_not_belong_close_the_connection() {
+    let scene = Scene::new(5);
+    let ram = Ram::new(0, 0x1000);
+    let mut table = pair(1, 0);
+    table.extend(region(&ram));
+    let mut added = vec![0; 8];
+    added.extend(region(&ram));
+    let messages = [
+        (FrontendReq::GET_FEATURES, vec![], 0),
+        (FrontendReq::SET_OWNER, vec![], 0),
+        (FrontendReq::SET_FEATURES, VERSION_1.to_ne_bytes().to_vec(), 0),
+        (FrontendReq::SET_MEM_TABLE, table, 1),
+        (FrontendReq::SET_VRING_NUM, pair(0, 256), 0),
+        (FrontendReq::SET_VRING_BASE, pair(0, 0), 0),
+        (FrontendReq::GET_VRING_BASE, pair(0, 0), 0),
+        (FrontendReq::SET_VRING_ADDR, addresses(0, 0, 0, 0x3000, 0x2000), 0),
+        (FrontendReq::SET_VRING_KICK, vec![0; 8], 1),
+        (FrontendReq::SET_VRING_CALL, vec![0; 8], 1),
+        (FrontendReq::SET_VRING_ERR, vec![0; 8], 1),
+        (FrontendReq::SET_VRING_ENABLE, pair(0, 1), 0),
+        (FrontendReq::ADD_MEM_REG, added, 1),
+        (FrontendReq::SET_BACKEND_REQ_FD, vec![], 1),
+        (FrontendReq::GET_CONFIG, vec![0; 12], 0),
+    ];
+    let null = dev_null();
+    for (code, payload, due) in &messages {
+        for count in [0, 1, 2, 32] {
+            if count == *due {
+                continue;
+            }
+            let mut frontend = scene.frontend();
+            let mut bytes = header((*code).into(), 1 | NEED_REPLY, payload.len());
+            bytes.extend(payload);
+            let many = vec![null.as_raw_fd(); count];
+            frontend.stream.send_with_fds(&[&bytes[..]], &many).unwrap();
+            assert!(frontend.is_closed(), "{code:?} with {count} descriptors");
+        }
+    }
+    scene.says("with 2 descriptors");
+    scene.ends("R: closed, all of them closed");
+}
+
+#[test]
+fn hostile_06_repetition_takes_neither_memory_nor_descriptors() {
+    const TIMES: usize = 100_000;
+    let scene = Scene::new(6);
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    frontend.set_features(VERSION_1 | PROTOCOL);
+    let (ram, kick) = (Ram::new(0, 0x10_0000), event());
+    frontend.set_mem_table(&[&ram]);
+    let mut table = pair(1, 0);
+    table.extend(region(&ram));
+    let place = addresses(0, 0, 0, 0x3000, 0x2000);
+    frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 256), &[]);
+    frontend.ask(FrontendReq::SET_VRING_ADDR, &place, &[]);
+    let before = scene.daemon.resources();
+    // Without NEED_REPLY, as fast as the daemon takes them; memory and sessions are dearer.
+    for _ in 0..TIMES {
+        frontend.send(FrontendReq::SET_VRING_NUM, &pair(1, 256));
+    }
+    for _ in 0..TIMES {
+        // Not offered: its descriptor must be closed all the same.
+        frontend.send_with(FrontendReq::SET_LOG_FD, 0, &[], &[kick.as_raw_fd()]);
+    }
+    for _ in 0..TIMES / 10 {
+        let fds = [ram.file.as_raw_fd()];
+        frontend.send_with(FrontendReq::SET_MEM_TABLE, 0, &table, &fds);
+        frontend.send_with(FrontendReq::SET_VRING_KICK, 0, &[0; 8], &[kick.as_raw_fd()]);
+    }
+    frontend.get(FrontendReq::GET_FEATURES);
+    let after = scene.daemon.resources();
+    // One session runs now, with its epoll, the kick and the file.
+    assert!(after.0 <= before.0 + 3, "{} descriptors after {}", after.0, before.0);
+    assert!(after.2 <= before.2 + 1024, "{} kB after {}", after.2, before.2);
+    drop(frontend);
+    scene.ends("bounded memory and descriptors");
+}
+
+#[test]
+fn hostile_07_the_wrong_order_and_what_was_not_offered_are_refused() {
+    let scene = Scene::new(7);
+    let mut frontend = scene.frontend();
+    let offered = frontend.begin();
+    frontend.refused(FrontendReq::SET_FEATURES, &(offered | 1 << 34).to_ne_bytes(), &[]);
+    frontend.refused(FrontendReq::SET_PROTOCOL_FEATURES, &u64::MAX.to_ne_bytes(), &[]);
+    let kick = event();
+    let try_kick = |frontend: &mut Frontend| {
+        frontend.refused(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), &[kick.as_raw_fd()]);
+    };
+    try_kick(&mut frontend);
+    frontend.set_features(VERSION_1 | PROTOCOL);
+    try_kick(&mut frontend);
+    frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 256), &[]);
+    try_kick(&mut frontend);
+    frontend.ask(FrontendReq::SET_VRING_ADDR, &addresses(0, 0, 0, 0x2000, 0x1000), &[]);
+    try_kick(&mut frontend);
+    let ram = Ram::new(0, 0x10_0000);
+    frontend.set_mem_table(&[&ram]);
+    frontend.ask(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), &[kick.as_raw_fd()]);
+    frontend.refused(FrontendReq::SET_FEATURES, &VERSION_1.to_ne_bytes(), &[]);
+    scene.says("refused: ring 0 was started before SET_FEATURES");
+    drop(frontend);
+    scene.ends("R: refused with the reason, the connection lives");
+}
+
+#[test]
+fn hostile_08_a_ring_that_there_is_not_is_refused() {
+    let scene = Scene::new(8);
+    let mut frontend = scene.frontend();
+    let offered = frontend.begin();
+    for index in [4, 5, 0xff, 0xffff, 0x10000, 0x10001, u32::MAX] {
+        frontend.refused(FrontendReq::SET_VRING_NUM, &pair(index, 256), &[]);
+        frontend.refused(FrontendReq::SET_VRING_BASE, &pair(index, 0), &[]);
+        frontend.refused(FrontendReq::SET_VRING_ENABLE, &pair(index, 1), &[]);
+        frontend.refused(FrontendReq::SET_VRING_ADDR, &addresses(index, 0, 0, 0, 0), &[]);
+    }
+    let call = event();
+    let payload = 7u64.to_ne_bytes();
+    frontend.refused(FrontendReq::SET_VRING_CALL, &payload, &[call.as_raw_fd()]);
+    // QEMU with more queues than there are does not ask for a reply.
+    frontend.send_with(FrontendReq::SET_VRING_CALL, 0, &payload, &[call.as_raw_fd()]);
+    assert_eq!(frontend.get(FrontendReq::GET_FEATURES), offered, "the connection lives");
+    // This one can't be refused but by the end of the connection.
+    frontend.send(FrontendReq::GET_VRING_BASE, &pair(4, 0));
+    assert!(frontend.is_closed());
+    scene.says("there is no ring 4");
+    scene.ends("R: refused; GET_VRING_BASE closes the connection");
+}
+
+#[test]
+fn hostile_09_sizes_that_no_ring_has_and_changes_while_it_runs_are_refused() {
+    let scene = Scene::new(9);
+    let mut card = scene.card();
+    let frontend = &mut card.frontend;
+    for size in [0, 3, 100, 32769, 65536, u32::MAX] {
+        frontend.refused(FrontendReq::SET_VRING_NUM, &pair(2, size), &[]);
+    }
+    frontend.ask(FrontendReq::SET_VRING_NUM, &pair(2, 32768), &[]);
+    frontend.refused(FrontendReq::SET_VRING_BASE, &pair(2, 65536), &[]);
+    // It runs: what it stands on can't be changed.
+    frontend.refused(FrontendReq::SET_VRING_NUM, &pair(0, 128), &[]);
+    frontend.refused(FrontendReq::SET_VRING_BASE, &pair(0, 1), &[]);
+    frontend.refused(FrontendReq::SET_VRING_ADDR, &addresses(0, 0, 0, 0x4000, 0x1000), &[]);
+    card.check_echo(100);
+    scene.says("ring 0 is running");
+    drop(card);
+    scene.ends("R: refused, and the running ring runs on");
+}
+
+#[test]
+fn hostile_10_a_region_larger_than_its_file_is_refused_before_it_is_mapped() {
+    let scene = Scene::new(10);
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let ram = Ram::new(0, 0x1000);
+    let fd = [ram.file.as_raw_fd()];
+    for [guest, size, offset] in [
+        [0, 0x2000, 0],
+        [0, 0x1000, 0x1000],
+        [0, 0x1000, u64::MAX - 10],
+        [u64::MAX - 10, 0x1000, 0],
+        [0, 0, 0],
+        [0, 1 << 63, 0],
+        [0, u64::MAX, 0],
+    ] {
+        frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(guest, size, 0, offset), &fd);
+        let table = [pair(1, 0), one_region(guest, size, 0, offset)[8..].to_vec()].concat();
+        frontend.refused(FrontendReq::SET_MEM_TABLE, &table, &fd);
+    }
+    frontend.add_mem_reg(&ram);
+    scene.says("it ends at byte 8192 of a file of 4096 bytes");
+    drop(frontend);
+    scene.ends("R: refused before it is mapped");
+}
+
+#[test]
+fn hostile_11_memory_that_is_no_memory_is_refused_and_a_cut_file_costs_its_port_only() {
+    let scene = Scene::new(11);
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let ram = Ram::new(0, 0x1000);
+    let read_only = File::open(format!("/proc/self/fd/{}", ram.file.as_raw_fd())).unwrap();
+    let wrong: [OwnedFd; 6] = [
+        File::open("/dev/zero").unwrap().into(),
+        File::open("/").unwrap().into(),
+        reader.into(),
+        UnixStream::pair().unwrap().0.into(),
+        read_only.into(),
+        Epoll::new(EpollCreateFlags::empty()).unwrap().0,
+    ];
+    for descriptor in &wrong {
+        let payload = one_region(0, 0x1000, 0, 0);
+        frontend.refused(FrontendReq::ADD_MEM_REG, &payload, &[descriptor.as_raw_fd()]);
+    }
+    drop(frontend);
+
+    // Cut while the rings run: first what the guest sends, then all.
+    for all in [false, true] {
+        let mut card = scene.card();
+        card.check_echo(100);
+        card.queue_tx(0, 0, &[0; HEADER], &[1; 100]);
+        card.tx[0].publish();
+        card.ram.file.set_len(if all { 0 } else { card.tx[0].buffer_area() }).unwrap();
+        // From here on the memory is not there for us either.
+        card.tx[0].kick.write(1).unwrap();
+        eventually("the frontend is told", || card.tx[0].error.read().is_ok());
+        scene.says("the guest's memory has gone");
+    }
+    scene.ends("R; C: the port stops and says so, the others run on");
+}
+
+#[test]
+fn hostile_12_memory_can_not_overlap_and_not_go_from_under_a_ring() {
+    let scene = Scene::new(12);
+    let mut card = scene.card();
+    let size = card.ram.size;
+    let other = Ram::new(1 << 32, 0x10_0000);
+    let fd = [other.file.as_raw_fd()];
+    let frontend = &mut card.frontend;
+    // The guest's addresses, and the frontend's.
+    frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(size - 0x1000, 0x2000, 1 << 45, 0), &fd);
+    let theirs = FRONTEND_BASE + size - 0x1000;
+    frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(1 << 40, 0x2000, theirs, 0), &fd);
+    let live = [vec![0; 8], region(&card.ram)].concat();
+    frontend.refused(FrontendReq::REM_MEM_REG, &live, &[]);
+    frontend.refused(FrontendReq::REM_MEM_REG, &one_region(1 << 50, 0x1000, 1 << 50, 0), &[]);
+    // A storm, under traffic.
+    let added = [vec![0; 8], region(&other)].concat();
+    for _ in 0..100 {
+        card.frontend.ask(FrontendReq::ADD_MEM_REG, &added, &fd);
+        card.check_echo(10);
+        card.frontend.ask(FrontendReq::REM_MEM_REG, &added, &[]);
+    }
+    card.check_echo(100);
+    drop(card);
+
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let rams: Vec<Ram> = (0..509).map(|slot| Ram::new(slot << 20, 0x1000)).collect();
+    rams.iter().for_each(|ram| frontend.add_mem_reg(ram));
+    let more = [vec![0; 8], region(&other)].concat();
+    frontend.refused(FrontendReq::ADD_MEM_REG, &more, &fd);
+    drop(frontend);
+
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    frontend.set_features(VERSION_1 | PROTOCOL);
+    frontend.set_mem_table(&[&Ram::new(0, 0x1_0000)]);
+    frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 256), &[]);
+    for (descriptors, used, avail) in [
+        (0xf008, 0x2000, 0x1000),
+        (0, 0xf900, 0x1000),
+        (0, 0x2000, 0xffff_0000),
+        (8, 0x2000, 0x1000),
+        (0, 0x2002, 0x1000),
+        (0, 0x2000, 0x1001),
+    ] {
+        frontend.ask(FrontendReq::SET_VRING_ADDR, &addresses(0, 0, descriptors, used, avail), &[]);
+        frontend.refused(FrontendReq::SET_VRING_KICK, &[0; 8], &[event().as_raw_fd()]);
+    }
+    scene.says("all 509 memory slots are taken");
+    drop(frontend);
+    scene.ends("R: refused, rings and traffic go on");
+}
+
+#[test]
+fn hostile_13_a_dirty_log_that_was_not_offered_is_refused() {
+    let scene = Scene::new(13);
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let log = Ram::new(0, 0x1000);
+    frontend.refused(FrontendReq::SET_LOG_FD, &[], &[event().as_raw_fd()]);
+    let place = [0x1000u64, 0].iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
+    frontend.send_with(FrontendReq::SET_LOG_BASE, 0, &place, &[log.file.as_raw_fd()]);
+    assert!(frontend.is_closed());
+    scene.says("SET_LOG_BASE: its protocol feature was not offered");
+    scene.ends("R: not offered; missing: the log of live migration");
+}
+
+#[test]
+fn hostile_14_inflight_messages_that_were_not_offered_are_refused() {
+    let scene = Scene::new(14);
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let inflight = [u64::MAX, 0, u64::MAX].iter().flat_map(|word| word.to_ne_bytes());
+    let inflight: Vec<u8> = inflight.collect();
+    let buffer = Ram::new(0, 0x1000);
+    frontend.refused(FrontendReq::SET_INFLIGHT_FD, &inflight, &[buffer.file.as_raw_fd()]);
+    frontend.send(FrontendReq::GET_INFLIGHT_FD, &inflight);
+    assert!(frontend.is_closed());
+    scene.says("GET_INFLIGHT_FD: its protocol feature was not offered");
+    scene.ends("R: not offered; missing: the inflight buffer");
+}
+
+/// Descriptors that are no eventfd, and the other ends of those that have one.
+fn no_eventfds() -> Vec<(&'static str, OwnedFd)> {
+    let (at_its_end, _) = std::io::pipe().unwrap();
+    let (_, without_reader) = std::io::pipe().unwrap();
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::empty()).unwrap();
+    vec![
+        ("a file", memfd(0x1000).into()),
+        ("a device", dev_null().into()),
+        ("an epoll instance", Epoll::new(EpollCreateFlags::empty()).unwrap().0),
+        ("a timer", timer.as_fd().try_clone_to_owned().unwrap()),
+        ("a socket", UnixStream::pair().unwrap().0.into()),
+        ("a pipe at its end", at_its_end.into()),
+        ("a pipe without reader", without_reader.into()),
+    ]
+}
+
+#[test]
+fn hostile_15_a_kick_descriptor_that_is_no_eventfd_is_refused() {
+    let scene = Scene::new(15);
+    let mut card = scene.card();
+    for (what, descriptor) in no_eventfds() {
+        for index in [0u64, 1] {
+            let payload = index.to_ne_bytes();
+            let fds = [descriptor.as_raw_fd()];
+            let answer = card.frontend.try_ask(FrontendReq::SET_VRING_KICK, &payload, &fds);
+            assert_eq!(answer, Some(false), "{what}");
+        }
+    }
+    card.check_echo(100);
+    scene.says("not an eventfd");
+    drop(card);
+    scene.ends("R: refused, the ring keeps the one that it has");
+}
+
+#[test]
+fn hostile_16_a_stolen_kick_is_no_more_than_a_wake_up() {
+    let scene = Scene::new(16);
+    let mut card = scene.card();
+    let stop = Arc::<AtomicBool>::default();
+    let thief = {
+        let (stop, kick) = (stop.clone(), card.tx[0].kick.try_clone().unwrap());
+        std::thread::spawn(move || {
+            let mut stolen = 0;
+            while !stop.load(Ordering::Relaxed) {
+                stolen += u64::from(kick.read().is_ok());
+                for flags in [OFlag::empty(), OFlag::O_NONBLOCK] {
+                    fcntl(kick_fd(&kick), FcntlArg::F_SETFL(flags)).unwrap();
+                }
+            }
+            stolen
+        })
+    };
+    // Whoever steals its own kicks waits for the next.
+    let mut kicks = 0;
+    for _ in 0..100 {
+        card.queue_tx(0, 0, &[0; HEADER], &[1; 60]);
+        card.tx[0].publish();
+        eventually("the frame is taken", || {
+            card.tx[0].kick.write(1).unwrap();
+            kicks += 1;
+            card.tx[0].take_used().is_some()
+        });
+        card.receive(0);
+    }
+    stop.store(true, Ordering::Relaxed);
+    println!("{kicks} kicks, {} stolen", thief.join().unwrap());
+    fcntl(kick_fd(&card.tx[0].kick), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    card.check_echo(100);
+    drop(card);
+    scene.ends("whoever steals its own kicks waits for the next; nothing more");
+}
+
+fn kick_fd(kick: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the eventfd is open as long as it is borrowed.
+    #[allow(unsafe_code)]
+    unsafe {
+        BorrowedFd::borrow_raw(kick.as_raw_fd())
+    }
+}
+
+#[test]
+fn hostile_17_a_call_descriptor_that_blocks_holds_nobody_up() {
+    let scene = Scene::new(17);
+    let mut card = scene.card();
+    for (what, descriptor) in no_eventfds() {
+        for code in [FrontendReq::SET_VRING_CALL, FrontendReq::SET_VRING_ERR] {
+            let fds = [descriptor.as_raw_fd()];
+            let answer = card.frontend.try_ask(code, &[0; 8], &fds);
+            assert_eq!(answer, Some(false), "{what}");
+        }
+    }
+    let full = EventFd::new(0).unwrap();
+    full.write(u64::MAX - 1).unwrap();
+    for index in [0, 1] {
+        card.frontend.event(FrontendReq::SET_VRING_CALL, index, Some(&full));
+        card.frontend.event(FrontendReq::SET_VRING_ERR, index, Some(&full));
+    }
+    // Blocking again, though the daemon has made it non-blocking.
+    fcntl(kick_fd(&full), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    card.rx[0].want_call();
+    card.tx[0].want_call();
+    card.queue_tx(0, 0, &[0; HEADER], &[1; 60]);
+    card.tx[0].publish();
+    std::thread::sleep(Duration::from_millis(50));
+    // Its own worker stands in the write, and in every one after it. All that is asked of the
+    // port is done nevertheless.
+    let started = Instant::now();
+    card.frontend.event(FrontendReq::SET_VRING_CALL, 1, Some(&full));
+    let good = event();
+    for index in [0, 1] {
+        card.frontend.event(FrontendReq::SET_VRING_CALL, index, Some(&good));
+    }
+    card.receive(0);
+    card.tx[0].wait_used();
+    card.check_echo(100);
+    for index in [0, 1] {
+        card.frontend.event(FrontendReq::SET_VRING_CALL, index, Some(&full));
+    }
+    card.queue_tx(0, 0, &[0; HEADER], &[1; 60]);
+    card.tx[0].publish();
+    card.frontend.get_vring_base(1);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    drop(card);
+    scene.ends("R for what is no eventfd; a full one holds up its own queue pair at the most");
+}
+
+#[test]
+fn hostile_18_a_storm_of_kicks_costs_one_thread_and_ends_with_it() {
+    let scene = Scene::new(18);
+    let card = scene.card();
+    let started = Instant::now();
+    let mut kicks = 0;
+    while started.elapsed() < Duration::from_secs(1) {
+        for ring in [&card.rx[0], &card.tx[0]] {
+            let _ = ring.kick.write(1);
+            kicks += 1;
+        }
+    }
+    println!("{kicks} kicks in a second");
+    drop(card);
+    // A ring that is never kicked.
+    let mut card = scene.card();
+    card.queue_tx(0, 0, &[0; HEADER], &[1; 60]);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(card.tx[0].take_used().is_none());
+    card.tx[0].publish();
+    card.tx[0].wait_used();
+    drop(card);
+    scene.ends("bounded CPU, others are served");
+}
+
+#[test]
+fn hostile_19_further_connections_wait_or_are_refused() {
+    let scene = Scene::new(19);
+    let mut first = scene.card();
+    let mut second = scene.frontend();
+    second.send(FrontendReq::GET_FEATURES, &[]);
+    second.stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(second.try_reply(FrontendReq::GET_FEATURES).is_none());
+    // The listener's queue fills up.
+    let crowd: Vec<_> =
+        (0..1000).map_while(|_| connect_now(&scene.daemon.path("attacked")).ok()).collect();
+    println!("{} connections wait", crowd.len());
+    first.check_echo(200);
+    drop(first);
+    second.stream.set_read_timeout(Some(SOON)).unwrap();
+    assert!(second.try_reply(FrontendReq::GET_FEATURES).is_some());
+    drop((second, crowd));
+    for _ in 0..1000 {
+        drop(scene.frontend());
+    }
+    scene.ends("queued behind the one that is served, refused when the queue is full");
+}
+
+#[test]
+fn hostile_20_messages_of_other_features_are_refused() {
+    let scene = Scene::new(20);
+    let mut frontend = scene.frontend();
+    // Offered and not negotiated.
+    frontend.send_with(FrontendReq::NET_SET_MTU, NEED_REPLY, &1500u64.to_ne_bytes(), &[]);
+    let offered = frontend.begin();
+    let null = dev_null();
+    for code in [
+        FrontendReq::SEND_RARP,
+        FrontendReq::IOTLB_MSG,
+        FrontendReq::SET_VRING_ENDIAN,
+        FrontendReq::VRING_KICK,
+        FrontendReq::POSTCOPY_LISTEN,
+        FrontendReq::CLOSE_CRYPTO_SESSION,
+    ] {
+        frontend.refused(code, &[0; 8], &[null.as_raw_fd()]);
+    }
+    assert_eq!(frontend.get(FrontendReq::GET_FEATURES), offered, "the connection lives");
+    drop(frontend);
+    for code in [FrontendReq::POSTCOPY_ADVISE, FrontendReq::CREATE_CRYPTO_SESSION] {
+        let mut frontend = scene.frontend();
+        frontend.begin();
+        frontend.send(code, &[]);
+        assert!(frontend.is_closed(), "{code:?}");
+    }
+    scene.says("POSTCOPY_ADVISE: its protocol feature was not offered");
+    scene.ends("R: refused, or closed where the answer could not say no");
+}

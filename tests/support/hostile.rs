@@ -1,0 +1,163 @@
+//! What all hostile cases share: a daemon with a port under attack and a quiet neighbour, and what
+//! must hold afterwards.
+
+use std::collections::HashMap;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use vhost::vhost_user::message::FrontendReq;
+
+use super::daemon::Daemon;
+use super::driver::{Card, Options};
+use super::eventually;
+use super::frontend::Frontend;
+
+/// Frames of the neighbour's that are on their way at once, at the most.
+const ECHO: usize = 64;
+/// Resident memory in kB that may come and go with what the allocator keeps.
+const SLACK: usize = 1024;
+/// The log's limit for lines of one kind in ten seconds.
+const LOG_BURST: usize = 20;
+
+/// Notes how a case ended, for the table that tests/run prints.
+pub(crate) fn note(case: u8, outcome: &str) {
+    println!("hostile case {case}: {outcome}");
+    if let Some(path) = std::env::var_os("HOSTILE_CASES") {
+        let mut file = OpenOptions::new().create(true).append(true).open(path).unwrap();
+        writeln!(file, "{case} {outcome}").unwrap();
+    }
+}
+
+/// A guest that sends frames to itself all the time and misses none.
+struct Neighbour {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<usize>>,
+}
+
+impl Neighbour {
+    fn start(mut card: Card) -> Self {
+        let stop = Arc::<AtomicBool>::default();
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let mut echoed = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                card.check_echo(ECHO);
+                echoed += ECHO;
+            }
+            echoed
+        });
+        Neighbour { stop, thread: Some(thread) }
+    }
+
+    /// Stops it; returns the frames that came back.
+    fn stop(&mut self) -> usize {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().expect("the neighbour lost a frame")
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        if self.thread.is_some() && !std::thread::panicking() {
+            self.stop();
+        }
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// One case under way.
+pub(crate) struct Scene {
+    pub(crate) daemon: Daemon,
+    case: u8,
+    neighbour: Neighbour,
+    /// Descriptors, threads and resident kB while nobody attacks.
+    baseline: (usize, usize, usize),
+}
+
+impl Scene {
+    /// A daemon with a port named `attacked`, and its neighbour.
+    pub(crate) fn new(case: u8) -> Self {
+        Self::with(case, "loopback = true\nqueue-pairs = 2\n")
+    }
+
+    /// The same, with what the file says about the attacked port.
+    pub(crate) fn with(case: u8, attacked: &str) -> Self {
+        let port = |name: &str, rest: &str| {
+            format!("[[port]]\nname = \"{name}\"\nsocket-path = \"{{}}/{name}\"\n{rest}")
+        };
+        let contents = port("attacked", attacked) + &port("quiet", "loopback = true\n");
+        let daemon = Daemon::with_config(&contents, "quiet");
+        let quiet = Frontend::new(daemon.connect_to("quiet"));
+        let neighbour = Neighbour::start(Card::start(quiet, Options::default()));
+        let mut scene = Scene { daemon, case, neighbour, baseline: (0, 0, 0) };
+        scene.card().check_echo(100);
+        scene.baseline = scene.resources();
+        scene
+    }
+
+    /// A frontend of the attacked port's.
+    pub(crate) fn frontend(&self) -> Frontend {
+        Frontend::new(self.daemon.connect_to("attacked"))
+    }
+
+    /// A card on the attacked port, running.
+    pub(crate) fn card(&self) -> Card {
+        self.card_with(Options::default())
+    }
+
+    pub(crate) fn card_with(&self, options: Options) -> Card {
+        Card::start(self.frontend(), options)
+    }
+
+    /// What the daemon has, with one idle frontend that has done nothing.
+    fn resources(&self) -> (usize, usize, usize) {
+        // It is answered when its predecessor has been cleared away.
+        self.frontend().get(FrontendReq::GET_FEATURES);
+        self.daemon.resources()
+    }
+
+    /// Waits for a line of the attacked port's in the log that says `what`.
+    #[track_caller]
+    pub(crate) fn says(&self, what: &str) {
+        let said =
+            || self.daemon.log().lines().any(|line| is_about_it(line) && line.contains(what));
+        eventually(&format!("the log says {what:?}"), said);
+    }
+
+    /// What every case must come to: the daemon lives, the neighbour has missed nothing, the port
+    /// serves the next frontend, nothing is left behind, and the log was not flooded.
+    #[track_caller]
+    pub(crate) fn ends(mut self, outcome: &str) {
+        assert!(self.daemon.is_alive(), "the daemon has died");
+        self.card().check_echo(100);
+        let (files, threads, memory) = self.baseline;
+        let mut now = (0, 0, 0);
+        eventually("descriptors, threads and memory are back", || {
+            now = self.resources();
+            (now.0, now.1) == (files, threads) && now.2 <= memory + SLACK
+        });
+        let echoed = self.neighbour.stop();
+        assert!(echoed > 0, "the neighbour was not served");
+        let log = self.daemon.log();
+        let mut kinds: HashMap<String, usize> = HashMap::new();
+        for line in log.lines().filter(|line| is_about_it(line)) {
+            // Without its time, and the numbers behind what it is about.
+            let text = line.split_once("] ").map_or(line, |(_, text)| text);
+            let (about, what) = text.split_once(": ").unwrap_or((text, ""));
+            let what = what.split(|c: char| c.is_ascii_digit()).next().unwrap_or_default();
+            *kinds.entry(format!("{about}: {what}")).or_default() += 1;
+        }
+        // A case may last over a few windows of the log's.
+        let flooded = kinds.iter().find(|(_, count)| **count > 3 * LOG_BURST);
+        assert!(flooded.is_none(), "{flooded:?} in the log");
+        note(self.case, outcome);
+    }
+}
+
+/// Whether a line of the log is about the attacked port.
+fn is_about_it(line: &str) -> bool {
+    line.contains("] attacked")
+}
