@@ -7,4 +7,19 @@
 //! only this tenant's port suffers.
 
 mod control;
+mod frames;
+mod life;
 mod rings;
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Changes the flags of an eventfd for everybody who has it.
+#[allow(unsafe_code)]
+fn set_flags(event: &EventFd, flags: OFlag) {
+    // SAFETY: it is open as long as it is borrowed.
+    let event = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    fcntl(event, FcntlArg::F_SETFL(flags)).unwrap();
+}

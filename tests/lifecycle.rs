@@ -86,20 +86,6 @@ fn a_signal_ends_it_within_a_second_under_load_and_leaves_the_rings_consistent()
 }
 
 #[test]
-fn a_killed_daemon_s_successor_resumes_at_the_used_index() {
-    let mut daemon = Daemon::start(&["--loopback"]);
-    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
-    for _ in 0..20 {
-        card.check_echo(70);
-        daemon.kill();
-        daemon.run(&["--loopback"]);
-        daemon.wait_until_it_listens();
-        card.resume(Frontend::new(daemon.connect()));
-    }
-    card.check_echo(70);
-}
-
-#[test]
 fn a_signal_during_a_half_sent_message_ends_it_too() {
     let mut daemon = Daemon::start(&["--loopback"]);
     let mut frontend = Frontend::new(daemon.connect());

@@ -342,26 +342,6 @@ fn what_is_refused_does_not_cost_the_connection() {
 }
 
 #[test]
-fn the_configuration_space_is_bounded() {
-    let (_daemon, mut frontend) = connected();
-    frontend.begin();
-    frontend.ask(FrontendReq::NET_SET_MTU, &9000u64.to_ne_bytes(), &[]);
-    for (offset, size, expected) in [
-        (10u32, 2u32, Some(9000u16.to_le_bytes().to_vec())),
-        (0, 18, None),
-        (17, 1, None),
-        (u32::MAX, 1, None),
-    ] {
-        let mut request: Vec<u8> =
-            [offset, size, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
-        request.extend(vec![0; size as usize]);
-        frontend.send(FrontendReq::GET_CONFIG, &request);
-        let reply = frontend.reply(FrontendReq::GET_CONFIG);
-        assert_eq!(reply.get(12..).map(<[u8]>::to_vec), expected, "{offset} {size}");
-    }
-}
-
-#[test]
 fn acknowledgements_need_the_protocol_feature() {
     let (_daemon, mut frontend) = connected();
     // Not negotiated yet: the flag is ignored, and the next reply belongs to the next request.

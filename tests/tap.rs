@@ -336,25 +336,6 @@ fn frames_are_steered_to_the_pairs_that_have_buffers() {
 }
 
 #[test]
-fn a_device_that_goes_down_or_away_costs_frames_and_nothing_else() {
-    needs_root!("a_device_that_goes_down_or_away_costs_frames_and_nothing_else");
-    let (mut daemon, wire, mut card) = start(&[], Options::default());
-    check_both_ways(&wire, &mut card, 20);
-    ip("link set tap0 down");
-    (0..10).for_each(|number| card.send(0, &frame(number, 100)));
-    ip("link set tap0 up");
-    drop(wire);
-    let wire = Wire::open("tap0");
-    check_both_ways(&wire, &mut card, 20);
-    ip("link delete tap0");
-    (0..100).for_each(|number| card.send(0, &frame(number, 100)));
-    eventually("it is reported", || daemon.log().contains("tap tap0: the device is gone"));
-    assert_eq!(daemon.log().matches("the device is gone").count(), 1, "once");
-    assert!(daemon.is_alive());
-    assert!(daemon.cpu_ticks(300) < 10, "and does not spin");
-}
-
-#[test]
 fn inherited_queues_of_a_tap_are_used() {
     needs_root!("inherited_queues_of_a_tap_are_used");
     enter_new_namespace();

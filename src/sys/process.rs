@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use super::check;
 
-/// SIGTERM and SIGINT as a descriptor that can be waited for.
+/// SIGTERM, SIGINT and SIGHUP as a descriptor that can be waited for.
 #[derive(Debug)]
 pub struct TerminationSignals(OwnedFd);
 
@@ -15,7 +15,7 @@ impl TerminationSignals {
     /// Blocks the signals in this thread, and so in each thread that it starts from here on, and
     /// opens a descriptor that becomes readable when one arrives.
     pub fn block() -> io::Result<Self> {
-        let set = vmm_sys_util::signal::create_sigset(&[libc::SIGTERM, libc::SIGINT])
+        let set = vmm_sys_util::signal::create_sigset(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
             .map_err(io::Error::from)?;
         // SAFETY: `set` is an initialised signal set; the old mask is not asked for.
         let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };

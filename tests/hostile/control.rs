@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::OFlag;
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 use vhost::vhost_user::message::FrontendReq;
@@ -16,6 +16,7 @@ use vhost_user_net::sys::socket::connect_now;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::set_flags;
 use crate::support::SOON;
 use crate::support::driver::{HEADER, PROTOCOL, VERSION_1};
 use crate::support::eventually;
@@ -493,7 +494,7 @@ fn hostile_16_a_stolen_kick_is_no_more_than_a_wake_up() {
             while !stop.load(Ordering::Relaxed) {
                 stolen += u64::from(kick.read().is_ok());
                 for flags in [OFlag::empty(), OFlag::O_NONBLOCK] {
-                    fcntl(kick_fd(&kick), FcntlArg::F_SETFL(flags)).unwrap();
+                    set_flags(&kick, flags);
                 }
             }
             stolen
@@ -513,18 +514,10 @@ fn hostile_16_a_stolen_kick_is_no_more_than_a_wake_up() {
     }
     stop.store(true, Ordering::Relaxed);
     println!("{kicks} kicks, {} stolen", thief.join().unwrap());
-    fcntl(kick_fd(&card.tx[0].kick), FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    set_flags(&card.tx[0].kick, OFlag::O_NONBLOCK);
     card.check_echo(100);
     drop(card);
     scene.ends("whoever steals its own kicks waits for the next; nothing more");
-}
-
-fn kick_fd(kick: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the eventfd is open as long as it is borrowed.
-    #[allow(unsafe_code)]
-    unsafe {
-        BorrowedFd::borrow_raw(kick.as_raw_fd())
-    }
 }
 
 #[test]
@@ -545,7 +538,7 @@ fn hostile_17_a_call_descriptor_that_blocks_holds_nobody_up() {
         card.frontend.event(FrontendReq::SET_VRING_ERR, index, Some(&full));
     }
     // Blocking again, though the daemon has made it non-blocking.
-    fcntl(kick_fd(&full), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    set_flags(&full, OFlag::empty());
     card.rx[0].want_call();
     card.tx[0].want_call();
     card.queue_tx(0, 0, &[0; HEADER], &[1; 60]);

@@ -51,6 +51,29 @@ impl Daemon {
         daemon
     }
 
+    /// Starts it with somewhere else for what it logs, and waits until it listens.
+    pub(crate) fn start_with_stderr(stderr: Stdio, options: &[&str]) -> Self {
+        let mut daemon = Self::nobody();
+        let mut command = program();
+        command.arg(format!("--socket-path={}", daemon.socket().display())).args(options);
+        daemon.child = command.stderr(stderr).spawn().unwrap();
+        daemon.wait_until_it_listens();
+        daemon
+    }
+
+    /// Its process.
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The number that its next descriptor will have.
+    pub(crate) fn lowest_free_descriptor(&self) -> usize {
+        let free = |number: &usize| {
+            !PathBuf::from(format!("/proc/{}/fd/{number}", self.child.id())).is_symlink()
+        };
+        (0..).find(free).unwrap()
+    }
+
     /// A file in its directory.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.as_path().join(name)

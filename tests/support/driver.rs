@@ -203,8 +203,7 @@ impl Ring {
     }
 
     /// Makes the chains of all used entries available again.
-    #[allow(dead_code)]
-    fn recycle(&mut self) -> usize {
+    pub(crate) fn recycle(&mut self) -> usize {
         let used = self.ram.load(self.used + 2);
         let count = used.wrapping_sub(self.used_index);
         for _ in 0..count {

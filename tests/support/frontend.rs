@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
+use nix::errno::Errno;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -59,7 +60,13 @@ impl Frontend {
         if fds.is_empty() {
             self.send_raw(&bytes);
         } else {
-            assert_eq!(self.stream.send_with_fds(&[&bytes[..]], fds).unwrap(), bytes.len());
+            let sent = loop {
+                match self.stream.send_with_fds(&[&bytes[..]], fds) {
+                    Err(error) if error.errno() == Errno::EINTR as i32 => {}
+                    sent => break sent.unwrap(),
+                }
+            };
+            assert_eq!(sent, bytes.len());
         }
     }
 

@@ -2,11 +2,12 @@
 //! must hold afterwards.
 
 use std::collections::HashMap;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vhost::vhost_user::message::FrontendReq;
 
@@ -14,6 +15,8 @@ use super::daemon::Daemon;
 use super::driver::{Card, Options};
 use super::eventually;
 use super::frontend::Frontend;
+use super::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip};
+use super::traffic::check_both_ways;
 
 /// Frames of the neighbour's that are on their way at once, at the most.
 const ECHO: usize = 64;
@@ -29,6 +32,11 @@ pub(crate) fn note(case: u8, outcome: &str) {
         let mut file = OpenOptions::new().create(true).append(true).open(path).unwrap();
         writeln!(file, "{case} {outcome}").unwrap();
     }
+}
+
+/// Notes a case whose feature is not there yet.
+pub(crate) fn missing(case: u8, why: &str) {
+    note(case, &format!("missing: {why}"));
 }
 
 /// A guest that sends frames to itself all the time and misses none.
@@ -52,6 +60,11 @@ impl Neighbour {
         Neighbour { stop, thread: Some(thread) }
     }
 
+    /// Lets it fail: its daemon is gone.
+    fn abandon(&mut self) {
+        self.thread = None;
+    }
+
     /// Stops it; returns the frames that came back.
     fn stop(&mut self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
@@ -72,6 +85,8 @@ impl Drop for Neighbour {
 pub(crate) struct Scene {
     pub(crate) daemon: Daemon,
     case: u8,
+    /// The host's end of the attacked port, if it is not a loopback.
+    wire: Option<Wire>,
     neighbour: Neighbour,
     /// Descriptors, threads and resident kB while nobody attacks.
     baseline: (usize, usize, usize),
@@ -85,6 +100,36 @@ impl Scene {
 
     /// The same, with what the file says about the attacked port.
     pub(crate) fn with(case: u8, attacked: &str) -> Self {
+        Self::between(case, attacked, None)
+    }
+
+    /// The same on a TAP, in a fresh namespace.
+    pub(crate) fn on_tap(case: u8) -> Self {
+        enter_new_namespace();
+        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+        ip("tuntap add dev tap0 mode tap vnet_hdr");
+        ip("link set tap0 up");
+        Self::between(case, "tap = \"tap0\"\n", Some(Wire::open("tap0")))
+    }
+
+    /// The same on a veth's end, `veth0`, in a fresh namespace.
+    pub(crate) fn on_veth(case: u8) -> Self {
+        enter_namespace_with_veth(1);
+        Self::between(case, "af-xdp = \"veth0\"\n", Some(Wire::open("veth1")))
+    }
+
+    /// The same, and a port named `other` on `veth2`.
+    pub(crate) fn on_two_veths(case: u8) -> Self {
+        enter_namespace_with_veth(1);
+        ip("link add veth2 type veth peer name veth3");
+        ip("link set veth2 up");
+        ip("link set veth3 up");
+        let other = "[[port]]\nname = \"other\"\nsocket-path = \"{}/other\"\naf-xdp = \"veth2\"\n";
+        let ports = format!("af-xdp = \"veth0\"\n{other}");
+        Self::between(case, &ports, Some(Wire::open("veth1")))
+    }
+
+    fn between(case: u8, attacked: &str, wire: Option<Wire>) -> Self {
         let port = |name: &str, rest: &str| {
             format!("[[port]]\nname = \"{name}\"\nsocket-path = \"{{}}/{name}\"\n{rest}")
         };
@@ -92,8 +137,8 @@ impl Scene {
         let daemon = Daemon::with_config(&contents, "quiet");
         let quiet = Frontend::new(daemon.connect_to("quiet"));
         let neighbour = Neighbour::start(Card::start(quiet, Options::default()));
-        let mut scene = Scene { daemon, case, neighbour, baseline: (0, 0, 0) };
-        scene.card().check_echo(100);
+        let mut scene = Scene { daemon, case, wire, neighbour, baseline: (0, 0, 0) };
+        scene.check(&mut scene.card());
         scene.baseline = scene.resources();
         scene
     }
@@ -112,6 +157,32 @@ impl Scene {
         Card::start(self.frontend(), options)
     }
 
+    /// The host's end of the attacked port.
+    pub(crate) fn wire(&self) -> &Wire {
+        self.wire.as_ref().expect("not a loopback")
+    }
+
+    /// Checks that the attacked port moves frames.
+    #[track_caller]
+    pub(crate) fn check(&self, card: &mut Card) {
+        match &self.wire {
+            None => card.check_echo(100),
+            Some(wire) => {
+                // What is under way since before belongs to nobody.
+                let mut quiet = 0;
+                while quiet < 3 {
+                    std::thread::sleep(Duration::from_millis(10));
+                    let mut left = false;
+                    while wire.receive_any(1).is_some() || card.try_receive(0).is_some() {
+                        left = true;
+                    }
+                    quiet = if left { 0 } else { quiet + 1 };
+                }
+                check_both_ways(wire, card, 100);
+            }
+        }
+    }
+
     /// What the daemon has, with one idle frontend that has done nothing.
     fn resources(&self) -> (usize, usize, usize) {
         // It is answered when its predecessor has been cleared away.
@@ -127,20 +198,61 @@ impl Scene {
         eventually(&format!("the log says {what:?}"), said);
     }
 
+    /// Waits for a line of anybody's.
+    #[track_caller]
+    pub(crate) fn daemon_says(&self, what: &str) {
+        eventually(&format!("the log says {what:?}"), || self.daemon.log().contains(what));
+    }
+
+    /// On-CPU nanoseconds of the attacked port's first worker.
+    pub(crate) fn worker_nanoseconds(&self) -> u64 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.daemon.process())).unwrap();
+        let of_worker = |task: std::io::Result<fs::DirEntry>| {
+            let task = task.unwrap().path();
+            let name = fs::read_to_string(task.join("comm")).unwrap();
+            let used = fs::read_to_string(task.join("schedstat")).unwrap();
+            (name.trim() == "attacked/0").then(|| used.split(' ').next().unwrap().parse().unwrap())
+        };
+        tasks.filter_map(of_worker).next().expect("the worker's thread")
+    }
+
+    /// The daemon lives, and the neighbour has missed nothing.
+    #[track_caller]
+    pub(crate) fn lives(&mut self) {
+        assert!(self.daemon.is_alive(), "the daemon has died");
+        assert!(self.neighbour.stop() > 0, "the neighbour was not served");
+    }
+
+    /// The daemon was stopped, and the neighbour with it.
+    pub(crate) fn stopped(mut self) {
+        self.neighbour.abandon();
+    }
+
     /// What every case must come to: the daemon lives, the neighbour has missed nothing, the port
     /// serves the next frontend, nothing is left behind, and the log was not flooded.
     #[track_caller]
     pub(crate) fn ends(mut self, outcome: &str) {
         assert!(self.daemon.is_alive(), "the daemon has died");
-        self.card().check_echo(100);
+        self.check(&mut self.card());
         let (files, threads, memory) = self.baseline;
         let mut now = (0, 0, 0);
         eventually("descriptors, threads and memory are back", || {
             now = self.resources();
             (now.0, now.1) == (files, threads) && now.2 <= memory + SLACK
         });
-        let echoed = self.neighbour.stop();
-        assert!(echoed > 0, "the neighbour was not served");
+        self.lives();
+        self.check_log();
+        note(self.case, outcome);
+    }
+
+    /// The same, if the host's end is another than at the beginning.
+    #[track_caller]
+    pub(crate) fn ends_on(mut self, wire: Wire, outcome: &str) {
+        self.wire = Some(wire);
+        self.ends(outcome);
+    }
+
+    fn check_log(&self) {
         let log = self.daemon.log();
         let mut kinds: HashMap<String, usize> = HashMap::new();
         for line in log.lines().filter(|line| is_about_it(line)) {
@@ -153,7 +265,6 @@ impl Scene {
         // A case may last over a few windows of the log's.
         let flooded = kinds.iter().find(|(_, count)| **count > 3 * LOG_BURST);
         assert!(flooded.is_none(), "{flooded:?} in the log");
-        note(self.case, outcome);
     }
 }
 

@@ -1,0 +1,276 @@
+//! Cases 31 to 39: frames and their headers, from the guest and for it, and the device's
+//! configuration space.
+
+use std::time::Duration;
+
+use vhost::vhost_user::message::FrontendReq;
+
+use crate::support::driver::{
+    CSUM, Card, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, Options, PROTOCOL, VERSION_1,
+};
+use crate::support::hostile::{Scene, missing};
+use crate::support::needs_root;
+use crate::support::network::{Wire, ip};
+use crate::support::traffic::{check_both_ways, frame, tcp_frame};
+
+/// A virtio header: flags, GSO type, header length, GSO size, where the checksum starts and lies.
+fn header(flags: u8, gso: u8, length: u16, size: u16, start: u16, offset: u16) -> Vec<u8> {
+    let mut header = vec![flags, gso];
+    for number in [length, size, start, offset, 0] {
+        header.extend(number.to_le_bytes());
+    }
+    header
+}
+
+const NEEDS_CSUM: u8 = 1;
+const TCPV4: u8 = 1;
+const TCPV6: u8 = 4;
+const ECN: u8 = 0x80;
+
+/// A card that has negotiated all offloads.
+fn offloading(scene: &Scene) -> Card {
+    let features = Options::default().features | CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
+    scene.card_with(Options { features, ..Options::default() })
+}
+
+/// Sends a frame under each header; all must be dropped for `reason`, and the next one come back.
+fn all_dropped(scene: &Scene, mut card: Card, frames: &[(Vec<u8>, Vec<u8>)], reason: &str) {
+    for (header, frame) in frames {
+        card.send_with(0, header, frame);
+    }
+    card.send(0, &[7; 100]);
+    assert_eq!(card.receive(0)[HEADER..], [7; 100], "the first that comes back is the good one");
+    assert!(card.try_receive(0).is_none());
+    drop(card);
+    scene.says(&format!("{} dropped ({reason})", frames.len()));
+}
+
+#[test]
+fn hostile_31_frames_too_short_and_too_long_are_dropped() {
+    let scene = Scene::new(31);
+    let plain = |length: usize| (vec![0; HEADER], vec![1; length]);
+    let short: Vec<_> = (0..14).map(plain).collect();
+    all_dropped(&scene, scene.card(), &short, "too_short");
+    let long: Vec<_> = [1523, 1600, 2000].into_iter().map(plain).collect();
+    all_dropped(&scene, scene.card(), &long, "too_long");
+    let mut card = scene.card();
+    // 64 KiB and more, in pieces.
+    for length in [65536, 70_000, 1_000_000] {
+        let area = card.tx[0].buffer_area();
+        let pieces: Vec<(u64, u32)> =
+            (0..length / 8192 + 1).map(|_| (area, 8192)).take(200).collect();
+        card.tx[0].add(&pieces, false).unwrap();
+        card.tx[0].publish();
+        card.tx[0].wait_used();
+    }
+    for length in [14, 1522] {
+        card.send(0, &vec![5; length]);
+        assert_eq!(card.receive(0)[HEADER..], vec![5; length]);
+    }
+    drop(card);
+    scene.says("3 dropped (too_long)");
+    scene.ends("D");
+}
+
+#[test]
+fn hostile_32_a_checksum_outside_the_frame_is_dropped() {
+    let scene = Scene::new(32);
+    let places = [
+        (34, 80),
+        (33, 16),
+        (34, 15),
+        (2, 16),
+        (0, 0),
+        (13, 0),
+        (58, 16),
+        (59, 0),
+        (60, 0),
+        (65535, 65535),
+        (65535, 1),
+        (1, 65535),
+    ];
+    let frames =
+        places.map(|(start, offset)| (header(NEEDS_CSUM, 0, 0, 0, start, offset), vec![1; 60]));
+    all_dropped(&scene, offloading(&scene), &frames, "bad_header");
+    scene.ends("D");
+}
+
+#[test]
+fn hostile_33_segmentation_that_contradicts_the_frame_is_dropped() {
+    let scene = Scene::new(33);
+    let (good, tcp) = tcp_frame(4000, 1448);
+    let with = |place: usize, value: u8| {
+        let mut header = good.clone();
+        header[place] = value;
+        header
+    };
+    let sized = |size: u16| {
+        let mut header = good.clone();
+        header[4..6].copy_from_slice(&size.to_le_bytes());
+        header
+    };
+    let changed = |place: usize, value: u8| {
+        let mut frame = tcp.clone();
+        frame[place] = value;
+        frame
+    };
+    let tagged = |depth: usize| {
+        let mut frame = tcp[..12].to_vec();
+        (0..depth).for_each(|_| frame.extend([0x81, 0, 0, 1]));
+        frame.extend(&tcp[12..]);
+        frame
+    };
+    let frames = [
+        // Types that there are not, or that were not negotiated.
+        (with(1, 2), tcp.clone()),
+        (with(1, 5), tcp.clone()),
+        (with(1, 0x7f), tcp.clone()),
+        (with(1, TCPV4 | ECN), tcp.clone()),
+        (sized(0), tcp.clone()),
+        // Longer than the frame is.
+        (with(3, 0xff), tcp.clone()),
+        // Without a checksum to complete.
+        (with(0, 0), tcp.clone()),
+        // Of the other version.
+        (with(1, TCPV6), tcp.clone()),
+        (good.clone(), changed(12, 0x86)),
+        (good.clone(), changed(14, 0x65)),
+        // Not TCP.
+        (good.clone(), changed(23, 17)),
+        // An IPv4 header of 16 bytes, and of more than there is.
+        (good.clone(), changed(14, 0x44)),
+        // A TCP header of 4 bytes, and one of 60 that reaches no further than the checksum says.
+        (good.clone(), changed(14 + 20 + 12, 0x10)),
+        // Its checksum would be elsewhere than the header says.
+        (good.clone(), tagged(1)),
+        (good.clone(), tagged(3)),
+        (good.clone(), tcp[..40].to_vec()),
+    ];
+    all_dropped(&scene, offloading(&scene), &frames, "bad_header");
+    scene.ends("D, by the daemon's own checks");
+}
+
+#[test]
+fn hostile_34_offloads_that_were_not_negotiated_are_dropped() {
+    let scene = Scene::new(34);
+    let (good, tcp) = tcp_frame(1000, 500);
+    let checksum = (header(NEEDS_CSUM, 0, 0, 0, 34, 16), vec![1; 60]);
+    all_dropped(&scene, scene.card(), &[checksum, (good, tcp)], "bad_header");
+    // num_buffers is the device's to write: whatever stands there is not looked at. Nor are flags
+    // that mean nothing from a driver.
+    let mut card = scene.card();
+    for (place, value) in [(10, 0xff), (11, 0xff), (0, 2), (0, 4)] {
+        let mut header = [0; HEADER];
+        header[place] = value;
+        card.send_with(0, &header, &[2; 60]);
+        assert_eq!(card.receive(0)[HEADER..], [2; 60], "byte {place} is {value}");
+    }
+    drop(card);
+    scene.ends("D, or ignored");
+}
+
+#[test]
+fn hostile_35_what_the_host_refuses_is_dropped_and_the_port_goes_on() {
+    needs_root!("hostile_35_what_the_host_refuses_is_dropped_and_the_port_goes_on");
+    let scene = Scene::on_tap(35);
+    let mut card = scene.card();
+    for round in 0..20 {
+        ip("link set tap0 down");
+        (0..5).for_each(|number| card.send(0, &frame(number, 100)));
+        ip("link set tap0 up");
+        if round % 5 == 0 {
+            ip("link set tap0 mtu 1400");
+            ip("link set tap0 mtu 1500");
+        }
+    }
+    check_both_ways(&Wire::open("tap0"), &mut card, 50);
+    drop(card);
+    scene.says("100 dropped (host_refused)");
+    scene.ends_on(Wire::open("tap0"), "D, and counted; traffic resumes");
+
+    // The device goes for good: only its own port has lost anything.
+    let mut scene = Scene::on_tap(35);
+    let mut card = scene.card();
+    ip("link delete tap0");
+    (0..100).for_each(|number| card.send(0, &frame(number, 100)));
+    scene.daemon_says("tap tap0: the device is gone");
+    assert_eq!(scene.daemon.log().matches("the device is gone").count(), 1, "once");
+    let before = scene.worker_nanoseconds();
+    std::thread::sleep(Duration::from_millis(300));
+    let used = scene.worker_nanoseconds() - before;
+    assert!(used < 30_000_000, "{used} ns of 0.3 s without a device");
+    drop(card);
+    scene.lives();
+}
+
+#[test]
+fn hostile_36_spoofing_by_policy_is_missing() {
+    missing(36, "there are no rules yet for what a guest may send");
+}
+
+#[test]
+fn hostile_37_spoofing_by_race_is_missing() {
+    missing(37, "there are no rules yet for what a guest may send");
+}
+
+#[test]
+fn hostile_38_frames_that_no_buffer_takes_are_dropped_and_do_not_stall() {
+    needs_root!("hostile_38_frames_that_no_buffer_takes_are_dropped_and_do_not_stall");
+    let scene = Scene::on_tap(38);
+    // Not mergeable: a frame fits one buffer, or none.
+    let options = Options { features: VERSION_1 | PROTOCOL, buffer: 200, ..Options::default() };
+    let mut card = scene.card_with(options);
+    (0..20).for_each(|number| scene.wire().send(&frame(number, 1000)));
+    scene.wire().send(&frame(21, 188));
+    assert_eq!(card.receive(0)[HEADER..], frame(21, 188));
+    drop(card);
+    scene.says("20 dropped (no_room)");
+    // No buffers at all for a while, under a flood: the worker sleeps, and goes on afterwards.
+    let mut card = Card::prepare(scene.frontend(), Options::default());
+    card.run();
+    for number in 0..2000 {
+        let _ = scene.wire().try_send(&frame(number, 100));
+    }
+    let before = scene.worker_nanoseconds();
+    std::thread::sleep(Duration::from_secs(1));
+    let used = scene.worker_nanoseconds() - before;
+    assert!(used < 20_000_000, "{used} ns of a second without a buffer");
+    card.fill();
+    assert_eq!(card.receive(0)[HEADER..], frame(0, 100));
+    drop(card);
+    scene.ends("D, and counted; without buffers it sleeps");
+}
+
+#[test]
+fn hostile_39_the_configuration_space_ends_where_it_ends() {
+    let scene = Scene::new(39);
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    frontend.ask(FrontendReq::NET_SET_MTU, &9000u64.to_ne_bytes(), &[]);
+    let request = |offset: u32, size: u32| -> Vec<u8> {
+        let words = [offset, size, 0];
+        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        bytes.extend(vec![0; size as usize]);
+        bytes
+    };
+    for (offset, size, expected) in [
+        (10, 2, Some(9000u16.to_le_bytes().to_vec())),
+        (0, 18, None),
+        (17, 1, None),
+        (16, 2, None),
+        (u32::MAX, 1, None),
+        (0, 0, None),
+    ] {
+        frontend.send(FrontendReq::GET_CONFIG, &request(offset, size));
+        let reply = frontend.reply(FrontendReq::GET_CONFIG);
+        let bytes = reply.get(12..).map(<[u8]>::to_vec);
+        assert_eq!(bytes, expected, "{offset} {size}");
+    }
+    frontend.refused(FrontendReq::SET_CONFIG, &request(0, 6), &[]);
+    // Longer than any: no request at all.
+    frontend.send(FrontendReq::GET_CONFIG, &request(0, 4097));
+    assert!(frontend.is_closed());
+    scene.says("lie outside the configuration space");
+    scene.says("a payload of 4109 bytes is too long");
+    scene.ends("R");
+}

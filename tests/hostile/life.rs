@@ -1,0 +1,366 @@
+//! Cases 40 to 50: fairness, life cycle, AF_XDP and what operators do.
+
+use std::fs;
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::Signal;
+use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::set_flags;
+use crate::support::daemon::{Daemon, program};
+use crate::support::driver::{Card, HEADER, Options};
+use crate::support::frontend::{Frontend, region};
+use crate::support::guest::Ram;
+use crate::support::hostile::{Scene, missing, note};
+use crate::support::network::{Wire, ip};
+use crate::support::traffic::{Check, Flood, check_canaries, check_reset, frame, plant_canaries};
+use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+
+/// A guest whose rings refill themselves: whatever is used is available again at once.
+struct Refilling {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Card>>,
+}
+
+impl Refilling {
+    fn start(mut card: Card) -> Self {
+        let stop = Arc::<AtomicBool>::default();
+        let stopped = stop.clone();
+        let size = card.options.size;
+        for slot in 0..u64::from(size) {
+            card.queue_tx(0, slot, &[0; HEADER], &[slot as u8; 60]);
+        }
+        card.tx[0].publish();
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                for ring in [&mut card.tx[0], &mut card.rx[0]] {
+                    if ring.recycle() > 0 {
+                        ring.publish();
+                    }
+                }
+            }
+            card
+        });
+        Refilling { stop, thread: Some(thread) }
+    }
+
+    fn stop(mut self) -> Card {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+#[test]
+fn hostile_40_a_ring_that_refills_itself_leaves_time_for_others() {
+    let _alone = one_at_a_time();
+    let scene = Scene::new(40);
+    let card = scene.card();
+    let flood = Refilling::start(card);
+    std::thread::sleep(Duration::from_secs(2));
+    let card = flood.stop();
+    println!("{} frames from the flooding guest", card.tx[0].used_index);
+    drop(card);
+    scene.ends("the loop yields after 64 frames; how long others wait is in the benchmark");
+}
+
+#[test]
+fn hostile_41_too_few_buffers_for_a_frame_do_not_keep_it_busy() {
+    let scene = Scene::new(41);
+    // Three buffers of 100 bytes at a time, and frames of 1000.
+    let mut card =
+        Card::prepare(scene.frontend(), Options { buffer: 100, size: 8, ..Options::default() });
+    card.fill_from(0, 5);
+    card.run();
+    for slot in 0..4 {
+        card.queue_tx(0, slot, &[0; HEADER], &[1; 1000]);
+    }
+    card.tx[0].publish();
+    std::thread::sleep(Duration::from_millis(100));
+    let before = scene.worker_nanoseconds();
+    std::thread::sleep(Duration::from_millis(500));
+    let used = scene.worker_nanoseconds() - before;
+    assert!(used < 20_000_000, "{used} ns of half a second");
+    drop(card);
+    scene.ends("sleeps until there are enough");
+}
+
+#[test]
+fn hostile_42_a_ring_that_was_stopped_in_a_flood_is_left_alone() {
+    let _alone = one_at_a_time();
+    let scene = Scene::new(42);
+    for _ in 0..20 {
+        let card = scene.card();
+        let ram = card.ram.clone();
+        let [rx, tx] = [&card.rx[0], &card.tx[0]].map(|ring| ring.used + 2);
+        let mut frontend = Frontend::new(card.frontend.stream.try_clone().unwrap());
+        let flood = Refilling::start(card);
+        std::thread::sleep(Duration::from_millis(10));
+        for (index, used) in [(1, tx), (0, rx)] {
+            let base = frontend.get_vring_base(index);
+            assert_eq!(base, u32::from(ram.load(used)), "the exact index of ring {index}");
+        }
+        let after = [rx, tx].map(|used| ram.load(used));
+        std::thread::sleep(Duration::from_millis(5));
+        assert_eq!([rx, tx].map(|used| ram.load(used)), after, "nothing moves after the reply");
+        flood.stop();
+    }
+    scene.ends("exact index, and no write after the reply");
+}
+
+#[test]
+fn hostile_43_nothing_is_written_to_memory_that_is_the_guest_s_again() {
+    needs_root!("hostile_43_nothing_is_written_to_memory_that_is_the_guest_s_again");
+    let _alone = one_at_a_time();
+    let scene = Scene::on_tap(43);
+    let mut card = scene.card();
+    let flood = Flood::start("tap0");
+    let mut check = Check::default();
+    for _ in 0..100 {
+        check.wait(&mut card, 0, 20);
+        check_reset(&mut card, &mut check, 3);
+    }
+    // The frontend goes in mid-burst, and its guest's memory lives on.
+    for _ in 0..20 {
+        check.wait(&mut card, 0, 20);
+        card.frontend.stream.shutdown(Shutdown::Both).unwrap();
+        // It is answered when its predecessor has been let go.
+        let mut next = scene.frontend();
+        next.get(FrontendReq::GET_FEATURES);
+        check.take(&mut card, 0);
+        plant_canaries(&card, 0);
+        check_canaries(&card, 0, 3);
+        card.resume(next);
+    }
+    drop((flood, card));
+    scene.ends("no write after a reset or a disconnect");
+}
+
+#[test]
+fn hostile_44_signals_and_deaths_under_attack() {
+    let _alone = one_at_a_time();
+    for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT] {
+        let mut scene = Scene::new(44);
+        let mut card = scene.card();
+        // Its worker stands in a write to a call descriptor that blocks.
+        let full = EventFd::new(0).unwrap();
+        full.write(u64::MAX - 1).unwrap();
+        card.frontend.event(FrontendReq::SET_VRING_CALL, 1, Some(&full));
+        set_flags(&full, OFlag::empty());
+        card.tx[0].want_call();
+        let flood = Refilling::start(card);
+        std::thread::sleep(Duration::from_millis(50));
+        let started = Instant::now();
+        scene.daemon.signal(signal);
+        assert!(scene.daemon.wait().success(), "{signal}");
+        assert!(started.elapsed() < Duration::from_secs(1), "{signal}: {:?}", started.elapsed());
+        flood.stop();
+        scene.stopped();
+    }
+    // Killed again and again, with a frontend that connects again.
+    let mut daemon = Daemon::start(&["--loopback"]);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    for _ in 0..100 {
+        // The driver asserts that no head is used twice.
+        card.check_echo(70);
+        for slot in 0..20 {
+            card.queue_tx(0, slot, &[0; HEADER], &[slot as u8; 60]);
+        }
+        card.tx[0].publish();
+        daemon.kill();
+        let started = Instant::now();
+        daemon.run(&["--loopback"]);
+        daemon.wait_until_it_listens();
+        card.resume(Frontend::new(daemon.connect()));
+        for _ in 0..20 {
+            card.receive(0);
+        }
+        eventually("all are used", || {
+            while card.tx[0].take_used().is_some() {}
+            card.tx[0].used_index == card.tx[0].avail_index
+        });
+        assert!(started.elapsed() < Duration::from_secs(1));
+    }
+    note(44, "ends within a second; resumes, and nothing is used twice");
+}
+
+#[test]
+fn hostile_45_what_the_host_runs_out_of_costs_one_port() {
+    needs_program!("hostile_45_what_the_host_runs_out_of_costs_one_port", "prlimit");
+    let scene = Scene::new(45);
+    let process = format!("--pid={}", scene.daemon.process());
+    let limit = |what: String| {
+        assert!(Command::new("prlimit").args([&process, &what]).status().unwrap().success());
+    };
+    // Descriptors: what is open stays open, and no new one has a number below the limit.
+    // The last frontend has gone when its port has closed all.
+    std::thread::sleep(Duration::from_millis(200));
+    limit(format!("--nofile={}:", scene.daemon.lowest_free_descriptor()));
+    let waiting = scene.daemon.connect_to("attacked");
+    std::thread::sleep(Duration::from_millis(300));
+    scene.daemon_says("accept a frontend: Too many open files");
+    limit("--nofile=1024:".into());
+    assert_ne!(Frontend::new(waiting).get(FrontendReq::GET_FEATURES), 0);
+    // Address space.
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let large = Ram::new(0, 64 << 30);
+    limit(format!("--as={}:", 32u64 << 30));
+    let payload = [vec![0; 8], region(&large)].concat();
+    frontend.refused(FrontendReq::ADD_MEM_REG, &payload, &[large.file.as_raw_fd()]);
+    limit("--as=unlimited:".into());
+    scene.says("ADD_MEM_REG refused: map its file");
+    drop(frontend);
+    scene.ends("refused or tried again, the others run on");
+
+    // Nobody reads standard error, or there is no room for it.
+    let (reader, writer) = std::io::pipe().unwrap();
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    for stderr in [Stdio::from(writer), Stdio::from(full)] {
+        let mut daemon = Daemon::start_with_stderr(stderr, &["--loopback", "--log-level=trace"]);
+        for _ in 0..50 {
+            let mut frontend = Frontend::new(daemon.connect());
+            frontend.begin();
+            for index in 0..100 {
+                frontend.refused(FrontendReq::SET_VRING_NUM, &[index; 8], &[]);
+            }
+        }
+        Card::start(Frontend::new(daemon.connect()), Options::default()).check_echo(500);
+        daemon.signal(Signal::SIGTERM);
+        let started = Instant::now();
+        assert!(daemon.wait().success());
+        assert!(started.elapsed() < Duration::from_secs(1));
+    }
+    drop(reader);
+}
+
+#[test]
+fn hostile_46_a_guest_that_keeps_its_buffers_keeps_nobody_else_s() {
+    needs_root!("hostile_46_a_guest_that_keeps_its_buffers_keeps_nobody_else_s");
+    let _alone = one_at_a_time();
+    let scene = Scene::on_veth(46);
+    let mut card = scene.card();
+    card.send(0, &[0; 5]);
+    let flood = Flood::start("veth1");
+    // It takes no frame for a while: all its buffers fill, and the kernel's rings after them.
+    std::thread::sleep(Duration::from_secs(1));
+    drop(flood);
+    let mut check = Check::default();
+    eventually("what was kept is given back", || {
+        check.take(&mut card, 0);
+        check.received >= usize::from(card.options.size)
+    });
+    drop(card);
+    scene.ends("its own buffers, its own sockets; it goes on where it stopped");
+}
+
+#[test]
+fn hostile_47_a_device_that_changes_under_the_port_comes_back() {
+    needs_root!("hostile_47_a_device_that_changes_under_the_port_comes_back");
+    let _alone = one_at_a_time();
+    let scene = Scene::on_veth(47);
+    let mut card = scene.card();
+    card.send(0, &[0; 5]);
+    let flood = Flood::start("veth1");
+    let mut check = Check::default();
+    let changes = [
+        "link set veth0 down",
+        "link set veth0 up",
+        "link set veth0 mtu 1400",
+        "link set veth0 mtu 1500",
+        "link delete veth0",
+        "link add veth0 type veth peer name veth1",
+        "link set veth0 up",
+        "link set veth1 up",
+    ];
+    for change in changes {
+        check.wait(&mut card, 0, 0);
+        ip(change);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    check.wait(&mut card, 0, 20);
+    drop(flood);
+    scene.daemon_says("veth0: works again");
+    drop(card);
+    scene.ends_on(Wire::open("veth1"), "the port is degraded, says so, and comes back");
+}
+
+#[test]
+fn hostile_48_no_byte_of_one_tenant_s_reaches_another() {
+    needs_root!("hostile_48_no_byte_of_one_tenant_s_reaches_another");
+    let _alone = one_at_a_time();
+    let scene = Scene::on_two_veths(48);
+    let mut one = scene.card();
+    let mut two = Card::start(Frontend::new(scene.daemon.connect_to("other")), Options::default());
+    for card in [&mut one, &mut two] {
+        card.send(0, &[0; 5]);
+    }
+    // Frames for one only: whatever is in the other's memory is not of them.
+    let flood = Flood::start("veth1");
+    let mut check = Check::default();
+    check.wait(&mut one, 0, 5000);
+    drop(flood);
+    let memory = two.ram.read(0, two.ram.size as usize);
+    let place = memory.windows(14).position(|bytes| bytes == &frame(0, 60)[..14]);
+    assert_eq!(place, None, "a frame of another tenant's");
+    assert!(two.try_receive(0).is_none());
+    drop((one, two));
+    scene.ends("each port has a UMEM of its own, and every address is looked up in it");
+}
+
+#[test]
+fn hostile_49_the_control_api_is_missing() {
+    missing(49, "there is no control socket for operators yet");
+}
+
+#[test]
+fn hostile_50_names_are_names_and_nothing_else() {
+    let scene = Scene::new(50);
+    // A file's name with a line of its own in it.
+    let forged = "x\n[2026-01-01T00:00:00Z WARN ] quiet: forged";
+    let name = std::ffi::CString::new(forged).unwrap();
+    let memory = memfd_create(name.as_c_str(), MFdFlags::empty()).unwrap();
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    frontend.refused(FrontendReq::SET_VRING_CALL, &[0; 8], &[memory.as_raw_fd()]);
+    scene.says("memfd:x\\n[2026");
+    assert!(!scene.daemon.log().lines().any(|line| line.starts_with("[2026-01-01")));
+    drop(frontend);
+
+    let directory = scene.daemon.directory();
+    let refused = |port: &str, said: &str| {
+        let file = scene.daemon.path("names");
+        fs::write(&file, format!("[[port]]\nloopback = true\n{port}\n")).unwrap();
+        let output = program().args(["run", "--config"]).arg(&file).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(said), "{port}: {text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+    };
+    let socket = format!("socket-path = \"{}/s\"\n", directory.display());
+    for name in ["../x", "a/b", "a\\nb", "a b", "", ".", "a\\\"} 1", "é", &"n".repeat(64)] {
+        refused(&format!("{socket}name = \"{name}\""), "is no name for a port");
+    }
+    refused(&format!("socket-path = \"/{}\"", "x".repeat(107)), "107 at the most");
+    refused("socket-path = \"\"", "is empty");
+    // A link where the socket is to be, in a directory that everybody can write to.
+    let target = scene.daemon.path("target");
+    fs::write(&target, "precious").unwrap();
+    for to in [target.clone(), scene.daemon.path("attacked"), scene.daemon.path("nowhere")] {
+        let link = scene.daemon.path("link");
+        let _ = fs::remove_file(&link);
+        symlink(&to, &link).unwrap();
+        refused(&format!("socket-path = \"{}\"", link.display()), "a file that is no socket");
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink(), "the link stays");
+    }
+    assert_eq!(fs::read_to_string(&target).unwrap(), "precious");
+    scene.ends("R, in one line");
+}
