@@ -38,8 +38,34 @@ pub enum Invocation {
 pub struct Config {
     /// What is logged.
     pub log_level: LevelFilter,
+    /// What the daemon gives up once it has opened everything.
+    pub confinement: Confinement,
     /// The cards that it serves; there is at least one.
     pub ports: Vec<PortConfig>,
+}
+
+/// What the daemon gives up once it has opened everything.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Confinement {
+    /// What happens at a system call that no thread of ours makes.
+    pub seccomp: Seccomp,
+    /// The user to become, by name or number.
+    pub user: Option<String>,
+    /// The group to become; without one, the user's.
+    pub group: Option<String>,
+}
+
+/// What happens at a system call that no thread of ours makes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seccomp {
+    /// The process is killed.
+    #[default]
+    Kill,
+    /// The kernel logs it.
+    Log,
+    /// System calls are not looked at.
+    None,
 }
 
 /// One card.

@@ -8,7 +8,6 @@ mod opening;
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
@@ -24,6 +23,7 @@ use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::net_config::NetConfig;
 use crate::port::HostQueue;
+use crate::sandbox::{Role, Sandbox};
 use crate::sys::eventfd::Waker;
 use crate::sys::process::TerminationSignals;
 use crate::worker::{Worker, WorkerOptions};
@@ -63,9 +63,8 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     // Before any thread is started: they inherit the mask.
     let signals = TerminationSignals::block()
         .map_err(|error| StartError::new(format!("block signals: {error}")))?;
-    let log = Log::start(config.log_level)
-        .map_err(|error| StartError::new(format!("start a thread: {error}")))?;
-    let result = serve(config, inherited, &signals);
+    let mut log = Log::new(config.log_level);
+    let result = serve(config, inherited, &signals, &mut log);
     log.flush();
     result
 }
@@ -74,12 +73,14 @@ fn serve(
     config: &Config,
     inherited: Vec<Inherited>,
     signals: &TerminationSignals,
+    log: &mut Log,
 ) -> Result<(), StartError> {
     let mut opened = Vec::with_capacity(config.ports.len());
     for (port, inherited) in config.ports.iter().zip(inherited) {
         let (device, queues) = open_host(port, inherited.tap_queues)?;
         let name = port.name.clone().unwrap_or(device);
-        opened.push((name, port, queues, inherited.frontend));
+        let endpoint = Endpoint::open(&port.frontend, inherited.frontend)?;
+        opened.push((name, port, queues, endpoint));
     }
     let mut names: Vec<&str> = opened.iter().map(|(name, ..)| name.as_str()).collect();
     names.sort_unstable();
@@ -87,15 +88,28 @@ fn serve(
         let name = pair[0];
         return Err(StartError::new(format!("two ports are called {name}: give one a name")));
     }
+    let sandbox = Sandbox::enter(&config.confinement, &config.ports)?;
+    log.start(move || sandbox.confine(Role::Log)).map_err(no_thread)?;
     let running = Arc::new(Running::new().map_err(no_descriptor)?);
-    let mut ports = Vec::with_capacity(opened.len());
-    for (name, port, queues, frontend) in opened {
-        ports.push(Port::start(name, port, queues, frontend, &running)?);
-    }
+    let prepared = opened
+        .into_iter()
+        .map(|(name, port, queues, endpoint)| prepare(name, port, queues, endpoint, sandbox))
+        .collect::<Result<Vec<_>, _>>()?;
+    // Whoever can connect finds everything ready, and what was said until then in the log.
+    log.flush();
+    let ports = prepared
+        .into_iter()
+        .map(|(control, stop)| Port::start(control, stop, sandbox, &running))
+        .collect::<Result<Vec<_>, _>>()?;
+    sandbox.confine(Role::Main).map_err(no_thread)?;
     running.wait(signals);
     // All at once, so that none waits for another.
     ports.iter().for_each(|port| port.stop.wake());
     Ok(())
+}
+
+fn no_thread(error: io::Error) -> StartError {
+    StartError::new(format!("start a thread: {error}"))
 }
 
 fn no_descriptor(error: io::Error) -> StartError {
@@ -159,39 +173,23 @@ struct Port {
 
 impl Port {
     fn start(
-        name: String,
-        config: &PortConfig,
-        queues: Vec<HostQueue>,
-        frontend: Option<OwnedFd>,
+        mut control: Control,
+        stop: Arc<Waker>,
+        sandbox: Sandbox,
         running: &Arc<Running>,
     ) -> Result<Self, StartError> {
-        let options = OfferOptions {
-            guest_segmentation: config.guest_tso,
-            mac: config.mac.is_some(),
-            ring_reset: config.ring_reset,
-        };
-        let offer = Offer::new(queues[0].offloads(), options);
-        let net_config = NetConfig {
-            mac: config.mac.unwrap_or_default(),
-            queue_pairs: config.queue_pairs,
-            mtu: config.mtu,
-        };
-        let workers = start_workers(config, &name, queues)?;
-        // Last: whoever sees the socket may connect.
-        let endpoint = Endpoint::open(&config.frontend, frontend)?;
-        info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
-        let mut device = Device::new(name.clone(), offer, net_config, workers);
-        device.require_sealed_memory(config.require_sealed_memory);
-        let stop = Arc::new(Waker::new().map_err(no_descriptor)?);
-        let mut control = Control::new(device, endpoint, stop.clone()).map_err(no_descriptor)?;
+        let name = control.name().to_owned();
+        control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
         let alive = Alive::new(running);
-        let thread = thread::Builder::new().name(name.clone()).spawn(move || {
+        let thread = thread::Builder::new().name(name).spawn(move || {
             let _alive = alive;
-            control.serve();
+            match sandbox.confine(Role::Control) {
+                Ok(()) => control.serve(),
+                Err(error) => error!("{}: filter its system calls: {error}", control.name()),
+            }
             control.finish();
         });
-        let thread = thread
-            .map_err(|error| StartError::new(format!("start a thread of {name}: {error}")))?;
+        let thread = thread.map_err(no_thread)?;
         Ok(Port { stop, thread: Some(thread) })
     }
 }
@@ -205,10 +203,39 @@ impl Drop for Port {
     }
 }
 
+/// Starts the workers of a port. What is returned needs a thread, and ends when the waker is woken.
+fn prepare(
+    name: String,
+    config: &PortConfig,
+    queues: Vec<HostQueue>,
+    endpoint: Endpoint,
+    sandbox: Sandbox,
+) -> Result<(Control, Arc<Waker>), StartError> {
+    let options = OfferOptions {
+        guest_segmentation: config.guest_tso,
+        mac: config.mac.is_some(),
+        ring_reset: config.ring_reset,
+    };
+    let offer = Offer::new(queues[0].offloads(), options);
+    let net_config = NetConfig {
+        mac: config.mac.unwrap_or_default(),
+        queue_pairs: config.queue_pairs,
+        mtu: config.mtu,
+    };
+    let workers = start_workers(config, &name, queues, sandbox)?;
+    info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
+    let mut device = Device::new(name, offer, net_config, workers);
+    device.require_sealed_memory(config.require_sealed_memory);
+    let stop = Arc::new(Waker::new().map_err(no_descriptor)?);
+    let control = Control::new(device, endpoint, stop.clone()).map_err(no_descriptor)?;
+    Ok((control, stop))
+}
+
 fn start_workers(
     config: &PortConfig,
     name: &str,
     queues: Vec<HostQueue>,
+    sandbox: Sandbox,
 ) -> Result<Vec<Worker>, StartError> {
     let cpus = &config.cpu_affinity;
     queues
@@ -219,6 +246,7 @@ fn start_workers(
                 name: format!("{name}/{pair}"),
                 cpu: cpus.iter().cycle().nth(pair).copied(),
                 busy_poll: config.busy_poll,
+                sandbox,
             };
             Worker::start(queue, options)
                 .map_err(|error| StartError::new(format!("start a worker of {name}: {error}")))

@@ -16,7 +16,7 @@ use log::{info, warn};
 
 use crate::config::Frontend;
 use crate::daemon::StartError;
-use crate::sys::socket::{Inherited, classify, connect_now};
+use crate::sys::socket::{Inherited, bind, classify, connect_now, listen};
 
 /// Time between two attempts to connect: the first, and the longest, up to which it doubles.
 const FIRST_RETRY: Duration = Duration::from_millis(5);
@@ -44,7 +44,8 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// Opens what the command line names; `inherited` is its descriptor, if it names one.
+    /// Opens what the configuration names; `inherited` is its descriptor, if it names one. Nobody
+    /// can connect before [`start`](Self::start).
     ///
     /// # Errors
     /// With the path or descriptor, what is wrong, and the way out.
@@ -54,7 +55,7 @@ impl Endpoint {
             (Frontend::Inherited(number), None) => {
                 Err(StartError::new(format!("descriptor {number} (--fd) was not taken over")))
             }
-            (Frontend::Listen(path), _) => listen(path),
+            (Frontend::Listen(path), _) => make_listener(path),
             (Frontend::Connect(path), _) => Ok(Endpoint::Connect {
                 path: path.clone(),
                 next: Instant::now(),
@@ -72,6 +73,17 @@ impl Endpoint {
                 listener.set_nonblocking(true).map_err(failed)?;
                 Ok(Endpoint::Listener(listener, None))
             }
+        }
+    }
+
+    /// Lets frontends connect.
+    ///
+    /// # Errors
+    /// Those of `listen`.
+    pub fn start(&self) -> io::Result<()> {
+        match self {
+            Endpoint::Listener(listener, _) => listen(listener),
+            Endpoint::Connected(_) | Endpoint::Connect { .. } => Ok(()),
         }
     }
 
@@ -155,8 +167,8 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Listens at `path`, in place of a socket that nobody listens on any more.
-fn listen(path: &Path) -> Result<Endpoint, StartError> {
+/// Makes a socket at `path`, in place of one that nobody listens on any more.
+fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
     let shown = path.display();
     let failed = |error: io::Error| {
         let hint = match error.kind() {
@@ -167,9 +179,8 @@ fn listen(path: &Path) -> Result<Endpoint, StartError> {
         StartError::new(format!("listen on {shown}: {error}{hint}"))
     };
     remove_stale(path)?;
-    let listener = UnixListener::bind(path).map_err(failed)?;
+    let listener = bind(path).map_err(failed)?;
     let file = SocketFile { path: path.to_owned(), identity: identity(path).map_err(failed)? };
-    listener.set_nonblocking(true).map_err(failed)?;
     Ok(Endpoint::Listener(listener, Some(file)))
 }
 

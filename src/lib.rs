@@ -25,7 +25,7 @@
 //! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
 //! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
 //! [`net_config`] are what the card offers, [`counters`] what it did. [`logging`] writes lines that
-//! nobody waits for. Unsafe code is in [`guest`]
+//! nobody waits for, and the [`sandbox`] is what all of this runs in. Unsafe code is in [`guest`]
 //! and [`sys`] only.
 
 pub mod config;
@@ -40,6 +40,7 @@ pub mod logging;
 pub mod net_config;
 pub mod port;
 pub mod protocol;
+pub mod sandbox;
 pub mod sys;
 pub mod vnet_header;
 pub mod worker;

@@ -31,29 +31,33 @@ enum Item {
     Line(Vec<u8>),
     /// Answered when everything before it has been written.
     Flush(SyncSender<()>),
+    /// There is nothing more.
+    End,
 }
 
 /// The way to the log's thread.
 #[derive(Clone)]
-pub struct Log {
+struct Lines {
     queue: SyncSender<Item>,
     lost: Arc<AtomicU64>,
 }
 
+/// The log of this process.
+pub struct Log {
+    lines: Lines,
+    /// What has been logged, until there is a thread that writes it.
+    items: Option<Receiver<Item>>,
+}
+
 impl Log {
-    /// Starts the log's thread and has everything from `level` on logged. Once in a process.
-    ///
-    /// # Errors
-    /// No thread to be had.
-    pub fn start(level: LevelFilter) -> io::Result<Self> {
+    /// Has everything from `level` on logged. Once in a process.
+    pub fn new(level: LevelFilter) -> Self {
         let (queue, items) = sync_channel(QUEUE);
-        let log = Log { queue, lost: Arc::default() };
-        let lost = log.lost.clone();
-        thread::Builder::new().name("log".into()).spawn(move || write_lines(&items, &lost))?;
+        let lines = Lines { queue, lost: Arc::default() };
         let throttle = Mutex::new(Throttle::default());
         env_logger::Builder::new()
             .filter_level(level)
-            .target(Target::Pipe(Box::new(log.clone())))
+            .target(Target::Pipe(Box::new(lines.clone())))
             .format(move |line, record| {
                 let mut throttle = throttle.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 let text = plain(&record.args().to_string());
@@ -71,19 +75,47 @@ impl Log {
             let thread = thread::current();
             error!("{}: {info}: this is a bug", thread.name().unwrap_or("a thread"));
         }));
-        Ok(log)
+        Log { lines, items: Some(items) }
+    }
+
+    /// Starts the thread that writes. It calls `confine` first.
+    ///
+    /// # Errors
+    /// No thread to be had, or what `confine` returns.
+    pub fn start(
+        &mut self,
+        confine: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        let Some(items) = self.items.take() else { return Ok(()) };
+        let lost = self.lines.lost.clone();
+        let (started, confined) = sync_channel(1);
+        thread::Builder::new().name("log".into()).spawn(move || {
+            let result = confine();
+            let failed = result.is_err();
+            if started.send(result).is_ok() && !failed {
+                write_lines(&items, &lost);
+            }
+        })?;
+        confined.recv().map_err(io::Error::other)?
     }
 
     /// Waits a little until what was logged has been written.
-    pub fn flush(&self) {
+    pub fn flush(&mut self) {
+        if let Some(items) = self.items.take() {
+            // There was no thread.
+            let Lines { queue, lost } = self.lines.clone();
+            let _ = queue.try_send(Item::End);
+            write_lines(&items, &lost);
+            return;
+        }
         let (done, written) = sync_channel(1);
-        if self.queue.try_send(Item::Flush(done)).is_ok() {
+        if self.lines.queue.try_send(Item::Flush(done)).is_ok() {
             let _ = written.recv_timeout(FAREWELL);
         }
     }
 }
 
-impl Write for Log {
+impl Write for Lines {
     /// Takes whole lines, as env_logger writes them.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if !bytes.is_empty() && self.queue.try_send(Item::Line(bytes.to_vec())).is_err() {
@@ -112,6 +144,7 @@ fn write_lines(items: &Receiver<Item>, lost: &AtomicU64) {
             Item::Flush(done) => {
                 let _ = done.try_send(());
             }
+            Item::End => return,
         }
     }
 }

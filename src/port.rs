@@ -15,6 +15,7 @@ use std::time::Duration;
 use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
 use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
+use crate::sandbox::Role;
 
 /// One queue pair's way to the host's network, for one session.
 ///
@@ -116,6 +117,14 @@ impl HostQueue {
             HostQueue::Tap(queue) => queue.offloads(),
             HostQueue::AfXdp(queue) => queue.offloads(),
             HostQueue::Loopback => PortOffloads::ALL,
+        }
+    }
+
+    /// What a thread that serves it does.
+    pub fn role(&self) -> Role {
+        match self {
+            HostQueue::AfXdp(_) => Role::XdpWorker,
+            HostQueue::Tap(_) | HostQueue::Loopback => Role::Worker,
         }
     }
 

@@ -18,6 +18,7 @@ use crate::counters::PairCounters;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
 use crate::port::HostQueue;
+use crate::sandbox::Sandbox;
 use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
 use crate::sys::process::{Interruptible, pin_this_thread};
 
@@ -81,7 +82,7 @@ pub struct Ended {
 }
 
 /// Settings of a worker that do not change while the daemon runs.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct WorkerOptions {
     /// Port and queue pair, for messages.
     pub name: String,
@@ -89,6 +90,8 @@ pub struct WorkerOptions {
     pub cpu: Option<usize>,
     /// How long to look for work before going to sleep.
     pub busy_poll: Duration,
+    /// What the thread is left with.
+    pub sandbox: Sandbox,
 }
 
 impl Mailbox {
@@ -151,7 +154,11 @@ impl Worker {
                     io::Error::new(error.kind(), format!("run on processor {cpu}: {error}"))
                 })
             });
-            let prepared = prepared.and_then(|()| Interruptible::this_thread());
+            let prepared = prepared.and_then(|()| {
+                let interruptible = Interruptible::this_thread()?;
+                options.sandbox.confine(host.role())?;
+                Ok(interruptible)
+            });
             let failed = prepared.is_err();
             if started.send(prepared).is_ok() && !failed {
                 run(host, &options, &its_mailbox, &its_counters, &inbox, &outbox);

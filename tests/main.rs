@@ -10,6 +10,7 @@ mod oracle;
 mod ports;
 mod protocol;
 mod qemu;
+mod sandbox;
 mod support;
 mod tap;
 mod testpmd;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Parser, Subcommand};
 use log::LevelFilter;
 
-use super::{Config, Invocation, PortOptions, check_claims, file};
+use super::{Config, Confinement, Invocation, PortOptions, Seccomp, check_claims, file};
 
 /// `--print-capabilities` of QEMU's backend program conventions.
 const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
@@ -24,6 +24,22 @@ struct Arguments {
     /// off, error, warn, info, debug or trace.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     log_level: LevelFilter,
+    /// What happens at a system call that the daemon does not make: it is killed, or the kernel
+    /// logs the call, or nothing.
+    #[arg(
+        long,
+        value_name = "kill|log|none",
+        value_enum,
+        default_value = "kill",
+        hide_possible_values = true
+    )]
+    seccomp: Seccomp,
+    /// Become this user, by name or number, once everything is open.
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
+    /// Become this group [default: the user's].
+    #[arg(long, value_name = "GROUP")]
+    group: Option<String>,
     /// Print what this program can do, as QEMU's conventions ask for, and exit.
     #[arg(long)]
     print_capabilities: bool,
@@ -68,7 +84,9 @@ pub fn parse(
         None => {
             let ports = vec![arguments.port.check()?];
             check_claims(&ports)?;
-            Ok(Invocation::Run(Config { log_level: arguments.log_level, ports }))
+            let Arguments { log_level, seccomp, user, group, .. } = arguments;
+            let confinement = Confinement { seccomp, user, group };
+            Ok(Invocation::Run(Config { log_level, confinement, ports }))
         }
         Some(Command::Run { config }) => file::read(&config).map(Invocation::Run),
         Some(Command::CheckConfig { config }) => {

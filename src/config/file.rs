@@ -8,13 +8,17 @@ use log::LevelFilter;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{Config, PortConfig, PortOptions, check_claims};
+use super::{Config, Confinement, PortConfig, PortOptions, Seccomp, check_claims};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Contents {
     #[serde(default = "info")]
     log_level: LevelFilter,
+    #[serde(default)]
+    seccomp: Seccomp,
+    user: Option<String>,
+    group: Option<String>,
     #[serde(default)]
     defaults: PortOptions,
     #[serde(default)]
@@ -49,7 +53,7 @@ fn parse(text: &str) -> Result<Config, Wrong> {
         let lines: Vec<&str> = error.message().lines().collect();
         (error.span().map(|span| span.start), lines.join(", "))
     })?;
-    let Contents { log_level, defaults, port } = contents;
+    let Contents { log_level, seccomp, user, group, defaults, port } = contents;
     // Whatever has no default is gone after this.
     if PortOptions::default().or(&defaults) != defaults {
         let what = "[defaults] can't name a port, its frontend, its host side or its MAC address";
@@ -66,7 +70,7 @@ fn parse(text: &str) -> Result<Config, Wrong> {
         })
         .collect::<Result<Vec<PortConfig>, Wrong>>()?;
     check_claims(&ports).map_err(|what| (None, what))?;
-    Ok(Config { log_level, ports })
+    Ok(Config { log_level, confinement: Confinement { seccomp, user, group }, ports })
 }
 
 /// Line and column, counted from 1, of a byte.

@@ -44,6 +44,16 @@ impl Control {
         Ok(Control { poller, _stop: stop, device, endpoint, connection: None })
     }
 
+    /// Lets frontends connect.
+    pub(super) fn start(&self) -> io::Result<()> {
+        self.endpoint.start()
+    }
+
+    /// The port's name.
+    pub(super) fn name(&self) -> &str {
+        self.device.name()
+    }
+
     /// Serves one frontend after the other until it is to stop.
     pub(super) fn serve(&mut self) {
         loop {

@@ -12,7 +12,7 @@ mod checksum;
 mod interface;
 pub mod program;
 mod receiver;
-mod segmentation;
+pub mod segmentation;
 mod steering;
 mod transmitter;
 mod umem;

@@ -8,6 +8,7 @@ use std::ffi::CStr;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
 
 use super::check;
 
@@ -146,6 +147,7 @@ impl Map {
             numa_node: 0,
             name: name_bytes(name),
         };
+        possible_processors()?;
         // SAFETY: MAP_CREATE reads numbers only.
         unsafe { bpf_open(command::MAP_CREATE, &mut attributes) }.map(Map)
     }
@@ -155,6 +157,7 @@ impl Map {
     /// # Errors
     /// EPERM without CAP_SYS_ADMIN, ENOENT if there is none.
     pub fn by_id(id: u32) -> io::Result<Self> {
+        possible_processors()?;
         open_by_id(command::MAP_GET_FD_BY_ID, id).map(Map)
     }
 
@@ -216,11 +219,19 @@ impl Map {
     }
 }
 
-/// For how many processors the kernel keeps values (`num_possible_cpus`).
+/// For how many processors the kernel keeps values (`num_possible_cpus`): a number that does not
+/// change, read once, while files may still be opened.
 fn possible_processors() -> io::Result<usize> {
+    static PROCESSORS: OnceLock<usize> = OnceLock::new();
+    if let Some(processors) = PROCESSORS.get() {
+        return Ok(*processors);
+    }
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let last = text.trim().rsplit([',', '-']).next().and_then(|number| number.parse().ok());
-    last.map(|last: usize| last + 1).ok_or_else(|| io::Error::other("read the list of processors"))
+    let processors = last
+        .map(|last: usize| last + 1)
+        .ok_or_else(|| io::Error::other("read the list of processors"))?;
+    Ok(*PROCESSORS.get_or_init(|| processors))
 }
 
 /// A verified program.

@@ -4,9 +4,9 @@
 use std::fs::File;
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -47,12 +47,8 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Received> {
     Ok(Received { bytes, files })
 }
 
-/// Connects to the socket at `path`, or fails at once: unlike [`UnixStream::connect`] it does not
-/// wait for a listener whose queue is full.
-///
-/// # Errors
-/// `NotFound`, `ConnectionRefused`, `WouldBlock` for a full queue, and others of `connect`.
-pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+/// The address that is `path`.
+fn address(path: &Path) -> io::Result<libc::sockaddr_un> {
     let bytes = path.as_os_str().as_bytes();
     // SAFETY: all zeros is a valid sockaddr_un.
     let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
@@ -63,14 +59,45 @@ pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     for (to, from) in address.sun_path.iter_mut().zip(bytes) {
         *to = *from as libc::c_char;
     }
-    // SAFETY: the descriptor is fresh and owned at once; the address lives through the call.
-    unsafe {
-        let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        let socket = UnixStream::from_raw_fd(check(libc::socket(libc::AF_UNIX, flags, 0))?);
-        let length = mem::size_of_val(&address) as libc::socklen_t;
-        check(libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length))?;
-        Ok(socket)
-    }
+    Ok(address)
+}
+
+fn stream_socket() -> io::Result<OwnedFd> {
+    let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the descriptor is fresh and owned at once.
+    unsafe { Ok(OwnedFd::from_raw_fd(check(libc::socket(libc::AF_UNIX, flags, 0))?)) }
+}
+
+/// Connects to the socket at `path`, or fails at once: unlike [`UnixStream::connect`] it does not
+/// wait for a listener whose queue is full.
+///
+/// # Errors
+/// `NotFound`, `ConnectionRefused`, `WouldBlock` for a full queue, and others of `connect`.
+pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let (address, socket) = (address(path)?, stream_socket()?);
+    let length = mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address lives through the call.
+    unsafe { check(libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length))? };
+    Ok(socket.into())
+}
+
+/// Makes a socket at `path` that does not listen yet.
+///
+/// # Errors
+/// `AddrInUse` if there is a file, and others of `bind`.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    let (address, socket) = (address(path)?, stream_socket()?);
+    let length = mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the address lives through the call.
+    unsafe { check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length))? };
+    Ok(socket.into())
+}
+
+/// Begins to listen, or goes on; as many as the host allows may wait to be accepted.
+pub fn listen(listener: &UnixListener) -> io::Result<()> {
+    // SAFETY: the call has no preconditions; -1 stands for the host's limit.
+    unsafe { check(libc::listen(listener.as_raw_fd(), -1))? };
+    Ok(())
 }
 
 /// What an inherited descriptor turned out to be.

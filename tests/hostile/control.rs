@@ -355,10 +355,14 @@ fn hostile_11_memory_that_is_no_memory_is_refused_and_a_cut_file_costs_its_port_
         let mut card = scene.card();
         card.check_echo(100);
         card.queue_tx(0, 0, &[0; HEADER], &[1; 100]);
-        card.tx[0].publish();
-        card.ram.file.set_len(if all { 0 } else { card.tx[0].buffer_area() }).unwrap();
-        // From here on the memory is not there for us either.
-        card.tx[0].kick.write(1).unwrap();
+        if all {
+            // From here on the memory is not there for us either.
+            card.ram.file.set_len(0).unwrap();
+            card.tx[0].kick.write(1).unwrap();
+        } else {
+            card.ram.file.set_len(card.tx[0].buffer_area()).unwrap();
+            card.tx[0].publish();
+        }
         eventually("the frontend is told", || card.tx[0].error.read().is_ok());
         scene.says("the guest's memory has gone");
     }

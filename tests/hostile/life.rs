@@ -5,9 +5,6 @@ use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
@@ -21,44 +18,10 @@ use crate::support::daemon::{Daemon, program};
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::{Frontend, region};
 use crate::support::guest::Ram;
-use crate::support::hostile::{Scene, missing, note};
+use crate::support::hostile::{Refilling, Scene, missing, note};
 use crate::support::network::{Wire, ip};
 use crate::support::traffic::{Check, Flood, check_canaries, check_reset, frame, plant_canaries};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
-
-/// A guest whose rings refill themselves: whatever is used is available again at once.
-struct Refilling {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Card>>,
-}
-
-impl Refilling {
-    fn start(mut card: Card) -> Self {
-        let stop = Arc::<AtomicBool>::default();
-        let stopped = stop.clone();
-        let size = card.options.size;
-        for slot in 0..u64::from(size) {
-            card.queue_tx(0, slot, &[0; HEADER], &[slot as u8; 60]);
-        }
-        card.tx[0].publish();
-        let thread = std::thread::spawn(move || {
-            while !stopped.load(Ordering::Relaxed) {
-                for ring in [&mut card.tx[0], &mut card.rx[0]] {
-                    if ring.recycle() > 0 {
-                        ring.publish();
-                    }
-                }
-            }
-            card
-        });
-        Refilling { stop, thread: Some(thread) }
-    }
-
-    fn stop(mut self) -> Card {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap()
-    }
-}
 
 #[test]
 fn hostile_40_a_ring_that_refills_itself_leaves_time_for_others() {

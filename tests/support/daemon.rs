@@ -211,8 +211,9 @@ impl Daemon {
         UnixStream::connect(self.socket()).unwrap()
     }
 
+    /// Whether it has not ended. If somebody else has waited for it, it has.
     pub(crate) fn is_alive(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
+        self.child.try_wait().is_ok_and(|status| status.is_none())
     }
 
     pub(crate) fn signal(&self, signal: Signal) {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use vhost::vhost_user::message::FrontendReq;
 
 use super::daemon::Daemon;
-use super::driver::{Card, Options};
+use super::driver::{Card, HEADER, Options};
 use super::eventually;
 use super::frontend::Frontend;
 use super::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip};
@@ -78,6 +78,43 @@ impl Drop for Neighbour {
             self.stop();
         }
         self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A guest whose rings refill themselves: whatever is used is available again at once.
+pub(crate) struct Refilling {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Card>>,
+}
+
+impl Refilling {
+    pub(crate) fn start(mut card: Card) -> Self {
+        let stop = Arc::<AtomicBool>::default();
+        let stopped = stop.clone();
+        let size = card.options.size;
+        // Unless it has run before: then all is used, or will be.
+        if card.tx[0].avail_index == 0 {
+            for slot in 0..u64::from(size) {
+                card.queue_tx(0, slot, &[0; HEADER], &[slot as u8; 60]);
+            }
+            card.tx[0].publish();
+        }
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                for ring in [&mut card.tx[0], &mut card.rx[0]] {
+                    if ring.recycle() > 0 {
+                        ring.publish();
+                    }
+                }
+            }
+            card
+        });
+        Refilling { stop, thread: Some(thread) }
+    }
+
+    pub(crate) fn stop(mut self) -> Card {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap()
     }
 }
 

@@ -1,0 +1,214 @@
+//! What the daemon gives up once it has opened all that it needs: a guest or a VMM that gets hold
+//! of a thread of ours finds little that it can do from there.
+//!
+//! Two steps. [`Sandbox::enter`], before any thread is started, is for the whole process: another
+//! user and group if wanted, no capabilities, no new privileges, no core dumps and no ptrace by
+//! others, no files, no network. [`Sandbox::confine`], called by each thread when it is ready to
+//! begin, leaves it the system calls of its [`Role`].
+
+mod calls;
+
+use std::collections::HashSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use caps::{CapSet, Capability};
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, PathBeneath, PathFd, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetStatus, Scope,
+};
+use log::{info, warn};
+use nix::sys::prctl;
+use nix::unistd::{Gid, Group, Uid, User, geteuid, setgroups, setresgid, setresuid};
+use seccompiler::{BpfProgram, SeccompAction, apply_filter};
+
+use crate::config::{Confinement, Host, PortConfig, Seccomp};
+use crate::daemon::StartError;
+
+/// What a thread does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Waits for signals.
+    Main,
+    /// Writes the log.
+    Log,
+    /// Speaks to a frontend.
+    Control,
+    /// Moves frames of a TAP or a loopback.
+    Worker,
+    /// Moves frames of an AF_XDP port, and opens its sockets.
+    XdpWorker,
+}
+
+/// The sandbox of this process.
+#[derive(Debug, Clone, Copy)]
+pub struct Sandbox {
+    seccomp: Seccomp,
+}
+
+impl Sandbox {
+    /// Leaves each thread all that it has.
+    pub const NONE: Self = Sandbox { seccomp: Seccomp::None };
+
+    /// Gives up for the whole process what the ports do not need. `ports` have been opened; no
+    /// thread has been started.
+    ///
+    /// # Errors
+    /// No such user or group, or the kernel refuses to take something away. What the kernel does
+    /// not know (landlock, by its version) is logged.
+    pub fn enter(confinement: &Confinement, ports: &[PortConfig]) -> Result<Self, StartError> {
+        let kept = capabilities_needed(ports);
+        let failed =
+            |what: &str, error: &dyn std::fmt::Display| StartError::new(format!("{what}: {error}"));
+        let user = become_user(confinement, !kept.is_empty())?;
+        let kept = drop_capabilities(&kept).map_err(|error| failed("drop capabilities", &error))?;
+        prctl::set_no_new_privs().map_err(|error| failed("set no_new_privs", &error))?;
+        prctl::set_dumpable(false).map_err(|error| failed("switch core dumps off", &error))?;
+        let files = restrict_files(ports).map_err(|error| failed("restrict files", &error))?;
+        let seccomp = confinement.seccomp;
+        let calls = match seccomp {
+            Seccomp::Kill => "a system call that is not a thread's ends the process",
+            Seccomp::Log => "system calls that are not a thread's are logged by the kernel",
+            Seccomp::None => "system calls are not filtered",
+        };
+        info!("sandbox: {user}, capabilities: {kept}; {files}; {calls}");
+        Ok(Sandbox { seccomp })
+    }
+
+    /// Leaves the calling thread the system calls of its role.
+    ///
+    /// # Errors
+    /// The kernel has no seccomp filters.
+    pub fn confine(&self, role: Role) -> io::Result<()> {
+        let action = match self.seccomp {
+            Seccomp::Kill => SeccompAction::KillProcess,
+            Seccomp::Log => SeccompAction::Log,
+            Seccomp::None => return Ok(()),
+        };
+        let filter: BpfProgram =
+            calls::filter(role, action).and_then(TryInto::try_into).map_err(io::Error::other)?;
+        apply_filter(&filter).map_err(io::Error::other)
+    }
+}
+
+/// AF_XDP opens sockets for each session, and programs when its device comes anew.
+fn capabilities_needed(ports: &[PortConfig]) -> HashSet<Capability> {
+    if !ports.iter().any(|port| matches!(port.host, Host::AfXdp(_))) {
+        return HashSet::new();
+    }
+    HashSet::from([
+        Capability::CAP_NET_RAW,
+        Capability::CAP_NET_ADMIN,
+        Capability::CAP_BPF,
+        // Registered memory is locked.
+        Capability::CAP_IPC_LOCK,
+    ])
+}
+
+/// Becomes the user and group that were asked for; says who we are then.
+fn become_user(confinement: &Confinement, keep: bool) -> Result<String, StartError> {
+    let Confinement { user, group, .. } = confinement;
+    let no_such = |what: &str, name: &str| StartError::new(format!("there is no {what} {name}"));
+    let failed = |what: &str, name: &str, error: nix::Error| {
+        StartError::new(format!("become {what} {name}: {error}; start as root to change it"))
+    };
+    let found = match user {
+        Some(name) => Some(find_user(name).ok().flatten().ok_or_else(|| no_such("user", name))?),
+        None => None,
+    };
+    let gid = match (group, &found) {
+        (Some(name), _) => Some(find_group(name).ok_or_else(|| no_such("group", name))?),
+        (None, Some((_, gid))) => Some(*gid),
+        (None, None) => None,
+    };
+    if let Some(gid) = gid {
+        let name = group.as_deref().or(user.as_deref()).unwrap_or_default();
+        setgroups(&[gid])
+            .and_then(|()| setresgid(gid, gid, gid))
+            .map_err(|error| failed("group", name, error))?;
+    }
+    if let (Some((uid, _)), Some(name)) = (found, user) {
+        prctl::set_keepcaps(keep)
+            .and_then(|()| setresuid(uid, uid, uid))
+            .map_err(|error| failed("user", name, error))?;
+    }
+    Ok(format!("user {}", geteuid()))
+}
+
+/// A user by name or number, with their group.
+fn find_user(name: &str) -> nix::Result<Option<(Uid, Gid)>> {
+    let found = match name.parse() {
+        Ok(number) => {
+            let uid = Uid::from_raw(number);
+            let gid = User::from_uid(uid)?.map_or(Gid::from_raw(number), |user| user.gid);
+            return Ok(Some((uid, gid)));
+        }
+        Err(_) => User::from_name(name)?,
+    };
+    Ok(found.map(|user| (user.uid, user.gid)))
+}
+
+fn find_group(name: &str) -> Option<Gid> {
+    match name.parse() {
+        Ok(number) => Some(Gid::from_raw(number)),
+        Err(_) => Group::from_name(name).ok().flatten().map(|group| group.gid),
+    }
+}
+
+/// Drops all capabilities but `needed`, for good; names those that are left.
+fn drop_capabilities(needed: &HashSet<Capability>) -> Result<String, caps::errors::CapsError> {
+    let have = caps::read(None, CapSet::Permitted)?;
+    let kept: HashSet<Capability> = have.intersection(needed).copied().collect();
+    caps::clear(None, CapSet::Ambient)?;
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        for capability in caps::read(None, CapSet::Bounding)?.difference(&kept) {
+            caps::drop(None, CapSet::Bounding, *capability)?;
+        }
+    }
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)?;
+    let mut names: Vec<String> = kept.iter().map(ToString::to_string).collect();
+    names.sort_unstable();
+    Ok(if names.is_empty() { "none".into() } else { names.join(" ") })
+}
+
+/// Has no file opened any more, no TCP port bound or connected to, no abstract socket, and no
+/// signal sent to anybody else, as far as the kernel knows how; says how far that was.
+fn restrict_files(ports: &[PortConfig]) -> Result<String, landlock::RulesetError> {
+    // Of an older kernel's, what there is.
+    let abi = ABI::V6;
+    let mut ruleset = Ruleset::default()
+        .handle_access(AccessFs::from_all(abi))?
+        .handle_access(AccessNet::from_all(abi))?
+        .scope(Scope::from_all(abi))?
+        .create()?;
+    for directory in ports.iter().filter_map(socket_directory) {
+        // Our own socket's file is removed at the end.
+        match PathFd::new(&directory) {
+            Ok(opened) => {
+                ruleset = ruleset.add_rule(PathBeneath::new(opened, AccessFs::RemoveFile))?;
+            }
+            Err(error) => warn!("{}: {error}: its socket will be left there", directory.display()),
+        }
+    }
+    let status = ruleset.restrict_self()?.ruleset;
+    Ok(match status {
+        RulesetStatus::FullyEnforced => "no files and no network by landlock".into(),
+        RulesetStatus::PartiallyEnforced => {
+            "no files by landlock, as far as this kernel has it".into()
+        }
+        RulesetStatus::NotEnforced => "files are not restricted: the kernel has no landlock".into(),
+    })
+}
+
+/// Where the socket lies that the port made.
+fn socket_directory(port: &PortConfig) -> Option<PathBuf> {
+    match &port.frontend {
+        crate::config::Frontend::Listen(path) => {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            Some(parent.unwrap_or(Path::new(".")).to_owned())
+        }
+        _ => None,
+    }
+}

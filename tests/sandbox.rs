@@ -1,0 +1,206 @@
+//! What the daemon has given up. Calls that it never makes are put into its threads from outside,
+//! by ptrace, as a guest that has taken one over would make them.
+
+use std::fs;
+
+use nix::errno::Errno;
+use nix::sys::ptrace;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use crate::support::daemon::Daemon;
+use crate::support::driver::{Card, Options};
+use crate::support::frontend::Frontend;
+use crate::support::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip, output};
+use crate::support::traffic::check_both_ways;
+use crate::support::{eventually, needs_root};
+
+const SOCKET: u64 = 41;
+const EXECVE: u64 = 59;
+const CLONE: u64 = 56;
+const OPENAT: u64 = 257;
+const MMAP: u64 = 9;
+const AF_INET: u64 = 2;
+const SOCK_STREAM: u64 = 1;
+const PROT_READ_EXEC: u64 = 5;
+const MAP_PRIVATE_ANONYMOUS: u64 = 0x22;
+
+/// The daemon's threads: their names and ids.
+fn threads(daemon: &Daemon) -> Vec<(String, Pid)> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.process())).unwrap();
+    tasks
+        .map(|task| {
+            let task = task.unwrap();
+            let name = fs::read_to_string(task.path().join("comm")).unwrap();
+            let id = task.file_name().to_str().unwrap().parse().unwrap();
+            (name.trim().to_owned(), Pid::from_raw(id))
+        })
+        .collect()
+}
+
+/// A field of what the kernel says of a thread.
+fn status(daemon: &Daemon, thread: Pid, field: &str) -> String {
+    let path = format!("/proc/{}/task/{thread}/status", daemon.process());
+    let text = fs::read_to_string(path).unwrap();
+    let field = format!("{field}:");
+    text.lines().find_map(|line| line.strip_prefix(&field)).unwrap().trim().to_owned()
+}
+
+/// Has a thread, asleep in a system call, make another one; `text` is in its memory, where the
+/// argument `TEXT` says. What the call returns, or the signal that the process has died of.
+fn inject(thread: Pid, number: u64, arguments: [u64; 4], text: &[u8; 16]) -> Result<i64, Signal> {
+    ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+    ptrace::interrupt(thread).unwrap();
+    let wait = || waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+    assert!(matches!(wait(), WaitStatus::PtraceEvent(..) | WaitStatus::Stopped(..)));
+    let mut registers = ptrace::getregs(thread).unwrap();
+    // The instruction that it sleeps in.
+    registers.rip -= 2;
+    let instruction = ptrace::read(thread, registers.rip as *mut _).unwrap();
+    assert_eq!(instruction & 0xffff, 0x050f, "no system call");
+    let place = registers.rsp - 4096;
+    for (offset, word) in (0..).zip(text.chunks(8)) {
+        let word = i64::from_le_bytes(word.try_into().unwrap());
+        ptrace::write(thread, (place + 8 * offset) as *mut _, word).unwrap();
+    }
+    let [a, b, c, d] = arguments.map(|argument| if argument == TEXT { place } else { argument });
+    (registers.rax, registers.orig_rax) = (number, u64::MAX);
+    (registers.rdi, registers.rsi, registers.rdx, registers.r10) = (a, b, c, d);
+    (registers.r8, registers.r9) = (u64::MAX, 0);
+    ptrace::setregs(thread, registers).unwrap();
+    ptrace::step(thread, None).unwrap();
+    match wait() {
+        WaitStatus::Stopped(_, Signal::SIGTRAP) => {
+            let result = ptrace::getregs(thread).unwrap().rax as i64;
+            // It stands in the middle of nowhere. Until it is waited for, nobody else can see the
+            // process's end.
+            ptrace::kill(thread).unwrap();
+            while !matches!(wait(), WaitStatus::Signaled(..) | WaitStatus::Exited(..)) {}
+            Ok(result)
+        }
+        WaitStatus::Signaled(_, signal, _) => Err(signal),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Stands for the place of the text.
+const TEXT: u64 = 0x7e87;
+
+/// A daemon that serves a card, with all its threads asleep.
+fn serving(options: &[&str]) -> (Daemon, Card) {
+    let daemon = Daemon::start(options);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    card.send(0, &[0; 5]);
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    (daemon, card)
+}
+
+#[test]
+fn a_forbidden_call_in_any_thread_is_the_end_of_the_process() {
+    needs_root!("a_forbidden_call_in_any_thread_is_the_end_of_the_process");
+    enter_namespace_with_veth(1);
+    let calls = [
+        ("execve", EXECVE, [TEXT, 0, 0, 0]),
+        ("clone", CLONE, [0; 4]),
+        ("openat", OPENAT, [u64::MAX - 99, TEXT, 0, 0]),
+        ("socket", SOCKET, [AF_INET, SOCK_STREAM, 0, 0]),
+        ("mmap", MMAP, [0, 4096, PROT_READ_EXEC, MAP_PRIVATE_ANONYMOUS]),
+    ];
+    for (host, worker, control) in
+        [("--loopback", "loopback/0", "loopback"), ("--af-xdp=veth0", "veth0/0", "veth0")]
+    {
+        for thread in ["vhost-user-net", "log", control, worker] {
+            for (name, number, arguments) in calls {
+                let (mut daemon, _card) = serving(&[host]);
+                let found = threads(&daemon).into_iter().find(|(name, _)| name == thread);
+                let (_, id) = found.unwrap_or_else(|| panic!("{:?}", threads(&daemon)));
+                let result = inject(id, number, arguments, b"/etc/hostname\0\0\0");
+                assert_eq!(result, Err(Signal::SIGSYS), "{name} in {thread} of {host}");
+                eventually("the whole process ends", || !daemon.is_alive());
+            }
+        }
+    }
+}
+
+#[test]
+fn files_stay_closed_without_the_filter_too() {
+    needs_root!("files_stay_closed_without_the_filter_too");
+    for thread in ["vhost-user-net", "log", "loopback", "loopback/0"] {
+        let (daemon, _card) = serving(&["--loopback", "--seccomp=none"]);
+        assert!(daemon.log().contains("system calls are not filtered"), "{}", daemon.log());
+        let (_, id) = threads(&daemon).into_iter().find(|(name, _)| name == thread).unwrap();
+        let arguments = [u64::MAX - 99, TEXT, 0, 0];
+        let result = inject(id, OPENAT, arguments, b"/etc/hostname\0\0\0");
+        assert_eq!(result, Ok(-(Errno::EACCES as i64)), "{thread}");
+    }
+}
+
+#[test]
+fn every_thread_is_without_capabilities_and_says_so() {
+    needs_root!("every_thread_is_without_capabilities_and_says_so");
+    enter_namespace_with_veth(1);
+    // NET_ADMIN, NET_RAW, IPC_LOCK, BPF.
+    let for_sockets = 1u64 << 12 | 1 << 13 | 1 << 14 | 1 << 39;
+    let some = "CAP_BPF CAP_IPC_LOCK CAP_NET_ADMIN CAP_NET_RAW";
+    for (host, kept, said) in [("--loopback", 0, "none"), ("--af-xdp=veth0", for_sockets, some)] {
+        let (daemon, _card) = serving(&[host]);
+        assert_eq!(threads(&daemon).len(), 4);
+        for (name, id) in threads(&daemon) {
+            for set in ["CapEff", "CapPrm", "CapBnd"] {
+                let have = u64::from_str_radix(&status(&daemon, id, set), 16).unwrap();
+                assert_eq!(have, kept, "{set} of {name}");
+            }
+            for set in ["CapInh", "CapAmb"] {
+                assert_eq!(status(&daemon, id, set), "0000000000000000", "{set} of {name}");
+            }
+            assert_eq!(status(&daemon, id, "NoNewPrivs"), "1", "{name}");
+            assert_eq!(status(&daemon, id, "Seccomp"), "2", "{name}");
+        }
+        let log = daemon.log();
+        let line = format!("sandbox: user 0, capabilities: {said}; no files and no network");
+        assert!(log.contains(&line), "{log}");
+    }
+}
+
+#[test]
+fn another_user_serves_all_the_same() {
+    needs_root!("another_user_serves_all_the_same");
+    let options = ["--user=nobody", "--group=nogroup"];
+    let check = |daemon: &Daemon, wire: &str| {
+        // Over several connections: all that they need is there.
+        for _ in 0..3 {
+            let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+            check_both_ways(&Wire::open(wire), &mut card, 100);
+        }
+        for (name, id) in threads(daemon) {
+            let all = |number| format!("{number}\t{number}\t{number}\t{number}");
+            assert_eq!(status(daemon, id, "Uid"), all(65534), "{name}");
+            assert_eq!(status(daemon, id, "Gid"), all(65534), "{name}");
+            assert_eq!(status(daemon, id, "Groups"), "65534", "{name}");
+        }
+    };
+    enter_new_namespace();
+    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    ip("tuntap add dev tap0 mode tap vnet_hdr");
+    ip("link set tap0 up");
+    check(&Daemon::start(&[&["--tap=tap0"][..], &options].concat()), "tap0");
+    enter_namespace_with_veth(1);
+    let daemon = Daemon::start(&[&["--af-xdp=veth0"][..], &options].concat());
+    check(&daemon, "veth1");
+    drop(daemon);
+    assert!(!output("ip", "-d link show veth0").contains("prog/xdp"), "nothing is left behind");
+}
+
+#[test]
+fn users_that_there_are_not_are_named() {
+    for (option, said) in [
+        ("--user=nobody-at-all", "there is no user nobody-at-all"),
+        ("--group=nobody-at-all", "there is no group nobody-at-all"),
+    ] {
+        let mut daemon = Daemon::spawn(&["--loopback", option]);
+        assert_eq!(daemon.wait().code(), Some(1));
+        assert!(daemon.log().contains(said), "{}", daemon.log());
+        assert!(!daemon.socket().exists());
+    }
+}
