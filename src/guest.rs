@@ -12,6 +12,7 @@ pub mod fault;
 pub mod layout;
 pub mod lost;
 pub mod memory;
+mod notify;
 pub mod virtqueue;
 
 pub use chain::{Burst, Chain, Direction, Readable, Segment, Writable};

@@ -9,7 +9,7 @@
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use virtio_queue::desc::split::Descriptor;
 
@@ -17,6 +17,7 @@ use super::chain::{Burst, Chain, Direction, Segment, Segments, Unaligned};
 use super::fault::Fault;
 use super::layout::RingLayout;
 use super::memory::{GuestMemory, Window};
+use super::notify::{LittleEndian, Shared, ask, look, show};
 
 /// Segments of one chain at the most: what fits one `writev` (`IOV_MAX`, 1024) beside a header of
 /// our own. A frame of 64 KiB in pages has 18.
@@ -160,9 +161,11 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     /// # Errors
     /// [`Fault::AvailIndex`] if it claims more chains than the ring has room for.
     fn look(&mut self) -> Result<bool, Fault> {
-        // Acquire pairs with the driver's write barrier between filling ring entry and
-        // descriptors and storing the index (virtio 1.3, section 2.7.13.3).
-        let index = self.avail_u16(2).load(Ordering::Acquire);
+        let index = look(&self.avail_u16(2));
+        self.see(index)
+    }
+
+    fn see(&mut self, index: u16) -> Result<bool, Fault> {
         let outstanding = index.wrapping_sub(self.next_used);
         let lent = self.next_avail.wrapping_sub(self.next_used);
         if outstanding > self.size || outstanding < lent {
@@ -354,21 +357,15 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         if self.next_used == self.published {
             return Published::Nothing;
         }
-        // Release: the used entries must be visible before the index that covers them.
-        self.used_u16(2).store(self.next_used, Ordering::Release);
         self.published = self.next_used;
-        // The other side is a driver about to sleep: it writes used_event (or clears
-        // NO_INTERRUPT), then reads the used index. We store the used index, then read its wish.
-        // Without a full fence on both sides each could read the other's old value, and the
-        // driver would sleep on a frame (virtio 1.3, section 2.7.7.1; Linux
-        // virtqueue_enable_cb_prepare and virtio_mb).
-        fence(Ordering::SeqCst);
-        let call = if self.notification.event_idx {
-            let event = self.avail_u16(4 + 2 * usize::from(self.size)).load(Ordering::Relaxed);
+        let event_idx = self.notification.event_idx;
+        let wish = self.avail_u16(if event_idx { 4 + 2 * usize::from(self.size) } else { 0 });
+        let wish = show(&self.used_u16(2), self.next_used, &wish);
+        let call = if event_idx {
             let before = self.called_at.replace(self.next_used);
-            before.is_none_or(|before| passed(event, self.next_used, before))
+            before.is_none_or(|before| passed(wish, self.next_used, before))
         } else {
-            self.avail_u16(0).load(Ordering::Relaxed) & AVAIL_F_NO_INTERRUPT == 0
+            wish & AVAIL_F_NO_INTERRUPT == 0
         };
         if call { Published::Call } else { Published::Quietly }
     }
@@ -379,16 +376,13 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     /// # Errors
     /// As [`pop`](Self::pop), for the avail index.
     pub fn arm(&mut self) -> Result<bool, Fault> {
-        if self.notification.event_idx {
-            self.used_u16(4 + 8 * usize::from(self.size)).store(self.next_avail, Ordering::Relaxed);
-        } else {
-            self.used_u16(0).store(0, Ordering::Relaxed);
-        }
+        let (wish, value) = match self.notification.event_idx {
+            true => (self.used_u16(4 + 8 * usize::from(self.size)), self.next_avail),
+            false => (self.used_u16(0), 0),
+        };
+        let index = ask(&wish, value, &self.avail_u16(2));
         self.armed = true;
-        // The mirror image of `publish`: we write our wish, then read the avail index; the driver
-        // writes the avail index, then reads our wish.
-        fence(Ordering::SeqCst);
-        self.look()
+        self.see(index)
     }
 
     /// Asks the driver not to kick. With EVENT_IDX that needs no store: the index armed at has
@@ -414,21 +408,6 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         debug_assert!(offset < 6 + 8 * usize::from(self.size));
         // SAFETY: `start` resolved that many bytes at an even address, and offsets are even.
         LittleEndian(unsafe { AtomicU16::from_ptr(self.used.add(offset).cast().as_ptr()) })
-    }
-}
-
-/// A little-endian 16-bit field that the other side reads and writes.
-struct LittleEndian<'a>(&'a AtomicU16);
-
-impl LittleEndian<'_> {
-    #[inline]
-    fn load(&self, order: Ordering) -> u16 {
-        u16::from_le(self.0.load(order))
-    }
-
-    #[inline]
-    fn store(&self, value: u16, order: Ordering) {
-        self.0.store(value.to_le(), order);
     }
 }
 
