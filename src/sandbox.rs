@@ -60,6 +60,8 @@ impl Sandbox {
         let kept = capabilities_needed(ports);
         let failed =
             |what: &str, error: &dyn std::fmt::Display| StartError::new(format!("{what}: {error}"));
+        // While we may: another user can't.
+        limit_capabilities(&kept).map_err(|error| failed("drop capabilities", &error))?;
         let user = become_user(confinement, !kept.is_empty())?;
         let kept = drop_capabilities(&kept).map_err(|error| failed("drop capabilities", &error))?;
         prctl::set_no_new_privs().map_err(|error| failed("set no_new_privs", &error))?;
@@ -155,16 +157,21 @@ fn find_group(name: &str) -> Option<Gid> {
     }
 }
 
-/// Drops all capabilities but `needed`, for good; names those that are left.
+/// Has no capability but `needed` be gained again by any means.
+fn limit_capabilities(needed: &HashSet<Capability>) -> Result<(), caps::errors::CapsError> {
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        for capability in caps::read(None, CapSet::Bounding)?.difference(needed) {
+            caps::drop(None, CapSet::Bounding, *capability)?;
+        }
+    }
+    Ok(())
+}
+
+/// Drops all capabilities but `needed`; names those that are left.
 fn drop_capabilities(needed: &HashSet<Capability>) -> Result<String, caps::errors::CapsError> {
     let have = caps::read(None, CapSet::Permitted)?;
     let kept: HashSet<Capability> = have.intersection(needed).copied().collect();
     caps::clear(None, CapSet::Ambient)?;
-    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
-        for capability in caps::read(None, CapSet::Bounding)?.difference(&kept) {
-            caps::drop(None, CapSet::Bounding, *capability)?;
-        }
-    }
     caps::clear(None, CapSet::Inheritable)?;
     caps::set(None, CapSet::Effective, &kept)?;
     caps::set(None, CapSet::Permitted, &kept)?;

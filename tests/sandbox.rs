@@ -26,6 +26,9 @@ const SOCK_STREAM: u64 = 1;
 const PROT_READ_EXEC: u64 = 5;
 const MAP_PRIVATE_ANONYMOUS: u64 = 0x22;
 
+/// NET_ADMIN, NET_RAW, IPC_LOCK, BPF.
+const FOR_SOCKETS: u64 = 1 << 12 | 1 << 13 | 1 << 14 | 1 << 39;
+
 /// The daemon's threads: their names and ids.
 fn threads(daemon: &Daemon) -> Vec<(String, Pid)> {
     let tasks = fs::read_dir(format!("/proc/{}/task", daemon.process())).unwrap();
@@ -140,10 +143,8 @@ fn files_stay_closed_without_the_filter_too() {
 fn every_thread_is_without_capabilities_and_says_so() {
     needs_root!("every_thread_is_without_capabilities_and_says_so");
     enter_namespace_with_veth(1);
-    // NET_ADMIN, NET_RAW, IPC_LOCK, BPF.
-    let for_sockets = 1u64 << 12 | 1 << 13 | 1 << 14 | 1 << 39;
     let some = "CAP_BPF CAP_IPC_LOCK CAP_NET_ADMIN CAP_NET_RAW";
-    for (host, kept, said) in [("--loopback", 0, "none"), ("--af-xdp=veth0", for_sockets, some)] {
+    for (host, kept, said) in [("--loopback", 0, "none"), ("--af-xdp=veth0", FOR_SOCKETS, some)] {
         let (daemon, _card) = serving(&[host]);
         assert_eq!(threads(&daemon).len(), 4);
         for (name, id) in threads(&daemon) {
@@ -167,7 +168,7 @@ fn every_thread_is_without_capabilities_and_says_so() {
 fn another_user_serves_all_the_same() {
     needs_root!("another_user_serves_all_the_same");
     let options = ["--user=nobody", "--group=nogroup"];
-    let check = |daemon: &Daemon, wire: &str| {
+    let check = |daemon: &Daemon, wire: &str, kept: u64| {
         // Over several connections: all that they need is there.
         for _ in 0..3 {
             let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
@@ -178,16 +179,20 @@ fn another_user_serves_all_the_same() {
             assert_eq!(status(daemon, id, "Uid"), all(65534), "{name}");
             assert_eq!(status(daemon, id, "Gid"), all(65534), "{name}");
             assert_eq!(status(daemon, id, "Groups"), "65534", "{name}");
+            for set in ["CapEff", "CapPrm", "CapBnd"] {
+                let have = u64::from_str_radix(&status(daemon, id, set), 16).unwrap();
+                assert_eq!(have, kept, "{set} of {name}");
+            }
         }
     };
     enter_new_namespace();
     fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
     ip("tuntap add dev tap0 mode tap vnet_hdr");
     ip("link set tap0 up");
-    check(&Daemon::start(&[&["--tap=tap0"][..], &options].concat()), "tap0");
+    check(&Daemon::start(&[&["--tap=tap0"][..], &options].concat()), "tap0", 0);
     enter_namespace_with_veth(1);
     let daemon = Daemon::start(&[&["--af-xdp=veth0"][..], &options].concat());
-    check(&daemon, "veth1");
+    check(&daemon, "veth1", FOR_SOCKETS);
     drop(daemon);
     assert!(!output("ip", "-d link show veth0").contains("prog/xdp"), "nothing is left behind");
 }
