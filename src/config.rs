@@ -3,26 +3,22 @@
 
 mod arguments;
 mod file;
+mod options;
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use log::LevelFilter;
 use serde::Deserialize;
 
-use crate::net_config::{MIN_MTU, MacAddress};
-use crate::sys::socket::MAX_PATH;
-use crate::sys::tap::MAX_NAME;
+use crate::net_config::MacAddress;
 
 pub use arguments::parse;
+use options::PortOptions;
 
 /// Queue pairs of a port at the most: virtio allows 32768, a frontend names rings with 8 bits.
 pub const MAX_QUEUE_PAIRS: u16 = 128;
-/// Longest name of a port in bytes.
-const MAX_PORT_NAME: usize = 63;
-const DEFAULT_MTU: u16 = 1500;
 
 /// What the daemon is asked for.
 #[derive(Debug)]
@@ -171,165 +167,6 @@ pub enum TxMethod {
     Writev,
 }
 
-/// A list of processors, as `2,4-7`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-struct CpuList(Vec<usize>);
-
-/// What may be said about a port, and what was not said: options of the command line and keys of
-/// the file have the same names and meanings.
-#[derive(Debug, Clone, Default, PartialEq, clap::Args, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-struct PortOptions {
-    /// The port's name, in messages [default: the host device's].
-    #[arg(long, value_name = "NAME")]
-    name: Option<String>,
-    /// Listen on this unix socket for the VMM.
-    #[arg(long, value_name = "PATH", group = "frontend")]
-    socket_path: Option<PathBuf>,
-    /// Use this inherited descriptor: a unix socket that listens, or is connected.
-    #[arg(long, value_name = "N", group = "frontend")]
-    fd: Option<RawFd>,
-    /// Connect to the VMM's unix socket, again and again for ever.
-    #[arg(long, value_name = "PATH", group = "frontend")]
-    connect: Option<PathBuf>,
-
-    /// Move frames to and from this TAP device, which is made if it is missing.
-    #[arg(long, value_name = "NAME", group = "host")]
-    tap: Option<String>,
-    /// Use these inherited descriptors of a TAP device's queues, one for each queue pair.
-    #[arg(long, value_name = "N[,N…]", group = "host", value_delimiter = ',')]
-    tap_fd: Vec<RawFd>,
-    /// Move frames through AF_XDP sockets on this device's queues, from N on one for each queue
-    /// pair, with the guest's memory as theirs. mode: whether its driver reads and writes that
-    /// memory itself; attach: where the XDP program runs; steer=mac: bring frames for --mac to the
-    /// queue by a flow rule.
-    #[arg(
-        long,
-        value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic][,steer=mac]",
-        group = "host"
-    )]
-    af_xdp: Option<AfXdp>,
-    /// Return each frame to the guest that sent it: for trying out a VMM or a driver.
-    #[arg(long, group = "host")]
-    loopback: bool,
-
-    /// Pairs of receive and transmit queues [default: 1, or one per --tap-fd].
-    #[arg(long, value_name = "N")]
-    queue_pairs: Option<u16>,
-    /// The card's MAC address, for a VMM that leaves it to us.
-    #[arg(long, value_name = "MAC")]
-    mac: Option<MacAddress>,
-    /// The card's MTU in bytes; frames up to the TAP's own MTU pass in any case [default: 1500].
-    #[arg(long, value_name = "N")]
-    mtu: Option<u16>,
-    /// Whether the guest may be given unsegmented frames [default: on]. Turn it off for guests
-    /// that forward frames, or attach XDP programs.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
-    guest_tso: Option<bool>,
-    /// Whether the guest may reset single rings (ethtool -G, XDP sockets) [default: off]. The VMM
-    /// must pass that on to us; QEMU up to 10.2 does not.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
-    ring_reset: Option<bool>,
-    /// Refuse guest memory whose file could be truncated, which would stop the port. QEMU's
-    /// memory-backend-memfd is sealed; files in a file system can't be.
-    #[arg(long, num_args = 0..=1, default_missing_value = "on", value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
-    require_sealed_memory: Option<bool>,
-    /// Look for work this long before going to sleep [default: 0].
-    #[arg(long, value_name = "MICROSECONDS")]
-    busy_poll: Option<u32>,
-    /// How bursts of frames are written to the TAP: auto measures at the start which is cheaper
-    /// [default: auto].
-    #[arg(long, value_name = "METHOD", value_enum)]
-    tx_method: Option<TxMethod>,
-    /// Processors for the queue pairs' threads, as 2,4-7: the first pair runs on the first, and
-    /// so on, around.
-    #[arg(long, value_name = "LIST")]
-    cpu_affinity: Option<CpuList>,
-}
-
-impl PortOptions {
-    /// These, and `defaults` for what they do not say. What names a frontend, a host or one card
-    /// has no default.
-    fn or(self, defaults: &Self) -> Self {
-        PortOptions {
-            queue_pairs: self.queue_pairs.or(defaults.queue_pairs),
-            mtu: self.mtu.or(defaults.mtu),
-            guest_tso: self.guest_tso.or(defaults.guest_tso),
-            ring_reset: self.ring_reset.or(defaults.ring_reset),
-            require_sealed_memory: self.require_sealed_memory.or(defaults.require_sealed_memory),
-            busy_poll: self.busy_poll.or(defaults.busy_poll),
-            tx_method: self.tx_method.or(defaults.tx_method),
-            cpu_affinity: self.cpu_affinity.or_else(|| defaults.cpu_affinity.clone()),
-            ..self
-        }
-    }
-
-    /// The port that they describe.
-    ///
-    /// # Errors
-    /// One line that says what is wrong.
-    fn check(self) -> Result<PortConfig, String> {
-        let name = self.name.map(port_name).transpose()?;
-        let frontend = match (self.socket_path, self.fd, self.connect) {
-            (Some(path), None, None) => Frontend::Listen(socket_path(path)?),
-            (None, Some(fd), None) => Frontend::Inherited(fd),
-            (None, None, Some(path)) => Frontend::Connect(socket_path(path)?),
-            _ => return Err("name one of socket-path, fd and connect".into()),
-        };
-        let queues_given = u16::try_from(self.tap_fd.len()).unwrap_or(u16::MAX);
-        let queue_pairs = self.queue_pairs.unwrap_or(queues_given.max(1));
-        if queue_pairs == 0 || queue_pairs > MAX_QUEUE_PAIRS {
-            return Err(format!(
-                "queue-pairs={queue_pairs} is not between 1 and {MAX_QUEUE_PAIRS}"
-            ));
-        }
-        let host = match (self.tap, self.af_xdp, self.loopback, queues_given) {
-            (Some(name), None, false, 0) => Host::Tap(device_name(&name)?),
-            (None, Some(af_xdp), false, 0) => Host::AfXdp(af_xdp),
-            (None, None, true, 0) => Host::Loopback,
-            (None, None, false, 1..) => Host::TapDescriptors(self.tap_fd),
-            _ => return Err("name one of tap, tap-fd, af-xdp and loopback".into()),
-        };
-        match &host {
-            Host::TapDescriptors(_) if queues_given != queue_pairs => {
-                return Err(format!(
-                    "queue-pairs={queue_pairs} but tap-fd names {queues_given} queues: \
-                     each pair needs one"
-                ));
-            }
-            Host::AfXdp(af_xdp) if af_xdp.steer && self.mac.is_none() => {
-                return Err("steer=mac needs the guest's address: mac".into());
-            }
-            Host::AfXdp(af_xdp) if af_xdp.steer && queue_pairs > 1 => {
-                return Err(format!(
-                    "steer=mac brings all frames to one queue, which does not go with \
-                     queue-pairs={queue_pairs}"
-                ));
-            }
-            _ => {}
-        }
-        let mtu = self.mtu.unwrap_or(DEFAULT_MTU);
-        if mtu < MIN_MTU {
-            return Err(format!("mtu={mtu} is less than {MIN_MTU}, the smallest of IPv4"));
-        }
-        Ok(PortConfig {
-            name,
-            frontend,
-            host,
-            queue_pairs,
-            mac: self.mac,
-            mtu,
-            guest_tso: self.guest_tso.unwrap_or(true),
-            ring_reset: self.ring_reset.unwrap_or(false),
-            require_sealed_memory: self.require_sealed_memory.unwrap_or(false),
-            busy_poll: Duration::from_micros(self.busy_poll.unwrap_or(0).into()),
-            tx_method: self.tx_method.unwrap_or(TxMethod::Auto),
-            cpu_affinity: self.cpu_affinity.map_or_else(Vec::new, |list| list.0),
-        })
-    }
-}
-
 impl PortConfig {
     /// What only one port can have: each socket, descriptor, name and host queue, as text.
     fn claims(&self) -> Vec<String> {
@@ -363,141 +200,5 @@ fn check_claims(ports: &[PortConfig]) -> Result<(), String> {
     match claims.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(format!("{} is named twice", pair[0])),
         None => Ok(()),
-    }
-}
-
-/// A name that can stand in messages, paths and metrics as it is.
-fn port_name(name: String) -> Result<String, String> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-    if name.is_empty()
-        || name.len() > MAX_PORT_NAME
-        || name.starts_with('.')
-        || !name.chars().all(plain)
-    {
-        return Err(format!(
-            "{name:?} is no name for a port: 1 to {MAX_PORT_NAME} letters, digits, -, _ and ., \
-             and no . at the start"
-        ));
-    }
-    Ok(name)
-}
-
-fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
-    let length = path.as_os_str().len();
-    if length > MAX_PATH {
-        return Err(format!(
-            "socket path {} has {length} bytes: a unix socket's path has {MAX_PATH} at the most",
-            path.display()
-        ));
-    }
-    if length == 0 {
-        return Err("the socket path is empty".into());
-    }
-    Ok(path)
-}
-
-/// A name that the kernel takes (`dev_valid_name`); `%` would make it number the device.
-fn device_name(name: &str) -> Result<String, String> {
-    let bad = name.is_empty()
-        || name.len() > MAX_NAME
-        || name == "."
-        || name == ".."
-        || name.contains(|c: char| {
-            c == '/' || c == ':' || c == '%' || c.is_whitespace() || c.is_control()
-        });
-    if bad {
-        return Err(format!(
-            "{name:?} is no name for a network device: 1 to {MAX_NAME} bytes without /, :, % or blanks"
-        ));
-    }
-    Ok(name.to_owned())
-}
-
-impl FromStr for AfXdp {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut parts = text.split(',');
-        let mut parsed = AfXdp {
-            name: device_name(parts.next().unwrap_or_default())?,
-            queue: 0,
-            mode: Mode::Auto,
-            attach: Attach::Auto,
-            steer: false,
-        };
-        for part in parts {
-            let (key, value) = part
-                .split_once('=')
-                .ok_or_else(|| format!("'{part}' is not of the form key=value"))?;
-            let one_of = |choices: &str| format!("'{value}' is no {key}: write {choices}");
-            match key {
-                "queue" => {
-                    parsed.queue = value.parse().map_err(|_| one_of("a number up to 65535"))?;
-                }
-                "mode" => {
-                    parsed.mode = <Mode as clap::ValueEnum>::from_str(value, false)
-                        .map_err(|_| one_of("auto, copy or zero-copy"))?;
-                }
-                "attach" => {
-                    parsed.attach = <Attach as clap::ValueEnum>::from_str(value, false)
-                        .map_err(|_| one_of("auto, native or generic"))?;
-                }
-                "steer" if value == "mac" => parsed.steer = true,
-                "steer" => return Err(one_of("mac")),
-                _ => return Err(format!("'{key}' is none of queue, mode, attach and steer")),
-            }
-        }
-        if parsed.mode == Mode::ZeroCopy && parsed.attach == Attach::Generic {
-            return Err(
-                "mode=zero-copy needs the driver: it does not go with attach=generic".into()
-            );
-        }
-        Ok(parsed)
-    }
-}
-
-impl TryFrom<String> for AfXdp {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-fn on_or_off(text: &str) -> Result<bool, String> {
-    match text {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err("write on or off".into()),
-    }
-}
-
-impl FromStr for CpuList {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let number = |text: &str| {
-            text.parse::<usize>().map_err(|_| format!("'{text}' is no processor number"))
-        };
-        let mut cpus = Vec::new();
-        for part in text.split(',') {
-            let (first, last) = match part.split_once('-') {
-                Some((first, last)) => (number(first)?, number(last)?),
-                None => (number(part)?, number(part)?),
-            };
-            if last < first || last >= libc::CPU_SETSIZE as usize {
-                return Err(format!("'{part}' is no range of processors"));
-            }
-            cpus.extend(first..=last);
-        }
-        Ok(CpuList(cpus))
-    }
-}
-
-impl TryFrom<String> for CpuList {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
     }
 }
