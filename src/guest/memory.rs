@@ -39,8 +39,8 @@ pub enum MemoryError {
     Empty,
     /// An address or offset plus the size is beyond 64 bits.
     Overflow,
-    /// The descriptor is not a regular file (memfd, hugetlbfs or shared memory).
-    NotAFile,
+    /// The descriptor is no memfd, and no file on tmpfs or hugetlbfs.
+    NotMemory,
     /// The descriptor is not open for reading and writing.
     ReadOnly,
     /// The region ends behind the end of its file.
@@ -65,10 +65,11 @@ impl fmt::Display for MemoryError {
         match self {
             MemoryError::Empty => write!(f, "the region is empty"),
             MemoryError::Overflow => write!(f, "its address plus its size is beyond 64 bits"),
-            MemoryError::NotAFile => write!(
+            MemoryError::NotMemory => write!(
                 f,
-                "its descriptor is no file that can be shared; give the guest memory from \
-                 memory-backend-memfd or memory-backend-file with share=on"
+                "its descriptor is no memory (a memfd, or a file on tmpfs or hugetlbfs); give the \
+                 guest memory from memory-backend-memfd, or memory-backend-file in /dev/shm or on \
+                 hugetlbfs, with share=on"
             ),
             MemoryError::ReadOnly => {
                 write!(f, "its descriptor is not open for reading and writing")
@@ -124,10 +125,7 @@ impl Region {
         let ends =
             [guest_address, frontend_address, file_offset].map(|from| from.checked_add(size));
         let [Some(_), Some(_), Some(end)] = ends else { return Err(MemoryError::Overflow) };
-        let facts = file_facts(&file).map_err(MemoryError::Map)?;
-        if !facts.regular {
-            return Err(MemoryError::NotAFile);
-        }
+        let facts = file_facts(&file).map_err(MemoryError::Map)?.ok_or(MemoryError::NotMemory)?;
         if !facts.writable {
             return Err(MemoryError::ReadOnly);
         }
@@ -402,7 +400,7 @@ mod tests {
         for path in ["/dev/zero", "/"] {
             let file = File::open(path).unwrap();
             let error = GuestMemory::map([(region(0, 0x1000), file)]).unwrap_err();
-            assert!(matches!(error, MemoryError::NotAFile), "{path}: {error}");
+            assert!(matches!(error, MemoryError::NotMemory), "{path}: {error}");
         }
     }
 

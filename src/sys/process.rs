@@ -97,11 +97,9 @@ impl Interruptible {
     }
 }
 
-/// What must be known of a file before it is mapped.
+/// What must be known of a file before it is mapped as memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileFacts {
-    /// Whether it is a regular file (which memfd, hugetlbfs and shm files are).
-    pub regular: bool,
     /// Whether it was opened for reading and writing.
     pub writable: bool,
     /// Size in bytes.
@@ -113,9 +111,20 @@ pub struct FileFacts {
     pub alignment: u64,
 }
 
-/// Reads them.
-pub fn file_facts(file: &File) -> io::Result<FileFacts> {
+/// Reads them, or returns nothing if the file is not memory: a memfd, or a file on tmpfs or
+/// hugetlbfs.
+///
+/// Any other file system could hold us up: one of the frontend's own (FUSE) answers when it
+/// likes, to a question as well as to a touch of the mapped file.
+pub fn file_facts(file: &File) -> io::Result<Option<FileFacts>> {
     const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+    // The kernel knows seals of memory only (memfd_file_seals_ptr), and looks for them nowhere
+    // else. Directories and devices of tmpfs have none either.
+    // SAFETY: reads the seals of a descriptor that we own.
+    let seals = match unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS)) } {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(None),
+        seals => seals?,
+    };
     // SAFETY: all zeros is a valid value of both; the kernel fills them during the calls.
     let (stat, fs) = unsafe {
         let mut stat: libc::stat64 = mem::zeroed();
@@ -126,16 +135,13 @@ pub fn file_facts(file: &File) -> io::Result<FileFacts> {
     };
     // SAFETY: reads the flags of a descriptor that we own.
     let flags = unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))? };
-    // SAFETY: as above. Files that can't be sealed answer EINVAL.
-    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
     let page = page_size();
-    Ok(FileFacts {
-        sealed: seals >= 0 && seals & libc::F_SEAL_SHRINK != 0,
-        regular: stat.st_mode & libc::S_IFMT == libc::S_IFREG,
+    Ok(Some(FileFacts {
         writable: flags & libc::O_ACCMODE == libc::O_RDWR,
         size: stat.st_size as u64,
+        sealed: seals & libc::F_SEAL_SHRINK != 0,
         alignment: if fs.f_type == HUGETLBFS_MAGIC { page.max(fs.f_bsize as u64) } else { page },
-    })
+    }))
 }
 
 /// The size of a page in bytes.

@@ -336,7 +336,13 @@ fn hostile_11_memory_that_is_no_memory_is_refused_and_a_cut_file_costs_its_port_
     let (reader, _writer) = std::io::pipe().unwrap();
     let ram = Ram::new(0, 0x1000);
     let read_only = File::open(format!("/proc/self/fd/{}", ram.file.as_raw_fd())).unwrap();
-    let wrong: [OwnedFd; 6] = [
+    // An ordinary file may be on a file system of the VMM's own, which answers when it likes.
+    let ordinary = concat!(env!("CARGO_TARGET_TMPDIR"), "/ordinary");
+    let options = File::options().read(true).write(true).create(true).truncate(true).to_owned();
+    let ordinary = options.open(ordinary).unwrap();
+    ordinary.set_len(0x1000).unwrap();
+    let wrong: [OwnedFd; 7] = [
+        ordinary.into(),
         File::open("/dev/zero").unwrap().into(),
         File::open("/").unwrap().into(),
         reader.into(),
