@@ -1,7 +1,8 @@
 //! The system calls of each role.
 //!
 //! Found by tracing the daemon through its tests, and read against what the standard library and
-//! the C library do on their own: they allocate, take locks, and end threads.
+//! the C library do on their own: they allocate, take locks, end threads, and ask the kernel for
+//! the time where the vDSO can't tell.
 
 use std::collections::BTreeMap;
 
@@ -17,6 +18,7 @@ use super::Role;
 /// time, use descriptors that are open, end.
 const COMMON: &[c_long] = &[
     libc::SYS_brk,
+    libc::SYS_clock_getres,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
     libc::SYS_close,
@@ -26,6 +28,7 @@ const COMMON: &[c_long] = &[
     libc::SYS_getpid,
     libc::SYS_getrandom,
     libc::SYS_gettid,
+    libc::SYS_gettimeofday,
     libc::SYS_madvise,
     libc::SYS_mremap,
     libc::SYS_munmap,
@@ -40,6 +43,8 @@ const COMMON: &[c_long] = &[
     libc::SYS_set_robust_list,
     libc::SYS_sigaltstack,
     libc::SYS_tgkill,
+    libc::SYS_time,
+    libc::SYS_tkill,
     libc::SYS_write,
     libc::SYS_writev,
 ];
