@@ -4,6 +4,7 @@ mod af_xdp;
 mod af_xdp_survival;
 mod cli;
 mod echo;
+mod fuzzing;
 mod hostile;
 mod lifecycle;
 mod oracle;

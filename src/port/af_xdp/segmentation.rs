@@ -13,7 +13,7 @@ const TCP_CWR: u8 = 0x80;
 
 /// How a frame is to be cut.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Segmentation {
+pub struct Segmentation {
     network: usize,
     transport: usize,
     /// Bytes before the payload.
@@ -31,7 +31,7 @@ pub(super) struct Segmentation {
 impl Segmentation {
     /// How to cut a frame of `length` bytes that was admitted with this header, and whose headers
     /// `start` holds; nothing if it is not to be cut.
-    pub(super) fn of(header: &VnetHeader, start: &[u8], length: usize) -> Option<Self> {
+    pub fn of(header: &VnetHeader, start: &[u8], length: usize) -> Option<Self> {
         if !header.is_segmented() {
             return None;
         }
@@ -50,22 +50,22 @@ impl Segmentation {
     }
 
     /// Length in bytes of the longest segment, as a frame.
-    pub(super) fn longest(&self) -> usize {
+    pub fn longest(&self) -> usize {
         self.headers + self.size.min(self.payload)
     }
 
     /// Bytes before each segment's payload.
-    pub(super) fn headers(&self) -> usize {
+    pub fn headers(&self) -> usize {
         self.headers
     }
 
     /// Payload bytes of the segment that begins at `offset` of the payload.
-    pub(super) fn payload_at(&self, offset: usize) -> usize {
+    pub fn payload_at(&self, offset: usize) -> usize {
         self.size.min(self.payload - offset)
     }
 
     /// Whether that segment is the last.
-    pub(super) fn is_last(&self, offset: usize) -> bool {
+    pub fn is_last(&self, offset: usize) -> bool {
         self.payload - offset <= self.size
     }
 
@@ -74,7 +74,7 @@ impl Segmentation {
     ///
     /// # Panics
     /// If `whole` is shorter than the headers.
-    pub(super) fn headers_at(&self, whole: &[u8], offset: usize) -> [u8; MAX_HEADERS] {
+    pub fn headers_at(&self, whole: &[u8], offset: usize) -> [u8; MAX_HEADERS] {
         let mut bytes = [0; MAX_HEADERS];
         bytes[..self.headers].copy_from_slice(&whole[..self.headers]);
         let network = &mut bytes[self.network..self.headers];

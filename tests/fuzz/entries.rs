@@ -1,0 +1,442 @@
+//! What the fuzzer calls with its bytes, and the ordinary tests with seeded ones. They assert what
+//! must hold whatever the bytes are; memory errors are for the sanitizer to find.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vhost_user_net::device::{Device, Refusal};
+use vhost_user_net::features::{Negotiated, Offer, OfferOptions, PortOffloads};
+use vhost_user_net::guest::{
+    Budget, Burst, Chain, Direction, GuestMemory, Notification, Readable, RegionRequest,
+    RingLayout, Virtqueue, Writable,
+};
+use vhost_user_net::net_config::NetConfig;
+use vhost_user_net::port::HostQueue;
+use vhost_user_net::port::af_xdp::segmentation::Segmentation;
+use vhost_user_net::protocol::{Connection, Event};
+use vhost_user_net::sandbox::Sandbox;
+use vhost_user_net::vnet_header::{Admission, Headers, PrivateStart, admit};
+use vhost_user_net::worker::{Worker, WorkerOptions};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// Memory: two regions beside each other for the guest, and apart here.
+const REGION: u64 = 0x4000;
+/// Where a ring's parts lie as a rule: near the start, so that few bytes make a whole ring.
+const AVAIL: u64 = 0x200;
+const USED: u64 = 0x280;
+const FRONTEND_BASE: u64 = 0x5555_0000_0000;
+
+fn memfd(size: u64) -> File {
+    let file = File::from(memfd_create(c"fuzz", MFdFlags::empty()).unwrap());
+    file.set_len(size).unwrap();
+    file
+}
+
+fn offer() -> Offer {
+    let options = OfferOptions { guest_segmentation: true, mac: true, ring_reset: true };
+    Offer::new(PortOffloads::ALL, options)
+}
+
+/// A number between 0 and `limit`, from bytes that may have ended.
+fn take<const N: usize>(data: &mut &[u8]) -> [u8; N] {
+    let mut bytes = [0; N];
+    let count = N.min(data.len());
+    bytes[..count].copy_from_slice(&data[..count]);
+    *data = &data[count..];
+    bytes
+}
+
+fn byte(data: &mut &[u8]) -> u8 {
+    take::<1>(data)[0]
+}
+
+/// The guest's memory, and the file behind each region.
+struct Guest {
+    files: [File; 2],
+    memory: GuestMemory,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let files = [memfd(REGION), memfd(REGION)];
+        let request = |index: u64| RegionRequest {
+            guest_address: index * REGION,
+            size: REGION,
+            frontend_address: FRONTEND_BASE + index * REGION,
+            file_offset: 0,
+        };
+        let regions = (0..).zip(&files).map(|(i, file)| (request(i), file.try_clone().unwrap()));
+        let memory = GuestMemory::map(regions).unwrap();
+        Guest { files, memory }
+    }
+
+    /// Fills it with the bytes, again and again if they are too few for more than a corner.
+    fn write(&self, data: &[u8]) {
+        let mut bytes = vec![0; 2 * REGION as usize];
+        let length = data.len().min(bytes.len());
+        bytes[..length].copy_from_slice(&data[..length]);
+        for (file, part) in self.files.iter().zip(bytes.chunks(REGION as usize)) {
+            file.write_all_at(part, 0).unwrap();
+        }
+    }
+
+    /// Whether each byte of a chain lies in a region.
+    fn check<D: Direction>(&self, chain: &Chain<'_, D>) {
+        let mut total = 0;
+        for segment in chain.segments() {
+            let inside = |start: usize, length: usize| {
+                segment.address() >= start && segment.address() + segment.len() <= start + length
+            };
+            assert!(self.memory.mappings().any(|region| inside(region.start, region.length)));
+            total += segment.len();
+        }
+        assert_eq!(total, chain.len());
+    }
+}
+
+thread_local! {
+    static GUEST: Guest = Guest::new();
+    static FLIPPER: Flipper = GUEST.with(Flipper::start);
+    static SERVED: RefCell<Served> = RefCell::new(Served::new());
+}
+
+/// Where a ring lies, how it notifies: from the first bytes, mostly sensible.
+fn ring(data: &mut &[u8]) -> (RingLayout, Notification) {
+    let [size, flags] = take(data);
+    let place = |data: &mut &[u8], usual: u64| {
+        let [kind, low, high] = take(data);
+        match kind {
+            0xff => u64::from(u16::from_le_bytes([low, high])) << 1,
+            _ => usual,
+        }
+    };
+    let layout = RingLayout {
+        size: 1 << (size % 6),
+        descriptors: GuestAddress(place(data, 0)),
+        avail: GuestAddress(place(data, AVAIL)),
+        used: GuestAddress(place(data, USED)),
+    };
+    (layout, Notification { event_idx: flags & 1 != 0, indirect: flags & 2 != 0 })
+}
+
+/// Walks a ring as a worker does; `each` sees what was popped.
+fn walk<D: Direction>(
+    guest: &Guest,
+    layout: RingLayout,
+    notification: Notification,
+    mut each: impl FnMut(&Chain<'_, D>) -> u32,
+) {
+    let Ok(mut queue) = Virtqueue::<D>::start(&guest.memory, layout, notification) else { return };
+    let mut burst = Burst::new();
+    for last in [false, false, false, false, true] {
+        let budget = Budget { chains: 8, bytes: 1 << 20 };
+        let popped = queue.pop(&mut burst, budget);
+        assert!(burst.len() <= usize::from(layout.size), "more chains than heads");
+        if last {
+            // As a session that ends.
+            burst.drain(..).for_each(|chain| queue.take_back(chain));
+            return;
+        }
+        queue.disarm();
+        for chain in burst.drain(..) {
+            guest.check(&chain);
+            let written = each(&chain);
+            queue.retire(chain, written);
+        }
+        queue.publish();
+        if popped.is_err() || queue.arm().is_err() {
+            return;
+        }
+    }
+}
+
+/// Bytes as a ring, its descriptors, and the memory that they point to.
+pub fn rings(mut data: &[u8]) {
+    let (layout, notification) = ring(&mut data);
+    GUEST.with(|guest| {
+        guest.write(data);
+        walk_both(guest, layout, notification);
+    });
+}
+
+fn walk_both(guest: &Guest, layout: RingLayout, notification: Notification) {
+    let mut start = PrivateStart::default();
+    let admission = admission(&negotiated(u64::MAX));
+    walk::<Readable>(guest, layout, notification, |chain| {
+        if admit(chain, &admission, &mut start).is_ok() {
+            check_admitted(&start, &admission, chain.len() - admission.header_length);
+        }
+        let mut bytes = [0; 64];
+        chain.read_start(&mut bytes);
+        0
+    });
+    walk::<Writable>(guest, layout, notification, |chain| {
+        chain.write_at(0, &[0x5a; 12]);
+        chain.write_at(chain.len() / 2, &[0xa5; 100]);
+        chain.len().min(u32::MAX as usize) as u32
+    });
+}
+
+/// A thread that writes to a guest's memory while it has a seed.
+struct Flipper {
+    seed: Arc<AtomicU64>,
+    /// It has seen that there is none.
+    idle: Arc<AtomicBool>,
+}
+
+impl Flipper {
+    fn start(guest: &Guest) -> Self {
+        let file = FileOffset::new(guest.files[0].try_clone().unwrap(), 0);
+        let range = (GuestAddress(0), REGION as usize, Some(file));
+        let memory = GuestMemoryMmap::<()>::from_ranges_with_files([range]).unwrap();
+        let flipper = Flipper { seed: Arc::default(), idle: Arc::default() };
+        let (seed, idle) = (flipper.seed.clone(), flipper.idle.clone());
+        std::thread::spawn(move || {
+            loop {
+                let mut state = seed.load(Ordering::SeqCst);
+                idle.store(state == 0, Ordering::SeqCst);
+                if state == 0 {
+                    std::thread::yield_now();
+                }
+                while state != 0 && seed.load(Ordering::Relaxed) != 0 {
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    // Descriptors and indices more than the rest.
+                    let limit = [0x100, AVAIL + 0x10, USED + 0x10, REGION][(state % 4) as usize];
+                    let place = (state >> 8) % limit;
+                    memory.write_obj((state >> 32) as u8, GuestAddress(place)).unwrap();
+                }
+            }
+        });
+        flipper
+    }
+
+    fn run(&self, seed: u64, meanwhile: impl FnOnce()) {
+        self.idle.store(false, Ordering::SeqCst);
+        self.seed.store(seed | 1, Ordering::SeqCst);
+        meanwhile();
+        self.seed.store(0, Ordering::SeqCst);
+        while !self.idle.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// The same, while another thread writes to it all.
+pub fn race(mut data: &[u8]) {
+    let (layout, notification) = ring(&mut data);
+    GUEST.with(|guest| {
+        FLIPPER.with(|flipper| {
+            let seed = u64::from_le_bytes(take(&mut { data }));
+            guest.write(data);
+            flipper.run(seed, || (0..4).for_each(|_| walk_both(guest, layout, notification)));
+        });
+    });
+}
+
+fn negotiated(bits: u64) -> Negotiated {
+    offer().accept(bits & offer().bits()).unwrap()
+}
+
+fn admission(negotiated: &Negotiated) -> Admission {
+    Admission {
+        header_length: negotiated.header_length(),
+        offloads: negotiated.host(),
+        max_frame: 1522,
+    }
+}
+
+/// What a frame may count on that was admitted.
+fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
+    let header = start.header();
+    assert!(header.accepted_by(&admission.offloads), "{header:?}");
+    if header.needs_checksum() {
+        let end = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
+        assert!(end <= length, "{header:?} of {length} bytes");
+    }
+    if !header.is_segmented() {
+        assert!(length <= admission.max_frame);
+    }
+    let whole = &start.bytes()[admission.header_length..];
+    let Some(how) = Segmentation::of(&header, whole, length) else {
+        assert!(!header.is_segmented(), "a frame that can't be cut: {header:?}");
+        return;
+    };
+    assert!(header.gso_size > 0 && how.headers() <= length);
+    let mut offset = 0;
+    loop {
+        let headers = how.headers_at(whole, offset);
+        assert!(how.headers() + how.payload_at(offset) <= how.longest());
+        assert_eq!(headers[..12], whole[..12], "the addresses stay");
+        if how.is_last(offset) {
+            break;
+        }
+        offset += how.payload_at(offset);
+    }
+    assert_eq!(offset + how.payload_at(offset) + how.headers(), length);
+}
+
+/// Bytes as features, a header and a frame, in pieces.
+pub fn headers(mut data: &[u8]) {
+    let bits = u64::from_le_bytes(take(&mut data));
+    let [pieces, piece] = take(&mut data);
+    // A frame of some length that repeats its last bytes.
+    let [low, high] = take(&mut data);
+    let length = usize::from(u16::from_le_bytes([low, high]));
+    let negotiated = negotiated(bits);
+    let admission = admission(&negotiated);
+    let mut bytes = data.to_vec();
+    bytes.resize(length.clamp(data.len().min(0x3000), 0x3000), 0x11);
+    Headers::parse(&bytes);
+    GUEST.with(|guest| {
+        // Descriptors at 0, the ring behind them, the frame in the second region.
+        let mut memory = vec![0; 2 * REGION as usize];
+        let count = usize::from(pieces % 8) + 1;
+        let each = (usize::from(piece) + 1).min(bytes.len().max(1));
+        let mut place = 0;
+        for index in 0..count {
+            let rest = bytes.len() - place;
+            let length = if index + 1 == count { rest } else { each.min(rest) };
+            let next = u16::from(index + 1 < count);
+            let descriptor = &mut memory[16 * index..16 * index + 16];
+            descriptor[..8].copy_from_slice(&(REGION + place as u64).to_le_bytes());
+            descriptor[8..12].copy_from_slice(&(length as u32).to_le_bytes());
+            descriptor[12..14].copy_from_slice(&next.to_le_bytes());
+            descriptor[14..16].copy_from_slice(&(index as u16 + 1).to_le_bytes());
+            place += length;
+        }
+        memory[AVAIL as usize + 2] = 1;
+        memory[REGION as usize..][..bytes.len()].copy_from_slice(&bytes);
+        guest.write(&memory);
+        let layout = RingLayout {
+            size: 16,
+            descriptors: GuestAddress(0),
+            avail: GuestAddress(AVAIL),
+            used: GuestAddress(USED),
+        };
+        let mut start = PrivateStart::default();
+        let mut seen = 0;
+        walk::<Readable>(
+            guest,
+            layout,
+            Notification { event_idx: false, indirect: false },
+            |chain| {
+                seen += 1;
+                assert_eq!(chain.len(), bytes.len());
+                if admit(chain, &admission, &mut start).is_ok() {
+                    let length = chain.len() - admission.header_length;
+                    check_admitted(&start, &admission, length);
+                }
+                0
+            },
+        );
+        assert_eq!(seen, 1);
+    });
+}
+
+/// A device with a worker, and what a frontend may send along.
+struct Served {
+    device: Device,
+    memory: File,
+    short: File,
+    event: EventFd,
+}
+
+impl Served {
+    fn new() -> Self {
+        let options = WorkerOptions {
+            name: "fuzz/0".into(),
+            cpu: None,
+            busy_poll: Duration::ZERO,
+            sandbox: Sandbox::NONE,
+        };
+        let worker = Worker::start(HostQueue::Loopback, options).unwrap();
+        let config = NetConfig { mac: Default::default(), queue_pairs: 1, mtu: 1500 };
+        Served {
+            device: Device::new("fuzz".into(), offer(), config, vec![worker]),
+            memory: memfd(REGION),
+            short: memfd(0x1000),
+            event: EventFd::new(EFD_NONBLOCK).unwrap(),
+        }
+    }
+
+    fn descriptor(&self, kind: u8) -> RawFd {
+        match kind % 4 {
+            0 => self.memory.as_raw_fd(),
+            1 => self.short.as_raw_fd(),
+            2 => self.event.as_raw_fd(),
+            _ => 0,
+        }
+    }
+}
+
+/// Bytes as the guest's memory and a frontend's messages, each with descriptors.
+///
+/// A message is: request; flags; how many descriptors; which; length of the payload; the payload.
+/// Request 255 stands for a payload without a header before it.
+pub fn messages(mut data: &[u8]) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_nonblocking(true).unwrap();
+    let mut connection = Connection::new(ours).unwrap();
+    SERVED.with_borrow_mut(|served| {
+        // The rings' part of memory, small enough to leave bytes for messages.
+        let memory = &data[..data.len().min(128 * usize::from(byte(&mut data) % 8))];
+        served.memory.write_all_at(memory, 0).unwrap();
+        data = &data[memory.len().min(data.len())..];
+        for _ in 0..64 {
+            if data.is_empty() {
+                break;
+            }
+            let [code, flags, count, kind, length] = take(&mut data);
+            let payload = &data[..usize::from(length).min(data.len())];
+            data = &data[payload.len()..];
+            let mut bytes = Vec::new();
+            if code != 255 {
+                let length =
+                    if flags & 0x80 != 0 { u32::from(flags) } else { payload.len() as u32 };
+                for word in [u32::from(code), 1 | u32::from(flags & 0x48), length] {
+                    bytes.extend(word.to_ne_bytes());
+                }
+            }
+            bytes.extend(payload);
+            let fds: Vec<RawFd> = (0..count % 10)
+                .map(|index| served.descriptor(kind.rotate_right(index.into())))
+                .collect();
+            if theirs.send_with_fds(&[&bytes[..]], &fds).is_err() && fds.is_empty() {
+                continue;
+            }
+            if !drain(&mut connection, &mut served.device) {
+                break;
+            }
+            // Replies go unread until the socket is full, which is a case of its own.
+        }
+        served.device.forget();
+    });
+}
+
+/// Handles whatever has come; says whether the connection lives.
+fn drain(connection: &mut Connection, device: &mut Device) -> bool {
+    loop {
+        let message = match connection.receive() {
+            Ok(Event::Message(message)) => message,
+            Ok(Event::Pending) => return true,
+            Ok(Event::Closed) | Err(_) => return false,
+        };
+        let code = message.code;
+        match device.handle(message) {
+            Ok(Some(reply)) if connection.send(code, &reply).is_err() => return false,
+            Ok(_) | Err(Refusal::Refused(_)) => {}
+            Err(Refusal::Unanswerable(_)) => return false,
+        }
+    }
+}

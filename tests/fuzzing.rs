@@ -1,0 +1,73 @@
+//! The fuzzer's entries with the bytes that it has found worth keeping, and with seeded variations
+//! of them: the same code, on a stable compiler and without a sanitizer.
+
+#[allow(unreachable_pub)]
+#[path = "fuzz/entries.rs"]
+mod entries;
+
+use std::fs;
+use std::path::Path;
+
+/// Variations of each input.
+const VARIATIONS: usize = 8;
+
+/// Numbers that look random, the same each time (xorshift).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) as usize % limit.max(1)
+    }
+}
+
+/// Calls `entry` with every input that is kept for it, as it is and varied; returns how many
+/// inputs there were.
+fn replay(target: &str, entry: fn(&[u8])) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
+    let mut files: Vec<_> =
+        fs::read_dir(&directory).unwrap().map(|file| file.unwrap().path()).collect();
+    files.sort_unstable();
+    assert!(files.len() > 5, "{} is nearly empty", directory.display());
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    for file in &files {
+        let input = fs::read(file).unwrap();
+        println!("{}", file.display());
+        entry(&input);
+        for _ in 0..VARIATIONS {
+            let mut varied = input.clone();
+            for _ in 0..1 + numbers.below(4) {
+                let place = numbers.below(varied.len());
+                match numbers.below(4) {
+                    0 if !varied.is_empty() => varied[place] = numbers.below(256) as u8,
+                    1 if !varied.is_empty() => varied[place] ^= 1 << numbers.below(8),
+                    2 => varied.truncate(place),
+                    _ => varied.insert(place, numbers.below(256) as u8),
+                }
+            }
+            entry(&varied);
+        }
+    }
+}
+
+#[test]
+fn messages_of_any_kind_are_survived() {
+    replay("messages", entries::messages);
+}
+
+#[test]
+fn rings_of_any_kind_are_survived() {
+    replay("rings", entries::rings);
+}
+
+#[test]
+fn rings_that_change_meanwhile_are_survived() {
+    replay("race", entries::race);
+}
+
+#[test]
+fn headers_of_any_kind_are_survived() {
+    replay("headers", entries::headers);
+}
