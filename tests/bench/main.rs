@@ -1,7 +1,7 @@
 //! The benchmark: `cargo bench` prints what a chain costs in the ring, what a frame costs the
 //! daemon through a TAP and through AF_XDP, and what TCP reaches in a real guest, each beside its
-//! peer or a bare loop in the same run. `cargo bench -- ring` (or `tap`, `af_xdp`, `guest`) runs a
-//! part.
+//! peer or a bare loop in the same run; and what a flooding guest costs its neighbours.
+//! `cargo bench -- ring` (or `tap`, `af_xdp`, `fairness`, `guest`) runs a part.
 //!
 //! Judge by ratios within one run. "ns" is on-CPU time of all threads, kernel work in their system
 //! calls included; the daemon or loop measured has processor 1, everything else processor 0.
@@ -11,6 +11,7 @@
 mod support;
 
 mod af_xdp;
+mod fairness;
 mod guest;
 mod measure;
 mod ring;
@@ -20,8 +21,13 @@ fn main() {
     // cargo passes --bench.
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let parts: [(&str, fn()); 4] =
-        [("ring", ring::run), ("tap", tap::run), ("af_xdp", af_xdp::run), ("guest", guest::run)];
+    let parts: [(&str, fn()); 5] = [
+        ("ring", ring::run),
+        ("tap", tap::run),
+        ("af_xdp", af_xdp::run),
+        ("fairness", fairness::run),
+        ("guest", guest::run),
+    ];
     for (name, run) in parts {
         if wanted.is_empty() || wanted.iter().any(|word| word == name) {
             // Each in a thread of its own: it may move into a network namespace.
