@@ -1,7 +1,7 @@
 //! The log: lines on standard error, which no thread waits for and no tenant can flood.
 //!
-//! Each line is of one place in the source about one port. Of such lines [`BURST`] are written in
-//! [`WINDOW`], and the rest is counted. A thread of its own writes them: if nobody reads standard
+//! Each line is of one place in the source about one port. Of such lines `BURST` are written in
+//! `WINDOW`, and the rest is counted. A thread of its own writes them: if nobody reads standard
 //! error, lines are lost, and counted, and the ports run on.
 
 use std::collections::HashMap;
