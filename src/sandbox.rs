@@ -22,7 +22,7 @@ use nix::sys::prctl;
 use nix::unistd::{Gid, Group, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 
-use crate::config::{Confinement, Host, PortConfig, Seccomp};
+use crate::config::{Confinement, Frontend, Host, PortConfig, Seccomp};
 use crate::daemon::StartError;
 
 /// What a thread does.
@@ -212,7 +212,7 @@ fn restrict_files(ports: &[PortConfig]) -> Result<String, landlock::RulesetError
 /// Where the socket lies that the port made.
 fn socket_directory(port: &PortConfig) -> Option<PathBuf> {
     match &port.frontend {
-        crate::config::Frontend::Listen(path) => {
+        Frontend::Listen(path) => {
             let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
             Some(parent.unwrap_or(Path::new(".")).to_owned())
         }

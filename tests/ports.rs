@@ -4,16 +4,14 @@ use std::fs;
 
 use nix::sys::signal::Signal;
 
-use crate::support::daemon::{Daemon, program};
+use crate::support::daemon::{Daemon, port, program};
 use crate::support::driver::{Card, Options};
 use crate::support::eventually;
 use crate::support::frontend::Frontend;
 
 fn two_ports() -> Daemon {
-    let port = |name| {
-        format!("[[port]]\nname = \"{name}\"\nsocket-path = \"{{}}/{name}\"\nloopback = true\n")
-    };
-    Daemon::with_config(&(port("one") + &port("two")), "two")
+    let one = port("one", "loopback = true");
+    Daemon::with_config(&(one + &port("two", "loopback = true")), "two")
 }
 
 fn card(daemon: &Daemon, port: &str) -> Card {
@@ -46,11 +44,7 @@ fn several_ports_are_served_at_once_and_each_ends_for_itself() {
 #[test]
 fn a_port_more_costs_little_memory() {
     let ports = |count: usize| {
-        let port = |number| {
-            format!(
-                "[[port]]\nname = \"p{number}\"\nsocket-path = \"{{}}/p{number}\"\nloopback = true\n"
-            )
-        };
+        let port = |number| port(&format!("p{number}"), "loopback = true");
         let contents: String = (0..count).map(port).collect();
         let daemon = Daemon::with_config(&contents, &format!("p{}", count - 1));
         daemon.private_kilobytes()

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
 use crate::support::hostile::Refilling;
@@ -43,9 +43,7 @@ fn turn(cards: &mut [Card], times: &mut Vec<Duration>) {
 }
 
 pub(super) fn run() {
-    let port = |name: &str| {
-        format!("[[port]]\nname = \"{name}\"\nsocket-path = \"{{}}/{name}\"\nloopback = true\n")
-    };
+    let port = |name: &str| port(name, "loopback = true");
     let names: Vec<String> = (0..QUIET).map(|number| format!("quiet{number}")).collect();
     let contents: String = names.iter().map(|name| port(name)).collect();
     let daemon = Daemon::with_config(&(contents + &port("flood")), "flood");

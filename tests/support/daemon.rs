@@ -29,6 +29,12 @@ pub(crate) fn program() -> Command {
     command
 }
 
+/// What a file says of a port `name`, whose socket has that name too; `rest` is its host side and
+/// the like.
+pub(crate) fn port(name: &str, rest: &str) -> String {
+    format!("[[port]]\nname = \"{name}\"\nsocket-path = \"{{}}/{name}\"\n{rest}\n")
+}
+
 impl Daemon {
     /// Starts it on a socket in a directory of its own, and waits until it listens.
     pub(crate) fn start(options: &[&str]) -> Self {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use vhost::vhost_user::message::FrontendReq;
 
-use super::daemon::Daemon;
+use super::daemon::{Daemon, port};
 use super::driver::{Card, HEADER, Options};
 use super::eventually;
 use super::frontend::Frontend;
@@ -132,12 +132,7 @@ pub(crate) struct Scene {
 impl Scene {
     /// A daemon with a port named `attacked`, and its neighbour.
     pub(crate) fn new(case: u8) -> Self {
-        Self::with(case, "loopback = true\nqueue-pairs = 2\n")
-    }
-
-    /// The same, with what the file says about the attacked port.
-    pub(crate) fn with(case: u8, attacked: &str) -> Self {
-        Self::between(case, attacked, None)
+        Self::between(case, "loopback = true\nqueue-pairs = 2\n", None)
     }
 
     /// The same on a TAP, in a fresh namespace.
@@ -161,15 +156,11 @@ impl Scene {
         ip("link add veth2 type veth peer name veth3");
         ip("link set veth2 up");
         ip("link set veth3 up");
-        let other = "[[port]]\nname = \"other\"\nsocket-path = \"{}/other\"\naf-xdp = \"veth2\"\n";
-        let ports = format!("af-xdp = \"veth0\"\n{other}");
+        let ports = "af-xdp = \"veth0\"\n".to_owned() + &port("other", "af-xdp = \"veth2\"");
         Self::between(case, &ports, Some(Wire::open("veth1")))
     }
 
     fn between(case: u8, attacked: &str, wire: Option<Wire>) -> Self {
-        let port = |name: &str, rest: &str| {
-            format!("[[port]]\nname = \"{name}\"\nsocket-path = \"{{}}/{name}\"\n{rest}")
-        };
         let contents = port("attacked", attacked) + &port("quiet", "loopback = true\n");
         let daemon = Daemon::with_config(&contents, "quiet");
         let quiet = Frontend::new(daemon.connect_to("quiet"));
