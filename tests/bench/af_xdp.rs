@@ -38,7 +38,7 @@ const PLACE: u64 = 76;
 /// Headers that a frame of two descriptors has in its first.
 const HEADERS: usize = 64;
 
-fn veth(name: &str) {
+pub(super) fn veth(name: &str) {
     ip(&format!("link add {name}0 type veth peer name {name}1"));
     ip(&format!("link set {name}0 up"));
     ip(&format!("link set {name}1 up"));
@@ -294,12 +294,12 @@ impl Drop for Backend<'_> {
     }
 }
 
-/// What the daemon spends on frames that a driver takes which costs next to nothing.
-fn lean_rx_cost(daemon: &Daemon, length: usize) -> Cost {
+/// What the daemon spends on frames from `wire` that a driver takes which costs next to nothing.
+pub(super) fn lean_rx_cost(daemon: &Daemon, wire: &str, length: usize) -> Cost {
     let options = Options { size: 1024, ..Options::default() };
     let mut card = Card::start(Frontend::new(daemon.connect()), options);
     card.send(0, &[0; 5]);
-    let mut load = Load::start("veth1", length);
+    let mut load = Load::start(wire, length);
     let taken = load.taken_by(card);
     cost(|| taken.load(Ordering::Relaxed), || daemon.cpu_nanoseconds())
 }
@@ -349,7 +349,7 @@ pub(super) fn run() {
                 let _load = Load::start("bare1", length);
                 bare.borrow_mut().receive()
             },
-            &mut || lean_rx_cost(&daemon, length),
+            &mut || lean_rx_cost(&daemon, "veth1", length),
         ]);
         row("bare rx loop", &received, None);
         row("vhost-user-net rx, lean driver", &lean, Some(("bare", &received)));

@@ -22,13 +22,13 @@ use crate::support::network::{Wire, enter_new_namespace, ip};
 use crate::support::testpmd::Testpmd;
 
 /// Floods the device from the host's side, on processor 0, until it is dropped.
-struct Sender {
+pub(super) struct Sender {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Sender {
-    fn start(device: &str, length: usize) -> Self {
+    pub(super) fn start(device: &str, length: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let wire = Wire::open(device);
@@ -64,19 +64,14 @@ pub(super) fn run() {
     let method = daemon.log().lines().find(|line| line.contains("tx by")).map(str::to_owned);
     println!("\n{}", method.unwrap_or_default());
     let cpu = || daemon.cpu_nanoseconds();
-    // The same without a filter of its system calls.
-    let unfiltered = Daemon::start(&["--tap=tap1", "--cpu-affinity=1", "--seccomp=none"]);
 
     for length in LENGTHS {
         head(&format!("tap, frames of {length} bytes"));
         let bytes = [&[0; 12][..], &frame(length)].concat();
         let mut guest = Testpmd::start_on("0", &daemon.socket(), 1, 256, GUEST);
-        let mut other = Testpmd::start_on("0", &unfiltered.socket(), 1, 256, GUEST);
-        for guest in [&mut guest, &mut other] {
-            send_frames(guest, length);
-            guest.pause();
-        }
-        let [write, uring, tx, tx_unfiltered] = in_turns([
+        send_frames(&mut guest, length);
+        guest.pause();
+        let [write, uring, tx] = in_turns([
             &mut || {
                 bare(|| {
                     file.write_all(&bytes).unwrap();
@@ -98,18 +93,11 @@ pub(super) fn run() {
                 guest.pause();
                 cost
             },
-            &mut || {
-                other.resume();
-                let cost = cost(|| received("tap1"), || unfiltered.cpu_nanoseconds());
-                other.pause();
-                cost
-            },
         ]);
-        drop((guest, other));
+        drop(guest);
         row("bare write loop", &write, None);
         row("bare io_uring loop, batches of 32", &uring, None);
         row("vhost-user-net tx", &tx, Some(("io_uring", &uring)));
-        row("vhost-user-net tx", &tx, Some(("the same with --seccomp=none", &tx_unfiltered)));
 
         let mut guest = Testpmd::start_on("0", &daemon.socket(), 1, 1024, GUEST);
         receive_frames(&mut guest);

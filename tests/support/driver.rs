@@ -171,6 +171,11 @@ impl Ring {
         self.avail_index = self.avail_index.wrapping_add(1);
     }
 
+    /// Descriptors that are not in use.
+    pub(crate) fn free(&self) -> usize {
+        self.free.len()
+    }
+
     /// Shows what was added, and kicks if the device asked for it; says whether it did.
     pub(crate) fn publish(&mut self) -> bool {
         let before = self.ram.load(self.avail + 2);

@@ -91,14 +91,11 @@ impl Refilling {
     pub(crate) fn start(mut card: Card) -> Self {
         let stop = Arc::<AtomicBool>::default();
         let stopped = stop.clone();
-        let size = card.options.size;
-        // Unless it has run before: then all is used, or will be.
-        if card.tx[0].avail_index == 0 {
-            for slot in 0..u64::from(size) {
-                card.queue_tx(0, slot, &[0; HEADER], &[slot as u8; 60]);
-            }
-            card.tx[0].publish();
+        // None, if it has run before: then all is used, or will be.
+        for slot in 0..card.tx[0].free() as u64 {
+            card.queue_tx(0, slot, &[0; HEADER], &[slot as u8; 60]);
         }
+        card.tx[0].publish();
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 for ring in [&mut card.tx[0], &mut card.rx[0]] {
