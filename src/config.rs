@@ -13,6 +13,7 @@ use log::LevelFilter;
 use serde::Deserialize;
 
 use crate::net_config::MacAddress;
+use crate::policy::{Identity, Limit};
 
 pub use arguments::parse;
 use options::PortOptions;
@@ -79,6 +80,12 @@ pub struct PortConfig {
     pub mac: Option<MacAddress>,
     /// The card's MTU in bytes.
     pub mtu: u16,
+    /// Who the guest is, if it may only speak for itself.
+    pub identity: Option<Identity>,
+    /// How much it may be given.
+    pub rx_limit: Limit,
+    /// How much it may send.
+    pub tx_limit: Limit,
     /// Whether the guest may be given unsegmented frames.
     pub guest_tso: bool,
     /// Whether the guest may reset single rings.

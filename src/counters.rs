@@ -40,11 +40,19 @@ pub enum Drop {
     Disabled,
     /// The host refused it.
     HostRefused,
+    /// Its source, or the sender that it names, is an Ethernet address that is not the guest's.
+    SpoofedMac,
+    /// Its source, or what it claims, is an IP address that is not the guest's.
+    SpoofedAddress,
+    /// It has a VLAN tag that is not the guest's to set.
+    ForbiddenVlan,
+    /// It is nothing that a guest sends: a router's, a DHCP server's, a bridge's, or unknown.
+    Forbidden,
 }
 
 impl Drop {
     /// All reasons.
-    pub const ALL: [Drop; 7] = [
+    pub const ALL: [Drop; 11] = [
         Drop::TooShort,
         Drop::TooLong,
         Drop::BadHeader,
@@ -52,6 +60,10 @@ impl Drop {
         Drop::NotAccepted,
         Drop::Disabled,
         Drop::HostRefused,
+        Drop::SpoofedMac,
+        Drop::SpoofedAddress,
+        Drop::ForbiddenVlan,
+        Drop::Forbidden,
     ];
 
     /// The reason as it is shown.
@@ -64,6 +76,10 @@ impl Drop {
             Drop::NotAccepted => "not_accepted",
             Drop::Disabled => "disabled",
             Drop::HostRefused => "host_refused",
+            Drop::SpoofedMac => "spoofed_mac",
+            Drop::SpoofedAddress => "spoofed_address",
+            Drop::ForbiddenVlan => "forbidden_vlan",
+            Drop::Forbidden => "forbidden",
         }
     }
 }
@@ -76,6 +92,8 @@ pub enum CopyReason {
     Checksum,
     /// The guest's frame lies in several pieces.
     Pieces,
+    /// There are rules for the guest's frame, and it must be sent as it was judged.
+    Rules,
     /// The guest's frame was cut into segments.
     Segmentation,
     /// The guest's buffer does not suit the host, which put the frame into one of ours.
@@ -86,9 +104,10 @@ pub enum CopyReason {
 
 impl CopyReason {
     /// All reasons.
-    pub const ALL: [CopyReason; 5] = [
+    pub const ALL: [CopyReason; 6] = [
         CopyReason::Checksum,
         CopyReason::Pieces,
+        CopyReason::Rules,
         CopyReason::Segmentation,
         CopyReason::Unsuitable,
         CopyReason::Late,
@@ -99,6 +118,7 @@ impl CopyReason {
         match self {
             CopyReason::Checksum => "checksum",
             CopyReason::Pieces => "pieces",
+            CopyReason::Rules => "rules",
             CopyReason::Segmentation => "segmentation",
             CopyReason::Unsuitable => "unsuitable_buffer",
             CopyReason::Late => "late_buffer",
@@ -123,6 +143,8 @@ pub struct DirectionCounters {
     pub calls_suppressed: Counter,
     /// Times that a kick woke the worker.
     pub kicks: Counter,
+    /// Bursts that the port's limit cut short.
+    pub limited: Counter,
 }
 
 impl DirectionCounters {
@@ -161,6 +183,10 @@ impl fmt::Display for DirectionCounters {
             if count > 0 {
                 write!(f, ", {count} copied ({})", reason.name())?;
             }
+        }
+        let limited = self.limited.get();
+        if limited > 0 {
+            write!(f, ", {limited} bursts limited")?;
         }
         write!(
             f,

@@ -22,6 +22,7 @@ use crate::features::{Offer, OfferOptions};
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::net_config::NetConfig;
+use crate::policy::{Limiter, Limits, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::{Role, Sandbox};
 use crate::sys::eventfd::Waker;
@@ -225,6 +226,7 @@ fn prepare(
     let workers = start_workers(config, &name, queues, sandbox)?;
     info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
     let mut device = Device::new(name, offer, net_config, workers);
+    device.set_rules(config.identity.clone().map(|identity| Arc::new(Rules::new(identity))));
     device.require_sealed_memory(config.require_sealed_memory);
     let stop = Arc::new(Waker::new().map_err(no_descriptor)?);
     let control = Control::new(device, endpoint, stop.clone()).map_err(no_descriptor)?;
@@ -238,6 +240,8 @@ fn start_workers(
     sandbox: Sandbox,
 ) -> Result<Vec<Worker>, StartError> {
     let cpus = &config.cpu_affinity;
+    let limits =
+        Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
     queues
         .into_iter()
         .enumerate()
@@ -246,6 +250,7 @@ fn start_workers(
                 name: format!("{name}/{pair}"),
                 cpu: cpus.iter().cycle().nth(pair).copied(),
                 busy_poll: config.busy_poll,
+                limits: limits.clone(),
                 sandbox,
             };
             Worker::start(queue, options)

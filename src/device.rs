@@ -22,6 +22,7 @@ use crate::guest::layout::MAX_SIZE;
 use crate::guest::memory::MAX_SLOTS;
 use crate::guest::{GuestMemory, MemoryError};
 use crate::net_config::{MIN_MTU, NetConfig};
+use crate::policy::Rules;
 use crate::protocol::{Message, Reply, Request};
 use crate::worker::{Session, Worker};
 
@@ -91,6 +92,7 @@ pub struct Device {
     offer: Offer,
     config: NetConfig,
     requires_sealed_memory: bool,
+    rules: Option<Arc<Rules>>,
     workers: Vec<Worker>,
     told: Told,
 }
@@ -98,9 +100,15 @@ pub struct Device {
 impl Device {
     /// Makes a device with one queue pair per worker, to which no frontend has spoken yet.
     pub fn new(name: String, offer: Offer, config: NetConfig, workers: Vec<Worker>) -> Self {
-        let requires_sealed_memory = false;
-        let told = Told::default();
-        let mut device = Device { name, offer, config, requires_sealed_memory, workers, told };
+        let mut device = Device {
+            name,
+            offer,
+            config,
+            requires_sealed_memory: false,
+            rules: None,
+            workers,
+            told: Told::default(),
+        };
         device.forget();
         device
     }
@@ -108,6 +116,12 @@ impl Device {
     /// Has memory refused whose file could be truncated later.
     pub fn require_sealed_memory(&mut self, required: bool) {
         self.requires_sealed_memory = required;
+    }
+
+    /// Has the guest's frames judged by these rules from now on.
+    pub fn set_rules(&mut self, rules: Option<Arc<Rules>>) {
+        self.rules = rules;
+        self.restart_all();
     }
 
     /// The port's name.
@@ -465,7 +479,7 @@ impl Device {
             return;
         }
         let mtu = self.mtu();
-        let memory = self.told.memory.clone();
-        self.workers[pair].begin(Session { memory, negotiated, mtu, rx, tx });
+        let (memory, rules) = (self.told.memory.clone(), self.rules.clone());
+        self.workers[pair].begin(Session { memory, negotiated, mtu, rules, rx, tx });
     }
 }

@@ -24,7 +24,8 @@
 //! [`device`] turns requests into sessions and knows no packets. A [`worker`] per queue pair runs
 //! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
 //! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
-//! [`net_config`] are what the card offers, [`counters`] what it did. [`logging`] writes lines that
+//! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
+//! [`counters`] what it did. [`logging`] writes lines that
 //! nobody waits for, and the [`sandbox`] is what all of this runs in. Unsafe code is in [`guest`]
 //! and [`sys`] only.
 
@@ -38,6 +39,7 @@ pub mod features;
 pub mod guest;
 pub mod logging;
 pub mod net_config;
+pub mod policy;
 pub mod port;
 pub mod protocol;
 pub mod sandbox;

@@ -15,7 +15,9 @@ use std::time::Duration;
 use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
 use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
+use crate::policy::Rules;
 use crate::sandbox::Role;
+use crate::vnet_header::{Admission, Surplus};
 
 /// One queue pair's way to the host's network, for one session.
 ///
@@ -32,6 +34,10 @@ pub trait Port<'mem> {
 
     /// Gives back everything that has finished.
     fn reap(&mut self, finished: &mut Finished<'mem>);
+
+    /// Takes this many frames for the guest from the host each time from now on; the rest stays
+    /// there.
+    fn limit_rx(&mut self, frames: usize);
 
     /// What to wait for while idle.
     fn readiness(&self) -> Readiness<'_>;
@@ -87,6 +93,10 @@ pub struct Finished<'mem> {
     pub rx_frames: u64,
     /// Bytes of those frames, headers excluded.
     pub rx_bytes: u64,
+    /// What those frames are on the wire beyond themselves.
+    pub rx_surplus: Surplus,
+    /// The same for the frames in `tx` that were sent.
+    pub tx_surplus: Surplus,
     /// Frames that never reached the guest, why, and how many.
     pub rx_dropped: Vec<(Drop, u64)>,
     /// For each of the frames in `rx` that was copied in user space, why.
@@ -128,18 +138,41 @@ impl HostQueue {
         }
     }
 
-    /// Begins a session. `receives` says whether the guest has an rx ring in it.
+    /// Begins a session.
     pub fn session<'mem>(
         &'mem mut self,
         memory: &'mem Arc<GuestMemory>,
-        negotiated: &Negotiated,
-        mtu: u16,
-        receives: bool,
+        terms: &Terms,
     ) -> Box<dyn Port<'mem> + 'mem> {
         match self {
-            HostQueue::Tap(queue) => Box::new(queue.session(negotiated, mtu, receives)),
-            HostQueue::AfXdp(queue) => Box::new(queue.session(memory, negotiated, mtu, receives)),
-            HostQueue::Loopback => Box::new(loopback::Loopback::new(negotiated, mtu)),
+            HostQueue::Tap(queue) => Box::new(queue.session(terms)),
+            HostQueue::AfXdp(queue) => Box::new(queue.session(memory, terms)),
+            HostQueue::Loopback => Box::new(loopback::Loopback::new(terms)),
+        }
+    }
+}
+
+/// What a session of a port is to keep to.
+#[derive(Debug, Clone)]
+pub struct Terms {
+    /// The features agreed on.
+    pub negotiated: Negotiated,
+    /// MTU in bytes.
+    pub mtu: u16,
+    /// Whether the guest has an rx ring.
+    pub receives: bool,
+    /// What the guest may send.
+    pub rules: Option<Arc<Rules>>,
+}
+
+impl Terms {
+    /// What frames from the guest may be, up to `max_frame` bytes if not segmented.
+    fn admission(&self, max_frame: usize) -> Admission {
+        Admission {
+            header_length: self.negotiated.header_length(),
+            offloads: self.negotiated.host(),
+            max_frame,
+            rules: self.rules.clone(),
         }
     }
 }

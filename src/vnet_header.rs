@@ -3,12 +3,17 @@
 //! Invariant: no header that the guest wrote reaches the host. [`admit`] copies it, checks the
 //! copy against the frame and the negotiated features, and what is sent begins with the copy. For
 //! a frame to be segmented the copy goes on through the TCP or UDP header, so that the very
-//! headers that were checked are the ones the kernel segments by. The guest can rewrite its memory
-//! meanwhile and change nothing but its payload.
+//! headers that were checked are the ones the kernel segments by; so it does where the operator has
+//! [`Rules`] for what the guest may send. The guest can rewrite its memory meanwhile and change
+//! nothing but its payload.
+
+use std::ops::AddAssign;
+use std::sync::Arc;
 
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
 use crate::guest::{Chain, Readable};
+use crate::policy::Rules;
 
 const NEEDS_CSUM: u8 = 1;
 
@@ -56,6 +61,13 @@ impl PrivateStart {
     /// The checked bytes, virtio header first: they replace as many at the chain's start.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
+    }
+
+    /// What the frame of `length` bytes is on the wire beyond itself.
+    #[inline]
+    pub fn surplus(&self, length: usize) -> Surplus {
+        let header = self.header();
+        Surplus::of(&header, header.hdr_len.into(), length)
     }
 
     /// The virtio header.
@@ -136,8 +148,38 @@ impl VnetHeader {
     }
 }
 
+/// What goes over the wire on top of frames themselves: each is sent in segments, which all have
+/// headers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Surplus {
+    /// Segments, but for the first of each frame.
+    pub packets: u64,
+    /// Bytes of their headers.
+    pub bytes: u64,
+}
+
+impl Surplus {
+    /// That of a frame of `length` bytes with `header`, whose own headers take `headers` bytes.
+    #[inline]
+    pub fn of(header: &VnetHeader, headers: usize, length: usize) -> Self {
+        if !header.is_segmented() {
+            return Surplus::default();
+        }
+        let payload = length.saturating_sub(headers);
+        let packets = payload.div_ceil(usize::from(header.gso_size.max(1))).saturating_sub(1);
+        Surplus { packets: packets as u64, bytes: (packets * headers) as u64 }
+    }
+}
+
+impl AddAssign for Surplus {
+    fn add_assign(&mut self, other: Self) {
+        self.packets += other.packets;
+        self.bytes += other.bytes;
+    }
+}
+
 /// What a frame from the guest may be.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Admission {
     /// Length in bytes of the header that was negotiated.
     pub header_length: usize,
@@ -145,6 +187,8 @@ pub struct Admission {
     pub offloads: Offloads,
     /// Longest frame in bytes that is not to be segmented: MTU and [`LINK_OVERHEAD`].
     pub max_frame: usize,
+    /// What else it must comply with.
+    pub rules: Option<Arc<Rules>>,
 }
 
 /// Checks a frame from the guest, and puts the start that is to be sent in its stead into `start`.
@@ -171,13 +215,16 @@ pub fn admit(
         if frame_length > admission.max_frame {
             return Err(Drop::TooLong);
         }
+        if admission.rules.is_some() {
+            copied = chain.read_start(&mut start.bytes);
+        }
+        // The header was read once already: only that copy counts.
         check_plain(&header, frame_length, &admission.offloads)?
     } else {
         if frame_length > MAX_FRAME {
             return Err(Drop::TooLong);
         }
         copied = chain.read_start(&mut start.bytes);
-        // The header was read once already: only that copy counts.
         check_segmented(
             &header,
             &start.bytes[header_length..copied],
@@ -185,6 +232,9 @@ pub fn admit(
             &admission.offloads,
         )?
     };
+    if let Some(rules) = &admission.rules {
+        rules.check(&start.bytes[header_length..copied])?;
+    }
     start.bytes[..header_length].copy_from_slice(&checked.to_bytes()[..header_length]);
     start.length = copied;
     Ok(())

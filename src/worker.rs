@@ -17,6 +17,7 @@ use log::warn;
 use crate::counters::PairCounters;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
+use crate::policy::{Limits, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
 use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
@@ -64,6 +65,8 @@ pub struct Session {
     pub negotiated: Negotiated,
     /// MTU in bytes.
     pub mtu: u16,
+    /// What the guest may send.
+    pub rules: Option<Arc<Rules>>,
     /// The ring for frames to the guest.
     pub rx: Option<Ring>,
     /// The ring for frames from the guest.
@@ -90,6 +93,8 @@ pub struct WorkerOptions {
     pub cpu: Option<usize>,
     /// How long to look for work before going to sleep.
     pub busy_poll: Duration,
+    /// How much traffic the port may have, all queue pairs together.
+    pub limits: Arc<Limits>,
     /// What the thread is left with.
     pub sandbox: Sandbox,
 }

@@ -53,6 +53,11 @@ fn replay(target: &str, entry: fn(&[u8])) {
 }
 
 #[test]
+fn frames_and_limits_of_any_kind_are_judged() {
+    replay("policy", entries::policy);
+}
+
+#[test]
 fn messages_of_any_kind_are_survived() {
     replay("messages", entries::messages);
 }

@@ -8,6 +8,7 @@ mod fuzzing;
 mod hostile;
 mod lifecycle;
 mod oracle;
+mod policy;
 mod ports;
 mod protocol;
 mod qemu;

@@ -84,6 +84,7 @@ fn position(text: &str, offset: usize) -> (usize, usize) {
 mod tests {
     use super::*;
     use crate::config::{Frontend, Host};
+    use crate::policy::Limit;
 
     #[test]
     fn a_port_says_what_differs_from_the_defaults() {
@@ -93,6 +94,8 @@ mod tests {
             [defaults]
             mtu = 9000
             guest-tso = false
+            tx-limit = "10mbit"
+            rx-limit = "10mbit"
             [[port]]
             socket-path = "/run/a"
             tap = "vnet0"
@@ -104,6 +107,10 @@ mod tests {
             cpu-affinity = "1,3-4"
             tx-method = "io-uring"
             mac = "52:54:00:00:00:01"
+            anti-spoofing = true
+            source-mac = ["52:54:00:00:00:02"]
+            source-ip = ["192.0.2.5", "2001:db8::/64"]
+            rx-limit = "none"
             "#,
         )
         .unwrap();
@@ -116,6 +123,11 @@ mod tests {
         );
         assert_eq!((b.mtu, b.guest_tso, b.name.as_deref()), (1400, false, Some("b")));
         assert_eq!(b.cpu_affinity, [1, 3, 4]);
+        assert_eq!(a.identity, None);
+        let identity = b.identity.unwrap();
+        assert_eq!((identity.macs.len(), identity.addresses.len()), (2, 2));
+        assert_eq!(a.rx_limit, "10mbit".parse().unwrap());
+        assert_eq!((b.tx_limit, b.rx_limit), (a.tx_limit, Limit::default()));
         assert!(matches!(b.host, Host::AfXdp(af_xdp) if af_xdp.queue == 2));
     }
 
@@ -130,6 +142,20 @@ mod tests {
             ("[[port]]\nmac = \"1:2\"\n", (Some((2, 7)), "1:2")),
             ("[[port]]\naf-xdp = \"a,lane=1\"\n", (Some((2, 10)), "lane")),
             ("[[port]]\nloopback = true\n", (Some((1, 1)), "socket-path")),
+            (&format!("{port}anti-spoofing = true\n"), (Some((1, 1)), "source-mac")),
+            (&format!("{port}source-ip = [\"192.0.2.1\"]\n"), (Some((1, 1)), "anti-spoofing")),
+            (&format!("{port}source-ip = [\"192.0.2.1/33\"]\n"), (Some((4, 13)), "192.0.2.1/33")),
+            (
+                &format!("{port}mac = \"2:0\"\nanti-spoofing = true\nvlan = [4095]\n"),
+                (Some((4, 7)), "2:0"),
+            ),
+            (
+                &format!(
+                    "{port}mac = \"02:00:00:00:00:01\"\nanti-spoofing = true\nvlan = [4095]\n"
+                ),
+                (Some((1, 1)), "4095"),
+            ),
+            (&format!("{port}tx-limit = \"10mb\"\n"), (Some((4, 12)), "10mb")),
             (&format!("{port}mtu = 67\n"), (Some((1, 1)), "67")),
             (&format!("{port}name = \"a b\"\n"), (Some((1, 1)), "a b")),
             (&format!("[defaults]\ntap = \"a\"\n{port}"), (None, "[defaults]")),

@@ -1,20 +1,25 @@
 //! What may be said about a port, by the command line or the file, and what it means.
 
+use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
 use crate::net_config::{MIN_MTU, MacAddress};
+use crate::policy::{Identity, Limit};
 use crate::sys::socket::MAX_PATH;
 use crate::sys::tap::MAX_NAME;
 
 /// Longest name of a port in bytes.
 const MAX_PORT_NAME: usize = 63;
 const DEFAULT_MTU: u16 = 1500;
+/// Highest number of a VLAN (IEEE 802.1Q).
+const MAX_VLAN: u16 = 4094;
 
 /// What may be said about a port, and what was not said: options of the command line and keys of
 /// the file have the same names and meanings.
@@ -63,6 +68,26 @@ pub(super) struct PortOptions {
     /// The card's MTU in bytes; frames up to the TAP's own MTU pass in any case [default: 1500].
     #[arg(long, value_name = "N")]
     mtu: Option<u16>,
+    /// Whether the guest may only speak for itself: by --mac and --source-mac, by --source-ip if
+    /// given, and neither as a router nor as a DHCP server [default: off].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    anti_spoofing: Option<bool>,
+    /// A further Ethernet address that the guest may send from.
+    #[arg(long, value_name = "MAC[,MAC…]", value_delimiter = ',')]
+    source_mac: Vec<MacAddress>,
+    /// An IP address or prefix that the guest may send from [default: any].
+    #[arg(long, value_name = "PREFIX[,PREFIX…]", value_delimiter = ',')]
+    source_ip: Vec<Prefix>,
+    /// A VLAN that the guest may tag frames for, with --anti-spoofing=on [default: none].
+    #[arg(long, value_name = "N[,N…]", value_delimiter = ',')]
+    vlan: Vec<u16>,
+    /// How much the guest may send, on the wire: 100mbit, 10kpps, or both as 1gbit,100kpps. What it
+    /// has saved up it may send at once: burst=BYTES, packet-burst=N [default: what 10 ms bring].
+    #[arg(long, value_name = "RATE")]
+    tx_limit: Option<Limit>,
+    /// How much the guest may be given, likewise.
+    #[arg(long, value_name = "RATE")]
+    rx_limit: Option<Limit>,
     /// Whether the guest may be given unsegmented frames [default: on]. Turn it off for guests
     /// that forward frames, or attach XDP programs.
     #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
@@ -95,6 +120,9 @@ impl PortOptions {
         PortOptions {
             queue_pairs: self.queue_pairs.or(defaults.queue_pairs),
             mtu: self.mtu.or(defaults.mtu),
+            anti_spoofing: self.anti_spoofing.or(defaults.anti_spoofing),
+            tx_limit: self.tx_limit.or(defaults.tx_limit),
+            rx_limit: self.rx_limit.or(defaults.rx_limit),
             guest_tso: self.guest_tso.or(defaults.guest_tso),
             ring_reset: self.ring_reset.or(defaults.ring_reset),
             require_sealed_memory: self.require_sealed_memory.or(defaults.require_sealed_memory),
@@ -149,6 +177,20 @@ impl PortOptions {
             }
             _ => {}
         }
+        let anti_spoofing = self.anti_spoofing.unwrap_or(false);
+        let macs: Vec<MacAddress> = self.mac.into_iter().chain(self.source_mac).collect();
+        if anti_spoofing && macs.is_empty() {
+            return Err("anti-spoofing needs the guest's address: mac or source-mac".into());
+        }
+        let sources = macs.len() > usize::from(self.mac.is_some()) || !self.source_ip.is_empty();
+        if !anti_spoofing && (sources || !self.vlan.is_empty()) {
+            return Err("source-mac, source-ip and vlan need anti-spoofing".into());
+        }
+        if let Some(vlan) = self.vlan.iter().find(|vlan| !(1..=MAX_VLAN).contains(*vlan)) {
+            return Err(format!("vlan={vlan} is not between 1 and {MAX_VLAN}"));
+        }
+        let addresses = self.source_ip.into_iter().map(|Prefix(net)| net).collect();
+        let identity = anti_spoofing.then_some(Identity { macs, addresses, vlans: self.vlan });
         let mtu = self.mtu.unwrap_or(DEFAULT_MTU);
         if mtu < MIN_MTU {
             return Err(format!("mtu={mtu} is less than {MIN_MTU}, the smallest of IPv4"));
@@ -160,6 +202,9 @@ impl PortOptions {
             queue_pairs,
             mac: self.mac,
             mtu,
+            identity,
+            rx_limit: self.rx_limit.unwrap_or_default(),
+            tx_limit: self.tx_limit.unwrap_or_default(),
             guest_tso: self.guest_tso.unwrap_or(true),
             ring_reset: self.ring_reset.unwrap_or(false),
             require_sealed_memory: self.require_sealed_memory.unwrap_or(false),
@@ -167,6 +212,30 @@ impl PortOptions {
             tx_method: self.tx_method.unwrap_or(TxMethod::Auto),
             cpu_affinity: self.cpu_affinity.map_or_else(Vec::new, |list| list.0),
         })
+    }
+}
+
+/// IP addresses, as `192.0.2.5` or `2001:db8::/64`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+struct Prefix(IpNet);
+
+impl FromStr for Prefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parsed = text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
+        parsed.map(Prefix).ok_or_else(|| {
+            format!("'{text}' is no IP address or prefix: write 192.0.2.5 or 2001:db8::/64")
+        })
+    }
+}
+
+impl TryFrom<String> for Prefix {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
     }
 }
 

@@ -24,9 +24,9 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::{Finished, Port, Readiness};
+use super::{Finished, Port, Readiness, Terms};
 use crate::counters::Drop;
-use crate::features::{Negotiated, PortOffloads};
+use crate::features::PortOffloads;
 use crate::guest::{Burst, GuestMemory, Readable, Writable};
 use crate::port::Outcome;
 use crate::sys::link::Watch;
@@ -79,17 +79,16 @@ impl XdpQueue {
     pub fn session<'mem>(
         &'mem mut self,
         memory: &'mem Arc<GuestMemory>,
-        negotiated: &Negotiated,
-        mtu: u16,
-        receives: bool,
+        terms: &Terms,
     ) -> XdpPort<'mem> {
         XdpPort {
-            transmitter: Transmitter::new(negotiated, self.pair),
-            receiver: Receiver::new(negotiated, self.pair),
+            transmitter: Transmitter::new(terms, self.pair),
+            receiver: Receiver::new(&terms.negotiated, self.pair),
             host: self,
             memory,
-            mtu,
-            receives,
+            mtu: terms.mtu,
+            receives: terms.receives,
+            rx_limit: usize::MAX,
             left_behind: false,
             failed: None,
             opened_anew: None,
@@ -126,6 +125,8 @@ pub struct XdpPort<'mem> {
     mtu: u16,
     /// Whether the guest has an rx ring.
     receives: bool,
+    /// Frames that are taken each time at the most.
+    rx_limit: usize,
     state: State,
     /// Frames from the guest were left behind.
     left_behind: bool,
@@ -208,7 +209,7 @@ impl<'mem> XdpPort<'mem> {
         // What the kernel has not sent at once is under way, or never will be.
         let deadline = Instant::now() + LAST_FRAMES;
         loop {
-            self.receiver.reap(&mut open, finished);
+            self.receiver.reap(&mut open, usize::MAX, finished);
             self.transmitter.reap(&mut open);
             if !self.transmitter.is_waiting(&mut open) || Instant::now() > deadline {
                 break;
@@ -278,7 +279,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
                 let _ = open.socket.receive();
             }
             self.transmitter.reap(open);
-            self.receiver.reap(open, finished);
+            self.receiver.reap(open, self.rx_limit, finished);
             if let Some(error) = self.failed.take() {
                 self.fail(&error, finished);
             } else if let Err(error) = kicked {
@@ -290,6 +291,10 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
             self.open();
         }
         self.transmitter.finish(finished);
+    }
+
+    fn limit_rx(&mut self, frames: usize) {
+        self.rx_limit = frames;
     }
 
     fn readiness(&self) -> Readiness<'_> {
@@ -312,7 +317,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         };
         Readiness {
             fd,
-            read: fd.is_some() && self.receives,
+            read: fd.is_some() && self.receives && self.rx_limit > 0,
             write: false,
             starved: self.receiver.is_starved(),
             timeout,

@@ -3,9 +3,9 @@
 
 use std::collections::VecDeque;
 
-use super::{Finished, Outcome, Port, Readiness};
+use super::{Finished, Outcome, Port, Readiness, Terms};
 use crate::counters::Drop;
-use crate::features::{HEADER_LENGTH, Negotiated, Offloads};
+use crate::features::{HEADER_LENGTH, Offloads};
 use crate::guest::{Burst, Chain, Readable, Writable};
 use crate::vnet_header::{Admission, LINK_OVERHEAD, PrivateStart, VnetHeader, admit};
 
@@ -23,23 +23,23 @@ pub struct Loopback<'mem> {
     done: Finished<'mem>,
     /// A frame waits for buffers.
     starved: bool,
+    /// Frames that it delivers each time at the most.
+    rx_limit: usize,
 }
 
 impl Loopback<'_> {
     /// Begins a session.
-    pub fn new(negotiated: &Negotiated, mtu: u16) -> Self {
+    pub fn new(terms: &Terms) -> Self {
+        let negotiated = &terms.negotiated;
         Loopback {
-            admission: Admission {
-                header_length: negotiated.header_length(),
-                offloads: negotiated.host(),
-                max_frame: usize::from(mtu) + LINK_OVERHEAD,
-            },
+            admission: terms.admission(usize::from(terms.mtu) + LINK_OVERHEAD),
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
             start: PrivateStart::default(),
             posted: VecDeque::new(),
             done: Finished::default(),
             starved: false,
+            rx_limit: usize::MAX,
         }
     }
 }
@@ -63,13 +63,12 @@ impl<'mem> Loopback<'mem> {
         for index in 0..buffers {
             let buffer = self.posted.pop_front().expect("buffers_for has counted them");
             let length = buffer.copy_from(frame, copied);
-            if index == 0 {
-                // The header that was checked, and the buffers that the frame takes.
-                let header_length = self.admission.header_length;
-                let mut header = [0; HEADER_LENGTH];
-                header[..header_length].copy_from_slice(&self.start.bytes()[..header_length]);
-                header[10..12].copy_from_slice(&(buffers as u16).to_le_bytes());
-                buffer.write_at(0, &header[..header_length]);
+            // What was checked stands for what it was copied from.
+            if let Some(checked) = self.start.bytes().get(copied..) {
+                buffer.write_at(0, &checked[..checked.len().min(length)]);
+            }
+            if index == 0 && self.admission.header_length == HEADER_LENGTH {
+                buffer.write_at(10, &(buffers as u16).to_le_bytes());
             }
             copied += length;
             self.done.rx.push((buffer, length as u32));
@@ -82,7 +81,10 @@ impl<'mem> Loopback<'mem> {
 impl<'mem> Port<'mem> for Loopback<'mem> {
     fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
         self.starved = false;
-        while let Some(frame) = burst.pop_front() {
+        let before = self.done.rx_frames;
+        while ((self.done.rx_frames - before) as usize) < self.rx_limit
+            && let Some(frame) = burst.pop_front()
+        {
             let outcome = match admit(&frame, &self.admission, &mut self.start) {
                 Err(reason) => Outcome::Dropped(reason),
                 Ok(()) => {
@@ -92,6 +94,10 @@ impl<'mem> Port<'mem> for Loopback<'mem> {
                     if !header.accepted_by(&self.accepted) {
                         Outcome::Dropped(Drop::NotAccepted)
                     } else if let Some(buffers) = self.buffers_for(frame.len()) {
+                        let surplus =
+                            self.start.surplus(frame.len() - self.admission.header_length);
+                        self.done.rx_surplus += surplus;
+                        self.done.tx_surplus += surplus;
                         self.deliver(&frame, buffers);
                         Outcome::Sent
                     } else if self.posted.len() >= POSTED
@@ -119,6 +125,12 @@ impl<'mem> Port<'mem> for Loopback<'mem> {
         finished.rx.append(&mut self.done.rx);
         finished.rx_frames += std::mem::take(&mut self.done.rx_frames);
         finished.rx_bytes += std::mem::take(&mut self.done.rx_bytes);
+        finished.rx_surplus += std::mem::take(&mut self.done.rx_surplus);
+        finished.tx_surplus += std::mem::take(&mut self.done.tx_surplus);
+    }
+
+    fn limit_rx(&mut self, frames: usize) {
+        self.rx_limit = frames;
     }
 
     fn readiness(&self) -> Readiness<'_> {

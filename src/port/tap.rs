@@ -13,14 +13,14 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::{Finished, Port, Readiness};
+use super::{Finished, Port, Readiness, Terms};
 use crate::config::TxMethod;
 use crate::counters::Drop;
-use crate::features::{HEADER_LENGTH, Negotiated, Offloads, PortOffloads};
+use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
 use crate::guest::{Burst, Readable, Writable};
 use crate::sys::tap::{Queue, offload};
 use crate::sys::uring::{Comparison, Writer, compare};
-use crate::vnet_header::{Admission, LINK_OVERHEAD};
+use crate::vnet_header::LINK_OVERHEAD;
 
 use receiver::Receiver;
 use transmitter::Transmitter;
@@ -94,25 +94,20 @@ impl TapQueue {
     }
 
     /// Begins a session: the device leaves to the guest what the guest has accepted, and no more.
-    pub fn session<'mem>(
-        &'mem mut self,
-        negotiated: &Negotiated,
-        mtu: u16,
-        receives: bool,
-    ) -> TapPort<'mem> {
+    pub fn session<'mem>(&'mem mut self, terms: &Terms) -> TapPort<'mem> {
+        let Terms { negotiated, mtu, receives, .. } = *terms;
         let accepted = negotiated.guest();
         let header_length = negotiated.header_length();
         let prepared = self
             .apply(header_length, tun_offloads(&accepted))
             .and_then(|()| if receives { Ok(()) } else { self.set_attached(false) });
         let longest = self.longest_frame(mtu);
-        let admission =
-            Admission { header_length, offloads: negotiated.host(), max_frame: longest };
         let mut port = TapPort {
-            transmitter: Transmitter::new(admission, mtu),
-            receiver: Receiver::new(negotiated, longest, receives),
+            transmitter: Transmitter::new(terms.admission(longest), mtu),
+            receiver: Receiver::new(&negotiated, mtu, longest, receives),
             mtu,
             bursts_since_woken: 0,
+            rx_limit: READS_PER_TURN,
             gone_since: None,
             host: self,
         };
@@ -204,6 +199,8 @@ pub struct TapPort<'mem> {
     transmitter: Transmitter<'mem>,
     receiver: Receiver<'mem>,
     bursts_since_woken: usize,
+    /// Frames that are read each time at the most.
+    rx_limit: usize,
     /// When the device was last found to be gone.
     gone_since: Option<Instant>,
 }
@@ -237,13 +234,13 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
     }
 
     fn reap(&mut self, finished: &mut Finished<'mem>) {
-        finished.tx.append(&mut self.transmitter.done);
-        if !self.receiver.may_have_frames || self.gone_since.is_some_and(|at| at.elapsed() < RETRY)
-        {
+        self.transmitter.finish(finished);
+        let gone = self.gone_since.is_some_and(|at| at.elapsed() < RETRY);
+        if gone || !self.receiver.may_have_frames {
             return;
         }
         let mut asked = false;
-        for _ in 0..READS_PER_TURN {
+        for _ in 0..self.rx_limit {
             if !self.receiver.can_read() {
                 break;
             }
@@ -274,6 +271,10 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         }
     }
 
+    fn limit_rx(&mut self, frames: usize) {
+        self.rx_limit = frames.min(READS_PER_TURN);
+    }
+
     fn readiness(&self) -> Readiness<'_> {
         let timeout = match self.gone_since {
             Some(_) => Some(RETRY),
@@ -281,7 +282,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         };
         Readiness {
             fd: self.gone_since.is_none().then(|| self.host.queue.as_fd()),
-            read: self.receiver.watches(),
+            read: self.receiver.watches() && self.rx_limit > 0,
             write: self.transmitter.blocked,
             starved: !self.receiver.has_room(),
             timeout,
@@ -290,13 +291,13 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
 
     fn woken(&mut self, readable: bool) {
         self.bursts_since_woken = 0;
-        if self.receiver.watches() && self.gone_since.is_none() {
+        if self.receiver.watches() && self.rx_limit > 0 && self.gone_since.is_none() {
             self.receiver.may_have_frames = readable;
         }
     }
 
     fn recall(&mut self, finished: &mut Finished<'mem>) {
-        finished.tx.append(&mut self.transmitter.done);
+        self.transmitter.finish(finished);
         finished.unused_rx.extend(self.receiver.hand_back());
     }
 }

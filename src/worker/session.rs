@@ -13,7 +13,8 @@ use crate::guest::{
     Budget, Burst, Contained, Direction, Fault, GuestMemory, Published, Readable, Virtqueue,
     Writable,
 };
-use crate::port::{Finished, HostQueue, Outcome, Port, Readiness};
+use crate::policy::{Limiter, Limits};
+use crate::port::{Finished, HostQueue, Outcome, Port, Readiness, Terms};
 
 /// What one turn takes from the tx ring.
 const TX_BUDGET: Budget = Budget { chains: 64, bytes: 512 << 10 };
@@ -38,6 +39,8 @@ struct Side<'s, D: Direction> {
     ring: &'s Ring,
     queue: Virtqueue<'s, D>,
     burst: Burst<'s, D>,
+    /// How many of these the port's limit has let pass already.
+    passed: usize,
     counters: &'s DirectionCounters,
 }
 
@@ -59,7 +62,7 @@ impl<'s, D: Direction> Side<'s, D> {
                 ring.base
             );
         }
-        Ok(Some(Side { ring, queue, burst: Burst::new(), counters }))
+        Ok(Some(Side { ring, queue, burst: Burst::new(), passed: 0, counters }))
     }
 
     fn is_enabled(&self) -> bool {
@@ -85,6 +88,9 @@ struct Serving<'s> {
     memory: &'s GuestMemory,
     counters: &'s PairCounters,
     header_length: usize,
+    limits: &'s Limits,
+    /// Frames for the guest that the port was told to take each time.
+    rx_allowance: usize,
 }
 
 /// Serves a session until a command waits.
@@ -103,11 +109,28 @@ pub(super) fn serve(
         Ok(sides) => sides,
         Err(fault) => return stopped(session, options, &fault, Ended::default()),
     };
-    let port = host.session(&session.memory, &session.negotiated, session.mtu, receives);
+    let terms = Terms {
+        negotiated: session.negotiated,
+        mtu: session.mtu,
+        receives,
+        rules: session.rules.clone(),
+    };
+    let port = host.session(&session.memory, &terms);
     let header_length = session.negotiated.header_length();
     let finished = Finished::default();
     let memory = &*session.memory;
-    let mut serving = Serving { rx, tx, port, finished, memory, counters, header_length };
+    let limits = &*options.limits;
+    let mut serving = Serving {
+        rx,
+        tx,
+        port,
+        finished,
+        memory,
+        counters,
+        header_length,
+        limits,
+        rx_allowance: usize::MAX,
+    };
     let result = serving.turn_until_command(options, mailbox);
     serving.surrender();
     let ended = Ended {
@@ -158,7 +181,9 @@ impl Serving<'_> {
                 continue;
             }
             self.counters.sleeps.add(1);
-            let woken = sleeper.sleep(&self.port.readiness(), mailbox).unwrap_or_else(|error| {
+            let mut readiness = self.port.readiness();
+            readiness.timeout = readiness.timeout.into_iter().chain(self.held_back()).min();
+            let woken = sleeper.sleep(&readiness, mailbox).unwrap_or_else(|error| {
                 debug!("{}: waiting failed: {error}", options.name);
                 std::thread::sleep(PAUSE);
                 Woken::default()
@@ -181,7 +206,7 @@ impl Serving<'_> {
             if !tx.burst.is_empty() {
                 tx.queue.disarm();
                 if tx.is_enabled() {
-                    self.port.transmit(&mut tx.burst);
+                    transmit(&mut *self.port, tx, &self.limits.tx, self.header_length);
                 } else {
                     let dropped = Outcome::Dropped(Drop::Disabled);
                     self.finished.tx.extend(tx.burst.drain(..).map(|chain| (chain, dropped)));
@@ -197,12 +222,40 @@ impl Serving<'_> {
                 self.port.post(&mut rx.burst);
             }
         }
+        let limited = self.limits.rx.is_limited();
+        if limited || self.rx_allowance != usize::MAX {
+            self.rx_allowance = if limited { self.limits.rx.allowance() } else { usize::MAX };
+            self.port.limit_rx(self.rx_allowance);
+        }
         self.port.reap(&mut self.finished);
+        self.charge();
         moved |= self.retire();
         if moved {
             self.counters.turns.add(1);
         }
         Ok(moved)
+    }
+
+    /// Counts, towards the port's limits, what is known of frames only now: those for the guest,
+    /// and the segments of those from it.
+    fn charge(&mut self) {
+        let Finished { rx_frames, rx_bytes, rx_surplus, tx_surplus, .. } = &mut self.finished;
+        let (rx, tx) = (std::mem::take(rx_surplus), std::mem::take(tx_surplus));
+        if self.limits.rx.is_limited() && *rx_frames > 0 {
+            self.limits.rx.charge(*rx_frames + rx.packets, *rx_bytes + rx.bytes);
+        }
+        if self.limits.tx.is_limited() && tx.packets > 0 {
+            self.limits.tx.charge(tx.packets, tx.bytes);
+        }
+    }
+
+    /// How long a limit still holds back what it has held back in this turn.
+    fn held_back(&self) -> Option<Duration> {
+        let limits = self.limits;
+        let tx = self.tx.as_ref().is_some_and(|tx| tx.burst.len() > tx.passed);
+        let tx = (tx && limits.tx.is_limited()).then(|| limits.tx.wait());
+        let rx = (self.rx_allowance == 0).then(|| limits.rx.wait());
+        tx.into_iter().chain(rx).min()
     }
 
     /// Writes used entries for everything that has finished, and publishes each ring once.
@@ -316,6 +369,31 @@ impl Serving<'_> {
                 rx.queue.take_back(chain);
             }
         }
+    }
+}
+
+/// Lends the port as much of the burst as the port's limit lets pass.
+fn transmit<'s>(
+    port: &mut dyn Port<'s>,
+    tx: &mut Side<'s, Readable>,
+    limiter: &Limiter,
+    header_length: usize,
+) {
+    if !limiter.is_limited() {
+        tx.passed = 0;
+        return port.transmit(&mut tx.burst);
+    }
+    let lengths = tx.burst.iter().skip(tx.passed);
+    tx.passed += limiter.admit(lengths.map(|chain| chain.len().saturating_sub(header_length)));
+    if tx.passed == 0 {
+        return;
+    }
+    let mut rest = tx.burst.split_off(tx.passed);
+    port.transmit(&mut tx.burst);
+    tx.passed = tx.burst.len();
+    if !rest.is_empty() {
+        tx.counters.limited.add(1);
+        tx.burst.append(&mut rest);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Cases 31 to 39: frames and their headers, from the guest and for it, and the device's
 //! configuration space.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use vhost::vhost_user::message::FrontendReq;
@@ -8,10 +9,10 @@ use vhost::vhost_user::message::FrontendReq;
 use crate::support::driver::{
     CSUM, Card, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, Options, PROTOCOL, VERSION_1,
 };
-use crate::support::hostile::{Scene, missing};
+use crate::support::hostile::Scene;
 use crate::support::needs_root;
-use crate::support::network::{Wire, ip};
-use crate::support::traffic::{check_both_ways, frame, tcp_frame};
+use crate::support::network::{Wire, ip, output};
+use crate::support::traffic::{check_both_ways, datagram, frame, tcp_frame};
 
 /// A virtio header: flags, GSO type, header length, GSO size, where the checksum starts and lies.
 fn header(flags: u8, gso: u8, length: u16, size: u16, start: u16, offset: u16) -> Vec<u8> {
@@ -203,14 +204,168 @@ fn hostile_35_what_the_host_refuses_is_dropped_and_the_port_goes_on() {
     scene.lives();
 }
 
-#[test]
-fn hostile_36_spoofing_by_policy_is_missing() {
-    missing(36, "there are no rules yet for what a guest may send");
+/// A frame that the guest of a guarded scene may send, and one with each of these bytes changed.
+fn changed(frame: &[u8], changes: &[(usize, &[u8])]) -> Vec<u8> {
+    let mut frame = frame.to_vec();
+    for (at, bytes) in changes {
+        frame[*at..at + bytes.len()].copy_from_slice(bytes);
+    }
+    frame
+}
+
+/// An IPv6 frame of that guest's.
+fn ipv6(source: &[u8; 16], protocol: u8, payload: &[u8]) -> Vec<u8> {
+    let mut frame = changed(&datagram(0).1[..14], &[(12, &[0x86, 0xdd])]);
+    frame.extend([0x60, 0, 0, 0, 0, payload.len() as u8, protocol, 255]);
+    frame.extend(source);
+    frame.extend([0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+    frame.extend(payload);
+    frame
+}
+
+/// A virtio header and a frame.
+type Framed = (Vec<u8>, Vec<u8>);
+
+fn spoofing_by_policy(scene: Scene) -> Scene {
+    const OWN: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+    const OTHER: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3];
+    const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 2, 1];
+    const OTHER_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 2, 9];
+    let (checksum, good) = datagram(20);
+    let plain = || vec![0; HEADER];
+    let mut arp = changed(&good[..14], &[(12, &[8, 6])]);
+    arp.extend([0, 1, 8, 0, 6, 4, 0, 2]);
+    arp.extend(MAC);
+    arp.extend([192, 0, 2, 2, 0, 0, 0, 0, 0, 0, 192, 0, 2, 2]);
+    let neighbour = |target: &[u8; 16], mac: &[u8; 6]| {
+        let message = [&[136, 0, 0, 0, 0x20, 0, 0, 0], &target[..], &[2, 1], &mac[..]].concat();
+        ipv6(&OWN, 58, &message)
+    };
+    let tagged = |tag: u8| [&good[..12], &[0x81, 0, 0, tag], &good[12..]].concat();
+    let (gso, segmented) = tcp_frame(3000, 1000);
+    let allowed =
+        [(plain(), good.clone()), (plain(), arp.clone()), (plain(), neighbour(&OWN, &MAC))];
+    let spoofed: [(&str, &[Framed]); 4] = [
+        (
+            "spoofed_mac",
+            &[
+                (plain(), changed(&good, &[(6, &OTHER_MAC)])),
+                (checksum.clone(), changed(&good, &[(6, &OTHER_MAC)])),
+                (gso.clone(), changed(&segmented, &[(6, &OTHER_MAC)])),
+                (plain(), changed(&arp, &[(22, &OTHER_MAC)])),
+                (plain(), neighbour(&OWN, &OTHER_MAC)),
+            ],
+        ),
+        (
+            "spoofed_address",
+            &[
+                (plain(), changed(&good, &[(26, &[192, 0, 2, 3])])),
+                (checksum, changed(&good, &[(26, &[192, 0, 2, 3])])),
+                (gso, changed(&segmented, &[(26, &[192, 0, 2, 3])])),
+                (plain(), changed(&arp, &[(28, &[192, 0, 2, 1])])),
+                (plain(), ipv6(&OTHER, 17, &[0, 9, 0, 9, 0, 8, 0, 0])),
+                (plain(), neighbour(&OTHER, &MAC)),
+            ],
+        ),
+        (
+            "forbidden_vlan",
+            &[
+                (plain(), tagged(7)),
+                (plain(), [&good[..12], &[0x81, 0, 0, 0, 0x81, 0, 0, 7], &good[12..]].concat()),
+            ],
+        ),
+        (
+            "forbidden",
+            &[
+                // A DHCP server's offer, and DHCPv6's.
+                (plain(), changed(&good, &[(34, &[0, 67, 0, 68])])),
+                (plain(), ipv6(&OWN, 17, &[2, 35, 2, 34, 0, 8, 0, 0])),
+                // A router advertisement, and one behind a header with options.
+                (plain(), ipv6(&OWN, 58, &[134, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])),
+                (plain(), ipv6(&OWN, 60, &[58, 0, 1, 4, 0, 0, 0, 0, 134, 0, 0, 0, 0, 0, 0, 0])),
+                // Spanning tree, and LLDP.
+                (plain(), changed(&good, &[(0, &[1, 0x80, 0xc2, 0, 0, 0]), (12, &[0, 0x26])])),
+                (plain(), changed(&good, &[(0, &[1, 0x80, 0xc2, 0, 0, 14]), (12, &[0x88, 0xcc])])),
+            ],
+        ),
+    ];
+    let mut card = scene.card_with(Options {
+        features: Options::default().features | CSUM | HOST_TSO,
+        ..Options::default()
+    });
+    while scene.wire().receive_any(20).is_some() {}
+    for (header, frame) in spoofed.iter().flat_map(|(_, frames)| *frames) {
+        card.send_with(0, header, frame);
+    }
+    for (header, frame) in &allowed {
+        card.send_with(0, header, frame);
+        let received = scene.wire().receive_any(1000);
+        assert_eq!(received.as_ref(), Some(frame), "the first that arrives is allowed");
+    }
+    drop(card);
+    for (reason, frames) in spoofed {
+        scene.says(&format!("{} dropped ({reason})", frames.len()));
+    }
+    scene
 }
 
 #[test]
-fn hostile_37_spoofing_by_race_is_missing() {
-    missing(37, "there are no rules yet for what a guest may send");
+fn hostile_36_who_speaks_for_others_is_not_heard() {
+    needs_root!("hostile_36_who_speaks_for_others_is_not_heard");
+    spoofing_by_policy(Scene::guarded_veth(36)).ends("D");
+    spoofing_by_policy(Scene::guarded_tap(36)).ends("D");
+}
+
+/// Sends `count` frames whose source addresses another thread rewrites all the time; the bridge
+/// must learn none but the guest's own.
+fn spoofing_by_race(scene: Scene, count: usize) -> Scene {
+    const SLOTS: u64 = 128;
+    let (_, good) = datagram(20);
+    let mut card = scene.card();
+    let area = card.tx[0].buffer_area();
+    let place = |slot: u64| area + slot * 2048 + HEADER as u64 + 6;
+    for slot in 0..SLOTS {
+        card.queue_tx(0, slot, &[0; HEADER], &good);
+    }
+    card.tx[0].publish();
+    let stop = AtomicBool::new(false);
+    let mut sent = 0;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut number = 0_u8;
+            while !stop.load(Ordering::Relaxed) {
+                number = number.wrapping_add(1);
+                let mac = if number & 1 == 0 {
+                    [0x52, 0x54, 0, 0, 2, 1]
+                } else {
+                    [2, 9, 9, 9, 9, number]
+                };
+                (0..SLOTS).for_each(|slot| card.ram.write(place(slot), &mac));
+            }
+        });
+        let ring = &mut card.tx[0];
+        while sent < count {
+            let recycled = ring.recycle();
+            sent += recycled;
+            if recycled > 0 {
+                ring.publish();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    let learned = output("bridge", "fdb show br br0 dynamic");
+    assert!(learned.contains("52:54:00:00:02:01"), "{learned}");
+    assert_eq!(learned.lines().count(), 1, "{learned}");
+    drop(card);
+    scene.says("dropped (spoofed_mac)");
+    scene
+}
+
+#[test]
+fn hostile_37_who_changes_addresses_meanwhile_is_not_heard() {
+    needs_root!("hostile_37_who_changes_addresses_meanwhile_is_not_heard");
+    spoofing_by_race(Scene::guarded_veth(37), 1_000_000).ends("D");
+    spoofing_by_race(Scene::guarded_tap(37), 10_000_000).ends("D: 0 of 10^7 on the wire");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use super::driver::{Card, HEADER, Options};
 use super::eventually;
 use super::frontend::Frontend;
 use super::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip};
-use super::traffic::check_both_ways;
+use super::traffic::{check_both_ways, datagram};
 
 /// Frames of the neighbour's that are on their way at once, at the most.
 const ECHO: usize = 64;
@@ -81,6 +81,12 @@ impl Drop for Neighbour {
     }
 }
 
+/// Rules for a guest that may send [`datagram`]s.
+const RULES: &str = "anti-spoofing = true
+mac = \"52:54:00:00:02:01\"
+source-ip = [\"192.0.2.2\", \"2001:db8::2\"]
+";
+
 /// A guest whose rings refill themselves: whatever is used is available again at once.
 pub(crate) struct Refilling {
     stop: Arc<AtomicBool>,
@@ -122,6 +128,8 @@ pub(crate) struct Scene {
     /// The host's end of the attacked port, if it is not a loopback.
     wire: Option<Wire>,
     neighbour: Neighbour,
+    /// Frames must be such as a guest may send that only speaks for itself.
+    guarded: bool,
     /// Descriptors, threads and resident kB while nobody attacks.
     baseline: (usize, usize, usize),
 }
@@ -157,12 +165,37 @@ impl Scene {
         Self::between(case, &ports, Some(Wire::open("veth1")))
     }
 
+    /// On a TAP, with rules for a guest that is who [`datagram`]s are from, and its host's end in a
+    /// bridge, `br0`, which learns who sends.
+    ///
+    /// [`datagram`]: super::traffic::datagram
+    pub(crate) fn guarded_tap(case: u8) -> Self {
+        enter_new_namespace();
+        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+        ip("tuntap add dev tap0 mode tap vnet_hdr");
+        ip("link add br0 type bridge");
+        ip("link set tap0 master br0");
+        ip("link set tap0 up");
+        ip("link set br0 up");
+        Self::between(case, &format!("tap = \"tap0\"\n{RULES}"), Some(Wire::open("tap0")))
+    }
+
+    /// The same on a veth's end.
+    pub(crate) fn guarded_veth(case: u8) -> Self {
+        enter_namespace_with_veth(1);
+        ip("link add br0 type bridge");
+        ip("link set veth1 master br0");
+        ip("link set br0 up");
+        Self::between(case, &format!("af-xdp = \"veth0\"\n{RULES}"), Some(Wire::open("veth1")))
+    }
+
     fn between(case: u8, attacked: &str, wire: Option<Wire>) -> Self {
         let contents = port("attacked", attacked) + &port("quiet", "loopback = true\n");
         let daemon = Daemon::with_config(&contents, "quiet");
         let quiet = Frontend::new(daemon.connect_to("quiet"));
         let neighbour = Neighbour::start(Card::start(quiet, Options::default()));
-        let mut scene = Scene { daemon, case, wire, neighbour, baseline: (0, 0, 0) };
+        let guarded = attacked.contains(RULES);
+        let mut scene = Scene { daemon, case, wire, neighbour, guarded, baseline: (0, 0, 0) };
         scene.check(&mut scene.card());
         scene.baseline = scene.resources();
         scene
@@ -203,7 +236,13 @@ impl Scene {
                     }
                     quiet = if left { 0 } else { quiet + 1 };
                 }
-                check_both_ways(wire, card, 100);
+                if self.guarded {
+                    let (_, frame) = datagram(100);
+                    card.send(0, &frame);
+                    assert_eq!(wire.receive_any(1000), Some(frame));
+                } else {
+                    check_both_ways(wire, card, 100);
+                }
             }
         }
     }

@@ -198,6 +198,8 @@ pub(crate) fn datagram(payload: usize) -> (Vec<u8>, Vec<u8>) {
     bytes[16..18].copy_from_slice(&((28 + payload) as u16).to_be_bytes());
     bytes[22..24].copy_from_slice(&[64, 17]);
     bytes[26..34].copy_from_slice(&[192, 0, 2, 2, 192, 0, 2, 1]);
+    let checksum = !sum(&bytes[14..34]);
+    bytes[24..26].copy_from_slice(&checksum.to_be_bytes());
     bytes[34..38].copy_from_slice(&[0, 9, 0, 9]);
     let length = ((8 + payload) as u16).to_be_bytes();
     bytes[38..40].copy_from_slice(&length);

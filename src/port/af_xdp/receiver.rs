@@ -231,11 +231,18 @@ impl<'mem> Receiver<'mem> {
         self.posted.push_back(Posted { address, target, filled: None });
     }
 
-    /// Gives back the buffers that frames have arrived in.
-    pub(super) fn reap(&mut self, open: &mut OpenSocket, finished: &mut Finished<'mem>) {
-        let (mut any, mut delivered) = (false, false);
-        while let Some(descriptor) = open.socket.rx.take() {
-            any = true;
+    /// Gives back the buffers that frames have arrived in, up to `most` of these.
+    pub(super) fn reap(
+        &mut self,
+        open: &mut OpenSocket,
+        most: usize,
+        finished: &mut Finished<'mem>,
+    ) {
+        let (mut taken, mut delivered) = (0, false);
+        while taken < most
+            && let Some(descriptor) = open.socket.rx.take()
+        {
+            taken += 1;
             let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
             // Nearly always it is the oldest.
             match self.posted.pop_front_if(|oldest| oldest.address == address) {
@@ -250,7 +257,7 @@ impl<'mem> Receiver<'mem> {
             }
         }
         self.serve_waiting(&open.umem, finished);
-        if !any {
+        if taken == 0 {
             return;
         }
         open.socket.rx.release();

@@ -1,7 +1,7 @@
 //! Frames from the guest, on their way through the tx ring and back out of the completion ring.
 //!
-//! A frame in one piece is sent from where the guest put it. One that needs a checksum, or lies in
-//! several pieces, is copied into the arena: measured, that costs a tenth of what the kernel takes
+//! A frame in one piece is sent from where the guest put it. One that needs a checksum, lies in
+//! several pieces, or was judged by rules, which its headers must not change after, is copied into the arena: measured, that costs a tenth of what the kernel takes
 //! for a frame of two descriptors (docs/af-xdp.md). So is each segment of a frame that is to be cut.
 //!
 //! Invariant: a chain is given back when the kernel has completed its frame, and in the order of
@@ -16,11 +16,10 @@ use super::interface::OpenSocket;
 use super::segmentation::Segmentation;
 use super::umem::TX_SLOTS;
 use crate::counters::{CopyReason, Drop};
-use crate::features::Negotiated;
 use crate::guest::{Burst, Chain, Readable, Segment};
-use crate::port::{Finished, Outcome};
+use crate::port::{Finished, Outcome, Terms};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor, checksum_request};
-use crate::vnet_header::{Admission, PrivateStart, VnetHeader, admit};
+use crate::vnet_header::{Admission, PrivateStart, Surplus, VnetHeader, admit};
 
 /// Calls for one burst at the most: the kernel sends 32 frames at a time.
 const SENDS: usize = 16;
@@ -51,6 +50,8 @@ pub(super) struct Transmitter<'mem> {
     /// What is to be given back.
     pub(super) done: Vec<(Chain<'mem, Readable>, Outcome)>,
     copied: Vec<CopyReason>,
+    /// What the frames admitted are on the wire beyond themselves.
+    surplus: Surplus,
     /// Chains of frames that the kernel has not sent.
     unsent: Vec<Chain<'mem, Readable>>,
     /// A frame whose checksum is completed.
@@ -60,20 +61,17 @@ pub(super) struct Transmitter<'mem> {
 }
 
 impl<'mem> Transmitter<'mem> {
-    pub(super) fn new(negotiated: &Negotiated, pair: u16) -> Self {
+    pub(super) fn new(terms: &Terms, pair: u16) -> Self {
         Transmitter {
             pair,
-            admission: Admission {
-                header_length: negotiated.header_length(),
-                offloads: negotiated.host(),
-                max_frame: 0,
-            },
+            admission: terms.admission(0),
             start: PrivateStart::default(),
             cut: None,
             in_flight: VecDeque::with_capacity(TX_SLOTS),
             oldest: 0,
             done: Vec::new(),
             copied: Vec::new(),
+            surplus: Surplus::default(),
             unsent: Vec::new(),
             scratch: Vec::new(),
             unfinished: false,
@@ -129,6 +127,7 @@ impl<'mem> Transmitter<'mem> {
             return Err(Drop::TooLong);
         }
         self.cut = how.map(|how| (how, 0));
+        self.surplus += self.start.surplus(chain.len() - header_length);
         Ok(())
     }
 
@@ -142,20 +141,23 @@ impl<'mem> Transmitter<'mem> {
         let header_length = self.admission.header_length;
         let length = chain.len() - header_length;
         let header = self.start.header();
+        // Headers that were judged go out as they were then.
+        let judged = self.admission.rules.is_some();
         let in_place = chain
             .first_after(header_length)
-            .filter(|piece| piece.len() == length && !header.needs_checksum())
+            .filter(|piece| piece.len() == length && !header.needs_checksum() && !judged)
             .and_then(|piece| open.umem.sendable(&piece));
         if let Some(address) = in_place {
             return Descriptor { address, length: length as u32, options: 0 };
         }
         let (frame, address) = open.umem.tx_frame(self.pair, slot, length);
         chain.copy_to(header_length, &frame);
+        frame.write(&self.start.bytes()[header_length..]);
         let options = if header.needs_checksum() {
             self.copied.push(CopyReason::Checksum);
             self.complete(&frame, slot, open)
         } else {
-            self.copied.push(CopyReason::Pieces);
+            self.copied.push(if judged { CopyReason::Rules } else { CopyReason::Pieces });
             0
         };
         Descriptor { address, length: length as u32, options }
@@ -293,6 +295,7 @@ impl<'mem> Transmitter<'mem> {
     pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
         finished.tx.append(&mut self.done);
         finished.tx_copied.append(&mut self.copied);
+        finished.tx_surplus += std::mem::take(&mut self.surplus);
     }
 
     /// Gives back what the kernel has not sent, when the session ends.

@@ -10,7 +10,7 @@ use crate::guest::virtqueue::MAX_SEGMENTS;
 use crate::guest::{Burst, Chain, Segment, Writable};
 use crate::port::Finished;
 use crate::sys::tap::Queue;
-use crate::vnet_header::{MAX_FRAME, VnetHeader};
+use crate::vnet_header::{LINK_OVERHEAD, MAX_FRAME, Surplus, VnetHeader};
 
 /// Buffers that are borrowed ahead, which bounds what a session holds. Eight frames of 64 KiB in
 /// the 1.5 KiB buffers of a Linux driver.
@@ -24,6 +24,8 @@ pub(super) struct Receiver<'mem> {
     header_length: usize,
     accepted: Offloads,
     mergeable: bool,
+    /// The card's MTU in bytes.
+    mtu: u16,
     /// Longest frame in bytes that the device can deliver, header included.
     largest: usize,
     posted: VecDeque<Chain<'mem, Writable>>,
@@ -43,11 +45,12 @@ pub(super) struct Receiver<'mem> {
 
 impl<'mem> Receiver<'mem> {
     /// For frames up to `longest` bytes, but for those that are to be segmented.
-    pub(super) fn new(negotiated: &Negotiated, longest: usize, receives: bool) -> Self {
+    pub(super) fn new(negotiated: &Negotiated, mtu: u16, longest: usize, receives: bool) -> Self {
         let mut receiver = Receiver {
             header_length: negotiated.header_length(),
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
+            mtu,
             largest: 0,
             posted: VecDeque::new(),
             room: 0,
@@ -152,9 +155,12 @@ impl<'mem> Receiver<'mem> {
             finished.rx_dropped.push((Drop::TooShort, 1));
             return;
         }
-        if let Err(reason) = self.fit_header_to_guest() {
-            finished.rx_dropped.push((reason, 1));
-            return;
+        match self.fit_header_to_guest() {
+            Ok(header) => finished.rx_surplus += self.surplus(&header, length),
+            Err(reason) => {
+                finished.rx_dropped.push((reason, 1));
+                return;
+            }
         }
         let (mut left, mut buffers, mut segments) = (length, 0u16, 0);
         let first = finished.rx.len();
@@ -180,7 +186,7 @@ impl<'mem> Receiver<'mem> {
 
     /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,
     /// but frames may have been queued before that.
-    fn fit_header_to_guest(&self) -> Result<(), Drop> {
+    fn fit_header_to_guest(&self) -> Result<VnetHeader, Drop> {
         let mut bytes = [0; 10];
         let buffer = &self.posted[0];
         buffer.read_start(&mut bytes);
@@ -192,6 +198,23 @@ impl<'mem> Receiver<'mem> {
             // Section 5.1.6.4.1: flags are zero without GUEST_CSUM.
             buffer.write_at(0, &[0]);
         }
-        Ok(())
+        Ok(header)
+    }
+
+    /// What the frame of `length` bytes with its header is on the wire beyond itself. The guest may
+    /// have rewritten the header: however small it makes the segments, they fit the MTU.
+    fn surplus(&self, header: &VnetHeader, length: usize) -> Surplus {
+        /// IPv4 and TCP without options.
+        const LEAST_HEADERS: u16 = 40;
+        /// TCP with its usual options. Without them there is one segment less at the most.
+        const TCP: usize = 32;
+        let length = length - self.header_length;
+        if length <= usize::from(self.mtu) + LINK_OVERHEAD {
+            return Surplus::default();
+        }
+        let gso_size = header.gso_size.min(self.mtu.saturating_sub(LEAST_HEADERS)).max(1);
+        // The kernel's hdr_len is not the length of headers.
+        let headers = usize::from(header.csum_start).clamp(34, 74) + TCP;
+        Surplus::of(&VnetHeader { gso_type: 1, gso_size, ..*header }, headers, length)
     }
 }

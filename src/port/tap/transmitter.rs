@@ -8,9 +8,9 @@ use log::warn;
 use super::TapQueue;
 use crate::counters::Drop;
 use crate::guest::{Burst, Chain, Readable, Segment};
-use crate::port::Outcome;
+use crate::port::{Finished, Outcome};
 use crate::sys::uring::MAX_WRITES;
-use crate::vnet_header::{Admission, PrivateStart, admit};
+use crate::vnet_header::{Admission, PrivateStart, Surplus, admit};
 
 /// Bursts from this many frames on go through io_uring: a submission of one costs more than a
 /// `writev`.
@@ -27,7 +27,9 @@ pub(super) struct Transmitter<'mem> {
     /// Chain's place in the burst, and its part of the list of segments.
     bounds: Vec<(usize, Range<usize>)>,
     /// What is to be given back.
-    pub(super) done: Vec<(Chain<'mem, Readable>, Outcome)>,
+    done: Vec<(Chain<'mem, Readable>, Outcome)>,
+    /// What the frames sent are on the wire beyond themselves.
+    surplus: Surplus,
     /// The device had no room for the last frame.
     pub(super) blocked: bool,
 }
@@ -40,6 +42,7 @@ impl<'mem> Transmitter<'mem> {
             starts: Vec::new(),
             bounds: Vec::new(),
             done: Vec::new(),
+            surplus: Surplus::default(),
             blocked: false,
         }
     }
@@ -65,8 +68,18 @@ impl<'mem> Transmitter<'mem> {
                 }
             }
             let dealt_with = self.write(burst, count, &mut outcomes, host);
+            let header_length = self.admission.header_length;
+            for index in (0..dealt_with).filter(|&index| outcomes[index] == Outcome::Sent) {
+                self.surplus += self.starts[index].surplus(burst[index].len() - header_length);
+            }
             self.done.extend(burst.drain(..dealt_with).zip(outcomes));
         }
+    }
+
+    /// Gives back what has finished.
+    pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
+        finished.tx.append(&mut self.done);
+        finished.tx_surplus += std::mem::take(&mut self.surplus);
     }
 
     /// Writes the frames that were admitted, and notes in `outcomes`, which holds the drops

@@ -1,0 +1,406 @@
+//! How much traffic a port may have: a bucket of bits and one of packets for each direction.
+//!
+//! A bucket is kept as a time: that at which it will be full again (the virtual scheduling
+//! algorithm of ITU-T I.371). A frame may pass while that time is no further away than the bucket
+//! takes to fill, and puts it off by as long as its own size takes. So a frame larger than what is
+//! left passes too, and the next one waits for longer: over time, the rate is kept.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+
+/// Units of time that a nanosecond has. 64 bits of them last for nine years.
+const UNITS: u64 = 64;
+/// How long a bucket takes to fill, if nothing else is said.
+const DEFAULT_BURST: Duration = Duration::from_millis(10);
+/// Size of a bucket at the least, in bytes: some frames of usual length.
+const MIN_BURST_BYTES: u64 = 16 << 10;
+/// The same in packets.
+const MIN_BURST_PACKETS: u64 = 16;
+/// Highest rate in bits per second: the shortest frame takes some hundreds of units.
+const MAX_BITS: u64 = 100_000_000_000;
+/// The same in packets.
+const MAX_PACKETS: u64 = 1_000_000_000;
+
+/// So many per second over time, and so many at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// Bits, or packets, per second.
+    pub per_second: u64,
+    /// Bytes, or packets, that may come at once after a pause.
+    pub burst: u64,
+}
+
+/// What one direction of a port may move, as it is on the wire: a frame that is sent in segments
+/// counts as these.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Limit {
+    /// Bits per second, and bytes at once.
+    pub bits: Option<Rate>,
+    /// Packets per second, and at once.
+    pub packets: Option<Rate>,
+}
+
+impl TryFrom<String> for Limit {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl FromStr for Limit {
+    type Err = String;
+
+    /// Reads `100mbit`, `10kpps`, `1gbit,100kpps,burst=2m,packet-burst=500`, `none`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |part: &str| {
+            format!(
+                "'{part}' is no limit: write 100mbit, 10kpps, burst=256k, packet-burst=100, or none"
+            )
+        };
+        let (mut bits, mut packets, mut burst, mut packet_burst) = (None, None, None, None);
+        for part in text.split(',') {
+            let part = part.trim();
+            let (place, number) = if let Some(size) = part.strip_prefix("burst=") {
+                (&mut burst, size)
+            } else if let Some(size) = part.strip_prefix("packet-burst=") {
+                (&mut packet_burst, size)
+            } else if let Some(rate) = part.strip_suffix("bit") {
+                (&mut bits, rate)
+            } else if let Some(rate) = part.strip_suffix("pps") {
+                (&mut packets, rate)
+            } else if part == "none" && text.trim() == part {
+                return Ok(Limit::default());
+            } else {
+                return Err(wrong(part));
+            };
+            let number = scaled(number).ok_or_else(|| wrong(part))?;
+            if place.replace(number).is_some() {
+                return Err(format!("'{part}' is said twice"));
+            }
+        }
+        let rate =
+            |name, per_second: Option<u64>, burst: Option<u64>, size: u64, least, most| match (
+                per_second, burst,
+            ) {
+                (None, None) => Ok(None),
+                (None, Some(_)) => Err(format!("there is a burst of {name}, and no rate of them")),
+                (Some(rate), _) if rate > most => {
+                    Err(format!("{rate} {name} a second are more than {most}"))
+                }
+                (Some(per_second), burst) => {
+                    let by_time = per_second / size / (1000 / DEFAULT_BURST.as_millis() as u64);
+                    let burst = burst.unwrap_or(by_time.max(least));
+                    Ok(Some(Rate { per_second, burst }))
+                }
+            };
+        let limit = Limit {
+            bits: rate("bits", bits, burst, 8, MIN_BURST_BYTES, MAX_BITS)?,
+            packets: rate("packets", packets, packet_burst, 1, MIN_BURST_PACKETS, MAX_PACKETS)?,
+        };
+        if limit == Limit::default() {
+            return Err(wrong(text));
+        }
+        Ok(limit)
+    }
+}
+
+/// A whole number from 1 on, with `k`, `m` or `g` behind it for powers of a thousand.
+fn scaled(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let factor = match &text[digits.len()..] {
+        "" => 1,
+        "k" | "K" => 1000,
+        "m" | "M" => 1_000_000,
+        "g" | "G" => 1_000_000_000,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(factor).filter(|number| *number > 0)
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut between = "";
+        if let Some(Rate { per_second, burst }) = self.bits {
+            write!(f, "{per_second}bit,burst={burst}")?;
+            between = ",";
+        }
+        if let Some(Rate { per_second, burst }) = self.packets {
+            write!(f, "{between}{per_second}pps,packet-burst={burst}")?;
+            between = ",";
+        }
+        if between.is_empty() { f.write_str("none") } else { Ok(()) }
+    }
+}
+
+/// Both directions' limiters.
+#[derive(Debug)]
+pub struct Limits {
+    /// Of frames to the guest.
+    pub rx: Limiter,
+    /// Of frames from the guest.
+    pub tx: Limiter,
+}
+
+/// A bucket that has run in part, or in advance.
+#[derive(Debug, Clone, Copy)]
+struct Bucket {
+    /// Units of time for a thousand bytes, or packets.
+    each: u64,
+    /// Units of time until an empty bucket is full.
+    depth: u64,
+    /// When it will be full again.
+    full_at: u64,
+}
+
+impl Bucket {
+    /// `scale` is bits in a byte, or 1.
+    fn new(rate: Rate, scale: u64, now: u64) -> Self {
+        const SECOND: u64 = 1_000_000_000 * UNITS;
+        let each = (1000 * scale).saturating_mul(SECOND) / rate.per_second;
+        let depth = u128::from(rate.burst) * u128::from(scale) * u128::from(SECOND)
+            / u128::from(rate.per_second);
+        Bucket { each, depth: depth.min(u128::from(u64::MAX >> 2)) as u64, full_at: now }
+    }
+
+    /// Units of time until something may pass.
+    fn wait(&self, now: u64) -> u64 {
+        self.full_at.saturating_sub(now.saturating_add(self.depth))
+    }
+
+    /// Bytes or packets that it still has.
+    fn left(&self, now: u64) -> u64 {
+        let time = now.saturating_add(self.depth).saturating_sub(self.full_at.max(now));
+        time.saturating_mul(1000) / self.each.max(1)
+    }
+
+    fn charge(&mut self, amount: u64, now: u64) {
+        let takes = u128::from(amount) * u128::from(self.each) / 1000;
+        let takes = u64::try_from(takes).unwrap_or(u64::MAX);
+        self.full_at = self.full_at.max(now).saturating_add(takes);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Buckets {
+    bytes: Option<Bucket>,
+    packets: Option<Bucket>,
+}
+
+impl Buckets {
+    fn wait(&self, now: u64) -> u64 {
+        let both = [&self.bytes, &self.packets];
+        both.into_iter().flatten().map(|bucket| bucket.wait(now)).max().unwrap_or(0)
+    }
+
+    fn charge(&mut self, packets: u64, bytes: u64, now: u64) {
+        for (bucket, amount) in [(&mut self.bytes, bytes), (&mut self.packets, packets)] {
+            if let Some(bucket) = bucket {
+                bucket.charge(amount, now);
+            }
+        }
+    }
+}
+
+/// One direction's buckets, which all queue pairs of a port share.
+#[derive(Debug)]
+pub struct Limiter {
+    /// Whether there is a limit at all.
+    limited: AtomicBool,
+    buckets: Mutex<Buckets>,
+    epoch: Instant,
+}
+
+impl Limiter {
+    /// Full buckets.
+    pub fn new(limit: &Limit) -> Self {
+        let limiter = Limiter {
+            limited: AtomicBool::new(false),
+            buckets: Mutex::default(),
+            epoch: Instant::now(),
+        };
+        limiter.set(limit);
+        limiter
+    }
+
+    /// Has another limit kept from now on.
+    pub fn set(&self, limit: &Limit) {
+        let now = self.now();
+        let bucket = |rate: Option<Rate>, scale| rate.map(|rate| Bucket::new(rate, scale, now));
+        *self.lock() = Buckets { bytes: bucket(limit.bits, 8), packets: bucket(limit.packets, 1) };
+        self.limited.store(*limit != Limit::default(), Ordering::Relaxed);
+    }
+
+    /// Whether there is a limit. If not, nothing has to be counted here.
+    #[inline]
+    pub fn is_limited(&self) -> bool {
+        self.limited.load(Ordering::Relaxed)
+    }
+
+    /// How many of these frames, whose lengths in bytes come in their order, may pass now. They
+    /// are counted.
+    pub fn admit(&self, lengths: impl Iterator<Item = usize>) -> usize {
+        let now = self.now();
+        let mut buckets = self.lock();
+        let mut admitted = 0;
+        for length in lengths {
+            if buckets.wait(now) > 0 {
+                break;
+            }
+            buckets.charge(1, length as u64, now);
+            admitted += 1;
+        }
+        admitted
+    }
+
+    /// How many frames may pass now, if each is as large as can be. They are to be counted by
+    /// [`charge`](Self::charge), since nobody knows their lengths yet.
+    pub fn allowance(&self) -> usize {
+        const LARGEST: u64 = 64 << 10;
+        const SEGMENTS: u64 = 45;
+        let now = self.now();
+        let buckets = self.lock();
+        let left = |bucket: &Option<Bucket>| bucket.map_or(u64::MAX, |bucket| bucket.left(now));
+        let (bytes, packets) = (left(&buckets.bytes), left(&buckets.packets));
+        if buckets.wait(now) > 0 {
+            return 0;
+        }
+        (bytes / LARGEST).min(packets / SEGMENTS).max(1) as usize
+    }
+
+    /// Counts what has passed already, or more than was counted of it.
+    pub fn charge(&self, packets: u64, bytes: u64) {
+        let now = self.now();
+        self.lock().charge(packets, bytes, now);
+    }
+
+    /// How long nothing may pass.
+    pub fn wait(&self) -> Duration {
+        Duration::from_nanos(self.lock().wait(self.now()).div_ceil(UNITS))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Buckets> {
+        // Nobody panics while holding it.
+        self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> u64 {
+        (self.epoch.elapsed().as_nanos() as u64).saturating_mul(UNITS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limit(text: &str) -> Limit {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn limits_are_read_and_shown() {
+        let bits = |per_second, burst| Some(Rate { per_second, burst });
+        assert_eq!(limit("100mbit").bits, bits(100_000_000, 125_000));
+        assert_eq!(limit("64kbit").bits, bits(64_000, MIN_BURST_BYTES));
+        let both = limit("1gbit,10kpps,burst=2m,packet-burst=5");
+        assert_eq!(both.bits, bits(1_000_000_000, 2_000_000));
+        assert_eq!(both.packets, Some(Rate { per_second: 10_000, burst: 5 }));
+        assert_eq!(limit(&both.to_string()), both);
+        assert_eq!(limit("none"), Limit::default());
+        assert_eq!(limit(&Limit::default().to_string()), Limit::default());
+        for wrong in [
+            "",
+            "10",
+            "10mb",
+            "0bit",
+            "-1bit",
+            "1.5gbit",
+            "10mbit,10mbit",
+            "burst=1k",
+            "none,1bit",
+            "1bit,packet-burst=2",
+            "101gbit",
+            "99999999999999999999bit",
+            "10 mbit",
+        ] {
+            assert!(wrong.parse::<Limit>().is_err(), "{wrong:?}");
+        }
+    }
+
+    /// Frames of `length` bytes that pass in `time` of tries each `step`, and the longest run.
+    fn pass(limit: &Limit, length: u64, time: Duration, step: Duration) -> (u64, u64) {
+        let mut buckets = Buckets {
+            bytes: limit.bits.map(|rate| Bucket::new(rate, 8, 0)),
+            packets: limit.packets.map(|rate| Bucket::new(rate, 1, 0)),
+        };
+        let (mut passed, mut longest) = (0, 0);
+        let mut now = Duration::ZERO;
+        while now < time {
+            let units = now.as_nanos() as u64 * UNITS;
+            let mut run = 0;
+            while buckets.wait(units) == 0 {
+                buckets.charge(1, length, units);
+                run += 1;
+            }
+            passed += run;
+            longest = run.max(longest);
+            now += step;
+        }
+        (passed, longest)
+    }
+
+    #[test]
+    fn the_rate_is_kept_whatever_the_size_of_frames() {
+        for (rate, length, seconds) in [
+            ("10mbit", 60, 1.0),
+            ("10mbit", 65_000, 9.0),
+            ("1gbit", 1514, 1.0),
+            ("100gbit", 60, 0.01),
+        ] {
+            let limit = limit(rate);
+            let (bits, burst) = limit.bits.map(|rate| (rate.per_second, rate.burst)).unwrap();
+            let time = Duration::from_secs_f64(seconds);
+            let (passed, _) = pass(&limit, length, time, Duration::from_micros(50));
+            let expected = ((bits as f64 / 8.0 * seconds) as u64 + burst) / length;
+            let tolerance = expected / 200 + 2;
+            assert!(passed.abs_diff(expected) <= tolerance, "{rate}, {length}: {passed}");
+        }
+        let (passed, longest) = pass(
+            &limit("10kpps,packet-burst=20"),
+            64,
+            Duration::from_secs(1),
+            Duration::from_micros(7),
+        );
+        assert!(passed.abs_diff(10_020) <= 2, "{passed}");
+        assert_eq!(longest, 21);
+    }
+
+    #[test]
+    fn a_frame_larger_than_the_bucket_passes_and_is_paid_for() {
+        let mut bucket = Bucket::new(Rate { per_second: 8000, burst: 100 }, 8, 0);
+        assert_eq!(bucket.wait(0), 0);
+        bucket.charge(1000, 0);
+        // A thousand bytes at a thousand a second, of which a hundred were saved up.
+        assert_eq!(bucket.wait(0), 900_000_000 * UNITS);
+    }
+
+    #[test]
+    fn no_limit_lets_all_pass_and_a_new_one_counts_at_once() {
+        let limiter = Limiter::new(&Limit::default());
+        assert!(!limiter.is_limited());
+        assert_eq!(limiter.admit(std::iter::repeat_n(1500, 1000)), 1000);
+        limiter.set(&limit("1pps,packet-burst=3"));
+        assert!(limiter.is_limited());
+        assert_eq!(limiter.admit(std::iter::repeat_n(1500, 1000)), 4);
+        let wait = limiter.wait();
+        assert!(!wait.is_zero() && wait <= Duration::from_secs(1), "{wait:?}");
+        limiter.set(&Limit::default());
+        assert_eq!(limiter.wait(), Duration::ZERO);
+    }
+}

@@ -1,0 +1,179 @@
+//! What an operator allows a guest: how much it may send and be given. That it can't speak for
+//! others is among the hostile cases.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::support::daemon::Daemon;
+use crate::support::driver::{CSUM, Card, HEADER, HOST_TSO, Options};
+use crate::support::frontend::Frontend;
+use crate::support::needs_root;
+use crate::support::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip};
+use crate::support::traffic::{datagram, frame, tcp_frame};
+
+/// How long traffic runs.
+const TIME: Duration = Duration::from_millis(700);
+
+/// What goes over the wire in `packets` packets of together `bytes` bytes, many times over.
+struct Traffic {
+    packets: u64,
+    bytes: u64,
+}
+
+/// What a limit lets pass in a time: so much per second, and so much at once.
+struct Allowed {
+    per_second: f64,
+    burst: f64,
+}
+
+impl Allowed {
+    /// What passed must be no more, and not much less, of what a frame has `each`.
+    #[track_caller]
+    fn check(&self, passed: u64, each: u64, time: Duration) {
+        let most = self.per_second * time.as_secs_f64() + self.burst;
+        let passed = (passed * each) as f64;
+        // The last one may be larger than what was left.
+        assert!(passed <= most + each as f64, "{passed} of {most}");
+        // The machine may be busy, but not that busy.
+        assert!(passed >= most / 3.0, "{passed} of {most}");
+    }
+}
+
+fn port(kind: &str) -> (&'static str, Wire) {
+    if kind == "tap" {
+        enter_new_namespace();
+        std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+        ip("tuntap add dev tap0 mode tap vnet_hdr");
+        ip("link set tap0 up");
+        ("--tap=tap0", Wire::open("tap0"))
+    } else {
+        enter_namespace_with_veth(1);
+        ("--af-xdp=veth0", Wire::open("veth1"))
+    }
+}
+
+/// Has a guest send the same frame as fast as it may; returns how many were sent, and in what time.
+fn send_all(card: &mut Card, header: &[u8], frame: &[u8]) -> (u64, Duration) {
+    let area = card.tx[0].buffer_area();
+    card.ram.write(area, header);
+    card.ram.write(area + HEADER as u64, frame);
+    let ring = &mut card.tx[0];
+    while ring.add(&[(area, (HEADER + frame.len()) as u32)], false).is_some() {}
+    ring.want_no_call();
+    let started = Instant::now();
+    ring.publish();
+    let mut sent = 0;
+    while started.elapsed() < TIME {
+        let done = ring.recycle();
+        sent += done as u64;
+        if done > 0 {
+            ring.want_no_call();
+            ring.publish();
+        }
+        std::thread::sleep(Duration::from_micros(50));
+    }
+    (sent, started.elapsed())
+}
+
+#[test]
+fn a_guest_sends_no_more_than_it_may() {
+    needs_root!("a_guest_sends_no_more_than_it_may");
+    let (plain, udp) = (vec![0; HEADER], datagram(1400).1);
+    let (gso, tcp) = tcp_frame(60_000, 1448);
+    let segments = 60_000_u64.div_ceil(1448);
+    let whole = Traffic { packets: segments, bytes: tcp.len() as u64 + (segments - 1) * 54 };
+    let small = Traffic { packets: 1, bytes: udp.len() as u64 };
+    for kind in ["tap", "af_xdp"] {
+        for (limit, per_second, burst) in [
+            ("20mbit,burst=100k", 2.5e6, 1e5),
+            ("400mbit", 50e6, 5e5),
+            ("5kpps,packet-burst=50", 5000.0, 50.0),
+        ] {
+            for (header, frame, traffic) in [(&plain, &udp, &small), (&gso, &tcp, &whole)] {
+                let (option, _wire) = port(kind);
+                let daemon = Daemon::start(&[option, &format!("--tx-limit={limit}")]);
+                let features = Options::default().features | CSUM | HOST_TSO;
+                let options = Options { features, ..Options::default() };
+                let mut card = Card::start(Frontend::new(daemon.connect()), options);
+                let (sent, time) = send_all(&mut card, header, frame);
+                let each = if limit.contains("bit") { traffic.bytes } else { traffic.packets };
+                Allowed { per_second, burst }.check(sent, each, time);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_guest_is_given_no_more_than_it_may() {
+    needs_root!("a_guest_is_given_no_more_than_it_may");
+    let frame = frame(7, 1000);
+    for kind in ["tap", "af_xdp"] {
+        for (limit, per_second, burst, each) in
+            [("20mbit,burst=100k", 2.5e6, 1e5, 1000), ("5kpps,packet-burst=50", 5000.0, 50.0, 1)]
+        {
+            let (option, wire) = port(kind);
+            let daemon = Daemon::start(&[option, &format!("--rx-limit={limit}")]);
+            let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+            let stop = AtomicBool::new(false);
+            let (mut received, started) = (0, Instant::now());
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        let _ = wire.try_send(&frame);
+                        // More than may pass, and less than a processor's worth.
+                        std::thread::sleep(Duration::from_micros(20));
+                    }
+                });
+                while started.elapsed() < TIME {
+                    while card.try_receive(0).is_some() {
+                        received += 1;
+                    }
+                    std::thread::sleep(Duration::from_micros(50));
+                }
+                stop.store(true, Ordering::Relaxed);
+            });
+            // What one turn finds on the wire passes together, and is paid for afterwards.
+            let burst = burst + 64.0 * each as f64;
+            Allowed { per_second, burst }.check(received, each, started.elapsed());
+        }
+    }
+}
+
+#[test]
+fn a_limit_holds_nothing_up_that_is_below_it() {
+    needs_root!("a_limit_holds_nothing_up_that_is_below_it");
+    let (option, wire) = port("tap");
+    let limits = ["--tx-limit=1gbit,100kpps", "--rx-limit=1gbit,100kpps"];
+    let daemon = Daemon::start(&[option, limits[0], limits[1]]);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    crate::support::traffic::check_both_ways(&wire, &mut card, 200);
+}
+
+#[test]
+fn all_queue_pairs_share_one_limit() {
+    let options = ["--loopback", "--queue-pairs=2", "--tx-limit=2kpps,packet-burst=10"];
+    let daemon = Daemon::start(&options);
+    let options = Options { pairs: 2, ..Options::default() };
+    let mut card = Card::start(Frontend::new(daemon.connect()), options);
+    for pair in 0..2 {
+        for slot in 0..256 {
+            card.queue_tx(pair, slot, &[0; HEADER], &[1; 60]);
+        }
+    }
+    let started = Instant::now();
+    card.tx.iter_mut().for_each(|ring| {
+        ring.publish();
+    });
+    let mut done = 0;
+    while done < 512 {
+        for pair in 0..2 {
+            while card.tx[pair].take_used().is_some() {
+                done += 1;
+            }
+        }
+        std::thread::sleep(Duration::from_micros(100));
+        assert!(started.elapsed() < Duration::from_secs(10), "{done} frames only");
+    }
+    // 502 of them at 2000 a second.
+    assert!(started.elapsed() >= Duration::from_millis(250), "{:?}", started.elapsed());
+}
