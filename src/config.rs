@@ -5,13 +5,15 @@ mod arguments;
 mod file;
 mod options;
 
+use std::fmt;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
 use serde::Deserialize;
 
+use crate::api::client::Question;
 use crate::net_config::MacAddress;
 use crate::policy::{Identity, Limit};
 
@@ -26,6 +28,8 @@ pub const MAX_QUEUE_PAIRS: u16 = 128;
 pub enum Invocation {
     /// Run with this configuration.
     Run(Config),
+    /// Ask a running daemon.
+    Ask(Question),
     /// Print this to standard output and exit with success.
     Print(String),
 }
@@ -35,6 +39,8 @@ pub enum Invocation {
 pub struct Config {
     /// What is logged.
     pub log_level: LevelFilter,
+    /// Where operators ask and tell it things.
+    pub control: Option<PathBuf>,
     /// What the daemon gives up once it has opened everything.
     pub confinement: Confinement,
     /// The cards that it serves; there is at least one.
@@ -174,6 +180,17 @@ pub enum TxMethod {
     Writev,
 }
 
+impl fmt::Display for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Host::Tap(name) => write!(f, "tap {name}"),
+            Host::TapDescriptors(_) => f.write_str("tap"),
+            Host::AfXdp(af_xdp) => write!(f, "af_xdp {} queue {}", af_xdp.name, af_xdp.queue),
+            Host::Loopback => f.write_str("loopback"),
+        }
+    }
+}
+
 impl PortConfig {
     /// What only one port can have: each socket, descriptor, name and host queue, as text.
     fn claims(&self) -> Vec<String> {
@@ -197,12 +214,13 @@ impl PortConfig {
     }
 }
 
-/// Checks that no two ports lay claim to one thing.
+/// Checks that no two ports, nor the control socket, lay claim to one thing.
 ///
 /// # Errors
 /// With what is named twice.
-fn check_claims(ports: &[PortConfig]) -> Result<(), String> {
+fn check_claims(ports: &[PortConfig], control: Option<&Path>) -> Result<(), String> {
     let mut claims: Vec<String> = ports.iter().flat_map(PortConfig::claims).collect();
+    claims.extend(control.map(|path| format!("socket {}", path.display())));
     claims.sort_unstable();
     match claims.windows(2).find(|pair| pair[0] == pair[1]) {
         Some(pair) => Err(format!("{} is named twice", pair[0])),

@@ -14,6 +14,7 @@ use std::thread::{self, JoinHandle};
 
 use log::{error, info};
 
+use crate::api::{Server, Wanted};
 use crate::config::{Config, PortConfig};
 use crate::device::Device;
 use crate::endpoint::Endpoint;
@@ -25,6 +26,7 @@ use crate::net_config::NetConfig;
 use crate::policy::{Limiter, Limits, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::{Role, Sandbox};
+use crate::status::PortStatus;
 use crate::sys::eventfd::Waker;
 use crate::sys::process::TerminationSignals;
 use crate::worker::{Worker, WorkerOptions};
@@ -83,13 +85,14 @@ fn serve(
         let endpoint = Endpoint::open(&port.frontend, inherited.frontend)?;
         opened.push((name, port, queues, endpoint));
     }
+    let mut server = config.control.as_deref().map(Server::open).transpose()?;
     let mut names: Vec<&str> = opened.iter().map(|(name, ..)| name.as_str()).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         let name = pair[0];
         return Err(StartError::new(format!("two ports are called {name}: give one a name")));
     }
-    let sandbox = Sandbox::enter(&config.confinement, &config.ports)?;
+    let sandbox = Sandbox::enter(config)?;
     log.start(move || sandbox.confine(Role::Log)).map_err(no_thread)?;
     let running = Arc::new(Running::new().map_err(no_descriptor)?);
     let prepared = opened
@@ -98,12 +101,20 @@ fn serve(
         .collect::<Result<Vec<_>, _>>()?;
     // Whoever can connect finds everything ready, and what was said until then in the log.
     log.flush();
+    if let Some(server) = &mut server {
+        let statuses = prepared.iter().map(|(control, _)| control.status().clone()).collect();
+        server
+            .start(statuses)
+            .map_err(|error| StartError::new(format!("listen on the control socket: {error}")))?;
+    }
     let ports = prepared
         .into_iter()
         .map(|(control, stop)| Port::start(control, stop, sandbox, &running))
         .collect::<Result<Vec<_>, _>>()?;
     sandbox.confine(Role::Main).map_err(no_thread)?;
-    running.wait(signals);
+    if let Err(error) = running.wait(signals, server) {
+        error!("wait for signals: {error}");
+    }
     // All at once, so that none waits for another.
     ports.iter().for_each(|port| port.stop.wake());
     Ok(())
@@ -130,22 +141,51 @@ impl Running {
         Ok(Running { ports: AtomicUsize::new(0), ended: Waker::new()? })
     }
 
-    /// Waits for a signal, or until no port runs.
-    fn wait(&self, signals: &TerminationSignals) {
-        let waited = Poller::new().and_then(|mut poller| {
-            poller.add(signals, Interest::Read, true)?;
-            poller.add(&self.ended, Interest::Read, false)?;
-            let mut signalled = false;
-            while !signalled && self.ports.load(Ordering::Acquire) > 0 {
-                poller.wait(None, |signal| signalled |= signal)?;
-                self.ended.clear();
-            }
-            Ok(())
-        });
-        if let Err(error) = waited {
-            error!("wait for signals: {error}");
+    /// Waits for a signal, or until no port runs, and serves operators meanwhile.
+    fn wait(&self, signals: &TerminationSignals, mut server: Option<Server>) -> io::Result<()> {
+        let mut poller = Poller::new()?;
+        poller.add(signals, Interest::Read, Source::Signal)?;
+        poller.add(&self.ended, Interest::Read, Source::Ended)?;
+        if let Some(fd) = server.as_ref().and_then(Server::fd) {
+            poller.add(fd, Interest::Read, Source::Operators)?;
         }
+        let mut happened = Vec::new();
+        while self.ports.load(Ordering::Acquire) > 0 {
+            poller.wait(None, |source| happened.push(source))?;
+            for source in happened.drain(..) {
+                match (source, &mut server) {
+                    (Source::Signal, _) => return Ok(()),
+                    (Source::Ended, _) => self.ended.clear(),
+                    (Source::Operators, Some(server)) => {
+                        if let Some((number, stream, gone)) = server.accept() {
+                            poller.add(stream, Interest::Read, Source::Operator(number))?;
+                            if let Some(gone) = gone {
+                                poller.forget(Source::Operator(gone));
+                            }
+                        }
+                    }
+                    (Source::Operator(number), Some(server)) => match server.serve(number) {
+                        Wanted::Request => poller.modify(source, Interest::Read)?,
+                        Wanted::Room => poller.modify(source, Interest::Write)?,
+                        Wanted::Nothing => poller.forget(source),
+                    },
+                    (Source::Operators | Source::Operator(_), None) => {}
+                }
+            }
+        }
+        Ok(())
     }
+}
+
+/// What the main thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Signal,
+    Ended,
+    /// Somebody connects to the control socket.
+    Operators,
+    /// A client there, by its number.
+    Operator(u32),
 }
 
 /// A port's share in [`Running`], for as long as its thread runs, however that ends.
@@ -223,13 +263,22 @@ fn prepare(
         queue_pairs: config.queue_pairs,
         mtu: config.mtu,
     };
-    let workers = start_workers(config, &name, queues, sandbox)?;
+    let limits =
+        Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
+    let workers = start_workers(config, &name, queues, &limits, sandbox)?;
+    let status = Arc::new(PortStatus::new(
+        name.clone(),
+        config.host.to_string(),
+        config.frontend.clone(),
+        limits,
+        workers.iter().map(|worker| worker.status().clone()).collect(),
+    ));
     info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
     let mut device = Device::new(name, offer, net_config, workers);
     device.set_rules(config.identity.clone().map(|identity| Arc::new(Rules::new(identity))));
     device.require_sealed_memory(config.require_sealed_memory);
     let stop = Arc::new(Waker::new().map_err(no_descriptor)?);
-    let control = Control::new(device, endpoint, stop.clone()).map_err(no_descriptor)?;
+    let control = Control::new(device, endpoint, status, stop.clone()).map_err(no_descriptor)?;
     Ok((control, stop))
 }
 
@@ -237,11 +286,10 @@ fn start_workers(
     config: &PortConfig,
     name: &str,
     queues: Vec<HostQueue>,
+    limits: &Arc<Limits>,
     sandbox: Sandbox,
 ) -> Result<Vec<Worker>, StartError> {
     let cpus = &config.cpu_affinity;
-    let limits =
-        Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
     queues
         .into_iter()
         .enumerate()

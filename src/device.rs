@@ -134,6 +134,11 @@ impl Device {
         &self.workers
     }
 
+    /// The feature bits that the frontend has set.
+    pub fn features(&self) -> Option<u64> {
+        self.told.features.map(|features| features.bits())
+    }
+
     /// Whether the frontend wants to hear of the success of requests without a reply.
     pub fn acknowledges(&self) -> bool {
         self.told

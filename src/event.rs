@@ -81,6 +81,13 @@ impl<T: Copy + PartialEq> Poller<T> {
         self.control(ControlOptions::EPOLL_CTL_DEL, fd, Interest::Read, place)
     }
 
+    /// Notes that the descriptor behind `what` has been closed, which ends its being watched.
+    pub fn forget(&mut self, what: T) {
+        if let Some((place, _)) = self.find(what) {
+            self.watched[place] = None;
+        }
+    }
+
     fn find(&self, what: T) -> Option<(usize, RawFd)> {
         self.watched.iter().enumerate().find_map(|(place, watched)| match watched {
             Some((fd, this)) if *this == what => Some((place, *fd)),

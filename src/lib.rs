@@ -25,10 +25,12 @@
 //! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
 //! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
 //! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
-//! [`counters`] what it did. [`logging`] writes lines that
+//! [`counters`] what it did. What ports are
+//! doing is in their [`status`], which the [`api`] shows to operators. [`logging`] writes lines that
 //! nobody waits for, and the [`sandbox`] is what all of this runs in. Unsafe code is in [`guest`]
 //! and [`sys`] only.
 
+pub mod api;
 pub mod config;
 pub mod counters;
 pub mod daemon;
@@ -43,6 +45,7 @@ pub mod policy;
 pub mod port;
 pub mod protocol;
 pub mod sandbox;
+pub mod status;
 pub mod sys;
 pub mod vnet_header;
 pub mod worker;

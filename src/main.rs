@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use vhost_user_net::api::client::Failure;
 use vhost_user_net::config::{self, Invocation};
 use vhost_user_net::daemon;
 
@@ -13,6 +14,22 @@ fn main() -> ExitCode {
             // Whoever closes the pipe early has seen enough.
             let _ = std::io::stdout().write_all(text.as_bytes());
             return ExitCode::SUCCESS;
+        }
+        Ok(Invocation::Ask(question)) => {
+            return match question.ask() {
+                Ok(text) => {
+                    let _ = std::io::stdout().write_all(text.as_bytes());
+                    ExitCode::SUCCESS
+                }
+                Err(Failure::Refused(why)) => {
+                    eprintln!("vhost-user-net: {why}");
+                    ExitCode::FAILURE
+                }
+                Err(Failure::Unreachable(why)) => {
+                    eprintln!("vhost-user-net: {why}");
+                    ExitCode::from(3)
+                }
+            };
         }
         Err(error) => {
             eprintln!("vhost-user-net: {error}");

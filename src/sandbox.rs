@@ -10,7 +10,7 @@ mod calls;
 
 use std::collections::HashSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use caps::{CapSet, Capability};
 use landlock::{
@@ -22,7 +22,7 @@ use nix::sys::prctl;
 use nix::unistd::{Gid, Group, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 
-use crate::config::{Confinement, Frontend, Host, PortConfig, Seccomp};
+use crate::config::{Config, Confinement, Frontend, Host, PortConfig, Seccomp};
 use crate::daemon::StartError;
 
 /// What a thread does.
@@ -50,13 +50,14 @@ impl Sandbox {
     /// Leaves each thread all that it has.
     pub const NONE: Self = Sandbox { seccomp: Seccomp::None };
 
-    /// Gives up for the whole process what the ports do not need. `ports` have been opened; no
-    /// thread has been started.
+    /// Gives up for the whole process what is not needed any more. All has been opened that
+    /// `config` names; no thread has been started.
     ///
     /// # Errors
     /// No such user or group, or the kernel refuses to take something away. What the kernel does
     /// not know (landlock, by its version) is logged.
-    pub fn enter(confinement: &Confinement, ports: &[PortConfig]) -> Result<Self, StartError> {
+    pub fn enter(config: &Config) -> Result<Self, StartError> {
+        let Config { confinement, ports, .. } = config;
         let kept = capabilities_needed(ports);
         let failed =
             |what: &str, error: &dyn std::fmt::Display| StartError::new(format!("{what}: {error}"));
@@ -66,7 +67,7 @@ impl Sandbox {
         let kept = drop_capabilities(&kept).map_err(|error| failed("drop capabilities", &error))?;
         prctl::set_no_new_privs().map_err(|error| failed("set no_new_privs", &error))?;
         prctl::set_dumpable(false).map_err(|error| failed("switch core dumps off", &error))?;
-        let files = restrict_files(ports).map_err(|error| failed("restrict files", &error))?;
+        let files = restrict_files(config).map_err(|error| failed("restrict files", &error))?;
         let seccomp = confinement.seccomp;
         let calls = match seccomp {
             Seccomp::Kill => "a system call that is not a thread's ends the process",
@@ -182,7 +183,7 @@ fn drop_capabilities(needed: &HashSet<Capability>) -> Result<String, caps::error
 
 /// Has no file opened any more, no TCP port bound or connected to, no abstract socket, and no
 /// signal sent to anybody else, as far as the kernel knows how; says how far that was.
-fn restrict_files(ports: &[PortConfig]) -> Result<String, landlock::RulesetError> {
+fn restrict_files(config: &Config) -> Result<String, landlock::RulesetError> {
     // Of an older kernel's, what there is.
     let abi = ABI::V6;
     let mut ruleset = Ruleset::default()
@@ -190,9 +191,13 @@ fn restrict_files(ports: &[PortConfig]) -> Result<String, landlock::RulesetError
         .handle_access(AccessNet::from_all(abi))?
         .scope(Scope::from_all(abi))?
         .create()?;
-    for directory in ports.iter().filter_map(socket_directory) {
+    let listening = config.ports.iter().filter_map(|port| match &port.frontend {
+        Frontend::Listen(path) => Some(path.as_path()),
+        _ => None,
+    });
+    for directory in listening.chain(config.control.as_deref()).map(directory_of) {
         // Our own socket's file is removed at the end.
-        match PathFd::new(&directory) {
+        match PathFd::new(directory) {
             Ok(opened) => {
                 ruleset = ruleset.add_rule(PathBeneath::new(opened, AccessFs::RemoveFile))?;
             }
@@ -209,13 +214,7 @@ fn restrict_files(ports: &[PortConfig]) -> Result<String, landlock::RulesetError
     })
 }
 
-/// Where the socket lies that the port made.
-fn socket_directory(port: &PortConfig) -> Option<PathBuf> {
-    match &port.frontend {
-        Frontend::Listen(path) => {
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-            Some(parent.unwrap_or(Path::new(".")).to_owned())
-        }
-        _ => None,
-    }
+/// Where a socket lies.
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

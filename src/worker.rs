@@ -14,12 +14,12 @@ use std::time::Duration;
 
 use log::warn;
 
-use crate::counters::PairCounters;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
 use crate::policy::{Limits, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
+use crate::status::PairStatus;
 use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
 use crate::sys::process::{Interruptible, pin_this_thread};
 
@@ -136,7 +136,7 @@ pub struct Worker {
     mailbox: Arc<Mailbox>,
     thread: Option<JoinHandle<()>>,
     interruptible: Interruptible,
-    counters: Arc<PairCounters>,
+    status: Arc<PairStatus>,
     running: bool,
 }
 
@@ -151,8 +151,8 @@ impl Worker {
         let (started, ready) = channel();
         let (waiting, call) = Default::default();
         let mailbox = Arc::new(Mailbox { waiting, call, wake: Waker::new()? });
-        let counters = Arc::new(PairCounters::default());
-        let (its_mailbox, its_counters) = (mailbox.clone(), counters.clone());
+        let status = Arc::new(PairStatus::default());
+        let (its_mailbox, its_status) = (mailbox.clone(), status.clone());
         let thread = thread::Builder::new().name(options.name.clone()).spawn(move || {
             let prepared = options.cpu.map_or(Ok(()), |cpu| {
                 pin_this_thread(cpu).map_err(|error| {
@@ -166,7 +166,7 @@ impl Worker {
             });
             let failed = prepared.is_err();
             if started.send(prepared).is_ok() && !failed {
-                run(host, &options, &its_mailbox, &its_counters, &inbox, &outbox);
+                run(host, &options, &its_mailbox, &its_status, &inbox, &outbox);
             }
         })?;
         let interruptible = ready.recv().map_err(io::Error::other)??;
@@ -176,14 +176,14 @@ impl Worker {
             mailbox,
             thread: Some(thread),
             interruptible,
-            counters,
+            status,
             running: false,
         })
     }
 
-    /// What the worker has counted so far.
-    pub fn counters(&self) -> &Arc<PairCounters> {
-        &self.counters
+    /// What the worker does, and has counted.
+    pub fn status(&self) -> &Arc<PairStatus> {
+        &self.status
     }
 
     /// Begins a session.
@@ -254,7 +254,7 @@ fn run(
     mut host: HostQueue,
     options: &WorkerOptions,
     mailbox: &Mailbox,
-    counters: &PairCounters,
+    status: &PairStatus,
     inbox: &Receiver<Command>,
     outbox: &Sender<Ended>,
 ) {
@@ -263,7 +263,11 @@ fn run(
         mailbox.waiting.fetch_sub(1, Ordering::Relaxed);
         match command {
             Command::Begin(session) => {
-                ended = session::serve(&mut host, &session, options, mailbox, counters);
+                status.set_fault(None);
+                status.set_serving(true);
+                ended = session::serve(&mut host, &session, options, mailbox, &status.counters);
+                status.set_fault(ended.fault.clone());
+                status.set_serving(false);
             }
             Command::End => {
                 if outbox.send(std::mem::take(&mut ended)).is_err() {

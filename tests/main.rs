@@ -3,6 +3,7 @@
 mod af_xdp;
 mod af_xdp_survival;
 mod cli;
+mod control;
 mod echo;
 mod fuzzing;
 mod hostile;

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Parser, Subcommand};
 use log::LevelFilter;
 
+use crate::api::{self, client::Question};
+
+use super::options::socket_path;
 use super::{Config, Confinement, Invocation, PortOptions, Seccomp, check_claims, file};
 
 /// `--print-capabilities` of QEMU's backend program conventions.
@@ -40,6 +43,9 @@ struct Arguments {
     /// Become this group [default: the user's].
     #[arg(long, value_name = "GROUP")]
     group: Option<String>,
+    /// Listen on this unix socket for operators: see vhost-user-net ctl --help.
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
     /// Print what this program can do, as QEMU's conventions ask for, and exit.
     #[arg(long)]
     print_capabilities: bool,
@@ -59,7 +65,22 @@ enum Command {
         #[arg(value_name = "FILE")]
         config: PathBuf,
     },
+    /// Ask a running daemon, or change what may be changed while it runs. Exits with 0, with 1 if the
+    /// daemon says no, with 2 if this command line is wrong, and with 3 if it can't be asked.
+    Ctl {
+        /// The daemon's --control socket.
+        #[arg(long, value_name = "PATH", global = true, default_value = DEFAULT_CONTROL)]
+        control: PathBuf,
+        /// Print the reply in JSON.
+        #[arg(long, global = true)]
+        json: bool,
+        #[command(subcommand)]
+        command: api::Command,
+    },
 }
+
+/// Where a daemon's control socket is looked for.
+const DEFAULT_CONTROL: &str = "/run/vhost-user-net/control.sock";
 
 /// Reads a command line, program name first.
 ///
@@ -83,16 +104,20 @@ pub fn parse(
     match arguments.command {
         None => {
             let ports = vec![arguments.port.check()?];
-            check_claims(&ports)?;
-            let Arguments { log_level, seccomp, user, group, .. } = arguments;
+            let Arguments { log_level, control, seccomp, user, group, .. } = arguments;
+            let control = control.map(socket_path).transpose()?;
+            check_claims(&ports, control.as_deref())?;
             let confinement = Confinement { seccomp, user, group };
-            Ok(Invocation::Run(Config { log_level, confinement, ports }))
+            Ok(Invocation::Run(Config { log_level, control, confinement, ports }))
         }
         Some(Command::Run { config }) => file::read(&config).map(Invocation::Run),
         Some(Command::CheckConfig { config }) => {
             let ports = file::read(&config)?.ports.len();
             let file = config.display();
             Ok(Invocation::Print(format!("{file}: {ports} ports, nothing wrong\n")))
+        }
+        Some(Command::Ctl { control: socket, json, command }) => {
+            Ok(Invocation::Ask(Question { socket, json, command }))
         }
     }
 }
@@ -120,7 +145,7 @@ mod tests {
         let all = ["vhost-user-net"].iter().chain(arguments).map(Into::into);
         match parse(all)? {
             Invocation::Run(mut config) => Ok(config.ports.remove(0)),
-            Invocation::Print(text) => panic!("{text}"),
+            other => panic!("{other:?}"),
         }
     }
 

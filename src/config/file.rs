@@ -2,12 +2,13 @@
 //! are the command line's options.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use log::LevelFilter;
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::options::socket_path;
 use super::{Config, Confinement, PortConfig, PortOptions, Seccomp, check_claims};
 
 #[derive(Debug, Deserialize)]
@@ -15,6 +16,7 @@ use super::{Config, Confinement, PortConfig, PortOptions, Seccomp, check_claims}
 struct Contents {
     #[serde(default = "info")]
     log_level: LevelFilter,
+    control: Option<PathBuf>,
     #[serde(default)]
     seccomp: Seccomp,
     user: Option<String>,
@@ -53,7 +55,8 @@ fn parse(text: &str) -> Result<Config, Wrong> {
         let lines: Vec<&str> = error.message().lines().collect();
         (error.span().map(|span| span.start), lines.join(", "))
     })?;
-    let Contents { log_level, seccomp, user, group, defaults, port } = contents;
+    let Contents { log_level, control, seccomp, user, group, defaults, port } = contents;
+    let control = control.map(socket_path).transpose().map_err(|what| (None, what))?;
     // Whatever has no default is gone after this.
     if PortOptions::default().or(&defaults) != defaults {
         let what = "[defaults] can't name a port, its frontend, its host side or its MAC address";
@@ -69,8 +72,9 @@ fn parse(text: &str) -> Result<Config, Wrong> {
             options.into_inner().or(&defaults).check().map_err(|what| (place, what))
         })
         .collect::<Result<Vec<PortConfig>, Wrong>>()?;
-    check_claims(&ports).map_err(|what| (None, what))?;
-    Ok(Config { log_level, confinement: Confinement { seccomp, user, group }, ports })
+    check_claims(&ports, control.as_deref()).map_err(|what| (None, what))?;
+    let confinement = Confinement { seccomp, user, group };
+    Ok(Config { log_level, control, confinement, ports })
 }
 
 /// Line and column, counted from 1, of a byte.
@@ -160,6 +164,7 @@ mod tests {
             (&format!("{port}name = \"a b\"\n"), (Some((1, 1)), "a b")),
             (&format!("[defaults]\ntap = \"a\"\n{port}"), (None, "[defaults]")),
             (&format!("{port}{port}"), (None, "socket /a is named twice")),
+            (&format!("control = \"/a\"\n{port}"), (None, "socket /a is named twice")),
             ("[[port]\n", (Some((1, 8)), "")),
         ];
         for (text, (place, named)) in cases {

@@ -260,7 +260,7 @@ fn port_name(name: String) -> Result<String, String> {
     Ok(name)
 }
 
-fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
+pub(super) fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
         return Err(format!(

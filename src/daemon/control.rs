@@ -10,6 +10,7 @@ use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
 use crate::protocol::{Connection, Event, Message, Reply};
+use crate::status::PortStatus;
 use crate::sys::eventfd::Waker;
 
 /// Messages handled before other descriptors are looked at again.
@@ -28,6 +29,7 @@ pub(super) struct Control {
     poller: Poller<Source>,
     /// Watched by the poller.
     _stop: Arc<Waker>,
+    status: Arc<PortStatus>,
     device: Device,
     endpoint: Endpoint,
     connection: Option<Connection>,
@@ -35,18 +37,28 @@ pub(super) struct Control {
 
 impl Control {
     /// `stop` is woken when it is to end.
-    pub(super) fn new(device: Device, endpoint: Endpoint, stop: Arc<Waker>) -> io::Result<Self> {
+    pub(super) fn new(
+        device: Device,
+        endpoint: Endpoint,
+        status: Arc<PortStatus>,
+        stop: Arc<Waker>,
+    ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
         poller.add(&*stop, Interest::Read, Source::Stop)?;
         if let Some(fd) = endpoint.fd() {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
-        Ok(Control { poller, _stop: stop, device, endpoint, connection: None })
+        Ok(Control { poller, _stop: stop, status, device, endpoint, connection: None })
     }
 
     /// Lets frontends connect.
     pub(super) fn start(&self) -> io::Result<()> {
         self.endpoint.start()
+    }
+
+    /// What is known of the port.
+    pub(super) fn status(&self) -> &Arc<PortStatus> {
+        &self.status
     }
 
     /// The port's name.
@@ -96,6 +108,7 @@ impl Control {
         match watched {
             Ok(connection) => {
                 info!("{name}: frontend connected");
+                self.status.connected();
                 self.connection = Some(connection);
             }
             Err(error) => warn!("{name}: take a connection: {error}"),
@@ -132,6 +145,7 @@ impl Control {
         // SET_PROTOCOL_FEATURES itself may switch acknowledgements on: they count from then on.
         let handled = self.device.handle(message);
         let acknowledge = need_reply && self.device.acknowledges();
+        self.status.set_features(self.device.features());
         let reply = match handled {
             Ok(Some(reply)) => Some(reply),
             Ok(None) => acknowledge.then_some(Reply::U64(0)),
@@ -162,6 +176,7 @@ impl Control {
         }
         let started = Instant::now();
         self.device.forget();
+        self.status.disconnected();
         debug!("{}: stopped in {:?}", self.device.name(), started.elapsed());
         let _ = self.poller.remove(Source::Connection);
         self.connection = None;
@@ -185,7 +200,7 @@ impl Control {
     fn log_counters(&self) {
         for (pair, worker) in self.device.workers().iter().enumerate() {
             let name = self.device.name();
-            let counters = worker.counters();
+            let counters = &worker.status().counters;
             info!("{name}/{pair}: rx {}", counters.rx);
             info!("{name}/{pair}: tx {}", counters.tx);
             debug!(

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// Units of time that a nanosecond has. 64 bits of them last for nine years.
 const UNITS: u64 = 64;
@@ -37,8 +37,8 @@ pub struct Rate {
 
 /// What one direction of a port may move, as it is on the wire: a frame that is sent in segments
 /// counts as these.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Limit {
     /// Bits per second, and bytes at once.
     pub bits: Option<Rate>,
@@ -51,6 +51,12 @@ impl TryFrom<String> for Limit {
 
     fn try_from(text: String) -> Result<Self, String> {
         text.parse()
+    }
+}
+
+impl From<Limit> for String {
+    fn from(limit: Limit) -> Self {
+        limit.to_string()
     }
 }
 
@@ -124,15 +130,27 @@ fn scaled(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(factor).filter(|number| *number > 0)
 }
 
+/// A number as people write it: `100m`.
+struct Short(u64);
+
+impl fmt::Display for Short {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(1_000_000_000, "g"), (1_000_000, "m"), (1000, "k"), (1, "")];
+        let fits = |(factor, _): &&(u64, &str)| self.0.is_multiple_of(*factor);
+        let (factor, unit) = units.iter().find(fits).unwrap_or(&(1, ""));
+        write!(f, "{}{unit}", self.0 / factor)
+    }
+}
+
 impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut between = "";
         if let Some(Rate { per_second, burst }) = self.bits {
-            write!(f, "{per_second}bit,burst={burst}")?;
+            write!(f, "{}bit,burst={burst}", Short(per_second))?;
             between = ",";
         }
         if let Some(Rate { per_second, burst }) = self.packets {
-            write!(f, "{between}{per_second}pps,packet-burst={burst}")?;
+            write!(f, "{between}{}pps,packet-burst={burst}", Short(per_second))?;
             between = ",";
         }
         if between.is_empty() { f.write_str("none") } else { Ok(()) }
@@ -189,6 +207,7 @@ impl Bucket {
 
 #[derive(Debug, Default)]
 struct Buckets {
+    limit: Limit,
     bytes: Option<Bucket>,
     packets: Option<Bucket>,
 }
@@ -233,8 +252,14 @@ impl Limiter {
     pub fn set(&self, limit: &Limit) {
         let now = self.now();
         let bucket = |rate: Option<Rate>, scale| rate.map(|rate| Bucket::new(rate, scale, now));
-        *self.lock() = Buckets { bytes: bucket(limit.bits, 8), packets: bucket(limit.packets, 1) };
+        let (bytes, packets) = (bucket(limit.bits, 8), bucket(limit.packets, 1));
+        *self.lock() = Buckets { limit: *limit, bytes, packets };
         self.limited.store(*limit != Limit::default(), Ordering::Relaxed);
+    }
+
+    /// The limit that is kept.
+    pub fn limit(&self) -> Limit {
+        self.lock().limit
     }
 
     /// Whether there is a limit. If not, nothing has to be counted here.
@@ -312,6 +337,7 @@ mod tests {
         assert_eq!(both.bits, bits(1_000_000_000, 2_000_000));
         assert_eq!(both.packets, Some(Rate { per_second: 10_000, burst: 5 }));
         assert_eq!(limit(&both.to_string()), both);
+        assert_eq!(both.to_string(), "1gbit,burst=2000000,10kpps,packet-burst=5");
         assert_eq!(limit("none"), Limit::default());
         assert_eq!(limit(&Limit::default().to_string()), Limit::default());
         for wrong in [
@@ -336,6 +362,7 @@ mod tests {
     /// Frames of `length` bytes that pass in `time` of tries each `step`, and the longest run.
     fn pass(limit: &Limit, length: u64, time: Duration, step: Duration) -> (u64, u64) {
         let mut buckets = Buckets {
+            limit: *limit,
             bytes: limit.bits.map(|rate| Bucket::new(rate, 8, 0)),
             packets: limit.packets.map(|rate| Bucket::new(rate, 1, 0)),
         };

@@ -78,6 +78,18 @@ const CONTROL: &[c_long] = &[
     libc::SYS_unlink,
 ];
 
+/// Operators, and their socket's file.
+const MAIN: &[c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_geteuid,
+    libc::SYS_getsockopt,
+    libc::SYS_lstat,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_statx,
+    libc::SYS_unlink,
+];
+
 /// Frames of a TAP.
 const WORKER: &[c_long] = &[libc::SYS_io_uring_enter, libc::SYS_readv];
 
@@ -135,8 +147,8 @@ fn requests(role: Role) -> &'static [c_int] {
     const SIOCGIFMTU: c_int = 0x8921;
     const SIOCETHTOOL: c_int = 0x8946;
     match role {
-        Role::Main | Role::Log => &[],
-        Role::Control => &[FIONBIO],
+        Role::Log => &[],
+        Role::Main | Role::Control => &[FIONBIO],
         Role::Worker => {
             &[TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETVNETLE, TUNSETQUEUE, TUNGETIFF, SIOCGIFMTU]
         }
@@ -147,7 +159,7 @@ fn requests(role: Role) -> &'static [c_int] {
 /// The filter of a role; whatever else a thread does meets `otherwise`.
 pub(super) fn filter(role: Role, otherwise: SeccompAction) -> Result<SeccompFilter, BackendError> {
     let lists: &[&[c_long]] = match role {
-        Role::Main => &[COMMON, WAIT, &[libc::SYS_unlink, libc::SYS_statx, libc::SYS_lstat]],
+        Role::Main => &[COMMON, WAIT, MAIN],
         Role::Log => &[COMMON],
         Role::Control => &[COMMON, WAIT, CONTROL],
         Role::Worker => &[COMMON, WAIT, WORKER],

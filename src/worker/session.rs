@@ -22,6 +22,8 @@ const TX_BUDGET: Budget = Budget { chains: 64, bytes: 512 << 10 };
 const RX_BUDGET: Budget = Budget { chains: 64, bytes: usize::MAX };
 /// How often a ring without a kick descriptor is looked at while its worker is idle.
 const POLL: Duration = Duration::from_millis(1);
+/// How long a limit is waited for at the most, since it may be changed meanwhile.
+const LIMIT_CHANGES: Duration = Duration::from_millis(100);
 /// How long a worker whose waiting failed does nothing, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -255,7 +257,7 @@ impl Serving<'_> {
         let tx = self.tx.as_ref().is_some_and(|tx| tx.burst.len() > tx.passed);
         let tx = (tx && limits.tx.is_limited()).then(|| limits.tx.wait());
         let rx = (self.rx_allowance == 0).then(|| limits.rx.wait());
-        tx.into_iter().chain(rx).min()
+        tx.into_iter().chain(rx).min().map(|wait| wait.min(LIMIT_CHANGES))
     }
 
     /// Writes used entries for everything that has finished, and publishes each ring once.

@@ -1,9 +1,12 @@
 //! Cases 40 to 50: fairness, life cycle, AF_XDP and what operators do.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -18,7 +21,7 @@ use crate::support::daemon::{Daemon, program};
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::{Frontend, region};
 use crate::support::guest::Ram;
-use crate::support::hostile::{Refilling, Scene, missing, note};
+use crate::support::hostile::{Refilling, Scene, note};
 use crate::support::network::{Wire, ip};
 use crate::support::traffic::{Check, Flood, check_canaries, check_reset, frame, plant_canaries};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
@@ -281,8 +284,66 @@ fn hostile_48_no_byte_of_one_tenant_s_reaches_another() {
 }
 
 #[test]
-fn hostile_49_the_control_api_is_missing() {
-    missing(49, "there is no control socket for operators yet");
+fn hostile_49_the_control_socket_takes_requests_and_nothing_else() {
+    needs_root!("hostile_49_the_control_socket_takes_requests_and_nothing_else");
+    const LIST: &[u8] = b"{\"version\":1,\"command\":\"list\"}\n";
+    let scene = Scene::operated(49);
+    let path = scene.daemon.path("control");
+    let ask = |bytes: &[u8]| {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let _ = stream.write_all(bytes);
+        let mut reply = String::new();
+        let _ = BufReader::new(stream).read_line(&mut reply);
+        reply
+    };
+    let good = |reply: &str| reply.contains("\"ok\":[") && reply.contains("attacked");
+    assert!(good(&ask(LIST)));
+    // Deep JSON, bad UTF-8, other versions and commands, and too much of everything.
+    let deep = "[".repeat(10_000) + "\n";
+    let unknown = b"{\"version\":1,\"command\":\"show\",\"port\":\"../\\n\",\"x\":1}\n";
+    for (bytes, kind) in [
+        (deep.as_bytes(), "bad-request"),
+        (b"{\"version\":1,\"command\":\"l\xffst\"}\n", "bad-request"),
+        (b"\n", "bad-request"),
+        (b"{\"version\":2,\"command\":\"list\"}\n", "bad-version"),
+        (b"{\"version\":1,\"command\":\"dance\"}\n", "bad-request"),
+        (unknown, "bad-request"),
+        (b"{\"version\":1,\"command\":\"show\",\"port\":\"../\\n\"}\n", "no-such-port"),
+    ] {
+        let reply = ask(bytes);
+        assert!(reply.contains(&format!("\"kind\":\"{kind}\"")), "{kind}: {reply}");
+    }
+    // A line without an end: whoever sends it is hung up on long before a gigabyte.
+    let mut stream = UnixStream::connect(&path).unwrap();
+    let chunk = [b'x'; 0x10000];
+    let sent = (0..0x4000).take_while(|_| stream.write_all(&chunk).is_ok()).count();
+    assert!(sent < 100, "{sent} chunks were taken");
+    scene.daemon_says("control socket: a client is disconnected: a request has more than");
+    // Who asks and does not read: others are served meanwhile.
+    let mut deaf = UnixStream::connect(&path).unwrap();
+    deaf.set_nonblocking(true).unwrap();
+    while deaf.write(LIST).is_ok() {}
+    assert!(good(&ask(LIST)));
+    // A thousand that are silent: the oldest make room.
+    let idle: Vec<UnixStream> = (0..1000).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    assert!(good(&ask(LIST)));
+    drop((idle, deaf));
+    // Another user, to whom somebody has opened the socket's file.
+    for (file, mode) in [(scene.daemon.directory(), 0o755), (path.as_path(), 0o666)] {
+        fs::set_permissions(file, fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let script = "my $s = IO::Socket::UNIX->new($ARGV[0]) or die $!; print <$s>";
+    let output = Command::new("perl")
+        .args(["-MIO::Socket::UNIX", "-e", script])
+        .arg(&path)
+        .uid(65534)
+        .output()
+        .unwrap();
+    let reply = String::from_utf8_lossy(&output.stdout);
+    assert!(reply.contains("not-allowed") && reply.contains("65534"), "{output:?}");
+    eventually("the control socket's clients are gone", || good(&ask(LIST)));
+    scene.ends("R");
 }
 
 #[test]

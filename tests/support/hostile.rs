@@ -33,12 +33,6 @@ pub(crate) fn note(case: u8, outcome: &str) {
         writeln!(file, "{case} {outcome}").unwrap();
     }
 }
-
-/// Notes a case whose feature is not there yet.
-pub(crate) fn missing(case: u8, why: &str) {
-    note(case, &format!("missing: {why}"));
-}
-
 /// A guest that sends frames to itself all the time and misses none.
 struct Neighbour {
     stop: Arc<AtomicBool>,
@@ -140,6 +134,12 @@ impl Scene {
         Self::between(case, "loopback = true\nqueue-pairs = 2\n", None)
     }
 
+    /// The same with a control socket, `control`.
+    pub(crate) fn operated(case: u8) -> Self {
+        let control = "control = \"{}/control\"\n";
+        Self::described(case, control, "loopback = true\n", None)
+    }
+
     /// The same on a TAP, in a fresh namespace.
     pub(crate) fn on_tap(case: u8) -> Self {
         enter_new_namespace();
@@ -190,7 +190,12 @@ impl Scene {
     }
 
     fn between(case: u8, attacked: &str, wire: Option<Wire>) -> Self {
-        let contents = port("attacked", attacked) + &port("quiet", "loopback = true\n");
+        Self::described(case, "", attacked, wire)
+    }
+
+    fn described(case: u8, daemon: &str, attacked: &str, wire: Option<Wire>) -> Self {
+        let ports = port("attacked", attacked) + &port("quiet", "loopback = true\n");
+        let contents = daemon.to_owned() + &ports;
         let daemon = Daemon::with_config(&contents, "quiet");
         let quiet = Frontend::new(daemon.connect_to("quiet"));
         let neighbour = Neighbour::start(Card::start(quiet, Options::default()));

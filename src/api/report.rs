@@ -1,0 +1,143 @@
+//! What is told about a port.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::config::Frontend;
+use crate::counters::{CopyReason, DirectionCounters, Drop};
+use crate::status::{PairStatus, PortStatus};
+
+/// A port in a list.
+#[derive(Debug, Serialize)]
+pub(super) struct Summary {
+    name: String,
+    host: String,
+    state: &'static str,
+    rx_frames: u64,
+    tx_frames: u64,
+    dropped: u64,
+    rx_limit: String,
+    tx_limit: String,
+}
+
+/// Everything about a port.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
+    #[serde(flatten)]
+    summary: Summary,
+    /// The state in words, and what has to happen next.
+    explanation: String,
+    connected_seconds: Option<u64>,
+    connections: u64,
+    features: Option<String>,
+    queue_pairs: Vec<Pair>,
+}
+
+#[derive(Debug, Serialize)]
+struct Pair {
+    serving: bool,
+    fault: Option<String>,
+    turns: u64,
+    sleeps: u64,
+    starved: u64,
+    rx: Direction,
+    tx: Direction,
+}
+
+#[derive(Debug, Serialize)]
+struct Direction {
+    frames: u64,
+    bytes: u64,
+    dropped: BTreeMap<&'static str, u64>,
+    copied: BTreeMap<&'static str, u64>,
+    kicks: u64,
+    calls: u64,
+    calls_suppressed: u64,
+    limited: u64,
+}
+
+/// How a port is, in a word and in words.
+pub(super) fn state(port: &PortStatus) -> (&'static str, String) {
+    let connection = port.connection();
+    if connection.since.is_none() {
+        let whom = match &port.frontend {
+            Frontend::Listen(path) => format!("waiting for a frontend on {}", path.display()),
+            Frontend::Connect(path) => format!("connecting to {}", path.display()),
+            Frontend::Inherited(number) => format!("waiting for a frontend on descriptor {number}"),
+        };
+        return ("waiting", whom);
+    }
+    let faults = port.pairs.iter().enumerate();
+    if let Some((pair, fault)) = faults.filter_map(|(pair, it)| Some((pair, it.fault()?))).next() {
+        let why = format!(
+            "stopped: queue pair {pair}: {fault}; it goes on when the guest resets its card or the \
+             VMM connects anew"
+        );
+        return ("stopped", why);
+    }
+    let serving = port.pairs.iter().filter(|pair| pair.is_serving()).count();
+    match serving {
+        0 => {
+            ("connected", "a frontend is connected, and the guest has not started its card".into())
+        }
+        pairs => ("running", format!("running: {pairs} of {} queue pairs", port.pairs.len())),
+    }
+}
+
+pub(super) fn summary(port: &PortStatus) -> Summary {
+    let counters = || port.pairs.iter().map(|pair| &pair.counters);
+    let dropped = |counters: &DirectionCounters| -> u64 {
+        Drop::ALL.iter().map(|reason| counters.drops(*reason)).sum()
+    };
+    Summary {
+        name: port.name.clone(),
+        host: port.host.clone(),
+        state: state(port).0,
+        rx_frames: counters().map(|pair| pair.rx.frames.get()).sum(),
+        tx_frames: counters().map(|pair| pair.tx.frames.get()).sum(),
+        dropped: counters().map(|pair| dropped(&pair.rx) + dropped(&pair.tx)).sum(),
+        rx_limit: port.limits.rx.limit().to_string(),
+        tx_limit: port.limits.tx.limit().to_string(),
+    }
+}
+
+pub(super) fn full(port: &PortStatus) -> Report {
+    let connection = port.connection();
+    Report {
+        summary: summary(port),
+        explanation: state(port).1,
+        connected_seconds: connection.since.map(|since| since.elapsed().as_secs()),
+        connections: connection.connections,
+        features: connection.features.map(|bits| format!("{bits:#x}")),
+        queue_pairs: port.pairs.iter().map(|pair| self::pair(pair)).collect(),
+    }
+}
+
+fn pair(pair: &PairStatus) -> Pair {
+    let counters = &pair.counters;
+    Pair {
+        serving: pair.is_serving(),
+        fault: pair.fault(),
+        turns: counters.turns.get(),
+        sleeps: counters.sleeps.get(),
+        starved: counters.starved.get(),
+        rx: direction(&counters.rx),
+        tx: direction(&counters.tx),
+    }
+}
+
+fn direction(counters: &DirectionCounters) -> Direction {
+    let dropped = Drop::ALL.map(|reason| (reason.name(), counters.drops(reason)));
+    let copied = CopyReason::ALL.map(|reason| (reason.name(), counters.copies(reason)));
+    Direction {
+        frames: counters.frames.get(),
+        bytes: counters.bytes.get(),
+        dropped: dropped.into_iter().filter(|(_, count)| *count > 0).collect(),
+        copied: copied.into_iter().filter(|(_, count)| *count > 0).collect(),
+        kicks: counters.kicks.get(),
+        calls: counters.calls.get(),
+        calls_suppressed: counters.calls_suppressed.get(),
+        limited: counters.limited.get(),
+    }
+}

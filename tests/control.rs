@@ -1,0 +1,127 @@
+//! The control socket, and `vhost-user-net ctl` on it.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::Output;
+
+use serde_json::Value;
+
+use crate::support::daemon::{Daemon, port, program};
+use crate::support::driver::{Card, HEADER, Options};
+use crate::support::eventually;
+use crate::support::frontend::Frontend;
+
+/// A daemon with a control socket and two ports.
+fn operated() -> Daemon {
+    let ports = port("one", "loopback = true") + &port("two", "loopback = true");
+    Daemon::with_config(&("control = \"{}/control\"\n".to_owned() + &ports), "two")
+}
+
+fn ctl(daemon: &Daemon, words: &[&str]) -> Output {
+    program().arg("ctl").arg("--control").arg(daemon.path("control")).args(words).output().unwrap()
+}
+
+/// What it prints, if it succeeds.
+#[track_caller]
+fn ask(daemon: &Daemon, words: &[&str]) -> String {
+    let output = ctl(daemon, words);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn show(daemon: &Daemon, port: &str) -> Value {
+    serde_json::from_str(&ask(daemon, &["--json", "show", port])).unwrap()
+}
+
+#[test]
+fn a_ports_state_is_told_in_words() {
+    let daemon = operated();
+    let state = |wanted: &str| {
+        eventually(&format!("one is {wanted}"), || show(&daemon, "one")["state"] == wanted);
+        show(&daemon, "one")["explanation"].as_str().unwrap().to_owned()
+    };
+    assert!(state("waiting").contains(daemon.path("one").to_str().unwrap()));
+    let frontend = Frontend::new(daemon.connect_to("one"));
+    assert!(state("connected").contains("has not started its card"));
+    let mut card = Card::start(frontend, Options::default());
+    assert!(state("running").contains("1 of 1 queue pairs"));
+    card.check_echo(10);
+    // A descriptor that points nowhere.
+    card.tx[0].add(&[(u64::MAX - 5000, 100)], false);
+    card.tx[0].publish();
+    assert!(state("stopped").contains("queue pair 0"));
+    assert!(ask(&daemon, &["show", "one"]).starts_with("one: stopped: queue pair 0: "));
+    drop(card);
+    state("waiting");
+    assert_eq!(show(&daemon, "two")["state"], "waiting");
+    assert_eq!(show(&daemon, "one")["queue_pairs"][0]["fault"], Value::Null);
+}
+
+#[test]
+fn what_was_counted_is_told_and_exposed() {
+    let daemon = operated();
+    let mut card = Card::start(Frontend::new(daemon.connect_to("two")), Options::default());
+    card.check_echo(50);
+    card.send(0, &[0; 5]);
+    let report = show(&daemon, "two");
+    let pair = &report["queue_pairs"][0];
+    assert_eq!((&pair["rx"]["frames"], &pair["tx"]["frames"]), (&50.into(), &50.into()));
+    assert_eq!(pair["tx"]["dropped"]["too_short"], 1);
+    assert_eq!(report["dropped"], 1);
+    let list = ask(&daemon, &["list"]);
+    let line = list.lines().find(|line| line.starts_with("two")).unwrap();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    assert_eq!(words[..6], ["two", "loopback", "running", "50", "50", "1"], "{list}");
+    let metrics = ask(&daemon, &["metrics"]);
+    for line in [
+        "vhost_user_net_frames_total{port=\"two\",queue=\"0\",direction=\"tx\"} 50",
+        "vhost_user_net_frames_total{port=\"one\",queue=\"0\",direction=\"tx\"} 0",
+        "vhost_user_net_drops_total{port=\"two\",queue=\"0\",direction=\"tx\",reason=\"too_short\"} 1",
+        "vhost_user_net_port_state{port=\"two\",state=\"running\"} 1",
+        "vhost_user_net_port_state{port=\"one\",state=\"running\"} 0",
+        "vhost_user_net_connections_total{port=\"one\"} 0",
+    ] {
+        assert!(metrics.lines().any(|it| it == line), "{line} is not in {metrics}");
+    }
+}
+
+#[test]
+fn a_limit_changes_under_traffic() {
+    let daemon = operated();
+    let mut card = Card::start(Frontend::new(daemon.connect_to("one")), Options::default());
+    // One packet, and then nothing for long.
+    let set = ask(&daemon, &["set", "one", "--tx-limit=1pps,packet-burst=1"]);
+    assert!(set.contains("1pps,packet-burst=1"), "{set}");
+    let frames = 50;
+    for slot in 0..frames {
+        card.queue_tx(0, slot, &[0; HEADER], &[slot as u8; 60]);
+    }
+    card.tx[0].publish();
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let sent = || show(&daemon, "one")["tx_frames"].as_u64().unwrap();
+    assert!(sent() <= 3, "{}", sent());
+    ask(&daemon, &["set", "one", "--tx-limit=none"]);
+    eventually("the rest is sent", || sent() == frames);
+    assert!(daemon.log().contains("one: tx limit none, by the control socket"));
+}
+
+#[test]
+fn what_cant_be_done_is_said_with_an_exit_code() {
+    let daemon = operated();
+    let cases: [(&[&str], i32, &str); 4] = [
+        (&["show", "nobody"], 1, "no port \"nobody\""),
+        (&["set", "one", "--tx-limit=10"], 2, "'10' is no limit"),
+        (&["dance"], 2, "dance"),
+        (&["--control=/nonexistent/socket", "list"], 3, "is the daemon started with --control?"),
+    ];
+    for (words, code, said) in cases {
+        let output = if words[0].starts_with("--control") {
+            program().arg("ctl").args(words).output().unwrap()
+        } else {
+            ctl(&daemon, words)
+        };
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.into_raw() >> 8, code, "{words:?}: {text}");
+        assert!(text.contains(said) && text.lines().count() == 1, "{words:?}: {text}");
+    }
+}
