@@ -159,6 +159,11 @@ impl Server {
         Err(format!("user {} is neither root nor the daemon's own", peer.uid()))
     }
 
+    /// Disconnects a client.
+    pub fn hang_up(&mut self, number: u32) {
+        self.clients.retain(|client| client.number != number);
+    }
+
     /// Serves a client that can be read from, or written to.
     pub fn serve(&mut self, number: u32) -> Wanted {
         let Some(place) = self.clients.iter().position(|client| client.number == number) else {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 
-use log::{error, info};
+use log::{error, info, warn};
 
 use crate::api::{Server, Wanted};
 use crate::config::{Config, PortConfig};
@@ -156,24 +156,40 @@ impl Running {
                 match (source, &mut server) {
                     (Source::Signal, _) => return Ok(()),
                     (Source::Ended, _) => self.ended.clear(),
-                    (Source::Operators, Some(server)) => {
-                        if let Some((number, stream, gone)) = server.accept() {
-                            poller.add(stream, Interest::Read, Source::Operator(number))?;
-                            if let Some(gone) = gone {
-                                poller.forget(Source::Operator(gone));
+                    (Source::Operators, Some(server)) => take_operator(server, &mut poller),
+                    (Source::Operator(number), Some(server)) => {
+                        let watched = match server.serve(number) {
+                            Wanted::Request => poller.modify(source, Interest::Read),
+                            Wanted::Room => poller.modify(source, Interest::Write),
+                            Wanted::Nothing => {
+                                poller.forget(source);
+                                Ok(())
                             }
+                        };
+                        if let Err(error) = watched {
+                            warn!("control socket: wait for a client: {error}");
+                            server.hang_up(number);
+                            poller.forget(source);
                         }
                     }
-                    (Source::Operator(number), Some(server)) => match server.serve(number) {
-                        Wanted::Request => poller.modify(source, Interest::Read)?,
-                        Wanted::Room => poller.modify(source, Interest::Write)?,
-                        Wanted::Nothing => poller.forget(source),
-                    },
                     (Source::Operators | Source::Operator(_), None) => {}
                 }
             }
         }
         Ok(())
+    }
+}
+
+/// Takes whoever has connected to the control socket.
+fn take_operator(server: &mut Server, poller: &mut Poller<Source>) {
+    let Some((number, stream, gone)) = server.accept() else { return };
+    let watched = poller.add(stream, Interest::Read, Source::Operator(number));
+    if let Some(gone) = gone {
+        poller.forget(Source::Operator(gone));
+    }
+    if let Err(error) = watched {
+        warn!("control socket: wait for a client: {error}");
+        server.hang_up(number);
     }
 }
 

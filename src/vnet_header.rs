@@ -7,6 +7,8 @@
 //! [`Rules`] for what the guest may send. The guest can rewrite its memory meanwhile and change
 //! nothing but its payload.
 
+mod headers;
+
 use std::ops::AddAssign;
 use std::sync::Arc;
 
@@ -14,6 +16,8 @@ use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
 use crate::guest::{Chain, Readable};
 use crate::policy::Rules;
+
+pub use headers::Headers;
 
 const NEEDS_CSUM: u8 = 1;
 
@@ -335,66 +339,6 @@ fn check_segmented(
         csum_start: header.csum_start,
         csum_offset: header.csum_offset,
     })
-}
-
-/// What segmentation needs to know of a frame's headers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Headers {
-    /// Version of IP.
-    pub version: u8,
-    /// IP protocol of the transport header.
-    pub protocol: u8,
-    /// Offset of the IP header in the frame.
-    pub network: usize,
-    /// Offset of the transport header in the frame.
-    pub transport: usize,
-}
-
-impl Headers {
-    /// Reads Ethernet, VLAN tags and IP; nothing if they are malformed or reach beyond `frame`.
-    pub fn parse(frame: &[u8]) -> Option<Self> {
-        const IPV4: u16 = 0x0800;
-        const IPV6: u16 = 0x86dd;
-        const VLAN: [u16; 2] = [0x8100, 0x88a8];
-        let u16_at = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
-        let mut at = 12;
-        let mut ethertype = u16_at(at)?;
-        for _ in 0..VLAN_TAGS {
-            if VLAN.contains(&ethertype) {
-                at += VLAN_TAG_LENGTH;
-                ethertype = u16_at(at)?;
-            }
-        }
-        let network = at + 2;
-        let first = *frame.get(network)?;
-        match (ethertype, first >> 4) {
-            (IPV4, 4) if first & 0xf >= 5 => Some(Headers {
-                version: 4,
-                protocol: *frame.get(network + 9)?,
-                network,
-                transport: network + usize::from(first & 0xf) * 4,
-            }),
-            (IPV6, 6) => {
-                let (protocol, transport) = skip_extensions(frame, network)?;
-                Some(Headers { version: 6, protocol, network, transport })
-            }
-            _ => None,
-        }
-    }
-}
-
-/// Walks over IPv6 extension headers that may stand before a transport header (RFC 8200,
-/// section 4.1); returns the transport protocol and where its header starts.
-fn skip_extensions(frame: &[u8], network: usize) -> Option<(u8, usize)> {
-    const EXTENSIONS: [i32; 3] =
-        [libc::IPPROTO_HOPOPTS, libc::IPPROTO_ROUTING, libc::IPPROTO_DSTOPTS];
-    let mut next = *frame.get(network + 6)?;
-    let mut at = network + 40;
-    while EXTENSIONS.contains(&i32::from(next)) {
-        next = *frame.get(at)?;
-        at += (usize::from(*frame.get(at + 1)?) + 1) * 8;
-    }
-    Some((next, at))
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more.
 
 mod session;
+mod sleeper;
 
 use std::io;
 use std::sync::Arc;

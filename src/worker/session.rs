@@ -1,40 +1,27 @@
 //! A session of a worker: turns, and the sleep between them.
 
-use std::io;
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
+use super::sleeper::{Sleeper, Woken};
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::counters::{DirectionCounters, Drop, PairCounters};
-use crate::event::{Interest, Poller};
 use crate::guest::{
     Budget, Burst, Contained, Direction, Fault, GuestMemory, Published, Readable, Virtqueue,
     Writable,
 };
 use crate::policy::{Limiter, Limits};
-use crate::port::{Finished, HostQueue, Outcome, Port, Readiness, Terms};
+use crate::port::{Finished, HostQueue, Outcome, Port, Terms};
 
 /// What one turn takes from the tx ring.
 const TX_BUDGET: Budget = Budget { chains: 64, bytes: 512 << 10 };
 /// What one turn takes from the rx ring: empty buffers cost nothing but the walk.
 const RX_BUDGET: Budget = Budget { chains: 64, bytes: usize::MAX };
-/// How often a ring without a kick descriptor is looked at while its worker is idle.
-const POLL: Duration = Duration::from_millis(1);
 /// How long a limit is waited for at the most, since it may be changed meanwhile.
 const LIMIT_CHANGES: Duration = Duration::from_millis(100);
 /// How long a worker whose waiting failed does nothing, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(10);
-
-/// What wakes a worker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Wake {
-    Command,
-    RxKick,
-    TxKick,
-    Host,
-}
 
 /// One direction of the pair: its ring, and what was popped from it and not yet lent.
 struct Side<'s, D: Direction> {
@@ -164,7 +151,8 @@ impl Serving<'_> {
         options: &WorkerOptions,
         mailbox: &Mailbox,
     ) -> Result<(), Fault> {
-        let sleeper = match Sleeper::new(self, mailbox) {
+        let rings = (self.rx.as_ref().map(|rx| rx.ring), self.tx.as_ref().map(|tx| tx.ring));
+        let sleeper = match Sleeper::new(rings, self.port.events(), mailbox) {
             Ok(sleeper) => sleeper,
             Err(error) => {
                 warn!("{}: can't wait for its descriptors: {error}", options.name);
@@ -396,73 +384,5 @@ fn transmit<'s>(
     if !rest.is_empty() {
         tx.counters.limited.add(1);
         tx.burst.append(&mut rest);
-    }
-}
-
-/// What a sleep was ended by.
-#[derive(Debug, Default, Clone, Copy)]
-struct Woken {
-    rx: bool,
-    tx: bool,
-    port: bool,
-    host: bool,
-}
-
-/// The descriptors that a session waits on, but for the port's.
-struct Sleeper {
-    poller: Poller<Wake>,
-    /// How long to sleep at the most, where a driver was given no way to kick.
-    polling: Option<Duration>,
-}
-
-impl Sleeper {
-    fn new(serving: &Serving<'_>, mailbox: &Mailbox) -> io::Result<Self> {
-        let mut poller = Poller::new()?;
-        poller.add(&mailbox.wake, Interest::Read, Wake::Command)?;
-        let kicks = [
-            (serving.rx.as_ref().map(|side| side.ring), Wake::RxKick),
-            (serving.tx.as_ref().map(|side| side.ring), Wake::TxKick),
-        ];
-        let mut polling = None;
-        for (ring, wake) in kicks {
-            let Some(ring) = ring else { continue };
-            let Some(kick) = &ring.kick else {
-                polling = Some(POLL);
-                continue;
-            };
-            match poller.add(kick.as_fd(), Interest::Edge, wake) {
-                // One eventfd for both rings wakes the worker just the same.
-                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
-                other => other?,
-            }
-        }
-        if let Some(events) = serving.port.events() {
-            poller.add(events, Interest::Read, Wake::Host)?;
-        }
-        Ok(Sleeper { poller, polling })
-    }
-
-    /// Sleeps until something of `readiness` or of the session's descriptors happens.
-    fn sleep(&self, readiness: &Readiness<'_>, mailbox: &Mailbox) -> io::Result<Woken> {
-        let mut woken = Woken::default();
-        let timeout = readiness.timeout.into_iter().chain(self.polling).min();
-        let note = |wake| match wake {
-            // Cleared here and nowhere else: it may be rung after its command was taken.
-            Wake::Command => mailbox.wake.clear(),
-            Wake::RxKick => woken.rx = true,
-            Wake::TxKick => woken.tx = true,
-            Wake::Host => woken.host = true,
-        };
-        let interest = match (readiness.read, readiness.write) {
-            (true, true) => Some(Interest::ReadWrite),
-            (true, false) => Some(Interest::Read),
-            (false, true) => Some(Interest::Write),
-            (false, false) => None,
-        };
-        let port = match readiness.fd.zip(interest) {
-            Some((fd, interest)) => self.poller.wait_also(fd, interest, timeout, note)?,
-            None => self.poller.wait(timeout, note).map(|()| false)?,
-        };
-        Ok(Woken { port, ..woken })
     }
 }

@@ -1,0 +1,93 @@
+//! Sleep between turns: what a worker waits for, and what woke it.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use super::{Mailbox, Ring};
+use crate::event::{Interest, Poller};
+use crate::port::Readiness;
+
+/// How often a ring without a kick descriptor is looked at while its worker is idle.
+const POLL: Duration = Duration::from_millis(1);
+
+/// What wakes a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wake {
+    Command,
+    RxKick,
+    TxKick,
+    Host,
+}
+
+/// What a sleep was ended by.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Woken {
+    pub(super) rx: bool,
+    pub(super) tx: bool,
+    pub(super) port: bool,
+    pub(super) host: bool,
+}
+
+/// The descriptors that a session waits on, but for the port's.
+pub(super) struct Sleeper {
+    poller: Poller<Wake>,
+    /// How long to sleep at the most, where a driver was given no way to kick.
+    polling: Option<Duration>,
+}
+
+impl Sleeper {
+    /// Waits for the kicks of the rx and the tx ring, for the port's `events`, and for commands.
+    ///
+    /// # Errors
+    /// A descriptor can't be waited on.
+    pub(super) fn new(
+        (rx, tx): (Option<&Ring>, Option<&Ring>),
+        events: Option<BorrowedFd<'_>>,
+        mailbox: &Mailbox,
+    ) -> io::Result<Self> {
+        let mut poller = Poller::new()?;
+        poller.add(&mailbox.wake, Interest::Read, Wake::Command)?;
+        let mut polling = None;
+        for (ring, wake) in [(rx, Wake::RxKick), (tx, Wake::TxKick)] {
+            let Some(ring) = ring else { continue };
+            let Some(kick) = &ring.kick else {
+                polling = Some(POLL);
+                continue;
+            };
+            match poller.add(kick.as_fd(), Interest::Edge, wake) {
+                // One eventfd for both rings wakes the worker just the same.
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+                other => other?,
+            }
+        }
+        if let Some(events) = events {
+            poller.add(events, Interest::Read, Wake::Host)?;
+        }
+        Ok(Sleeper { poller, polling })
+    }
+
+    /// Sleeps until something of `readiness` or of the session's descriptors happens.
+    pub(super) fn sleep(&self, readiness: &Readiness<'_>, mailbox: &Mailbox) -> io::Result<Woken> {
+        let mut woken = Woken::default();
+        let timeout = readiness.timeout.into_iter().chain(self.polling).min();
+        let note = |wake| match wake {
+            // Cleared here and nowhere else: it may be rung after its command was taken.
+            Wake::Command => mailbox.wake.clear(),
+            Wake::RxKick => woken.rx = true,
+            Wake::TxKick => woken.tx = true,
+            Wake::Host => woken.host = true,
+        };
+        let interest = match (readiness.read, readiness.write) {
+            (true, true) => Some(Interest::ReadWrite),
+            (true, false) => Some(Interest::Read),
+            (false, true) => Some(Interest::Write),
+            (false, false) => None,
+        };
+        let port = match readiness.fd.zip(interest) {
+            Some((fd, interest)) => self.poller.wait_also(fd, interest, timeout, note)?,
+            None => self.poller.wait(timeout, note).map(|()| false)?,
+        };
+        Ok(Woken { port, ..woken })
+    }
+}
