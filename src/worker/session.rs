@@ -13,6 +13,7 @@ use crate::guest::{
 };
 use crate::policy::{Limiter, Limits};
 use crate::port::{Finished, HostQueue, Outcome, Port, Terms};
+use crate::vnet_header::LINK_OVERHEAD;
 
 /// What one turn takes from the tx ring.
 const TX_BUDGET: Budget = Budget { chains: 64, bytes: 512 << 10 };
@@ -30,6 +31,8 @@ struct Side<'s, D: Direction> {
     burst: Burst<'s, D>,
     /// How many of these the port's limit has let pass already.
     passed: usize,
+    /// Segments, beyond the first of each frame, that the limit has counted in advance.
+    foreseen: u64,
     counters: &'s DirectionCounters,
 }
 
@@ -51,7 +54,7 @@ impl<'s, D: Direction> Side<'s, D> {
                 ring.base
             );
         }
-        Ok(Some(Side { ring, queue, burst: Burst::new(), passed: 0, counters }))
+        Ok(Some(Side { ring, queue, burst: Burst::new(), passed: 0, foreseen: 0, counters }))
     }
 
     fn is_enabled(&self) -> bool {
@@ -77,6 +80,7 @@ struct Serving<'s> {
     memory: &'s GuestMemory,
     counters: &'s PairCounters,
     header_length: usize,
+    mtu: u16,
     limits: &'s Limits,
     /// Frames for the guest that the port was told to take each time.
     rx_allowance: usize,
@@ -117,6 +121,7 @@ pub(super) fn serve(
         memory,
         counters,
         header_length,
+        mtu: session.mtu,
         limits,
         rx_allowance: usize::MAX,
     };
@@ -196,7 +201,8 @@ impl Serving<'_> {
             if !tx.burst.is_empty() {
                 tx.queue.disarm();
                 if tx.is_enabled() {
-                    transmit(&mut *self.port, tx, &self.limits.tx, self.header_length);
+                    let mtu = usize::from(self.mtu);
+                    transmit(&mut *self.port, tx, &self.limits.tx, self.header_length, mtu);
                 } else {
                     let dropped = Outcome::Dropped(Drop::Disabled);
                     self.finished.tx.extend(tx.burst.drain(..).map(|chain| (chain, dropped)));
@@ -234,8 +240,16 @@ impl Serving<'_> {
         if self.limits.rx.is_limited() && *rx_frames > 0 {
             self.limits.rx.charge(*rx_frames + rx.packets, *rx_bytes + rx.bytes);
         }
-        if self.limits.tx.is_limited() && tx.packets > 0 {
-            self.limits.tx.charge(tx.packets, tx.bytes);
+        if let Some(side) = self.tx.as_mut().filter(|_| self.limits.tx.is_limited()) {
+            let foreseen = side.foreseen.min(tx.packets);
+            side.foreseen -= foreseen;
+            if tx.packets > 0 {
+                self.limits.tx.charge(tx.packets - foreseen, tx.bytes);
+            }
+            if side.burst.is_empty() {
+                // What is left was foreseen for frames that were dropped.
+                side.foreseen = 0;
+            }
         }
     }
 
@@ -368,13 +382,21 @@ fn transmit<'s>(
     tx: &mut Side<'s, Readable>,
     limiter: &Limiter,
     header_length: usize,
+    mtu: usize,
 ) {
     if !limiter.is_limited() {
         tx.passed = 0;
         return port.transmit(&mut tx.burst);
     }
-    let lengths = tx.burst.iter().skip(tx.passed);
-    tx.passed += limiter.admit(lengths.map(|chain| chain.len().saturating_sub(header_length)));
+    // Segments have the MTU, as a rule. How many there are is known when the header was checked.
+    let packets = |bytes: usize| {
+        if bytes <= mtu + LINK_OVERHEAD { 1 } else { bytes.div_ceil(mtu) as u64 }
+    };
+    let lengths = tx.burst.iter().map(|chain| chain.len().saturating_sub(header_length));
+    let lengths = lengths.skip(tx.passed);
+    let admitted = limiter.admit(lengths.clone().map(|bytes| (packets(bytes), bytes as u64)));
+    tx.foreseen += lengths.take(admitted).map(|bytes| packets(bytes) - 1).sum::<u64>();
+    tx.passed += admitted;
     if tx.passed == 0 {
         return;
     }

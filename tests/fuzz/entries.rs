@@ -286,7 +286,7 @@ pub fn policy(data: &[u8]) {
         assert_eq!(limit.to_string().parse(), Ok(limit));
         let limiter = Limiter::new(&limit);
         limiter.charge(u64::from(u32::MAX), u64::from(u32::MAX));
-        limiter.admit([0, 1, 65_536].into_iter());
+        limiter.admit([(0, 0), (1, 1), (45, 65_536)].into_iter());
         limiter.allowance();
         limiter.wait();
     }
