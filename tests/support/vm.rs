@@ -128,8 +128,9 @@ pub(crate) fn iperf(options: &str) -> f64 {
 #[track_caller]
 pub(crate) fn iperf_with(guest: &str, options: &str) -> f64 {
     let mut text = String::new();
-    // The server listens anew after each client, and turns away who comes too early.
-    const TOO_EARLY: [&str; 3] = ["refused", "busy", "reset by peer"];
+    // The server listens anew after each client, and turns away who comes too early. And the host
+    // may have found just now that the last guest at this address does not answer any more.
+    const TOO_EARLY: [&str; 4] = ["refused", "busy", "reset by peer", "No route to host"];
     eventually(&format!("iperf3 {options}"), || {
         std::thread::sleep(Duration::from_millis(200));
         let output = Command::new("iperf3")
