@@ -8,7 +8,7 @@ use crate::support::daemon::Daemon;
 use crate::support::driver::{CSUM, Card, HEADER, HOST_TSO, Options};
 use crate::support::frontend::Frontend;
 use crate::support::needs_root;
-use crate::support::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip};
+use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
 use crate::support::traffic::{datagram, frame, tcp_frame};
 
 /// How long traffic runs.
@@ -41,10 +41,7 @@ impl Allowed {
 
 fn port(kind: &str) -> (&'static str, Wire) {
     if kind == "tap" {
-        enter_new_namespace();
-        std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
-        ip("tuntap add dev tap0 mode tap vnet_hdr");
-        ip("link set tap0 up");
+        enter_namespace_with_tap(false);
         ("--tap=tap0", Wire::open("tap0"))
     } else {
         enter_namespace_with_veth(1);

@@ -9,7 +9,9 @@ use crate::support::driver::{
     CSUM, Card, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, Options, PROTOCOL, VERSION_1,
 };
 use crate::support::frontend::Frontend;
-use crate::support::network::{ETHERTYPE, Wire, enter_new_namespace, ip, output};
+use crate::support::network::{
+    ETHERTYPE, Wire, enter_namespace_with_tap, enter_new_namespace, ip, output,
+};
 use crate::support::traffic::{check_both_ways, frame, tcp_frame};
 use crate::support::{eventually, needs_root};
 
@@ -17,12 +19,7 @@ const OFFLOADS: u64 = CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
 
 /// A TAP in a fresh namespace, without traffic of the host's own, and a daemon on it.
 fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
-    enter_new_namespace();
-    let several = if card.pairs > 1 { " multi_queue" } else { "" };
-    ip(&format!("tuntap add dev tap0 mode tap vnet_hdr{several}"));
-    // No router solicitations and the like: only the tests' frames.
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
-    ip("link set tap0 up");
+    enter_namespace_with_tap(card.pairs > 1);
     let queues = format!("--queue-pairs={}", card.pairs);
     let mut all = vec!["--tap=tap0", &queues];
     all.extend(options);

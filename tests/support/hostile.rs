@@ -15,7 +15,7 @@ use super::daemon::{Daemon, port};
 use super::driver::{Card, HEADER, Options};
 use super::eventually;
 use super::frontend::Frontend;
-use super::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip};
+use super::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip};
 use super::traffic::{check_both_ways, datagram};
 
 /// Frames of the neighbour's that are on their way at once, at the most.
@@ -33,6 +33,7 @@ pub(crate) fn note(case: u8, outcome: &str) {
         writeln!(file, "{case} {outcome}").unwrap();
     }
 }
+
 /// A guest that sends frames to itself all the time and misses none.
 struct Neighbour {
     stop: Arc<AtomicBool>,
@@ -80,6 +81,13 @@ const RULES: &str = "anti-spoofing = true
 mac = \"52:54:00:00:02:01\"
 source-ip = [\"192.0.2.2\", \"2001:db8::2\"]
 ";
+
+/// Puts a device into a bridge, `br0`.
+fn bridge(device: &str) {
+    ip("link add br0 type bridge");
+    ip(&format!("link set {device} master br0"));
+    ip("link set br0 up");
+}
 
 /// A guest whose rings refill themselves: whatever is used is available again at once.
 pub(crate) struct Refilling {
@@ -142,10 +150,7 @@ impl Scene {
 
     /// The same on a TAP, in a fresh namespace.
     pub(crate) fn on_tap(case: u8) -> Self {
-        enter_new_namespace();
-        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
-        ip("tuntap add dev tap0 mode tap vnet_hdr");
-        ip("link set tap0 up");
+        enter_namespace_with_tap(false);
         Self::between(case, "tap = \"tap0\"\n", Some(Wire::open("tap0")))
     }
 
@@ -170,22 +175,15 @@ impl Scene {
     ///
     /// [`datagram`]: super::traffic::datagram
     pub(crate) fn guarded_tap(case: u8) -> Self {
-        enter_new_namespace();
-        fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
-        ip("tuntap add dev tap0 mode tap vnet_hdr");
-        ip("link add br0 type bridge");
-        ip("link set tap0 master br0");
-        ip("link set tap0 up");
-        ip("link set br0 up");
+        enter_namespace_with_tap(false);
+        bridge("tap0");
         Self::between(case, &format!("tap = \"tap0\"\n{RULES}"), Some(Wire::open("tap0")))
     }
 
     /// The same on a veth's end.
     pub(crate) fn guarded_veth(case: u8) -> Self {
         enter_namespace_with_veth(1);
-        ip("link add br0 type bridge");
-        ip("link set veth1 master br0");
-        ip("link set br0 up");
+        bridge("veth1");
         Self::between(case, &format!("af-xdp = \"veth0\"\n{RULES}"), Some(Wire::open("veth1")))
     }
 

@@ -26,6 +26,16 @@ pub(crate) fn enter_namespace_with_veth(queues: u32) {
     make_veth(queues);
 }
 
+/// A TAP, `tap0`, in a fresh namespace, without traffic of the host's own: no router solicitations
+/// and the like, only the tests' frames.
+pub(crate) fn enter_namespace_with_tap(multi_queue: bool) {
+    enter_new_namespace();
+    std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    let several = if multi_queue { " multi_queue" } else { "" };
+    ip(&format!("tuntap add dev tap0 mode tap vnet_hdr{several}"));
+    ip("link set tap0 up");
+}
+
 /// A veth with so many queues at each end.
 pub(crate) fn make_veth(queues: u32) {
     let many = format!("numrxqueues {queues} numtxqueues {queues}");
