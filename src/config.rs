@@ -5,20 +5,22 @@ mod arguments;
 mod file;
 mod options;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::api::client::Question;
 use crate::net_config::MacAddress;
 use crate::policy::{Identity, Limit};
 
 pub use arguments::parse;
-use options::PortOptions;
+pub use file::read as read_file;
+pub use options::{PortChanges, PortOptions};
 
 /// Queue pairs of a port at the most: virtio allows 32768, a frontend names rings with 8 bits.
 pub const MAX_QUEUE_PAIRS: u16 = 128;
@@ -30,6 +32,8 @@ pub enum Invocation {
     Run(Config),
     /// Ask a running daemon.
     Ask(Question),
+    /// Open what a running daemon is to have, which can't: its own child, by its standard input.
+    Open(PathBuf),
     /// Print this to standard output and exit with success.
     Print(String),
 }
@@ -39,11 +43,14 @@ pub enum Invocation {
 pub struct Config {
     /// What is logged.
     pub log_level: LevelFilter,
+    /// The file that all of this was read from, if it was.
+    pub file: Option<PathBuf>,
     /// Where operators ask and tell it things.
     pub control: Option<PathBuf>,
     /// What the daemon gives up once it has opened everything.
     pub confinement: Confinement,
-    /// The cards that it serves; there is at least one.
+    /// The cards that it serves from its start on; there is at least one, unless operators can add
+    /// some.
     pub ports: Vec<PortConfig>,
 }
 
@@ -74,6 +81,8 @@ pub enum Seccomp {
 /// One card.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortConfig {
+    /// What was said about it, as it was said.
+    pub options: PortOptions,
     /// Its name, if it is not to be called after its host side.
     pub name: Option<String>,
     /// Where the frontend comes from.
@@ -92,6 +101,8 @@ pub struct PortConfig {
     pub rx_limit: Limit,
     /// How much it may send.
     pub tx_limit: Limit,
+    /// Whether frames move at all.
+    pub link: bool,
     /// Whether the guest may be given unsegmented frames.
     pub guest_tso: bool,
     /// Whether the guest may reset single rings.
@@ -131,8 +142,8 @@ pub enum Host {
 }
 
 /// AF_XDP sockets on a network device's queues, as `NAME[,queue=N][,mode=…][,attach=…][,steer=mac]`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct AfXdp {
     /// The device's name.
     pub name: String,
@@ -169,7 +180,7 @@ pub enum Attach {
 }
 
 /// How bursts of frames are written to a TAP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TxMethod {
     /// Whichever is found cheaper at the start.
@@ -191,39 +202,90 @@ impl fmt::Display for Host {
     }
 }
 
-impl PortConfig {
-    /// What only one port can have: each socket, descriptor, name and host queue, as text.
-    fn claims(&self) -> Vec<String> {
-        let mut claims: Vec<String> = self.name.iter().map(|name| format!("name {name}")).collect();
-        let descriptor = |number: &RawFd| format!("descriptor {number}");
-        match &self.frontend {
-            Frontend::Listen(path) | Frontend::Connect(path) => {
-                claims.push(format!("socket {}", path.display()));
-            }
-            Frontend::Inherited(number) => claims.push(descriptor(number)),
-        }
-        match &self.host {
-            Host::Tap(name) => claims.push(format!("tap {name}")),
-            Host::TapDescriptors(numbers) => claims.extend(numbers.iter().map(descriptor)),
-            Host::AfXdp(AfXdp { name, queue, .. }) => claims.extend(
-                (0..self.queue_pairs).map(|pair| format!("queue {} of {name}", queue + pair)),
-            ),
-            Host::Loopback => {}
-        }
-        claims
+impl Config {
+    /// What was said about the daemon itself, which can't change while it runs: keys and values.
+    pub fn settings(&self) -> BTreeMap<&'static str, String> {
+        let Config { log_level, control, confinement, .. } = self;
+        let Confinement { seccomp, user, group } = confinement;
+        let text = |value: &Option<String>| value.clone().unwrap_or_default();
+        let control = control.as_ref().map(|path| path.display().to_string());
+        BTreeMap::from([
+            ("log-level", log_level.to_string()),
+            ("control", text(&control)),
+            ("seccomp", format!("{seccomp:?}")),
+            ("user", text(user)),
+            ("group", text(group)),
+        ])
     }
 }
 
-/// Checks that no two ports, nor the control socket, lay claim to one thing.
+impl PortConfig {
+    /// The port's name, unless it is to be called after a device that only its descriptors tell.
+    pub fn known_name(&self) -> Option<&str> {
+        self.name.as_deref().or(match &self.host {
+            Host::Tap(name) => Some(name),
+            Host::AfXdp(af_xdp) => Some(&af_xdp.name),
+            Host::Loopback => Some("loopback"),
+            Host::TapDescriptors(_) => None,
+        })
+    }
+
+    /// What only one port can have: each socket, name and host queue, as text.
+    fn claims(&self) -> Vec<String> {
+        let mut claims: Vec<String> = self.name.iter().map(|name| format!("name {name}")).collect();
+        if let Frontend::Listen(path) | Frontend::Connect(path) = &self.frontend {
+            claims.push(format!("socket {}", path.display()));
+        }
+        match &self.host {
+            Host::Tap(name) => claims.push(format!("tap {name}")),
+            Host::AfXdp(AfXdp { name, queue, .. }) => claims.extend(
+                (0..self.queue_pairs).map(|pair| format!("queue {} of {name}", queue + pair)),
+            ),
+            Host::TapDescriptors(_) | Host::Loopback => {}
+        }
+        claims
+    }
+
+    /// Inherited descriptors, which only one port can have while all are started.
+    fn descriptors(&self) -> Vec<String> {
+        let frontend = match self.frontend {
+            Frontend::Inherited(number) => Some(number),
+            Frontend::Listen(_) | Frontend::Connect(_) => None,
+        };
+        let queues = match &self.host {
+            Host::TapDescriptors(numbers) => numbers.as_slice(),
+            _ => &[],
+        };
+        let numbers = frontend.iter().chain(queues);
+        numbers.map(|number| format!("descriptor {number}")).collect()
+    }
+}
+
+/// Checks that no two of the ports that are started together, nor the control socket, lay claim to
+/// one thing.
 ///
 /// # Errors
 /// With what is named twice.
-fn check_claims(ports: &[PortConfig], control: Option<&Path>) -> Result<(), String> {
-    let mut claims: Vec<String> = ports.iter().flat_map(PortConfig::claims).collect();
-    claims.extend(control.map(|path| format!("socket {}", path.display())));
+fn check_start(ports: &[PortConfig], control: Option<&Path>) -> Result<(), String> {
+    let descriptors = ports.iter().flat_map(PortConfig::descriptors);
+    let control = control.map(|path| format!("socket {}", path.display()));
+    check_claims(&ports.iter().collect::<Vec<_>>(), descriptors.chain(control))
+        .map_err(|claim| format!("{claim} is named twice"))
+}
+
+/// Checks that no two of these ports lay claim to one thing, nor to what `others` claim.
+///
+/// # Errors
+/// With what is named twice.
+pub fn check_claims(
+    ports: &[&PortConfig],
+    others: impl Iterator<Item = String>,
+) -> Result<(), String> {
+    let claims = ports.iter().flat_map(|port| port.claims());
+    let mut claims: Vec<String> = claims.chain(others).collect();
     claims.sort_unstable();
     match claims.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(format!("{} is named twice", pair[0])),
+        Some(pair) => Err(pair[0].clone()),
         None => Ok(()),
     }
 }

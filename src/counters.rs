@@ -38,6 +38,8 @@ pub enum Drop {
     NotAccepted,
     /// Its ring is disabled.
     Disabled,
+    /// An operator has set the card's link down.
+    LinkDown,
     /// The host refused it.
     HostRefused,
     /// Its source, or the sender that it names, is an Ethernet address that is not the guest's.
@@ -52,13 +54,14 @@ pub enum Drop {
 
 impl Drop {
     /// All reasons.
-    pub const ALL: [Drop; 11] = [
+    pub const ALL: [Drop; 12] = [
         Drop::TooShort,
         Drop::TooLong,
         Drop::BadHeader,
         Drop::NoRoom,
         Drop::NotAccepted,
         Drop::Disabled,
+        Drop::LinkDown,
         Drop::HostRefused,
         Drop::SpoofedMac,
         Drop::SpoofedAddress,
@@ -75,6 +78,7 @@ impl Drop {
             Drop::NoRoom => "no_room",
             Drop::NotAccepted => "not_accepted",
             Drop::Disabled => "disabled",
+            Drop::LinkDown => "link_down",
             Drop::HostRefused => "host_refused",
             Drop::SpoofedMac => "spoofed_mac",
             Drop::SpoofedAddress => "spoofed_address",

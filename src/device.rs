@@ -124,6 +124,12 @@ impl Device {
         self.restart_all();
     }
 
+    /// Moves frames from now on, or drops what the guest sends and gives it nothing.
+    pub fn set_link(&mut self, up: bool) {
+        self.config.link = up;
+        self.restart_all();
+    }
+
     /// The port's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -485,6 +491,7 @@ impl Device {
         }
         let mtu = self.mtu();
         let (memory, rules) = (self.told.memory.clone(), self.rules.clone());
-        self.workers[pair].begin(Session { memory, negotiated, mtu, rules, rx, tx });
+        let link = self.config.link;
+        self.workers[pair].begin(Session { memory, negotiated, mtu, link, rules, rx, tx });
     }
 }

@@ -44,18 +44,32 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// Opens what the configuration names; `inherited` is its descriptor, if it names one. Nobody
-    /// can connect before [`start`](Self::start).
+    /// Opens what the configuration names, or takes it over: `given` is its descriptor, if it names
+    /// one, or its socket, if somebody else has made that. Nobody can connect before
+    /// [`start`](Self::start).
     ///
     /// # Errors
     /// With the path or descriptor, what is wrong, and the way out.
-    pub fn open(frontend: &Frontend, inherited: Option<OwnedFd>) -> Result<Self, StartError> {
-        match (frontend, inherited) {
+    pub fn open(frontend: &Frontend, given: Option<OwnedFd>) -> Result<Self, StartError> {
+        match (frontend, given) {
             (Frontend::Inherited(number), Some(fd)) => Self::inherited(*number, fd),
             (Frontend::Inherited(number), None) => {
                 Err(StartError::new(format!("descriptor {number} (--fd) was not taken over")))
             }
-            (Frontend::Listen(path), _) => make_listener(path),
+            (Frontend::Listen(path), Some(fd)) => {
+                let listener = UnixListener::from(fd);
+                let shown = path.display();
+                listener.set_nonblocking(true).map_err(|error| {
+                    StartError::new(format!("use the socket of {shown}: {error}"))
+                })?;
+                // Another user may not even look at it.
+                let file = SocketFile::of(path);
+                if let Err(error) = &file {
+                    info!("{shown}: {error}: the socket will be left there");
+                }
+                Ok(Endpoint::Listener(listener, file.ok()))
+            }
+            (Frontend::Listen(path), None) => make_listener(path),
             (Frontend::Connect(path), _) => Ok(Endpoint::Connect {
                 path: path.clone(),
                 next: Instant::now(),
@@ -76,6 +90,13 @@ impl Endpoint {
         }
     }
 
+    /// Lets go of the socket without removing its file, which is another's from now on.
+    pub fn give_away(self) {
+        if let Endpoint::Listener(_, Some(file)) = self {
+            std::mem::forget(file);
+        }
+    }
+
     /// Lets frontends connect.
     ///
     /// # Errors
@@ -92,6 +113,15 @@ impl Endpoint {
         match self {
             Endpoint::Listener(listener, _) => Some(listener.as_fd()),
             Endpoint::Connected(_) | Endpoint::Connect { .. } => None,
+        }
+    }
+
+    /// What another process needs to take it over, if it needs anything.
+    pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Endpoint::Listener(listener, _) => Some(listener.as_fd()),
+            Endpoint::Connected(stream) => stream.as_ref().map(AsFd::as_fd),
+            Endpoint::Connect { .. } => None,
         }
     }
 
@@ -155,6 +185,12 @@ pub struct SocketFile {
     identity: (u64, u64),
 }
 
+impl SocketFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        Ok(SocketFile { path: path.to_owned(), identity: identity(path)? })
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if identity(&self.path).is_ok_and(|now| now == self.identity) {
@@ -180,12 +216,16 @@ fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
     };
     remove_stale(path)?;
     let listener = bind(path).map_err(failed)?;
-    let file = SocketFile { path: path.to_owned(), identity: identity(path).map_err(failed)? };
+    let file = SocketFile::of(path).map_err(failed)?;
     Ok(Endpoint::Listener(listener, Some(file)))
 }
 
-/// Removes a socket that a killed process left behind.
-fn remove_stale(path: &Path) -> Result<(), StartError> {
+/// Removes a socket that nobody listens on any more: a killed process has left it behind, or one that
+/// may remove nothing.
+///
+/// # Errors
+/// It is no socket, somebody listens on it, or it can't be removed.
+pub fn remove_stale(path: &Path) -> Result<(), StartError> {
     let shown = path.display();
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
     if !metadata.file_type().is_socket() {

@@ -78,6 +78,39 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::STATUS
 }
 
+/// Names of feature bits, as the specification has them (virtio 1.3, sections 5.1.3 and 6).
+const NAMES: [(u32, &str); 24] = [
+    (VIRTIO_NET_F_CSUM, "CSUM"),
+    (VIRTIO_NET_F_GUEST_CSUM, "GUEST_CSUM"),
+    (VIRTIO_NET_F_MTU, "MTU"),
+    (VIRTIO_NET_F_MAC, "MAC"),
+    (VIRTIO_NET_F_GUEST_TSO4, "GUEST_TSO4"),
+    (VIRTIO_NET_F_GUEST_TSO6, "GUEST_TSO6"),
+    (VIRTIO_NET_F_GUEST_ECN, "GUEST_ECN"),
+    (VIRTIO_NET_F_HOST_TSO4, "HOST_TSO4"),
+    (VIRTIO_NET_F_HOST_TSO6, "HOST_TSO6"),
+    (VIRTIO_NET_F_HOST_ECN, "HOST_ECN"),
+    (VIRTIO_NET_F_MRG_RXBUF, "MRG_RXBUF"),
+    (VIRTIO_NET_F_STATUS, "STATUS"),
+    (VIRTIO_NET_F_CTRL_VQ, "CTRL_VQ"),
+    (VIRTIO_NET_F_GUEST_ANNOUNCE, "GUEST_ANNOUNCE"),
+    (VIRTIO_NET_F_MQ, "MQ"),
+    (VIRTIO_F_ANY_LAYOUT, "ANY_LAYOUT"),
+    (VIRTIO_RING_F_INDIRECT_DESC, "INDIRECT_DESC"),
+    (VIRTIO_RING_F_EVENT_IDX, "EVENT_IDX"),
+    (VIRTIO_F_VERSION_1, "VERSION_1"),
+    (VIRTIO_F_IN_ORDER, "IN_ORDER"),
+    (VIRTIO_F_RING_RESET, "RING_RESET"),
+    (VIRTIO_NET_F_GUEST_USO4, "GUEST_USO4"),
+    (VIRTIO_NET_F_GUEST_USO6, "GUEST_USO6"),
+    (VIRTIO_NET_F_HOST_USO, "HOST_USO"),
+];
+
+/// What is offered, or was acknowledged, by name.
+pub fn names(bits: u64) -> Vec<&'static str> {
+    NAMES.iter().filter(|(number, _)| bits & bit(*number) != 0).map(|(_, name)| *name).collect()
+}
+
 /// What a port can do with the offloads of a frame.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PortOffloads {
@@ -284,6 +317,14 @@ mod tests {
 
     const OPTIONS: OfferOptions =
         OfferOptions { guest_segmentation: true, mac: true, ring_reset: false };
+
+    #[test]
+    fn every_feature_that_is_offered_has_a_name() {
+        let options = OfferOptions { ring_reset: true, ..OPTIONS };
+        let offer = Offer::new(PortOffloads::ALL, options).bits();
+        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        assert_eq!(names(offer).len() as u32, (offer & !protocol).count_ones());
+    }
 
     #[test]
     fn features_that_were_not_offered_are_refused() {

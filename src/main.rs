@@ -15,13 +15,22 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes());
             return ExitCode::SUCCESS;
         }
+        Ok(Invocation::Open(file)) => {
+            return match daemon::opener::run(&file) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("vhost-user-net: reload: listen to the daemon: {error}");
+                    ExitCode::FAILURE
+                }
+            };
+        }
         Ok(Invocation::Ask(question)) => {
             return match question.ask() {
                 Ok(text) => {
                     let _ = std::io::stdout().write_all(text.as_bytes());
                     ExitCode::SUCCESS
                 }
-                Err(Failure::Refused(why)) => {
+                Err(Failure::Refused(why) | Failure::NeedsRestart(why)) => {
                     eprintln!("vhost-user-net: {why}");
                     ExitCode::FAILURE
                 }

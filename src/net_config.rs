@@ -6,7 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// Length in bytes of the fields served: mac, status, max_virtqueue_pairs, mtu, speed, duplex.
 pub const LENGTH: usize = 17;
@@ -20,8 +20,8 @@ const UNKNOWN_SPEED: u32 = u32::MAX;
 const UNKNOWN_DUPLEX: u8 = u8::MAX;
 
 /// An Ethernet address.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
 
 impl TryFrom<String> for MacAddress {
@@ -29,6 +29,12 @@ impl TryFrom<String> for MacAddress {
 
     fn try_from(text: String) -> Result<Self, String> {
         text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(address: MacAddress) -> Self {
+        address.to_string()
     }
 }
 
@@ -70,6 +76,8 @@ pub struct NetConfig {
     pub queue_pairs: u16,
     /// MTU in bytes, without the Ethernet header.
     pub mtu: u16,
+    /// Whether frames move.
+    pub link: bool,
 }
 
 impl NetConfig {
@@ -77,7 +85,8 @@ impl NetConfig {
     pub fn to_bytes(self) -> [u8; LENGTH] {
         let mut bytes = [0; LENGTH];
         bytes[0..6].copy_from_slice(&self.mac.0);
-        bytes[6..8].copy_from_slice(&LINK_UP.to_le_bytes());
+        let status = if self.link { LINK_UP } else { 0 };
+        bytes[6..8].copy_from_slice(&status.to_le_bytes());
         bytes[8..10].copy_from_slice(&self.queue_pairs.to_le_bytes());
         bytes[10..12].copy_from_slice(&self.mtu.to_le_bytes());
         bytes[12..16].copy_from_slice(&UNKNOWN_SPEED.to_le_bytes());
@@ -100,7 +109,7 @@ mod tests {
     #[test]
     fn the_space_is_laid_out_as_the_specification_has_it() {
         let mac = "52:54:00:12:34:56".parse().unwrap();
-        let config = NetConfig { mac, queue_pairs: 2, mtu: 9000 };
+        let config = NetConfig { mac, queue_pairs: 2, mtu: 9000, link: true };
         assert_eq!(
             config.to_bytes(),
             [0x52, 0x54, 0, 0x12, 0x34, 0x56, 1, 0, 2, 0, 0x28, 0x23, 255, 255, 255, 255, 255]
@@ -110,7 +119,8 @@ mod tests {
 
     #[test]
     fn reads_beyond_the_space_are_refused() {
-        let config = NetConfig { mac: MacAddress::default(), queue_pairs: 1, mtu: 1500 };
+        let config =
+            NetConfig { mac: MacAddress::default(), queue_pairs: 1, mtu: 1500, link: true };
         for (offset, size) in [(0, 18), (17, 1), (u32::MAX, u32::MAX), (16, 2)] {
             assert_eq!(config.read(offset, size), None);
         }

@@ -159,6 +159,8 @@ pub struct Terms {
     pub negotiated: Negotiated,
     /// MTU in bytes.
     pub mtu: u16,
+    /// Whether the card's link is up.
+    pub link: bool,
     /// Whether the guest has an rx ring.
     pub receives: bool,
     /// What the guest may send.

@@ -30,6 +30,9 @@ use crate::daemon::StartError;
 pub enum Role {
     /// Waits for signals.
     Main,
+    /// Waits for signals and operators, and starts the threads of ports that these add. A thread
+    /// has no call that the one has not which has started it: so this is all of the others' too.
+    Operated,
     /// Writes the log.
     Log,
     /// Speaks to a frontend.
@@ -44,11 +47,13 @@ pub enum Role {
 #[derive(Debug, Clone, Copy)]
 pub struct Sandbox {
     seccomp: Seccomp,
+    /// Whether what AF_XDP needs was kept.
+    af_xdp: bool,
 }
 
 impl Sandbox {
     /// Leaves each thread all that it has.
-    pub const NONE: Self = Sandbox { seccomp: Seccomp::None };
+    pub const NONE: Self = Sandbox { seccomp: Seccomp::None, af_xdp: true };
 
     /// Gives up for the whole process what is not needed any more. All has been opened that
     /// `config` names; no thread has been started.
@@ -75,7 +80,12 @@ impl Sandbox {
             Seccomp::None => "system calls are not filtered",
         };
         info!("sandbox: {user}, capabilities: {kept}; {files}; {calls}");
-        Ok(Sandbox { seccomp })
+        Ok(Sandbox { seccomp, af_xdp: has_af_xdp(ports) })
+    }
+
+    /// Whether an AF_XDP port can be started still.
+    pub fn has_af_xdp(&self) -> bool {
+        self.af_xdp
     }
 
     /// Leaves the calling thread the system calls of its role.
@@ -88,15 +98,20 @@ impl Sandbox {
             Seccomp::Log => SeccompAction::Log,
             Seccomp::None => return Ok(()),
         };
-        let filter: BpfProgram =
-            calls::filter(role, action).and_then(TryInto::try_into).map_err(io::Error::other)?;
+        let filter: BpfProgram = calls::filter(role, self.af_xdp, action)
+            .and_then(TryInto::try_into)
+            .map_err(io::Error::other)?;
         apply_filter(&filter).map_err(io::Error::other)
     }
 }
 
+fn has_af_xdp(ports: &[PortConfig]) -> bool {
+    ports.iter().any(|port| matches!(port.host, Host::AfXdp(_)))
+}
+
 /// AF_XDP opens sockets for each session, and programs when its device comes anew.
 fn capabilities_needed(ports: &[PortConfig]) -> HashSet<Capability> {
-    if !ports.iter().any(|port| matches!(port.host, Host::AfXdp(_))) {
+    if !has_af_xdp(ports) {
         return HashSet::new();
     }
     HashSet::from([

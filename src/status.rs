@@ -69,6 +69,8 @@ pub struct PortStatus {
     /// Its queue pairs.
     pub pairs: Vec<Arc<PairStatus>>,
     connection: Mutex<FrontendStatus>,
+    link_down: AtomicBool,
+    ended: AtomicBool,
 }
 
 impl PortStatus {
@@ -80,7 +82,28 @@ impl PortStatus {
         limits: Arc<Limits>,
         pairs: Vec<Arc<PairStatus>>,
     ) -> Self {
-        PortStatus { name, host, frontend, limits, pairs, connection: Mutex::default() }
+        let (connection, link_down, ended) = Default::default();
+        PortStatus { name, host, frontend, limits, pairs, connection, link_down, ended }
+    }
+
+    /// An operator has plugged its cable in, or out.
+    pub fn set_link(&self, up: bool) {
+        self.link_down.store(!up, Ordering::Relaxed);
+    }
+
+    /// Whether its cable is plugged in.
+    pub fn has_link(&self) -> bool {
+        !self.link_down.load(Ordering::Relaxed)
+    }
+
+    /// Its thread ends, and will not come back.
+    pub fn set_ended(&self) {
+        self.ended.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its thread has ended.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
     }
 
     /// A frontend has connected.

@@ -66,6 +66,8 @@ pub struct Session {
     pub negotiated: Negotiated,
     /// MTU in bytes.
     pub mtu: u16,
+    /// Whether frames move; if not, those from the guest are dropped, and it is given none.
+    pub link: bool,
     /// What the guest may send.
     pub rules: Option<Arc<Rules>>,
     /// The ring for frames to the guest.

@@ -1,7 +1,6 @@
 //! The control socket, and `vhost-user-net ctl` on it.
 
 use std::os::unix::process::ExitStatusExt;
-use std::process::Output;
 
 use serde_json::Value;
 
@@ -16,29 +15,12 @@ fn operated() -> Daemon {
     Daemon::with_config(&("control = \"{}/control\"\n".to_owned() + &ports), "two")
 }
 
-fn ctl(daemon: &Daemon, words: &[&str]) -> Output {
-    program().arg("ctl").arg("--control").arg(daemon.path("control")).args(words).output().unwrap()
-}
-
-/// What it prints, if it succeeds.
-#[track_caller]
-fn ask(daemon: &Daemon, words: &[&str]) -> String {
-    let output = ctl(daemon, words);
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{words:?}: {error}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn show(daemon: &Daemon, port: &str) -> Value {
-    serde_json::from_str(&ask(daemon, &["--json", "show", port])).unwrap()
-}
-
 #[test]
 fn a_ports_state_is_told_in_words() {
     let daemon = operated();
     let state = |wanted: &str| {
-        eventually(&format!("one is {wanted}"), || show(&daemon, "one")["state"] == wanted);
-        show(&daemon, "one")["explanation"].as_str().unwrap().to_owned()
+        eventually(&format!("one is {wanted}"), || daemon.show("one")["state"] == wanted);
+        daemon.show("one")["explanation"].as_str().unwrap().to_owned()
     };
     assert!(state("waiting").contains(daemon.path("one").to_str().unwrap()));
     let frontend = Frontend::new(daemon.connect_to("one"));
@@ -50,11 +32,11 @@ fn a_ports_state_is_told_in_words() {
     card.tx[0].add(&[(u64::MAX - 5000, 100)], false);
     card.tx[0].publish();
     assert!(state("stopped").contains("queue pair 0"));
-    assert!(ask(&daemon, &["show", "one"]).starts_with("one: stopped: queue pair 0: "));
+    assert!(daemon.ask(&["show", "one"]).starts_with("one: stopped: queue pair 0: "));
     drop(card);
     state("waiting");
-    assert_eq!(show(&daemon, "two")["state"], "waiting");
-    assert_eq!(show(&daemon, "one")["queue_pairs"][0]["fault"], Value::Null);
+    assert_eq!(daemon.show("two")["state"], "waiting");
+    assert_eq!(daemon.show("one")["queue_pairs"][0]["fault"], Value::Null);
 }
 
 #[test]
@@ -63,16 +45,16 @@ fn what_was_counted_is_told_and_exposed() {
     let mut card = Card::start(Frontend::new(daemon.connect_to("two")), Options::default());
     card.check_echo(50);
     card.send(0, &[0; 5]);
-    let report = show(&daemon, "two");
+    let report = daemon.show("two");
     let pair = &report["queue_pairs"][0];
     assert_eq!((&pair["rx"]["frames"], &pair["tx"]["frames"]), (&50.into(), &50.into()));
     assert_eq!(pair["tx"]["dropped"]["too_short"], 1);
     assert_eq!(report["dropped"], 1);
-    let list = ask(&daemon, &["list"]);
+    let list = daemon.ask(&["list"]);
     let line = list.lines().find(|line| line.starts_with("two")).unwrap();
     let words: Vec<&str> = line.split_whitespace().collect();
     assert_eq!(words[..6], ["two", "loopback", "running", "50", "50", "1"], "{list}");
-    let metrics = ask(&daemon, &["metrics"]);
+    let metrics = daemon.ask(&["metrics"]);
     for line in [
         "vhost_user_net_frames_total{port=\"two\",queue=\"0\",direction=\"tx\"} 50",
         "vhost_user_net_frames_total{port=\"one\",queue=\"0\",direction=\"tx\"} 0",
@@ -90,7 +72,7 @@ fn a_limit_changes_under_traffic() {
     let daemon = operated();
     let mut card = Card::start(Frontend::new(daemon.connect_to("one")), Options::default());
     // One packet, and then nothing for long.
-    let set = ask(&daemon, &["set", "one", "--tx-limit=1pps,packet-burst=1"]);
+    let set = daemon.ask(&["set", "one", "--tx-limit=1pps,packet-burst=1"]);
     assert!(set.contains("1pps,packet-burst=1"), "{set}");
     let frames = 50;
     for slot in 0..frames {
@@ -98,11 +80,11 @@ fn a_limit_changes_under_traffic() {
     }
     card.tx[0].publish();
     std::thread::sleep(std::time::Duration::from_millis(300));
-    let sent = || show(&daemon, "one")["tx_frames"].as_u64().unwrap();
+    let sent = || daemon.show("one")["tx_frames"].as_u64().unwrap();
     assert!(sent() <= 3, "{}", sent());
-    ask(&daemon, &["set", "one", "--tx-limit=none"]);
+    daemon.ask(&["set", "one", "--tx-limit=none"]);
     eventually("the rest is sent", || sent() == frames);
-    assert!(daemon.log().contains("one: tx limit none, by the control socket"));
+    assert!(daemon.log().contains("one: tx limit none, by an operator"));
 }
 
 #[test]
@@ -118,7 +100,7 @@ fn what_cant_be_done_is_said_with_an_exit_code() {
         let output = if words[0].starts_with("--control") {
             program().arg("ctl").args(words).output().unwrap()
         } else {
-            ctl(&daemon, words)
+            daemon.ctl(words)
         };
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.into_raw() >> 8, code, "{words:?}: {text}");

@@ -13,6 +13,7 @@ mod policy;
 mod ports;
 mod protocol;
 mod qemu;
+mod reload;
 mod sandbox;
 mod support;
 mod tap;

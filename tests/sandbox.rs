@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip, output};
@@ -122,6 +122,30 @@ fn a_forbidden_call_in_any_thread_is_the_end_of_the_process() {
                 assert_eq!(result, Err(Signal::SIGSYS), "{name} in {thread} of {host}");
                 eventually("the whole process ends", || !daemon.is_alive());
             }
+        }
+    }
+}
+
+#[test]
+fn a_daemon_that_ports_can_be_added_to_is_confined_too() {
+    needs_root!("a_daemon_that_ports_can_be_added_to_is_confined_too");
+    let calls = [
+        ("execve", EXECVE, [TEXT, 0, 0, 0]),
+        ("openat", OPENAT, [u64::MAX - 99, TEXT, 0, 0]),
+        ("socket", SOCKET, [AF_INET, SOCK_STREAM, 0, 0]),
+        ("mmap", MMAP, [0, 4096, PROT_READ_EXEC, MAP_PRIVATE_ANONYMOUS]),
+    ];
+    for thread in ["vhost-user-net", "log", "one", "one/0", "two", "two/0"] {
+        for (name, number, arguments) in calls {
+            let file = "control = \"{}/control\"\n".to_owned() + &port("one", "loopback = true");
+            let mut daemon = Daemon::with_config(&file, "one");
+            let socket = format!("--socket-path={}", daemon.path("two").display());
+            daemon.ask(&["add", "--name=two", &socket, "--loopback"]);
+            let (_, id) = threads(&daemon).into_iter().find(|(name, _)| name == thread).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            let result = inject(id, number, arguments, b"/etc/hostname\0\0\0");
+            assert_eq!(result, Err(Signal::SIGSYS), "{name} in {thread}");
+            eventually("the whole process ends", || !daemon.is_alive());
         }
     }
 }

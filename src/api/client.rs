@@ -1,17 +1,36 @@
 //! `vhost-user-net ctl`: asks a daemon, and shows what it says.
 
-use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Write};
+use std::fmt::{self, Write as _};
+use std::io::{self, BufRead, BufReader, Read};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::reload::{add, reload};
 use super::{Command, Request, VERSION};
+use crate::sys::socket::send_with_files;
 
 /// How long a daemon may take to reply.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest reply in bytes.
+const MAX_REPLY: u64 = 64 << 20;
+
+/// What an operator may say.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Subcommand)]
+pub enum Verb {
+    /// What the daemon does.
+    #[command(flatten)]
+    Ask(Command),
+    /// Have the daemon's ports be what its file says now, without touching those that are already.
+    Reload {
+        /// The file [default: the one that the daemon was started with].
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+}
 
 /// What is to be asked, and whom.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +40,7 @@ pub struct Question {
     /// Whether the reply is to be shown as it is.
     pub json: bool,
     /// What is asked.
-    pub command: Command,
+    pub verb: Verb,
 }
 
 /// Why there is no answer.
@@ -31,6 +50,94 @@ pub enum Failure {
     Unreachable(String),
     /// It says no.
     Refused(String),
+    /// It would have to start a port anew for that.
+    NeedsRestart(String),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Failure::Unreachable(why) | Failure::Refused(why) | Failure::NeedsRestart(why)) = self;
+        f.write_str(why)
+    }
+}
+
+/// A connection to a daemon.
+#[derive(Debug)]
+pub struct Connection {
+    reader: BufReader<UnixStream>,
+    /// Whom it leads to, for messages.
+    daemon: String,
+    /// The daemon has asked for a reload meanwhile.
+    reload: bool,
+}
+
+impl Connection {
+    /// On a socket that is connected.
+    ///
+    /// # Errors
+    /// It takes no timeout.
+    pub fn new(stream: UnixStream, daemon: String) -> io::Result<Self> {
+        Ok(Connection { reader: BufReader::new(stream), daemon, reload: false })
+    }
+
+    fn unreachable(&self, error: &dyn fmt::Display) -> Failure {
+        Failure::Unreachable(format!("ask the daemon at {}: {error}", self.daemon))
+    }
+
+    fn line(&mut self) -> io::Result<Value> {
+        let mut line = String::new();
+        (&mut self.reader).take(MAX_REPLY).read_line(&mut line)?;
+        if line.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+
+    /// Waits until the daemon asks for a reload, if it has not meanwhile; `false` if it has gone.
+    ///
+    /// # Errors
+    /// Those of reading, and what is no message.
+    pub fn wait_for_reload(&mut self) -> io::Result<bool> {
+        self.reader.get_ref().set_read_timeout(None)?;
+        while !std::mem::take(&mut self.reload) {
+            match self.line() {
+                Ok(line) => self.reload = line["reload"] == true,
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Asks, with descriptors, and waits for the reply.
+    ///
+    /// # Errors
+    /// The daemon can't be asked, or says no.
+    pub fn ask(&mut self, command: &Command, files: &[BorrowedFd<'_>]) -> Result<Value, Failure> {
+        let request = Request { version: VERSION, command: command.clone() };
+        let line = serde_json::to_string(&request).map_err(|error| self.unreachable(&error))?;
+        let stream = self.reader.get_ref();
+        // One that turns us away says why, and hangs up.
+        let sent = stream
+            .set_read_timeout(Some(PATIENCE))
+            .and_then(|()| send_with_files(stream, (line + "\n").as_bytes(), files, b' '));
+        let reply = loop {
+            match self.line() {
+                Ok(line) if line["reload"] == true => self.reload = true,
+                Ok(line) => break line,
+                Err(error) => {
+                    let error = sent.err().unwrap_or(error);
+                    return Err(self.unreachable(&error));
+                }
+            }
+        };
+        let Some(error) = reply.get("error") else { return Ok(reply["ok"].clone()) };
+        let message = error["message"].as_str().unwrap_or("it gives no reason").to_owned();
+        Err(match error["kind"].as_str() {
+            Some("needs-restart") => Failure::NeedsRestart(message),
+            _ => Failure::Refused(message),
+        })
+    }
 }
 
 impl Question {
@@ -40,45 +147,54 @@ impl Question {
     /// One line that says what is wrong.
     pub fn ask(&self) -> Result<String, Failure> {
         let shown = self.socket.display();
-        let unreachable = |error: std::io::Error| {
+        let unreachable = |error: io::Error| {
             let hint = match error.kind() {
-                std::io::ErrorKind::NotFound => "; is the daemon started with --control?",
-                std::io::ErrorKind::PermissionDenied => "; only root and its own user may ask",
+                io::ErrorKind::NotFound => "; is the daemon started with --control?",
+                io::ErrorKind::PermissionDenied => "; only root and its own user may ask",
                 _ => "",
             };
             Failure::Unreachable(format!("ask the daemon at {shown}: {error}{hint}"))
         };
-        let mut stream = UnixStream::connect(&self.socket).map_err(unreachable)?;
-        stream.set_read_timeout(Some(PATIENCE)).map_err(unreachable)?;
-        let request = Request { version: VERSION, command: self.command.clone() };
-        let bad = |error: serde_json::Error| {
-            Failure::Unreachable(format!("the daemon at {shown} is not understood: {error}"))
-        };
-        let line = serde_json::to_string(&request).map_err(bad)? + "\n";
-        // One that turns us away says why, and hangs up.
-        let sent = stream.write_all(line.as_bytes());
-        let mut reply = String::new();
-        BufReader::new(stream).read_line(&mut reply).map_err(unreachable)?;
-        if reply.is_empty() {
-            sent.map_err(unreachable)?;
-            return Err(unreachable(std::io::ErrorKind::UnexpectedEof.into()));
-        }
-        let reply: Value = serde_json::from_str(&reply).map_err(bad)?;
-        match &reply["error"] {
-            Value::Null => Ok(self.show(&reply["ok"])),
-            error => {
-                let message = error["message"].as_str().unwrap_or("it gives no reason");
-                Err(Failure::Refused(message.to_owned()))
+        let stream = UnixStream::connect(&self.socket).map_err(unreachable)?;
+        let mut daemon = Connection::new(stream, shown.to_string()).map_err(unreachable)?;
+        match &self.verb {
+            Verb::Ask(Command::Add { port, .. }) => {
+                let config = port.clone().absolute().check().map_err(Failure::Refused)?;
+                Ok(self.show(&add(&mut daemon, &config, false)?))
             }
+            Verb::Ask(command) => Ok(self.show(&daemon.ask(command, &[])?)),
+            Verb::Reload { config } => self.reload(&mut daemon, config.as_ref()),
         }
     }
 
+    fn reload(&self, daemon: &mut Connection, file: Option<&PathBuf>) -> Result<String, Failure> {
+        let own = || {
+            let about = daemon.ask(&Command::Features {}, &[])?;
+            about["started"]["file"].as_str().map(PathBuf::from).ok_or_else(|| {
+                Failure::Refused("the daemon was started without a file: give --config".into())
+            })
+        };
+        let file = file.cloned().map_or_else(own, Ok)?;
+        let outcome = reload(daemon, &file)?;
+        if !outcome.failed.is_empty() {
+            return Err(Failure::Refused(outcome.failed.join("; ")));
+        }
+        if self.json {
+            return Ok(format!("{:#}\n", json!(outcome.done)));
+        }
+        Ok(outcome.done.iter().map(|line| format!("{line}\n")).collect())
+    }
+
     fn show(&self, reply: &Value) -> String {
-        match (&self.command, reply) {
-            (Command::Metrics {}, Value::String(text)) => text.clone(),
+        match (&self.verb, reply) {
+            (Verb::Ask(Command::Metrics {}), Value::String(text)) => text.clone(),
             _ if self.json => format!("{reply:#}\n"),
-            (Command::Show { .. }, report) => show(report),
-            (Command::Set { .. }, summary) => table(std::slice::from_ref(summary)),
+            (Verb::Ask(Command::Show { .. }), report) => show(report),
+            (Verb::Ask(Command::Set { .. } | Command::Add { .. }), summary) => {
+                table(std::slice::from_ref(summary))
+            }
+            (Verb::Ask(Command::Remove { port }), _) => format!("{port}: removed\n"),
+            (Verb::Ask(Command::Features {}), features) => show_features(features),
             (_, list) => table(list.as_array().map_or(&[], Vec::as_slice)),
         }
     }
@@ -144,6 +260,31 @@ fn show(report: &Value) -> String {
             }
             text.push('\n');
         }
+    }
+    text
+}
+
+/// What the daemon is, and what its ports offer.
+fn show_features(reply: &Value) -> String {
+    let started = &reply["started"];
+    let mut text = format!(
+        "vhost-user-net {}, control version {}\n",
+        plain(&reply["daemon"]),
+        reply["version"]
+    );
+    let _ = writeln!(text, "  file       {}", plain(&started["file"]));
+    for (key, value) in started["settings"].as_object().into_iter().flatten() {
+        let value = plain(value);
+        let value = if value.is_empty() { "-" } else { &value };
+        let _ = writeln!(text, "  {key:<10} {value}");
+    }
+    for (port, features) in reply["ports"].as_object().into_iter().flatten() {
+        let names = |what: &str| -> String {
+            let names = features[what].as_array().map_or(&[][..], Vec::as_slice);
+            names.iter().map(plain).collect::<Vec<_>>().join(" ")
+        };
+        let _ = writeln!(text, "{port}: offered {}", names("offered"));
+        let _ = writeln!(text, "{port}: in use  {}", names("negotiated"));
     }
     text
 }

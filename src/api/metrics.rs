@@ -8,6 +8,7 @@ use prometheus::{Encoder, TextEncoder};
 use super::report::state;
 use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, PairCounters};
+use crate::daemon::{Port, Ports};
 use crate::status::{PairStatus, PortStatus};
 
 type PerDirection = (&'static str, &'static str, fn(&DirectionCounters) -> &Counter);
@@ -29,7 +30,7 @@ const PER_PAIR: [PerPair; 3] = [
 ];
 
 /// States that a port may be in.
-const STATES: [&str; 4] = ["waiting", "connected", "running", "stopped"];
+const STATES: [&str; 5] = ["waiting", "connected", "running", "stopped", "ended"];
 
 /// Names and values of a metric's labels.
 type Labels<'a> = Vec<(&'static str, &'a str)>;
@@ -68,7 +69,8 @@ struct Direction<'a> {
 }
 
 /// The exposition of all ports' counters.
-pub(super) fn text(ports: &[Arc<PortStatus>]) -> String {
+pub(super) fn text(ports: &Ports) -> String {
+    let ports: Vec<&PortStatus> = ports.iter().map(Port::status).map(Arc::as_ref).collect();
     let numbers: Vec<String> = (0..usize::from(MAX_QUEUE_PAIRS)).map(|n| n.to_string()).collect();
     let pairs: Vec<(Labels<'_>, &PairCounters)> = ports
         .iter()
@@ -136,8 +138,9 @@ pub(super) fn text(ports: &[Arc<PortStatus>]) -> String {
     let help = "Connections of frontends";
     families.push(family("connections_total", help, MetricType::COUNTER, connections.collect()));
 
+    // A daemon that has no ports yet has no metrics, which the encoder takes for a mistake.
+    families.retain(|family| !family.get_metric().is_empty());
     let mut bytes = Vec::new();
-    // Fails for families without metrics: a daemon has ports, and ports have queue pairs.
     let _ = TextEncoder::new().encode(&families, &mut bytes);
     String::from_utf8(bytes).unwrap_or_default()
 }

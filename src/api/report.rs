@@ -6,6 +6,8 @@ use serde::Serialize;
 
 use crate::config::Frontend;
 use crate::counters::{CopyReason, DirectionCounters, Drop};
+use crate::daemon::Port;
+use crate::features;
 use crate::status::{PairStatus, PortStatus};
 
 /// A port in a list.
@@ -19,6 +21,8 @@ pub(super) struct Summary {
     dropped: u64,
     rx_limit: String,
     tx_limit: String,
+    link: &'static str,
+    from_file: bool,
 }
 
 /// Everything about a port.
@@ -28,6 +32,8 @@ pub(super) struct Report {
     summary: Summary,
     /// The state in words, and what has to happen next.
     explanation: String,
+    /// What was said about it.
+    options: serde_json::Map<String, serde_json::Value>,
     connected_seconds: Option<u64>,
     connections: u64,
     features: Option<String>,
@@ -59,6 +65,11 @@ struct Direction {
 
 /// How a port is, in a word and in words.
 pub(super) fn state(port: &PortStatus) -> (&'static str, String) {
+    if port.has_ended() {
+        let why =
+            "ended: its inherited connection has ended, or its thread has: see the log".into();
+        return ("ended", why);
+    }
     let connection = port.connection();
     if connection.since.is_none() {
         let whom = match &port.frontend {
@@ -81,11 +92,15 @@ pub(super) fn state(port: &PortStatus) -> (&'static str, String) {
         0 => {
             ("connected", "a frontend is connected, and the guest has not started its card".into())
         }
-        pairs => ("running", format!("running: {pairs} of {} queue pairs", port.pairs.len())),
+        pairs => {
+            let link = if port.has_link() { "" } else { "; an operator has set the link down" };
+            ("running", format!("running: {pairs} of {} queue pairs{link}", port.pairs.len()))
+        }
     }
 }
 
-pub(super) fn summary(port: &PortStatus) -> Summary {
+pub(super) fn summary(it: &Port) -> Summary {
+    let port = it.status();
     let counters = || port.pairs.iter().map(|pair| &pair.counters);
     let dropped = |counters: &DirectionCounters| -> u64 {
         Drop::ALL.iter().map(|reason| counters.drops(*reason)).sum()
@@ -99,13 +114,33 @@ pub(super) fn summary(port: &PortStatus) -> Summary {
         dropped: counters().map(|pair| dropped(&pair.rx) + dropped(&pair.tx)).sum(),
         rx_limit: port.limits.rx.limit().to_string(),
         tx_limit: port.limits.tx.limit().to_string(),
+        link: if port.has_link() { "up" } else { "down" },
+        from_file: it.is_from_file(),
     }
 }
 
-pub(super) fn full(port: &PortStatus) -> Report {
+/// The features that a port offers, and those that are in use, by name.
+pub(super) fn features(port: &Port) -> serde_json::Value {
+    let negotiated = port.status().connection().features.unwrap_or(0);
+    serde_json::json!({
+        "offered": features::names(port.offered()),
+        "negotiated": features::names(negotiated),
+    })
+}
+
+pub(super) fn full(it: &Port) -> Report {
+    let port = it.status();
     let connection = port.connection();
+    let said = match serde_json::to_value(it.options()) {
+        Ok(serde_json::Value::Object(options)) => options,
+        _ => serde_json::Map::new(),
+    };
+    let is_said = |value: &serde_json::Value| {
+        !(value.is_null() || value == false || value.as_array().is_some_and(Vec::is_empty))
+    };
     Report {
-        summary: summary(port),
+        summary: summary(it),
+        options: said.into_iter().filter(|(_, value)| is_said(value)).collect(),
         explanation: state(port).1,
         connected_seconds: connection.since.map(|since| since.elapsed().as_secs()),
         connections: connection.connections,

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Parser, Subcommand};
 use log::LevelFilter;
 
-use crate::api::{self, client::Question};
+use crate::api::client::{Question, Verb};
 
 use super::options::socket_path;
-use super::{Config, Confinement, Invocation, PortOptions, Seccomp, check_claims, file};
+use super::{Config, Confinement, Invocation, PortOptions, Seccomp, check_start, file};
 
 /// `--print-capabilities` of QEMU's backend program conventions.
 const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
@@ -75,7 +75,13 @@ enum Command {
         #[arg(long, global = true)]
         json: bool,
         #[command(subcommand)]
-        command: api::Command,
+        verb: Verb,
+    },
+    /// Open what a daemon is to have when it reads its file again: started by the daemon.
+    #[command(hide = true)]
+    Opener {
+        /// The file.
+        config: PathBuf,
     },
 }
 
@@ -106,9 +112,10 @@ pub fn parse(
             let ports = vec![arguments.port.check()?];
             let Arguments { log_level, control, seccomp, user, group, .. } = arguments;
             let control = control.map(socket_path).transpose()?;
-            check_claims(&ports, control.as_deref())?;
+            check_start(&ports, control.as_deref())?;
             let confinement = Confinement { seccomp, user, group };
-            Ok(Invocation::Run(Config { log_level, control, confinement, ports }))
+            let file = None;
+            Ok(Invocation::Run(Config { log_level, file, control, confinement, ports }))
         }
         Some(Command::Run { config }) => file::read(&config).map(Invocation::Run),
         Some(Command::CheckConfig { config }) => {
@@ -116,9 +123,10 @@ pub fn parse(
             let file = config.display();
             Ok(Invocation::Print(format!("{file}: {ports} ports, nothing wrong\n")))
         }
-        Some(Command::Ctl { control: socket, json, command }) => {
-            Ok(Invocation::Ask(Question { socket, json, command }))
+        Some(Command::Ctl { control: socket, json, verb }) => {
+            Ok(Invocation::Ask(Question { socket, json, verb }))
         }
+        Some(Command::Opener { config }) => Ok(Invocation::Open(config)),
     }
 }
 

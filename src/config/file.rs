@@ -9,7 +9,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::options::socket_path;
-use super::{Config, Confinement, PortConfig, PortOptions, Seccomp, check_claims};
+use super::{Config, Confinement, PortConfig, PortOptions, Seccomp, check_start};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -35,16 +35,18 @@ fn info() -> LevelFilter {
 ///
 /// # Errors
 /// One line: the file, line and column, and what is wrong there.
-pub(super) fn read(path: &Path) -> Result<Config, String> {
+pub fn read(path: &Path) -> Result<Config, String> {
     let shown = path.display();
     let text = fs::read_to_string(path).map_err(|error| format!("read {shown}: {error}"))?;
-    parse(&text).map_err(|(offset, what)| match offset {
+    let config = parse(&text).map_err(|(offset, what)| match offset {
         Some(offset) => {
             let (line, column) = position(&text, offset);
             format!("{shown}:{line}:{column}: {what}")
         }
         None => format!("{shown}: {what}"),
-    })
+    })?;
+    let file = std::path::absolute(path).map_err(|error| format!("find {shown}: {error}"))?;
+    Ok(Config { file: Some(file), ..config })
 }
 
 /// What is wrong, and how many bytes stand before it.
@@ -62,19 +64,20 @@ fn parse(text: &str) -> Result<Config, Wrong> {
         let what = "[defaults] can't name a port, its frontend, its host side or its MAC address";
         return Err((None, what.into()));
     }
-    if port.is_empty() {
-        return Err((None, "it describes no port: write a [[port]]".into()));
+    if port.is_empty() && control.is_none() {
+        let what = "it describes no port, and no control socket to add one by: write a [[port]]";
+        return Err((None, what.into()));
     }
     let ports = port
         .into_iter()
         .map(|options| {
             let place = Some(options.span().start);
-            options.into_inner().or(&defaults).check().map_err(|what| (place, what))
+            options.into_inner().or(&defaults).absolute().check().map_err(|what| (place, what))
         })
         .collect::<Result<Vec<PortConfig>, Wrong>>()?;
-    check_claims(&ports, control.as_deref()).map_err(|what| (None, what))?;
+    check_start(&ports, control.as_deref()).map_err(|what| (None, what))?;
     let confinement = Confinement { seccomp, user, group };
-    Ok(Config { log_level, control, confinement, ports })
+    Ok(Config { log_level, file: None, control, confinement, ports })
 }
 
 /// Line and column, counted from 1, of a byte.
@@ -140,6 +143,7 @@ mod tests {
         let port = "[[port]]\nsocket-path = \"/a\"\nloopback = true\n";
         let cases = [
             ("", (None, "no port")),
+            ("control = \"/a\"\n[[port]]\n", (Some((2, 1)), "socket-path")),
             ("[[port]]\nsocket-path = \"/a\"\ntup = \"x\"\n", (Some((3, 1)), "tup")),
             ("log-levle = \"info\"\n[[port]]\n", (Some((1, 1)), "log-levle")),
             ("[[port]]\nmtu = \"big\"\n", (Some((2, 7)), "u16")),

@@ -1,13 +1,15 @@
 //! What may be said about a port, by the command line or the file, and what it means.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
 use crate::net_config::{MIN_MTU, MacAddress};
@@ -23,9 +25,9 @@ const MAX_VLAN: u16 = 4094;
 
 /// What may be said about a port, and what was not said: options of the command line and keys of
 /// the file have the same names and meanings.
-#[derive(Debug, Clone, Default, PartialEq, clap::Args, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-pub(super) struct PortOptions {
+pub struct PortOptions {
     /// The port's name, in messages [default: the host device's].
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -88,6 +90,9 @@ pub(super) struct PortOptions {
     /// How much the guest may be given, likewise.
     #[arg(long, value_name = "RATE")]
     rx_limit: Option<Limit>,
+    /// Whether frames move at all, as if the card's cable was plugged in [default: on].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    link: Option<bool>,
     /// Whether the guest may be given unsegmented frames [default: on]. Turn it off for guests
     /// that forward frames, or attach XDP programs.
     #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
@@ -123,6 +128,7 @@ impl PortOptions {
             anti_spoofing: self.anti_spoofing.or(defaults.anti_spoofing),
             tx_limit: self.tx_limit.or(defaults.tx_limit),
             rx_limit: self.rx_limit.or(defaults.rx_limit),
+            link: self.link.or(defaults.link),
             guest_tso: self.guest_tso.or(defaults.guest_tso),
             ring_reset: self.ring_reset.or(defaults.ring_reset),
             require_sealed_memory: self.require_sealed_memory.or(defaults.require_sealed_memory),
@@ -133,11 +139,23 @@ impl PortOptions {
         }
     }
 
+    /// These, with paths that are the same from wherever one looks.
+    pub fn absolute(self) -> Self {
+        // Fails for an empty path, which is refused later.
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        PortOptions {
+            socket_path: self.socket_path.map(absolute),
+            connect: self.connect.map(absolute),
+            ..self
+        }
+    }
+
     /// The port that they describe.
     ///
     /// # Errors
     /// One line that says what is wrong.
-    pub(super) fn check(self) -> Result<PortConfig, String> {
+    pub fn check(self) -> Result<PortConfig, String> {
+        let options = self.clone();
         let name = self.name.map(port_name).transpose()?;
         let frontend = match (self.socket_path, self.fd, self.connect) {
             (Some(path), None, None) => Frontend::Listen(socket_path(path)?),
@@ -196,6 +214,7 @@ impl PortOptions {
             return Err(format!("mtu={mtu} is less than {MIN_MTU}, the smallest of IPv4"));
         }
         Ok(PortConfig {
+            options,
             name,
             frontend,
             host,
@@ -205,6 +224,7 @@ impl PortOptions {
             identity,
             rx_limit: self.rx_limit.unwrap_or_default(),
             tx_limit: self.tx_limit.unwrap_or_default(),
+            link: self.link.unwrap_or(true),
             guest_tso: self.guest_tso.unwrap_or(true),
             ring_reset: self.ring_reset.unwrap_or(false),
             require_sealed_memory: self.require_sealed_memory.unwrap_or(false),
@@ -215,10 +235,92 @@ impl PortOptions {
     }
 }
 
+/// Keys whose values can change while the port runs.
+const LIVE: [&str; 7] =
+    ["tx-limit", "rx-limit", "anti-spoofing", "source-mac", "source-ip", "vlan", "link"];
+
+/// What may be changed about a port while it runs, and what is to be changed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+#[group(id = "changes", required = true, multiple = true)]
+pub struct PortChanges {
+    /// How much the guest may send: 100mbit, 10kpps, none.
+    #[arg(long, value_name = "RATE")]
+    tx_limit: Option<Limit>,
+    /// How much the guest may be given.
+    #[arg(long, value_name = "RATE")]
+    rx_limit: Option<Limit>,
+    /// Whether the guest may only speak for itself.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    anti_spoofing: Option<bool>,
+    /// All further Ethernet addresses that the guest may send from.
+    #[arg(long, value_name = "MAC[,MAC…]|none")]
+    source_mac: Option<List<MacAddress>>,
+    /// All IP addresses and prefixes that the guest may send from.
+    #[arg(long, value_name = "PREFIX[,PREFIX…]|none")]
+    source_ip: Option<List<Prefix>>,
+    /// All VLANs that the guest may tag frames for.
+    #[arg(long, value_name = "N[,N…]|none")]
+    vlan: Option<List<u16>>,
+    /// Whether frames move at all, as if the card's cable was plugged in.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    link: Option<bool>,
+}
+
+impl PortOptions {
+    /// These, changed.
+    pub fn with(self, changes: PortChanges) -> Self {
+        PortOptions {
+            tx_limit: changes.tx_limit.or(self.tx_limit),
+            rx_limit: changes.rx_limit.or(self.rx_limit),
+            anti_spoofing: changes.anti_spoofing.or(self.anti_spoofing),
+            source_mac: changes.source_mac.map_or(self.source_mac, |list| list.0),
+            source_ip: changes.source_ip.map_or(self.source_ip, |list| list.0),
+            vlan: changes.vlan.map_or(self.vlan, |list| list.0),
+            link: changes.link.or(self.link),
+            ..self
+        }
+    }
+
+    /// Keys whose values differ, and can't change while the port runs.
+    pub fn fixed_differences(&self, other: &Self) -> Vec<String> {
+        let values = |options: &Self| match serde_json::to_value(options) {
+            Ok(serde_json::Value::Object(values)) => values,
+            other => unreachable!("options are a table of keys: {other:?}"),
+        };
+        let (ours, theirs) = (values(self), values(other));
+        let differ = ours.into_iter().filter(|(key, value)| theirs.get(key) != Some(value));
+        differ.map(|(key, _)| key).filter(|key| !LIVE.contains(&key.as_str())).collect()
+    }
+}
+
+/// A list as one word of the command line: `a,b`, or `none`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+struct List<T>(Vec<T>);
+
+impl<T: FromStr<Err: fmt::Display>> FromStr for List<T> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(List(Vec::new()));
+        }
+        let parse = |item: &str| item.parse().map_err(|error| format!("'{item}': {error}"));
+        text.split(',').map(parse).collect::<Result<_, _>>().map(List)
+    }
+}
+
 /// IP addresses, as `192.0.2.5` or `2001:db8::/64`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 struct Prefix(IpNet);
+
+impl From<Prefix> for String {
+    fn from(Prefix(net): Prefix) -> Self {
+        net.to_string()
+    }
+}
 
 impl FromStr for Prefix {
     type Err = String;
@@ -240,9 +342,16 @@ impl TryFrom<String> for Prefix {
 }
 
 /// A list of processors, as `2,4-7`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 struct CpuList(Vec<usize>);
+
+impl From<CpuList> for String {
+    fn from(CpuList(cpus): CpuList) -> Self {
+        let numbers: Vec<String> = cpus.iter().map(usize::to_string).collect();
+        numbers.join(",")
+    }
+}
 
 /// A name that can stand in messages, paths and metrics as it is.
 fn port_name(name: String) -> Result<String, String> {
@@ -289,6 +398,18 @@ fn device_name(name: &str) -> Result<String, String> {
         ));
     }
     Ok(name.to_owned())
+}
+
+impl From<AfXdp> for String {
+    fn from(af_xdp: AfXdp) -> Self {
+        let AfXdp { name, queue, mode, attach, steer } = af_xdp;
+        let value = |value: Option<clap::builder::PossibleValue>| {
+            value.map_or(String::new(), |value| value.get_name().to_owned())
+        };
+        let (mode, attach) = (value(mode.to_possible_value()), value(attach.to_possible_value()));
+        let steer = if steer { ",steer=mac" } else { "" };
+        format!("{name},queue={queue},mode={mode},attach={attach}{steer}")
+    }
 }
 
 impl FromStr for AfXdp {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::Instant;
 
 use log::{debug, info, warn};
@@ -9,6 +10,7 @@ use log::{debug, info, warn};
 use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
+use crate::policy::Rules;
 use crate::protocol::{Connection, Event, Message, Reply};
 use crate::status::PortStatus;
 use crate::sys::eventfd::Waker;
@@ -19,16 +21,27 @@ const MESSAGES_PER_TURN: usize = 64;
 /// What the control thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
-    Stop,
+    Order,
     Endpoint,
     Connection,
+}
+
+/// What the main thread wants of a port.
+pub(super) enum Order {
+    /// To end.
+    Stop,
+    /// To judge what the guest sends by these rules. When it does, the sender is used.
+    Rules(Option<Arc<Rules>>, Sender<()>),
+    /// To move frames, or none. When it does, the sender is used.
+    Link(bool, Sender<()>),
 }
 
 /// A port's device, and whoever speaks to it.
 pub(super) struct Control {
     poller: Poller<Source>,
-    /// Watched by the poller.
-    _stop: Arc<Waker>,
+    /// Woken when there is an order.
+    wake: Arc<Waker>,
+    orders: Receiver<Order>,
     status: Arc<PortStatus>,
     device: Device,
     endpoint: Endpoint,
@@ -36,19 +49,20 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// `stop` is woken when it is to end.
+    /// `wake` is woken when there is something among the `orders`.
     pub(super) fn new(
         device: Device,
         endpoint: Endpoint,
         status: Arc<PortStatus>,
-        stop: Arc<Waker>,
+        wake: Arc<Waker>,
+        orders: Receiver<Order>,
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
-        poller.add(&*stop, Interest::Read, Source::Stop)?;
+        poller.add(&*wake, Interest::Read, Source::Order)?;
         if let Some(fd) = endpoint.fd() {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
-        Ok(Control { poller, _stop: stop, status, device, endpoint, connection: None })
+        Ok(Control { poller, wake, orders, status, device, endpoint, connection: None })
     }
 
     /// Lets frontends connect.
@@ -80,18 +94,43 @@ impl Control {
                 Some(connection) => connection.deadline(),
                 None => self.endpoint.deadline(),
             };
-            let mut stopping = false;
+            let mut ordered = false;
             let waited = self.poller.wait(until(deadline), |source| {
-                stopping |= source == Source::Stop;
+                ordered |= source == Source::Order;
             });
             if let Err(error) = waited {
                 warn!("{}: wait for descriptors: {error}", self.device.name());
                 return;
             }
-            if stopping {
+            if ordered && self.obey() {
                 return;
             }
             self.talk();
+        }
+    }
+
+    /// Carries orders out; says whether to end.
+    fn obey(&mut self) -> bool {
+        // Before they are looked at: one that comes later wakes again.
+        self.wake.clear();
+        loop {
+            let done = match self.orders.try_recv() {
+                Ok(Order::Rules(rules, done)) => {
+                    info!("{}: other rules for what the guest sends", self.device.name());
+                    self.device.set_rules(rules);
+                    done
+                }
+                Ok(Order::Link(up, done)) => {
+                    info!("{}: link {}", self.device.name(), if up { "up" } else { "down" });
+                    self.device.set_link(up);
+                    self.status.set_link(up);
+                    done
+                }
+                Err(TryRecvError::Empty) => return false,
+                Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return true,
+            };
+            // Whoever has not waited has given up.
+            let _ = done.send(());
         }
     }
 

@@ -13,14 +13,19 @@ use crate::port::tap::TapQueue;
 use crate::sys::process::inherit;
 use crate::sys::tap::{Queue, device_exists};
 
-/// Descriptors that the process that started us left open for us.
-pub(super) struct Inherited {
-    pub(super) frontend: Option<OwnedFd>,
-    pub(super) tap_queues: Vec<OwnedFd>,
+/// Descriptors that a port stands on: inherited, brought by an operator, or opened.
+#[derive(Debug, Default)]
+pub(crate) struct Descriptors {
+    pub(crate) frontend: Option<OwnedFd>,
+    pub(crate) tap_queues: Vec<OwnedFd>,
 }
 
-impl Inherited {
-    pub(super) fn take(config: &PortConfig) -> Result<Self, StartError> {
+impl Descriptors {
+    /// Takes those that the process that started us left open for us.
+    ///
+    /// # Errors
+    /// With the descriptor that is not there.
+    pub(crate) fn inherit(config: &PortConfig) -> Result<Self, StartError> {
         let take = |number: RawFd, option: &str| {
             inherit(number).map_err(|error| {
                 StartError::new(format!("use descriptor {number} ({option}): {error}"))
@@ -36,14 +41,50 @@ impl Inherited {
             }
             Host::Tap(_) | Host::AfXdp(_) | Host::Loopback => Vec::new(),
         };
-        Ok(Inherited { frontend, tap_queues })
+        Ok(Descriptors { frontend, tap_queues })
+    }
+
+    /// Sorts what an operator has brought: the frontend's socket, if it is not one to connect to,
+    /// and the queues of a TAP.
+    ///
+    /// # Errors
+    /// There are too few or too many.
+    pub(crate) fn brought(config: &PortConfig, files: Vec<OwnedFd>) -> Result<Self, StartError> {
+        let frontends = usize::from(!matches!(config.frontend, Frontend::Connect(_)));
+        let queues = match config.host {
+            Host::Tap(_) | Host::TapDescriptors(_) => usize::from(config.queue_pairs),
+            Host::AfXdp(_) | Host::Loopback => 0,
+        };
+        if files.len() != frontends + queues {
+            return Err(StartError::new(format!(
+                "the port needs {} descriptors, and {} were passed with it; add it by \
+                 'vhost-user-net ctl add', which opens them",
+                frontends + queues,
+                files.len()
+            )));
+        }
+        let mut files = files.into_iter();
+        let frontend = files.by_ref().take(frontends).next();
+        Ok(Descriptors { frontend, tap_queues: files.collect() })
     }
 }
 
-/// Opens the host side, one queue per pair, and names the port after it.
+/// Opens the queues of a port's TAP, if it has one that is not open.
+pub(crate) fn open_queues(config: &PortConfig) -> Result<Vec<OwnedFd>, StartError> {
+    match &config.host {
+        Host::Tap(name) => {
+            let queues = open_tap(name, config.queue_pairs, config.mtu)?;
+            Ok(queues.into_iter().map(OwnedFd::from).collect())
+        }
+        Host::TapDescriptors(_) | Host::AfXdp(_) | Host::Loopback => Ok(Vec::new()),
+    }
+}
+
+/// Opens the host side, one queue per pair, on what was brought for it; says what its device is
+/// called.
 pub(super) fn open_host(
     config: &PortConfig,
-    inherited: Vec<OwnedFd>,
+    brought: Vec<OwnedFd>,
 ) -> Result<(String, Vec<HostQueue>), StartError> {
     let pairs = config.queue_pairs;
     let queues = match &config.host {
@@ -56,8 +97,8 @@ pub(super) fn open_host(
             let queues = queues.into_iter().map(|queue| HostQueue::AfXdp(Box::new(queue)));
             return Ok((options.name.clone(), queues.collect()));
         }
-        Host::Tap(name) => open_tap(name, pairs, config.mtu)?,
-        Host::TapDescriptors(_) => inherited
+        Host::Tap(name) if brought.is_empty() => open_tap(name, pairs, config.mtu)?,
+        Host::Tap(_) | Host::TapDescriptors(_) => brought
             .into_iter()
             .map(|fd| {
                 let number = fd.as_raw_fd();
@@ -67,6 +108,11 @@ pub(super) fn open_host(
             .collect::<Result<_, _>>()?,
     };
     let name = queues[0].identity().name.clone();
+    if let Host::Tap(wanted) = &config.host
+        && *wanted != name
+    {
+        return Err(StartError::new(format!("queues of tap {name} were passed for tap {wanted}")));
+    }
     if let Some(other) = queues.iter().find(|queue| queue.identity().name != name) {
         let other = &other.identity().name;
         return Err(StartError::new(format!(

@@ -40,6 +40,8 @@ pub struct TapQueue {
     offloads: PortOffloads,
     /// What the device was last set to by this queue: header length and `TUN_F_*`.
     applied: Option<(usize, u32)>,
+    /// Whether the device's link is up, as far as this queue has set it.
+    link: bool,
     /// Whether the kernel steers frames here. Nothing for a device that has one queue only.
     attached: Option<bool>,
 }
@@ -73,6 +75,7 @@ impl TapQueue {
                 both_ways: segmentation,
             },
             applied: None,
+            link: true,
             attached: multi_queue.then_some(false),
         })
     }
@@ -95,12 +98,13 @@ impl TapQueue {
 
     /// Begins a session: the device leaves to the guest what the guest has accepted, and no more.
     pub fn session<'mem>(&'mem mut self, terms: &Terms) -> TapPort<'mem> {
-        let Terms { negotiated, mtu, receives, .. } = *terms;
+        let Terms { negotiated, mtu, link, receives, .. } = *terms;
         let accepted = negotiated.guest();
         let header_length = negotiated.header_length();
         let prepared = self
             .apply(header_length, tun_offloads(&accepted))
-            .and_then(|()| if receives { Ok(()) } else { self.set_attached(false) });
+            .and_then(|()| if receives { Ok(()) } else { self.set_attached(false) })
+            .and_then(|()| self.set_link(link));
         let longest = self.longest_frame(mtu);
         let mut port = TapPort {
             transmitter: Transmitter::new(terms.admission(longest), mtu),
@@ -135,6 +139,16 @@ impl TapQueue {
         Ok(())
     }
 
+    /// Sets the device's link, if it is not so already. While it is down the host sends it nothing:
+    /// what piled up meanwhile would be late.
+    fn set_link(&mut self, up: bool) -> io::Result<()> {
+        if self.link != up {
+            self.queue.set_carrier(up)?;
+            self.link = up;
+        }
+        Ok(())
+    }
+
     /// Has the kernel steer frames here, or not, if the device has several queues.
     fn set_attached(&mut self, attached: bool) -> io::Result<()> {
         if self.attached == Some(!attached) {
@@ -157,15 +171,15 @@ fn choose_writer(queue: &Queue, method: TxMethod) -> io::Result<(Option<Writer>,
     if method == TxMethod::IoUring {
         return Ok((Some(Writer::new(queue.as_fd())?), "as configured".into()));
     }
-    let measured = compare().and_then(|costs| Ok((costs, Writer::new(queue.as_fd())?)));
-    Ok(match measured {
-        Ok((Comparison { io_uring, writev }, writer)) => {
+    Ok(match compare() {
+        Ok(Comparison { io_uring, writev }) => {
             let reason = format!(
                 "a frame's writing costs {} ns by io_uring and {} ns by writev here",
                 io_uring.as_nanos(),
                 writev.as_nanos()
             );
-            ((io_uring < writev).then_some(writer), reason)
+            let writer = (io_uring < writev).then(|| Writer::new(queue.as_fd()));
+            (writer.transpose()?, reason)
         }
         Err(error) => (None, format!("io_uring is not available: {error}")),
     })

@@ -84,10 +84,23 @@ const MAIN: &[c_long] = &[
     libc::SYS_geteuid,
     libc::SYS_getsockopt,
     libc::SYS_lstat,
-    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
     libc::SYS_sendto,
     libc::SYS_statx,
     libc::SYS_unlink,
+];
+
+/// A port's start: its threads, with their filters, and what they wait for and write by.
+const START: &[c_long] = &[
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_eventfd2,
+    libc::SYS_io_uring_register,
+    libc::SYS_io_uring_setup,
+    libc::SYS_listen,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_seccomp,
 ];
 
 /// Frames of a TAP.
@@ -135,66 +148,120 @@ fn not_executable() -> Result<Vec<SeccompRule>, BackendError> {
     Ok(vec![SeccompRule::new(vec![condition])?])
 }
 
-/// Requests to devices that a role makes: that of a listener for its connections, those of a TAP
-/// (linux/if_tun.h) and of sockets (the driver's, by ethtool).
-fn requests(role: Role) -> &'static [c_int] {
-    const FIONBIO: c_int = 0x5421;
-    const TUNSETOFFLOAD: c_int = 0x4004_54d0_u32 as c_int;
-    const TUNSETVNETHDRSZ: c_int = 0x4004_54d8_u32 as c_int;
-    const TUNSETQUEUE: c_int = 0x4004_54d9_u32 as c_int;
-    const TUNSETVNETLE: c_int = 0x4004_54dc_u32 as c_int;
-    const TUNGETIFF: c_int = 0x8004_54d2_u32 as c_int;
-    const SIOCGIFMTU: c_int = 0x8921;
-    const SIOCETHTOOL: c_int = 0x8946;
+/// Requests to devices: that of a listener for its connections, those of a TAP (linux/if_tun.h) and
+/// of sockets (the driver's, by ethtool).
+const FIONBIO: c_int = 0x5421;
+const TAP_REQUESTS: &[c_int] = &[
+    0x8004_54d2_u32 as c_int, // TUNGETIFF
+    0x8004_54d3_u32 as c_int, // TUNGETSNDBUF
+    0x4004_54d0_u32 as c_int, // TUNSETOFFLOAD
+    0x4004_54d8_u32 as c_int, // TUNSETVNETHDRSZ
+    0x4004_54d9_u32 as c_int, // TUNSETQUEUE
+    0x4004_54dc_u32 as c_int, // TUNSETVNETLE
+    0x4004_54e2_u32 as c_int, // TUNSETCARRIER
+    0x8921,                   // SIOCGIFMTU
+];
+const SIOCETHTOOL: c_int = 0x8946;
+
+/// What a role may do.
+#[derive(Default)]
+struct Allowed {
+    calls: Vec<c_long>,
+    /// Commands of fcntl(2).
+    commands: Vec<c_int>,
+    /// Requests of ioctl(2).
+    requests: Vec<c_int>,
+    /// Options of prctl(2).
+    options: Vec<c_int>,
+    /// Families of socket(2).
+    families: Vec<c_int>,
+    /// Whether there may be internet sockets for requests to network devices.
+    datagrams: bool,
+}
+
+impl Allowed {
+    fn extend(&mut self, other: Allowed) {
+        self.calls.extend(other.calls);
+        self.commands.extend(other.commands);
+        self.requests.extend(other.requests);
+        self.options.extend(other.options);
+        self.families.extend(other.families);
+        self.datagrams |= other.datagrams;
+    }
+}
+
+/// What a role may do, in a process with or without AF_XDP.
+fn allowed(role: Role, af_xdp: bool) -> Allowed {
+    let calls = |lists: &[&[c_long]]| [&[COMMON], lists].concat().concat();
+    // Builds for debugging look whether a descriptor that they close is open; the C library names
+    // what it allocates.
+    let (commands, options) = (vec![libc::F_GETFD], vec![libc::PR_SET_VMA]);
+    let descriptors =
+        vec![libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_GET_SEALS];
+    let common = Allowed { calls: calls(&[]), commands, options, ..Allowed::default() };
     match role {
-        Role::Log => &[],
-        Role::Main | Role::Control => &[FIONBIO],
-        Role::Worker => {
-            &[TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETVNETLE, TUNSETQUEUE, TUNGETIFF, SIOCGIFMTU]
+        Role::Log => common,
+        Role::Main => Allowed { calls: calls(&[WAIT, MAIN]), requests: vec![FIONBIO], ..common },
+        Role::Operated => {
+            let names = vec![libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS];
+            let mut all = Allowed { calls: calls(&[START]), options: names, ..Allowed::default() };
+            let threads = [Role::Main, Role::Control, Role::Worker];
+            let threads = threads.into_iter().chain(af_xdp.then_some(Role::XdpWorker));
+            threads.for_each(|role| all.extend(allowed(role, af_xdp)));
+            all
         }
-        Role::XdpWorker => &[FIONBIO, SIOCETHTOOL],
+        Role::Control => Allowed {
+            calls: calls(&[WAIT, CONTROL]),
+            commands: descriptors,
+            requests: vec![FIONBIO],
+            // To connect to a VMM.
+            families: vec![libc::AF_UNIX],
+            ..common
+        },
+        Role::Worker => Allowed {
+            calls: calls(&[WAIT, WORKER]),
+            requests: TAP_REQUESTS.to_vec(),
+            datagrams: true,
+            ..common
+        },
+        Role::XdpWorker => Allowed {
+            calls: calls(&[WAIT, WORKER, XDP]),
+            commands: descriptors,
+            requests: vec![FIONBIO, SIOCETHTOOL],
+            // AF_XDP itself, netlink, and an address to listen to.
+            families: vec![libc::AF_XDP, libc::AF_NETLINK, libc::AF_PACKET],
+            datagrams: true,
+            ..common
+        },
     }
 }
 
 /// The filter of a role; whatever else a thread does meets `otherwise`.
-pub(super) fn filter(role: Role, otherwise: SeccompAction) -> Result<SeccompFilter, BackendError> {
-    let lists: &[&[c_long]] = match role {
-        Role::Main => &[COMMON, WAIT, MAIN],
-        Role::Log => &[COMMON],
-        Role::Control => &[COMMON, WAIT, CONTROL],
-        Role::Worker => &[COMMON, WAIT, WORKER],
-        Role::XdpWorker => &[COMMON, WAIT, WORKER, XDP],
-    };
+pub(super) fn filter(
+    role: Role,
+    af_xdp: bool,
+    otherwise: SeccompAction,
+) -> Result<SeccompFilter, BackendError> {
+    let Allowed { calls, commands, requests, options, families, datagrams: has_datagrams } =
+        allowed(role, af_xdp);
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
-        lists.iter().copied().flatten().map(|call| (*call, Vec::new())).collect();
+        calls.into_iter().map(|call| (call, Vec::new())).collect();
     rules.insert(libc::SYS_mmap, not_executable()?);
     rules.insert(libc::SYS_mprotect, not_executable()?);
-    // The C library names what it allocates.
-    rules.insert(libc::SYS_prctl, one_of(0, &[libc::PR_SET_VMA])?);
-    // Builds for debugging look whether a descriptor that they close is open.
-    let commands: &[c_int] = match role {
-        Role::Main | Role::Log | Role::Worker => &[libc::F_GETFD],
-        Role::Control | Role::XdpWorker => {
-            &[libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_GET_SEALS]
-        }
-    };
-    rules.insert(libc::SYS_fcntl, one_of(1, commands)?);
-    let requests = requests(role);
-    if !requests.is_empty() {
-        rules.insert(libc::SYS_ioctl, one_of(1, requests)?);
+    let mut sockets = one_of(0, &families)?;
+    if has_datagrams {
+        sockets.push(datagrams()?);
     }
-    // To connect to a VMM; for the requests; for AF_XDP itself, netlink, and an address to listen to.
-    let sockets = match role {
-        Role::Main | Role::Log => Vec::new(),
-        Role::Control => one_of(0, &[libc::AF_UNIX])?,
-        Role::Worker => vec![datagrams()?],
-        Role::XdpWorker => {
-            let families = one_of(0, &[libc::AF_XDP, libc::AF_NETLINK, libc::AF_PACKET])?;
-            families.into_iter().chain([datagrams()?]).collect()
+    for (call, rule) in [
+        (libc::SYS_prctl, one_of(0, &options)?),
+        (libc::SYS_fcntl, one_of(1, &commands)?),
+        (libc::SYS_ioctl, one_of(1, &requests)?),
+        (libc::SYS_socket, sockets),
+    ] {
+        // No rule would allow all of them.
+        if !rule.is_empty() {
+            rules.insert(call, rule);
         }
-    };
-    if !sockets.is_empty() {
-        rules.insert(libc::SYS_socket, sockets);
     }
     SeccompFilter::new(rules, otherwise, SeccompAction::Allow, TargetArch::x86_64)
 }

@@ -1,17 +1,26 @@
 //! Signals, threads and inherited descriptors of this process.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use super::check;
 
+/// What a signal asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signal {
+    /// SIGTERM and SIGINT: to end.
+    End,
+    /// SIGHUP: to read the configuration again.
+    Reload,
+}
+
 /// SIGTERM, SIGINT and SIGHUP as a descriptor that can be waited for.
 #[derive(Debug)]
-pub struct TerminationSignals(OwnedFd);
+pub struct Signals(File);
 
-impl TerminationSignals {
+impl Signals {
     /// Blocks the signals in this thread, and so in each thread that it starts from here on, and
     /// opens a descriptor that becomes readable when one arrives.
     pub fn block() -> io::Result<Self> {
@@ -25,15 +34,33 @@ impl TerminationSignals {
         // SAFETY: the descriptor is fresh and becomes owned here and nowhere else.
         unsafe {
             let fd = check(libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))?;
-            Ok(TerminationSignals(OwnedFd::from_raw_fd(fd)))
+            Ok(Signals(File::from_raw_fd(fd)))
         }
+    }
+
+    /// The next one that has arrived.
+    pub fn take(&self) -> Option<Signal> {
+        let mut arrived = [0; mem::size_of::<libc::signalfd_siginfo>()];
+        (&self.0).read_exact(&mut arrived).ok()?;
+        // Its first field is the signal's number (signalfd(2)).
+        let number = arrived.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
+        let reload = number == Some(libc::SIGHUP as u32);
+        Some(if reload { Signal::Reload } else { Signal::End })
     }
 }
 
-impl AsFd for TerminationSignals {
+impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// Has all threads allocate from a few pools: one for each, as the C library has it, costs memory, and
+/// it looks up the number of processors in a file, which a thread of ours may not open.
+pub fn share_pools() {
+    const POOLS: libc::c_int = 4;
+    // SAFETY: sets a number of the allocator's. If it does not know it, all is as before.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, POOLS) };
 }
 
 /// Takes over a descriptor that the process that started us left open for us.

@@ -2,7 +2,7 @@
 //! connection.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -45,6 +45,24 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Received> {
     // SAFETY: the kernel has just made these descriptors for us; each is owned once.
     let files = descriptors[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) }).collect();
     Ok(Received { bytes, files })
+}
+
+/// Sends all of `bytes`, and `files` before them: a byte that is `carrier` goes with each few.
+///
+/// # Errors
+/// Those of `sendmsg` and `write`.
+pub fn send_with_files(
+    mut socket: &UnixStream,
+    bytes: &[u8],
+    files: &[BorrowedFd<'_>],
+    carrier: u8,
+) -> io::Result<()> {
+    for some in files.chunks(MAX_DESCRIPTORS) {
+        let numbers: Vec<RawFd> = some.iter().map(AsRawFd::as_raw_fd).collect();
+        let sent = socket.send_with_fds(&[&[carrier][..]], &numbers);
+        sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    }
+    socket.write_all(bytes)
 }
 
 /// The address that is `path`.

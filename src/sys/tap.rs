@@ -20,6 +20,7 @@ const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNGETSNDBUF: libc::c_ulong = 0x8004_54d3;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
+const TUNSETCARRIER: libc::c_ulong = 0x4004_54e2;
 const TUNSETVNETLE: libc::c_ulong = 0x4004_54dc;
 
 /// `TUN_F_*` of `linux/if_tun.h`: what the reader of a TAP accepts in the frames it reads.
@@ -192,6 +193,14 @@ impl Queue {
         Ok(())
     }
 
+    /// Sets the device's link up or down, as the host sees it.
+    pub fn set_carrier(&self, up: bool) -> io::Result<()> {
+        let up = libc::c_int::from(up);
+        // SAFETY: TUNSETCARRIER reads one int.
+        unsafe { check(libc::ioctl(self.file.as_raw_fd(), TUNSETCARRIER, &up))? };
+        Ok(())
+    }
+
     /// Whether a write can be refused because too much is under way. Without a limit (the
     /// kernel's default) a write to a TAP either succeeds or fails for good.
     pub fn has_send_limit(&self) -> bool {
@@ -264,6 +273,12 @@ impl Queue {
     /// `WouldBlock` if a send limit is reached; otherwise those of the device.
     pub fn write(&self, segments: &[Segment<'_>]) -> io::Result<usize> {
         super::write_segments(self.as_fd(), segments)
+    }
+}
+
+impl From<Queue> for OwnedFd {
+    fn from(queue: Queue) -> Self {
+        queue.file.into()
     }
 }
 

@@ -34,6 +34,8 @@ struct Side<'s, D: Direction> {
     /// Segments, beyond the first of each frame, that the limit has counted in advance.
     foreseen: u64,
     counters: &'s DirectionCounters,
+    /// Whether the card's link is up.
+    link: bool,
 }
 
 impl<'s, D: Direction> Side<'s, D> {
@@ -54,11 +56,13 @@ impl<'s, D: Direction> Side<'s, D> {
                 ring.base
             );
         }
-        Ok(Some(Side { ring, queue, burst: Burst::new(), passed: 0, foreseen: 0, counters }))
+        let (burst, link) = (Burst::new(), session.link);
+        Ok(Some(Side { ring, queue, burst, passed: 0, foreseen: 0, counters, link }))
     }
 
+    /// Whether its frames move.
     fn is_enabled(&self) -> bool {
-        self.ring.state == RingState::Enabled
+        self.ring.state == RingState::Enabled && self.link
     }
 
     /// Shows the driver what was retired, and calls it if it asked for that.
@@ -95,7 +99,6 @@ pub(super) fn serve(
     counters: &PairCounters,
 ) -> Ended {
     let _contained = Contained::new(&session.memory);
-    let receives = session.rx.as_ref().is_some_and(|ring| ring.state == RingState::Enabled);
     let sides = Side::start(&options.name, session, &session.rx, &counters.rx)
         .and_then(|rx| Ok((rx, Side::start(&options.name, session, &session.tx, &counters.tx)?)));
     let (rx, tx) = match sides {
@@ -105,7 +108,8 @@ pub(super) fn serve(
     let terms = Terms {
         negotiated: session.negotiated,
         mtu: session.mtu,
-        receives,
+        link: session.link,
+        receives: rx.as_ref().is_some_and(Side::is_enabled),
         rules: session.rules.clone(),
     };
     let port = host.session(&session.memory, &terms);
@@ -204,7 +208,8 @@ impl Serving<'_> {
                     let mtu = usize::from(self.mtu);
                     transmit(&mut *self.port, tx, &self.limits.tx, self.header_length, mtu);
                 } else {
-                    let dropped = Outcome::Dropped(Drop::Disabled);
+                    let reason = if tx.link { Drop::Disabled } else { Drop::LinkDown };
+                    let dropped = Outcome::Dropped(reason);
                     self.finished.tx.extend(tx.burst.drain(..).map(|chain| (chain, dropped)));
                 }
             }

@@ -49,7 +49,7 @@ struct Bare {
     socket: Socket,
     umem: Arc<Umem>,
     next: u64,
-    _attachment: Attachment,
+    _attachment: Arc<Attachment>,
 }
 
 impl Bare {

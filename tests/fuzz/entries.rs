@@ -411,7 +411,7 @@ impl Served {
             sandbox: Sandbox::NONE,
         };
         let worker = Worker::start(HostQueue::Loopback, options).unwrap();
-        let config = NetConfig { mac: Default::default(), queue_pairs: 1, mtu: 1500 };
+        let config = NetConfig { mac: Default::default(), queue_pairs: 1, mtu: 1500, link: true };
         Served {
             device: Device::new("fuzz".into(), offer(), config, vec![worker]),
             memory: memfd(REGION),

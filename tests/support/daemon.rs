@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -47,11 +47,9 @@ impl Daemon {
     /// `{}` in the file stands for its directory.
     pub(crate) fn with_config(contents: &str, last: &str) -> Self {
         let mut daemon = Self::nobody();
-        let directory = daemon.directory().to_str().unwrap().to_owned();
-        let file = daemon.directory().join("config");
-        fs::write(&file, contents.replace("{}", &directory)).unwrap();
+        daemon.write_config(contents);
         let mut command = program();
-        command.arg("run").arg("--config").arg(&file);
+        command.arg("run").arg("--config").arg(daemon.path("config"));
         daemon.child = command.stderr(daemon.open_log()).spawn().unwrap();
         eventually("the daemon listens", || UnixStream::connect(daemon.path(last)).is_ok());
         daemon
@@ -65,6 +63,34 @@ impl Daemon {
         daemon.child = command.stderr(stderr).spawn().unwrap();
         daemon.wait_until_it_listens();
         daemon
+    }
+
+    /// What `vhost-user-net ctl` says of it, by a control socket called `control`.
+    pub(crate) fn ctl(&self, words: &[&str]) -> Output {
+        let mut command = program();
+        command.arg("ctl").arg("--control").arg(self.path("control")).args(words);
+        command.output().unwrap()
+    }
+
+    /// What it prints, if it succeeds.
+    #[track_caller]
+    pub(crate) fn ask(&self, words: &[&str]) -> String {
+        let output = self.ctl(words);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{words:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What it says of a port.
+    #[track_caller]
+    pub(crate) fn show(&self, port: &str) -> serde_json::Value {
+        serde_json::from_str(&self.ask(&["--json", "show", port])).unwrap()
+    }
+
+    /// Writes the file that it was started with again; `{}` stands for its directory.
+    pub(crate) fn write_config(&self, contents: &str) {
+        let directory = self.directory().to_str().unwrap();
+        fs::write(self.path("config"), contents.replace("{}", directory)).unwrap();
     }
 
     /// Its process.

@@ -67,7 +67,7 @@ struct Registered {
 
 #[derive(Debug, Default)]
 struct Shared {
-    attachment: Option<Attachment>,
+    attachment: Option<Arc<Attachment>>,
     steering: Option<Steering>,
     abilities: Abilities,
     registered: Option<Registered>,

@@ -13,6 +13,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use log::info;
 
@@ -65,11 +66,25 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Attaches the program to the device `name`, or joins those who did.
+    /// Attaches the program to the device `name`, or joins those who did: without rights of ours if
+    /// that was this process.
     ///
     /// # Errors
     /// The device has a foreign program, its driver can't run one, or we may not attach one.
-    pub fn new(name: &str, device: u32, attach: Attach) -> Result<Self, OpenError> {
+    pub fn new(name: &str, device: u32, attach: Attach) -> Result<Arc<Self>, OpenError> {
+        static HELD: Mutex<Vec<Weak<Attachment>>> = Mutex::new(Vec::new());
+        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|attachment| attachment.strong_count() > 0);
+        let ours = held.iter().filter_map(Weak::upgrade);
+        if let Some(ours) = ours.into_iter().find(|attachment| attachment.is_on(device)) {
+            return Ok(ours);
+        }
+        let attachment = Arc::new(Self::attach_or_join(name, device, attach)?);
+        held.push(Arc::downgrade(&attachment));
+        Ok(attachment)
+    }
+
+    fn attach_or_join(name: &str, device: u32, attach: Attach) -> Result<Self, OpenError> {
         for _ in 0..ATTEMPTS {
             if let Some(program) = link::at(device).map_err(|e| failed(name, &e))?.program {
                 match Self::join(device, program) {

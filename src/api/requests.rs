@@ -1,0 +1,117 @@
+//! What operators may ask for, and how it is carried out.
+
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{VERSION, metrics, report};
+use crate::config::{PortChanges, PortOptions};
+use crate::daemon::{Ports, Refusal};
+
+/// What may be asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Command {
+    /// List the ports, a line each.
+    List {},
+    /// Say how a port is, in words, and what it has counted.
+    Show {
+        /// The port's name.
+        port: String,
+    },
+    /// Print what all ports have counted for Prometheus (as for node_exporter's textfile collector).
+    Metrics {},
+    /// Change a port while it runs, until the daemon's end or until it reads its file again.
+    Set {
+        /// The port's name.
+        port: String,
+        /// What is to be different.
+        #[command(flatten)]
+        changes: Box<PortChanges>,
+    },
+    /// Add a port, until the daemon's end. Its options are those of the daemon's command line.
+    Add {
+        /// The port.
+        #[command(flatten)]
+        port: Box<PortOptions>,
+        /// Whether the daemon's file describes it.
+        #[arg(skip)]
+        #[serde(default)]
+        from_file: bool,
+    },
+    /// Have the port of that name be as these options say, if it can while it runs.
+    #[command(skip)]
+    Change {
+        /// The port's name.
+        name: String,
+        /// The port.
+        port: Box<PortOptions>,
+    },
+    /// Remove a port: its rings stop, and its frontend is disconnected.
+    Remove {
+        /// The port's name.
+        port: String,
+    },
+    /// Print what the daemon is, and what it and its ports offer.
+    Features {},
+}
+
+/// Why a request is not carried out.
+pub(super) struct Refused {
+    /// A word for programs.
+    pub(super) kind: &'static str,
+    /// A line for people.
+    pub(super) message: String,
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        let (kind, message) = match refusal {
+            Refusal::NoSuchPort(name) => ("no-such-port", format!("there is no port {name:?}")),
+            Refusal::CannotBeDone(why) => ("cannot-be-done", why),
+            Refusal::NeedsRestart(keys) => {
+                ("needs-restart", format!("{}: can't change while the port runs", keys.join(", ")))
+            }
+        };
+        Refused { kind, message }
+    }
+}
+
+/// Carries a request out, with the descriptors that came with it.
+pub(super) fn carry_out(
+    command: Command,
+    files: Vec<OwnedFd>,
+    ports: &mut Ports,
+    about: &Value,
+) -> Result<Value, Refused> {
+    match command {
+        Command::List {} => Ok(ports.iter().map(|port| json!(report::summary(port))).collect()),
+        Command::Show { port } => Ok(json!(report::full(ports.find(&port)?))),
+        Command::Metrics {} => Ok(json!(metrics::text(ports))),
+        Command::Set { port, changes } => {
+            let options = ports.find(&port)?.options().clone().with(*changes);
+            ports.change(&port, options)?;
+            Ok(json!(report::summary(ports.find(&port)?)))
+        }
+        Command::Add { port, from_file } => {
+            Ok(json!(report::summary(ports.add(*port, files, from_file)?)))
+        }
+        Command::Change { name, port } => Ok(json!({"changed": ports.change(&name, *port)?})),
+        Command::Remove { port } => {
+            ports.remove(&port)?;
+            Ok(json!({"removed": port}))
+        }
+        Command::Features {} => {
+            let mut reply = json!({
+                "daemon": env!("CARGO_PKG_VERSION"),
+                "version": VERSION,
+                "started": about,
+            });
+            let features =
+                ports.iter().map(|port| (port.name().to_owned(), report::features(port)));
+            reply["ports"] = features.collect::<serde_json::Map<_, _>>().into();
+            Ok(reply)
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! The process that opens what a daemon is to have once it has given up its rights: it is started
+//! before, and waits until the daemon is told to read its file again (SIGHUP).
+//!
+//! It keeps what the daemon was started with, and takes nothing from it but the word to begin, and
+//! short replies: whoever has taken the daemon over gains no more than what the file names.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::api::client::Connection;
+use crate::api::reload::reload;
+
+/// Starts it; returns the daemon's end of the connection with it. It ends when that is closed, and by no
+/// signal: it inherits our mask.
+pub(super) fn start(file: &Path) -> io::Result<UnixStream> {
+    let (ours, its) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let program = std::env::current_exe()?;
+    Command::new(program)
+        .arg0("vhost-user-net-opener")
+        .arg("opener")
+        .arg(file)
+        .stdin(Stdio::from(OwnedFd::from(its)))
+        .stdout(Stdio::null())
+        .spawn()?;
+    Ok(ours)
+}
+
+/// What it does: has the daemon's ports be what `file` says, each time that it is told to.
+pub fn run(file: &Path) -> io::Result<()> {
+    let daemon = UnixStream::from(std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?);
+    let mut daemon = Connection::new(daemon, "its opener's socket".into())?;
+    while daemon.wait_for_reload()? {
+        match reload(&mut daemon, file) {
+            Ok(outcome) => {
+                for line in outcome.done {
+                    eprintln!("vhost-user-net: reload: {line}");
+                }
+                for line in &outcome.failed {
+                    eprintln!("vhost-user-net: reload: failed: {line}");
+                }
+                let shown = file.display();
+                let failures = outcome.failed.len();
+                eprintln!("vhost-user-net: reload: {shown} read again, {failures} failures");
+            }
+            Err(error) => eprintln!("vhost-user-net: reload: {error}; nothing is changed"),
+        }
+    }
+    Ok(())
+}

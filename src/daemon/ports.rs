@@ -1,0 +1,387 @@
+//! The ports of a daemon: started, changed, and stopped, each for itself.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use log::{error, info};
+
+use super::control::{Control, Order};
+use super::opening::{Descriptors, open_host};
+use super::{StartError, no_descriptor, no_thread};
+use crate::config::{Host, PortConfig, PortOptions, check_claims};
+use crate::device::Device;
+use crate::endpoint::Endpoint;
+use crate::features::{Offer, OfferOptions};
+use crate::net_config::NetConfig;
+use crate::policy::{Limiter, Limits, Rules};
+use crate::port::HostQueue;
+use crate::sandbox::{Role, Sandbox};
+use crate::status::PortStatus;
+use crate::sys::eventfd::Waker;
+use crate::worker::{Worker, WorkerOptions};
+
+/// How long a port's thread may take to carry an order out.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What has been opened for a port, before anything is given up.
+pub(super) struct Opened {
+    name: String,
+    config: PortConfig,
+    from_file: bool,
+    queues: Vec<HostQueue>,
+    endpoint: Endpoint,
+}
+
+impl Opened {
+    /// Opens what `config` names, as far as it was not brought; says whether it stands in a file.
+    pub(super) fn new(
+        config: PortConfig,
+        from_file: bool,
+        brought: Descriptors,
+    ) -> Result<Self, StartError> {
+        let (device, queues) = open_host(&config, brought.tap_queues)?;
+        let name = config.name.clone().unwrap_or(device);
+        let endpoint = Endpoint::open(&config.frontend, brought.frontend)?;
+        Ok(Opened { name, config, from_file, queues, endpoint })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// A port whose workers run, and which nobody can connect to yet.
+pub(super) struct Prepared {
+    control: Control,
+    config: PortConfig,
+    from_file: bool,
+    offered: u64,
+    orders: Sender<Order>,
+    wake: Arc<Waker>,
+}
+
+/// Counts the ports that run.
+#[derive(Debug)]
+pub(super) struct Running {
+    ports: AtomicUsize,
+    /// Woken when a port has ended.
+    pub(super) ended: Waker,
+}
+
+/// A port's share in [`Running`], for as long as its thread runs, however that ends.
+struct Alive(Arc<Running>, Arc<PortStatus>);
+
+impl Alive {
+    fn new(running: &Arc<Running>, status: &Arc<PortStatus>) -> Self {
+        running.ports.fetch_add(1, Ordering::Relaxed);
+        Alive(running.clone(), status.clone())
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.1.set_ended();
+        self.0.ports.fetch_sub(1, Ordering::Release);
+        self.0.ended.wake();
+    }
+}
+
+/// Why an operator's wish is not fulfilled.
+#[derive(Debug)]
+pub enum Refusal {
+    /// There is no such port.
+    NoSuchPort(String),
+    /// It can't be done.
+    CannotBeDone(String),
+    /// These keys can't change while the port runs: it has to be removed and added again.
+    NeedsRestart(Vec<String>),
+}
+
+impl From<StartError> for Refusal {
+    fn from(error: StartError) -> Self {
+        Refusal::CannotBeDone(error.to_string())
+    }
+}
+
+/// All ports of this daemon.
+#[derive(Debug)]
+pub struct Ports {
+    sandbox: Sandbox,
+    running: Arc<Running>,
+    ports: Vec<Port>,
+}
+
+impl Ports {
+    /// None yet.
+    pub(super) fn new(sandbox: Sandbox) -> Result<Self, StartError> {
+        let ended = Waker::new().map_err(no_descriptor)?;
+        let running = Arc::new(Running { ports: AtomicUsize::new(0), ended });
+        Ok(Ports { sandbox, running, ports: Vec::new() })
+    }
+
+    pub(super) fn running(&self) -> &Arc<Running> {
+        &self.running
+    }
+
+    /// Whether any port's thread runs.
+    pub(super) fn any_runs(&self) -> bool {
+        self.running.ports.load(Ordering::Acquire) > 0
+    }
+
+    /// The ports, in the order in which they were added.
+    pub fn iter(&self) -> impl Iterator<Item = &Port> {
+        self.ports.iter()
+    }
+
+    /// Starts a port's workers.
+    pub(super) fn prepare(&self, opened: Opened) -> Result<Prepared, StartError> {
+        prepare(opened, self.sandbox)
+    }
+
+    /// Lets frontends connect to a port.
+    pub(super) fn start(&mut self, prepared: Prepared) -> Result<&Port, StartError> {
+        let port = Port::start(prepared, self.sandbox, &self.running)?;
+        self.ports.push(port);
+        Ok(&self.ports[self.ports.len() - 1])
+    }
+
+    /// Adds a port on the descriptors that an operator has brought.
+    pub fn add(
+        &mut self,
+        options: PortOptions,
+        files: Vec<OwnedFd>,
+        from_file: bool,
+    ) -> Result<&Port, Refusal> {
+        let config = options.check().map_err(Refusal::CannotBeDone)?;
+        if matches!(config.host, Host::AfXdp(_)) && !self.sandbox.has_af_xdp() {
+            let why = "this daemon has given up what AF_XDP needs, since it was started without such \
+                       a port: put the port into its file and restart it, or start another daemon";
+            return Err(Refusal::CannotBeDone(why.into()));
+        }
+        let brought = Descriptors::brought(&config, files)?;
+        let running = self.ports.iter().filter(|port| !port.status.has_ended());
+        let all: Vec<&PortConfig> = running.map(|port| &port.config).chain([&config]).collect();
+        check_claims(&all, std::iter::empty())
+            .map_err(|claim| Refusal::CannotBeDone(format!("{claim} is another port's")))?;
+        let opened = Opened::new(config, from_file, brought)?;
+        if self.ports.iter().any(|port| port.name() == opened.name) {
+            let why = format!("there is a port {} already: remove it first", opened.name);
+            return Err(Refusal::CannotBeDone(why));
+        }
+        let prepared = self.prepare(opened)?;
+        info!("{}: added by an operator", prepared.control.name());
+        Ok(self.start(prepared)?)
+    }
+
+    /// Stops a port: its rings first, then its frontend's connection.
+    pub fn remove(&mut self, name: &str) -> Result<PortConfig, Refusal> {
+        self.find(name)?;
+        let place = self.ports.iter().position(|port| port.name() == name);
+        let Some(port) = place.map(|place| self.ports.remove(place)) else {
+            unreachable!("it was found")
+        };
+        info!("{name}: removed by an operator");
+        Ok(port.config.clone())
+    }
+
+    /// Has a port be as `options` say, if it can while it runs: says whether it was not before.
+    pub fn change(&mut self, name: &str, options: PortOptions) -> Result<bool, Refusal> {
+        self.find(name)?;
+        let Some(port) = self.ports.iter_mut().find(|port| port.name() == name) else {
+            unreachable!("it was found")
+        };
+        port.change(options)
+    }
+
+    /// A port by its name.
+    pub fn find(&self, name: &str) -> Result<&Port, Refusal> {
+        let found = self.ports.iter().find(|port| port.name() == name);
+        found.ok_or_else(|| Refusal::NoSuchPort(name.chars().take(64).collect()))
+    }
+
+    /// Has all end at once, so that none waits for another.
+    pub(super) fn stop(&self) {
+        self.ports.iter().for_each(Port::stop);
+    }
+}
+
+/// A running port. It stops when it is dropped.
+#[derive(Debug)]
+pub struct Port {
+    status: Arc<PortStatus>,
+    config: PortConfig,
+    from_file: bool,
+    offered: u64,
+    orders: Sender<Order>,
+    wake: Arc<Waker>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Port {
+    fn start(
+        prepared: Prepared,
+        sandbox: Sandbox,
+        running: &Arc<Running>,
+    ) -> Result<Self, StartError> {
+        let Prepared { mut control, config, from_file, offered, orders, wake } = prepared;
+        let name = control.name().to_owned();
+        control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
+        let status = control.status().clone();
+        let alive = Alive::new(running, &status);
+        let thread = thread::Builder::new().name(name).spawn(move || {
+            let _alive = alive;
+            match sandbox.confine(Role::Control) {
+                Ok(()) => control.serve(),
+                Err(error) => error!("{}: filter its system calls: {error}", control.name()),
+            }
+            control.finish();
+        });
+        let thread = thread.map_err(no_thread)?;
+        Ok(Port { status, config, from_file, offered, orders, wake, thread: Some(thread) })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.status.name
+    }
+
+    /// What is known of it.
+    pub fn status(&self) -> &Arc<PortStatus> {
+        &self.status
+    }
+
+    /// What was said about it.
+    pub fn options(&self) -> &PortOptions {
+        &self.config.options
+    }
+
+    /// Whether the daemon's file describes it.
+    pub fn is_from_file(&self) -> bool {
+        self.from_file
+    }
+
+    /// The feature bits that it offers.
+    pub fn offered(&self) -> u64 {
+        self.offered
+    }
+
+    fn change(&mut self, options: PortOptions) -> Result<bool, Refusal> {
+        if options == self.config.options {
+            return Ok(false);
+        }
+        let fixed = self.config.options.fixed_differences(&options);
+        if !fixed.is_empty() {
+            return Err(Refusal::NeedsRestart(fixed));
+        }
+        let config = options.check().map_err(Refusal::CannotBeDone)?;
+        if config.identity != self.config.identity {
+            let rules = config.identity.clone().map(|identity| Arc::new(Rules::new(identity)));
+            self.order(|done| Order::Rules(rules, done))?;
+        }
+        if config.link != self.config.link {
+            self.order(|done| Order::Link(config.link, done))?;
+        }
+        let limits = &self.status.limits;
+        for (way, limiter, limit) in
+            [("tx", &limits.tx, config.tx_limit), ("rx", &limits.rx, config.rx_limit)]
+        {
+            if limiter.limit() != limit {
+                info!("{}: {way} limit {limit}, by an operator", self.name());
+                limiter.set(&limit);
+            }
+        }
+        self.config = config;
+        Ok(true)
+    }
+
+    /// Has the port's thread do something, and waits until it has.
+    fn order(&self, order: impl FnOnce(Sender<()>) -> Order) -> Result<(), Refusal> {
+        let (done, finished) = channel();
+        let sent = self.orders.send(order(done));
+        self.wake.wake();
+        let done = sent.is_ok() && finished.recv_timeout(PATIENCE).is_ok();
+        let why = || format!("{}: its thread does not answer", self.name());
+        if done { Ok(()) } else { Err(Refusal::CannotBeDone(why())) }
+    }
+
+    fn stop(&self) {
+        // Whoever does not listen any more has ended.
+        let _ = self.orders.send(Order::Stop);
+        self.wake.wake();
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
+            error!("the thread of a port has panicked");
+        }
+    }
+}
+
+/// Starts the workers of a port.
+fn prepare(opened: Opened, sandbox: Sandbox) -> Result<Prepared, StartError> {
+    let Opened { name, config, from_file, queues, endpoint } = opened;
+    let options = OfferOptions {
+        guest_segmentation: config.guest_tso,
+        mac: config.mac.is_some(),
+        ring_reset: config.ring_reset,
+    };
+    let offer = Offer::new(queues[0].offloads(), options);
+    let net_config = NetConfig {
+        mac: config.mac.unwrap_or_default(),
+        queue_pairs: config.queue_pairs,
+        mtu: config.mtu,
+        link: config.link,
+    };
+    let limits =
+        Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
+    let workers = start_workers(&config, &name, queues, &limits, sandbox)?;
+    let status = Arc::new(PortStatus::new(
+        name.clone(),
+        config.host.to_string(),
+        config.frontend.clone(),
+        limits,
+        workers.iter().map(|worker| worker.status().clone()).collect(),
+    ));
+    status.set_link(config.link);
+    info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
+    let mut device = Device::new(name, offer, net_config, workers);
+    device.set_rules(config.identity.clone().map(|identity| Arc::new(Rules::new(identity))));
+    device.set_link(config.link);
+    device.require_sealed_memory(config.require_sealed_memory);
+    let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
+    let (orders, inbox) = channel();
+    let control = Control::new(device, endpoint, status, wake.clone(), inbox);
+    let control = control.map_err(no_descriptor)?;
+    Ok(Prepared { control, config, from_file, offered: offer.bits(), orders, wake })
+}
+
+fn start_workers(
+    config: &PortConfig,
+    name: &str,
+    queues: Vec<HostQueue>,
+    limits: &Arc<Limits>,
+    sandbox: Sandbox,
+) -> Result<Vec<Worker>, StartError> {
+    let cpus = &config.cpu_affinity;
+    let start = |(pair, queue)| {
+        let options = WorkerOptions {
+            name: format!("{name}/{pair}"),
+            cpu: cpus.iter().cycle().nth(pair).copied(),
+            busy_poll: config.busy_poll,
+            limits: limits.clone(),
+            sandbox,
+        };
+        Worker::start(queue, options).map_err(|error: io::Error| {
+            StartError::new(format!("start a worker of {name}: {error}"))
+        })
+    };
+    queues.into_iter().enumerate().map(start).collect()
+}

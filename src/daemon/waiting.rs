@@ -1,0 +1,110 @@
+//! The main thread: it waits for signals, for operators, and for the end.
+
+use std::io;
+
+use log::{info, warn};
+
+use super::ports::Ports;
+use crate::api::{Server, Wanted};
+use crate::event::{Interest, Poller};
+use crate::sys::process::{Signal, Signals};
+
+/// What the main thread waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Signal,
+    /// A port has ended.
+    Ended,
+    /// Somebody connects to the control socket.
+    Operators,
+    /// A client, by its number.
+    Client(u32),
+}
+
+/// The main thread's waiting.
+pub(super) struct Waiting<'a> {
+    poller: Poller<Source>,
+    signals: &'a Signals,
+    server: Server,
+    ports: Ports,
+}
+
+impl<'a> Waiting<'a> {
+    pub(super) fn new(signals: &'a Signals, server: Server, ports: Ports) -> io::Result<Self> {
+        let mut poller = Poller::new()?;
+        poller.add(signals, Interest::Read, Source::Signal)?;
+        poller.add(&ports.running().ended, Interest::Read, Source::Ended)?;
+        if let Some(fd) = server.fd() {
+            poller.add(fd, Interest::Read, Source::Operators)?;
+        }
+        if let Some((number, stream)) = server.opener() {
+            poller.add(stream, Interest::Read, Source::Client(number))?;
+        }
+        Ok(Waiting { poller, signals, server, ports })
+    }
+
+    /// Waits for a signal that ends the daemon, or until no port runs and none can be added, and
+    /// serves operators meanwhile.
+    pub(super) fn until_the_end(&mut self) -> io::Result<()> {
+        let mut happened = Vec::new();
+        while self.server.is_open() || self.ports.any_runs() {
+            self.poller.wait(None, |source| happened.push(source))?;
+            for source in happened.drain(..) {
+                match source {
+                    Source::Signal => match self.signals.take() {
+                        Some(Signal::Reload) if self.server.opener().is_some() => self.reload(),
+                        Some(_) => return Ok(()),
+                        None => {}
+                    },
+                    Source::Ended => self.ports.running().ended.clear(),
+                    Source::Operators => self.take_client(),
+                    Source::Client(number) => self.serve_client(number),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends all ports.
+    pub(super) fn stop(self) {
+        self.ports.stop();
+    }
+
+    /// Has the file read again.
+    fn reload(&mut self) {
+        info!("the file is read again");
+        let Some(number) = self.server.ask_for_reload() else { return };
+        self.serve_client(number);
+    }
+
+    /// Takes whoever has connected to the control socket.
+    fn take_client(&mut self) {
+        let Some((number, stream, gone)) = self.server.accept() else { return };
+        let watched = self.poller.add(stream, Interest::Read, Source::Client(number));
+        if let Some(gone) = gone {
+            self.poller.forget(Source::Client(gone));
+        }
+        self.check(number, watched);
+    }
+
+    fn serve_client(&mut self, number: u32) {
+        let source = Source::Client(number);
+        let watched = match self.server.serve(number, &mut self.ports) {
+            Wanted::Request => self.poller.modify(source, Interest::Read),
+            Wanted::Room => self.poller.modify(source, Interest::Write),
+            Wanted::Nothing => {
+                self.poller.forget(source);
+                Ok(())
+            }
+        };
+        self.check(number, watched);
+    }
+
+    fn check(&mut self, number: u32, watched: io::Result<()>) {
+        if let Err(error) = watched {
+            warn!("control socket: wait for a client: {error}");
+            self.server.hang_up(number);
+            self.poller.forget(Source::Client(number));
+        }
+    }
+}

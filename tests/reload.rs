@@ -1,0 +1,260 @@
+//! Ports that are added, changed and removed while others carry traffic.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::signal::Signal;
+
+use crate::support::daemon::{Daemon, port};
+use crate::support::driver::{Card, HEADER, Options};
+use crate::support::frontend::Frontend;
+use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth, output};
+use crate::support::traffic::{check_both_ways, frame};
+use crate::support::{eventually, needs_root, one_at_a_time};
+
+const CONTROL: &str = "control = \"{}/control\"\n";
+
+fn loopback(name: &str) -> String {
+    port(name, "loopback = true")
+}
+
+fn operated(ports: &str, last: &str) -> Daemon {
+    Daemon::with_config(&(CONTROL.to_owned() + ports), last)
+}
+
+fn card(daemon: &Daemon, port: &str) -> Card {
+    Card::start(Frontend::new(daemon.connect_to(port)), Options::default())
+}
+
+/// Adds a loopback port by `ctl`.
+fn add(daemon: &Daemon, name: &str) {
+    let socket = format!("--socket-path={}", daemon.path(name).display());
+    daemon.ask(&["add", "--name", name, &socket, "--loopback"]);
+}
+
+/// Tells it to read its file again, and waits until it has, for the n-th time.
+fn reload(daemon: &Daemon, times: usize) {
+    daemon.signal(Signal::SIGHUP);
+    eventually("the file is read again", || {
+        daemon.log().matches("read again, ").count()
+            + daemon.log().matches("nothing is changed").count()
+            == times
+    });
+}
+
+#[test]
+fn sixty_four_ports_live_in_one_daemon_and_others_come_and_go_under_their_traffic() {
+    let _busy = one_at_a_time();
+    let names: Vec<String> = (0..64).map(|number| format!("p{number}")).collect();
+    let ports: String = names.iter().map(|name| loopback(name)).collect();
+    let daemon = operated(&ports, "p63");
+    let mut cards: Vec<Card> = names.iter().map(|name| card(&daemon, name)).collect();
+    cards.iter_mut().for_each(|card| card.check_echo(100));
+    let (_, threads, _) = daemon.resources();
+    // The main thread and the log's.
+    assert_eq!(threads, 64 * 2 + 2);
+    let kilobytes = daemon.private_kilobytes();
+    println!("64 ports: {kilobytes} kB of private memory, {threads} threads");
+    assert!(kilobytes < 4096 + 63 * 300, "{kilobytes} kB");
+    assert_eq!(daemon.cpu_ticks(1000), 0, "it is not idle");
+
+    let done = AtomicBool::new(false);
+    let echoed: usize = std::thread::scope(|scope| {
+        let (before, after) = cards.split_at_mut(32);
+        let echo = |cards: &mut [Card]| {
+            let mut rounds = 0;
+            while !done.load(Ordering::Relaxed) || rounds == 0 {
+                // Panics if one frame is missing.
+                cards.iter_mut().for_each(|card| card.check_echo(50));
+                rounds += 1;
+            }
+            rounds
+        };
+        let traffic = [scope.spawn(move || echo(before)), scope.spawn(move || echo(after))];
+        for round in 0..10 {
+            for name in ["q0", "q1", "q2"] {
+                add(&daemon, name);
+                if round % 2 == 0 {
+                    card(&daemon, name).check_echo(10);
+                }
+            }
+            for name in ["q1", "q0", "q2"] {
+                daemon.ask(&["remove", name]);
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        traffic.map(|thread| thread.join().unwrap()).iter().sum()
+    });
+    assert!(echoed > 0);
+    assert_eq!(daemon.resources().1, threads, "a thread of a port that went is left");
+    assert!(!daemon.path("q0").exists(), "a socket is left behind");
+}
+
+#[test]
+fn reading_the_file_again_touches_only_what_has_changed() {
+    let file = CONTROL.to_owned() + &loopback("stays") + &loopback("goes") + &loopback("slows");
+    let daemon = Daemon::with_config(&file, "slows");
+    let (mut stays, mut goes) = (card(&daemon, "stays"), card(&daemon, "goes"));
+    let mut slows = card(&daemon, "slows");
+    add(&daemon, "extra");
+    for card in [&mut stays, &mut goes, &mut slows] {
+        card.check_echo(50);
+    }
+    let limited = port("slows", "loopback = true\ntx-limit = \"10mbit\"");
+    daemon.write_config(&(CONTROL.to_owned() + &loopback("stays") + &limited + &loopback("new")));
+    reload(&daemon, 1);
+    assert!(goes.frontend.is_closed());
+    // Those that were not touched have their frontends still.
+    stays.check_echo(50);
+    slows.check_echo(50);
+    card(&daemon, "new").check_echo(50);
+    card(&daemon, "extra").check_echo(50);
+    assert_eq!(daemon.show("slows")["tx_limit"], "10mbit,burst=16384");
+    assert!(!daemon.path("goes").exists());
+    let log = daemon.log();
+    for line in ["reload: slows: changed", "reload: goes: removed", "reload: new: added"] {
+        assert!(log.contains(line), "{line}: {log}");
+    }
+
+    // What needs a restart of the port gets one, and nobody else does.
+    let mtu = port("slows", "loopback = true\nmtu = 1400");
+    daemon.write_config(&(CONTROL.to_owned() + &loopback("stays") + &mtu));
+    assert!(daemon.ask(&["reload"]).contains("slows: removed and added again, since mtu"));
+    assert!(slows.frontend.is_closed());
+    stays.check_echo(50);
+    card(&daemon, "slows").check_echo(50);
+    assert_eq!(daemon.ask(&["reload"]), "", "nothing has changed");
+}
+
+#[test]
+fn a_file_that_is_wrong_changes_nothing() {
+    let daemon = operated(&loopback("one"), "one");
+    let mut one = card(&daemon, "one");
+    daemon.write_config("[[port]]\nsocket-path = \"x\"\ntup = \"y\"\n");
+    reload(&daemon, 1);
+    one.check_echo(50);
+    assert!(daemon.log().contains(":3:1: unknown field `tup`"), "{}", daemon.log());
+    // Nor is a port lost for another that can't be had; what can't change is said.
+    let wrong = "log-level = \"debug\"\n".to_owned() + CONTROL + &loopback("one");
+    daemon.write_config(&(wrong + &port("two", "tap = \"lo\"")));
+    let output = daemon.ctl(&["reload"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text.contains("two: not added: "), "{text}");
+    assert!(text.contains("log-level: can't change while the daemon runs"), "{text}");
+    one.check_echo(50);
+    assert!(!daemon.path("two").exists(), "a socket is left behind");
+}
+
+#[test]
+fn a_tap_port_is_added_to_a_daemon_that_can_open_nothing() {
+    needs_root!("a_tap_port_is_added_to_a_daemon_that_can_open_nothing");
+    enter_namespace_with_tap(true);
+    let daemon = operated("", "control");
+    assert!(daemon.ask(&["list"]).lines().count() == 1);
+    assert_eq!(daemon.ask(&["metrics"]), "");
+    let socket = format!("--socket-path={}", daemon.path("guest").display());
+    let words = ["add", &socket, "--tap=tap0", "--queue-pairs=2", "--mac=52:54:00:00:00:01"];
+    assert!(daemon.ask(&words).contains("tap tap0"));
+    let wire = Wire::open("tap0");
+    check_both_ways(&wire, &mut card(&daemon, "guest"), 200);
+    // Its device is free again at once.
+    daemon.ask(&["remove", "tap0"]);
+    daemon.ask(&words);
+    check_both_ways(&wire, &mut card(&daemon, "guest"), 200);
+    for (words, said) in [
+        (&["add", &socket, "--tap=tap0"][..], "another process listens there"),
+        (&["add", "--connect=/tmp/x", "--tap=tap0"], "tap tap0 is another port's"),
+        (&["add", "--connect=/tmp/x", "--loopback", "--name=tap0"], "there is a port tap0 already"),
+        (&["add", "--connect=/tmp/x", "--af-xdp=lo"], "has given up what AF_XDP needs"),
+        (&["add", "--connect=/tmp/x"], "name one of tap"),
+        (&["remove", "tap1"], "no port \"tap1\""),
+    ] {
+        let output = daemon.ctl(words);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{words:?}: {text}");
+        assert!(text.contains(said), "{words:?}: {text}");
+    }
+    check_both_ways(&wire, &mut card(&daemon, "guest"), 200);
+}
+
+#[test]
+fn an_af_xdp_port_is_added_to_a_daemon_that_has_one() {
+    needs_root!("an_af_xdp_port_is_added_to_a_daemon_that_has_one");
+    enter_namespace_with_veth(2);
+    let daemon = operated(&port("one", "af-xdp = \"veth0\""), "one");
+    let mut one = card(&daemon, "one");
+    let socket = format!("--socket-path={}", daemon.path("two").display());
+    daemon.ask(&["add", "--name=two", &socket, "--af-xdp=veth0,queue=1"]);
+    let mut two = card(&daemon, "two");
+    let wire = Wire::open("veth1");
+    two.send(0, &frame(1, 100));
+    assert_eq!(wire.receive(1000), Some(frame(1, 100)));
+    daemon.ask(&["remove", "two"]);
+    check_both_ways(&wire, &mut one, 100);
+}
+
+#[test]
+fn a_link_that_is_down_moves_nothing_until_it_is_up() {
+    needs_root!("a_link_that_is_down_moves_nothing_until_it_is_up");
+    enter_namespace_with_tap(false);
+    let daemon = operated(&port("one", "tap = \"tap0\""), "one");
+    let wire = Wire::open("tap0");
+    let mut card = card(&daemon, "one");
+    check_both_ways(&wire, &mut card, 50);
+    daemon.ask(&["set", "one", "--link=off"]);
+    assert!(output("ip", "link show tap0").contains("NO-CARRIER"));
+    card.send(0, &frame(7, 100));
+    let dropped = || daemon.show("one")["queue_pairs"][0]["tx"]["dropped"]["link_down"] == 1;
+    eventually("it is dropped", dropped);
+    let _ = wire.try_send(&frame(8, 100));
+    assert_eq!(wire.receive(100).filter(|seen| *seen == frame(7, 100)), None);
+    assert!(card.try_receive(0).is_none());
+    assert!(daemon.ask(&["show", "one"]).contains("an operator has set the link down"));
+    daemon.ask(&["set", "one", "--link=on"]);
+    assert!(!output("ip", "link show tap0").contains("NO-CARRIER"));
+    check_both_ways(&wire, &mut card, 50);
+}
+
+#[test]
+fn rules_change_under_traffic() {
+    let daemon = operated(&port("one", "loopback = true\nmac = \"52:54:00:00:00:01\""), "one");
+    let mut card = card(&daemon, "one");
+    // Its frames come from an address that is not the card's.
+    card.check_echo(20);
+    daemon.ask(&["set", "one", "--anti-spoofing=on"]);
+    card.queue_tx(0, 0, &[0; HEADER], &frame(1, 100));
+    card.tx[0].publish();
+    let dropped = || daemon.show("one")["queue_pairs"][0]["tx"]["dropped"]["spoofed_mac"] == 1;
+    eventually("it is dropped", dropped);
+    assert_eq!(daemon.show("one")["options"]["anti-spoofing"], true);
+    let refused = daemon.ctl(&["set", "one", "--anti-spoofing=off", "--vlan=7"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("need anti-spoofing"));
+    daemon.ask(&["set", "one", "--source-mac=02:00:00:00:00:05,02:00:00:00:00:06"]);
+    daemon.ask(&["set", "one", "--source-mac=none", "--anti-spoofing=off"]);
+    card.recycle(0);
+    card.check_echo(20);
+}
+
+#[test]
+fn a_daemon_that_became_another_user_gets_ports_too() {
+    needs_root!("a_daemon_that_became_another_user_gets_ports_too");
+    enter_namespace_with_tap(false);
+    let file = "user = \"nobody\"\n".to_owned() + CONTROL + &loopback("one");
+    let daemon = Daemon::with_config(&file, "one");
+    daemon.write_config(&(file + &port("two", "tap = \"tap0\"")));
+    reload(&daemon, 1);
+    check_both_ways(&Wire::open("tap0"), &mut card(&daemon, "two"), 100);
+}
+
+#[test]
+fn the_process_that_opens_ends_with_its_daemon() {
+    let mut daemon = operated(&loopback("one"), "one");
+    let children = format!("/proc/{0}/task/{0}/children", daemon.process());
+    let children = std::fs::read_to_string(children).unwrap();
+    let opener = children.trim().to_owned();
+    let command = || std::fs::read_to_string(format!("/proc/{opener}/cmdline")).unwrap_or_default();
+    assert!(command().contains("opener"), "{children:?}");
+    daemon.kill();
+    // A process that nobody has waited for has no command line.
+    eventually("it ends", || command().is_empty());
+}
