@@ -9,6 +9,8 @@ mod metrics;
 pub mod reload;
 mod report;
 mod requests;
+pub mod scrape;
+mod stats;
 
 use std::fs;
 use std::io::{self, Write};

@@ -7,8 +7,10 @@ mod options;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use log::LevelFilter;
@@ -20,6 +22,7 @@ use crate::policy::{Identity, Limit};
 
 pub use arguments::parse;
 pub use file::read as read_file;
+use options::socket_path;
 pub use options::{PortChanges, PortOptions};
 
 /// Queue pairs of a port at the most: virtio allows 32768, a frontend names rings with 8 bits.
@@ -47,11 +50,61 @@ pub struct Config {
     pub file: Option<PathBuf>,
     /// Where operators ask and tell it things.
     pub control: Option<PathBuf>,
+    /// Where Prometheus fetches metrics.
+    pub metrics: Option<MetricsAddress>,
     /// What the daemon gives up once it has opened everything.
     pub confinement: Confinement,
     /// The cards that it serves from its start on; there is at least one, unless operators can add
     /// some.
     pub ports: Vec<PortConfig>,
+}
+
+/// Where metrics are fetched: a unix socket by its path, or an address of this machine only.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum MetricsAddress {
+    /// A path.
+    Unix(PathBuf),
+    /// A loopback address and a TCP port.
+    Tcp(SocketAddr),
+}
+
+impl FromStr for MetricsAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.starts_with('/') {
+            return socket_path(text.into()).map(MetricsAddress::Unix);
+        }
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.ip().is_loopback() => Ok(MetricsAddress::Tcp(address)),
+            Ok(address) => Err(format!(
+                "{address} is no loopback address: whoever reaches it could read all ports' metrics; \
+                 write 127.0.0.1:{}, and have something that asks for passwords before it",
+                address.port()
+            )),
+            Err(_) => {
+                Err(format!("'{text}' is no place for metrics: write 127.0.0.1:9560 or /PATH"))
+            }
+        }
+    }
+}
+
+impl TryFrom<String> for MetricsAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for MetricsAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            MetricsAddress::Unix(path) => path.display().fmt(f),
+            MetricsAddress::Tcp(address) => address.fmt(f),
+        }
+    }
 }
 
 /// What the daemon gives up once it has opened everything.
@@ -205,13 +258,14 @@ impl fmt::Display for Host {
 impl Config {
     /// What was said about the daemon itself, which can't change while it runs: keys and values.
     pub fn settings(&self) -> BTreeMap<&'static str, String> {
-        let Config { log_level, control, confinement, .. } = self;
+        let Config { log_level, control, metrics, confinement, .. } = self;
         let Confinement { seccomp, user, group } = confinement;
         let text = |value: &Option<String>| value.clone().unwrap_or_default();
         let control = control.as_ref().map(|path| path.display().to_string());
         BTreeMap::from([
             ("log-level", log_level.to_string()),
             ("control", text(&control)),
+            ("metrics", text(&metrics.as_ref().map(ToString::to_string))),
             ("seccomp", format!("{seccomp:?}")),
             ("user", text(user)),
             ("group", text(group)),

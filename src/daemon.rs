@@ -17,6 +17,7 @@ use std::io;
 use log::error;
 
 use crate::api::Server;
+use crate::api::scrape::Scrape;
 use crate::config::Config;
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
@@ -90,6 +91,7 @@ fn serve(
             .map_err(|error| StartError::new(format!("start a process to reload by: {error}")))?;
         server.serve_opener(opener);
     }
+    let scrape = config.metrics.as_ref().map(Scrape::open).transpose()?;
     if server.is_open() {
         // While it can be found out, for ports that are added later.
         let _ = uring::compare();
@@ -109,7 +111,7 @@ fn serve(
     }
     let role = if server.is_open() { Role::Operated } else { Role::Main };
     sandbox.confine(role).map_err(no_thread)?;
-    let mut waiting = Waiting::new(signals, server, ports).map_err(no_descriptor)?;
+    let mut waiting = Waiting::new(signals, server, scrape, ports).map_err(no_descriptor)?;
     if let Err(error) = waiting.until_the_end() {
         error!("wait for signals: {error}");
     }

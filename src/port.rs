@@ -39,6 +39,9 @@ pub trait Port<'mem> {
     /// there.
     fn limit_rx(&mut self, frames: usize);
 
+    /// How it moves frames at the moment.
+    fn mode(&self) -> Mode;
+
     /// What to wait for while idle.
     fn readiness(&self) -> Readiness<'_>;
 
@@ -56,6 +59,43 @@ pub trait Port<'mem> {
 
     /// Stops the host side and gives back every chain still borrowed.
     fn recall(&mut self, finished: &mut Finished<'mem>);
+}
+
+/// How a port moves frames.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Mode {
+    /// It has moved none, or its device does not work.
+    #[default]
+    None,
+    /// Back to the guest.
+    Loopback,
+    /// To a TAP, a system call for each frame.
+    Writev,
+    /// To a TAP, a system call for each burst.
+    IoUring,
+    /// By AF_XDP, with the kernel's copy.
+    Copy,
+    /// By AF_XDP, by the device itself.
+    ZeroCopy,
+}
+
+impl Mode {
+    /// All of them.
+    pub const ALL: [Mode; 6] =
+        [Mode::None, Mode::Loopback, Mode::Writev, Mode::IoUring, Mode::Copy, Mode::ZeroCopy];
+
+    /// The mode as it is shown.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::None => "none",
+            Mode::Loopback => "loopback",
+            Mode::Writev => "writev",
+            Mode::IoUring => "io-uring",
+            Mode::Copy => "copy",
+            Mode::ZeroCopy => "zero-copy",
+        }
+    }
 }
 
 /// What an idle port waits for.

@@ -22,7 +22,7 @@ use nix::sys::prctl;
 use nix::unistd::{Gid, Group, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 
-use crate::config::{Config, Confinement, Frontend, Host, PortConfig, Seccomp};
+use crate::config::{Config, Confinement, Frontend, Host, MetricsAddress, PortConfig, Seccomp};
 use crate::daemon::StartError;
 
 /// What a thread does.
@@ -210,7 +210,12 @@ fn restrict_files(config: &Config) -> Result<String, landlock::RulesetError> {
         Frontend::Listen(path) => Some(path.as_path()),
         _ => None,
     });
-    for directory in listening.chain(config.control.as_deref()).map(directory_of) {
+    let metrics = match &config.metrics {
+        Some(MetricsAddress::Unix(path)) => Some(path.as_path()),
+        Some(MetricsAddress::Tcp(_)) | None => None,
+    };
+    let sockets = listening.chain(config.control.as_deref()).chain(metrics);
+    for directory in sockets.map(directory_of) {
         // Our own socket's file is removed at the end.
         match PathFd::new(directory) {
             Ok(opened) => {

@@ -1,12 +1,14 @@
 //! What may be known of a port from outside while it runs: its threads tell, whoever asks reads.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::config::Frontend;
 use crate::counters::PairCounters;
 use crate::policy::Limits;
+use crate::port::Mode;
+use crate::sys::process::ThreadClock;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nobody panics while holding one of these.
@@ -18,11 +20,37 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct PairStatus {
     /// What it has counted.
     pub counters: PairCounters,
+    /// Since when its thread runs, and by which clock.
+    thread: OnceLock<(Instant, ThreadClock)>,
+    mode: AtomicU8,
     serving: AtomicBool,
     fault: Mutex<Option<String>>,
 }
 
 impl PairStatus {
+    /// Its thread runs from now on, by this clock.
+    pub fn began(&self, clock: ThreadClock) {
+        let _ = self.thread.set((Instant::now(), clock));
+    }
+
+    /// How long its thread has run on a processor, and how long it has not; nothing when it has ended.
+    pub fn times(&self) -> Option<(Duration, Duration)> {
+        let (since, clock) = self.thread.get()?;
+        let busy = clock.elapsed()?;
+        Some((busy, since.elapsed().saturating_sub(busy)))
+    }
+
+    /// How it moves frames now.
+    pub fn set_mode(&self, mode: Mode) {
+        self.mode.store(mode as u8, Ordering::Relaxed);
+    }
+
+    /// How it has moved frames last.
+    pub fn mode(&self) -> Mode {
+        let number = self.mode.load(Ordering::Relaxed);
+        Mode::ALL.into_iter().find(|mode| *mode as u8 == number).unwrap_or_default()
+    }
+
     /// Its rings run from now on, or do no more.
     pub fn set_serving(&self, serving: bool) {
         self.serving.store(serving, Ordering::Relaxed);

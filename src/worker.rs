@@ -22,7 +22,7 @@ use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
 use crate::status::PairStatus;
 use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
-use crate::sys::process::{Interruptible, pin_this_thread};
+use crate::sys::process::{Interruptible, ThreadClock, pin_this_thread};
 
 /// How long a worker may take to end its session before the system call that it is in is
 /// interrupted.
@@ -261,6 +261,7 @@ fn run(
     inbox: &Receiver<Command>,
     outbox: &Sender<Ended>,
 ) {
+    status.began(ThreadClock::of_this_thread());
     let mut ended = Ended::default();
     while let Ok(command) = inbox.recv() {
         mailbox.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -268,7 +269,7 @@ fn run(
             Command::Begin(session) => {
                 status.set_fault(None);
                 status.set_serving(true);
-                ended = session::serve(&mut host, &session, options, mailbox, &status.counters);
+                ended = session::serve(&mut host, &session, options, mailbox, status);
                 status.set_fault(ended.fault.clone());
                 status.set_serving(false);
             }

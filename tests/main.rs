@@ -8,6 +8,7 @@ mod echo;
 mod fuzzing;
 mod hostile;
 mod lifecycle;
+mod metrics;
 mod oracle;
 mod policy;
 mod ports;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::reload::{add, reload};
+use super::stats::rates;
 use super::{Command, Request, VERSION};
 use crate::sys::socket::send_with_files;
 
@@ -24,6 +25,14 @@ pub enum Verb {
     /// What the daemon does.
     #[command(flatten)]
     Ask(Command),
+    /// Print what ports move each second.
+    Stats {
+        /// Ports by name [default: all].
+        ports: Vec<String>,
+        /// For how long to look, in seconds.
+        #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+        interval: Duration,
+    },
     /// Have the daemon's ports be what its file says now, without touching those that are already.
     Reload {
         /// The file [default: the one that the daemon was started with].
@@ -163,6 +172,10 @@ impl Question {
                 Ok(self.show(&add(&mut daemon, &config, false)?))
             }
             Verb::Ask(command) => Ok(self.show(&daemon.ask(command, &[])?)),
+            Verb::Stats { ports, interval } => {
+                let rates = rates(&mut daemon, ports, *interval)?;
+                if self.json { Ok(format!("{:#}\n", json!(rates))) } else { Ok(show_rates(&rates)) }
+            }
             Verb::Reload { config } => self.reload(&mut daemon, config.as_ref()),
         }
     }
@@ -205,21 +218,65 @@ fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// Ports, a line each, in columns.
-fn table(ports: &[Value]) -> String {
-    const COLUMNS: [&str; 8] =
-        ["name", "host", "state", "rx_frames", "tx_frames", "dropped", "rx_limit", "tx_limit"];
-    let mut rows = vec![COLUMNS.map(|column| column.to_uppercase().replace('_', "-"))];
-    rows.extend(ports.iter().map(|port| COLUMNS.map(|column| plain(&port[column]))));
-    let widths: Vec<usize> = (0..COLUMNS.len())
-        .map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or(0))
-        .collect();
+/// A time in seconds from the command line.
+fn interval(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.01..=86400.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "write seconds, from 0.01 on".into())
+}
+
+/// A number as people write it: three digits, and `k`, `M` or `G`.
+fn short(number: f64) -> String {
+    let units = [(1e9, "G"), (1e6, "M"), (1e3, "k")];
+    match units.iter().find(|(factor, _)| number >= *factor) {
+        Some((factor, unit)) => format!("{:.3}{unit}", number / factor),
+        None => format!("{number:.0}"),
+    }
+}
+
+/// Lines of cells, the first their heads, in columns.
+fn columns(rows: &[Vec<String>]) -> String {
+    let count = rows.first().map_or(0, Vec::len);
+    let widest = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..count).map(|column| widest(column).unwrap_or(0)).collect();
     let mut text = String::new();
     for row in rows {
         let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
         let _ = writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end());
     }
     text
+}
+
+/// Ports, a line each.
+fn table(ports: &[Value]) -> String {
+    const COLUMNS: [&str; 8] =
+        ["name", "host", "state", "rx_frames", "tx_frames", "dropped", "rx_limit", "tx_limit"];
+    let heads = COLUMNS.map(|column| column.to_uppercase().replace('_', "-")).to_vec();
+    let row = |port: &Value| COLUMNS.map(|column| plain(&port[column])).to_vec();
+    columns(&[vec![heads], ports.iter().map(row).collect()].concat())
+}
+
+/// What ports move each second, a line each.
+fn show_rates(rates: &[Value]) -> String {
+    const COLUMNS: [(&str, &str); 8] = [
+        ("RX-FRAMES/s", "rx_frames_per_second"),
+        ("RX-BIT/s", "rx_bits_per_second"),
+        ("TX-FRAMES/s", "tx_frames_per_second"),
+        ("TX-BIT/s", "tx_bits_per_second"),
+        ("DROPPED/s", "dropped_per_second"),
+        ("KICKS/s", "kicks_per_second"),
+        ("CALLS/s", "calls_per_second"),
+        ("BUSY", "busy"),
+    ];
+    let heads = ["NAME"].into_iter().chain(COLUMNS.map(|(head, _)| head)).map(str::to_owned);
+    let mut rows: Vec<Vec<String>> = vec![heads.collect()];
+    rows.extend(rates.iter().map(|port| {
+        let cell = |(_, key): &(&str, &str)| {
+            let number = port[*key].as_f64().unwrap_or(0.0);
+            if *key == "busy" { format!("{:.1} %", number * 100.0) } else { short(number) }
+        };
+        [plain(&port["name"])].into_iter().chain(COLUMNS.iter().map(cell)).collect()
+    }));
+    columns(&rows)
 }
 
 /// One port, in words and numbers.
@@ -240,9 +297,24 @@ fn show(report: &Value) -> String {
         let serving = if pair["serving"] == true { "running" } else { "not running" };
         let _ = writeln!(
             text,
-            "  queue pair {number}: {serving}, {} turns, {} sleeps, {} times out of buffers",
-            pair["turns"], pair["sleeps"], pair["starved"]
+            "  queue pair {number}: {serving}, mode {}, {} sessions, {} turns, {} sleeps, {} times out of \
+             buffers",
+            plain(&pair["mode"]),
+            pair["sessions"],
+            pair["turns"],
+            pair["sleeps"],
+            pair["starved"]
         );
+        if let (Some(busy), Some(idle)) =
+            (pair["busy_seconds"].as_f64(), pair["idle_seconds"].as_f64())
+        {
+            let _ = write!(text, "    busy {busy:.3} s, idle {idle:.3} s");
+            if let Some(half) = pair["kick_to_used_p50"].as_f64() {
+                let most = pair["kick_to_used_p99"].as_f64().unwrap_or(f64::INFINITY);
+                let _ = write!(text, "; kick to used up to {half} us (half), {most} us (99 %)");
+            }
+            text.push('\n');
+        }
         for way in ["rx", "tx"] {
             let it = &pair[way];
             let _ = write!(

@@ -1,13 +1,14 @@
 //! The counters as Prometheus reads them. Directions are the guest's: rx is to the guest.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus::proto::{Counter as Count, Gauge, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder, TextEncoder};
 
 use super::report::state;
 use crate::config::MAX_QUEUE_PAIRS;
-use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, PairCounters};
+use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, PairCounters};
 use crate::daemon::{Port, Ports};
 use crate::status::{PairStatus, PortStatus};
 
@@ -23,7 +24,8 @@ const PER_DIRECTION: [PerDirection; 6] = [
     ("bursts_limited_total", "Bursts that the port's limit cut short", |it| &it.limited),
 ];
 
-const PER_PAIR: [PerPair; 3] = [
+const PER_PAIR: [PerPair; 4] = [
+    ("sessions_total", "Times that the rings were started, or changed", |it| &it.sessions),
     ("turns_total", "Turns of the worker that moved something", |it| &it.turns),
     ("sleeps_total", "Times that the worker went to sleep", |it| &it.sleeps),
     ("starved_total", "Times that frames waited for the guest's buffers", |it| &it.starved),
@@ -53,6 +55,39 @@ fn counted(labels: &Labels<'_>, value: u64) -> Metric {
     metric
 }
 
+fn histogram<const N: usize>(labels: &Labels<'_>, from: &Histogram<N>, unit: f64) -> Metric {
+    let mut histogram = prometheus::proto::Histogram::default();
+    let cumulated = from.cumulated();
+    histogram.set_sample_count(cumulated.last().map_or(0, |(_, all)| *all));
+    histogram.set_sample_sum(from.sum() as f64 * unit);
+    let bucket = |(bound, below): (f64, u64)| {
+        let mut bucket = prometheus::proto::Bucket::default();
+        bucket.set_upper_bound(bound * unit);
+        bucket.set_cumulative_count(below);
+        bucket
+    };
+    histogram.set_bucket(cumulated.into_iter().map(bucket).collect());
+    let mut metric = labelled(labels);
+    metric.set_histogram(histogram);
+    metric
+}
+
+fn seconds(labels: &Labels<'_>, time: Duration) -> Metric {
+    let mut count = Count::default();
+    count.set_value(time.as_secs_f64());
+    let mut metric = labelled(labels);
+    metric.set_counter(count);
+    metric
+}
+
+fn gauge(labels: &Labels<'_>, value: f64) -> Metric {
+    let mut gauge = Gauge::default();
+    gauge.set_value(value);
+    let mut metric = labelled(labels);
+    metric.set_gauge(gauge);
+    metric
+}
+
 fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) -> MetricFamily {
     let mut family = MetricFamily::default();
     family.set_name(format!("vhost_user_net_{name}"));
@@ -72,13 +107,13 @@ struct Direction<'a> {
 pub(super) fn text(ports: &Ports) -> String {
     let ports: Vec<&PortStatus> = ports.iter().map(Port::status).map(Arc::as_ref).collect();
     let numbers: Vec<String> = (0..usize::from(MAX_QUEUE_PAIRS)).map(|n| n.to_string()).collect();
-    let pairs: Vec<(Labels<'_>, &PairCounters)> = ports
+    let pairs: Vec<(Labels<'_>, &PairStatus)> = ports
         .iter()
         .flat_map(|port| {
             let labelled = |(pair, number)| {
                 let pair: &Arc<PairStatus> = pair;
                 let number: &String = number;
-                (vec![("port", port.name.as_str()), ("queue", number.as_str())], &pair.counters)
+                (vec![("port", port.name.as_str()), ("queue", number.as_str())], &**pair)
             };
             port.pairs.iter().zip(&numbers).map(labelled)
         })
@@ -86,7 +121,7 @@ pub(super) fn text(ports: &Ports) -> String {
     let directions: Vec<Direction<'_>> = pairs
         .iter()
         .flat_map(|(labels, pair)| {
-            [("rx", &pair.rx), ("tx", &pair.tx)].map(|(direction, counters)| {
+            [("rx", &pair.counters.rx), ("tx", &pair.counters.tx)].map(|(direction, counters)| {
                 let labels = labels.iter().copied().chain([("direction", direction)]).collect();
                 Direction { labels, counters }
             })
@@ -109,9 +144,34 @@ pub(super) fn text(ports: &Ports) -> String {
         families.push(family(name, help, MetricType::COUNTER, metrics.collect()));
     }
     for (name, help, counter) in PER_PAIR {
-        let metrics = pairs.iter().map(|(labels, pair)| counted(labels, counter(pair).get()));
+        let count = |pair: &PairStatus| counter(&pair.counters).get();
+        let metrics = pairs.iter().map(|(labels, pair)| counted(labels, count(pair)));
         families.push(family(name, help, MetricType::COUNTER, metrics.collect()));
     }
+    let bursts = directions.iter().map(|it| histogram(&it.labels, &it.counters.bursts, 1.0));
+    let help = "Chains that were shown to the guest as used at once";
+    families.push(family("burst_chains", help, MetricType::HISTOGRAM, bursts.collect()));
+    let waits =
+        pairs.iter().map(|(labels, pair)| histogram(labels, &pair.counters.kick_to_used, 1e-6));
+    let help = "From when a kick for frames from the guest woke the worker until the guest was shown \
+                that the first of them are used";
+    families.push(family("kick_to_used_seconds", help, MetricType::HISTOGRAM, waits.collect()));
+    let times: Vec<_> =
+        pairs.iter().filter_map(|(labels, pair)| Some((labels, pair.times()?))).collect();
+    for (name, help, which) in [
+        ("busy_seconds_total", "Time that the worker ran on a processor", 0),
+        ("idle_seconds_total", "Time that it did not", 1),
+    ] {
+        let time = |(busy, idle): (Duration, Duration)| [busy, idle][which];
+        let metrics = times.iter().map(|(labels, both)| seconds(labels, time(*both)));
+        families.push(family(name, help, MetricType::COUNTER, metrics.collect()));
+    }
+    let modes = pairs.iter().map(|(labels, pair)| {
+        let mode = pair.mode().name();
+        gauge(&labels.iter().copied().chain([("mode", mode)]).collect(), 1.0)
+    });
+    let help = "How the queue pair has moved frames last";
+    families.push(family("queue_mode", help, MetricType::GAUGE, modes.collect()));
     let drops = by_reason(&Drop::ALL.map(Drop::name), &|it, index| it.drops(Drop::ALL[index]));
     let help = "Frames dropped, by reason";
     families.push(family("drops_total", help, MetricType::COUNTER, drops));
@@ -123,15 +183,19 @@ pub(super) fn text(ports: &Ports) -> String {
     let states = ports.iter().flat_map(|port| {
         let now = state(port).0;
         STATES.map(|state| {
-            let mut gauge = Gauge::default();
-            gauge.set_value(if state == now { 1.0 } else { 0.0 });
-            let mut metric = labelled(&vec![("port", &port.name), ("state", state)]);
-            metric.set_gauge(gauge);
-            metric
+            let labels = vec![("port", port.name.as_str()), ("state", state)];
+            gauge(&labels, if state == now { 1.0 } else { 0.0 })
         })
     });
     let help = "Whether the port is in this state";
     families.push(family("port_state", help, MetricType::GAUGE, states.collect()));
+    let links = ports.iter().map(|port| {
+        gauge(&vec![("port", port.name.as_str())], if port.has_link() { 1.0 } else { 0.0 })
+    });
+    let help = "Whether an operator lets frames move";
+    families.push(family("link_up", help, MetricType::GAUGE, links.collect()));
+    let build = gauge(&vec![("version", env!("CARGO_PKG_VERSION"))], 1.0);
+    families.push(family("build_info", "The daemon's version", MetricType::GAUGE, vec![build]));
     let connections = ports
         .iter()
         .map(|port| counted(&vec![("port", &port.name)], port.connection().connections));

@@ -8,7 +8,9 @@ use log::LevelFilter;
 use crate::api::client::{Question, Verb};
 
 use super::options::socket_path;
-use super::{Config, Confinement, Invocation, PortOptions, Seccomp, check_start, file};
+use super::{
+    Config, Confinement, Invocation, MetricsAddress, PortOptions, Seccomp, check_start, file,
+};
 
 /// `--print-capabilities` of QEMU's backend program conventions.
 const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
@@ -46,6 +48,9 @@ struct Arguments {
     /// Listen on this unix socket for operators: see vhost-user-net ctl --help.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+    /// Serve metrics to Prometheus here: 127.0.0.1:9560, or the path of a unix socket.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<MetricsAddress>,
     /// Print what this program can do, as QEMU's conventions ask for, and exit.
     #[arg(long)]
     print_capabilities: bool,
@@ -110,12 +115,12 @@ pub fn parse(
     match arguments.command {
         None => {
             let ports = vec![arguments.port.check()?];
-            let Arguments { log_level, control, seccomp, user, group, .. } = arguments;
+            let Arguments { log_level, control, metrics, seccomp, user, group, .. } = arguments;
             let control = control.map(socket_path).transpose()?;
             check_start(&ports, control.as_deref())?;
             let confinement = Confinement { seccomp, user, group };
             let file = None;
-            Ok(Invocation::Run(Config { log_level, file, control, confinement, ports }))
+            Ok(Invocation::Run(Config { log_level, file, control, metrics, confinement, ports }))
         }
         Some(Command::Run { config }) => file::read(&config).map(Invocation::Run),
         Some(Command::CheckConfig { config }) => {

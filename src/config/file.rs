@@ -9,7 +9,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::options::socket_path;
-use super::{Config, Confinement, PortConfig, PortOptions, Seccomp, check_start};
+use super::{Config, Confinement, MetricsAddress, PortConfig, PortOptions, Seccomp, check_start};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -17,6 +17,7 @@ struct Contents {
     #[serde(default = "info")]
     log_level: LevelFilter,
     control: Option<PathBuf>,
+    metrics: Option<MetricsAddress>,
     #[serde(default)]
     seccomp: Seccomp,
     user: Option<String>,
@@ -57,7 +58,7 @@ fn parse(text: &str) -> Result<Config, Wrong> {
         let lines: Vec<&str> = error.message().lines().collect();
         (error.span().map(|span| span.start), lines.join(", "))
     })?;
-    let Contents { log_level, control, seccomp, user, group, defaults, port } = contents;
+    let Contents { log_level, control, metrics, seccomp, user, group, defaults, port } = contents;
     let control = control.map(socket_path).transpose().map_err(|what| (None, what))?;
     // Whatever has no default is gone after this.
     if PortOptions::default().or(&defaults) != defaults {
@@ -77,7 +78,7 @@ fn parse(text: &str) -> Result<Config, Wrong> {
         .collect::<Result<Vec<PortConfig>, Wrong>>()?;
     check_start(&ports, control.as_deref()).map_err(|what| (None, what))?;
     let confinement = Confinement { seccomp, user, group };
-    Ok(Config { log_level, file: None, control, confinement, ports })
+    Ok(Config { log_level, file: None, control, metrics, confinement, ports })
 }
 
 /// Line and column, counted from 1, of a byte.
@@ -143,6 +144,8 @@ mod tests {
         let port = "[[port]]\nsocket-path = \"/a\"\nloopback = true\n";
         let cases = [
             ("", (None, "no port")),
+            ("metrics = \"0.0.0.0:9560\"\n", (Some((1, 11)), "no loopback address")),
+            ("metrics = \"9560\"\n", (Some((1, 11)), "127.0.0.1:9560")),
             ("control = \"/a\"\n[[port]]\n", (Some((2, 1)), "socket-path")),
             ("[[port]]\nsocket-path = \"/a\"\ntup = \"x\"\n", (Some((3, 1)), "tup")),
             ("log-levle = \"info\"\n[[port]]\n", (Some((1, 1)), "log-levle")),

@@ -5,6 +5,7 @@ use std::io;
 use log::{info, warn};
 
 use super::ports::Ports;
+use crate::api::scrape::Scrape;
 use crate::api::{Server, Wanted};
 use crate::event::{Interest, Poller};
 use crate::sys::process::{Signal, Signals};
@@ -19,6 +20,10 @@ enum Source {
     Operators,
     /// A client, by its number.
     Client(u32),
+    /// Somebody wants metrics.
+    Scrape,
+    /// One who does, by their number.
+    Visitor(u32),
 }
 
 /// The main thread's waiting.
@@ -26,11 +31,17 @@ pub(super) struct Waiting<'a> {
     poller: Poller<Source>,
     signals: &'a Signals,
     server: Server,
+    scrape: Option<Scrape>,
     ports: Ports,
 }
 
 impl<'a> Waiting<'a> {
-    pub(super) fn new(signals: &'a Signals, server: Server, ports: Ports) -> io::Result<Self> {
+    pub(super) fn new(
+        signals: &'a Signals,
+        server: Server,
+        scrape: Option<Scrape>,
+        ports: Ports,
+    ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
         poller.add(signals, Interest::Read, Source::Signal)?;
         poller.add(&ports.running().ended, Interest::Read, Source::Ended)?;
@@ -40,7 +51,10 @@ impl<'a> Waiting<'a> {
         if let Some((number, stream)) = server.opener() {
             poller.add(stream, Interest::Read, Source::Client(number))?;
         }
-        Ok(Waiting { poller, signals, server, ports })
+        if let Some(fd) = scrape.as_ref().and_then(Scrape::fd) {
+            poller.add(fd, Interest::Read, Source::Scrape)?;
+        }
+        Ok(Waiting { poller, signals, server, scrape, ports })
     }
 
     /// Waits for a signal that ends the daemon, or until no port runs and none can be added, and
@@ -59,6 +73,13 @@ impl<'a> Waiting<'a> {
                     Source::Ended => self.ports.running().ended.clear(),
                     Source::Operators => self.take_client(),
                     Source::Client(number) => self.serve_client(number),
+                    Source::Scrape => self.take_visitor(),
+                    Source::Visitor(number) => {
+                        if let Some(scrape) = &mut self.scrape {
+                            let wanted = scrape.serve(number, &self.ports);
+                            self.wait_for(source, wanted);
+                        }
+                    }
                 }
             }
         }
@@ -84,12 +105,28 @@ impl<'a> Waiting<'a> {
         if let Some(gone) = gone {
             self.poller.forget(Source::Client(gone));
         }
-        self.check(number, watched);
+        self.check(Source::Client(number), watched);
     }
 
     fn serve_client(&mut self, number: u32) {
-        let source = Source::Client(number);
-        let watched = match self.server.serve(number, &mut self.ports) {
+        let wanted = self.server.serve(number, &mut self.ports);
+        self.wait_for(Source::Client(number), wanted);
+    }
+
+    /// Takes whoever has come for metrics.
+    fn take_visitor(&mut self) {
+        let Some(scrape) = &mut self.scrape else { return };
+        let Some((number, fd, gone)) = scrape.accept() else { return };
+        let source = Source::Visitor(number);
+        let watched = self.poller.add(fd, Interest::Read, source);
+        if let Some(gone) = gone {
+            self.poller.forget(Source::Visitor(gone));
+        }
+        self.check(source, watched);
+    }
+
+    fn wait_for(&mut self, source: Source, wanted: Wanted) {
+        let watched = match wanted {
             Wanted::Request => self.poller.modify(source, Interest::Read),
             Wanted::Room => self.poller.modify(source, Interest::Write),
             Wanted::Nothing => {
@@ -97,14 +134,17 @@ impl<'a> Waiting<'a> {
                 Ok(())
             }
         };
-        self.check(number, watched);
+        self.check(source, watched);
     }
 
-    fn check(&mut self, number: u32, watched: io::Result<()>) {
-        if let Err(error) = watched {
-            warn!("control socket: wait for a client: {error}");
-            self.server.hang_up(number);
-            self.poller.forget(Source::Client(number));
+    fn check(&mut self, source: Source, watched: io::Result<()>) {
+        let Err(error) = watched else { return };
+        warn!("control socket: wait for a client: {error}");
+        match (source, &mut self.scrape) {
+            (Source::Client(number), _) => self.server.hang_up(number),
+            (Source::Visitor(number), Some(scrape)) => scrape.hang_up(number),
+            _ => {}
         }
+        self.poller.forget(source);
     }
 }

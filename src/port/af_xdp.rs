@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::{Finished, Port, Readiness, Terms};
+use super::{Finished, Mode, Port, Readiness, Terms};
 use crate::counters::Drop;
 use crate::features::PortOffloads;
 use crate::guest::{Burst, GuestMemory, Readable, Writable};
@@ -295,6 +295,14 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
 
     fn limit_rx(&mut self, frames: usize) {
         self.rx_limit = frames;
+    }
+
+    fn mode(&self) -> Mode {
+        match &self.state {
+            State::Open(open) if open.is_zero_copy() => Mode::ZeroCopy,
+            State::Open(_) => Mode::Copy,
+            State::Closed { .. } => Mode::None,
+        }
     }
 
     fn readiness(&self) -> Readiness<'_> {

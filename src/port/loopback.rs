@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Finished, Outcome, Port, Readiness, Terms};
+use super::{Finished, Mode, Outcome, Port, Readiness, Terms};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
 use crate::guest::{Burst, Chain, Readable, Writable};
@@ -131,6 +131,10 @@ impl<'mem> Port<'mem> for Loopback<'mem> {
 
     fn limit_rx(&mut self, frames: usize) {
         self.rx_limit = frames;
+    }
+
+    fn mode(&self) -> Mode {
+        Mode::Loopback
     }
 
     fn readiness(&self) -> Readiness<'_> {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::{Finished, Port, Readiness, Terms};
+use super::{Finished, Mode, Port, Readiness, Terms};
 use crate::config::TxMethod;
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
@@ -287,6 +287,14 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
 
     fn limit_rx(&mut self, frames: usize) {
         self.rx_limit = frames.min(READS_PER_TURN);
+    }
+
+    fn mode(&self) -> Mode {
+        match (self.gone_since, &self.host.writer) {
+            (Some(_), _) => Mode::None,
+            (None, Some(_)) => Mode::IoUring,
+            (None, None) => Mode::Writev,
+        }
     }
 
     fn readiness(&self) -> Readiness<'_> {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use super::check;
 
@@ -97,6 +98,28 @@ pub fn pin_this_thread(cpu: usize) -> io::Result<()> {
         check(libc::sched_setaffinity(0, mem::size_of_val(&set), &set))?;
     }
     Ok(())
+}
+
+/// The clock of a thread: how long it has run on a processor.
+#[derive(Debug, Clone, Copy)]
+pub struct ThreadClock(libc::clockid_t);
+
+impl ThreadClock {
+    /// That of the calling thread.
+    pub fn of_this_thread() -> Self {
+        let mut clock = libc::CLOCK_THREAD_CPUTIME_ID;
+        // SAFETY: the calling thread is alive; the clock's number is written to `clock`.
+        unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) };
+        ThreadClock(clock)
+    }
+
+    /// What it shows, on whichever thread; nothing if its own has ended.
+    pub fn elapsed(&self) -> Option<Duration> {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the kernel looks the number up, and writes to `time`.
+        unsafe { check(libc::clock_gettime(self.0, &mut time)).ok()? };
+        Some(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+    }
 }
 
 /// A thread that can be got out of a system call it is stuck in.

@@ -6,13 +6,14 @@ use log::{debug, info, warn};
 
 use super::sleeper::{Sleeper, Woken};
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
-use crate::counters::{DirectionCounters, Drop, PairCounters};
+use crate::counters::{DirectionCounters, Drop};
 use crate::guest::{
     Budget, Burst, Contained, Direction, Fault, GuestMemory, Published, Readable, Virtqueue,
     Writable,
 };
 use crate::policy::{Limiter, Limits};
 use crate::port::{Finished, HostQueue, Outcome, Port, Terms};
+use crate::status::PairStatus;
 use crate::vnet_header::LINK_OVERHEAD;
 
 /// What one turn takes from the tx ring.
@@ -82,7 +83,9 @@ struct Serving<'s> {
     port: Box<dyn Port<'s> + 's>,
     finished: Finished<'s>,
     memory: &'s GuestMemory,
-    counters: &'s PairCounters,
+    status: &'s PairStatus,
+    /// When a kick for frames from the guest woke the worker, which are not used yet.
+    kicked: Option<Instant>,
     header_length: usize,
     mtu: u16,
     limits: &'s Limits,
@@ -96,8 +99,10 @@ pub(super) fn serve(
     session: &Session,
     options: &WorkerOptions,
     mailbox: &Mailbox,
-    counters: &PairCounters,
+    status: &PairStatus,
 ) -> Ended {
+    let counters = &status.counters;
+    counters.sessions.add(1);
     let _contained = Contained::new(&session.memory);
     let sides = Side::start(&options.name, session, &session.rx, &counters.rx)
         .and_then(|rx| Ok((rx, Side::start(&options.name, session, &session.tx, &counters.tx)?)));
@@ -123,7 +128,8 @@ pub(super) fn serve(
         port,
         finished,
         memory,
-        counters,
+        status,
+        kicked: None,
         header_length,
         mtu: session.mtu,
         limits,
@@ -179,7 +185,11 @@ impl Serving<'_> {
             if self.turn()? || self.busy_poll(options.busy_poll, mailbox)? || self.arm()? {
                 continue;
             }
-            self.counters.sleeps.add(1);
+            self.status.counters.sleeps.add(1);
+            if self.tx.as_ref().is_some_and(|tx| tx.burst.is_empty()) {
+                // What the last kick was for has been seen to before.
+                self.kicked = None;
+            }
             let mut readiness = self.port.readiness();
             readiness.timeout = readiness.timeout.into_iter().chain(self.held_back()).min();
             let woken = sleeper.sleep(&readiness, mailbox).unwrap_or_else(|error| {
@@ -232,7 +242,8 @@ impl Serving<'_> {
         self.charge();
         moved |= self.retire();
         if moved {
-            self.counters.turns.add(1);
+            self.status.counters.turns.add(1);
+            self.status.set_mode(self.port.mode());
         }
         Ok(moved)
     }
@@ -274,6 +285,7 @@ impl Serving<'_> {
         if let Some(tx) = self.tx.as_mut().filter(|_| !finished.tx.is_empty()) {
             moved = true;
             let (mut frames, mut bytes) = (0, 0);
+            tx.counters.bursts.observe(finished.tx.len() as u64);
             for (chain, outcome) in finished.tx.drain(..) {
                 match outcome {
                     Outcome::Sent => {
@@ -287,9 +299,14 @@ impl Serving<'_> {
             tx.counters.frames.add(frames);
             tx.counters.bytes.add(bytes);
             tx.publish();
+            if let Some(kicked) = self.kicked.take() {
+                let waited = kicked.elapsed().as_micros() as u64;
+                self.status.counters.kick_to_used.observe(waited);
+            }
         }
         if let Some(rx) = self.rx.as_mut().filter(|_| !finished.rx.is_empty()) {
             moved = true;
+            rx.counters.bursts.observe(finished.rx.len() as u64);
             for (chain, written) in finished.rx.drain(..) {
                 rx.queue.retire(chain, written);
             }
@@ -299,11 +316,11 @@ impl Serving<'_> {
         }
         for (reason, frames) in finished.rx_dropped.drain(..) {
             moved = true;
-            self.counters.rx.dropped(reason, frames);
+            self.status.counters.rx.dropped(reason, frames);
         }
         for (copied, counters) in [
-            (&mut finished.rx_copied, &self.counters.rx),
-            (&mut finished.tx_copied, &self.counters.tx),
+            (&mut finished.rx_copied, &self.status.counters.rx),
+            (&mut finished.tx_copied, &self.status.counters.tx),
         ] {
             copied.drain(..).for_each(|reason| counters.copied(reason, 1));
         }
@@ -341,7 +358,7 @@ impl Serving<'_> {
         }
         let rx = self.rx.as_mut().filter(|rx| rx.is_enabled() && rx.burst.is_empty() && starved);
         if let Some(rx) = rx {
-            self.counters.starved.add(1);
+            self.status.counters.starved.add(1);
             more |= rx.queue.arm()?;
         }
         Ok(more)
@@ -349,10 +366,11 @@ impl Serving<'_> {
 
     fn note(&mut self, woken: Woken) {
         if woken.rx {
-            self.counters.rx.kicks.add(1);
+            self.status.counters.rx.kicks.add(1);
         }
         if woken.tx {
-            self.counters.tx.kicks.add(1);
+            self.status.counters.tx.kicks.add(1);
+            self.kicked = Some(Instant::now());
         }
         self.port.woken(woken.port);
         if woken.host {

@@ -51,6 +51,13 @@ pub(super) struct OpenSocket {
     binding: Binding,
 }
 
+impl OpenSocket {
+    /// Whether the device reads and writes the guest's memory itself.
+    pub(super) fn is_zero_copy(&self) -> bool {
+        self.binding.zero_copy
+    }
+}
+
 impl AsFd for OpenSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()

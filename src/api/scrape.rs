@@ -1,0 +1,195 @@
+//! Where Prometheus fetches metrics: a unix socket, or a TCP port of this machine only.
+//!
+//! One request a connection. Whoever asks for something else, for too much or too slowly is hung up on.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+
+use log::warn;
+
+use super::{Wanted, metrics};
+use crate::config::{Frontend, MetricsAddress};
+use crate::daemon::{Ports, StartError};
+use crate::endpoint::Endpoint;
+
+/// Longest request in bytes: Prometheus sends some hundreds.
+const MAX_REQUEST: usize = 8 << 10;
+/// Headers of a request at the most.
+const MAX_HEADERS: usize = 64;
+/// Connections at once; the one that has been silent for longest makes room.
+const MAX_VISITORS: usize = 8;
+
+#[derive(Debug)]
+enum Listener {
+    Unix(Endpoint),
+    Tcp(TcpListener),
+}
+
+#[derive(Debug)]
+enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Stream {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(stream) => stream.read(bytes),
+            Stream::Tcp(stream) => stream.read(bytes),
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(stream) => stream.write(bytes),
+            Stream::Tcp(stream) => stream.write(bytes),
+        }
+    }
+}
+
+/// Somebody who asks.
+#[derive(Debug)]
+struct Visitor {
+    number: u32,
+    stream: Stream,
+    request: Vec<u8>,
+    reply: Vec<u8>,
+}
+
+/// The socket, and those who are connected to it.
+#[derive(Debug)]
+pub struct Scrape {
+    listener: Listener,
+    /// Whoever has been silent for longest first.
+    visitors: Vec<Visitor>,
+    next: u32,
+}
+
+impl Scrape {
+    /// Listens there. Whoever connects is answered later.
+    ///
+    /// # Errors
+    /// With the address, what is wrong, and the way out.
+    pub fn open(address: &MetricsAddress) -> Result<Self, StartError> {
+        let failed = |error: io::Error| StartError::new(format!("listen on {address}: {error}"));
+        let listener = match address {
+            MetricsAddress::Unix(path) => {
+                let endpoint = Endpoint::open(&Frontend::Listen(path.clone()), None)?;
+                // They are numbers, and no secret: Prometheus is another user.
+                fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(failed)?;
+                endpoint.start().map_err(failed)?;
+                Listener::Unix(endpoint)
+            }
+            MetricsAddress::Tcp(address) => {
+                let listener = TcpListener::bind(address).map_err(failed)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                Listener::Tcp(listener)
+            }
+        };
+        Ok(Scrape { listener, visitors: Vec::new(), next: 0 })
+    }
+
+    /// Becomes readable when somebody connects.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.listener {
+            Listener::Unix(endpoint) => endpoint.fd(),
+            Listener::Tcp(listener) => Some(listener.as_fd()),
+        }
+    }
+
+    /// Takes whoever has connected: their number and socket, and the number of one who had to go.
+    pub fn accept(&mut self) -> Option<(u32, BorrowedFd<'_>, Option<u32>)> {
+        let stream = match &mut self.listener {
+            Listener::Unix(endpoint) => Stream::Unix(endpoint.connection()?),
+            Listener::Tcp(listener) => Stream::Tcp(listener.accept().ok()?.0),
+        };
+        let prepared = match &stream {
+            Stream::Unix(stream) => stream.set_nonblocking(true),
+            Stream::Tcp(stream) => stream.set_nonblocking(true),
+        };
+        if let Err(error) = prepared {
+            warn!("metrics: take a connection: {error}");
+            return None;
+        }
+        let gone = (self.visitors.len() >= MAX_VISITORS).then(|| self.visitors.remove(0).number);
+        let number = self.next;
+        self.next = self.next.wrapping_add(1);
+        self.visitors.push(Visitor { number, stream, request: Vec::new(), reply: Vec::new() });
+        let visitor = self.visitors.last()?;
+        let fd = match &visitor.stream {
+            Stream::Unix(stream) => stream.as_fd(),
+            Stream::Tcp(stream) => stream.as_fd(),
+        };
+        Some((number, fd, gone))
+    }
+
+    /// Hangs up.
+    pub fn hang_up(&mut self, number: u32) {
+        self.visitors.retain(|visitor| visitor.number != number);
+    }
+
+    /// Serves whoever can be read from, or written to.
+    pub fn serve(&mut self, number: u32, ports: &Ports) -> Wanted {
+        let place = self.visitors.iter().position(|visitor| visitor.number == number);
+        let Some(mut visitor) = place.map(|place| self.visitors.remove(place)) else {
+            return Wanted::Nothing;
+        };
+        let wanted = visitor.talk(ports).unwrap_or(Wanted::Nothing);
+        if wanted != Wanted::Nothing {
+            self.visitors.push(visitor);
+        }
+        wanted
+    }
+}
+
+impl Visitor {
+    fn talk(&mut self, ports: &Ports) -> io::Result<Wanted> {
+        let would_block = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+        if self.reply.is_empty() {
+            let mut bytes = [0; 2048];
+            match self.stream.read(&mut bytes) {
+                Ok(0) => return Ok(Wanted::Nothing),
+                Ok(length) => self.request.extend(&bytes[..length]),
+                Err(error) if would_block(&error) => return Ok(Wanted::Request),
+                Err(error) => return Err(error),
+            }
+            match answer(&self.request, ports) {
+                Some(reply) => self.reply = reply,
+                None => return Ok(Wanted::Request),
+            }
+        }
+        while !self.reply.is_empty() {
+            match self.stream.write(&self.reply) {
+                Ok(written) => drop(self.reply.drain(..written)),
+                Err(error) if would_block(&error) => return Ok(Wanted::Room),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Wanted::Nothing)
+    }
+}
+
+/// The reply to a request, if all of it is there.
+fn answer(bytes: &[u8], ports: &Ports) -> Option<Vec<u8>> {
+    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+    let mut request = httparse::Request::new(&mut headers);
+    let (status, body) = match request.parse(bytes) {
+        Ok(httparse::Status::Partial) if bytes.len() < MAX_REQUEST => return None,
+        Ok(httparse::Status::Complete(_)) => match (request.method, request.path) {
+            (Some("GET"), Some("/metrics")) => ("200 OK", metrics::text(ports)),
+            (Some("GET"), _) => ("404 Not Found", "metrics are at /metrics\n".into()),
+            _ => ("405 Method Not Allowed", "GET /metrics\n".into()),
+        },
+        Ok(httparse::Status::Partial) | Err(_) => ("400 Bad Request", "no HTTP request\n".into()),
+    };
+    let length = body.len();
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
+         Content-Length: {length}\r\nConnection: close\r\n\r\n"
+    );
+    Some((head + &body).into_bytes())
+}

@@ -1,0 +1,57 @@
+//! `vhost-user-net ctl stats`: what ports move each second, from two looks at their counters.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::Command;
+use super::client::{Connection, Failure};
+
+/// Sum of a number over a port's queue pairs, at a path within each.
+fn sum(report: &Value, path: &str) -> f64 {
+    let pairs = report["queue_pairs"].as_array().map_or(&[][..], Vec::as_slice);
+    pairs.iter().filter_map(|pair| pair.pointer(path)?.as_f64()).sum()
+}
+
+/// The rates of these ports, or of all if there are none, over a time.
+///
+/// # Errors
+/// The daemon can't be asked, or has no such port.
+pub(super) fn rates(
+    daemon: &mut Connection,
+    ports: &[String],
+    time: Duration,
+) -> Result<Vec<Value>, Failure> {
+    let list = daemon.ask(&Command::List {}, &[])?;
+    let all = list.as_array().map_or(&[][..], Vec::as_slice);
+    let all = all.iter().filter_map(|port| port["name"].as_str().map(str::to_owned));
+    let names: Vec<String> = if ports.is_empty() { all.collect() } else { ports.to_vec() };
+    let mut look = || -> Result<Vec<(Instant, Value)>, Failure> {
+        let look = |port: &String| {
+            let report = daemon.ask(&Command::Show { port: port.clone() }, &[])?;
+            Ok((Instant::now(), report))
+        };
+        names.iter().map(look).collect()
+    };
+    let before = look()?;
+    std::thread::sleep(time);
+    let after = look()?;
+    let rates = before.iter().zip(&after).map(|((then, before), (now, after))| {
+        let seconds = (*now - *then).as_secs_f64();
+        let rate = |path: &str| ((sum(after, path) - sum(before, path)) / seconds).max(0.0);
+        let dropped = |report: &Value| report["dropped"].as_f64().unwrap_or(0.0);
+        json!({
+            "name": after["name"],
+            "rx_frames_per_second": rate("/rx/frames").round(),
+            "rx_bits_per_second": (8.0 * rate("/rx/bytes")).round(),
+            "tx_frames_per_second": rate("/tx/frames").round(),
+            "tx_bits_per_second": (8.0 * rate("/tx/bytes")).round(),
+            "dropped_per_second": ((dropped(after) - dropped(before)) / seconds).max(0.0).round(),
+            "kicks_per_second": (rate("/rx/kicks") + rate("/tx/kicks")).round(),
+            "calls_per_second": (rate("/rx/calls") + rate("/tx/calls")).round(),
+            // Of one processor; with several queue pairs it may be more than 1.
+            "busy": (rate("/busy_seconds") * 1000.0).round() / 1000.0,
+        })
+    });
+    Ok(rates.collect())
+}
