@@ -6,6 +6,7 @@
 
 pub mod client;
 mod metrics;
+mod record;
 pub mod reload;
 mod report;
 mod requests;

@@ -26,11 +26,13 @@
 //! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
 //! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
 //! [`counters`] what it did. What ports are
-//! doing is in their [`status`], which the [`api`] shows to operators. [`logging`] writes lines that
+//! doing is in their [`status`], which the [`api`] shows to operators; a [`capture`] is a copy of what
+//! they move. [`logging`] writes lines that
 //! nobody waits for, and the [`sandbox`] is what all of this runs in. Unsafe code is in [`guest`]
 //! and [`sys`] only.
 
 pub mod api;
+pub mod capture;
 pub mod config;
 pub mod counters;
 pub mod daemon;

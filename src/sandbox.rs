@@ -35,6 +35,8 @@ pub enum Role {
     Operated,
     /// Writes the log.
     Log,
+    /// Writes captured frames.
+    Capture,
     /// Speaks to a frontend.
     Control,
     /// Moves frames of a TAP or a loopback.

@@ -57,6 +57,13 @@ pub fn poll_two(
     }
 }
 
+/// Whether nobody is at the other end of a pipe or a socket any more.
+pub fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
+    let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: 0, revents: 0 };
+    // SAFETY: the structure lives through the call, which does not wait.
+    unsafe { libc::poll(&mut polled, 1, 0) > 0 }
+}
+
 /// A new epoll instance.
 pub fn epoll() -> io::Result<OwnedFd> {
     let fd = epoll::create(true)?;

@@ -3,6 +3,7 @@
 //! Invariant: rings, chains and the port's session live on the worker's stack and end with the
 //! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more.
 
+mod recording;
 mod session;
 mod sleeper;
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use log::warn;
 
+use crate::capture::Capture;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
 use crate::policy::{Limits, Rules};
@@ -98,6 +100,10 @@ pub struct WorkerOptions {
     pub busy_poll: Duration,
     /// How much traffic the port may have, all queue pairs together.
     pub limits: Arc<Limits>,
+    /// Which of the port's queue pairs it is.
+    pub pair: u16,
+    /// Where frames are put for an operator to look at.
+    pub capture: Arc<Capture>,
     /// What the thread is left with.
     pub sandbox: Sandbox,
 }

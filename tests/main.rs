@@ -2,6 +2,7 @@
 
 mod af_xdp;
 mod af_xdp_survival;
+mod capture;
 mod cli;
 mod control;
 mod echo;

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::record::capture;
 use super::reload::{add, reload};
+use super::requests::Wanted;
 use super::stats::rates;
 use super::{Command, Request, VERSION};
 use crate::sys::socket::send_with_files;
@@ -25,6 +27,17 @@ pub enum Verb {
     /// What the daemon does.
     #[command(flatten)]
     Ask(Command),
+    /// Write a port's frames to a file, as pcapng, until it is interrupted.
+    Capture {
+        /// The port's name.
+        port: String,
+        /// What is to be captured.
+        #[command(flatten)]
+        wanted: Wanted,
+        /// The file; - is standard output.
+        #[arg(short, long, value_name = "FILE")]
+        write: PathBuf,
+    },
     /// Print what ports move each second.
     Stats {
         /// Ports by name [default: all].
@@ -172,6 +185,11 @@ impl Question {
                 Ok(self.show(&add(&mut daemon, &config, false)?))
             }
             Verb::Ask(command) => Ok(self.show(&daemon.ask(command, &[])?)),
+            Verb::Capture { port, wanted, write } => {
+                // Standard output may be the capture.
+                eprint!("{}", capture(&mut daemon, port, wanted, write)?);
+                Ok(String::new())
+            }
             Verb::Stats { ports, interval } => {
                 let rates = rates(&mut daemon, ports, *interval)?;
                 if self.json { Ok(format!("{:#}\n", json!(rates))) } else { Ok(show_rates(&rates)) }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{VERSION, metrics, report};
+use crate::capture::{MAX_SNAPLEN, Options};
 use crate::config::{PortChanges, PortOptions};
 use crate::daemon::{Ports, Refusal};
 
@@ -53,8 +54,34 @@ pub enum Command {
         /// The port's name.
         port: String,
     },
+    /// Have a port's frames written to the pipe that comes with the request.
+    #[command(skip)]
+    Capture {
+        /// The port's name.
+        port: String,
+        /// What is to be captured.
+        #[serde(flatten)]
+        wanted: Wanted,
+    },
+    /// End that, and say what it has come to.
+    #[command(skip)]
+    CaptureStop {
+        /// The port's name.
+        port: String,
+    },
     /// Print what the daemon is, and what it and its ports offer.
     Features {},
+}
+
+/// What is to be captured.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
+pub struct Wanted {
+    /// Bytes that are kept of each frame [default: all].
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(14..=MAX_SNAPLEN as i64))]
+    pub(super) snaplen: Option<u32>,
+    /// End after so many frames.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(super) count: Option<u64>,
 }
 
 /// Why a request is not carried out.
@@ -102,6 +129,16 @@ pub(super) fn carry_out(
             ports.remove(&port)?;
             Ok(json!({"removed": port}))
         }
+        Command::Capture { port, wanted } => {
+            let Ok([pipe]) = <[OwnedFd; 1]>::try_from(files) else {
+                let message = "a capture needs one descriptor to write to".to_owned();
+                return Err(Refused { kind: "cannot-be-done", message });
+            };
+            let snaplen = wanted.snaplen.unwrap_or(MAX_SNAPLEN).min(MAX_SNAPLEN);
+            ports.capture(&port, Options { snaplen, count: wanted.count }, pipe.into())?;
+            Ok(json!({"capturing": port}))
+        }
+        Command::CaptureStop { port } => Ok(json!(ports.find(&port)?.stop_capture())),
         Command::Features {} => {
             let mut reply = json!({
                 "daemon": env!("CARGO_PKG_VERSION"),

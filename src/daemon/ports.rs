@@ -1,5 +1,6 @@
 //! The ports of a daemon: started, changed, and stopped, each for itself.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -8,11 +9,12 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use log::{error, info};
+use log::{error, info, warn};
 
 use super::control::{Control, Order};
 use super::opening::{Descriptors, open_host};
 use super::{StartError, no_descriptor, no_thread};
+use crate::capture::{self, Capture};
 use crate::config::{Host, PortConfig, PortOptions, check_claims};
 use crate::device::Device;
 use crate::endpoint::Endpoint;
@@ -61,6 +63,7 @@ pub(super) struct Prepared {
     config: PortConfig,
     from_file: bool,
     offered: u64,
+    capture: Arc<Capture>,
     orders: Sender<Order>,
     wake: Arc<Waker>,
 }
@@ -198,6 +201,36 @@ impl Ports {
         port.change(options)
     }
 
+    /// Has a port's frames written to `output`, until its other end is closed, or the capture is
+    /// stopped.
+    pub fn capture(
+        &self,
+        name: &str,
+        options: capture::Options,
+        output: File,
+    ) -> Result<(), Refusal> {
+        let port = self.find(name)?;
+        let pairs = port.status.pairs.len();
+        let Some(writer) = port.capture.begin(name, pairs, options, output) else {
+            return Err(Refusal::CannotBeDone(format!("{name} is being captured already")));
+        };
+        let (name, sandbox) = (name.to_owned(), self.sandbox);
+        info!("{name}: captured by an operator");
+        let started = thread::Builder::new().name("capture".into()).spawn(move || {
+            match sandbox.confine(Role::Capture).and_then(|()| writer.run()) {
+                Ok(tally) => info!(
+                    "{name}: capture ended: {} frames written, {} left out",
+                    tally.captured, tally.left_out
+                ),
+                Err(error) => warn!("{name}: capture: {error}"),
+            }
+        });
+        started.map(|_| ()).map_err(|error| {
+            port.capture.stop();
+            Refusal::CannotBeDone(format!("start a thread: {error}"))
+        })
+    }
+
     /// A port by its name.
     pub fn find(&self, name: &str) -> Result<&Port, Refusal> {
         let found = self.ports.iter().find(|port| port.name() == name);
@@ -217,6 +250,7 @@ pub struct Port {
     config: PortConfig,
     from_file: bool,
     offered: u64,
+    capture: Arc<Capture>,
     orders: Sender<Order>,
     wake: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
@@ -228,7 +262,7 @@ impl Port {
         sandbox: Sandbox,
         running: &Arc<Running>,
     ) -> Result<Self, StartError> {
-        let Prepared { mut control, config, from_file, offered, orders, wake } = prepared;
+        let Prepared { mut control, config, from_file, offered, capture, orders, wake } = prepared;
         let name = control.name().to_owned();
         control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
         let status = control.status().clone();
@@ -242,7 +276,8 @@ impl Port {
             control.finish();
         });
         let thread = thread.map_err(no_thread)?;
-        Ok(Port { status, config, from_file, offered, orders, wake, thread: Some(thread) })
+        let thread = Some(thread);
+        Ok(Port { status, config, from_file, offered, capture, orders, wake, thread })
     }
 
     /// Its name.
@@ -268,6 +303,11 @@ impl Port {
     /// The feature bits that it offers.
     pub fn offered(&self) -> u64 {
         self.offered
+    }
+
+    /// Ends its capture; says what it has come to.
+    pub fn stop_capture(&self) -> capture::Tally {
+        self.capture.stop()
     }
 
     fn change(&mut self, options: PortOptions) -> Result<bool, Refusal> {
@@ -318,6 +358,7 @@ impl Port {
 
 impl Drop for Port {
     fn drop(&mut self) {
+        self.stop_capture();
         self.stop();
         if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
             error!("the thread of a port has panicked");
@@ -342,7 +383,8 @@ fn prepare(opened: Opened, sandbox: Sandbox) -> Result<Prepared, StartError> {
     };
     let limits =
         Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
-    let workers = start_workers(&config, &name, queues, &limits, sandbox)?;
+    let capture = Arc::default();
+    let workers = start_workers(&config, &name, queues, &limits, &capture, sandbox)?;
     let status = Arc::new(PortStatus::new(
         name.clone(),
         config.host.to_string(),
@@ -360,7 +402,8 @@ fn prepare(opened: Opened, sandbox: Sandbox) -> Result<Prepared, StartError> {
     let (orders, inbox) = channel();
     let control = Control::new(device, endpoint, status, wake.clone(), inbox);
     let control = control.map_err(no_descriptor)?;
-    Ok(Prepared { control, config, from_file, offered: offer.bits(), orders, wake })
+    let offered = offer.bits();
+    Ok(Prepared { control, config, from_file, offered, capture, orders, wake })
 }
 
 fn start_workers(
@@ -368,6 +411,7 @@ fn start_workers(
     name: &str,
     queues: Vec<HostQueue>,
     limits: &Arc<Limits>,
+    capture: &Arc<Capture>,
     sandbox: Sandbox,
 ) -> Result<Vec<Worker>, StartError> {
     let cpus = &config.cpu_affinity;
@@ -377,6 +421,8 @@ fn start_workers(
             cpu: cpus.iter().cycle().nth(pair).copied(),
             busy_poll: config.busy_poll,
             limits: limits.clone(),
+            pair: pair as u16,
+            capture: capture.clone(),
             sandbox,
         };
         Worker::start(queue, options).map_err(|error: io::Error| {

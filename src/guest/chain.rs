@@ -96,6 +96,15 @@ impl<'mem> Segment<'mem> {
         }
     }
 
+    /// The first `bytes` of this segment, or all if it is not longer.
+    #[inline]
+    #[must_use]
+    pub fn first(&self, bytes: usize) -> Self {
+        let iov_len = self.iovec.iov_len.min(bytes);
+        let iovec = libc::iovec { iov_base: self.iovec.iov_base, iov_len };
+        Segment { iovec, memory: PhantomData }
+    }
+
     /// Where it starts in this process, to find out what it is a part of.
     #[inline]
     pub fn address(&self) -> usize {

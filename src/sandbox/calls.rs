@@ -201,6 +201,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
     let common = Allowed { calls: calls(&[]), commands, options, ..Allowed::default() };
     match role {
         Role::Log => common,
+        Role::Capture => Allowed { calls: calls(&[WAIT]), ..common },
         Role::Main => Allowed { calls: calls(&[WAIT, MAIN]), requests: vec![FIONBIO], ..common },
         Role::Operated => {
             let names = vec![libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS];

@@ -4,8 +4,10 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
+use super::recording::record;
 use super::sleeper::{Sleeper, Woken};
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
+use crate::capture::Capture;
 use crate::counters::{DirectionCounters, Drop};
 use crate::guest::{
     Budget, Burst, Contained, Direction, Fault, GuestMemory, Published, Readable, Virtqueue,
@@ -89,6 +91,8 @@ struct Serving<'s> {
     header_length: usize,
     mtu: u16,
     limits: &'s Limits,
+    capture: &'s Capture,
+    pair: u16,
     /// Frames for the guest that the port was told to take each time.
     rx_allowance: usize,
 }
@@ -133,6 +137,8 @@ pub(super) fn serve(
         header_length,
         mtu: session.mtu,
         limits,
+        capture: &options.capture,
+        pair: options.pair,
         rx_allowance: usize::MAX,
     };
     let result = serving.turn_until_command(options, mailbox);
@@ -281,6 +287,9 @@ impl Serving<'_> {
     /// Writes used entries for everything that has finished, and publishes each ring once.
     fn retire(&mut self) -> bool {
         let finished = &mut self.finished;
+        if let Some(recorder) = self.capture.recorder() {
+            record(&recorder, self.pair, finished, self.header_length);
+        }
         let mut moved = false;
         if let Some(tx) = self.tx.as_mut().filter(|_| !finished.tx.is_empty()) {
             moved = true;

@@ -408,6 +408,8 @@ impl Served {
                 rx: Limiter::new(&Limit::default()),
                 tx: Limiter::new(&Limit::default()),
             }),
+            pair: 0,
+            capture: Default::default(),
             sandbox: Sandbox::NONE,
         };
         let worker = Worker::start(HostQueue::Loopback, options).unwrap();

@@ -1,0 +1,360 @@
+//! A port's frames for an operator to look at, as pcapng.
+//!
+//! Workers put copies into a queue of bounded size and never wait: what finds no room is left out, and
+//! counted. A thread of the capture's own writes them to whoever has asked, and ends with them.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use pcap_file::pcapng::PcapNgWriter;
+use pcap_file::pcapng::blocks::enhanced_packet::{EnhancedPacketBlock, EnhancedPacketOption};
+use pcap_file::pcapng::blocks::interface_description::{
+    InterfaceDescriptionBlock, InterfaceDescriptionOption,
+};
+use pcap_file::pcapng::blocks::interface_statistics::{
+    InterfaceStatisticsBlock, InterfaceStatisticsOption,
+};
+use pcap_file::{DataLink, Endianness, PcapError, PcapResult};
+
+use crate::counters::Drop;
+use crate::guest::Segment;
+use crate::sys::is_hung_up;
+
+/// Longest part of a frame that is kept, in bytes: an unsegmented one whole.
+pub const MAX_SNAPLEN: u32 = 65_550;
+/// Frames that may wait to be written.
+const QUEUE: usize = 16 << 10;
+/// Bytes of frames that may wait to be written.
+const QUEUE_BYTES: usize = 16 << 20;
+/// How often to look whether whoever reads has gone, while there is nothing to write.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A frame's way, from the guest's view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// To the guest.
+    Rx,
+    /// From the guest.
+    Tx,
+}
+
+/// What is to be captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Bytes that are kept of a frame.
+    pub snaplen: u32,
+    /// Frames after which the capture ends; none: when it is stopped.
+    pub count: Option<u64>,
+}
+
+/// A captured frame.
+struct Record {
+    time: Duration,
+    way: Way,
+    pair: u16,
+    dropped: Option<Drop>,
+    length: u32,
+    bytes: Vec<u8>,
+}
+
+/// Where workers put frames, until the capture is over.
+#[derive(Debug)]
+pub struct Recorder {
+    snaplen: usize,
+    queue: SyncSender<Record>,
+    waiting: AtomicUsize,
+    over: AtomicBool,
+    written: AtomicU64,
+    left_out: AtomicU64,
+}
+
+impl Recorder {
+    /// Puts a frame's copy into the queue, or counts that there is no room.
+    pub fn record<'a>(
+        &self,
+        way: Way,
+        pair: u16,
+        dropped: Option<Drop>,
+        length: usize,
+        segments: impl Iterator<Item = Segment<'a>>,
+    ) {
+        let kept = length.min(self.snaplen);
+        if self.waiting.load(Ordering::Relaxed) + kept > QUEUE_BYTES {
+            self.left_out.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let mut bytes = vec![0; kept];
+        let mut copied = 0;
+        for segment in segments {
+            if copied == kept {
+                break;
+            }
+            copied += segment.read(&mut bytes[copied..]);
+        }
+        bytes.truncate(copied);
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.waiting.fetch_add(copied, Ordering::Relaxed);
+        let record = Record { time, way, pair, dropped, length: length as u32, bytes };
+        if self.queue.try_send(record).is_err() {
+            self.waiting.fetch_sub(copied, Ordering::Relaxed);
+            self.left_out.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What a capture has come to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Tally {
+    /// Frames that were written.
+    pub captured: u64,
+    /// Frames that found no room, for whoever reads was too slow.
+    pub left_out: u64,
+}
+
+/// A port's capture, if there is one.
+#[derive(Debug, Default)]
+pub struct Capture {
+    on: AtomicBool,
+    /// The last one, which may be over.
+    recorder: Mutex<Option<Arc<Recorder>>>,
+}
+
+impl Capture {
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Recorder>>> {
+        // Nobody panics while holding it.
+        self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where frames are to be put, if they are captured.
+    #[inline]
+    pub fn recorder(&self) -> Option<Arc<Recorder>> {
+        if self.on.load(Ordering::Relaxed) { self.lock().clone() } else { None }
+    }
+
+    /// Begins a capture of the port `name` with so many queue pairs. What is returned is to be
+    /// [run](Writer::run) by a thread; nothing, if one is running already.
+    pub fn begin(
+        self: &Arc<Self>,
+        name: &str,
+        pairs: usize,
+        options: Options,
+        output: File,
+    ) -> Option<Writer> {
+        let mut recorder = self.lock();
+        if self.on.load(Ordering::Relaxed) {
+            return None;
+        }
+        let (queue, records) = sync_channel(QUEUE);
+        let new = Arc::new(Recorder {
+            snaplen: options.snaplen as usize,
+            queue,
+            waiting: AtomicUsize::new(0),
+            over: AtomicBool::new(false),
+            written: AtomicU64::new(0),
+            left_out: AtomicU64::new(0),
+        });
+        *recorder = Some(new.clone());
+        self.on.store(true, Ordering::Relaxed);
+        let names = (0..pairs).map(|pair| format!("{name}/{pair}")).collect();
+        Some(Writer { capture: self.clone(), recorder: new, records, options, names, output })
+    }
+
+    /// Has it end, once what was captured is written; says what it has come to so far.
+    pub fn stop(&self) -> Tally {
+        self.on.store(false, Ordering::Relaxed);
+        let recorder = self.lock();
+        let Some(recorder) = &*recorder else { return Tally::default() };
+        recorder.over.store(true, Ordering::Relaxed);
+        recorder.tally()
+    }
+}
+
+impl Recorder {
+    fn tally(&self) -> Tally {
+        Tally {
+            captured: self.written.load(Ordering::Relaxed),
+            left_out: self.left_out.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// What writes a capture.
+pub struct Writer {
+    capture: Arc<Capture>,
+    recorder: Arc<Recorder>,
+    records: Receiver<Record>,
+    options: Options,
+    names: Vec<String>,
+    output: File,
+}
+
+impl Writer {
+    /// Writes until the capture is stopped, has all that was asked for, or nobody reads it any more.
+    ///
+    /// # Errors
+    /// Those of writing, but for that last one.
+    pub fn run(self) -> io::Result<Tally> {
+        let result = self.write_all();
+        self.recorder.over.store(true, Ordering::Relaxed);
+        {
+            // Unless there is another by now.
+            let recorder = self.capture.lock();
+            if recorder.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.recorder)) {
+                self.capture.on.store(false, Ordering::Relaxed);
+            }
+        }
+        match result {
+            Err(PcapError::IoError(error)) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            Err(PcapError::IoError(error)) => return Err(error),
+            Err(error) => return Err(io::Error::other(error)),
+            Ok(()) => {}
+        }
+        Ok(self.recorder.tally())
+    }
+
+    fn write_all(&self) -> PcapResult<()> {
+        // The library writes a statistics block's time right in this order of bytes only.
+        let mut pcap =
+            PcapNgWriter::with_endianness(BufWriter::new(&self.output), Endianness::Big)?;
+        for name in &self.names {
+            let options = vec![
+                InterfaceDescriptionOption::IfName(Cow::Borrowed(name)),
+                InterfaceDescriptionOption::IfDescription(Cow::Borrowed(
+                    "queue pair of a virtual machine's card; inbound is to the guest",
+                )),
+                // Nanoseconds.
+                InterfaceDescriptionOption::IfTsResol(9),
+            ];
+            let snaplen = self.options.snaplen;
+            let linktype = DataLink::ETHERNET;
+            pcap.write_pcapng_block(InterfaceDescriptionBlock { linktype, snaplen, options })?;
+        }
+        let mut time = Duration::ZERO;
+        loop {
+            let record = match self.records.try_recv() {
+                Ok(record) => record,
+                Err(TryRecvError::Disconnected) => break,
+                Err(TryRecvError::Empty) => {
+                    pcap.get_mut().flush().map_err(PcapError::IoError)?;
+                    match self.records.recv_timeout(LOOK) {
+                        Ok(record) => record,
+                        Err(RecvTimeoutError::Timeout) => {
+                            let over = self.recorder.over.load(Ordering::Relaxed);
+                            if over || is_hung_up(self.output.as_fd()) {
+                                break;
+                            }
+                            continue;
+                        }
+                        Err(RecvTimeoutError::Disconnected) => break,
+                    }
+                }
+            };
+            self.recorder.waiting.fetch_sub(record.bytes.len(), Ordering::Relaxed);
+            time = record.time;
+            pcap.write_pcapng_block(block(&record))?;
+            let written = self.recorder.written.fetch_add(1, Ordering::Relaxed) + 1;
+            if self.options.count.is_some_and(|count| written >= count) {
+                break;
+            }
+        }
+        // All is counted with the first interface: the queue is one for all.
+        let Tally { captured, left_out } = self.recorder.tally();
+        let options = vec![
+            InterfaceStatisticsOption::IsbIfRecv(captured + left_out),
+            InterfaceStatisticsOption::IsbIfDrop(left_out),
+        ];
+        let timestamp = time.as_nanos() as u64;
+        pcap.write_pcapng_block(InterfaceStatisticsBlock { interface_id: 0, timestamp, options })?;
+        pcap.get_mut().flush().map_err(PcapError::IoError)
+    }
+}
+
+fn block(record: &Record) -> EnhancedPacketBlock<'_> {
+    // The lowest bits of the flags: 1 is inbound, 2 is outbound (draft-ietf-opsawg-pcapng, section
+    // 4.3.1). The queue pair is the interface.
+    let direction = match record.way {
+        Way::Rx => 1,
+        Way::Tx => 2,
+    };
+    let mut options = vec![EnhancedPacketOption::Flags(direction)];
+    if let Some(reason) = record.dropped {
+        let comment = format!("dropped: {}", reason.name());
+        options.push(EnhancedPacketOption::Comment(Cow::Owned(comment)));
+    }
+    EnhancedPacketBlock {
+        interface_id: record.pair.into(),
+        timestamp: record.time,
+        original_len: record.length,
+        data: Cow::Borrowed(&record.bytes),
+        options,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn begin(options: Options) -> (Arc<Capture>, Writer, io::PipeReader) {
+        let (reader, writer) = io::pipe().unwrap();
+        let capture = Arc::new(Capture::default());
+        let output = File::from(std::os::fd::OwnedFd::from(writer));
+        let writer = capture.begin("vm", 2, options, output).unwrap();
+        (capture, writer, reader)
+    }
+
+    fn put(recorder: &Recorder, bytes: &[u8]) {
+        let segments = [Segment::of_bytes(bytes)];
+        recorder.record(Way::Tx, 1, None, bytes.len(), segments.into_iter());
+    }
+
+    #[test]
+    fn what_finds_no_room_is_counted_and_nobody_waits() {
+        let options = Options { snaplen: 60_000, count: None };
+        let (capture, writer, mut reader) = begin(options);
+        let recorder = capture.recorder().unwrap();
+        let frame = vec![7; 60_000];
+        let fits = QUEUE_BYTES / frame.len();
+        for _ in 0..fits + 5 {
+            put(&recorder, &frame);
+        }
+        assert!(capture.begin("vm", 2, options, File::open("/dev/null").unwrap()).is_none());
+        let thread = std::thread::spawn(move || writer.run().unwrap());
+        capture.stop();
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        let tally = Tally { captured: fits as u64, left_out: 5 };
+        assert_eq!(thread.join().unwrap(), tally);
+        assert_eq!(capture.stop(), tally);
+        assert!(all.len() > fits * frame.len());
+        assert!(capture.recorder().is_none());
+    }
+
+    #[test]
+    fn a_capture_ends_with_whoever_reads_it_and_another_may_begin() {
+        let options = Options { snaplen: 64, count: None };
+        let (capture, writer, reader) = begin(options);
+        let thread = std::thread::spawn(move || writer.run().unwrap());
+        drop(reader);
+        thread.join().unwrap();
+        assert!(capture.recorder().is_none());
+        assert!(capture.begin("vm", 2, options, File::open("/dev/null").unwrap()).is_some());
+    }
+
+    #[test]
+    fn as_many_frames_are_written_as_were_asked_for_and_so_much_of_each() {
+        let (capture, writer, mut reader) = begin(Options { snaplen: 10, count: Some(2) });
+        let recorder = capture.recorder().unwrap();
+        (0..3).for_each(|_| put(&recorder, &[0xee; 100]));
+        assert_eq!(writer.run().unwrap().captured, 2);
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        assert_eq!(all.iter().filter(|byte| **byte == 0xee).count(), 2 * 10);
+    }
+}

@@ -1,0 +1,258 @@
+//! A port's frames, as an operator's tshark sees them.
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::daemon::{Daemon, port, program};
+use crate::support::driver::{Card, Options};
+use crate::support::frontend::Frontend;
+use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
+use crate::support::traffic::frame;
+use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+
+fn capturing(rest: &str) -> (Daemon, Card) {
+    let file = "control = \"{}/control\"\n".to_owned() + &port("one", rest);
+    let daemon = Daemon::with_config(&file, "one");
+    let card = Card::start(Frontend::new(daemon.connect_to("one")), Options::default());
+    (daemon, card)
+}
+
+/// Starts `ctl capture`, and waits until frames are captured.
+fn start(daemon: &Daemon, options: &[&str]) -> Child {
+    let before = daemon.log().matches("captured by an operator").count();
+    let child = program()
+        .arg("ctl")
+        .arg("--control")
+        .arg(daemon.path("control"))
+        .args(["capture", "one"])
+        .args(options)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    eventually("it captures", || daemon.log().matches("captured by an operator").count() > before);
+    child
+}
+
+/// What it says at its end.
+#[track_caller]
+fn end(child: Child) -> String {
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    said
+}
+
+fn interrupt(child: &Child) {
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+}
+
+/// Fields of each frame in a file, as tshark reads them.
+#[track_caller]
+fn fields(file: &Path, names: &[&str]) -> Vec<Vec<String>> {
+    let mut tshark = Command::new("tshark");
+    tshark.arg("-n").arg("-r").arg(file).args(["-T", "fields"]);
+    for name in names {
+        tshark.args(["-e", name]);
+    }
+    let output = tshark.output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    text.lines().map(|line| line.split('\t').map(str::to_owned).collect()).collect()
+}
+
+const DIRECTION: &str = "frame.packet_flags_direction";
+
+/// Inbound is to the guest.
+fn is_inbound(direction: &str) -> bool {
+    match direction {
+        "0x00000001" | "0x1" | "1" => true,
+        "0x00000002" | "0x2" | "2" => false,
+        other => panic!("direction {other}"),
+    }
+}
+
+#[test]
+fn tshark_sees_each_frame_with_its_direction_whole_and_once() {
+    needs_root!("tshark_sees_each_frame_with_its_direction_whole_and_once");
+    needs_program!("tshark_sees_each_frame_with_its_direction_whole_and_once", "tshark");
+    for host in ["tap = \"tap0\"", "af-xdp = \"veth0\"", "loopback = true"] {
+        let wire = match host {
+            "loopback = true" => None,
+            "tap = \"tap0\"" => {
+                enter_namespace_with_tap(false);
+                Some(Wire::open("tap0"))
+            }
+            _ => {
+                enter_namespace_with_veth(1);
+                Some(Wire::open("veth1"))
+            }
+        };
+        let (daemon, mut card) = capturing(host);
+        let file = daemon.path("capture");
+        // The first frame opens an AF_XDP socket.
+        card.send(0, &frame(999, 60));
+        if let Some(wire) = &wire {
+            assert!(wire.receive(1000).is_some());
+        } else {
+            card.receive(0);
+        }
+        let child = start(&daemon, &["--count=40", "-w", file.to_str().unwrap()]);
+        for number in 0..20 {
+            card.send(0, &frame(number, 60 + number * 10));
+            match &wire {
+                None => drop(card.receive(0)),
+                Some(wire) => {
+                    assert!(wire.receive(1000).is_some());
+                    wire.send(&frame(100 + number, 1000 + number));
+                    card.receive(0);
+                }
+            }
+        }
+        assert_eq!(end(child), "one: 40 frames captured, 0 left out\n", "{host}");
+        let names = [DIRECTION, "frame.len", "frame.cap_len", "frame.interface_name", "data.data"];
+        let seen = fields(&file, &names);
+        assert_eq!(seen.len(), 40);
+        let mut sent = 0;
+        let mut received = 0;
+        for line in seen {
+            let inbound = is_inbound(&line[0]);
+            let (number, expected) = if inbound {
+                received += 1;
+                match &wire {
+                    None => (received - 1, frame(received - 1, 60 + (received - 1) * 10)),
+                    Some(_) => (received - 1, frame(99 + received, 999 + received)),
+                }
+            } else {
+                sent += 1;
+                (sent - 1, frame(sent - 1, 60 + (sent - 1) * 10))
+            };
+            assert_eq!(line[1], expected.len().to_string(), "{host}: {number}");
+            assert_eq!(line[2], line[1]);
+            assert_eq!(line[3], "one/0");
+            let hex: String = expected[14..].iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(line[4].replace(':', ""), hex, "{host}: {number}");
+        }
+        assert_eq!((sent, received), (20, 20), "{host}");
+    }
+}
+
+#[test]
+fn frames_in_several_buffers_are_whole_and_others_as_short_as_was_asked_for() {
+    needs_program!(
+        "frames_in_several_buffers_are_whole_and_others_as_short_as_was_asked_for",
+        "tshark"
+    );
+    let (daemon, mut card) = {
+        let config =
+            "control = \"{}/control\"\n".to_owned() + &port("one", "loopback = true\nmtu = 9000");
+        let daemon = Daemon::with_config(&config, "one");
+        let options = Options { buffer: 512, ..Options::default() };
+        let frontend = Frontend::new(daemon.connect_to("one"));
+        (daemon, Card::start(frontend, options))
+    };
+    let (whole, short) = (daemon.path("whole"), daemon.path("short"));
+    let child = start(&daemon, &["--count=2", "-w", whole.to_str().unwrap()]);
+    let large = frame(1, 1400);
+    card.send(0, &large);
+    assert_eq!(card.receive(0)[12..], large);
+    end(child);
+    let child = start(&daemon, &["--count=2", "--snaplen=64", "-w", short.to_str().unwrap()]);
+    card.send(0, &large);
+    card.receive(0);
+    end(child);
+    let lengths = |file| fields(file, &["frame.len", "frame.cap_len"]);
+    assert_eq!(lengths(&whole), [["1400", "1400"], ["1400", "1400"]]);
+    assert_eq!(lengths(&short), [["1400", "64"], ["1400", "64"]]);
+}
+
+#[test]
+fn an_interrupted_capture_is_whole_and_tells_of_dropped_frames() {
+    needs_program!("an_interrupted_capture_is_whole_and_tells_of_dropped_frames", "tshark");
+    let (daemon, mut card) = capturing("loopback = true");
+    let file = daemon.path("capture");
+    let child = start(&daemon, &["-w", file.to_str().unwrap()]);
+    card.check_echo(10);
+    // Shorter than an Ethernet header.
+    card.send(0, &[0; 5]);
+    eventually("it is dropped", || daemon.show("one")["dropped"] == 1);
+    interrupt(&child);
+    assert_eq!(end(child), "one: 21 frames captured, 0 left out\n");
+    let comments = fields(&file, &["frame.comment"]);
+    assert_eq!(comments.len(), 21);
+    let dropped = comments.iter().filter(|line| line[0] == "dropped: too_short").count();
+    assert_eq!(dropped, 1, "{comments:?}");
+    // Once more, into a pipe.
+    let mut child = start(&daemon, &["--count=4", "-w", "-"]);
+    let tshark = Command::new("tshark")
+        .args(["-n", "-r", "-"])
+        .stdin(child.stdout.take().unwrap())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    card.check_echo(2);
+    end(child);
+    let output = tshark.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8(output.stdout).unwrap().lines().count(), 4);
+}
+
+#[test]
+fn whoever_does_not_read_loses_frames_and_the_guest_none() {
+    let _busy = one_at_a_time();
+    let (daemon, mut card) = capturing("loopback = true");
+    let file = daemon.path("capture");
+    let child = start(&daemon, &["-w", file.to_str().unwrap()]);
+    let process = Pid::from_raw(child.id() as i32);
+    kill(process, Signal::SIGSTOP).unwrap();
+    // More than wait: each frame is seen twice.
+    let frames = 12_000;
+    (0..frames / 200).for_each(|_| card.check_echo(200));
+    kill(process, Signal::SIGCONT).unwrap();
+    eventually("they are written", || {
+        let tally = daemon.ask(&["--json", "list"]);
+        !tally.is_empty() && std::fs::metadata(&file).is_ok_and(|file| file.len() > 1_000_000)
+    });
+    interrupt(&child);
+    let said = end(child);
+    let numbers: Vec<usize> =
+        said.split(' ').filter_map(|word| word.trim_matches(',').parse().ok()).collect();
+    assert!(numbers[1] > 0, "{said}");
+    assert_eq!(numbers.iter().sum::<usize>(), 2 * frames, "{said}");
+    card.check_echo(50);
+}
+
+#[test]
+fn a_capture_ends_with_its_port_and_what_cant_be_captured_is_said() {
+    let (daemon, mut card) = capturing("loopback = true");
+    let file = daemon.path("capture");
+    let file = file.to_str().unwrap();
+    let output = daemon.ctl(&["capture", "one", "-w", "/proc/nowhere/x"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("write /proc/nowhere/x: "), "{text}");
+    eventually("it has ended", || daemon.log().contains("capture ended: 0 frames"));
+    std::fs::write(file, "an older capture").unwrap();
+    let refused = daemon.ctl(&["capture", "two", "-w", file]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(std::fs::read(file).unwrap(), b"an older capture");
+    let child = start(&daemon, &["-w", file]);
+    for (words, code, said) in [
+        (&["capture", "one", "-w", "/dev/null"][..], 1, "is being captured already"),
+        (&["capture", "two", "-w", "/dev/null"], 1, "no port \"two\""),
+        (&["capture", "one", "--snaplen=3", "-w", "-"], 2, "snaplen"),
+        (&["capture", "one"], 2, "--write"),
+    ] {
+        let output = daemon.ctl(words);
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{words:?}: {text}");
+        assert!(text.contains(said), "{words:?}: {text}");
+    }
+    card.check_echo(5);
+    daemon.ask(&["remove", "one"]);
+    assert_eq!(end(child), "one: capture ended\n");
+    let bytes = std::fs::read(file).unwrap();
+    assert!(bytes.len() > 10 * 60);
+}
