@@ -8,6 +8,7 @@
 //! QEMU enables rings before it has negotiated anything, and cloud-hypervisor counts a ring's base
 //! by the avail index.
 
+mod migration;
 mod ring;
 
 use std::fmt;
@@ -20,9 +21,10 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Proto
 use crate::features::{Negotiated, Offer, protocol_features};
 use crate::guest::layout::MAX_SIZE;
 use crate::guest::memory::MAX_SLOTS;
-use crate::guest::{GuestMemory, MemoryError};
+use crate::guest::{DirtyLog, GuestMemory, MemoryError};
 use crate::net_config::{MIN_MTU, NetConfig};
 use crate::policy::Rules;
+use crate::port::Announcer;
 use crate::protocol::{Message, Reply, Request};
 use crate::worker::{Session, Worker};
 
@@ -49,8 +51,7 @@ impl fmt::Display for Refusal {
 fn demands_answer(code: FrontendReq) -> bool {
     matches!(
         code,
-        FrontendReq::SET_LOG_BASE
-            | FrontendReq::GET_INFLIGHT_FD
+        FrontendReq::GET_INFLIGHT_FD
             | FrontendReq::CREATE_CRYPTO_SESSION
             | FrontendReq::POSTCOPY_ADVISE
             | FrontendReq::POSTCOPY_END
@@ -79,7 +80,9 @@ struct Told {
     status: u8,
     /// MTU by NET_SET_MTU.
     mtu: Option<u16>,
+    /// With the log, while there is one to write.
     memory: Arc<GuestMemory>,
+    log: Option<Arc<DirtyLog>>,
     rings: Vec<ToldRing>,
     /// The channel for requests of ours, of which there are none yet.
     _backend_requests: Option<File>,
@@ -93,6 +96,7 @@ pub struct Device {
     config: NetConfig,
     requires_sealed_memory: bool,
     rules: Option<Arc<Rules>>,
+    announcer: Option<Announcer>,
     workers: Vec<Worker>,
     told: Told,
 }
@@ -106,6 +110,7 @@ impl Device {
             config,
             requires_sealed_memory: false,
             rules: None,
+            announcer: None,
             workers,
             told: Told::default(),
         };
@@ -122,6 +127,11 @@ impl Device {
     pub fn set_rules(&mut self, rules: Option<Arc<Rules>>) {
         self.rules = rules;
         self.restart_all();
+    }
+
+    /// Announces a card that has moved here by this.
+    pub fn set_announcer(&mut self, announcer: Option<Announcer>) {
+        self.announcer = announcer;
     }
 
     /// Moves frames from now on, or drops what the guest sends and gives it nothing.
@@ -303,6 +313,16 @@ impl Device {
                 self.answerable(ProtocolFeatures::STATUS)?;
                 reply(self.told.status.into())
             }
+            Request::SetLogBase { size, offset, file } => {
+                self.answerable(ProtocolFeatures::LOG_SHMFD)?;
+                self.set_log(file, offset, size)
+                    .map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))?;
+                reply(0)
+            }
+            Request::SendRarp(address) => {
+                self.requires(ProtocolFeatures::RARP)?;
+                self.announce(address)
+            }
             Request::Unsupported(code) => {
                 let why = "its protocol feature was not offered".to_owned();
                 Err(if demands_answer(code) {
@@ -333,11 +353,19 @@ impl Device {
             Err(error) => return refused(error.to_string()),
         };
         let running = self.told.rings.iter().any(ToldRing::is_running);
-        if running && self.told.features != Some(negotiated) {
+        let same = |before: &Negotiated| before.is_same_but_for_the_log(&negotiated);
+        if running && !self.told.features.as_ref().is_some_and(same) {
             return refused("the features changed while rings run");
         }
-        if self.told.features.replace(negotiated) != Some(negotiated) {
+        let before = self.told.features.replace(negotiated);
+        if before != Some(negotiated) {
             info!("{}: features {bits:#x}", self.name);
+        }
+        if before.is_some_and(|before| before.logs()) != negotiated.logs()
+            && let Err(refusal) = self.log_memory()
+        {
+            self.told.features = before;
+            return Err(refusal);
         }
         Ok(None)
     }
@@ -420,6 +448,7 @@ impl Device {
                  memory from memory-backend-memfd, which seals it",
             );
         }
+        let memory = memory.logged(self.told.memory.log().cloned())?;
         for (index, ring) in self.told.rings.iter().enumerate() {
             if ring.is_running() && ring.layout(&memory).is_err() {
                 return refused(format!("ring {index} runs in memory that would go"));

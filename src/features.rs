@@ -55,7 +55,11 @@ const ALWAYS: u64 = bits(&[
     // if the backend offers the bit.
     VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_GUEST_ANNOUNCE,
-]) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+]) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    | LOG_ALL;
+
+/// What is written is to be noted in the dirty log. The frontend sets it while it migrates the guest.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 const HOST_CHECKSUM: u64 = bit(VIRTIO_NET_F_CSUM);
 const HOST_SEGMENTATION: u64 =
@@ -76,6 +80,8 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::STATUS
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::RARP
 }
 
 /// Names of feature bits, as the specification has them (virtio 1.3, sections 5.1.3 and 6).
@@ -264,6 +270,16 @@ impl Negotiated {
         self.kept & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
     }
 
+    /// Whether what is written is to be noted in the dirty log.
+    pub fn logs(&self) -> bool {
+        self.kept & LOG_ALL != 0
+    }
+
+    /// Whether it differs from another in nothing but the dirty log.
+    pub fn is_same_but_for_the_log(&self, other: &Self) -> bool {
+        (self.acknowledged ^ other.acknowledged) & !LOG_ALL == 0
+    }
+
     /// How the rings are to be used.
     pub fn notification(&self) -> Notification {
         Notification {
@@ -322,8 +338,8 @@ mod tests {
     fn every_feature_that_is_offered_has_a_name() {
         let options = OfferOptions { ring_reset: true, ..OPTIONS };
         let offer = Offer::new(PortOffloads::ALL, options).bits();
-        let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-        assert_eq!(names(offer).len() as u32, (offer & !protocol).count_ones());
+        let frontends = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | LOG_ALL;
+        assert_eq!(names(offer).len() as u32, (offer & !frontends).count_ones());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 pub mod chain;
+pub mod dirty;
 pub mod fault;
 pub mod layout;
 pub mod lost;
@@ -16,6 +17,7 @@ mod notify;
 pub mod virtqueue;
 
 pub use chain::{Burst, Chain, Direction, Readable, Segment, Writable};
+pub use dirty::DirtyLog;
 pub use fault::Fault;
 pub use layout::RingLayout;
 pub use lost::{Contained, contain_sigbus};

@@ -5,17 +5,21 @@
 //! lets a session end at any moment.
 
 pub mod af_xdp;
+mod announcer;
 pub mod loopback;
 pub mod tap;
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use announcer::Announcer;
+
 use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
 use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
-use crate::policy::Rules;
+use crate::policy::{Limits, Rules};
 use crate::sandbox::Role;
 use crate::vnet_header::{Admission, Surplus};
 
@@ -168,6 +172,22 @@ impl HostQueue {
             HostQueue::AfXdp(queue) => queue.offloads(),
             HostQueue::Loopback => PortOffloads::ALL,
         }
+    }
+
+    /// What its card is announced by, within these limits; nothing for a port without a network.
+    ///
+    /// # Errors
+    /// No descriptor is to be had.
+    pub fn announcer(&self, limits: &Arc<Limits>) -> io::Result<Option<Announcer>> {
+        Ok(match self {
+            HostQueue::Tap(queue) => {
+                Some(Announcer::on_tap(queue.another_handle()?, limits.clone()))
+            }
+            HostQueue::AfXdp(queue) => {
+                Some(Announcer::on_socket(queue.packet_socket()?, limits.clone()))
+            }
+            HostQueue::Loopback => None,
+        })
     }
 
     /// What a thread that serves it does.

@@ -154,6 +154,13 @@ pub enum Request {
     RemMemReg(RegionRequest),
     SetStatus(u64),
     GetStatus,
+    SetLogBase {
+        size: u64,
+        offset: u64,
+        file: File,
+    },
+    /// The address of a card that has moved here.
+    SendRarp([u8; 6]),
     /// A request that exists but belongs to a protocol feature that is not offered.
     Unsupported(FrontendReq),
 }
@@ -411,6 +418,21 @@ impl Message {
             }
             FrontendReq::SET_STATUS => length(8).map(|()| Request::SetStatus(fields.u64()))?,
             FrontendReq::GET_STATUS => length(0).map(|()| Request::GetStatus)?,
+            FrontendReq::SET_LOG_BASE => {
+                length(16)?;
+                if count != 1 {
+                    return Err(wrong_count);
+                }
+                expected_files = 1;
+                let (size, offset) = (fields.u64(), fields.u64());
+                Request::SetLogBase { size, offset, file: files.remove(0) }
+            }
+            FrontendReq::SEND_RARP => {
+                length(8)?;
+                // The address is the first six bytes, as they lie there.
+                let [a, b, c, d, e, f, ..] = fields.u64().to_ne_bytes();
+                Request::SendRarp([a, b, c, d, e, f])
+            }
             // Whatever came along is closed; the frontend is answered, not cut off.
             other => {
                 expected_files = count;

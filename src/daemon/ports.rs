@@ -384,6 +384,7 @@ fn prepare(opened: Opened, sandbox: Sandbox) -> Result<Prepared, StartError> {
     let limits =
         Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
     let capture = Arc::default();
+    let announcer = queues[0].announcer(&limits).map_err(no_descriptor)?;
     let workers = start_workers(&config, &name, queues, &limits, &capture, sandbox)?;
     let status = Arc::new(PortStatus::new(
         name.clone(),
@@ -397,6 +398,7 @@ fn prepare(opened: Opened, sandbox: Sandbox) -> Result<Prepared, StartError> {
     let mut device = Device::new(name, offer, net_config, workers);
     device.set_rules(config.identity.clone().map(|identity| Arc::new(Rules::new(identity))));
     device.set_link(config.link);
+    device.set_announcer(announcer);
     device.require_sealed_memory(config.require_sealed_memory);
     let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
     let (orders, inbox) = channel();

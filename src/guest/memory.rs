@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
 
+use super::dirty::DirtyLog;
 use crate::sys::process::file_facts;
 
 /// Regions that a table can hold: what QEMU and cloud-hypervisor can use of the protocol's
@@ -56,6 +57,11 @@ pub enum MemoryError {
     NoSlot,
     /// No region like this is in the table.
     Unknown,
+    /// The dirty log has no bits for memory before this address.
+    LogTooShort {
+        /// First guest-physical address behind the memory.
+        end: u64,
+    },
     /// The kernel refused to look at or to map the file.
     Map(std::io::Error),
 }
@@ -80,6 +86,9 @@ impl fmt::Display for MemoryError {
             MemoryError::Overlap => write!(f, "it overlaps another region"),
             MemoryError::NoSlot => write!(f, "all {MAX_SLOTS} memory slots are taken"),
             MemoryError::Unknown => write!(f, "there is no such region"),
+            MemoryError::LogTooShort { end } => {
+                write!(f, "the dirty log has no bits for all memory up to {end:#x}")
+            }
             MemoryError::Map(error) => write!(f, "map its file: {error}"),
         }
     }
@@ -87,18 +96,62 @@ impl fmt::Display for MemoryError {
 
 impl std::error::Error for MemoryError {}
 
-/// One mapped region.
+/// A part of a file of shared memory, mapped.
 #[derive(Debug)]
-struct Region {
-    request: RegionRequest,
-    /// The mapping may start before the region: offsets are rounded down to (huge) pages.
-    mapping: MmapRegion,
-    /// Offset of the region's first byte in the mapping.
+pub(super) struct Mapping {
+    /// It may start before the part: offsets are rounded down to (huge) pages.
+    region: MmapRegion,
+    /// Offset of the part's first byte in the mapping.
     lead: usize,
     /// Size in bytes of the pages that the file consists of.
     page: u64,
     /// The file can't be shrunk.
     sealed: bool,
+}
+
+impl Mapping {
+    /// Maps `size` bytes of `file` from `offset` on.
+    pub(super) fn new(file: File, offset: u64, size: u64) -> Result<Self, MemoryError> {
+        if size == 0 {
+            return Err(MemoryError::Empty);
+        }
+        let end = offset.checked_add(size).ok_or(MemoryError::Overflow)?;
+        let facts = file_facts(&file).map_err(MemoryError::Map)?.ok_or(MemoryError::NotMemory)?;
+        if !facts.writable {
+            return Err(MemoryError::ReadOnly);
+        }
+        if end > facts.size {
+            return Err(MemoryError::PastEndOfFile { end, file_size: facts.size });
+        }
+        let start = offset - offset % facts.alignment;
+        let length = (end - start).next_multiple_of(facts.alignment) as usize;
+        let region = MmapRegionBuilder::new(length)
+            .with_file_offset(FileOffset::new(file, start))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()
+            .map_err(|error| MemoryError::Map(std::io::Error::other(error)))?;
+        let lead = (offset - start) as usize;
+        Ok(Mapping { region, lead, page: facts.alignment, sealed: facts.sealed })
+    }
+
+    /// Where the part's first byte is mapped.
+    pub(super) fn start(&self) -> NonNull<u8> {
+        let mapping = NonNull::new(self.region.as_ptr()).expect("nothing is mapped at 0");
+        // SAFETY: the mapping is longer than what leads to the part (`new`).
+        unsafe { mapping.add(self.lead) }
+    }
+
+    fn holds(&self, address: usize) -> bool {
+        address.wrapping_sub(self.region.as_ptr() as usize) < self.region.size()
+    }
+}
+
+/// One mapped region.
+#[derive(Debug)]
+struct Region {
+    request: RegionRequest,
+    mapping: Mapping,
 }
 
 /// Where a region is mapped, and what of: to map the same memory once more elsewhere.
@@ -119,34 +172,11 @@ pub struct Mapped<'a> {
 impl Region {
     fn map(request: RegionRequest, file: File) -> Result<Self, MemoryError> {
         let RegionRequest { guest_address, size, frontend_address, file_offset } = request;
-        if size == 0 {
-            return Err(MemoryError::Empty);
+        let ends = [guest_address, frontend_address].map(|from| from.checked_add(size));
+        if size > 0 && ends.contains(&None) {
+            return Err(MemoryError::Overflow);
         }
-        let ends =
-            [guest_address, frontend_address, file_offset].map(|from| from.checked_add(size));
-        let [Some(_), Some(_), Some(end)] = ends else { return Err(MemoryError::Overflow) };
-        let facts = file_facts(&file).map_err(MemoryError::Map)?.ok_or(MemoryError::NotMemory)?;
-        if !facts.writable {
-            return Err(MemoryError::ReadOnly);
-        }
-        if end > facts.size {
-            return Err(MemoryError::PastEndOfFile { end, file_size: facts.size });
-        }
-        let start = file_offset - file_offset % facts.alignment;
-        let length = (end - start).next_multiple_of(facts.alignment) as usize;
-        let mapping = MmapRegionBuilder::new(length)
-            .with_file_offset(FileOffset::new(file, start))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|error| MemoryError::Map(std::io::Error::other(error)))?;
-        Ok(Region {
-            request,
-            mapping,
-            lead: (file_offset - start) as usize,
-            page: facts.alignment,
-            sealed: facts.sealed,
-        })
+        Ok(Region { request, mapping: Mapping::new(file, file_offset, size)? })
     }
 
     fn overlaps(&self, other: &RegionRequest) -> bool {
@@ -155,11 +185,9 @@ impl Region {
             || meet(self.request.frontend_address, other.frontend_address)
     }
 
-    fn window(&self) -> Option<Window> {
-        // SAFETY: `map` made the mapping lead + size bytes long, and the size is not 0.
-        let mapped = unsafe { self.mapping.as_ptr().add(self.lead) };
+    fn window(&self) -> Window {
         let RegionRequest { guest_address, size, .. } = self.request;
-        Some(Window { guest_address, size, mapped: NonNull::new(mapped)? })
+        Window { guest_address, size, mapped: self.mapping.start() }
     }
 }
 
@@ -193,6 +221,8 @@ pub struct GuestMemory {
     regions: Vec<Arc<Region>>,
     /// Some of it has gone. Tables that share regions share this.
     lost: Arc<AtomicBool>,
+    /// Where it is noted what is written.
+    log: Option<Arc<DirtyLog>>,
 }
 
 impl GuestMemory {
@@ -220,7 +250,7 @@ impl GuestMemory {
         let place =
             regions.partition_point(|other| other.request.guest_address < request.guest_address);
         regions.insert(place, Arc::new(region));
-        Ok(GuestMemory { regions, lost: self.lost.clone() })
+        Ok(GuestMemory { regions, ..self.clone() })
     }
 
     /// This table without one region (REM_MEM_REG). The file offset does not count: frontends
@@ -234,7 +264,35 @@ impl GuestMemory {
         let place = self.regions.iter().position(same).ok_or(MemoryError::Unknown)?;
         let mut regions = self.regions.clone();
         regions.remove(place);
-        Ok(GuestMemory { regions, lost: self.lost.clone() })
+        Ok(GuestMemory { regions, ..self.clone() })
+    }
+
+    /// This table, with a log of what is written to it, or with none.
+    ///
+    /// # Errors
+    /// The log has no bits for some of it.
+    pub fn logged(&self, log: Option<Arc<DirtyLog>>) -> Result<Self, MemoryError> {
+        if let (Some(log), Some(last)) = (&log, self.regions.last()) {
+            let end = last.request.guest_address + last.request.size;
+            if log.end() < end {
+                return Err(MemoryError::LogTooShort { end });
+            }
+        }
+        Ok(GuestMemory { log, ..self.clone() })
+    }
+
+    /// Where it is noted what is written, if it is.
+    pub fn log(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref()
+    }
+
+    /// Notes that `length` bytes were written, from where they are mapped on.
+    pub(super) fn mark(&self, log: &DirtyLog, mapped: usize, length: usize) {
+        let offset = |region: &Region| mapped.wrapping_sub(region.mapping.start().addr().get());
+        let found = self.regions.iter().find(|it| (offset(it) as u64) < it.request.size);
+        if let Some(region) = found {
+            log.mark(region.request.guest_address + offset(region) as u64, length as u64);
+        }
     }
 
     /// Number of regions.
@@ -250,7 +308,7 @@ impl GuestMemory {
     /// Whether nobody can shrink the files of all regions, as their seals say: then no memory can
     /// be [lost](Self::is_lost) by truncation.
     pub fn is_sealed(&self) -> bool {
-        self.regions.iter().all(|region| region.sealed)
+        self.regions.iter().all(|region| region.mapping.sealed)
     }
 
     /// Whether some of it was found to have gone (see [`lost`](super::lost)).
@@ -262,17 +320,16 @@ impl GuestMemory {
     /// Puts empty memory in the place of the region that is mapped at `address`; says whether one
     /// is. Async-signal-safe.
     pub(super) fn lose(&self, address: usize) -> bool {
-        let found = self.regions.iter().find(|region| {
-            address.wrapping_sub(region.mapping.as_ptr() as usize) < region.mapping.size()
-        });
-        let Some(region) = found else { return false };
+        let regions = self.regions.iter().map(|region| &region.mapping);
+        let mut mappings = regions.chain(self.log.iter().map(|log| log.mapping()));
+        let Some(mapping) = mappings.find(|mapping| mapping.holds(address)) else { return false };
         self.lost.store(true, Ordering::Relaxed);
-        // SAFETY: the range is exactly the region's own mapping, which stays mapped, only with
-        // other memory behind it, until the region is dropped. Pointers into it stay valid.
+        // SAFETY: the range is exactly the mapping's own, which stays mapped, only with other memory
+        // behind it, until it is dropped. Pointers into it stay valid.
         let replaced = unsafe {
             libc::mmap(
-                region.mapping.as_ptr().cast(),
-                region.mapping.size(),
+                mapping.region.as_ptr().cast(),
+                mapping.region.size(),
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
                 -1,
@@ -285,13 +342,14 @@ impl GuestMemory {
     /// The mapping of each region.
     pub fn mappings(&self) -> impl Iterator<Item = Mapped<'_>> {
         self.regions.iter().map(|region| {
-            let file = region.mapping.file_offset().expect("every region is mapped from a file");
+            let Mapping { region, page, .. } = &region.mapping;
+            let file = region.file_offset().expect("every region is mapped from a file");
             Mapped {
-                start: region.mapping.as_ptr() as usize,
-                length: region.mapping.size(),
+                start: region.as_ptr() as usize,
+                length: region.size(),
                 file: file.file(),
                 offset: file.start(),
-                page: region.page,
+                page: *page,
             }
         })
     }
@@ -318,7 +376,7 @@ impl GuestMemory {
         last.at(address).or_else(|| {
             let behind =
                 self.regions.partition_point(|region| region.request.guest_address <= address);
-            *last = self.regions[..behind].last()?.window()?;
+            *last = self.regions[..behind].last()?.window();
             last.at(address)
         })
     }

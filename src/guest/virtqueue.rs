@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use virtio_queue::desc::split::Descriptor;
 
 use super::chain::{Burst, Chain, Direction, Segment, Segments, Unaligned};
+use super::dirty::DirtyLog;
 use super::fault::Fault;
 use super::layout::RingLayout;
 use super::memory::{GuestMemory, Window};
@@ -83,6 +84,8 @@ pub struct Virtqueue<'mem, D: Direction> {
     spare: Vec<Vec<Segment<'mem>>>,
     /// The region of the last buffer.
     region: Window,
+    /// Where it is noted what is written, and the guest's address of the used ring.
+    log: Option<(&'mem DirtyLog, u64)>,
     direction: PhantomData<D>,
 }
 
@@ -113,6 +116,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             on_loan: vec![0; usize::from(layout.size).div_ceil(64)].into_boxed_slice(),
             spare: Vec::new(),
             region: Window::EMPTY,
+            log: memory.log().map(|log| (&**log, layout.used.0)),
             direction: PhantomData,
         };
         let used = queue.used_u16(2).load(Ordering::Relaxed);
@@ -334,12 +338,41 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             AtomicU32::from_ptr(entry.add(1)).store(written.to_le(), Ordering::Relaxed);
         }
         self.next_used = position.wrapping_add(1);
+        if self.log.is_some() {
+            self.log_used(4 + 8 * slot, 8);
+            self.log_buffers(&segments);
+        }
         self.release(head, segments);
+    }
+
+    /// Notes that bytes of the used ring were written.
+    #[cold]
+    fn log_used(&self, offset: usize, length: u64) {
+        if let Some((log, ring)) = self.log {
+            log.mark(ring + offset as u64, length);
+        }
+    }
+
+    /// Notes that buffers may have been written: all of them, for a port may have written more than
+    /// the guest is told.
+    #[cold]
+    fn log_buffers(&self, segments: &Segments<'mem>) {
+        let Some((log, _)) = self.log.filter(|_| D::WRITABLE) else { return };
+        let segments = match segments {
+            Segments::One(only) => std::slice::from_ref(only),
+            Segments::List(list) => list,
+        };
+        for segment in segments {
+            self.memory.mark(log, segment.address(), segment.len());
+        }
     }
 
     /// Takes a chain back that was not used, when the ring stops: the next start pops it again.
     pub fn take_back(&mut self, chain: Chain<'mem, D>) {
         let (_, head, segments) = chain.into_parts();
+        if self.log.is_some() {
+            self.log_buffers(&segments);
+        }
         self.release(head, segments);
     }
 
@@ -361,6 +394,9 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         let event_idx = self.notification.event_idx;
         let wish = self.avail_u16(if event_idx { 4 + 2 * usize::from(self.size) } else { 0 });
         let wish = show(&self.used_u16(2), self.next_used, &wish);
+        if self.log.is_some() {
+            self.log_used(0, 4);
+        }
         let call = if event_idx {
             let before = self.called_at.replace(self.next_used);
             before.is_none_or(|before| passed(wish, self.next_used, before))
@@ -376,11 +412,14 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     /// # Errors
     /// As [`pop`](Self::pop), for the avail index.
     pub fn arm(&mut self) -> Result<bool, Fault> {
-        let (wish, value) = match self.notification.event_idx {
-            true => (self.used_u16(4 + 8 * usize::from(self.size)), self.next_avail),
-            false => (self.used_u16(0), 0),
+        let (offset, value) = match self.notification.event_idx {
+            true => (4 + 8 * usize::from(self.size), self.next_avail),
+            false => (0, 0),
         };
-        let index = ask(&wish, value, &self.avail_u16(2));
+        let index = ask(&self.used_u16(offset), value, &self.avail_u16(2));
+        if self.log.is_some() {
+            self.log_used(offset, 2);
+        }
         self.armed = true;
         self.see(index)
     }
@@ -390,6 +429,9 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     pub fn disarm(&mut self) {
         if self.armed && !self.notification.event_idx {
             self.used_u16(0).store(USED_F_NO_NOTIFY, Ordering::Relaxed);
+            if self.log.is_some() {
+                self.log_used(0, 2);
+            }
         }
         self.armed = false;
     }

@@ -89,6 +89,11 @@ struct Upper<'a> {
 }
 
 impl Rules {
+    /// Whether an Ethernet address is the guest's.
+    pub fn is_own(&self, address: MacAddress) -> bool {
+        self.identity.macs.contains(&address)
+    }
+
     /// Rules for a guest.
     pub fn new(identity: Identity) -> Self {
         let link_local = identity.macs.iter().map(link_local).collect();

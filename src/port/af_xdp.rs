@@ -18,7 +18,8 @@ mod transmitter;
 mod umem;
 
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -73,6 +74,11 @@ impl XdpQueue {
     /// their checksums.
     pub fn offloads(&self) -> PortOffloads {
         PortOffloads { both_ways: false, ..PortOffloads::ALL }
+    }
+
+    /// A socket for frames beside those of a session.
+    pub(super) fn packet_socket(&self) -> io::Result<OwnedFd> {
+        self.interface.packet_socket()
     }
 
     /// Begins a session. Nothing is opened yet.

@@ -91,6 +91,11 @@ impl TapQueue {
         self.offloads
     }
 
+    /// The same queue once more, for frames beside those of a session.
+    pub(super) fn another_handle(&self) -> io::Result<Queue> {
+        self.queue.try_clone()
+    }
+
     /// The device's name.
     pub fn name(&self) -> &str {
         &self.queue.identity().name

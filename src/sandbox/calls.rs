@@ -161,6 +161,7 @@ const TAP_REQUESTS: &[c_int] = &[
     0x4004_54e2_u32 as c_int, // TUNSETCARRIER
     0x8921,                   // SIOCGIFMTU
 ];
+const TUNGETVNETHDRSZ: c_int = 0x8004_54d7_u32 as c_int;
 const SIOCETHTOOL: c_int = 0x8946;
 
 /// What a role may do.
@@ -214,7 +215,8 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         Role::Control => Allowed {
             calls: calls(&[WAIT, CONTROL]),
             commands: descriptors,
-            requests: vec![FIONBIO],
+            // Of a TAP, to announce a card.
+            requests: vec![FIONBIO, TUNGETVNETHDRSZ],
             // To connect to a VMM.
             families: vec![libc::AF_UNIX],
             ..common

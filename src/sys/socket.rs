@@ -86,6 +86,25 @@ fn stream_socket() -> io::Result<OwnedFd> {
     unsafe { Ok(OwnedFd::from_raw_fd(check(libc::socket(libc::AF_UNIX, flags, 0))?)) }
 }
 
+/// A packet socket that sends whole frames by the device of an index, and receives none.
+///
+/// # Errors
+/// EPERM without CAP_NET_RAW, ENODEV if there is no such device.
+pub fn packet_socket(device: u32) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: the descriptor is fresh and owned at once; the address lives through the call.
+    unsafe {
+        // Protocol 0 receives nothing (packet(7)).
+        let socket = OwnedFd::from_raw_fd(check(libc::socket(libc::AF_PACKET, kind, 0))?);
+        let mut address: libc::sockaddr_ll = mem::zeroed();
+        address.sll_family = libc::AF_PACKET as libc::sa_family_t;
+        address.sll_ifindex = device as libc::c_int;
+        let length = mem::size_of_val(&address) as libc::socklen_t;
+        check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length))?;
+        Ok(socket)
+    }
+}
+
 /// Connects to the socket at `path`, or fails at once: unlike [`UnixStream::connect`] it does not
 /// wait for a listener whose queue is full.
 ///

@@ -18,6 +18,7 @@ const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNGETSNDBUF: libc::c_ulong = 0x8004_54d3;
+const TUNGETVNETHDRSZ: libc::c_ulong = 0x8004_54d7;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
 const TUNSETCARRIER: libc::c_ulong = 0x4004_54e2;
@@ -199,6 +200,20 @@ impl Queue {
         // SAFETY: TUNSETCARRIER reads one int.
         unsafe { check(libc::ioctl(self.file.as_raw_fd(), TUNSETCARRIER, &up))? };
         Ok(())
+    }
+
+    /// The same queue by another descriptor.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Queue { file: self.file.try_clone()?, identity: self.identity.clone() })
+    }
+
+    /// Writes one frame without any offload, whatever header the device is set to.
+    pub fn write_plain(&self, frame: &[u8]) -> io::Result<()> {
+        let mut length: libc::c_int = 0;
+        // SAFETY: TUNGETVNETHDRSZ writes one int.
+        unsafe { check(libc::ioctl(self.file.as_raw_fd(), TUNGETVNETHDRSZ, &mut length))? };
+        let header = vec![0; usize::try_from(length).unwrap_or(0)];
+        self.write(&[Segment::of_bytes(&header), Segment::of_bytes(frame)]).map(|_| ())
     }
 
     /// Whether a write can be refused because too much is under way. Without a limit (the

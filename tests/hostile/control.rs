@@ -18,7 +18,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::set_flags;
 use crate::support::SOON;
-use crate::support::driver::{HEADER, PROTOCOL, VERSION_1};
+use crate::support::driver::{HEADER, LOG_ALL, PROTOCOL, VERSION_1};
 use crate::support::eventually;
 use crate::support::frontend::{Frontend, NEED_REPLY, addresses, dev_null, header, pair, region};
 use crate::support::guest::{FRONTEND_BASE, Ram, memfd};
@@ -430,17 +430,54 @@ fn hostile_12_memory_can_not_overlap_and_not_go_from_under_a_ring() {
 }
 
 #[test]
-fn hostile_13_a_dirty_log_that_was_not_offered_is_refused() {
+fn hostile_13_a_dirty_log_that_can_not_be_is_refused_and_one_that_goes_costs_its_port_only() {
     let scene = Scene::new(13);
-    let mut frontend = scene.frontend();
-    frontend.begin();
-    let log = Ram::new(0, 0x1000);
-    frontend.refused(FrontendReq::SET_LOG_FD, &[], &[event().as_raw_fd()]);
-    let place = [0x1000u64, 0].iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<u8>>();
-    frontend.send_with(FrontendReq::SET_LOG_BASE, 0, &place, &[log.file.as_raw_fd()]);
-    assert!(frontend.is_closed());
-    scene.says("SET_LOG_BASE: its protocol feature was not offered");
-    scene.ends("R: not offered; missing: the log of live migration");
+    let mut card = scene.card();
+    card.check_echo(50);
+    let logging = card.options.features | LOG_ALL;
+    // Before there is a log.
+    card.frontend.refused(FrontendReq::SET_FEATURES, &logging.to_ne_bytes(), &[]);
+    card.frontend.refused(FrontendReq::SET_LOG_FD, &[], &[event().as_raw_fd()]);
+    drop(card);
+    let log = memfd(0x1000);
+    let all = 0x1000;
+    for (size, offset, file, said) in [
+        (0, 0, &log, "the region is empty"),
+        (all, u64::MAX - 10, &log, "beyond 64 bits"),
+        (all, 1, &log, "it ends at byte 4097 of a file of 4096 bytes"),
+        (1 << 62, 0, &log, "it ends at byte"),
+        (all, 0, &dev_null(), "its descriptor is no memory"),
+    ] {
+        let mut frontend = scene.frontend();
+        frontend.begin();
+        frontend.try_set_log_base(size, offset, file);
+        assert!(frontend.is_closed(), "{said}");
+        scene.says(said);
+    }
+    // Too short for the guest's memory: it is refused, and nothing is logged.
+    let mut card = scene.card();
+    assert!(card.frontend.set_log_base(2, 0, &log));
+    card.frontend.refused(FrontendReq::SET_FEATURES, &logging.to_ne_bytes(), &[]);
+    scene.says("the dirty log has no bits for all memory");
+    card.check_echo(50);
+    // On and off under traffic, and with another log each time.
+    assert!(card.frontend.set_log_base(all, 0, &log));
+    for _ in 0..20 {
+        card.frontend.set_features(logging);
+        card.check_echo(20);
+        assert!(card.frontend.set_log_base(all, 0, &log));
+        card.check_echo(20);
+        card.frontend.set_features(card.options.features);
+        card.check_echo(20);
+    }
+    // A log that is cut while it is written.
+    card.frontend.set_features(logging);
+    card.check_echo(20);
+    log.set_len(0).unwrap();
+    card.send(0, &[0; 60]);
+    scene.says("memory has gone");
+    drop(card);
+    scene.ends("R: refused, and nothing out of bounds; B: when the log is cut");
 }
 
 #[test]
@@ -633,7 +670,7 @@ fn hostile_20_messages_of_other_features_are_refused() {
     let offered = frontend.begin();
     let null = dev_null();
     for code in [
-        FrontendReq::SEND_RARP,
+        FrontendReq::SET_LOG_FD,
         FrontendReq::IOTLB_MSG,
         FrontendReq::SET_VRING_ENDIAN,
         FrontendReq::VRING_KICK,

@@ -14,6 +14,8 @@ pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const INDIRECT: u64 = 1 << 28;
 pub(crate) const MRG_RXBUF: u64 = 1 << 15;
 pub(crate) const VERSION_1: u64 = 1 << 32;
+/// What the frontend sets while it migrates the guest.
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const IN_ORDER: u64 = 1 << 35;
 pub(crate) const PROTOCOL: u64 = 1 << 30;
 pub(crate) const CSUM: u64 = 1;
@@ -93,6 +95,11 @@ impl Ring {
     /// First byte behind the rings, for buffers; indirect tables come first, 256 bytes a head.
     pub(crate) fn buffer_area(&self) -> u64 {
         (self.buffers + u64::from(self.size) * 256).next_multiple_of(0x1000)
+    }
+
+    /// Where the device writes: address and length of the used ring.
+    pub(crate) fn used_area(&self) -> (u64, u64) {
+        (self.used, 6 + 8 * u64::from(self.size))
     }
 
     pub(crate) fn write_descriptor(

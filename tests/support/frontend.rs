@@ -15,10 +15,10 @@ use super::guest::{FRONTEND_BASE, Ram};
 
 pub(crate) const NEED_REPLY: u32 = 8;
 
-/// Protocol features: MQ, REPLY_ACK, MTU, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS,
-/// STATUS.
+/// Protocol features: MQ, LOG_SHMFD, RARP, REPLY_ACK, MTU, BACKEND_REQ, CONFIG, RESET_DEVICE,
+/// CONFIGURE_MEM_SLOTS, STATUS.
 pub(crate) const PROTOCOL_FEATURES: u64 =
-    1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16;
+    1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16;
 
 /// A connection to the daemon.
 #[derive(Debug)]
@@ -145,6 +145,19 @@ impl Frontend {
         rams.iter().for_each(|ram| payload.extend(region(ram)));
         let fds: Vec<i32> = rams.iter().map(|ram| ram.file.as_raw_fd()).collect();
         self.ask(FrontendReq::SET_MEM_TABLE, &payload, &fds);
+    }
+
+    /// Sends a dirty log, without waiting for the reply.
+    pub(crate) fn try_set_log_base(&mut self, size: u64, offset: u64, file: &File) {
+        let place: Vec<u8> = [size, offset].iter().flat_map(|word| word.to_ne_bytes()).collect();
+        self.send_with(FrontendReq::SET_LOG_BASE, 0, &place, &[file.as_raw_fd()]);
+    }
+
+    /// Gives it a dirty log; says whether it was taken.
+    pub(crate) fn set_log_base(&mut self, size: u64, offset: u64, file: &File) -> bool {
+        self.try_set_log_base(size, offset, file);
+        let reply = self.reply(FrontendReq::SET_LOG_BASE);
+        u64::from_ne_bytes(reply.try_into().unwrap()) == 0
     }
 
     pub(crate) fn add_mem_reg(&mut self, ram: &Ram) {

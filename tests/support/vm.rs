@@ -1,11 +1,12 @@
 //! A real guest: a stock Debian kernel under QEMU, started by the scripts in qemu/.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::eventually;
@@ -34,6 +35,15 @@ pub(crate) fn make_guest() {
 impl Vm {
     /// Starts QEMU on the vhost-user socket, with further environment for qemu/run-guest.
     pub(crate) fn start(socket: &Path, environment: &[(&str, &str)]) -> Self {
+        Self::start_with(socket, environment, &[])
+    }
+
+    /// The same with further options for QEMU.
+    pub(crate) fn start_with(
+        socket: &Path,
+        environment: &[(&str, &str)],
+        options: &[&str],
+    ) -> Self {
         let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
         let path = |name: &str| directory.as_path().join(name);
         let log = std::fs::File::create(path("qemu.log")).unwrap();
@@ -41,6 +51,8 @@ impl Vm {
             .env("SOCKET", socket)
             .env("CONSOLE", format!("file:{}", path("console").display()))
             .env("COMMANDS", format!("unix:{},server=on,wait=off", path("commands").display()))
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", path("monitor").display())])
+            .args(options)
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -86,14 +98,65 @@ impl Vm {
         output.to_owned()
     }
 
+    /// What the command printed that was typed last.
+    #[track_caller]
+    pub(crate) fn wait_for_end(&mut self) -> String {
+        self.wait_for("END ")
+    }
+
+    /// Waits until a guest that has arrived here takes commands.
+    #[track_caller]
+    pub(crate) fn wait_for_commands(&mut self) {
+        self.run("true");
+    }
+
     pub(crate) fn type_line(&mut self, line: &str) {
         writeln!(self.commands, "{line}").unwrap();
+    }
+
+    /// QEMU's monitor.
+    pub(crate) fn monitor(&self) -> Monitor {
+        let path = self.directory.as_path().join("monitor");
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut monitor = Monitor(BufReader::new(stream));
+        monitor.line();
+        monitor.ask("qmp_capabilities", Value::Null);
+        monitor
     }
 
     /// Ends QEMU at once.
     pub(crate) fn kill(&mut self) {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
+    }
+}
+
+/// QEMU's monitor (QMP).
+pub(crate) struct Monitor(BufReader<UnixStream>);
+
+impl Monitor {
+    fn line(&mut self) -> Value {
+        let mut line = String::new();
+        self.0.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
+    }
+
+    /// Has it carry a command out; returns what it says.
+    #[track_caller]
+    pub(crate) fn ask(&mut self, command: &str, arguments: Value) -> Value {
+        let mut request = serde_json::json!({"execute": command});
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        writeln!(self.0.get_mut(), "{request}").unwrap();
+        loop {
+            let reply = self.line();
+            assert!(reply["error"].is_null(), "{command}: {reply}");
+            if let Some(returned) = reply.get("return") {
+                return returned.clone();
+            }
+        }
     }
 }
 

@@ -19,6 +19,7 @@ use crate::features::HEADER_LENGTH;
 use crate::guest::GuestMemory;
 use crate::net_config::MacAddress;
 use crate::sys::link::{self, Link, Watch};
+use crate::sys::socket;
 use crate::sys::xsk::{Binding, Registration, Socket};
 
 /// What a frame has on top of its MTU at the most: an Ethernet header and a VLAN tag, as Linux
@@ -141,6 +142,11 @@ impl Interface {
     /// The device's name.
     pub(super) fn name(&self) -> &str {
         &self.options.name
+    }
+
+    /// A socket for frames beside those of the queues.
+    pub(super) fn packet_socket(&self) -> io::Result<OwnedFd> {
+        socket::packet_socket(link::find(self.name())?.index)
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {

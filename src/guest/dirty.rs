@@ -1,0 +1,90 @@
+//! The dirty log: a bitmap that the frontend shares while it migrates the guest, one bit for each 4 KiB
+//! of guest memory that we have written (vhost-user specification, "Migration").
+//!
+//! Invariant: a page is marked after it was written, and before the frontend is told that nothing more
+//! will be written. The frontend clears bits while it copies pages: a page that was marked before it
+//! was written could be copied in between, and the write be lost.
+
+use std::fs::File;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use super::memory::{Mapping, MemoryError};
+
+/// Bytes of guest memory for each bit, whatever the size of its pages.
+const PAGE: u64 = 4096;
+
+/// A mapped dirty log.
+#[derive(Debug)]
+pub struct DirtyLog {
+    mapping: Mapping,
+    /// Its length in bytes.
+    length: u64,
+}
+
+impl DirtyLog {
+    /// Maps `length` bytes of a file from `offset` on.
+    ///
+    /// # Errors
+    /// The file is no memory, or shorter than that.
+    pub fn map(file: File, offset: u64, length: u64) -> Result<Self, MemoryError> {
+        Ok(DirtyLog { mapping: Mapping::new(file, offset, length)?, length })
+    }
+
+    /// First guest-physical address that it has no bit for.
+    pub fn end(&self) -> u64 {
+        self.length.saturating_mul(8 * PAGE)
+    }
+
+    pub(super) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// Marks the pages of `length` bytes from a guest-physical address. What it has no bit for is left
+    /// out.
+    pub(super) fn mark(&self, address: u64, length: u64) {
+        let Some(last) = length.checked_sub(1).and_then(|more| address.checked_add(more)) else {
+            return;
+        };
+        for page in address / PAGE..=last / PAGE {
+            if page / 8 >= self.length {
+                return;
+            }
+            // SAFETY: `map` has mapped `length` bytes, and the byte is one of them. The frontend
+            // changes it at the same time, atomically as we do.
+            let byte = unsafe {
+                AtomicU8::from_ptr(self.mapping.start().add((page / 8) as usize).as_ptr())
+            };
+            // Release: whoever sees the bit sees what was written.
+            byte.fetch_or(1 << (page % 8), Ordering::Release);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::FromRawFd;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn pages_are_marked_by_their_bits_and_nothing_beyond_the_end() {
+        // SAFETY: a fresh descriptor, owned by the File.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"log".as_ptr(), 0)) };
+        file.set_len(0x2000).unwrap();
+        let other = file.try_clone().unwrap();
+        let log = DirtyLog::map(file, 0x800, 4).unwrap();
+        assert_eq!(log.end(), 32 * 4096);
+        log.mark(0, 1);
+        log.mark(4095, 2);
+        log.mark(9 * 4096, 3 * 4096);
+        log.mark(31 * 4096 + 4095, 10_000);
+        log.mark(u64::MAX, 1);
+        log.mark(u64::MAX, u64::MAX);
+        log.mark(5, 0);
+        let mut bytes = [0; 8];
+        other.read_exact_at(&mut bytes, 0x7fe).unwrap();
+        assert_eq!(bytes, [0, 0, 0b11, 0b1110, 0, 0x80, 0, 0]);
+        assert!(DirtyLog::map(other.try_clone().unwrap(), 0x1fff, 2).is_err());
+        assert!(DirtyLog::map(other, 0, 0).is_err());
+    }
+}

@@ -1,0 +1,198 @@
+//! A real guest that moves between two QEMUs, each with a daemon of its own, under TCP both ways.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::daemon::Daemon;
+use crate::support::network::{enter_new_namespace, ip};
+use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, make_guest};
+use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+
+/// Bytes of the data that goes back and forth.
+const SET: usize = 8 << 20;
+const MIGRATIONS: usize = 10;
+
+/// Data that does not repeat within itself.
+fn data() -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let next = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        state.to_le_bytes()
+    };
+    std::iter::repeat_with(next).take(SET / 8).flatten().collect()
+}
+
+fn connect(port: u16) -> TcpStream {
+    let mut connected = None;
+    eventually("the guest listens", || {
+        connected = TcpStream::connect((GUEST_ADDRESS, port)).ok();
+        connected.is_some()
+    });
+    let stream = connected.unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
+    stream
+}
+
+/// Two connections that carry the data over and over, one each way, and check it.
+struct Traffic {
+    stop: Arc<AtomicBool>,
+    received: Arc<AtomicUsize>,
+    /// Longest time in microseconds in which nothing was received.
+    gap: Arc<AtomicU64>,
+    reader: JoinHandle<()>,
+    /// Returns how often it has sent the data.
+    writer: JoinHandle<usize>,
+}
+
+impl Traffic {
+    fn start(vm: &mut Vm, data: &Arc<Vec<u8>>) -> Self {
+        // The data goes in once, to be sent back for ever.
+        vm.type_line("nc -l -p 7000 >/tmp/set; md5sum </tmp/set");
+        let mut load = connect(7000);
+        load.write_all(data).unwrap();
+        drop(load);
+        let sum = vm.wait_for_end();
+        vm.run("(while cat /tmp/set; do :; done | nc -l -p 7001) >/dev/null 2>&1 &");
+        // What comes in must be the data, too, as often as it was sent.
+        vm.run("(nc -l -p 7002 | md5sum >/tmp/sum) >/dev/null 2>&1 &");
+        let (mut from_guest, mut to_guest) = (connect(7001), connect(7002));
+        let (stop, received, gap) =
+            <(Arc<AtomicBool>, Arc<AtomicUsize>, Arc<AtomicU64>)>::default();
+        let (stopped, count, longest, expected) =
+            (stop.clone(), received.clone(), gap.clone(), data.clone());
+        let reader = std::thread::spawn(move || {
+            let mut bytes = vec![0; 64 << 10];
+            let mut place = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                let started = Instant::now();
+                let length = from_guest.read(&mut bytes).unwrap();
+                assert!(length > 0, "the connection from the guest has ended");
+                longest.fetch_max(started.elapsed().as_micros() as u64, Ordering::Relaxed);
+                let mut rest = &bytes[..length];
+                while !rest.is_empty() {
+                    let part = rest.len().min(SET - place);
+                    assert!(rest[..part] == expected[place..place + part], "it is damaged");
+                    place = (place + part) % SET;
+                    rest = &rest[part..];
+                }
+                count.fetch_add(length, Ordering::Relaxed);
+            }
+        });
+        let (stopped, data) = (stop.clone(), data.clone());
+        let writer = std::thread::spawn(move || {
+            let mut times = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                to_guest.write_all(&data).unwrap();
+                times += 1;
+            }
+            times
+        });
+        assert!(sum.len() >= 32, "{sum}");
+        Traffic { stop, received, gap, reader, writer }
+    }
+
+    /// Waits until so many bytes more have come from the guest.
+    fn wait(&self, bytes: usize) {
+        let wanted = self.received.load(Ordering::Relaxed) + bytes;
+        eventually("bytes come", || self.received.load(Ordering::Relaxed) >= wanted);
+    }
+}
+
+fn status(monitor: &mut crate::support::vm::Monitor) -> Value {
+    monitor.ask("query-migrate", Value::Null)
+}
+
+#[test]
+fn a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right() {
+    let name = "a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right";
+    needs_root!(name);
+    needs_program!(name, "qemu-system-x86_64");
+    needs_program!(name, "ping");
+    make_guest();
+    let _alone = one_at_a_time();
+    enter_new_namespace();
+    let daemons = ["tap0", "tap1"].map(|tap| Daemon::start(&[&format!("--tap={tap}")]));
+    ip("link add br0 type bridge");
+    for tap in ["tap0", "tap1"] {
+        ip(&format!("link set {tap} master br0"));
+    }
+    ip(&format!("address add {HOST_ADDRESS}/24 dev br0"));
+    ip("link set br0 up");
+    let environment = [("MEMORY", "192")];
+    let mut vm = Vm::start(&daemons[0].socket(), &environment);
+    vm.wait_ready();
+    check_ping();
+    let data = Arc::new(data());
+    let traffic = Traffic::start(&mut vm, &data);
+    traffic.wait(SET);
+
+    // Cancelled: logging is off again, and all goes on.
+    let mut monitor = vm.monitor();
+    let stream = daemons[0].path("migration");
+    monitor.ask("migrate-set-parameters", json!({"max-bandwidth": 1 << 20}));
+    let listener = std::os::unix::net::UnixListener::bind(&stream).unwrap();
+    let uri = json!({"uri": format!("unix:{}", stream.display())});
+    monitor.ask("migrate", uri.clone());
+    let taken = listener.accept().unwrap();
+    let says = |daemon: &Daemon, what: &str, times: usize| {
+        eventually(what, || daemon.log().matches(what).count() >= times);
+    };
+    says(&daemons[0], "is noted in the frontend's dirty log", 1);
+    traffic.wait(SET / 4);
+    monitor.ask("migrate_cancel", Value::Null);
+    drop((taken, listener));
+    eventually("it is cancelled", || status(&mut monitor)["status"] == "cancelled");
+    says(&daemons[0], "is not noted any more", 1);
+    traffic.wait(SET);
+    std::fs::remove_file(&stream).unwrap();
+    drop(monitor);
+
+    let (mut downtimes, mut gaps) = (Vec::new(), Vec::new());
+    for round in 1..=MIGRATIONS {
+        let incoming = format!("unix:{}", stream.display());
+        let socket = daemons[round % 2].socket();
+        let mut next = Vm::start_with(&socket, &environment, &["-incoming", &incoming]);
+        eventually("it waits for the guest", || stream.exists());
+        traffic.gap.store(0, Ordering::Relaxed);
+        let mut monitor = vm.monitor();
+        let parameters = json!({"max-bandwidth": 1_u64 << 31, "downtime-limit": 300});
+        monitor.ask("migrate-set-parameters", parameters);
+        monitor.ask("migrate", uri.clone());
+        let mut last = Value::Null;
+        let end = Instant::now() + Duration::from_secs(60);
+        while last["status"] != "completed" {
+            last = status(&mut monitor);
+            assert!(last["status"] != "failed" && Instant::now() < end, "{last}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        vm.kill();
+        // The guest goes on where it has arrived.
+        traffic.wait(SET);
+        downtimes.push(last["downtime"].as_u64().unwrap());
+        gaps.push(traffic.gap.load(Ordering::Relaxed) / 1000);
+        next.wait_for_commands();
+        vm = next;
+        let _ = std::fs::remove_file(&stream);
+    }
+    println!("downtime by QEMU in ms: {downtimes:?}; longest silence of the guest: {gaps:?}");
+    traffic.stop.store(true, Ordering::Relaxed);
+    traffic.reader.join().unwrap();
+    let times = traffic.writer.join().unwrap();
+    let mut expected =
+        Command::new("md5sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut pipe = expected.stdin.take().unwrap();
+    (0..times).for_each(|_| pipe.write_all(&data).unwrap());
+    drop(pipe);
+    let expected = String::from_utf8(expected.wait_with_output().unwrap().stdout).unwrap();
+    let seen = vm.run("while ! test -s /tmp/sum; do sleep 0.1; done; cat /tmp/sum");
+    assert_eq!(seen.trim(), expected.trim(), "the guest got something else than was sent");
+    println!("{times} times {SET} bytes went to the guest unchanged");
+}

@@ -1,0 +1,208 @@
+//! A guest that moves: what is written to its memory is noted for the frontend, and where it arrives
+//! its address is announced.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use vhost::vhost_user::message::FrontendReq;
+
+use crate::support::daemon::Daemon;
+use crate::support::driver::{Card, LOG_ALL, Options};
+use crate::support::frontend::Frontend;
+use crate::support::guest::memfd;
+use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
+use crate::support::traffic::{check_both_ways, frame};
+use crate::support::{eventually, needs_root};
+
+const PAGE: usize = 4096;
+
+/// A dirty log of the test's, and the memory that it is for.
+struct Log {
+    file: File,
+    bytes: usize,
+}
+
+impl Log {
+    fn of(card: &Card) -> Self {
+        let bytes = (card.ram.size as usize).div_ceil(PAGE * 8);
+        Log { file: memfd(bytes as u64), bytes }
+    }
+
+    /// The pages that are marked, and unmarks them.
+    fn take(&self) -> Vec<usize> {
+        let mut bits = vec![0; self.bytes];
+        self.file.read_exact_at(&mut bits, 0).unwrap();
+        self.file.write_all_at(&vec![0; self.bytes], 0).unwrap();
+        (0..self.bytes * 8).filter(|page| bits[page / 8] & 1 << (page % 8) != 0).collect()
+    }
+}
+
+/// What only the device writes, rx buffers and used rings: a piece in each page, and its contents.
+fn device_pieces(card: &Card) -> Vec<(usize, Vec<u8>)> {
+    let used = card.rx.iter().chain(&card.tx).map(|ring| ring.used_area());
+    let buffers = card.rx.iter().map(|ring| {
+        (ring.buffer_area(), u64::from(card.options.size) * u64::from(card.options.buffer))
+    });
+    let pieces = used.chain(buffers).flat_map(|(start, length)| {
+        let (start, end) = (start as usize, (start + length) as usize);
+        (start / PAGE..end.div_ceil(PAGE)).map(move |page| {
+            let (from, to) = ((page * PAGE).max(start), ((page + 1) * PAGE).min(end));
+            (page, card.ram.read(from as u64, to - from))
+        })
+    });
+    pieces.collect()
+}
+
+/// Each page that the device has changed must be marked by now, and no page that is not its own.
+#[track_caller]
+fn check_marked(card: &Card, before: &[(usize, Vec<u8>)], marked: &[usize]) {
+    let after = device_pieces(card);
+    let changed = before.iter().zip(&after).filter(|(before, after)| before != after);
+    let changed: Vec<usize> = changed.map(|((page, _), _)| *page).collect();
+    assert!(changed.len() > 2, "{changed:?}");
+    for page in &changed {
+        assert!(marked.contains(page), "page {page} was written and is not marked: {marked:?}");
+    }
+    for page in marked {
+        let is_own = after.iter().any(|(own, _)| own == page);
+        assert!(is_own, "page {page} is not the device's to write");
+    }
+}
+
+/// Stops the rings: when that is answered, nothing is noted any more.
+fn stop(card: &mut Card) {
+    card.frontend.get_vring_base(0);
+    card.frontend.get_vring_base(1);
+}
+
+#[track_caller]
+fn check_echo_is_logged(card: &mut Card, log: &Log) {
+    log.take();
+    let before = device_pieces(card);
+    card.check_echo(40);
+    stop(card);
+    check_marked(card, &before, &log.take());
+    card.run();
+}
+
+fn loopback() -> (Daemon, Card) {
+    let daemon = Daemon::start(&["--loopback"]);
+    // Rings and buffers in pages of their own.
+    let options = Options { size: 256, ..Options::default() };
+    let card = Card::start(Frontend::new(daemon.connect()), options);
+    (daemon, card)
+}
+
+#[test]
+fn every_page_that_is_written_is_noted_while_the_frontend_wants_it_and_none_else() {
+    let (_daemon, mut card) = loopback();
+    let log = Log::of(&card);
+    card.check_echo(50);
+    assert!(card.frontend.set_log_base(log.bytes as u64, 0, &log.file));
+    card.check_echo(50);
+    assert_eq!(log.take(), [0_usize; 0], "noted before LOG_ALL");
+    let logging = card.options.features | LOG_ALL;
+    for _ in 0..5 {
+        card.frontend.set_features(logging);
+        check_echo_is_logged(&mut card, &log);
+        // A cancelled migration.
+        card.frontend.set_features(card.options.features);
+        log.take();
+        card.check_echo(50);
+        assert_eq!(log.take(), [0_usize; 0], "noted though it was switched off");
+    }
+}
+
+#[test]
+fn a_new_log_replaces_the_old_one_which_is_not_written_any_more() {
+    let (_daemon, mut card) = loopback();
+    let logs = [Log::of(&card), Log::of(&card)];
+    assert!(card.frontend.set_log_base(logs[0].bytes as u64, 0, &logs[0].file));
+    card.frontend.set_features(card.options.features | LOG_ALL);
+    for pass in 1..10 {
+        card.check_echo(20);
+        let (log, last) = (&logs[pass % 2], &logs[(pass + 1) % 2]);
+        log.take();
+        assert!(card.frontend.set_log_base(log.bytes as u64, 0, &log.file));
+        // The frontend reads it now, as cloud-hypervisor does at each pass.
+        assert!(!last.take().is_empty());
+        check_echo_is_logged(&mut card, log);
+        assert_eq!(
+            last.take(),
+            [0_usize; 0],
+            "the old log was written after the new one was taken"
+        );
+    }
+}
+
+#[test]
+fn frames_from_a_tap_and_from_a_veth_are_noted_too() {
+    needs_root!("frames_from_a_tap_and_from_a_veth_are_noted_too");
+    for host in ["--tap=tap0", "--af-xdp=veth0"] {
+        let wire = if host.starts_with("--tap") {
+            enter_namespace_with_tap(false);
+            Wire::open("tap0")
+        } else {
+            enter_namespace_with_veth(1);
+            Wire::open("veth1")
+        };
+        let daemon = Daemon::start(&[host]);
+        let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+        check_both_ways(&wire, &mut card, 100);
+        let log = Log::of(&card);
+        assert!(card.frontend.set_log_base(log.bytes as u64, 0, &log.file));
+        card.frontend.set_features(card.options.features | LOG_ALL);
+        check_both_ways(&wire, &mut card, 100);
+        log.take();
+        let before = device_pieces(&card);
+        for number in 0..100 {
+            wire.send(&frame(number, 60 + number * 13));
+            card.receive(0);
+        }
+        stop(&mut card);
+        check_marked(&card, &before, &log.take());
+    }
+}
+
+#[test]
+fn a_card_that_has_arrived_is_announced_to_its_network() {
+    needs_root!("a_card_that_has_arrived_is_announced_to_its_network");
+    let address = [0x52, 0x54, 0, 0, 2, 1];
+    let mut payload = address.to_vec();
+    payload.extend([0, 0]);
+    let is_announcement = |frame: &[u8]| {
+        frame.len() == 60
+            && frame[..6] == [0xff; 6]
+            && frame[6..12] == address
+            && frame[12..14] == [0x80, 0x35]
+            && frame[20..22] == [0, 3]
+            && frame[22..28] == address
+            && frame[32..38] == address
+    };
+    for host in ["--tap=tap0", "--af-xdp=veth0"] {
+        let wire = if host.starts_with("--tap") {
+            enter_namespace_with_tap(false);
+            Wire::open("tap0")
+        } else {
+            enter_namespace_with_veth(1);
+            Wire::open("veth1")
+        };
+        let rules = ["--anti-spoofing=on", "--mac=52:54:00:00:02:01"];
+        let daemon = Daemon::start(&[host, rules[0], rules[1], "--tx-limit=1pps,packet-burst=2"]);
+        let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+        card.frontend.ask(FrontendReq::SEND_RARP, &payload, &[]);
+        let seen = std::iter::from_fn(|| wire.receive_any(1000)).find(|it| is_announcement(it));
+        assert!(seen.is_some(), "{host}: nothing is announced");
+        // Not another's, and not more than the port may send.
+        card.frontend.refused(FrontendReq::SEND_RARP, &[0x52, 0x54, 0, 0, 2, 9, 0, 0], &[]);
+        let says = |what: &str| eventually(what, || daemon.log().contains(what));
+        says("52:54:00:00:02:09 is not the guest's address");
+        for _ in 0..10 {
+            let _ = card.frontend.try_ask(FrontendReq::SEND_RARP, &payload, &[]);
+        }
+        says("the port's tx limit");
+    }
+    let daemon = Daemon::start(&["--loopback"]);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    card.frontend.refused(FrontendReq::SEND_RARP, &payload, &[]);
+}
