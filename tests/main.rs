@@ -20,6 +20,7 @@ mod qemu;
 mod reload;
 mod sandbox;
 mod support;
+mod survival;
 mod tap;
 mod testpmd;
 mod zero_copy;

@@ -1,0 +1,134 @@
+//! What a tenant notices when the daemon goes: nothing but a pause.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::support::daemon::Daemon;
+use crate::support::network::{Wire, enter_new_namespace, ip};
+use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, make_guest};
+use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+
+const KILLS: usize = 100;
+/// The guest's address, as qemu/run-guest sets it.
+const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 2, 2];
+
+/// Counts what the guest sends.
+struct Watch {
+    frames: Arc<AtomicUsize>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watch {
+    fn start(device: &str) -> Self {
+        let wire = Wire::open(device);
+        let (frames, stop) = <(Arc<AtomicUsize>, Arc<AtomicBool>)>::default();
+        let (count, stopped) = (frames.clone(), stop.clone());
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let frame = wire.receive_any(50);
+                if frame.is_some_and(|frame| frame.get(6..12) == Some(&GUEST_MAC)) {
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+        Watch { frames, stop, thread: Some(thread) }
+    }
+
+    fn count(&self) -> usize {
+        self.frames.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the guest has sent so many frames more.
+    fn wait(&self, frames: usize) {
+        let wanted = self.count() + frames;
+        eventually("the guest sends", || self.count() >= wanted);
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
+/// TCP both ways, for much longer than it is needed.
+fn traffic() -> Child {
+    Command::new("iperf3")
+        .args(["-c", GUEST_ADDRESS, "-t", "600", "--bidir"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Half of the pauses are not longer than the first, and none than the second.
+fn summary(mut gaps: Vec<Duration>) -> (Duration, Duration) {
+    gaps.sort_unstable();
+    (gaps[gaps.len() / 2], gaps[gaps.len() - 1])
+}
+
+/// Kills the daemon again and again under the traffic of a guest, and starts it anew.
+fn check_kills(server: &str, options: &[&str], limit: Duration) {
+    make_guest();
+    let _alone = one_at_a_time();
+    enter_new_namespace();
+    ip("tuntap add dev tap0 mode tap vnet_hdr");
+    ip("link set tap0 up");
+    ip(&format!("address add {HOST_ADDRESS}/24 dev tap0"));
+    let mut daemon = Daemon::spawn(options);
+    if server == "0" {
+        daemon.wait_until_it_listens();
+    }
+    let mut vm = Vm::start(&daemon.socket(), &[("SERVER", server)]);
+    vm.wait_ready();
+    check_ping();
+    let mut traffic = traffic();
+    let watch = Watch::start("tap0");
+    watch.wait(200);
+    let mut gaps = Vec::new();
+    for _ in 0..KILLS {
+        daemon.kill();
+        let killed = Instant::now();
+        // What was on its way to us.
+        std::thread::sleep(Duration::from_millis(2));
+        let before = watch.count();
+        daemon.run(options);
+        eventually("the guest's frames come again", || watch.count() > before);
+        gaps.push(killed.elapsed());
+        watch.wait(100);
+    }
+    assert!(traffic.try_wait().unwrap().is_none(), "the guest's connections have ended");
+    traffic.kill().unwrap();
+    traffic.wait().unwrap();
+    vm.run("true");
+    check_ping();
+    let (half, most) = summary(gaps);
+    println!(
+        "SERVER={server}: killed {KILLS} times, pause {half:.0?} (half), {most:.0?} (longest)"
+    );
+    assert!(most < limit, "{most:?}");
+}
+
+#[test]
+fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to() {
+    let name = "a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to";
+    needs_root!(name);
+    needs_program!(name, "qemu-system-x86_64");
+    needs_program!(name, "iperf3");
+    // QEMU tries once a second.
+    check_kills("0", &["--tap=tap0"], Duration::from_secs(5));
+}
+
+#[test]
+fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu() {
+    let name = "a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu";
+    needs_root!(name);
+    needs_program!(name, "qemu-system-x86_64");
+    needs_program!(name, "iperf3");
+    check_kills("1", &["--tap=tap0", "--connect={}"], Duration::from_secs(2));
+}
