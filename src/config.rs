@@ -14,11 +14,13 @@ use log::LevelFilter;
 use serde::Deserialize;
 
 use crate::api::client::Question;
+use crate::doctor::Examination;
 use crate::net_config::MacAddress;
 use crate::policy::{Identity, Limit};
 
 pub use arguments::parse;
 use options::PortOptions;
+pub(crate) use options::device_name;
 
 /// Queue pairs of a port at the most: virtio allows 32768, a frontend names rings with 8 bits.
 pub const MAX_QUEUE_PAIRS: u16 = 128;
@@ -30,6 +32,8 @@ pub enum Invocation {
     Run(Config),
     /// Ask a running daemon.
     Ask(Question),
+    /// Look at this host, and say what is wrong with it.
+    Examine(Examination),
     /// Print this to standard output and exit with success.
     Print(String),
 }

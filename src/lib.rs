@@ -27,7 +27,8 @@
 //! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
 //! [`counters`] what it did. What ports are
 //! doing is in their [`status`], which the [`api`] shows to operators. [`logging`] writes lines that
-//! nobody waits for, and the [`sandbox`] is what all of this runs in. Unsafe code is in [`guest`]
+//! nobody waits for, and the [`sandbox`] is what all of this runs in. The [`doctor`] looks at a host
+//! before any of it does. Unsafe code is in [`guest`]
 //! and [`sys`] only.
 
 pub mod api;
@@ -35,6 +36,7 @@ pub mod config;
 pub mod counters;
 pub mod daemon;
 pub mod device;
+pub mod doctor;
 pub mod endpoint;
 pub mod event;
 pub mod features;
