@@ -4,6 +4,7 @@ mod af_xdp;
 mod af_xdp_survival;
 mod cli;
 mod control;
+mod doctor;
 mod echo;
 mod fuzzing;
 mod hostile;

@@ -4,16 +4,18 @@ use super::finding::Finding;
 use super::host::{Host, Myself, capability};
 use super::options::Wishes;
 
-/// Descriptors of the process, of a port and of a queue pair before a frontend has come, counted on
-/// the loopback port (12 with one port and one pair, one more for each pair) and with a TAP's queue
-/// for each pair.
+/// Descriptors of the process, of a port and of a queue pair before a frontend has come: 12 with one
+/// port and one pair, counted on the loopback port, and one more for each pair; a TAP's queue each.
 const PROCESS: u64 = 8;
 const PORT: u64 = 3;
 const PAIR: u64 = 2;
-/// What a frontend adds: its connection and regions of memory for a port (QEMU has 8 to 32), kick,
-/// call and error of two rings for a pair, and a socket or io_uring.
-const FRONTEND: u64 = 33;
-const SERVED_PAIR: u64 = 7;
+/// What the first guest adds at the least: its connection and one region of memory, and kick and call
+/// of two rings for each pair.
+const FRONTEND: u64 = 2;
+const SERVED_PAIR: u64 = 4;
+/// What there may be besides: up to 32 regions, error descriptors, a socket or an io_uring.
+const MORE_REGIONS: u64 = 31;
+const MORE_PAIR: u64 = 3;
 
 /// Checks both.
 pub(super) fn check(host: &Host, myself: &Myself, wishes: &Wishes) -> Vec<Finding> {
@@ -27,20 +29,18 @@ pub(super) fn check(host: &Host, myself: &Myself, wishes: &Wishes) -> Vec<Findin
 
 fn descriptors(limit: Option<u64>, ports: u64, pairs: u64) -> Finding {
     let what = "open descriptors";
-    let start = PROCESS + ports * PORT + pairs * PAIR;
-    let serve = start + ports * FRONTEND + pairs * SERVED_PAIR;
-    let cure = format!("ulimit -n {}", serve.next_power_of_two());
+    let least = PROCESS + ports * (PORT + FRONTEND) + pairs * (PAIR + SERVED_PAIR);
+    let most = least + ports * MORE_REGIONS + pairs * MORE_PAIR;
     let Some(limit) = limit else {
         return Finding::warn("descriptors", what, "the limit is not known (/proc/self/limits)");
     };
-    let why = format!(
-        "{limit} may be open, and the daemon takes {start} at its start and some {serve} as it serves"
-    );
-    if limit >= serve {
+    let why = format!("{limit} may be open, and to serve takes {least} to {most}");
+    if limit >= most {
         return Finding::pass("descriptors", what, why);
     }
-    let make = if limit < start { Finding::fail } else { Finding::warn };
-    make("descriptors", what, format!("{why} (LimitNOFILE= in its unit)")).cure(cure)
+    let make = if limit < least { Finding::fail } else { Finding::warn };
+    let cure = format!("ulimit -n {}", most.next_power_of_two());
+    make("descriptors", what, format!("{why} (LimitNOFILE= in the daemon's unit)")).cure(cure)
 }
 
 fn capabilities(myself: &Myself) -> Finding {

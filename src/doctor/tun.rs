@@ -45,7 +45,7 @@ fn unusable(error: &io::Error) -> Finding {
         Some(libc::ENOENT) => {
             let why = "it is not there, and a TAP is opened through it";
             // Documentation/networking/tuntap.rst: character device 10, 200.
-            let command = "modprobe tun; [ -e /dev/net/tun ] || { mkdir -p /dev/net && mknod \
+            let command = "modprobe -q tun; [ -e /dev/net/tun ] || { mkdir -p /dev/net && mknod \
                            -m 666 /dev/net/tun c 10 200; }";
             Finding::fail(CHECK, DEVICE, why).cure(command)
         }
