@@ -60,17 +60,17 @@ impl Examination {
         let myself = Myself::of(&host);
         let json = self.options.json;
         let mut findings = Vec::new();
-        let network = match Network::look() {
-            Ok(network) => network,
-            Err(error) => {
-                let why = format!("netlink: {error}; nothing is known of them");
-                findings.push(Finding::warn("network", "network devices", why));
-                Network::default()
-            }
-        };
+        let network = Network::look();
+        if let Err(error) = &network {
+            let why = format!("netlink: {error}; nothing is known of them, and no port is checked");
+            findings.push(Finding::warn("network", "network devices", why));
+        }
+        // What can't be seen is not taken for missing.
+        let seen = network.is_ok();
+        let network = network.unwrap_or_default();
         let wishes = Wishes::new(self.options, self.config, &network);
         findings.extend(tun::check(&wishes));
-        for port in &wishes.ports {
+        for port in wishes.ports.iter().filter(|_| seen) {
             let mut found = match &port.host {
                 HostSide::Tap(name) => tap::check(&host, &myself, &network, port, name),
                 HostSide::AfXdp(af_xdp) => device::check(&host, &network, port, af_xdp),

@@ -30,7 +30,7 @@ pub(super) fn check(host: &Host, network: &Network, port: &Port, af_xdp: &AfXdp)
         );
         return vec![Finding::fail("device", what, why).cure(command)];
     };
-    let mut found = vec![state(link, &what), mtu(link, port, &what)];
+    let mut found = vec![state(link, &what), mtu(network, link, port, &what)];
     found.extend(driver(ethtool::xdp_features(link.index), af_xdp, &what));
     found.push(foreign(host, link, &what, |id| Ok(Program::by_id(id)?.info()?.name)));
     found.extend(card::check(network, link, port, af_xdp, &what));
@@ -47,7 +47,7 @@ fn state(link: &Link, what: &str) -> Finding {
     Finding::fail("device", what, why).cure(format!("ip link set {} up", quoted(&link.name)))
 }
 
-fn mtu(link: &Link, port: &Port, what: &str) -> Finding {
+fn mtu(network: &Network, link: &Link, port: &Port, what: &str) -> Finding {
     let wanted = u32::from(port.mtu);
     let lower = MAX_MTU.min(wanted);
     let command = format!("ip link set {} mtu {lower}", quoted(&link.name));
@@ -60,14 +60,21 @@ fn mtu(link: &Link, port: &Port, what: &str) -> Finding {
         let why = format!("its MTU is {}, and AF_XDP takes {MAX_MTU} at the most", link.mtu);
         return Finding::fail("mtu", what, why).cure(command);
     }
-    if link.mtu < wanted {
-        let less = link.mtu;
-        let why = format!("its MTU is {less}, and the card's {wanted}: longer frames are lost");
+    // A veth drops what the end that it goes to does not take (`is_skb_forwardable`).
+    let peer = link.veth_peer.and_then(|peer| network.at(peer));
+    for (end, way) in [(Some(link), "to"), (peer, "from")] {
+        let Some(end) = end.filter(|end| end.mtu < wanted) else { continue };
+        let (name, less) = (&end.name, end.mtu);
+        let why = format!(
+            "{name} has an MTU of {less}, and the card {wanted}: longer frames {way} the \
+                     guest are lost"
+        );
         if link.parent.is_some() {
             // How much the network behind it carries is not the host's to say.
             let why = format!("{why}; start the daemon with --mtu={less}");
             return Finding::fail("mtu", what, why);
         }
+        let command = format!("ip link set {} mtu {wanted}", quoted(name));
         return Finding::fail("mtu", what, why).cure(command);
     }
     Finding::pass("mtu", what, format!("its MTU of {} takes the card's {wanted}", link.mtu))

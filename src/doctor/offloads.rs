@@ -19,18 +19,17 @@ fn features(network: &Network, link: &Link) -> Option<Features> {
 /// those only that are wanted as well (`tun_net_fix_features` of drivers/net/tun.c).
 pub(super) fn of_tap(network: &Network, link: &Link, what: &str) -> Option<Finding> {
     let features = features(network, link)?;
-    let off = |name: &&str| features.possible.contains(*name) && !features.wanted.contains(*name);
     let off: Vec<&str> = [CHECKSUMS[0], "tx-scatter-gather", SEGMENTATION, "tx-tcp6-segmentation"]
         .into_iter()
-        .filter(|name| off(&name))
+        .filter(|name| features.possible.contains(*name) && !features.wanted.contains(*name))
         .collect();
     if off.is_empty() {
         let why = "checksums and TCP segmentation may be left to the guest";
         return Some(Finding::pass(CHECK, what, why));
     }
     let why = format!(
-        "somebody turned off {}: the host cuts and sums each frame for the guest, which is several \
-         times slower for bulk TCP",
+        "somebody turned off {}: the host cuts and sums each frame for the guest, which costs its \
+         processors more",
         off.join(", ")
     );
     let command = format!("ethtool -K {} tx on sg on tso on", quoted(&link.name));

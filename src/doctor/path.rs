@@ -75,7 +75,7 @@ fn carries(network: &Network, link: &Link, wishes: &Wishes) -> Option<Finding> {
     // TAPs and AF_XDP devices of ports are checked as such.
     let is_port = wishes.ports.iter().any(|port| match &port.host {
         HostSide::Tap(name) => *name == link.name,
-        HostSide::AfXdp(af_xdp) => port.named && af_xdp.name == link.name,
+        HostSide::AfXdp(af_xdp) => af_xdp.name == link.name,
         _ => false,
     });
     if is_port {

@@ -32,7 +32,7 @@ pub(super) fn check(
         queues(tun, port, &what, || remake(link, tun, port, bridge, myself.user)),
         header(tun, &what, || remake(link, tun, port, bridge, myself.user)),
         state(link, &what),
-        mtu(link, port, &what),
+        mtu(link, port, bridge, &what),
     ];
     found.extend(users(host, tun, name, &what));
     found.extend(offloads::of_tap(network, link, &what));
@@ -94,17 +94,16 @@ fn owner(myself: &Myself, tun: &Tun, what: &str, remake: impl FnOnce() -> String
 }
 
 fn queues(tun: &Tun, port: &Port, what: &str, remake: impl FnOnce() -> String) -> Finding {
-    match (tun.multi_queue, port.pairs) {
-        (false, 1) => Finding::pass("tap-queues", what, "it has one queue, and one is wanted"),
-        (true, pairs) => {
-            let why = format!("it can have several queues, and {pairs} wanted");
-            Finding::pass("tap-queues", what, why.replace(" 1 wanted", " one is wanted"))
-        }
-        (false, pairs) => {
-            let why = format!("it has one queue, and {pairs} are wanted");
-            Finding::fail("tap-queues", what, why).cure(remake())
-        }
+    let wanted = port.pairs;
+    if tun.multi_queue {
+        let why = format!("queue pairs wanted: {wanted}; it can have several");
+        return Finding::pass("tap-queues", what, why);
     }
+    let why = format!("queue pairs wanted: {wanted}; it can have one");
+    if wanted == 1 {
+        return Finding::pass("tap-queues", what, why);
+    }
+    Finding::fail("tap-queues", what, why).cure(remake())
 }
 
 fn header(tun: &Tun, what: &str, remake: impl FnOnce() -> String) -> Finding {
@@ -124,18 +123,25 @@ fn state(link: &Link, what: &str) -> Finding {
     Finding::fail("tap-state", what, why).cure(format!("ip link set {} up", quoted(&link.name)))
 }
 
-fn mtu(link: &Link, port: &Port, what: &str) -> Finding {
+fn mtu(link: &Link, port: &Port, bridge: Option<&str>, what: &str) -> Finding {
     let wanted = u32::from(port.mtu);
     if link.mtu >= wanted {
         let why = format!("its MTU of {} takes the card's {wanted}", link.mtu);
         return Finding::pass("tap-mtu", what, why);
     }
-    let why = format!(
-        "its MTU is {}, and the card's {wanted}: longer frames to the guest are lost without a word",
-        link.mtu
-    );
+    let why = format!("its MTU is {}, and the card's {wanted}", link.mtu);
     let command = format!("ip link set {} mtu {wanted}", quoted(&link.name));
-    Finding::fail("tap-mtu", what, why).cure(command)
+    // A bridge drops what does not fit (`is_skb_forwardable`); a router cuts it, or says so.
+    match bridge {
+        Some(bridge) => {
+            let why = format!("{why}: {bridge} drops longer frames to the guest without a word");
+            Finding::fail("tap-mtu", what, why).cure(command)
+        }
+        None => {
+            let why = format!("{why}: longer packets to the guest are cut, or refused");
+            Finding::warn("tap-mtu", what, why).cure(command)
+        }
+    }
 }
 
 /// Who has it open.

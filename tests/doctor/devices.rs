@@ -63,6 +63,9 @@ fn an_mtu_that_is_too_small_or_too_large_is_mended_by_the_command_that_is_printe
     enter_namespace_with_good_veth();
     ip("link set veth0 mtu 1400");
     is_mended("mtu", "FAIL", &["--af-xdp=veth0"]);
+    ip("link set veth1 mtu 1400");
+    let wrong = is_mended("mtu", "FAIL", &["--af-xdp=veth0"]);
+    assert!(wrong.why.contains("from the guest"), "{wrong:?}");
     ip("link set veth0 mtu 9000");
     let wrong = is_mended("mtu", "FAIL", &["--af-xdp=veth0"]);
     assert!(wrong.why.contains("3806"), "{wrong:?}");

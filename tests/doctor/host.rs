@@ -65,6 +65,7 @@ fn a_vm_that_does_not_share_its_memory_is_mended_by_the_command_that_is_printed(
         let right = shared.line();
         assert_eq!(right.status, "PASS", "{right:?}");
         assert!(right.why.contains("sealed"), "{right:?}");
+        super::show(&wrong, &right);
     }
 }
 
@@ -95,10 +96,6 @@ fn too_few_descriptors_are_mended_by_the_command_that_is_printed() {
             examine_by(&[limited[0], limited[1], "sh", "-c", &script], &["--tap=tap0"]);
         is_right(wrong, &after);
     }
-    let daemon = Daemon::start_under(&["prlimit", "--nofile=12:"], &["--tap=tap0"]);
-    eventually("it can't serve", || {
-        daemon.log().contains("accept a frontend: Too many open files")
-    });
 }
 
 #[test]

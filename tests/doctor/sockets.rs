@@ -70,9 +70,11 @@ fn a_directory_that_qemu_may_not_search_is_mended_by_the_command_that_is_printed
     shell(outer.cure.as_deref().unwrap());
     let lines = examine(&arguments);
     let inner = line(&lines, "qemu-user", "FAIL");
+    super::show(outer, inner);
     assert!(inner.why.contains("outer/inner, and"), "{inner:?}");
     shell(inner.cure.as_deref().unwrap());
     let lines = examine(&arguments);
+    super::show(inner, line(&lines, "qemu-user", "WARN"));
     is_mended_in_the_same_shell(line(&lines, "qemu-user", "WARN"), &arguments);
 }
 
