@@ -28,9 +28,9 @@ pub(super) fn check(
     };
     let bridge = network.bridge_of(link).map(|bridge| bridge.name.as_str());
     let mut found = vec![
-        owner(myself, tun, &what, || remake(link, tun, port, bridge, myself.user)),
-        queues(tun, port, &what, || remake(link, tun, port, bridge, myself.user)),
-        header(tun, &what, || remake(link, tun, port, bridge, myself.user)),
+        owner(myself, tun, &what, || remake(link, tun, port, bridge, myself)),
+        queues(tun, port, &what, || remake(link, tun, port, bridge, myself)),
+        header(tun, &what, || remake(link, tun, port, bridge, myself)),
         state(link, &what),
         mtu(link, port, bridge, &what),
     ];
@@ -57,16 +57,20 @@ fn missing(myself: &Myself, port: &Port, name: &str) -> Finding {
 }
 
 /// Makes a TAP again as it is, but with what a port needs of it: how it was made can't be changed.
-fn remake(link: &Link, tun: &Tun, port: &Port, bridge: Option<&str>, user: u32) -> String {
+fn remake(link: &Link, tun: &Tun, port: &Port, bridge: Option<&str>, myself: &Myself) -> String {
     let name = quoted(&link.name);
-    let several = if tun.multi_queue || port.pairs > 1 { " multi_queue" } else { "" };
-    let owner = if tun.owner.is_some() || user != 0 { format!(" user {user}") } else { "".into() };
+    let mut words = format!("ip tuntap add dev {name} mode tap vnet_hdr");
+    if tun.multi_queue || port.pairs > 1 {
+        words += " multi_queue";
+    }
+    // Root opens it whosever it is, and so leaves it to whom it belongs.
+    let (owner, group) =
+        if myself.user == 0 { (tun.owner, tun.group) } else { (Some(myself.user), None) };
+    words += &owner.map_or(String::new(), |owner| format!(" user {owner}"));
+    words += &group.map_or(String::new(), |group| format!(" group {group}"));
     let bridge = bridge.map_or(String::new(), |bridge| format!(" master {}", quoted(bridge)));
-    format!(
-        "ip link delete {name} && ip tuntap add dev {name} mode tap vnet_hdr{several}{owner} && ip \
-         link set {name} mtu {}{bridge} up",
-        link.mtu
-    )
+    let set = format!("ip link set {name} mtu {}{bridge} up", link.mtu);
+    format!("ip link delete {name} && {words} && {set}")
 }
 
 /// Who may open it: `tun_not_capable` of drivers/net/tun.c.
@@ -196,14 +200,18 @@ mod tests {
 
     #[test]
     fn a_tap_that_is_made_again_stays_what_it_was() {
-        let tun = Tun { is_tap: true, owner: Some(5), ..Tun::default() };
+        let tun = Tun { is_tap: true, owner: Some(5), group: Some(6), ..Tun::default() };
         let link = Link { name: "t".into(), mtu: 1400, ..Link::default() };
+        let remade = |pairs, user| {
+            let myself = Myself { user, ..Myself::default() };
+            remake(&link, &tun, &port(pairs), Some("br0"), &myself)
+        };
         assert_eq!(
-            remake(&link, &tun, &port(2), Some("br0"), 1000),
-            "ip link delete t && ip tuntap add dev t mode tap vnet_hdr multi_queue user 1000 && \
+            remade(2, 0),
+            "ip link delete t && ip tuntap add dev t mode tap vnet_hdr multi_queue user 5 group 6 && \
              ip link set t mtu 1400 master br0 up"
         );
-        assert!(!remake(&link, &Tun::default(), &port(1), None, 0).contains("user"));
+        assert!(remade(1, 1000).contains("vnet_hdr user 1000 &&"), "it is this user's then");
     }
 
     #[test]
