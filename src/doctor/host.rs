@@ -104,7 +104,7 @@ impl Host {
     }
 }
 
-/// What this process may do, which is taken for what the daemon may do.
+/// What a process may do. This one's is taken for what the daemon may do.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Myself {
     pub(super) user: u32,
@@ -114,9 +114,14 @@ pub(super) struct Myself {
 }
 
 impl Myself {
-    /// As `/proc/self/status` tells (proc_pid_status(5)).
+    /// What this process may do.
     pub(super) fn of(host: &Host) -> Self {
-        let status = host.read("/proc/self/status").unwrap_or_default();
+        Self::of_process(host, "self")
+    }
+
+    /// As `/proc/PID/status` tells (proc_pid_status(5)).
+    pub(super) fn of_process(host: &Host, process: &str) -> Self {
+        let status = host.read(&format!("/proc/{process}/status")).unwrap_or_default();
         let field = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
             line.unwrap_or_default().trim().to_owned()

@@ -5,11 +5,15 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 
+use nix::unistd::User;
+
 use super::finding::{Finding, quoted};
-use super::host::Host;
+use super::host::{Host, Myself};
 use crate::sys::process::file_facts;
 
 const CHECK: &str = "vm-memory";
+/// The program that changes what libvirt knows of a VM.
+const LIBVIRT: &str = "virt-xml";
 
 /// A process that runs a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,7 +77,8 @@ fn judge(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
             "{why}, and its vhost-user device needs that: shut the guest down and start it so"
         );
         let found = Finding::fail(CHECK, what, why);
-        return match shared(&vmm.words) {
+        let command = shared(&vmm.words).and_then(|command| as_its_user(host, vmm, command));
+        return match command {
             Some(command) => found.cure(command),
             None => found,
         };
@@ -137,6 +142,17 @@ fn seals(process: &str, memory: &Mapping) -> Option<bool> {
     None
 }
 
+/// A command of the words that a process was started with is for the user who chose them, and not for
+/// whoever reads it here.
+fn as_its_user(host: &Host, vmm: &Vmm, command: String) -> Option<String> {
+    let user = Myself::of_process(host, &vmm.process).user;
+    if user == Myself::of(host).user || command.starts_with(&format!("{LIBVIRT} ")) {
+        return Some(command);
+    }
+    let user = User::from_uid(user.into()).ok()??;
+    Some(format!("runuser -u {} -- {command}", quoted(&user.name)))
+}
+
 /// The command that starts a VM with memory that is shared.
 fn shared(words: &[String]) -> Option<String> {
     let program = words.first()?.rsplit('/').next()?;
@@ -147,7 +163,7 @@ fn shared(words: &[String]) -> Option<String> {
     if let Some(name) = libvirt {
         let name = quoted(name.trim_start_matches("guest=").split(',').next()?);
         return Some(format!(
-            "virt-xml {name} --edit --memorybacking source.type=memfd,access.mode=shared"
+            "{LIBVIRT} {name} --edit --memorybacking source.type=memfd,access.mode=shared"
         ));
     }
     let mut words = words.to_vec();
@@ -215,6 +231,25 @@ mod tests {
         assert_eq!(found.status, Status::Fail);
         assert!(found.cure.unwrap().ends_with("-machine memory-backend=shared-memory"));
         assert!(judged("/bin/sh -c vhost-user").why.contains("not applicable"));
+    }
+
+    #[test]
+    fn a_strangers_command_line_is_run_by_the_stranger_only() {
+        let line = "/home/x/qemu-system-x86_64\0-netdev\0vhost-user,id=n\0";
+        let cure = |owner: u32| {
+            let status = format!("Uid:\t{owner}\t{owner}\t{owner}\t{owner}\n");
+            let (_directory, host) = fake(&[
+                ("/proc/7/cmdline", line),
+                ("/proc/7/maps", PRIVATE),
+                ("/proc/7/status", &status),
+                ("/proc/self/status", "Uid:\t0\t0\t0\t0\n"),
+            ]);
+            check(&host, false).remove(0).cure
+        };
+        assert!(cure(0).unwrap().starts_with("/home/x/qemu-system-x86_64 "));
+        let nobody = User::from_name("nobody").unwrap().unwrap().uid.as_raw();
+        assert!(cure(nobody).unwrap().starts_with("runuser -u nobody -- /home/x/qemu"));
+        assert_eq!(cure(0xffff_fff0), None, "nobody knows whose it is");
     }
 
     #[test]
