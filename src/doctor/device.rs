@@ -32,6 +32,7 @@ pub(super) fn check(host: &Host, network: &Network, port: &Port, af_xdp: &AfXdp)
     };
     let mut found = vec![state(link, &what), mtu(network, link, port, &what)];
     found.extend(driver(ethtool::xdp_features(link.index), af_xdp, &what));
+    found.extend(known_to_be_wrong(host, link, af_xdp, &what));
     found.push(foreign(host, link, &what, |id| Ok(Program::by_id(id)?.info()?.name)));
     found.extend(card::check(network, link, port, af_xdp, &what));
     found.extend(offloads::of_device(network, link, &what));
@@ -128,6 +129,18 @@ fn driver(features: std::io::Result<u64>, af_xdp: &AfXdp, what: &str) -> Vec<Fin
     vec![mode, copied]
 }
 
+/// Drivers whose zero copy gives guests the wrong frames: igb, of Linux 6.18 to 7.3 at the least
+/// (docs/af-xdp.md).
+fn known_to_be_wrong(host: &Host, link: &Link, af_xdp: &AfXdp, what: &str) -> Option<Finding> {
+    let driver = host.link(&format!("{}/driver", placement::place(host, link)?))?;
+    if af_xdp.mode == Mode::Copy || !driver.ends_with("igb") {
+        return None;
+    }
+    let why = "igb's zero copy takes old descriptors for new frames when a guest runs out of buffers \
+               (Linux 6.18 to 7.3): use mode=copy";
+    Some(Finding::warn("zero-copy", what, why))
+}
+
 /// A program of somebody else's.
 fn foreign(
     host: &Host,
@@ -192,6 +205,18 @@ mod tests {
         assert_eq!(statuses(0, &asked(Mode::Copy, Attach::Generic)), [Pass, Pass]);
         let unknown = driver(Err(std::io::ErrorKind::NotFound.into()), &auto, "device e");
         assert_eq!(unknown[0].status, Warn);
+    }
+
+    #[test]
+    fn zero_copy_of_igb_is_warned_of_and_a_copy_is_not() {
+        let (directory, host) = fake(&[("/sys/bus/pci/devices/x/vendor", "y")]);
+        let link = Link { parent: Some(("pci".into(), "x".into())), ..Link::default() };
+        let wrong = |mode| known_to_be_wrong(&host, &link, &asked(mode, Attach::Auto), "device e");
+        assert_eq!(wrong(Mode::Auto), None, "it has no driver");
+        let place = directory.as_path().join("sys/bus/pci/devices/x/driver");
+        std::os::unix::fs::symlink("../../drivers/igb", place).unwrap();
+        assert_eq!(wrong(Mode::Auto).unwrap().status, Status::Warn);
+        assert_eq!(wrong(Mode::Copy), None);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The host's files, below a root that tests can choose, and what they say of this process.
 
+use std::cell::OnceCell;
 use std::fs;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -17,18 +18,20 @@ pub(super) mod capability {
 #[derive(Debug)]
 pub(super) struct Host {
     root: PathBuf,
+    /// Looked for once: there may be many processes, and many ports to ask for.
+    infos: OnceCell<Vec<(String, String)>>,
 }
 
 impl Host {
     /// This host's.
     pub(super) fn real() -> Self {
-        Host { root: "/".into() }
+        Host { root: "/".into(), infos: OnceCell::new() }
     }
 
     /// Those below a directory.
     #[cfg(test)]
     pub(super) fn at(root: impl Into<PathBuf>) -> Self {
-        Host { root: root.into() }
+        Host { root: root.into(), infos: OnceCell::new() }
     }
 
     fn place(&self, path: &str) -> PathBuf {
@@ -61,18 +64,30 @@ impl Host {
     }
 
     /// Processes, with their programs' names, that have a descriptor of which the kernel says what
-    /// `is_it` looks for (proc_pid_fdinfo(5)).
+    /// `is_it` looks for (proc_pid_fdinfo(5)), if that is of a TAP or a BPF program.
     pub(super) fn holders(&self, is_it: impl Fn(&str) -> bool) -> Vec<(String, String)> {
-        let has_it = |process: &String| {
-            let descriptors = format!("/proc/{process}/fdinfo");
-            let info = |number: &String| self.read(&format!("{descriptors}/{number}"));
-            self.list(&descriptors).iter().filter_map(info).any(|info| is_it(&info))
-        };
-        let program = |process: String| {
-            let name = self.read(&format!("/proc/{process}/comm")).unwrap_or_default();
-            (process, name)
-        };
-        self.processes().into_iter().filter(has_it).map(program).collect()
+        let infos = self.infos.get_or_init(|| self.descriptors());
+        let mut holders: Vec<&String> =
+            infos.iter().filter(|(_, info)| is_it(info)).map(|(process, _)| process).collect();
+        holders.dedup();
+        let program =
+            |process: &String| self.read(&format!("/proc/{process}/comm")).unwrap_or_default();
+        holders.into_iter().map(|process| (process.clone(), program(process))).collect()
+    }
+
+    /// Processes, and what the kernel says of their descriptors, as far as `holders` asks for it.
+    fn descriptors(&self) -> Vec<(String, String)> {
+        let mut infos = Vec::new();
+        for process in self.processes() {
+            let directory = format!("/proc/{process}/fdinfo");
+            for number in self.list(&directory) {
+                let info = self.read(&format!("{directory}/{number}")).unwrap_or_default();
+                if info.contains("iff:\t") || info.contains("prog_id:\t") {
+                    infos.push((process.clone(), info));
+                }
+            }
+        }
+        infos
     }
 
     /// The processes that there are.

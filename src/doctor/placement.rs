@@ -40,8 +40,8 @@ pub(super) fn of_device(host: &Host, link: &Link, port: &Port, what: &str) -> Ve
     ]
 }
 
-/// The device's directory in sysfs.
-fn place(host: &Host, link: &Link) -> Option<String> {
+/// The device's directory in sysfs; a virtual one has none.
+pub(super) fn place(host: &Host, link: &Link) -> Option<String> {
     let (bus, name) = link.parent.as_ref()?;
     host.resolve(&format!("/sys/bus/{bus}/devices/{name}"))
 }

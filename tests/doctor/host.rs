@@ -19,7 +19,7 @@ impl Qemu {
         command.args(["-S", "-nodefaults", "-display", "none", "-accel", "tcg", "-m", "192"]);
         command.args(["-chardev", &chardev, "-netdev", "vhost-user,id=n,chardev=c"]);
         command.args(["-device", "virtio-net-pci,netdev=n"]).args(memory);
-        Qemu(command.stdin(Stdio::null()).spawn().unwrap())
+        Qemu(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
     }
 
     /// What doctor says of it, once it has made its memory.
@@ -60,7 +60,11 @@ fn a_vm_that_does_not_share_its_memory_is_mended_by_the_command_that_is_printed(
         assert_eq!(wrong.status, "FAIL", "{wrong:?}");
         drop(private);
         let script = format!("exec {}", wrong.cure.as_deref().unwrap());
-        let shared = Command::new("sh").args(["-c", &script]).stdin(Stdio::null()).spawn();
+        let shared = Command::new("sh")
+            .args(["-c", &script])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
         let shared = Qemu(shared.unwrap());
         let right = shared.line();
         assert_eq!(right.status, "PASS", "{right:?}");
