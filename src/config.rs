@@ -17,11 +17,13 @@ use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
 use crate::api::client::Question;
+use crate::doctor::Examination;
 use crate::net_config::MacAddress;
 use crate::policy::{Identity, Limit};
 
 pub use arguments::parse;
 pub use file::read as read_file;
+pub(crate) use options::device_name;
 use options::socket_path;
 pub use options::{PortChanges, PortOptions};
 
@@ -37,6 +39,8 @@ pub enum Invocation {
     Ask(Question),
     /// Open what a running daemon is to have, which can't: its own child, by its standard input.
     Open(PathBuf),
+    /// Look at this host, and say what is wrong with it.
+    Examine(Examination),
     /// Print this to standard output and exit with success.
     Print(String),
 }

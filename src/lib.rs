@@ -27,8 +27,8 @@
 //! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
 //! [`counters`] what it did. What ports are
 //! doing is in their [`status`], which the [`api`] shows to operators; a [`capture`] is a copy of what
-//! they move. [`logging`] writes lines that
-//! nobody waits for, and the [`sandbox`] is what all of this runs in. Unsafe code is in [`guest`]
+//! they move. [`logging`] writes lines that nobody waits for, and the [`sandbox`] is what all of
+//! this runs in. The [`doctor`] looks at a host before any of it does. Unsafe code is in [`guest`]
 //! and [`sys`] only.
 
 pub mod api;
@@ -37,6 +37,7 @@ pub mod config;
 pub mod counters;
 pub mod daemon;
 pub mod device;
+pub mod doctor;
 pub mod endpoint;
 pub mod event;
 pub mod features;

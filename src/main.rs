@@ -40,6 +40,11 @@ fn main() -> ExitCode {
                 }
             };
         }
+        Ok(Invocation::Examine(examination)) => {
+            let report = examination.run();
+            let _ = std::io::stdout().write_all(report.show().as_bytes());
+            return if report.fails() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
         Err(error) => {
             eprintln!("vhost-user-net: {error}");
             return ExitCode::from(2);

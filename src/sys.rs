@@ -6,8 +6,10 @@
 #![allow(unsafe_code)]
 
 pub mod bpf;
+pub mod ethtool;
 pub mod eventfd;
 pub mod flow;
+pub mod genetlink;
 pub mod link;
 pub mod process;
 pub mod socket;

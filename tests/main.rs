@@ -5,6 +5,7 @@ mod af_xdp_survival;
 mod capture;
 mod cli;
 mod control;
+mod doctor;
 mod echo;
 mod fuzzing;
 mod hostile;

@@ -6,6 +6,7 @@ use clap::{ArgGroup, Parser, Subcommand};
 use log::LevelFilter;
 
 use crate::api::client::{Question, Verb};
+use crate::doctor::{self, Examination};
 
 use super::options::socket_path;
 use super::{
@@ -70,6 +71,9 @@ enum Command {
         #[arg(value_name = "FILE")]
         config: PathBuf,
     },
+    /// Look at this host without changing it, and print what is wrong and the command that mends it.
+    /// Exits with 0, with 1 if something fails, and with 2 if this command line is wrong.
+    Doctor(doctor::Options),
     /// Ask a running daemon, or change what may be changed while it runs. Exits with 0, with 1 if the
     /// daemon says no, with 2 if this command line is wrong, and with 3 if it can't be asked.
     Ctl {
@@ -130,6 +134,10 @@ pub fn parse(
         }
         Some(Command::Ctl { control: socket, json, verb }) => {
             Ok(Invocation::Ask(Question { socket, json, verb }))
+        }
+        Some(Command::Doctor(options)) => {
+            let config = options.config.as_deref().map(file::read).transpose()?;
+            Ok(Invocation::Examine(Examination::new(options, config)))
         }
         Some(Command::Opener { config }) => Ok(Invocation::Open(config)),
     }

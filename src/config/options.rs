@@ -384,7 +384,7 @@ pub(super) fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
 }
 
 /// A name that the kernel takes (`dev_valid_name`); `%` would make it number the device.
-fn device_name(name: &str) -> Result<String, String> {
+pub(crate) fn device_name(name: &str) -> Result<String, String> {
     let bad = name.is_empty()
         || name.len() > MAX_NAME
         || name == "."

@@ -27,16 +27,20 @@ use log::{info, warn};
 
 use super::{Finished, Mode, Port, Readiness, Terms};
 use crate::counters::Drop;
-use crate::features::PortOffloads;
+use crate::features::{HEADER_LENGTH, PortOffloads};
 use crate::guest::{Burst, GuestMemory, Readable, Writable};
 use crate::port::Outcome;
 use crate::sys::link::Watch;
+use crate::vnet_header::LINK_OVERHEAD;
 
 pub use interface::Interface;
 use interface::{Failure, OpenSocket};
 use receiver::Receiver;
 use transmitter::Transmitter;
+use umem::LONGEST_FRAME;
 
+/// Largest MTU in bytes of a device that AF_XDP sockets can serve.
+pub const MAX_MTU: u32 = (LONGEST_FRAME - HEADER_LENGTH - LINK_OVERHEAD) as u32;
 /// How long a queue whose last socket was just closed is left alone between attempts.
 const BUSY_RETRY: Duration = Duration::from_millis(2);
 /// For how long a queue may be busy with a socket of our own that was closed.

@@ -4,11 +4,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{
-    NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
+    InfoData, InfoKind, InfoTun, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    LinkXdp,
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
@@ -35,6 +36,35 @@ pub struct Link {
     pub is_veth: bool,
     /// Its name.
     pub name: String,
+    /// What kind of virtual device it is: `tun`, `veth`, `bridge`, `vxlan`; nothing for a card.
+    pub kind: String,
+    /// Its place on a bus of the host's, as `pci` and `0000:00:03.0` (Linux 5.14).
+    pub parent: Option<(String, String)>,
+    /// Index of the bridge, bond or the like that it belongs to.
+    pub master: Option<u32>,
+    /// Index of the device below it: of a VLAN or a tunnel.
+    pub lower: Option<u32>,
+    /// What there is to know of it as TUN or TAP.
+    pub tun: Option<Tun>,
+}
+
+/// A TUN or TAP device, as `IFLA_TUN_*` of `linux/if_link.h` tell of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tun {
+    /// User that may open it without CAP_NET_ADMIN; without one, and a group, everybody.
+    pub owner: Option<u32>,
+    /// Group that may.
+    pub group: Option<u32>,
+    /// Whether it is a TAP: it moves Ethernet frames.
+    pub is_tap: bool,
+    /// Whether a virtio header stands before each frame.
+    pub vnet_hdr: bool,
+    /// Whether it outlives whoever opened it.
+    pub persistent: bool,
+    /// Whether several queues of it can be opened.
+    pub multi_queue: bool,
+    /// Queues that are open: attached, and detached. The kernel tells it of multi-queue devices only.
+    pub queues: u32,
 }
 
 /// Looks a device up by name.
@@ -57,9 +87,41 @@ pub fn at(index: u32) -> io::Result<Link> {
     ask(message)
 }
 
+/// All devices of this network namespace.
+///
+/// # Errors
+/// Those of netlink.
+pub fn all() -> io::Result<Vec<Link>> {
+    let socket = send(LinkMessage::default(), NLM_F_REQUEST | NLM_F_DUMP)?;
+    let mut links = Vec::new();
+    loop {
+        let (answer, _) = socket.recv_from_full()?;
+        let mut rest = &answer[..];
+        while !rest.is_empty() {
+            let length = NetlinkBuffer::new_checked(rest)
+                .map_err(|error| malformed(&error))?
+                .length()
+                .next_multiple_of(4) as usize;
+            match parse(rest)? {
+                Some(link) => links.push(read(&link)),
+                None => return Ok(links),
+            }
+            rest = rest.get(length..).unwrap_or_default();
+        }
+    }
+}
+
 fn ask(message: LinkMessage) -> io::Result<Link> {
+    let (answer, _) = send(message, NLM_F_REQUEST)?.recv_from_full()?;
+    match parse(&answer)? {
+        Some(link) => Ok(read(&link)),
+        None => Err(malformed(&"it ends early")),
+    }
+}
+
+fn send(message: LinkMessage, flags: u16) -> io::Result<Socket> {
     let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST;
+    header.flags = flags;
     let payload = NetlinkPayload::from(RouteNetlinkMessage::GetLink(message));
     let mut request = NetlinkMessage::new(header, payload);
     request.finalize();
@@ -69,17 +131,23 @@ fn ask(message: LinkMessage) -> io::Result<Link> {
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     socket.send(&bytes, 0)?;
-    let (answer, _) = socket.recv_from_full()?;
-    let malformed = |error: &dyn std::fmt::Display| {
-        io::Error::new(io::ErrorKind::InvalidData, format!("the kernel's answer: {error}"))
-    };
+    Ok(socket)
+}
+
+fn malformed(error: &dyn std::fmt::Display) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("the kernel's answer: {error}"))
+}
+
+/// The first message of an answer; nothing at its end.
+fn parse(answer: &[u8]) -> io::Result<Option<LinkMessage>> {
     // An error's number is enough: its message may carry attributes of any kind.
-    NetlinkBuffer::new_checked(&answer).map_err(|error| malformed(&error))?;
-    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer)
+    NetlinkBuffer::new_checked(answer).map_err(|error| malformed(&error))?;
+    match NetlinkMessage::<RouteNetlinkMessage>::deserialize(answer)
         .map_err(|error| malformed(&error))?
         .payload
     {
-        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => Ok(read(&link)),
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
+        NetlinkPayload::Done(_) => Ok(None),
         NetlinkPayload::Error(error) => Err(error.to_io()),
         other => Err(malformed(&format!("{other:?}"))),
     }
@@ -91,15 +159,20 @@ fn read(message: &LinkMessage) -> Link {
         is_up: message.header.flags.contains(LinkFlags::Up),
         ..Link::default()
     };
-    let (mut other_end, mut elsewhere) = (None, false);
+    let (mut other_end, mut elsewhere, mut vxlan_lower) = (None, false, None);
+    let mut parent = (String::new(), String::new());
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::Link(index) => other_end = Some(*index),
             LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+            LinkAttribute::Controller(index) => link.master = Some(*index),
+            LinkAttribute::ParentDevName(name) => parent.1.clone_from(name),
+            LinkAttribute::ParentDevBusName(bus) => parent.0.clone_from(bus),
             LinkAttribute::LinkInfo(infos) => {
                 link.is_veth = infos.contains(&LinkInfo::Kind(InfoKind::Veth));
+                infos.iter().for_each(|info| read_info(info, &mut link, &mut vxlan_lower));
             }
             LinkAttribute::Xdp(infos) => {
                 link.program = infos.iter().find_map(|info| match info {
@@ -113,7 +186,50 @@ fn read(message: &LinkMessage) -> Link {
         }
     }
     link.veth_peer = other_end.filter(|_| link.is_veth && !elsewhere);
+    link.lower = vxlan_lower.or(other_end).filter(|_| !link.is_veth && !elsewhere);
+    link.parent = Some(parent).filter(|(bus, name)| !bus.is_empty() && !name.is_empty());
     link
+}
+
+/// Reads what is particular to a kind of device.
+fn read_info(info: &LinkInfo, link: &mut Link, vxlan_lower: &mut Option<u32>) {
+    match info {
+        LinkInfo::Kind(kind) => link.kind = kind.to_string(),
+        LinkInfo::Data(InfoData::Vxlan(facts)) => {
+            *vxlan_lower = facts.iter().find_map(|fact| match fact {
+                InfoVxlan::Link(index) if *index != 0 => Some(*index),
+                _ => None,
+            });
+        }
+        LinkInfo::Data(InfoData::Tun(facts)) => {
+            let mut tun = Tun::default();
+            facts.iter().for_each(|fact| read_tun(fact, &mut tun));
+            link.tun = Some(tun);
+        }
+        _ => {}
+    }
+}
+
+/// Reads an attribute of `IFLA_TUN_*`.
+fn read_tun(attribute: &InfoTun, tun: &mut Tun) {
+    /// `IFF_TAP` of `linux/if_tun.h`, the type of a TAP.
+    const TAP: u8 = libc::IFF_TAP as u8;
+    let mut value = [0; 4];
+    if attribute.value_len() > value.len() {
+        return;
+    }
+    attribute.emit_value(&mut value[..attribute.value_len()]);
+    let number = u32::from_ne_bytes(value);
+    match attribute.kind() {
+        1 => tun.owner = Some(number),
+        2 => tun.group = Some(number),
+        3 => tun.is_tap = value[0] == TAP,
+        5 => tun.vnet_hdr = number != 0,
+        6 => tun.persistent = number != 0,
+        7 => tun.multi_queue = number != 0,
+        8 | 9 => tun.queues += number,
+        _ => {}
+    }
 }
 
 /// Tells that some network device of this namespace has changed: come, gone, up, down, renamed.
@@ -165,6 +281,7 @@ mod tests {
         let link = find("lo").unwrap();
         assert!(link.index > 0 && link.mtu > 0 && !link.is_veth && link.program.is_none());
         assert_eq!(at(link.index).unwrap(), link);
+        assert!(all().unwrap().contains(&link));
         assert_eq!(find("no-such-dev").unwrap_err().raw_os_error(), Some(libc::ENODEV));
     }
 }

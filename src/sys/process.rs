@@ -1,9 +1,12 @@
 //! Signals, threads and inherited descriptors of this process.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::time::Duration;
 
 use super::check;
@@ -145,6 +148,49 @@ impl Interruptible {
         // SAFETY: the thread has not been joined (its handle is borrowed), so its id is valid.
         unsafe { libc::pthread_kill(self.0, libc::SIGURG) };
     }
+}
+
+/// Whether a user, with these groups, may do with a file what `mode` says (`R_OK`, `W_OK`, `X_OK`),
+/// as the kernel sees it, access control lists included. Without a user: whether this process may.
+///
+/// # Errors
+/// EACCES or EPERM if not, ENOENT if there is none; EPERM also if we may not ask for another user.
+pub fn may_access(
+    user: Option<(libc::uid_t, &[libc::gid_t])>,
+    path: &Path,
+    mode: libc::c_int,
+) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let ask = || {
+        if let Some((uid, groups)) = user {
+            become_only_here(uid, groups)?;
+        }
+        // SAFETY: the path is a string that ends with a nul.
+        unsafe { check(libc::faccessat(libc::AT_FDCWD, path.as_ptr(), mode, libc::AT_EACCESS))? };
+        Ok(())
+    };
+    // Credentials are a thread's own to the kernel, and this one ends with the answer.
+    let panicked = |_| Err(io::Error::other("the thread that asked has panicked"));
+    std::thread::scope(|scope| scope.spawn(ask).join().unwrap_or_else(panicked))
+}
+
+/// Makes the calling thread, and no other of the process, another user's for good. The C library's
+/// functions change all threads, the system calls behind them one.
+fn become_only_here(uid: libc::uid_t, groups: &[libc::gid_t]) -> io::Result<()> {
+    let gid = groups.first().copied().unwrap_or(uid);
+    // SAFETY: `groups` lives through the first call, which reads as many numbers as it is told; the
+    // others take numbers only. What they change ends with this thread.
+    let results = unsafe {
+        [
+            libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()),
+            libc::syscall(libc::SYS_setresgid, gid, gid, gid),
+            libc::syscall(libc::SYS_setresuid, uid, uid, uid),
+        ]
+    };
+    if results.iter().any(|&result| result < 0) {
+        return Err(io::Error::from_raw_os_error(libc::EPERM));
+    }
+    Ok(())
 }
 
 /// What must be known of a file before it is mapped as memory.

@@ -16,6 +16,7 @@ pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
+const TUNGETFEATURES: libc::c_ulong = 0x8004_54cf;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNGETSNDBUF: libc::c_ulong = 0x8004_54d3;
 const TUNGETVNETHDRSZ: libc::c_ulong = 0x8004_54d7;
@@ -63,6 +64,18 @@ pub fn device_exists(name: &str) -> io::Result<bool> {
     let result =
         unsafe { libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCGIFINDEX, &mut request) };
     Ok(result >= 0)
+}
+
+/// The flags (`IFF_*` of `linux/if_tun.h`) that the kernel knows for TUN and TAP devices.
+///
+/// # Errors
+/// Those of opening `/dev/net/tun`.
+pub fn features() -> io::Result<u32> {
+    let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    let mut flags: libc::c_uint = 0;
+    // SAFETY: TUNGETFEATURES writes one unsigned int.
+    unsafe { check(libc::ioctl(file.as_raw_fd(), TUNGETFEATURES, &mut flags))? };
+    Ok(flags)
 }
 
 /// An `ifreq` with the given name in it and all else zero.

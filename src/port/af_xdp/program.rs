@@ -23,7 +23,7 @@ use crate::sys::bpf::{Hook, Link, Map, MapKind, Program};
 use crate::sys::link;
 
 /// The program's name, by which another daemon knows it.
-const NAME: &str = "vhost_user_net";
+pub const NAME: &str = "vhost_user_net";
 const SOCKETS: &str = "vun_sockets";
 const COUNTERS: &str = "vun_counters";
 const HEADERS: &str = "vun_headers";

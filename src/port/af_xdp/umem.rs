@@ -12,7 +12,6 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::features::HEADER_LENGTH;
 use crate::guest::{Chain, GuestMemory, Segment, Writable};
 use crate::sys::umem::{Part, Umem};
 use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, TX_METADATA};
@@ -52,7 +51,7 @@ impl FrameLayout {
     pub(super) fn new(longest: usize, header_length: usize, zero_copy: bool) -> io::Result<Self> {
         let header = if zero_copy { 0 } else { header_length };
         if longest + header > LONGEST_FRAME {
-            let most = LONGEST_FRAME - HEADER_LENGTH - crate::vnet_header::LINK_OVERHEAD;
+            let most = super::MAX_MTU;
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!("AF_XDP takes an MTU up to {most} bytes; lower that of the device"),

@@ -1,0 +1,125 @@
+//! `vhost-user-net doctor`: looks at a host, says what is wrong with it, and with what command that
+//! is mended.
+//!
+//! It reads: files of the kernel's, netlink, ioctls that ask. It opens no queue of a device, attaches
+//! no program, connects to no socket and changes nothing; what is to be done is printed, not done.
+//!
+//! FAIL is what the daemon could not serve with, or would serve wrongly; WARN what makes it slower or
+//! less safe, and what can't be known. A device that nobody named can't FAIL: it may be meant for
+//! somebody else.
+
+mod card;
+mod device;
+mod finding;
+mod host;
+mod limits;
+mod memory;
+mod network;
+mod offloads;
+mod options;
+mod path;
+mod placement;
+mod socket;
+mod stack;
+mod tap;
+mod tun;
+mod vmm;
+
+use crate::config::{Config, Host as HostSide};
+
+pub use finding::{Finding, Status};
+pub use options::Options;
+
+use host::{Host, Myself};
+use network::Network;
+use options::Wishes;
+
+/// What is to be looked at.
+#[derive(Debug)]
+pub struct Examination {
+    options: Options,
+    config: Option<Config>,
+}
+
+/// What was found.
+#[derive(Debug)]
+pub struct Report {
+    findings: Vec<Finding>,
+    json: bool,
+}
+
+impl Examination {
+    /// With these options, and what their file says.
+    pub fn new(options: Options, config: Option<Config>) -> Self {
+        Examination { options, config }
+    }
+
+    /// Looks at this host.
+    pub fn run(self) -> Report {
+        let host = Host::real();
+        let myself = Myself::of(&host);
+        let json = self.options.json;
+        let mut findings = Vec::new();
+        let network = Network::look();
+        if let Err(error) = &network {
+            let why = format!("netlink: {error}; nothing is known of them, and no port is checked");
+            findings.push(Finding::warn("network", "network devices", why));
+        }
+        // What can't be seen is not taken for missing.
+        let seen = network.is_ok();
+        let network = network.unwrap_or_default();
+        let wishes = Wishes::new(self.options, self.config, &network);
+        findings.extend(tun::check(&wishes));
+        for port in wishes.ports.iter().filter(|_| seen) {
+            let mut found = match &port.host {
+                HostSide::Tap(name) => tap::check(&host, &myself, &network, port, name),
+                HostSide::AfXdp(af_xdp) => device::check(&host, &network, port, af_xdp),
+                HostSide::TapDescriptors(_) | HostSide::Loopback => Vec::new(),
+            };
+            if !port.named {
+                found.iter_mut().for_each(Finding::soften);
+            }
+            findings.extend(found);
+        }
+        findings.extend(offloads::cards(&network));
+        findings.extend(path::check(&network, &wishes));
+        for path in &wishes.sockets {
+            findings.extend(socket::check(&host, &myself, path, wishes.qemu_user.as_deref()));
+        }
+        let sealed = wishes.ports.iter().any(|port| port.require_sealed_memory);
+        findings.extend(vmm::check(&host, sealed));
+        findings.extend(memory::check(&host, &myself, &wishes));
+        findings.extend(limits::check(&host, &myself, &wishes));
+        findings.extend(placement::check(&host, &wishes));
+        findings.extend(stack::check(&host, &myself, &network, &wishes));
+        Report { findings, json }
+    }
+}
+
+impl Report {
+    /// Whether something fails.
+    pub fn fails(&self) -> bool {
+        self.count(Status::Fail) > 0
+    }
+
+    fn count(&self, status: Status) -> usize {
+        self.findings.iter().filter(|finding| finding.status == status).count()
+    }
+
+    /// What is to be shown: a line for each finding and one that sums up, or JSON.
+    pub fn show(&self) -> String {
+        if self.json {
+            // Strings and nothing else, which always can be written.
+            return serde_json::to_string_pretty(&self.findings).unwrap_or_default() + "\n";
+        }
+        let lines: String = self.findings.iter().map(|finding| format!("{finding}\n")).collect();
+        let [passes, warnings, failures] =
+            [Status::Pass, Status::Warn, Status::Fail].map(|status| self.count(status));
+        let verdict = match (failures, warnings) {
+            (0, 0) => "nothing is wrong",
+            (0, _) => "the daemon can serve, but see the warnings",
+            _ => "the daemon can not serve as it is",
+        };
+        format!("{lines}{verdict}: {passes} pass, {warnings} warn, {failures} fail\n")
+    }
+}

@@ -1,0 +1,235 @@
+//! The queues of a device for AF_XDP, their rings, and which frames come to them.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use super::finding::{Finding, quoted};
+use super::network::Network;
+use super::options::Port;
+use crate::config::AfXdp;
+use crate::net_config::MacAddress;
+use crate::sys::ethtool::{Amount, Channels};
+use crate::sys::flow::{Rule, Rules};
+use crate::sys::link::Link;
+
+/// Entries of a receive ring below which a burst is lost that the daemon has no time for: what comes
+/// in 70 microseconds at 14.88 million frames a second, 10 Gbit/s of the smallest.
+const RING: u32 = 1024;
+
+/// Checks queues, rings and steering.
+pub(super) fn check(
+    network: &Network,
+    link: &Link,
+    port: &Port,
+    af_xdp: &AfXdp,
+    what: &str,
+) -> Vec<Finding> {
+    let Some(ethtool) = &network.ethtool else {
+        let why = "the kernel does not tell of queues and rings (CONFIG_ETHTOOL_NETLINK)";
+        return vec![Finding::warn("queues", what, why)];
+    };
+    let name = quoted(&link.name);
+    let wanted = u32::from(af_xdp.queue)..u32::from(af_xdp.queue) + u32::from(port.pairs);
+    let channels = ethtool.channels(link.index);
+    let receiving = channels.as_ref().map_or(1, |it| it.combined.now + it.rx.now);
+    let mut found = vec![
+        queues(channels, wanted.end, &name, what),
+        rings(ethtool.rings(link.index), &name, what),
+    ];
+    if receiving > 1 && !link.is_veth {
+        found.extend(hashing(
+            ethtool.hashed_queues(link.index),
+            receiving,
+            wanted.start,
+            &name,
+            what,
+        ));
+    }
+    let filters =
+        ethtool.features(link.index).is_ok_and(|it| it.active.contains("rx-ntuple-filter"));
+    let rules = Rules::of(&link.name).and_then(|rules| rules.list());
+    found.push(steering(rules, filters, port.mac.filter(|_| af_xdp.steer), af_xdp, &name, what));
+    found
+}
+
+fn queues(channels: io::Result<Channels>, wanted: u32, name: &str, what: &str) -> Finding {
+    let channels = match channels {
+        Ok(channels) => channels,
+        Err(_) if wanted == 1 => {
+            let why = "its driver does not tell of queues, and its first is what is wanted";
+            return Finding::pass("queues", what, why);
+        }
+        Err(error) => {
+            let why =
+                format!("{wanted} queues are wanted, and its driver does not tell of any: {error}");
+            return Finding::warn("queues", what, why);
+        }
+    };
+    let Channels { combined, rx, tx } = channels;
+    let now = combined.now + rx.now;
+    if now >= wanted {
+        return Finding::pass("queues", what, format!("queues wanted: {wanted}, there: {now}"));
+    }
+    let why = format!("queues wanted: {wanted}, there: {now}");
+    if combined.most >= wanted {
+        let command = format!("ethtool -L {name} combined {wanted}");
+        Finding::fail("queues", what, why).cure(command)
+    } else if rx.most.min(tx.most) >= wanted {
+        let command = format!("ethtool -L {name} rx {wanted} tx {wanted}");
+        Finding::fail("queues", what, why).cure(command)
+    } else {
+        let most = combined.most + rx.most;
+        let why = format!("{why}: {most} is all that it can have; choose a lower queue=N");
+        Finding::fail("queues", what, why)
+    }
+}
+
+fn rings(rings: io::Result<(Amount, Amount)>, name: &str, what: &str) -> Finding {
+    let (rx, tx) = match rings {
+        Ok(rings) => rings,
+        Err(_) => {
+            let why = "its driver has no rings whose length could be set: not applicable";
+            return Finding::pass("rings", what, why);
+        }
+    };
+    let best = RING.min(rx.most);
+    if rx.now >= best {
+        let why = format!(
+            "its rings have {} entries for rx and {} for tx, of {} and {}",
+            rx.now, tx.now, rx.most, tx.most
+        );
+        return Finding::pass("rings", what, why);
+    }
+    let why = format!("its rx rings have {} entries: a burst of more is lost", rx.now);
+    Finding::warn("rings", what, why).cure(format!("ethtool -G {name} rx {best}"))
+}
+
+/// Whether the host's own frames are kept away from the queues that are a guest's.
+fn hashing(
+    hashed: io::Result<BTreeSet<u32>>,
+    queues: u32,
+    first: u32,
+    name: &str,
+    what: &str,
+) -> Option<Finding> {
+    let hashed = hashed.ok()?;
+    let ours: Vec<u32> = hashed.iter().copied().filter(|queue| *queue >= first).collect();
+    if ours.is_empty() {
+        let why = format!("receive hashing leaves queue {first} and those behind it alone");
+        return Some(Finding::pass("steering", what, why));
+    }
+    let why = format!(
+        "receive hashing brings a share of the host's frames to queue {first} and those behind it, \
+         of {queues}: the guest gets them"
+    );
+    let found = Finding::warn("steering", what, why);
+    Some(if first == 0 { found } else { found.cure(format!("ethtool -X {name} equal {first}")) })
+}
+
+/// Whether a guest's frames can be brought to its queue by a rule.
+fn steering(
+    rules: io::Result<Vec<Rule>>,
+    filters: bool,
+    steer_for: Option<MacAddress>,
+    af_xdp: &AfXdp,
+    name: &str,
+    what: &str,
+) -> Finding {
+    let conflict = steer_for.zip(rules.as_ref().ok()).and_then(|(mac, rules)| {
+        let queue = u64::from(af_xdp.queue);
+        rules.iter().find(|rule| rule.address == mac.0 && rule.queue != queue)
+    });
+    match (conflict, &rules, af_xdp.steer) {
+        (Some(rule), _, _) => {
+            let why = format!(
+                "a flow rule brings the guest's frames to queue {}, not to queue {}: delete it if \
+                 nobody needs it",
+                rule.queue, af_xdp.queue
+            );
+            let command = format!("ethtool -N {name} delete {}", rule.location);
+            Finding::fail("steering", what, why).cure(command)
+        }
+        (None, Ok(_), true) if !filters => {
+            let why = "steer=mac is wanted, and its flow rules are off";
+            Finding::fail("steering", what, why).cure(format!("ethtool -K {name} ntuple on"))
+        }
+        (None, Ok(_), true) => Finding::pass("steering", what, "its driver takes flow rules"),
+        (None, Err(error), true) => {
+            let why = format!(
+                "steer=mac is wanted, and its driver has no flow rules: {error}; bring the guest's \
+                 frames to queue {} another way",
+                af_xdp.queue
+            );
+            Finding::fail("steering", what, why)
+        }
+        (None, Ok(rules), false) => {
+            let why = format!("its driver has flow rules, {} now; none is wanted", rules.len());
+            Finding::pass("steering", what, why)
+        }
+        (None, Err(_), false) => {
+            Finding::pass("steering", what, "its driver has no flow rules, and none is wanted")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Attach, Mode};
+    use crate::doctor::Status;
+
+    const fn amount(now: u32, most: u32) -> Amount {
+        Amount { now, most }
+    }
+
+    #[test]
+    fn queues_are_made_where_the_driver_has_them() {
+        let combined =
+            |now, most| Ok(Channels { combined: amount(now, most), ..Channels::default() });
+        let cure = |channels, wanted| queues(channels, wanted, "e", "device e").cure;
+        assert_eq!(queues(combined(4, 8), 4, "e", "device e").status, Status::Pass);
+        assert_eq!(cure(combined(4, 8), 5).as_deref(), Some("ethtool -L e combined 5"));
+        let apart = Channels { rx: amount(1, 4), tx: amount(1, 4), ..Channels::default() };
+        assert_eq!(cure(Ok(apart), 2).as_deref(), Some("ethtool -L e rx 2 tx 2"));
+        let few = queues(combined(4, 4), 5, "e", "device e");
+        assert_eq!((few.status, few.cure), (Status::Fail, None));
+    }
+
+    #[test]
+    fn short_rings_are_slower_and_full_ones_are_fine() {
+        let rings = |now, most| rings(Ok((amount(now, most), amount(now, most))), "e", "device e");
+        assert_eq!(rings(256, 256).status, Status::Pass);
+        assert_eq!(rings(512, 4096).cure.as_deref(), Some("ethtool -G e rx 1024"));
+        assert_eq!(rings(2048, 4096).status, Status::Pass);
+    }
+
+    #[test]
+    fn the_hosts_frames_stay_with_the_hosts_queues() {
+        let hashing = |queues: &[u32], first| {
+            hashing(Ok(queues.iter().copied().collect()), 4, first, "e", "device e").unwrap()
+        };
+        assert_eq!(hashing(&[0, 1], 2).status, Status::Pass);
+        assert_eq!(hashing(&[0, 1, 2], 2).cure.as_deref(), Some("ethtool -X e equal 2"));
+        assert_eq!(hashing(&[0, 1], 0).cure, None);
+    }
+
+    #[test]
+    fn steering_needs_rules_that_are_on_and_nobody_elses() {
+        let mac = MacAddress([2, 0, 0, 0, 0, 1]);
+        let af_xdp = AfXdp {
+            name: "e".into(),
+            queue: 2,
+            mode: Mode::Auto,
+            attach: Attach::Auto,
+            steer: true,
+        };
+        let rule = |queue| vec![Rule { address: mac.0, queue, location: 9 }];
+        let steering =
+            |rules, filters| steering(rules, filters, Some(mac), &af_xdp, "e", "device e");
+        assert_eq!(steering(Ok(rule(2)), true).status, Status::Pass);
+        assert_eq!(steering(Ok(rule(1)), true).cure.as_deref(), Some("ethtool -N e delete 9"));
+        assert_eq!(steering(Ok(vec![]), false).cure.as_deref(), Some("ethtool -K e ntuple on"));
+        let none = steering(Err(io::ErrorKind::Unsupported.into()), false);
+        assert_eq!((none.status, none.cure), (Status::Fail, None));
+    }
+}

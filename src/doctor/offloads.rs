@@ -1,0 +1,130 @@
+//! Checksum and segmentation offload: what TAPs and cards should do for speed, and what the other
+//! end of a veth must not do.
+
+use super::finding::{Finding, quoted};
+use super::network::Network;
+use crate::sys::ethtool::Features;
+use crate::sys::link::Link;
+
+const CHECK: &str = "offloads";
+/// Checksums that are left to whoever sends: the kernel's names.
+const CHECKSUMS: [&str; 3] = ["tx-checksum-ip-generic", "tx-checksum-ipv4", "tx-checksum-ipv6"];
+const SEGMENTATION: &str = "tx-tcp-segmentation";
+
+fn features(network: &Network, link: &Link) -> Option<Features> {
+    network.ethtool.as_ref()?.features(link.index).ok()
+}
+
+/// Offloads of a TAP that somebody turned off: the daemon asks for them with TUNSETOFFLOAD, and gets
+/// those only that are wanted as well (`tun_net_fix_features` of drivers/net/tun.c).
+pub(super) fn of_tap(network: &Network, link: &Link, what: &str) -> Option<Finding> {
+    let features = features(network, link)?;
+    let off: Vec<&str> = [CHECKSUMS[0], "tx-scatter-gather", SEGMENTATION, "tx-tcp6-segmentation"]
+        .into_iter()
+        .filter(|name| features.possible.contains(*name) && !features.wanted.contains(*name))
+        .collect();
+    if off.is_empty() {
+        let why = "checksums and TCP segmentation may be left to the guest";
+        return Some(Finding::pass(CHECK, what, why));
+    }
+    let why = format!(
+        "somebody turned off {}: the host cuts and sums each frame for the guest, which costs its \
+         processors more",
+        off.join(", ")
+    );
+    let command = format!("ethtool -K {} tx on sg on tso on", quoted(&link.name));
+    Some(Finding::warn(CHECK, what, why).cure(command))
+}
+
+/// What a device for AF_XDP, or its other end, must leave alone: an XDP program sees frames as they
+/// are, without what the kernel or the card knows of them.
+pub(super) fn of_device(network: &Network, link: &Link, what: &str) -> Vec<Finding> {
+    let mut found = Vec::new();
+    if link.is_veth {
+        found.push(other_end(network, link, what));
+        return found;
+    }
+    let Some(features) = features(network, link) else { return found };
+    let name = quoted(&link.name);
+    if features.active.contains("rx-lro") {
+        let why =
+            "it joins received frames (LRO): drivers refuse XDP then, or frames come too long";
+        found.push(Finding::warn(CHECK, what, why).cure(format!("ethtool -K {name} lro off")));
+    }
+    if features.active.contains("rx-vlan-hw-parse") {
+        let why = "it takes VLAN tags out of received frames, and an XDP program does not get them: \
+                   a guest that uses VLANs sees untagged frames";
+        found.push(Finding::warn(CHECK, what, why).cure(format!("ethtool -K {name} rxvlan off")));
+    }
+    if found.is_empty() {
+        let why = "it neither joins received frames nor takes VLAN tags out of them";
+        found.push(Finding::pass(CHECK, what, why));
+    }
+    found
+}
+
+fn other_end(network: &Network, link: &Link, what: &str) -> Finding {
+    let Some(peer) = link.veth_peer.and_then(|peer| network.at(peer)) else {
+        let why = "its other end is in another namespace: that must send whole frames, with their \
+                   checksums ('ethtool -K … tx off' there)";
+        return Finding::warn(CHECK, what, why);
+    };
+    let Some(features) = features(network, peer) else {
+        let why = format!("whether {} leaves checksums open is not known", peer.name);
+        return Finding::warn(CHECK, what, why);
+    };
+    if CHECKSUMS.iter().all(|name| !features.active.contains(*name)) {
+        let why = format!("its other end, {}, sends whole frames with their checksums", peer.name);
+        return Finding::pass(CHECK, what, why);
+    }
+    let why = format!(
+        "its other end, {}, leaves checksums and segmentation open: pings pass, TCP and UDP do not",
+        peer.name
+    );
+    Finding::fail(CHECK, what, why).cure(format!("ethtool -K {} tx off", quoted(&peer.name)))
+}
+
+/// Cards of the host that TAPs' guests send through: what they don't do, its processors do.
+pub(super) fn cards(network: &Network) -> Vec<Finding> {
+    let cards = network.links.iter().filter(|link| link.parent.is_some());
+    cards.filter_map(|link| Some(of_card(link, &features(network, link)?))).collect()
+}
+
+fn of_card(link: &Link, features: &Features) -> Finding {
+    let what = format!("card {}", link.name);
+    let has = |name: &str| features.active.contains(name);
+    let could = |name: &str| features.possible.contains(name);
+    if CHECKSUMS.iter().any(|name| has(name)) && has(SEGMENTATION) {
+        let why = "it sums and segments what guests behind a TAP leave open";
+        return Finding::pass(CHECK, what, why);
+    }
+    let why =
+        "it does not sum and segment: the kernel does, for what guests behind a TAP leave open";
+    if CHECKSUMS.iter().any(|name| could(name)) && could(SEGMENTATION) {
+        let command = format!("ethtool -K {} tx on sg on tso on", quoted(&link.name));
+        Finding::warn(CHECK, what, format!("{why}, and it could")).cure(command)
+    } else {
+        Finding::warn(CHECK, what, format!("{why}; its driver can't"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Status;
+
+    #[test]
+    fn a_card_that_could_do_more_is_told_to() {
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        let all = [CHECKSUMS[0], SEGMENTATION];
+        let judged = |possible: &[&str], active: &[&str]| {
+            let features =
+                Features { possible: set(possible), active: set(active), ..Features::default() };
+            of_card(&Link { name: "e".into(), ..Link::default() }, &features)
+        };
+        assert_eq!(judged(&all, &all).status, Status::Pass);
+        let off = judged(&all, &all[..1]);
+        assert_eq!(off.cure.as_deref(), Some("ethtool -K e tx on sg on tso on"));
+        assert_eq!(judged(&[], &[]).cure, None);
+    }
+}

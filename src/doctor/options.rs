@@ -1,0 +1,155 @@
+//! What is asked for: by the command line, by a configuration's ports, or by nobody, and then it is
+//! what the host has.
+
+use std::path::PathBuf;
+
+use crate::config::{AfXdp, Attach, Config, Frontend, Host, Mode, PortConfig, device_name};
+use crate::net_config::MacAddress;
+
+use super::network::Network;
+
+/// MTU of a card that nothing is said about.
+const DEFAULT_MTU: u16 = 1500;
+/// Who QEMU is under libvirt on Debian and Ubuntu.
+const LIBVIRT_USER: &str = "libvirt-qemu";
+
+/// What may be asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+pub struct Options {
+    /// Check what the ports of this file need.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Check this TAP device.
+    #[arg(long, value_name = "NAME", value_parser = device_name)]
+    pub tap: Vec<String>,
+    /// Check this device for AF_XDP, written as for the daemon.
+    #[arg(long, value_name = "NAME[,queue=N][,mode=…][,attach=…][,steer=mac]")]
+    pub af_xdp: Vec<AfXdp>,
+    /// Check whether a socket can be there.
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Vec<PathBuf>,
+    /// Queue pairs that --tap and --af-xdp are to have.
+    #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub queue_pairs: u16,
+    /// The card's MTU in bytes [default: the file's, else 1500].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
+    pub mtu: Option<u16>,
+    /// The user that QEMU runs as [default: libvirt-qemu, if there is one].
+    #[arg(long, value_name = "USER")]
+    pub qemu_user: Option<String>,
+    /// Print a list in JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A port as far as the host must fit it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Port {
+    pub(super) host: Host,
+    pub(super) pairs: u16,
+    pub(super) mtu: u16,
+    pub(super) mac: Option<MacAddress>,
+    pub(super) cpus: Vec<usize>,
+    pub(super) busy_poll: bool,
+    /// Whether what its guest sends is judged by the daemon.
+    pub(super) judged: bool,
+    pub(super) require_sealed_memory: bool,
+    /// Whether somebody asked about it.
+    pub(super) named: bool,
+}
+
+/// All that is to be checked.
+#[derive(Debug)]
+pub(super) struct Wishes {
+    pub(super) ports: Vec<Port>,
+    pub(super) sockets: Vec<PathBuf>,
+    pub(super) qemu_user: Option<String>,
+    pub(super) mtu: u16,
+}
+
+impl Port {
+    fn new(host: Host, options: &Options, named: bool) -> Self {
+        Port {
+            host,
+            pairs: options.queue_pairs,
+            mtu: options.mtu.unwrap_or(DEFAULT_MTU),
+            mac: None,
+            cpus: Vec::new(),
+            busy_poll: false,
+            judged: false,
+            require_sealed_memory: false,
+            named,
+        }
+    }
+
+    fn of(config: PortConfig, options: &Options) -> Self {
+        Port {
+            host: config.host,
+            pairs: config.queue_pairs,
+            mtu: options.mtu.unwrap_or(config.mtu),
+            mac: config.mac,
+            cpus: config.cpu_affinity,
+            busy_poll: !config.busy_poll.is_zero(),
+            judged: config.identity.is_some(),
+            require_sealed_memory: config.require_sealed_memory,
+            named: true,
+        }
+    }
+}
+
+impl Wishes {
+    /// What `options` and `config` name; without a name, each TAP and each card of the host.
+    pub(super) fn new(mut options: Options, config: Option<Config>, network: &Network) -> Self {
+        let mut sockets = std::mem::take(&mut options.socket_path);
+        let taps = std::mem::take(&mut options.tap);
+        let devices = std::mem::take(&mut options.af_xdp);
+        let mut ports = Vec::new();
+        ports.extend(taps.into_iter().map(|name| Port::new(Host::Tap(name), &options, true)));
+        ports.extend(devices.into_iter().map(|it| Port::new(Host::AfXdp(it), &options, true)));
+        for port in config.into_iter().flat_map(|config| config.ports) {
+            if let Frontend::Listen(path) = &port.frontend {
+                sockets.push(path.clone());
+            }
+            ports.push(Port::of(port, &options));
+        }
+        if ports.is_empty() && sockets.is_empty() {
+            for link in &network.links {
+                if link.tun.as_ref().is_some_and(|tun| tun.is_tap) {
+                    ports.push(Port::new(Host::Tap(link.name.clone()), &options, false));
+                } else if link.parent.is_some() {
+                    let plain = AfXdp {
+                        name: link.name.clone(),
+                        queue: 0,
+                        mode: Mode::Auto,
+                        attach: Attach::Auto,
+                        steer: false,
+                    };
+                    ports.push(Port::new(Host::AfXdp(plain), &options, false));
+                }
+            }
+        }
+        let known = |name: &str| matches!(nix::unistd::User::from_name(name), Ok(Some(_)));
+        let libvirt = || Some(LIBVIRT_USER.to_owned()).filter(|name| known(name));
+        let mtu = ports.iter().map(|port| port.mtu).max().or(options.mtu).unwrap_or(DEFAULT_MTU);
+        Wishes { ports, sockets, qemu_user: options.qemu_user.or_else(libvirt), mtu }
+    }
+
+    /// The ports on AF_XDP, with their devices.
+    pub(super) fn af_xdp(&self) -> impl Iterator<Item = (&Port, &AfXdp)> {
+        self.ports.iter().filter_map(|port| match &port.host {
+            Host::AfXdp(af_xdp) => Some((port, af_xdp)),
+            _ => None,
+        })
+    }
+
+    /// Whether somebody asked about a port on a TAP.
+    pub(super) fn names_a_tap(&self) -> bool {
+        let is_tap = |port: &Port| matches!(port.host, Host::Tap(_) | Host::TapDescriptors(_));
+        self.ports.iter().any(|port| port.named && is_tap(port))
+    }
+
+    /// Whether somebody asked about a port on AF_XDP.
+    pub(super) fn names_af_xdp(&self) -> bool {
+        self.af_xdp().any(|(port, _)| port.named)
+    }
+}

@@ -1,0 +1,270 @@
+//! VMs that run: whether their memory is shared with us, and whether it could be cut away.
+//!
+//! A VMM's largest mapping that is readable and writable is taken for the guest's memory.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+
+use nix::unistd::User;
+
+use super::finding::{Finding, quoted};
+use super::host::{Host, Myself};
+use crate::sys::process::file_facts;
+
+const CHECK: &str = "vm-memory";
+/// The program that changes what libvirt knows of a VM.
+const LIBVIRT: &str = "virt-xml";
+
+/// A process that runs a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Vmm {
+    process: String,
+    words: Vec<String>,
+}
+
+/// A mapping in `/proc/PID/maps` (proc_pid_maps(5)).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Mapping {
+    bytes: u64,
+    shared: bool,
+    inode: u64,
+    name: String,
+}
+
+/// Checks each VMM that runs.
+pub(super) fn check(host: &Host, require_sealed: bool) -> Vec<Finding> {
+    let mut found: Vec<_> = vmms(host).iter().map(|vmm| judge(host, vmm, require_sealed)).collect();
+    if found.is_empty() {
+        let why = "no QEMU and no cloud-hypervisor runs: not applicable";
+        found.push(Finding::pass(CHECK, "memory of running VMs", why));
+    }
+    found
+}
+
+fn vmms(host: &Host) -> Vec<Vmm> {
+    host.processes()
+        .into_iter()
+        .filter_map(|process| {
+            let line = host.read(&format!("/proc/{process}/cmdline"))?;
+            let words: Vec<String> =
+                line.trim_end_matches('\0').split('\0').map(str::to_owned).collect();
+            let program = words.first()?.rsplit('/').next()?;
+            let runs_guests = program.starts_with("qemu-system-")
+                || ["qemu-kvm", "kvm", "cloud-hypervisor"].contains(&program);
+            runs_guests.then_some(Vmm { process, words })
+        })
+        .collect()
+}
+
+fn judge(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
+    let program = vmm.words[0].rsplit('/').next().unwrap_or_default();
+    let what = format!("memory of {program} (process {})", vmm.process);
+    let maps = host.read(&format!("/proc/{}/maps", vmm.process)).unwrap_or_default();
+    let Some(memory) = guest_memory(&maps) else {
+        let why = "its mappings can't be seen: run this as root";
+        return Finding::warn(CHECK, what, why);
+    };
+    let size = memory.bytes >> 20;
+    let has_card =
+        vmm.words.iter().any(|word| word.contains("vhost-user") || word.contains("vhost_user"));
+    if !memory.shared {
+        let why = format!("its {size} MiB are not shared");
+        if !has_card {
+            let why = format!("{why}, and it has no vhost-user device: not applicable");
+            return Finding::pass(CHECK, what, why);
+        }
+        let why = format!(
+            "{why}, and its vhost-user device needs that: shut the guest down and start it so"
+        );
+        let found = Finding::fail(CHECK, what, why);
+        let command = shared(&vmm.words).and_then(|command| as_its_user(host, vmm, command));
+        return match command {
+            Some(command) => found.cure(command),
+            None => found,
+        };
+    }
+    match seals(&vmm.process, &memory) {
+        Some(true) => {
+            let why = format!("its {size} MiB are shared, and sealed: they can't be cut away");
+            Finding::pass(CHECK, what, why)
+        }
+        Some(false) => {
+            let why = format!(
+                "its {size} MiB are shared, and not sealed: who truncates their file stops the port; \
+                 use memory-backend-memfd for a file, and no seal=off"
+            );
+            let make = if require_sealed { Finding::fail } else { Finding::warn };
+            make(CHECK, what, why)
+        }
+        None => {
+            let why = format!(
+                "its {size} MiB are shared ({}), and whether they are memory, and sealed, can't be \
+                 seen",
+                memory.name
+            );
+            Finding::warn(CHECK, what, why)
+        }
+    }
+}
+
+fn guest_memory(maps: &str) -> Option<Mapping> {
+    let read = |line: &str| {
+        let mut fields = line.split_whitespace();
+        let (start, end) = fields.next()?.split_once('-')?;
+        let rights = fields.next()?;
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        let bytes = number(end)?.checked_sub(number(start)?)?;
+        let inode = fields.nth(2)?.parse().ok()?;
+        let name = fields.collect::<Vec<_>>().join(" ");
+        // What can be run is the code that an emulator makes.
+        (rights.starts_with("rw-")).then(|| Mapping {
+            bytes,
+            shared: rights.ends_with('s'),
+            inode,
+            name,
+        })
+    };
+    maps.lines().filter_map(read).max_by_key(|mapping| mapping.bytes)
+}
+
+/// Whether the file behind the memory is sealed against truncation; nothing if that can't be seen.
+fn seals(process: &str, memory: &Mapping) -> Option<bool> {
+    let descriptors = std::fs::read_dir(format!("/proc/{process}/fd")).ok()?;
+    for descriptor in descriptors.flatten() {
+        let path = descriptor.path();
+        // Only what is mapped is opened, which so is a file.
+        let is_it = path.metadata().is_ok_and(|file| file.is_file() && file.ino() == memory.inode)
+            && std::fs::read_link(&path).is_ok_and(|link| link.to_string_lossy() == memory.name);
+        if is_it {
+            return Some(file_facts(&File::open(path).ok()?).ok()??.sealed);
+        }
+    }
+    None
+}
+
+/// A command of the words that a process was started with is for the user who chose them, and not for
+/// whoever reads it here.
+fn as_its_user(host: &Host, vmm: &Vmm, command: String) -> Option<String> {
+    let user = Myself::of_process(host, &vmm.process).user;
+    if user == Myself::of(host).user || command.starts_with(&format!("{LIBVIRT} ")) {
+        return Some(command);
+    }
+    let user = User::from_uid(user.into()).ok()??;
+    Some(format!("runuser -u {} -- {command}", quoted(&user.name)))
+}
+
+/// The command that starts a VM with memory that is shared.
+fn shared(words: &[String]) -> Option<String> {
+    let program = words.first()?.rsplit('/').next()?;
+    let after = |option: &str| {
+        words.windows(2).find(|pair| pair[0].trim_start_matches('-') == option).map(|pair| &pair[1])
+    };
+    let libvirt = after("name").filter(|name| name.starts_with("guest="));
+    if let Some(name) = libvirt {
+        let name = quoted(name.trim_start_matches("guest=").split(',').next()?);
+        return Some(format!(
+            "{LIBVIRT} {name} --edit --memorybacking source.type=memfd,access.mode=shared"
+        ));
+    }
+    let mut words = words.to_vec();
+    if program == "cloud-hypervisor" {
+        let at = words.iter().position(|word| word == "--memory")? + 1;
+        let memory = words.get_mut(at)?;
+        *memory = memory.replace(",shared=off", "") + ",shared=on";
+    } else if let Some(backend) = words.iter_mut().find(|word| word.starts_with("memory-backend-"))
+    {
+        // Anonymous memory has no file that could be handed over.
+        *backend =
+            backend.replace("memory-backend-ram", "memory-backend-memfd").replace(",share=off", "")
+                + ",share=on";
+    } else if words.iter().any(|word| word.starts_with('{') && word.contains("memory-backend-")) {
+        return None;
+    } else {
+        // QEMU's default, and its unit without one.
+        let size = after("m").map_or("128", |size| size.trim_start_matches("size="));
+        let size = size.split(',').next()?;
+        let unit = if size.bytes().all(|byte| byte.is_ascii_digit()) { "M" } else { "" };
+        words.extend([
+            "-object".into(),
+            format!("memory-backend-memfd,id=shared-memory,size={size}{unit},share=on"),
+            "-machine".into(),
+            "memory-backend=shared-memory".into(),
+        ]);
+    }
+    Some(words.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Status;
+    use crate::doctor::host::tests::fake;
+
+    const PRIVATE: &str = "7f0000000000-7f0040000000 rw-p 00000000 00:00 0 \n\
+                           7f1000000000-7f1080000000 rwxp 00000000 00:00 0 \n\
+                           7f2000000000-7f2000001000 rw-s 00000000 00:01 9 /memfd:x (deleted)\n";
+
+    fn words(line: &str) -> Vec<String> {
+        line.split(' ').map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn the_guests_memory_is_the_largest_that_is_no_code() {
+        let memory = guest_memory(PRIVATE).unwrap();
+        assert_eq!((memory.bytes, memory.shared), (1 << 30, false));
+        let shared = "7f0000000000-7f0040000000 rw-s 00000000 00:01 7 /memfd:mem (deleted)\n";
+        let memory = guest_memory(shared).unwrap();
+        assert!(memory.shared && memory.inode == 7 && memory.name == "/memfd:mem (deleted)");
+        assert_eq!(guest_memory("nonsense\n"), None);
+    }
+
+    #[test]
+    fn only_a_vm_with_a_vhost_user_device_must_share() {
+        let judged = |line: &str| {
+            let line = line.replace(' ', "\0") + "\0";
+            let files = [("/proc/7/cmdline", &line[..]), ("/proc/7/maps", PRIVATE)];
+            let (_directory, host) = fake(&files);
+            check(&host, false).remove(0)
+        };
+        assert_eq!(judged("/usr/bin/qemu-system-x86_64 -m 1G").status, Status::Pass);
+        let found = judged("/usr/bin/qemu-system-x86_64 -m 1G -netdev vhost-user,id=n,chardev=c");
+        assert_eq!(found.status, Status::Fail);
+        assert!(found.cure.unwrap().ends_with("-machine memory-backend=shared-memory"));
+        assert!(judged("/bin/sh -c vhost-user").why.contains("not applicable"));
+    }
+
+    #[test]
+    fn a_strangers_command_line_is_run_by_the_stranger_only() {
+        let line = "/home/x/qemu-system-x86_64\0-netdev\0vhost-user,id=n\0";
+        let cure = |owner: u32| {
+            let status = format!("Uid:\t{owner}\t{owner}\t{owner}\t{owner}\n");
+            let (_directory, host) = fake(&[
+                ("/proc/7/cmdline", line),
+                ("/proc/7/maps", PRIVATE),
+                ("/proc/7/status", &status),
+                ("/proc/self/status", "Uid:\t0\t0\t0\t0\n"),
+            ]);
+            check(&host, false).remove(0).cure
+        };
+        assert!(cure(0).unwrap().starts_with("/home/x/qemu-system-x86_64 "));
+        let nobody = User::from_name("nobody").unwrap().unwrap().uid.as_raw();
+        assert!(cure(nobody).unwrap().starts_with("runuser -u nobody -- /home/x/qemu"));
+        assert_eq!(cure(0xffff_fff0), None, "nobody knows whose it is");
+    }
+
+    #[test]
+    fn each_vmm_has_its_own_way_to_share() {
+        let cure = |line| shared(&words(line)).unwrap();
+        assert_eq!(
+            cure("qemu-system-x86_64 -object memory-backend-ram,id=m,size=1G,share=off"),
+            "qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on"
+        );
+        assert!(cure("kvm -m 512").contains("size=512M,share=on"));
+        assert_eq!(
+            cure("cloud-hypervisor --memory size=1G"),
+            "cloud-hypervisor --memory size=1G,shared=on"
+        );
+        let libvirt = cure("qemu-system-x86_64 -name guest=a;b,debug-threads=on");
+        assert!(libvirt.starts_with("virt-xml 'a;b' --edit --memorybacking"), "{libvirt}");
+    }
+}

@@ -1,0 +1,187 @@
+//! An operator with a host that is not as it should be: `vhost-user-net doctor` names what is wrong,
+//! and the command that it prints mends it.
+//!
+//! Each test breaks one thing in a namespace of its own, takes the command from what is printed, has
+//! a shell run it there, and looks again.
+
+mod devices;
+mod host;
+mod sockets;
+mod taps;
+
+use std::process::Command;
+
+use nix::sched::{CloneFlags, unshare};
+use serde_json::Value;
+
+use crate::support::daemon::program;
+use crate::support::needs_root;
+use crate::support::network::{enter_new_namespace, ip, output};
+
+/// One line of what doctor prints.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Line {
+    status: String,
+    check: String,
+    what: String,
+    why: String,
+    cure: Option<String>,
+}
+
+/// Runs doctor, by another program that limits it if there is one; returns its exit code and what it
+/// found.
+#[track_caller]
+fn examine_by(wrapper: &[&str], arguments: &[&str]) -> (i32, Vec<Line>) {
+    let daemon = program();
+    let all = wrapper.iter().copied().chain(daemon.get_program().to_str());
+    let mut all = all.chain(["doctor", "--json"]).chain(arguments.iter().copied());
+    let output = Command::new(all.next().unwrap()).args(all).output().unwrap();
+    let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let list: Vec<Value> =
+        serde_json::from_str(&text).unwrap_or_else(|_| panic!("{arguments:?}: {text}{complaint}"));
+    let word = |value: &Value| value.as_str().unwrap().to_owned();
+    let lines: Vec<Line> = list
+        .iter()
+        .map(|it| Line {
+            status: word(&it["status"]),
+            check: word(&it["check"]),
+            what: word(&it["what"]),
+            why: word(&it["why"]),
+            cure: it["cure"].as_str().map(str::to_owned),
+        })
+        .collect();
+    let code = output.status.code().unwrap();
+    let fails = lines.iter().any(|line| line.status == "FAIL");
+    assert_eq!(code, i32::from(fails), "{lines:#?}{complaint}");
+    (code, lines)
+}
+
+#[track_caller]
+fn examine(arguments: &[&str]) -> Vec<Line> {
+    examine_by(&[], arguments).1
+}
+
+/// The one line of a check that has this status.
+#[track_caller]
+fn line<'a>(lines: &'a [Line], check: &str, status: &str) -> &'a Line {
+    let mut all = lines.iter().filter(|line| line.check == check && line.status == status);
+    all.next().unwrap_or_else(|| panic!("no {status} of {check} in {lines:#?}"))
+}
+
+/// Has a shell run a command that was printed.
+#[track_caller]
+fn shell(command: &str) {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Says that doctor finds one thing wrong, whose cure, once carried out, has it find the same thing
+/// right. Returns what it said was wrong.
+#[track_caller]
+fn is_mended(check: &str, status: &str, arguments: &[&str]) -> Line {
+    is_mended_for(&[], check, status, arguments)
+}
+
+#[track_caller]
+fn is_mended_for(wrapper: &[&str], check: &str, status: &str, arguments: &[&str]) -> Line {
+    let (_, before) = examine_by(wrapper, arguments);
+    let wrong = line(&before, check, status).clone();
+    let cure = wrong.cure.as_deref().unwrap_or_else(|| panic!("no cure: {wrong:?}"));
+    shell(cure);
+    let (_, after) = examine_by(wrapper, arguments);
+    is_right(&wrong, &after);
+    wrong
+}
+
+/// Says that what was wrong is right now.
+#[track_caller]
+fn is_right(wrong: &Line, after: &[Line]) {
+    let same: Vec<&Line> = after.iter().filter(|line| line.what == wrong.what).collect();
+    let still = same.iter().find(|line| line.check == wrong.check && line.status != "PASS");
+    assert_eq!(still, None, "after {:?}", wrong.cure);
+    let passes = || same.iter().filter(|line| line.status == "PASS");
+    let right = passes().find(|line| line.check == wrong.check).or_else(|| passes().next());
+    show(wrong, right.unwrap_or_else(|| panic!("{wrong:?} and then {after:#?}")));
+}
+
+/// With --nocapture, this is what docs/doctor.md shows.
+fn show(wrong: &Line, right: &Line) {
+    let cure = wrong.cure.as_deref().unwrap_or_default();
+    println!("\n    {} {} — {} — {cure}", wrong.status, wrong.what, wrong.why);
+    println!("    {} {} — {}", right.status, right.what, right.why);
+}
+
+/// Mounts that only this thread and what it starts see.
+fn enter_new_mounts() {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    shell("mount --make-rprivate /");
+}
+
+#[test]
+fn what_is_printed_is_a_line_for_each_finding_and_a_verdict() {
+    needs_root!("what_is_printed_is_a_line_for_each_finding_and_a_verdict");
+    enter_new_namespace();
+    let text = |arguments: &[&str]| {
+        let output = program().arg("doctor").args(arguments).output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (code, report) = text(&["--af-xdp=gone0"]);
+    assert_eq!(code, 1);
+    let failed = report.lines().find(|line| line.starts_with("FAIL device gone0")).unwrap();
+    let parts: Vec<&str> = failed.split(" — ").collect();
+    let [_, why, cure] = parts[..] else { panic!("{failed}") };
+    assert!(why.contains("no such network device"), "{failed}");
+    shell(cure);
+    let (_, report) = text(&["--af-xdp=gone0"]);
+    assert!(report.contains("\nPASS device gone0 — it is there, and up\n"), "{report}");
+    let verdict = report.lines().last().unwrap();
+    assert!(verdict.ends_with(" 0 fail") && verdict.contains(" warn, "), "{report}");
+}
+
+#[test]
+fn a_wrong_command_line_is_said_in_one_line() {
+    for (arguments, named) in [
+        (&["--tap=far/too/long"][..], "far/too/long"),
+        (&["--mtu=67"], "67"),
+        (&["--queue-pairs=0"], "0"),
+        (&["--af-xdp=eth1,lane=2"], "lane"),
+        (&["--config=/no/such/file"], "/no/such/file"),
+        (&["--frobnicate"], "--frobnicate"),
+    ] {
+        let output = program().arg("doctor").args(arguments).output().unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains(named) && text.lines().count() == 1, "{text}");
+    }
+}
+
+#[test]
+fn looking_changes_nothing() {
+    needs_root!("looking_changes_nothing");
+    enter_new_namespace();
+    ip("tuntap add dev tap0 mode tap");
+    ip("link add veth0 type veth peer name veth1");
+    ip("link add br0 type bridge");
+    let state = || {
+        let sysctls = output("sysctl", "-a -r ^net[.](ipv4[.]tcp_.mem|bridge)");
+        let offloads = output("ethtool", "-k tap0") + &output("ethtool", "-k veth1");
+        output("ip", "-d link show") + &offloads + &sysctls
+    };
+    let before = state();
+    let lines = examine(&["--tap=tap0", "--af-xdp=veth0", "--queue-pairs=2"]);
+    assert!(lines.iter().filter(|line| line.status == "FAIL").count() > 3, "{lines:#?}");
+    examine(&[]);
+    assert_eq!(before, state());
+}
+
+#[test]
+fn what_nobody_named_does_not_fail() {
+    needs_root!("what_nobody_named_does_not_fail");
+    enter_new_namespace();
+    ip("tuntap add dev tap0 mode tap vnet_hdr");
+    let lines = examine(&[]);
+    assert_eq!(line(&lines, "tap-state", "WARN").what, "tap tap0", "it is down, for all we know");
+    let lines = examine(&["--tap=tap0"]);
+    assert_eq!(line(&lines, "tap-state", "FAIL").what, "tap tap0");
+}
