@@ -144,6 +144,8 @@ pub struct PortConfig {
     pub name: Option<String>,
     /// Where the frontend comes from.
     pub frontend: Frontend,
+    /// Whose members may connect to a socket that we make.
+    pub socket_group: Option<String>,
     /// Where frames go.
     pub host: Host,
     /// Pairs of rings.

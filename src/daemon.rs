@@ -14,8 +14,6 @@ mod waiting;
 use std::fmt;
 use std::io;
 
-use log::error;
-
 use crate::api::Server;
 use crate::api::scrape::Scrape;
 use crate::config::Config;
@@ -112,11 +110,9 @@ fn serve(
     let role = if server.is_open() { Role::Operated } else { Role::Main };
     sandbox.confine(role).map_err(no_thread)?;
     let mut waiting = Waiting::new(signals, server, scrape, ports).map_err(no_descriptor)?;
-    if let Err(error) = waiting.until_the_end() {
-        error!("wait for signals: {error}");
-    }
+    let ended = waiting.until_the_end();
     waiting.stop();
-    Ok(())
+    ended.map_err(|error| StartError::new(format!("wait for signals and operators: {error}")))
 }
 
 fn no_thread(error: io::Error) -> StartError {

@@ -83,8 +83,8 @@ impl Examination {
         }
         findings.extend(offloads::cards(&network));
         findings.extend(path::check(&network, &wishes));
-        for path in &wishes.sockets {
-            findings.extend(socket::check(&host, &myself, path, wishes.qemu_user.as_deref()));
+        for socket in &wishes.sockets {
+            findings.extend(socket::check(&host, &myself, socket, wishes.qemu_user.as_deref()));
         }
         let sealed = wishes.ports.iter().any(|port| port.require_sealed_memory);
         findings.extend(vmm::check(&host, sealed));

@@ -7,7 +7,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,6 +16,7 @@ use log::{info, warn};
 
 use crate::config::Frontend;
 use crate::daemon::StartError;
+use crate::sandbox::find_group;
 use crate::sys::socket::{Inherited, bind, classify, connect_now, listen};
 
 /// Time between two attempts to connect: the first, and the longest, up to which it doubles.
@@ -88,6 +89,24 @@ impl Endpoint {
                 Ok(Endpoint::Listener(listener, None))
             }
         }
+    }
+
+    /// Lets members of a group connect, by name or number, and nobody else but the socket's owner.
+    ///
+    /// # Errors
+    /// There is no such group, or we may not give it anything.
+    pub fn share_with(&self, group: &str) -> Result<(), StartError> {
+        let Endpoint::Listener(_, Some(SocketFile { path, .. })) = self else { return Ok(()) };
+        let shown = path.display();
+        let gid = find_group(group)
+            .ok_or_else(|| StartError::new(format!("{shown}: there is no group {group}")))?;
+        std::os::unix::fs::lchown(path, None, Some(gid.as_raw()))
+            .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o660)))
+            .map_err(|error| {
+                StartError::new(format!(
+                    "give {shown} to group {group}: {error}; its owner must be a member"
+                ))
+            })
     }
 
     /// Lets go of the socket without removing its file, which is another's from now on.

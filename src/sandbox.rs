@@ -168,7 +168,8 @@ fn find_user(name: &str) -> nix::Result<Option<(Uid, Gid)>> {
     Ok(found.map(|user| (user.uid, user.gid)))
 }
 
-fn find_group(name: &str) -> Option<Gid> {
+/// A group by name or number.
+pub(crate) fn find_group(name: &str) -> Option<Gid> {
     match name.parse() {
         Ok(number) => Some(Gid::from_raw(number)),
         Err(_) => Group::from_name(name).ok().flatten().map(|group| group.gid),

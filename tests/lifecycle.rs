@@ -1,6 +1,7 @@
 //! How the daemon starts, ends, and outlives its frontends.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
@@ -9,8 +10,8 @@ use vhost::vhost_user::message::FrontendReq;
 
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, Options};
-use crate::support::eventually;
 use crate::support::frontend::Frontend;
+use crate::support::{eventually, needs_root};
 
 #[test]
 fn an_inherited_listening_socket_is_served_and_never_removed() {
@@ -110,4 +111,18 @@ fn a_frontend_that_does_not_read_its_replies_is_left() {
     }
     eventually("it is cut off", || daemon.log().contains("over reading a reply"));
     assert_ne!(Frontend::new(daemon.connect()).get(FrontendReq::GET_FEATURES), 0);
+}
+
+#[test]
+fn a_group_may_connect_and_others_may_not() {
+    needs_root!("a_group_may_connect_and_others_may_not");
+    let daemon = Daemon::start(&["--loopback", "--socket-group=daemon"]);
+    let metadata = std::fs::metadata(daemon.socket()).unwrap();
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
+    let group = nix::unistd::Group::from_name("daemon").unwrap().unwrap();
+    assert_eq!(metadata.gid(), group.gid.as_raw());
+    let mut daemon = Daemon::spawn(&["--loopback", "--socket-group=nobody-at-all"]);
+    assert_eq!(daemon.wait().code(), Some(1));
+    assert!(daemon.log().contains("there is no group nobody-at-all"), "{}", daemon.log());
+    assert!(!daemon.socket().exists());
 }

@@ -101,6 +101,9 @@ pub(super) fn add(
     let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config).map_err(refused)?;
     tap_queues.extend(open_queues(config).map_err(refused)?);
     let endpoint = Endpoint::open(&config.frontend, frontend).map_err(refused)?;
+    if let Some(group) = &config.socket_group {
+        endpoint.share_with(group).map_err(refused)?;
+    }
     let files: Vec<BorrowedFd<'_>> =
         endpoint.descriptor().into_iter().chain(tap_queues.iter().map(AsFd::as_fd)).collect();
     let options: Box<PortOptions> = Box::new(config.options.clone());

@@ -34,6 +34,10 @@ pub struct PortOptions {
     /// Listen on this unix socket for the VMM.
     #[arg(long, value_name = "PATH", group = "frontend")]
     socket_path: Option<PathBuf>,
+    /// Have members of this group connect to that socket too, as QEMU of another user [default: only
+    /// who may write to it by the umask].
+    #[arg(long, value_name = "GROUP", requires = "socket_path")]
+    socket_group: Option<String>,
     /// Use this inherited descriptor: a unix socket that listens, or is connected.
     #[arg(long, value_name = "N", group = "frontend")]
     fd: Option<RawFd>,
@@ -123,6 +127,7 @@ impl PortOptions {
     /// has no default.
     pub(super) fn or(self, defaults: &Self) -> Self {
         PortOptions {
+            socket_group: self.socket_group.or_else(|| defaults.socket_group.clone()),
             queue_pairs: self.queue_pairs.or(defaults.queue_pairs),
             mtu: self.mtu.or(defaults.mtu),
             anti_spoofing: self.anti_spoofing.or(defaults.anti_spoofing),
@@ -217,6 +222,7 @@ impl PortOptions {
             options,
             name,
             frontend,
+            socket_group: self.socket_group,
             host,
             queue_pairs,
             mac: self.mac,

@@ -48,7 +48,11 @@ impl Opened {
     ) -> Result<Self, StartError> {
         let (device, queues) = open_host(&config, brought.tap_queues)?;
         let name = config.name.clone().unwrap_or(device);
+        let was_brought = brought.frontend.is_some();
         let endpoint = Endpoint::open(&config.frontend, brought.frontend)?;
+        if let Some(group) = config.socket_group.as_ref().filter(|_| !was_brought) {
+            endpoint.share_with(group)?;
+        }
         Ok(Opened { name, config, from_file, queues, endpoint })
     }
 

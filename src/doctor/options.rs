@@ -58,11 +58,19 @@ pub(super) struct Port {
     pub(super) named: bool,
 }
 
+/// A socket that a daemon is to make.
+#[derive(Debug)]
+pub(super) struct Socket {
+    pub(super) path: PathBuf,
+    /// The group that it is given to, if it is.
+    pub(super) group: Option<String>,
+}
+
 /// All that is to be checked.
 #[derive(Debug)]
 pub(super) struct Wishes {
     pub(super) ports: Vec<Port>,
-    pub(super) sockets: Vec<PathBuf>,
+    pub(super) sockets: Vec<Socket>,
     pub(super) qemu_user: Option<String>,
     pub(super) mtu: u16,
 }
@@ -100,7 +108,8 @@ impl Port {
 impl Wishes {
     /// What `options` and `config` name; without a name, each TAP and each card of the host.
     pub(super) fn new(mut options: Options, config: Option<Config>, network: &Network) -> Self {
-        let mut sockets = std::mem::take(&mut options.socket_path);
+        let paths = std::mem::take(&mut options.socket_path).into_iter();
+        let mut sockets: Vec<Socket> = paths.map(|path| Socket { path, group: None }).collect();
         let taps = std::mem::take(&mut options.tap);
         let devices = std::mem::take(&mut options.af_xdp);
         let mut ports = Vec::new();
@@ -108,7 +117,7 @@ impl Wishes {
         ports.extend(devices.into_iter().map(|it| Port::new(Host::AfXdp(it), &options, true)));
         for port in config.into_iter().flat_map(|config| config.ports) {
             if let Frontend::Listen(path) = &port.frontend {
-                sockets.push(path.clone());
+                sockets.push(Socket { path: path.clone(), group: port.socket_group.clone() });
             }
             ports.push(Port::of(port, &options));
         }

@@ -9,6 +9,8 @@ use nix::unistd::{User, getgrouplist};
 
 use super::finding::{Finding, quoted};
 use super::host::{Host, Myself};
+use super::options::Socket;
+use crate::sandbox::find_group;
 use crate::sys::process::may_access;
 use crate::sys::socket::MAX_PATH;
 
@@ -23,9 +25,10 @@ struct Qemu {
 pub(super) fn check(
     host: &Host,
     myself: &Myself,
-    path: &Path,
+    socket: &Socket,
     qemu_user: Option<&str>,
 ) -> Vec<Finding> {
+    let path = socket.path.as_path();
     let what = format!("socket {}", path.display());
     let length = path.as_os_str().len();
     if length > MAX_PATH {
@@ -53,7 +56,7 @@ pub(super) fn check(
     found.extend(openness(&directory, &what));
     if let Some(qemu) = qemu {
         let searched = search(&directory, &qemu, &what);
-        found.push(searched.unwrap_or_else(|| connect(myself, path, &directory, &qemu, &what)));
+        found.push(searched.unwrap_or_else(|| connect(myself, socket, &directory, &qemu, &what)));
     }
     found
 }
@@ -187,7 +190,13 @@ fn search(directory: &Path, qemu: &Qemu, what: &str) -> Option<Finding> {
 }
 
 /// Whether QEMU's user may connect, which takes the right to write.
-fn connect(myself: &Myself, path: &Path, directory: &Path, qemu: &Qemu, what: &str) -> Finding {
+fn connect(
+    myself: &Myself,
+    Socket { path, group }: &Socket,
+    directory: &Path,
+    qemu: &Qemu,
+    what: &str,
+) -> Finding {
     let name = &qemu.name;
     let who = Some((qemu.user, &qemu.groups[..]));
     let shown = quoted(&path.display().to_string());
@@ -201,15 +210,15 @@ fn connect(myself: &Myself, path: &Path, directory: &Path, qemu: &Qemu, what: &s
             }
         };
     }
-    let made = Made::by(myself, directory);
+    let made = Made::by(myself, directory, group.as_deref());
     if made.admits(qemu) {
         let why = format!("QEMU's user {name} may connect to it, as it will be made");
         return Finding::pass("qemu-user", what, why);
     }
     let why = format!(
-        "it will be made with mode {:o} under this umask, and QEMU's user {name} can't connect then \
-         (UMask=0007 in the daemon's unit)",
-        0o777 & !myself.umask
+        "it will be made with mode {:o}, and QEMU's user {name} can't connect then: name its group by \
+         socket-group",
+        made.mode
     );
     let at = quoted(&directory.display().to_string());
     let group = qemu.groups[0];
@@ -230,7 +239,10 @@ struct Made {
 
 impl Made {
     /// In a directory with the set-group-ID bit it is the directory's group's (inode(7)).
-    fn by(myself: &Myself, directory: &Path) -> Self {
+    fn by(myself: &Myself, directory: &Path, given_to: Option<&str>) -> Self {
+        if let Some(group) = given_to.and_then(find_group) {
+            return Made { owner: myself.user, group: group.as_raw(), mode: 0o660 };
+        }
         const SET_GROUP: u32 = 0o2000;
         let own = myself.groups.last().copied().unwrap_or(0);
         let inherited = directory.metadata().ok().filter(|it| it.mode() & SET_GROUP != 0);
@@ -282,10 +294,11 @@ mod tests {
     fn what_is_no_socket_is_moved_out_of_the_way() {
         let (directory, host) = fake(&[("run/it", "precious")]);
         let path = directory.as_path().join("run/it");
-        let found = check(&host, &Myself::default(), &path, None).remove(0);
+        let socket = Socket { path, group: None };
+        let found = check(&host, &Myself::default(), &socket, None).remove(0);
         assert_eq!(found.status, Status::Fail);
         assert!(found.cure.unwrap().starts_with("mv "));
-        let nobody = check(&host, &Myself::default(), &path, Some("no-such-user")).remove(0);
+        let nobody = check(&host, &Myself::default(), &socket, Some("no-such-user")).remove(0);
         assert!(nobody.why.contains("no-such-user"));
     }
 }
