@@ -8,6 +8,7 @@
 //! QEMU enables rings before it has negotiated anything, and cloud-hypervisor counts a ring's base
 //! by the avail index.
 
+mod inflight;
 mod migration;
 mod ring;
 
@@ -21,7 +22,7 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Proto
 use crate::features::{Negotiated, Offer, protocol_features};
 use crate::guest::layout::MAX_SIZE;
 use crate::guest::memory::MAX_SLOTS;
-use crate::guest::{DirtyLog, GuestMemory, MemoryError};
+use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError};
 use crate::net_config::{MIN_MTU, NetConfig};
 use crate::policy::Rules;
 use crate::port::Announcer;
@@ -51,8 +52,7 @@ impl fmt::Display for Refusal {
 fn demands_answer(code: FrontendReq) -> bool {
     matches!(
         code,
-        FrontendReq::GET_INFLIGHT_FD
-            | FrontendReq::CREATE_CRYPTO_SESSION
+        FrontendReq::CREATE_CRYPTO_SESSION
             | FrontendReq::POSTCOPY_ADVISE
             | FrontendReq::POSTCOPY_END
             | FrontendReq::GET_SHARED_OBJECT
@@ -83,6 +83,7 @@ struct Told {
     /// With the log, while there is one to write.
     memory: Arc<GuestMemory>,
     log: Option<Arc<DirtyLog>>,
+    inflight: Option<Arc<Inflight>>,
     rings: Vec<ToldRing>,
     /// The channel for requests of ours, of which there are none yet.
     _backend_requests: Option<File>,
@@ -319,6 +320,16 @@ impl Device {
                     .map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))?;
                 reply(0)
             }
+            Request::GetInflightFd { rings, size } => {
+                self.answerable(ProtocolFeatures::INFLIGHT_SHMFD)?;
+                self.make_inflight(rings, size)
+                    .map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))
+                    .map(Some)
+            }
+            Request::SetInflightFd { length, offset, rings, size, file } => {
+                self.requires(ProtocolFeatures::INFLIGHT_SHMFD)?;
+                self.set_inflight(file, offset, length, (rings, size))
+            }
             Request::SendRarp(address) => {
                 self.requires(ProtocolFeatures::RARP)?;
                 self.announce(address)
@@ -449,6 +460,7 @@ impl Device {
             );
         }
         let memory = memory.logged(self.told.memory.log().cloned())?;
+        let memory = memory.recorded(self.told.inflight.clone());
         for (index, ring) in self.told.rings.iter().enumerate() {
             if ring.is_running() && ring.layout(&memory).is_err() {
                 return refused(format!("ring {index} runs in memory that would go"));

@@ -82,6 +82,7 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::STATUS
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::RARP
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// Names of feature bits, as the specification has them (virtio 1.3, sections 5.1.3 and 6).

@@ -10,6 +10,7 @@
 pub mod chain;
 pub mod dirty;
 pub mod fault;
+pub mod inflight;
 pub mod layout;
 pub mod lost;
 pub mod memory;
@@ -19,6 +20,7 @@ pub mod virtqueue;
 pub use chain::{Burst, Chain, Direction, Readable, Segment, Writable};
 pub use dirty::DirtyLog;
 pub use fault::Fault;
+pub use inflight::Inflight;
 pub use layout::RingLayout;
 pub use lost::{Contained, contain_sigbus};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};

@@ -159,6 +159,17 @@ pub enum Request {
         offset: u64,
         file: File,
     },
+    GetInflightFd {
+        rings: u16,
+        size: u16,
+    },
+    SetInflightFd {
+        length: u64,
+        offset: u64,
+        rings: u16,
+        size: u16,
+        file: File,
+    },
     /// The address of a card that has moved here.
     SendRarp([u8; 6]),
     /// A request that exists but belongs to a protocol feature that is not offered.
@@ -177,7 +188,7 @@ pub struct Message {
 }
 
 /// A reply's payload.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Reply {
     /// One 64-bit number.
     U64(u64),
@@ -197,9 +208,28 @@ pub enum Reply {
         /// The bytes.
         bytes: Vec<u8>,
     },
+    /// An inflight buffer.
+    Inflight {
+        /// Its length in bytes.
+        length: u64,
+        /// Rings that it is for.
+        rings: u16,
+        /// Descriptors of each at the most.
+        size: u16,
+        /// Its memory.
+        file: File,
+    },
 }
 
 impl Reply {
+    /// The descriptor that goes with it, if one does.
+    pub fn into_file(self) -> Option<File> {
+        match self {
+            Reply::Inflight { file, .. } => Some(file),
+            Reply::U64(_) | Reply::VringState { .. } | Reply::Config { .. } => None,
+        }
+    }
+
     /// The reply's bytes, header first.
     pub fn to_bytes(&self, code: FrontendReq) -> Vec<u8> {
         let mut payload = Vec::with_capacity(32);
@@ -214,6 +244,14 @@ impl Reply {
                 payload.extend((bytes.len() as u32).to_ne_bytes());
                 payload.extend(flags.to_ne_bytes());
                 payload.extend(bytes);
+            }
+            Reply::Inflight { length, rings, size, .. } => {
+                payload.extend(length.to_ne_bytes());
+                payload.extend(0u64.to_ne_bytes());
+                payload.extend(rings.to_ne_bytes());
+                payload.extend(size.to_ne_bytes());
+                // The structure's padding, without which QEMU and the vhost crate refuse it.
+                payload.extend([0; 4]);
             }
             // The specification's way to say that the read failed.
             Reply::Config { .. } => {}
@@ -278,6 +316,8 @@ impl Fields<'_> {
 }
 
 const REGION_LENGTH: usize = 32;
+/// `VhostUserInflight` without padding.
+const INFLIGHT_LENGTH: usize = 20;
 
 impl Message {
     /// Puts a whole message together.
@@ -426,6 +466,24 @@ impl Message {
                 expected_files = 1;
                 let (size, offset) = (fields.u64(), fields.u64());
                 Request::SetLogBase { size, offset, file: files.remove(0) }
+            }
+            FrontendReq::GET_INFLIGHT_FD | FrontendReq::SET_INFLIGHT_FD => {
+                // Some send the structure's padding along.
+                if size != INFLIGHT_LENGTH && size != INFLIGHT_LENGTH + 4 {
+                    return Err(wrong_size);
+                }
+                let (length, offset, numbers) = (fields.u64(), fields.u64(), fields.u32());
+                let [rings, size] = [numbers.to_ne_bytes()]
+                    .map(|[a, b, c, d]| [[a, b], [c, d]].map(u16::from_ne_bytes))[0];
+                if code == FrontendReq::GET_INFLIGHT_FD {
+                    Request::GetInflightFd { rings, size }
+                } else if count != 1 {
+                    return Err(wrong_count);
+                } else {
+                    expected_files = 1;
+                    let file = files.remove(0);
+                    Request::SetInflightFd { length, offset, rings, size, file }
+                }
             }
             FrontendReq::SEND_RARP => {
                 length(8)?;

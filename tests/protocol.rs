@@ -1,6 +1,8 @@
 //! vhost-user messages: the sequences that frontends send, and what must be refused.
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::FrontendReq;
@@ -9,7 +11,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, EVENT_IDX, HEADER, MRG_RXBUF, Options, PROTOCOL, VERSION_1};
 use crate::support::eventually;
-use crate::support::frontend::{Frontend, NEED_REPLY, PROTOCOL_FEATURES, addresses, pair, region};
+use crate::support::frontend::{
+    Frontend, NEED_REPLY, PROTOCOL_FEATURES, addresses, inflight, pair, region,
+};
 use crate::support::guest::Ram;
 
 const OPTIONS: &[&str] =
@@ -371,4 +375,42 @@ fn hundred_reconnects_leave_nothing_behind() {
     let after = settled();
     assert_eq!((after.0, after.1), (before.0, before.1), "descriptors and threads");
     assert!(after.2 < before.2 + 512, "{} kB after {} kB", after.2, before.2);
+}
+
+/// Heads that a ring's part of an inflight buffer has in flight.
+fn in_flight(buffer: &File, ring: u64) -> Vec<u16> {
+    let length = (16 + 16 * 256_usize).next_multiple_of(64);
+    let mut part = vec![0; length];
+    buffer.read_exact_at(&mut part, ring * length as u64).unwrap();
+    assert_eq!(part[8..12], [1, 0, 0, 1], "version 1, 256 descriptors");
+    (0..256).filter(|head| part[16 + 16 * usize::from(*head)] == 1).collect()
+}
+
+#[test]
+fn an_inflight_buffer_tells_which_chains_are_taken() {
+    let mut daemon = Daemon::start(&["--loopback"]);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    let (length, buffer) = card.frontend.get_inflight_fd(2, 256).unwrap();
+    let payload = inflight(length, 0, 2, 256);
+    card.frontend.ask(FrontendReq::SET_INFLIGHT_FD, &payload, &[buffer.as_raw_fd()]);
+    card.check_echo(300);
+    // Of the buffers that are available some may not be taken yet; all that was sent is used.
+    let available = usize::from(card.rx[0].avail_index.wrapping_sub(card.rx[0].used_index));
+    let taken = in_flight(&buffer, 0).len();
+    assert!(taken > available / 2 && taken <= available, "{taken} of {available}");
+    assert_eq!(in_flight(&buffer, 1), [0_u16; 0]);
+    // The next daemon gets it from the frontend, and loses and repeats nothing.
+    daemon.kill();
+    daemon.run(&["--loopback"]);
+    daemon.wait_until_it_listens();
+    card.resume(Frontend::new(daemon.connect()));
+    card.frontend.ask(FrontendReq::SET_INFLIGHT_FD, &payload, &[buffer.as_raw_fd()]);
+    card.check_echo(300);
+    card.frontend.get_vring_base(0);
+    card.frontend.get_vring_base(1);
+    assert_eq!(
+        in_flight(&buffer, 0),
+        [0_u16; 0],
+        "nothing is in flight when the rings have stopped"
+    );
 }

@@ -195,7 +195,7 @@ impl Control {
             Err(Refusal::Unanswerable(why)) => return Err(Some(format!("{code:?}: {why}"))),
         };
         match (reply, &mut self.connection) {
-            (Some(reply), Some(connection)) => connection.send(code, &reply).map_err(|error| {
+            (Some(reply), Some(connection)) => connection.send(code, reply).map_err(|error| {
                 let gone = matches!(
                     error.kind(),
                     io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset

@@ -14,6 +14,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
 
 use super::dirty::DirtyLog;
+use super::inflight::Inflight;
 use crate::sys::process::file_facts;
 
 /// Regions that a table can hold: what QEMU and cloud-hypervisor can use of the protocol's
@@ -57,6 +58,8 @@ pub enum MemoryError {
     NoSlot,
     /// No region like this is in the table.
     Unknown,
+    /// It is not aligned in its file.
+    Misaligned,
     /// The dirty log has no bits for memory before this address.
     LogTooShort {
         /// First guest-physical address behind the memory.
@@ -86,6 +89,7 @@ impl fmt::Display for MemoryError {
             MemoryError::Overlap => write!(f, "it overlaps another region"),
             MemoryError::NoSlot => write!(f, "all {MAX_SLOTS} memory slots are taken"),
             MemoryError::Unknown => write!(f, "there is no such region"),
+            MemoryError::Misaligned => write!(f, "it is not aligned in its file"),
             MemoryError::LogTooShort { end } => {
                 write!(f, "the dirty log has no bits for all memory up to {end:#x}")
             }
@@ -223,6 +227,8 @@ pub struct GuestMemory {
     lost: Arc<AtomicBool>,
     /// Where it is noted what is written.
     log: Option<Arc<DirtyLog>>,
+    /// Where it is noted which chains are in flight.
+    inflight: Option<Arc<Inflight>>,
 }
 
 impl GuestMemory {
@@ -281,6 +287,16 @@ impl GuestMemory {
         Ok(GuestMemory { log, ..self.clone() })
     }
 
+    /// This table, with a record of chains in flight, or with none.
+    pub fn recorded(&self, inflight: Option<Arc<Inflight>>) -> Self {
+        GuestMemory { inflight, ..self.clone() }
+    }
+
+    /// Where it is noted which chains are in flight, if it is.
+    pub(super) fn inflight(&self) -> Option<&Inflight> {
+        self.inflight.as_deref()
+    }
+
     /// Where it is noted what is written, if it is.
     pub fn log(&self) -> Option<&Arc<DirtyLog>> {
         self.log.as_ref()
@@ -321,7 +337,9 @@ impl GuestMemory {
     /// is. Async-signal-safe.
     pub(super) fn lose(&self, address: usize) -> bool {
         let regions = self.regions.iter().map(|region| &region.mapping);
-        let mut mappings = regions.chain(self.log.iter().map(|log| log.mapping()));
+        let others = self.log.iter().map(|log| log.mapping());
+        let others = others.chain(self.inflight.iter().map(|inflight| inflight.mapping()));
+        let mut mappings = regions.chain(others);
         let Some(mapping) = mappings.find(|mapping| mapping.holds(address)) else { return false };
         self.lost.store(true, Ordering::Relaxed);
         // SAFETY: the range is exactly the mapping's own, which stays mapped, only with other memory

@@ -16,6 +16,7 @@ use virtio_queue::desc::split::Descriptor;
 use super::chain::{Burst, Chain, Direction, Segment, Segments, Unaligned};
 use super::dirty::DirtyLog;
 use super::fault::Fault;
+use super::inflight::InflightRing;
 use super::layout::RingLayout;
 use super::memory::{GuestMemory, Window};
 use super::notify::{LittleEndian, Shared, ask, look, show};
@@ -86,6 +87,8 @@ pub struct Virtqueue<'mem, D: Direction> {
     region: Window,
     /// Where it is noted what is written, and the guest's address of the used ring.
     log: Option<(&'mem DirtyLog, u64)>,
+    /// Where it is noted which chains are in flight.
+    inflight: Option<InflightRing<'mem>>,
     direction: PhantomData<D>,
 }
 
@@ -117,6 +120,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             spare: Vec::new(),
             region: Window::EMPTY,
             log: memory.log().map(|log| (&**log, layout.used.0)),
+            inflight: None,
             direction: PhantomData,
         };
         let used = queue.used_u16(2).load(Ordering::Relaxed);
@@ -124,6 +128,15 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         (queue.next_used, queue.published) = (used, used);
         queue.look()?;
         Ok(queue)
+    }
+
+    /// Notes in the table's inflight buffer, if it has one, which chains are in flight. `index` is the
+    /// ring's among all of the card's.
+    pub fn note_inflight(&mut self, index: u16) {
+        self.inflight = self.memory.inflight().and_then(|buffer| buffer.ring(index, self.size));
+        if let Some(inflight) = &mut self.inflight {
+            inflight.clear(self.next_used);
+        }
     }
 
     /// Used index of the first chain that is not finished: where the next start resumes.
@@ -194,6 +207,9 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         let (segments, length) = self.walk(head)?;
         self.on_loan[word] |= bit;
         self.next_avail = position.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.popped(head);
+        }
         Ok(Chain::new(position, head, length, segments))
     }
 
@@ -338,6 +354,9 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             AtomicU32::from_ptr(entry.add(1)).store(written.to_le(), Ordering::Relaxed);
         }
         self.next_used = position.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.retired(head);
+        }
         if self.log.is_some() {
             self.log_used(4 + 8 * slot, 8);
             self.log_buffers(&segments);
@@ -370,6 +389,9 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     /// Takes a chain back that was not used, when the ring stops: the next start pops it again.
     pub fn take_back(&mut self, chain: Chain<'mem, D>) {
         let (_, head, segments) = chain.into_parts();
+        if let Some(inflight) = &mut self.inflight {
+            inflight.taken_back(head);
+        }
         if self.log.is_some() {
             self.log_buffers(&segments);
         }
@@ -394,6 +416,9 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         let event_idx = self.notification.event_idx;
         let wish = self.avail_u16(if event_idx { 4 + 2 * usize::from(self.size) } else { 0 });
         let wish = show(&self.used_u16(2), self.next_used, &wish);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(self.next_used);
+        }
         if self.log.is_some() {
             self.log_used(0, 4);
         }

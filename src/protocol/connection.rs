@@ -1,13 +1,13 @@
 //! A connection to a frontend: messages in, replies out, nothing ever waited for.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::{HEADER_LENGTH, Header, MAX_PAYLOAD, Message, Reply};
-use crate::sys::socket::{MAX_DESCRIPTORS, receive};
+use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_some};
 
 /// How long a frontend may take over the rest of a message that it has begun, or over reading a
 /// reply.
@@ -34,6 +34,8 @@ pub struct Connection {
     files: Vec<File>,
     /// Replies that the socket had no room for yet.
     unsent: Vec<u8>,
+    /// What goes with the first of them.
+    unsent_file: Option<File>,
     /// When the frontend must have sent the rest, or read its reply.
     deadline: Option<Instant>,
 }
@@ -48,6 +50,7 @@ impl Connection {
             header: None,
             files: Vec::new(),
             unsent: Vec::new(),
+            unsent_file: None,
             deadline: None,
         })
     }
@@ -142,16 +145,26 @@ impl Connection {
     pub fn send(
         &mut self,
         code: vhost::vhost_user::message::FrontendReq,
-        reply: &Reply,
+        reply: Reply,
     ) -> io::Result<()> {
-        self.unsent.extend(reply.to_bytes(code));
+        let bytes = reply.to_bytes(code);
+        let file = reply.into_file();
+        if file.is_some() {
+            // A descriptor goes with the next bytes: there are none of another reply's, for a frontend
+            // that has not read one is not served.
+            debug_assert!(self.unsent.is_empty());
+            self.unsent_file = file;
+        }
+        self.unsent.extend(bytes);
         self.send_unsent()
     }
 
     fn send_unsent(&mut self) -> io::Result<()> {
         while !self.unsent.is_empty() {
-            match self.socket.write(&self.unsent) {
+            let files = self.unsent_file.as_ref().map(AsFd::as_fd);
+            match send_some(&self.socket, &self.unsent, files) {
                 Ok(sent) => {
+                    self.unsent_file = None;
                     self.unsent.drain(..sent);
                     self.deadline = None;
                 }

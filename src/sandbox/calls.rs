@@ -65,7 +65,9 @@ const CONTROL: &[c_long] = &[
     libc::SYS_connect,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
+    libc::SYS_ftruncate,
     libc::SYS_lstat,
+    libc::SYS_memfd_create,
     libc::SYS_newfstatat,
     libc::SYS_readlink,
     libc::SYS_recvfrom,
@@ -214,7 +216,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         }
         Role::Control => Allowed {
             calls: calls(&[WAIT, CONTROL]),
-            commands: descriptors,
+            commands: [descriptors, vec![libc::F_ADD_SEALS]].concat(),
             // Of a TAP, to announce a card.
             requests: vec![FIONBIO, TUNGETVNETHDRSZ],
             // To connect to a VMM.

@@ -240,6 +240,20 @@ pub fn file_facts(file: &File) -> io::Result<Option<FileFacts>> {
     }))
 }
 
+/// Memory of our own to be shared, that nobody can cut short: zeros, as long as was asked for.
+pub fn sealed_memory(name: &std::ffi::CStr, length: u64) -> io::Result<File> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: the name is a string; the descriptor is fresh and becomes owned here.
+    let file = unsafe { File::from_raw_fd(check(libc::memfd_create(name.as_ptr(), flags))?) };
+    file.set_len(length)?;
+    // SAFETY: sets seals of a descriptor that we own.
+    unsafe {
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        check(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals))?;
+    }
+    Ok(file)
+}
+
 /// The size of a page in bytes.
 pub fn page_size() -> u64 {
     // SAFETY: the call has no preconditions.

@@ -47,6 +47,21 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Received> {
     Ok(Received { bytes, files })
 }
 
+/// Sends as many bytes as there is room for, and a descriptor with them; returns how many.
+///
+/// # Errors
+/// Those of `sendmsg` and `write`.
+pub fn send_some(
+    mut socket: &UnixStream,
+    bytes: &[u8],
+    file: Option<BorrowedFd<'_>>,
+) -> io::Result<usize> {
+    let Some(file) = file else { return socket.write(bytes) };
+    socket
+        .send_with_fd(bytes, file.as_raw_fd())
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
 /// Sends all of `bytes`, and `files` before them: a byte that is `carrier` goes with each few.
 ///
 /// # Errors

@@ -45,12 +45,14 @@ impl<'s, D: Direction> Side<'s, D> {
     fn start(
         name: &str,
         session: &'s Session,
+        index: u16,
         ring: &'s Option<Ring>,
         counters: &'s DirectionCounters,
     ) -> Result<Option<Self>, Fault> {
         let Some(ring) = ring else { return Ok(None) };
         let notification = session.negotiated.notification();
-        let queue = Virtqueue::start(&session.memory, ring.layout, notification)?;
+        let mut queue = Virtqueue::start(&session.memory, ring.layout, notification)?;
+        queue.note_inflight(index);
         let used = queue.next_used();
         if used != ring.base {
             // cloud-hypervisor counts by the avail index, which would skip chains in flight.
@@ -108,8 +110,9 @@ pub(super) fn serve(
     let counters = &status.counters;
     counters.sessions.add(1);
     let _contained = Contained::new(&session.memory);
-    let sides = Side::start(&options.name, session, &session.rx, &counters.rx)
-        .and_then(|rx| Ok((rx, Side::start(&options.name, session, &session.tx, &counters.tx)?)));
+    let (name, first) = (&options.name, 2 * options.pair);
+    let sides = Side::start(name, session, first, &session.rx, &counters.rx)
+        .and_then(|rx| Ok((rx, Side::start(name, session, first + 1, &session.tx, &counters.tx)?)));
     let (rx, tx) = match sides {
         Ok(sides) => sides,
         Err(fault) => return stopped(session, options, &fault, Ended::default()),

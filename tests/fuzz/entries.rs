@@ -486,7 +486,11 @@ fn drain(connection: &mut Connection, device: &mut Device) -> bool {
         };
         let code = message.code;
         match device.handle(message) {
-            Ok(Some(reply)) if connection.send(code, &reply).is_err() => return false,
+            Ok(Some(reply)) => {
+                if connection.send(code, reply).is_err() {
+                    return false;
+                }
+            }
             Ok(_) | Err(Refusal::Refused(_)) => {}
             Err(Refusal::Unanswerable(_)) => return false,
         }

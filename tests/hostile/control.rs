@@ -20,7 +20,9 @@ use super::set_flags;
 use crate::support::SOON;
 use crate::support::driver::{HEADER, LOG_ALL, PROTOCOL, VERSION_1};
 use crate::support::eventually;
-use crate::support::frontend::{Frontend, NEED_REPLY, addresses, dev_null, header, pair, region};
+use crate::support::frontend::{
+    Frontend, NEED_REPLY, addresses, dev_null, header, inflight, pair, region,
+};
 use crate::support::guest::{FRONTEND_BASE, Ram, memfd};
 use crate::support::hostile::Scene;
 
@@ -481,18 +483,44 @@ fn hostile_13_a_dirty_log_that_can_not_be_is_refused_and_one_that_goes_costs_its
 }
 
 #[test]
-fn hostile_14_inflight_messages_that_were_not_offered_are_refused() {
+fn hostile_14_inflight_buffers_that_can_not_be_are_refused_and_none_is_believed() {
     let scene = Scene::new(14);
-    let mut frontend = scene.frontend();
-    frontend.begin();
-    let inflight = [u64::MAX, 0, u64::MAX].iter().flat_map(|word| word.to_ne_bytes());
-    let inflight: Vec<u8> = inflight.collect();
-    let buffer = Ram::new(0, 0x1000);
-    frontend.refused(FrontendReq::SET_INFLIGHT_FD, &inflight, &[buffer.file.as_raw_fd()]);
-    frontend.send(FrontendReq::GET_INFLIGHT_FD, &inflight);
-    assert!(frontend.is_closed());
-    scene.says("GET_INFLIGHT_FD: its protocol feature was not offered");
-    scene.ends("R: not offered; missing: the inflight buffer");
+    // What can't be made closes the connection: the answer could not say no.
+    for (rings, size) in [(0, 256), (5, 256), (u16::MAX, 1), (2, 0), (2, u16::MAX)] {
+        let mut frontend = scene.frontend();
+        frontend.begin();
+        assert!(frontend.get_inflight_fd(rings, size).is_none(), "{rings} rings of {size}");
+    }
+    scene.says("an inflight buffer for 0 rings of 256: the port has 4");
+    let mut card = scene.card();
+    card.check_echo(20);
+    let memory = memfd(0x4000);
+    let whole = 2 * (16 + 16 * 256) as u64 + 128;
+    for (length, offset, rings, size, file) in [
+        (0, 0, 2, 256, &memory),
+        (whole, u64::MAX - 5, 2, 256, &memory),
+        (whole, 0x4000, 2, 256, &memory),
+        (whole, 1, 2, 256, &memory),
+        (u64::MAX, 0, 2, 32768, &memory),
+        (whole, 0, 0, 256, &memory),
+        (whole, 0, 9, 1, &memory),
+        (whole, 0, 2, 256, &dev_null()),
+    ] {
+        let payload = inflight(length, offset, rings, size);
+        card.frontend.refused(FrontendReq::SET_INFLIGHT_FD, &payload, &[file.as_raw_fd()]);
+    }
+    // One full of lies is taken, and nothing in it counts.
+    let lies = memfd(whole);
+    std::os::unix::fs::FileExt::write_all_at(&lies, &vec![0xff; whole as usize], 0).unwrap();
+    let payload = inflight(whole, 0, 2, 256);
+    card.frontend.ask(FrontendReq::SET_INFLIGHT_FD, &payload, &[lies.as_raw_fd()]);
+    card.check_echo(200);
+    // And one that is cut while it is written.
+    lies.set_len(0).unwrap();
+    card.send(0, &[0; 60]);
+    scene.says("memory has gone");
+    drop(card);
+    scene.ends("R: refused, and nothing that it holds is believed; B: when it is cut");
 }
 
 /// Descriptors that are no eventfd, and the other ends of those that have one.

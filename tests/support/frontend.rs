@@ -15,10 +15,10 @@ use super::guest::{FRONTEND_BASE, Ram};
 
 pub(crate) const NEED_REPLY: u32 = 8;
 
-/// Protocol features: MQ, LOG_SHMFD, RARP, REPLY_ACK, MTU, BACKEND_REQ, CONFIG, RESET_DEVICE,
-/// CONFIGURE_MEM_SLOTS, STATUS.
+/// Protocol features: MQ, LOG_SHMFD, RARP, REPLY_ACK, MTU, BACKEND_REQ, CONFIG,
+/// INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS.
 pub(crate) const PROTOCOL_FEATURES: u64 =
-    1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15 | 1 << 16;
+    1 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15 | 1 << 16;
 
 /// A connection to the daemon.
 #[derive(Debug)]
@@ -147,6 +147,15 @@ impl Frontend {
         self.ask(FrontendReq::SET_MEM_TABLE, &payload, &fds);
     }
 
+    /// Asks for an inflight buffer: its length, and its memory.
+    pub(crate) fn get_inflight_fd(&mut self, rings: u16, size: u16) -> Option<(u64, File)> {
+        self.send(FrontendReq::GET_INFLIGHT_FD, &inflight(0, 0, rings, size));
+        let mut reply = [0; 64];
+        let (length, file) = self.stream.recv_with_fd(&mut reply).ok()?;
+        assert!(length == 0 || length == 12 + 24, "{length} bytes");
+        Some((u64::from_ne_bytes(reply[12..20].try_into().unwrap()), file?))
+    }
+
     /// Sends a dirty log, without waiting for the reply.
     pub(crate) fn try_set_log_base(&mut self, size: u64, offset: u64, file: &File) {
         let place: Vec<u8> = [size, offset].iter().flat_map(|word| word.to_ne_bytes()).collect();
@@ -182,6 +191,12 @@ impl Frontend {
     pub(crate) fn is_closed(&mut self) -> bool {
         matches!(self.stream.read(&mut [0; 64]), Ok(0) | Err(_))
     }
+}
+
+/// `VhostUserInflight`.
+pub(crate) fn inflight(length: u64, offset: u64, rings: u16, size: u16) -> Vec<u8> {
+    let place = [length, offset].map(u64::to_ne_bytes).concat();
+    [place, [rings, size].map(u16::to_ne_bytes).concat(), vec![0; 4]].concat()
 }
 
 /// Where a ring lies, as SET_VRING_ADDR has it.

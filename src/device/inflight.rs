@@ -1,0 +1,55 @@
+//! The inflight buffer, for frontends that keep one for the next backend (cloud-hypervisor).
+
+use std::fs::File;
+use std::sync::Arc;
+
+use super::{Device, Refusal, refused};
+use crate::guest::Inflight;
+use crate::guest::layout::MAX_SIZE;
+use crate::protocol::Reply;
+use crate::sys::process::sealed_memory;
+
+impl Device {
+    /// Makes a buffer (GET_INFLIGHT_FD).
+    pub(super) fn make_inflight(&self, rings: u16, size: u16) -> Result<Reply, Refusal> {
+        self.check_inflight(rings, size)?;
+        let length = Inflight::length(rings, size);
+        let file = sealed_memory(c"inflight", length)
+            .map_err(|error| Refusal::Refused(format!("make an inflight buffer: {error}")))?;
+        Ok(Reply::Inflight { length, rings, size, file })
+    }
+
+    /// Takes a buffer, made by us or our predecessor (SET_INFLIGHT_FD). What it holds does not count.
+    pub(super) fn set_inflight(
+        &mut self,
+        file: File,
+        offset: u64,
+        length: u64,
+        (rings, size): (u16, u16),
+    ) -> Result<Option<Reply>, Refusal> {
+        self.check_inflight(rings, size)?;
+        if length < Inflight::length(rings, size) {
+            let needed = Inflight::length(rings, size);
+            return refused(format!("{length} bytes are too few for {rings} rings: {needed}"));
+        }
+        let inflight = Arc::new(Inflight::map(file, offset, rings, size)?);
+        for pair in 0..self.workers.len() {
+            self.end(pair);
+        }
+        self.told.inflight = Some(inflight.clone());
+        self.told.memory = Arc::new(self.told.memory.recorded(Some(inflight)));
+        self.restart_all();
+        Ok(None)
+    }
+
+    fn check_inflight(&self, rings: u16, size: u16) -> Result<(), Refusal> {
+        let most = self.told.rings.len();
+        if rings == 0 || usize::from(rings) > most || size == 0 || size > MAX_SIZE {
+            return refused(format!(
+                "an inflight buffer for {rings} rings of {size}: the port has {most}, of {MAX_SIZE} at \
+                 the most"
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,145 @@
+//! The inflight buffer: a record, in memory that the frontend keeps for the next backend, of the
+//! descriptors that we have taken and not given back (vhost-user specification, "Inflight I/O
+//! tracking").
+//!
+//! We need none of it: chains complete in order, so the used index says it all. But a frontend that
+//! asks for the buffer (cloud-hypervisor) may hand it to another backend, so it is kept true.
+
+use std::fs::File;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+use super::memory::{Mapping, MemoryError};
+
+/// Bytes before a split ring's descriptors: features, version, their number, the last head of a batch,
+/// the used index.
+const HEADER: usize = 16;
+/// Bytes of a descriptor's state: whether it is in flight, the next of its batch, and when it was taken.
+const STATE: usize = 16;
+/// Rings begin at a multiple of this, as QEMU's libvhost-user and DPDK have it.
+const ALIGNMENT: usize = 64;
+const VERSION: u16 = 1;
+
+/// Where things lie in a ring's part.
+const AT_VERSION: usize = 8;
+const AT_NUMBER: usize = 10;
+const AT_LAST_BATCH_HEAD: usize = 12;
+const AT_USED_INDEX: usize = 14;
+const IN_STATE_NEXT: usize = 6;
+const IN_STATE_COUNTER: usize = 8;
+
+/// Length in bytes of a ring's part.
+fn part(size: u16) -> usize {
+    (HEADER + STATE * usize::from(size)).next_multiple_of(ALIGNMENT)
+}
+
+/// A mapped inflight buffer for a number of rings.
+#[derive(Debug)]
+pub struct Inflight {
+    mapping: Mapping,
+    rings: u16,
+    size: u16,
+}
+
+impl Inflight {
+    /// Length in bytes of the buffer for so many rings of at most `size` descriptors.
+    pub fn length(rings: u16, size: u16) -> u64 {
+        (usize::from(rings) * part(size)) as u64
+    }
+
+    /// Maps the buffer from `offset` of a file on.
+    ///
+    /// # Errors
+    /// The file is no memory, too short, or not aligned.
+    pub fn map(file: File, offset: u64, rings: u16, size: u16) -> Result<Self, MemoryError> {
+        let mapping = Mapping::new(file, offset, Self::length(rings, size))?;
+        if !mapping.start().addr().get().is_multiple_of(ALIGNMENT) {
+            return Err(MemoryError::Misaligned);
+        }
+        Ok(Inflight { mapping, rings, size })
+    }
+
+    pub(super) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// The part of a ring, which has at most so many descriptors; nothing if there is none for it.
+    pub(super) fn ring(&self, index: u16, size: u16) -> Option<InflightRing<'_>> {
+        if index >= self.rings || size > self.size {
+            return None;
+        }
+        // SAFETY: `map` has mapped a part for each ring.
+        let start = unsafe { self.mapping.start().add(usize::from(index) * part(self.size)) };
+        let ring = InflightRing { start, size, batch: Vec::new(), counter: 0, buffer: self };
+        ring.u16(AT_VERSION).store(VERSION, Ordering::Relaxed);
+        ring.u16(AT_NUMBER).store(size, Ordering::Relaxed);
+        Some(ring)
+    }
+}
+
+/// The part of one ring that runs. Whatever the memory holds is written, and never believed.
+#[derive(Debug)]
+pub(super) struct InflightRing<'mem> {
+    start: NonNull<u8>,
+    size: u16,
+    /// Heads that were retired, and not published yet.
+    batch: Vec<u16>,
+    counter: u64,
+    buffer: &'mem Inflight,
+}
+
+impl InflightRing<'_> {
+    /// Begins anew: nothing is in flight.
+    pub(super) fn clear(&mut self, used_index: u16) {
+        debug_assert!(self.size <= self.buffer.size);
+        (0..self.size).for_each(|head| self.state(head).store(0, Ordering::Relaxed));
+        self.u16(AT_USED_INDEX).store(used_index, Ordering::Release);
+    }
+
+    /// A chain is taken.
+    pub(super) fn popped(&mut self, head: u16) {
+        self.counter += 1;
+        let at = HEADER + STATE * usize::from(head) + IN_STATE_COUNTER;
+        // SAFETY: the part has a state for each head, which is below its size; its counter is aligned
+        // to 8, as the part is to 64.
+        let counter = unsafe { AtomicU64::from_ptr(self.start.add(at).cast().as_ptr()) };
+        counter.store(self.counter, Ordering::Relaxed);
+        self.state(head).store(1, Ordering::Release);
+    }
+
+    /// Its used entry is written.
+    pub(super) fn retired(&mut self, head: u16) {
+        let last = self.u16(AT_LAST_BATCH_HEAD);
+        let next = self.u16(HEADER + STATE * usize::from(head) + IN_STATE_NEXT);
+        next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
+        last.store(head, Ordering::Release);
+        self.batch.push(head);
+    }
+
+    /// The used index covers all that were retired.
+    pub(super) fn published(&mut self, used_index: u16) {
+        while let Some(head) = self.batch.pop() {
+            self.state(head).store(0, Ordering::Relaxed);
+        }
+        self.u16(AT_USED_INDEX).store(used_index, Ordering::Release);
+    }
+
+    /// A chain goes back unused.
+    pub(super) fn taken_back(&mut self, head: u16) {
+        self.state(head).store(0, Ordering::Release);
+    }
+
+    /// Whether a head is in flight. Callers stay below the ring's size.
+    fn state(&self, head: u16) -> &AtomicU8 {
+        debug_assert!(head < self.size);
+        // SAFETY: the part has a state for each head.
+        unsafe { AtomicU8::from_ptr(self.start.add(HEADER + STATE * usize::from(head)).as_ptr()) }
+    }
+
+    /// A field of two bytes. Callers stay within the part, at even offsets.
+    fn u16(&self, at: usize) -> &AtomicU16 {
+        debug_assert!(at + 2 <= part(self.size));
+        // SAFETY: the part is mapped and aligned.
+        unsafe { AtomicU16::from_ptr(self.start.add(at).cast().as_ptr()) }
+    }
+}
