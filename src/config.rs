@@ -3,6 +3,7 @@
 
 mod arguments;
 mod file;
+mod net_backend;
 mod options;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ use crate::doctor::Examination;
 use crate::net_config::MacAddress;
 use crate::policy::{Identity, Limit};
 
-pub use arguments::parse;
+pub use arguments::{command, parse};
 pub use file::read as read_file;
 pub(crate) use options::device_name;
 use options::socket_path;

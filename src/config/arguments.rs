@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Parser, Subcommand};
+use clap::{ArgGroup, CommandFactory, Parser, Subcommand};
 use log::LevelFilter;
 
 use crate::api::client::{Question, Verb};
@@ -143,6 +143,11 @@ pub fn parse(
     }
 }
 
+/// The command line's description: manual pages and completions are made from it.
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
+
 /// clap explains itself in a paragraph; the log has lines.
 fn one_line(error: &clap::Error) -> String {
     let text = error.render().to_string();
@@ -214,6 +219,17 @@ mod tests {
         let expected =
             AfXdp { queue: 3, mode: Mode::ZeroCopy, attach: Attach::Native, steer: true, ..plain };
         assert_eq!(config.host, Host::AfXdp(expected));
+    }
+
+    #[test]
+    fn cloud_hypervisors_option_is_a_socket_and_a_tap() {
+        let config = read(&["--net-backend=socket=/run/a,tap=vmtap0,num_queues=4"]).unwrap();
+        let options = ["--socket-path=/run/a", "--tap=vmtap0", "--queue-pairs=2"];
+        assert_eq!(config, read(&options).unwrap());
+        let config = read(&["--net-backend=socket=/run/a,tap=t,client=on"]).unwrap();
+        assert_eq!(config.frontend, Frontend::Connect("/run/a".into()));
+        let error = read(&["--net-backend=socket=/run/a,tap=t", "--tap=u"]).unwrap_err();
+        assert!(error.contains("--net-backend"), "{error}");
     }
 
     #[test]

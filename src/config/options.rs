@@ -11,6 +11,7 @@ use clap::ValueEnum;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::net_backend::NetBackend;
 use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
 use crate::net_config::{MIN_MTU, MacAddress};
 use crate::policy::{Identity, Limit};
@@ -64,6 +65,11 @@ pub struct PortOptions {
     /// Return each frame to the guest that sent it: for trying out a VMM or a driver.
     #[arg(long, group = "host")]
     loopback: bool,
+    /// Take what cloud-hypervisor's own vhost_user_net takes: socket, client, tap, num_queues, mac
+    /// and mtu. Addresses are not set, and rings have the size that the VMM asks for.
+    #[arg(long, value_name = "KEY=VALUE[,…]", groups = ["frontend", "host"])]
+    #[serde(skip)]
+    net_backend: Option<NetBackend>,
 
     /// Pairs of receive and transmit queues [default: 1, or one per --tap-fd].
     #[arg(long, value_name = "N")]
@@ -146,11 +152,26 @@ impl PortOptions {
 
     /// These, with paths that are the same from wherever one looks.
     pub fn absolute(self) -> Self {
+        let own = self.in_own_words();
         // Fails for an empty path, which is refused later.
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
         PortOptions {
-            socket_path: self.socket_path.map(absolute),
-            connect: self.connect.map(absolute),
+            socket_path: own.socket_path.map(absolute),
+            connect: own.connect.map(absolute),
+            ..own
+        }
+    }
+
+    /// These, with what --net-backend says in options of our own.
+    fn in_own_words(mut self) -> Self {
+        let Some(backend) = self.net_backend.take() else { return self };
+        let place = if backend.client { &mut self.connect } else { &mut self.socket_path };
+        *place = Some(backend.socket);
+        PortOptions {
+            tap: Some(backend.tap),
+            queue_pairs: self.queue_pairs.or(Some(backend.queue_pairs)),
+            mac: self.mac.or(backend.mac),
+            mtu: self.mtu.or(backend.mtu),
             ..self
         }
     }
@@ -159,7 +180,8 @@ impl PortOptions {
     ///
     /// # Errors
     /// One line that says what is wrong.
-    pub fn check(self) -> Result<PortConfig, String> {
+    pub fn check(mut self) -> Result<PortConfig, String> {
+        self = self.in_own_words();
         let options = self.clone();
         let name = self.name.map(port_name).transpose()?;
         let frontend = match (self.socket_path, self.fd, self.connect) {
