@@ -9,6 +9,7 @@ mod control;
 pub mod opener;
 mod opening;
 mod ports;
+mod supervision;
 mod waiting;
 
 use std::fmt;
@@ -26,6 +27,7 @@ use crate::sys::uring;
 pub(crate) use opening::{Descriptors, open_queues};
 use ports::Opened;
 pub use ports::{Port, Ports, Refusal};
+use supervision::Supervisor;
 use waiting::Waiting;
 
 /// Why the daemon can't start: one line that names the thing and the way out.
@@ -94,6 +96,7 @@ fn serve(
         // While it can be found out, for ports that are added later.
         let _ = uring::compare();
     }
+    let supervisor = Supervisor::connect();
     let sandbox = Sandbox::enter(config)?;
     log.start(move || sandbox.confine(Role::Log)).map_err(no_thread)?;
     let mut ports = Ports::new(sandbox)?;
@@ -109,7 +112,8 @@ fn serve(
     }
     let role = if server.is_open() { Role::Operated } else { Role::Main };
     sandbox.confine(role).map_err(no_thread)?;
-    let mut waiting = Waiting::new(signals, server, scrape, ports).map_err(no_descriptor)?;
+    let mut waiting =
+        Waiting::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;
     let ended = waiting.until_the_end();
     waiting.stop();
     ended.map_err(|error| StartError::new(format!("wait for signals and operators: {error}")))

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -11,7 +11,7 @@ use vhost::vhost_user::message::FrontendReq;
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
-use crate::support::{eventually, needs_root};
+use crate::support::{eventually, needs_program, needs_root};
 
 #[test]
 fn an_inherited_listening_socket_is_served_and_never_removed() {
@@ -125,4 +125,68 @@ fn a_group_may_connect_and_others_may_not() {
     assert_eq!(daemon.wait().code(), Some(1));
     assert!(daemon.log().contains("there is no group nobody-at-all"), "{}", daemon.log());
     assert!(!daemon.socket().exists());
+}
+
+#[test]
+fn a_service_manager_hears_that_it_is_ready_alive_and_stopping() {
+    let directory =
+        vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+    let path = directory.as_path().join("notify");
+    let manager = UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let hear = || {
+        let mut text = [0; 1024];
+        let length = manager.recv(&mut text).unwrap();
+        String::from_utf8(text[..length].to_vec()).unwrap()
+    };
+    let socket = format!("NOTIFY_SOCKET={}", path.display());
+    let wrapper = ["env", &socket, "WATCHDOG_USEC=400000"];
+    let mut daemon = Daemon::start_under(&wrapper, &["--loopback"]);
+    assert_eq!(hear(), "READY=1\nSTATUS=serving 1 port");
+    // Each 200 ms, and no more often under traffic.
+    let started = Instant::now();
+    for _ in 0..5 {
+        assert_eq!(hear(), "WATCHDOG=1");
+        Card::start(Frontend::new(daemon.connect()), Options::default()).check_echo(50);
+    }
+    let time = started.elapsed();
+    assert!((Duration::from_millis(700)..Duration::from_secs(2)).contains(&time), "{time:?}");
+    daemon.signal(Signal::SIGTERM);
+    let mut last = hear();
+    while last == "WATCHDOG=1" {
+        last = hear();
+    }
+    assert_eq!(last, "STOPPING=1");
+    assert_eq!(daemon.wait().code(), Some(0));
+}
+
+#[test]
+fn a_service_manager_that_does_not_listen_holds_nothing_up() {
+    let directory =
+        vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+    let path = directory.as_path().join("notify");
+    let socket = format!("NOTIFY_SOCKET={}", path.display());
+    let wrapper = ["env", &socket, "WATCHDOG_USEC=2000"];
+    let nobody = Daemon::start_under(&wrapper, &["--loopback"]);
+    assert!(nobody.log().contains("it will not hear from us"), "{}", nobody.log());
+    // One whose queue is full all the time.
+    let _deaf = UnixDatagram::bind(&path).unwrap();
+    let mut daemon = Daemon::start_under(&wrapper, &["--loopback"]);
+    std::thread::sleep(Duration::from_millis(500));
+    Card::start(Frontend::new(daemon.connect()), Options::default()).check_echo(50);
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+}
+
+#[test]
+fn a_socket_that_systemd_listens_on_is_served() {
+    needs_program!("a_socket_that_systemd_listens_on_is_served", "systemd-socket-activate");
+    let wrapper = ["systemd-socket-activate", "--listen", "{}"];
+    let mut daemon = Daemon::start_under(&wrapper, &["--loopback", "--fd=3"]);
+    for _ in 0..3 {
+        Card::start(Frontend::new(daemon.connect()), Options::default()).check_echo(50);
+    }
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(daemon.socket().exists(), "it is the service manager's");
 }

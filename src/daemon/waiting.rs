@@ -5,6 +5,7 @@ use std::io;
 use log::{info, warn};
 
 use super::ports::Ports;
+use super::supervision::Supervisor;
 use crate::api::scrape::Scrape;
 use crate::api::{Server, Wanted};
 use crate::event::{Interest, Poller};
@@ -33,6 +34,7 @@ pub(super) struct Waiting<'a> {
     server: Server,
     scrape: Option<Scrape>,
     ports: Ports,
+    supervisor: Supervisor,
 }
 
 impl<'a> Waiting<'a> {
@@ -41,6 +43,7 @@ impl<'a> Waiting<'a> {
         server: Server,
         scrape: Option<Scrape>,
         ports: Ports,
+        supervisor: Supervisor,
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
         poller.add(signals, Interest::Read, Source::Signal)?;
@@ -54,15 +57,17 @@ impl<'a> Waiting<'a> {
         if let Some(fd) = scrape.as_ref().and_then(Scrape::fd) {
             poller.add(fd, Interest::Read, Source::Scrape)?;
         }
-        Ok(Waiting { poller, signals, server, scrape, ports })
+        Ok(Waiting { poller, signals, server, scrape, ports, supervisor })
     }
 
     /// Waits for a signal that ends the daemon, or until no port runs and none can be added, and
     /// serves operators meanwhile.
     pub(super) fn until_the_end(&mut self) -> io::Result<()> {
         let mut happened = Vec::new();
+        self.supervisor.ready(self.ports.iter().count());
         while self.server.is_open() || self.ports.any_runs() {
-            self.poller.wait(None, |source| happened.push(source))?;
+            let time = self.supervisor.report(self.ports.iter().count());
+            self.poller.wait(time, |source| happened.push(source))?;
             for source in happened.drain(..) {
                 match source {
                     Source::Signal => match self.signals.take() {
@@ -88,6 +93,7 @@ impl<'a> Waiting<'a> {
 
     /// Ends all ports.
     pub(super) fn stop(self) {
+        self.supervisor.stopping();
         self.ports.stop();
     }
 

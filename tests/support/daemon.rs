@@ -116,18 +116,20 @@ impl Daemon {
         UnixStream::connect(self.path(socket)).unwrap()
     }
 
-    /// Starts it by another program, which limits it.
+    /// Starts it by another program, which limits it or listens for it. `{}` in that program's
+    /// options stands for the socket's path.
     pub(crate) fn start_under(wrapper: &[&str], options: &[&str]) -> Self {
         let mut daemon = Self::nobody();
-        daemon.child = Command::new(wrapper[0])
-            .args(&wrapper[1..])
-            .arg(program().get_program())
-            .arg(format!("--socket-path={}", daemon.socket().display()))
-            .args(options)
-            .stdin(Stdio::null())
-            .stderr(daemon.open_log())
-            .spawn()
-            .unwrap();
+        let socket = daemon.socket();
+        let socket = socket.to_str().unwrap();
+        let mut command = Command::new(wrapper[0]);
+        command.args(wrapper[1..].iter().map(|option| option.replace("{}", socket)));
+        command.arg(program().get_program());
+        if !options.iter().any(|option| option.starts_with("--fd")) {
+            command.arg(format!("--socket-path={socket}"));
+        }
+        command.args(options).stdin(Stdio::null()).stderr(daemon.open_log());
+        daemon.child = command.spawn().unwrap();
         daemon.wait_until_it_listens();
         daemon
     }
