@@ -14,6 +14,7 @@ mod live_migration;
 mod metrics;
 mod migration;
 mod oracle;
+mod packaging;
 mod policy;
 mod ports;
 mod protocol;

@@ -2,6 +2,7 @@
 //! own, the daemon as a child process, and network namespaces.
 
 pub(crate) mod daemon;
+pub(crate) mod debian;
 pub(crate) mod driver;
 pub(crate) mod frontend;
 pub(crate) mod guest;

@@ -1,0 +1,261 @@
+//! A clean Debian 12, where a package must install, and systemd as its first process, under which
+//! the package's units must run.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vmm_sys_util::tempdir::TempDir;
+
+use super::eventually;
+
+const RELEASE: &str = "bookworm";
+/// What it has beyond the essential.
+const PACKAGES: &str = "systemd,passwd,iproute2";
+/// Where programs are in a Debian.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What is kept between runs of the tests.
+fn kept(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
+}
+
+/// What a command prints, or all that it says if it fails.
+fn attempt(command: &mut Command) -> Result<String, String> {
+    let output = command.stdin(Stdio::null()).output().map_err(|error| error.to_string())?;
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() {
+        return Ok(text(&output.stdout));
+    }
+    Err(format!("{command:?}: {}{}", text(&output.stdout), text(&output.stderr)))
+}
+
+/// What a command prints that must succeed.
+#[track_caller]
+pub(crate) fn succeed(command: &mut Command) -> String {
+    match attempt(command) {
+        Ok(text) => text,
+        Err(what) => panic!("{what}"),
+    }
+}
+
+/// Makes `name` once, by a function that is given another path to make it at.
+fn once(name: &str, make: impl FnOnce(&Path) -> Result<(), String>) -> Result<PathBuf, String> {
+    let path = kept(name);
+    let lock = fs::File::create(kept(&format!("{name}.lock"))).unwrap();
+    lock.lock().unwrap();
+    if !path.exists() {
+        let unfinished = kept(&format!("{name}.unfinished"));
+        let _ = fs::remove_dir_all(&unfinished);
+        make(&unfinished)?;
+        fs::rename(&unfinished, &path).unwrap();
+    }
+    Ok(path)
+}
+
+/// The files of a Debian package, which is not installed: fetched and unpacked once. Or why it can't
+/// be fetched.
+pub(crate) fn unpacked(package: &str) -> Result<PathBuf, String> {
+    once(package, |directory| {
+        fs::create_dir_all(directory).unwrap();
+        let mut fetch = Command::new("apt-get");
+        attempt(fetch.args(["-qq", "download", package]).current_dir(directory))?;
+        let files = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+        for file in files.collect::<Vec<_>>() {
+            succeed(Command::new("dpkg-deb").arg("-x").arg(&file).arg(directory));
+            fs::remove_file(file).unwrap();
+        }
+        Ok(())
+    })
+}
+
+/// A directory with a Debian, which goes with the value.
+#[derive(Debug)]
+pub(crate) struct Debian(TempDir);
+
+impl Debian {
+    /// With essential packages and some more, as after their installation. Made once, from where this
+    /// machine has its packages from, and copied. Or why they can't be fetched.
+    pub(crate) fn new() -> Result<Self, String> {
+        let clean = once(&format!("{RELEASE},{PACKAGES}"), |directory| {
+            let mut which = Command::new("apt-get");
+            let format = ["indextargets", "--format", "$(REPO_URI)"];
+            let release = format!("Codename: {RELEASE}");
+            let mirrors = attempt(which.args(format).args(["Created-By: Packages", &release]))?;
+            let mirror = mirrors.lines().next().ok_or(format!("apt has no source of {RELEASE}"))?;
+            let mut make = Command::new("mmdebstrap");
+            make.args(["--quiet", "--variant=essential"]).arg(format!("--include={PACKAGES}"));
+            attempt(make.arg(RELEASE).arg(directory).arg(mirror)).map(drop)
+        })?;
+        let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+        succeed(Command::new("cp").args(["-a", "-T"]).arg(clean).arg(directory.as_path()));
+        Ok(Debian(directory))
+    }
+
+    /// One of its files.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.as_path().join(name.trim_start_matches('/'))
+    }
+
+    /// Runs a program in it.
+    pub(crate) fn output(&self, words: &[&str]) -> Output {
+        let mut command = Command::new("chroot");
+        command.arg(self.0.as_path()).args(words).env("PATH", PATH);
+        command.stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// What a program in it prints, if it succeeds.
+    #[track_caller]
+    pub(crate) fn run(&self, words: &[&str]) -> String {
+        succeed(Command::new("chroot").arg(self.0.as_path()).args(words).env("PATH", PATH))
+    }
+
+    /// Installs a package file.
+    #[track_caller]
+    pub(crate) fn install(&self, package: &Path) {
+        fs::copy(package, self.path("package.deb")).unwrap();
+        self.run(&["dpkg", "--install", "/package.deb"]);
+    }
+
+    /// Names of its files that have `part` in them.
+    pub(crate) fn find(&self, part: &str) -> String {
+        let pattern = format!("*{part}*");
+        let mut find = Command::new("find");
+        succeed(find.arg(self.0.as_path()).args([
+            "-mindepth",
+            "1",
+            "-name",
+            &pattern,
+            "-printf",
+            "/%P\n",
+        ]))
+    }
+}
+
+/// A Debian that runs, as a container with a network of its own.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    nspawn: Child,
+    /// Its first process, by the number that it has here.
+    first: i32,
+    debian: Debian,
+}
+
+impl Machine {
+    /// Starts it, and waits until systemd says that all is well.
+    ///
+    /// The container has the capabilities and system calls that services in it give up again, and a
+    /// unified hierarchy of control groups, on which systemd filters devices and packets.
+    pub(crate) fn boot(debian: Debian) -> Self {
+        let console = fs::File::create(debian.path("console")).unwrap();
+        // No message bus, no login, no name resolution: targets that nobody waits for.
+        let wanted = debian.path("etc/systemd/system/default.target");
+        let _ = fs::remove_file(&wanted);
+        symlink("/lib/systemd/system/multi-user.target", wanted).unwrap();
+        // One at a time on a machine, for their control groups have fixed names.
+        let mut nspawn = Command::new("flock");
+        nspawn.args(["--no-fork", "/run/lock/vhost-user-net-test", "systemd-nspawn"]);
+        nspawn.args(["--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe"]);
+        nspawn.args(["--private-network", "--machine=vhost-user-net-test"]);
+        nspawn.arg("--capability=CAP_NET_ADMIN,CAP_NET_RAW,CAP_BPF,CAP_IPC_LOCK");
+        nspawn.arg(
+            "--system-call-filter=bpf landlock_create_ruleset landlock_add_rule \
+             landlock_restrict_self",
+        );
+        nspawn.arg("--directory").arg(debian.0.as_path());
+        nspawn.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1").stdin(Stdio::null());
+        let nspawn = nspawn.stdout(console.try_clone().unwrap()).stderr(console).spawn().unwrap();
+        let mut machine = Machine { nspawn, first: 0, debian };
+        let end = Instant::now() + Duration::from_secs(90);
+        while !machine.is_running() {
+            let console = || fs::read_to_string(machine.debian.path("console")).unwrap();
+            assert!(Instant::now() < end, "systemd does not start: {}", console());
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        machine
+    }
+
+    fn is_running(&mut self) -> bool {
+        let id = self.nspawn.id();
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
+        let first = children.ok().and_then(|text| text.split(' ').next()?.parse().ok());
+        self.first = first.unwrap_or(0);
+        self.first != 0 && {
+            let output = self.command(&["systemctl", "is-system-running"]).output().unwrap();
+            output.stdout == b"running\n"
+        }
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("nsenter");
+        let first = self.first.to_string();
+        command.args(["--target", &first, "-m", "-u", "-i", "-n", "-p", "-C", "-r", "-w", "--"]);
+        command.args(words).env("PATH", PATH).stdin(Stdio::null());
+        command
+    }
+
+    /// What a program in it prints, if it succeeds.
+    #[track_caller]
+    pub(crate) fn run(&self, words: &[&str]) -> String {
+        succeed(&mut self.command(words))
+    }
+
+    /// Starts a unit; a failure is explained by its log.
+    #[track_caller]
+    pub(crate) fn start(&self, unit: &str) {
+        let started = self.command(&["systemctl", "start", unit]).output().unwrap();
+        assert!(started.status.success(), "{unit}: {}", self.log(unit));
+    }
+
+    /// What a unit has logged.
+    pub(crate) fn log(&self, unit: &str) -> String {
+        self.run(&["journalctl", "--no-pager", "--unit", unit])
+    }
+
+    /// A property of a unit.
+    pub(crate) fn property(&self, unit: &str, property: &str) -> String {
+        self.run(&["systemctl", "show", "--value", "--property", property, unit]).trim().to_owned()
+    }
+
+    /// Waits until a property of a unit is `value`.
+    #[track_caller]
+    pub(crate) fn wait_for(&self, unit: &str, property: &str, value: &str) {
+        eventually(&format!("{property} of {unit} is {value}"), || {
+            self.property(unit, property) == value
+        });
+    }
+
+    /// One of its files, as it sees them.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{name}", self.first))
+    }
+
+    /// Writes a file in it, and makes the directory for it.
+    pub(crate) fn write(&self, name: &str, text: &str) {
+        let path = self.debian.path(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    /// Moves this thread into its network.
+    pub(crate) fn enter_network(&self) {
+        let network = fs::File::open(format!("/proc/{}/ns/net", self.first)).unwrap();
+        setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if self.first != 0 {
+            let _ = kill(Pid::from_raw(self.first), Signal::SIGKILL);
+        } else {
+            let _ = self.nspawn.kill();
+        }
+        let _ = self.nspawn.wait();
+    }
+}
