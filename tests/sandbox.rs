@@ -141,8 +141,11 @@ fn a_daemon_that_ports_can_be_added_to_is_confined_too() {
             let mut daemon = Daemon::with_config(&file, "one");
             let socket = format!("--socket-path={}", daemon.path("two").display());
             daemon.ask(&["add", "--name=two", &socket, "--loopback"]);
-            let (_, id) = threads(&daemon).into_iter().find(|(name, _)| name == thread).unwrap();
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            // A thread names itself, and then gives up what it may.
+            let find = || threads(&daemon).into_iter().find(|(name, _)| name == thread);
+            eventually("the thread has its name", || find().is_some());
+            let (_, id) = find().unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(50));
             let result = inject(id, number, arguments, b"/etc/hostname\0\0\0");
             assert_eq!(result, Err(Signal::SIGSYS), "{name} in {thread}");
             eventually("the whole process ends", || !daemon.is_alive());
