@@ -157,6 +157,16 @@ impl Server {
         Some(opener.number)
     }
 
+    /// Has the opener open a port's device again, if that is there again.
+    pub fn ask_to_mend(&mut self, port: &str) -> Option<u32> {
+        let opener = self.opener.as_mut()?;
+        // It is slow, or stuck: one wish at a time.
+        if opener.output.is_empty() {
+            opener.output.extend((json!({"mend": port}).to_string() + "\n").into_bytes());
+        }
+        Some(opener.number)
+    }
+
     /// Takes a client, if one has connected: its number and its socket, and the number of one that
     /// had to go for it.
     pub fn accept(&mut self) -> Option<(u32, &UnixStream, Option<u32>)> {

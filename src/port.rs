@@ -69,9 +69,11 @@ pub trait Port<'mem> {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Mode {
-    /// It has moved none, or its device does not work.
+    /// It has moved none yet.
     #[default]
     None,
+    /// Its device does not work: frames are dropped.
+    Gone,
     /// Back to the guest.
     Loopback,
     /// To a TAP, a system call for each frame.
@@ -86,13 +88,21 @@ pub enum Mode {
 
 impl Mode {
     /// All of them.
-    pub const ALL: [Mode; 6] =
-        [Mode::None, Mode::Loopback, Mode::Writev, Mode::IoUring, Mode::Copy, Mode::ZeroCopy];
+    pub const ALL: [Mode; 7] = [
+        Mode::None,
+        Mode::Gone,
+        Mode::Loopback,
+        Mode::Writev,
+        Mode::IoUring,
+        Mode::Copy,
+        Mode::ZeroCopy,
+    ];
 
     /// The mode as it is shown.
     pub fn name(self) -> &'static str {
         match self {
             Mode::None => "none",
+            Mode::Gone => "gone",
             Mode::Loopback => "loopback",
             Mode::Writev => "writev",
             Mode::IoUring => "io-uring",

@@ -8,6 +8,7 @@ use crate::config::Frontend;
 use crate::counters::PairCounters;
 use crate::policy::Limits;
 use crate::port::Mode;
+use crate::sys::eventfd::Waker;
 use crate::sys::process::ThreadClock;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -23,6 +24,8 @@ pub struct PairStatus {
     /// Since when its thread runs, and by which clock.
     thread: OnceLock<(Instant, ThreadClock)>,
     mode: AtomicU8,
+    /// Woken when the port's device is found not to work.
+    trouble: OnceLock<Arc<Waker>>,
     serving: AtomicBool,
     fault: Mutex<Option<String>>,
 }
@@ -40,9 +43,24 @@ impl PairStatus {
         Some((busy, since.elapsed().saturating_sub(busy)))
     }
 
-    /// How it moves frames now.
+    /// Has this woken when its device is found not to work.
+    pub fn tell_of_trouble(&self, waker: Arc<Waker>) {
+        let _ = self.trouble.set(waker);
+    }
+
+    /// How it moves frames now. Its worker says so.
+    #[inline]
     pub fn set_mode(&self, mode: Mode) {
+        let before = self.mode.load(Ordering::Relaxed);
+        if before == mode as u8 {
+            return;
+        }
         self.mode.store(mode as u8, Ordering::Relaxed);
+        if mode == Mode::Gone
+            && let Some(waker) = self.trouble.get()
+        {
+            waker.wake();
+        }
     }
 
     /// How it has moved frames last.
@@ -127,6 +145,11 @@ impl PortStatus {
     /// Its thread ends, and will not come back.
     pub fn set_ended(&self) {
         self.ended.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its device does not work, as the last that was moved has shown.
+    pub fn is_degraded(&self) -> bool {
+        self.pairs.iter().any(|pair| pair.is_serving() && pair.mode() == Mode::Gone)
     }
 
     /// Whether its thread has ended.

@@ -7,7 +7,9 @@ use nix::sys::signal::Signal;
 use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth, output};
+use crate::support::network::{
+    Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip, output,
+};
 use crate::support::traffic::{check_both_ways, frame};
 use crate::support::{eventually, needs_root, one_at_a_time};
 
@@ -257,4 +259,62 @@ fn the_process_that_opens_ends_with_its_daemon() {
     daemon.kill();
     // A process that nobody has waited for has no command line.
     eventually("it ends", || command().is_empty());
+}
+
+#[test]
+fn a_tap_that_has_gone_is_opened_again_when_it_is_there_again() {
+    needs_root!("a_tap_that_has_gone_is_opened_again_when_it_is_there_again");
+    enter_namespace_with_tap(false);
+    let file = CONTROL.to_owned() + &port("one", "tap = \"tap0\"") + &loopback("two");
+    let daemon = Daemon::with_config(&file, "two");
+    let (mut one, mut two) = (card(&daemon, "one"), card(&daemon, "two"));
+    check_both_ways(&Wire::open("tap0"), &mut one, 50);
+    for round in 1..=3 {
+        ip("link delete tap0");
+        eventually("it is degraded", || daemon.show("one")["state"] == "degraded");
+        assert!(daemon.ask(&["metrics"]).contains("{port=\"one\",state=\"degraded\"} 1"));
+        // Not made by us: whoever has made it sets it up.
+        std::thread::sleep(std::time::Duration::from_millis(1200));
+        assert!(!output("ip", "link show tap0").contains("tap0: <"));
+        ip("tuntap add dev tap0 mode tap vnet_hdr");
+        ip("link set tap0 up");
+        eventually("its frontend is let go of", || one.frontend.is_closed());
+        let added = || daemon.log().matches("one: added by an operator").count() == round;
+        eventually("it listens again", added);
+        one = card(&daemon, "one");
+        check_both_ways(&Wire::open("tap0"), &mut one, 50);
+        two.check_echo(50);
+    }
+}
+
+#[test]
+fn a_tap_may_go_down_and_up_get_another_name_and_move_elsewhere() {
+    needs_root!("a_tap_may_go_down_and_up_get_another_name_and_move_elsewhere");
+    enter_namespace_with_tap(false);
+    let daemon = Daemon::start(&["--tap=tap0"]);
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    check_both_ways(&Wire::open("tap0"), &mut card, 50);
+    ip("link set tap0 down");
+    card.send(0, &frame(1, 100));
+    ip("link set tap0 up");
+    check_both_ways(&Wire::open("tap0"), &mut card, 50);
+    ip("link set tap0 down");
+    ip("link set tap0 name other");
+    ip("link set other up");
+    check_both_ways(&Wire::open("other"), &mut card, 50);
+    // To a namespace of another process, where it is set up again.
+    let mut child =
+        std::process::Command::new("unshare").args(["--net", "sleep", "60"]).spawn().unwrap();
+    let process = child.id();
+    let namespace = |process: u32| std::fs::read_link(format!("/proc/{process}/ns/net")).unwrap();
+    let ours = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
+    eventually("it has a namespace of its own", || namespace(process) != ours);
+    ip(&format!("link set other netns {process}"));
+    let file = std::fs::File::open(format!("/proc/{process}/ns/net")).unwrap();
+    nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    ip("link set other up");
+    check_both_ways(&Wire::open("other"), &mut card, 50);
+    child.kill().unwrap();
+    child.wait().unwrap();
 }

@@ -1,5 +1,6 @@
 //! `vhost-user-net ctl`: asks a daemon, and shows what it says.
 
+use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::BorrowedFd;
@@ -89,8 +90,26 @@ pub struct Connection {
     reader: BufReader<UnixStream>,
     /// Whom it leads to, for messages.
     daemon: String,
-    /// The daemon has asked for a reload meanwhile.
-    reload: bool,
+    /// What the daemon has asked for meanwhile.
+    wishes: VecDeque<Wish>,
+}
+
+/// What a daemon may ask of its opener.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Wish {
+    /// To read the file again.
+    Reload,
+    /// To open a port's device again, if that is there again.
+    Mend(String),
+}
+
+impl Wish {
+    fn parse(line: &Value) -> Option<Self> {
+        if line["reload"] == true {
+            return Some(Wish::Reload);
+        }
+        line["mend"].as_str().map(|port| Wish::Mend(port.to_owned()))
+    }
 }
 
 impl Connection {
@@ -99,7 +118,7 @@ impl Connection {
     /// # Errors
     /// It takes no timeout.
     pub fn new(stream: UnixStream, daemon: String) -> io::Result<Self> {
-        Ok(Connection { reader: BufReader::new(stream), daemon, reload: false })
+        Ok(Connection { reader: BufReader::new(stream), daemon, wishes: VecDeque::new() })
     }
 
     fn unreachable(&self, error: &dyn fmt::Display) -> Failure {
@@ -115,20 +134,22 @@ impl Connection {
         Ok(serde_json::from_str(&line)?)
     }
 
-    /// Waits until the daemon asks for a reload, if it has not meanwhile; `false` if it has gone.
+    /// Waits until the daemon asks for something, if it has not meanwhile; nothing if it has gone.
     ///
     /// # Errors
     /// Those of reading, and what is no message.
-    pub fn wait_for_reload(&mut self) -> io::Result<bool> {
+    pub fn wish(&mut self) -> io::Result<Option<Wish>> {
         self.reader.get_ref().set_read_timeout(None)?;
-        while !std::mem::take(&mut self.reload) {
+        loop {
+            if let Some(wish) = self.wishes.pop_front() {
+                return Ok(Some(wish));
+            }
             match self.line() {
-                Ok(line) => self.reload = line["reload"] == true,
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+                Ok(line) => self.wishes.extend(Wish::parse(&line)),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
                 Err(error) => return Err(error),
             }
         }
-        Ok(true)
     }
 
     /// Asks, with descriptors, and waits for the reply.
@@ -145,8 +166,11 @@ impl Connection {
             .and_then(|()| send_with_files(stream, (line + "\n").as_bytes(), files, b' '));
         let reply = loop {
             match self.line() {
-                Ok(line) if line["reload"] == true => self.reload = true,
-                Ok(line) => break line,
+                Ok(line) => match Wish::parse(&line) {
+                    Some(wish) if self.wishes.contains(&wish) => {}
+                    Some(wish) => self.wishes.push_back(wish),
+                    None => break line,
+                },
                 Err(error) => {
                     let error = sent.err().unwrap_or(error);
                     return Err(self.unreachable(&error));

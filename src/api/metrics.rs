@@ -32,7 +32,7 @@ const PER_PAIR: [PerPair; 4] = [
 ];
 
 /// States that a port may be in.
-const STATES: [&str; 5] = ["waiting", "connected", "running", "stopped", "ended"];
+const STATES: [&str; 6] = ["waiting", "connected", "running", "degraded", "stopped", "ended"];
 
 /// Names and values of a metric's labels.
 type Labels<'a> = Vec<(&'static str, &'a str)>;

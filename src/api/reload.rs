@@ -8,9 +8,10 @@ use serde_json::Value;
 
 use super::Command;
 use super::client::{Connection, Failure};
-use crate::config::{PortConfig, PortOptions, read_file};
+use crate::config::{Host, PortConfig, PortOptions, read_file};
 use crate::daemon::{Descriptors, open_queues};
 use crate::endpoint::Endpoint;
+use crate::sys::tap::device_exists;
 
 /// What became of a port, or of the daemon's own settings: a line each.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -86,6 +87,23 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
         }
     }
     Ok(outcome)
+}
+
+/// Opens a port's TAP again, which had gone, if there is one of its name again: the port is removed, and
+/// added as `file` describes it. Says whether that was done.
+///
+/// # Errors
+/// The file is wrong, the daemon can't be asked, or the TAP can't be opened.
+pub fn mend(daemon: &mut Connection, file: &Path, name: &str) -> Result<bool, Failure> {
+    let config = read_file(file).map_err(Failure::Refused)?;
+    let port = config.ports.iter().find(|port| port.known_name() == Some(name));
+    let there = |port: &&PortConfig| match &port.host {
+        Host::Tap(tap) => device_exists(tap).unwrap_or(false),
+        Host::TapDescriptors(_) | Host::AfXdp(_) | Host::Loopback => false,
+    };
+    let Some(port) = port.filter(there) else { return Ok(false) };
+    daemon.ask(&Command::Remove { port: name.to_owned() }, &[])?;
+    add(daemon, port, true).map(|_| true)
 }
 
 /// Adds a port: opens what a daemon that has given up its rights can't open, and passes it on.

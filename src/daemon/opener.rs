@@ -1,5 +1,5 @@
 //! The process that opens what a daemon is to have once it has given up its rights: it is started
-//! before, and waits until the daemon is told to read its file again (SIGHUP).
+//! before, and waits until the daemon is told to read its file again (SIGHUP), or has lost a TAP.
 //!
 //! It keeps what the daemon was started with, and takes nothing from it but the word to begin, and
 //! short replies: whoever has taken the daemon over gains no more than what the file names.
@@ -11,8 +11,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::api::client::Connection;
-use crate::api::reload::reload;
+use crate::api::client::{Connection, Wish};
+use crate::api::reload::{mend, reload};
 
 /// Starts it; returns the daemon's end of the connection with it. It ends when that is closed, and by no
 /// signal: it inherits our mask.
@@ -34,21 +34,32 @@ pub(super) fn start(file: &Path) -> io::Result<UnixStream> {
 pub fn run(file: &Path) -> io::Result<()> {
     let daemon = UnixStream::from(std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?);
     let mut daemon = Connection::new(daemon, "its opener's socket".into())?;
-    while daemon.wait_for_reload()? {
-        match reload(&mut daemon, file) {
-            Ok(outcome) => {
-                for line in outcome.done {
-                    eprintln!("vhost-user-net: reload: {line}");
-                }
-                for line in &outcome.failed {
-                    eprintln!("vhost-user-net: reload: failed: {line}");
-                }
-                let shown = file.display();
-                let failures = outcome.failed.len();
-                eprintln!("vhost-user-net: reload: {shown} read again, {failures} failures");
-            }
-            Err(error) => eprintln!("vhost-user-net: reload: {error}; nothing is changed"),
+    while let Some(wish) = daemon.wish()? {
+        match wish {
+            Wish::Reload => read_again(&mut daemon, file),
+            Wish::Mend(port) => match mend(&mut daemon, file, &port) {
+                Ok(true) => eprintln!("vhost-user-net: {port}: its TAP is there again, and opened"),
+                Ok(false) => {}
+                Err(error) => eprintln!("vhost-user-net: {port}: open its TAP again: {error}"),
+            },
         }
     }
     Ok(())
+}
+
+fn read_again(daemon: &mut Connection, file: &Path) {
+    match reload(daemon, file) {
+        Ok(outcome) => {
+            for line in outcome.done {
+                eprintln!("vhost-user-net: reload: {line}");
+            }
+            for line in &outcome.failed {
+                eprintln!("vhost-user-net: reload: failed: {line}");
+            }
+            let shown = file.display();
+            let failures = outcome.failed.len();
+            eprintln!("vhost-user-net: reload: {shown} read again, {failures} failures");
+        }
+        Err(error) => eprintln!("vhost-user-net: reload: {error}; nothing is changed"),
+    }
 }

@@ -76,8 +76,8 @@ pub(super) struct Prepared {
 #[derive(Debug)]
 pub(super) struct Running {
     ports: AtomicUsize,
-    /// Woken when a port has ended.
-    pub(super) ended: Waker,
+    /// Woken when a port has ended, or its device does not work.
+    pub(super) changed: Arc<Waker>,
 }
 
 /// A port's share in [`Running`], for as long as its thread runs, however that ends.
@@ -94,7 +94,7 @@ impl Drop for Alive {
     fn drop(&mut self) {
         self.1.set_ended();
         self.0.ports.fetch_sub(1, Ordering::Release);
-        self.0.ended.wake();
+        self.0.changed.wake();
     }
 }
 
@@ -126,8 +126,8 @@ pub struct Ports {
 impl Ports {
     /// None yet.
     pub(super) fn new(sandbox: Sandbox) -> Result<Self, StartError> {
-        let ended = Waker::new().map_err(no_descriptor)?;
-        let running = Arc::new(Running { ports: AtomicUsize::new(0), ended });
+        let changed = Arc::new(Waker::new().map_err(no_descriptor)?);
+        let running = Arc::new(Running { ports: AtomicUsize::new(0), changed });
         Ok(Ports { sandbox, running, ports: Vec::new() })
     }
 
@@ -181,8 +181,9 @@ impl Ports {
             return Err(Refusal::CannotBeDone(why));
         }
         let prepared = self.prepare(opened)?;
-        info!("{}: added by an operator", prepared.control.name());
-        Ok(self.start(prepared)?)
+        let port = self.start(prepared)?;
+        info!("{}: added by an operator", port.name());
+        Ok(port)
     }
 
     /// Stops a port: its rings first, then its frontend's connection.
@@ -241,6 +242,14 @@ impl Ports {
         found.ok_or_else(|| Refusal::NoSuchPort(name.chars().take(64).collect()))
     }
 
+    /// A port whose TAP has gone, and that the daemon's file describes: it can be opened again when it
+    /// is there again.
+    pub(super) fn to_be_mended(&self) -> Option<&str> {
+        let is_tap = |port: &&Port| matches!(port.config.host, Host::Tap(_));
+        let found = self.ports.iter().filter(|port| port.from_file && port.status.is_degraded());
+        found.into_iter().find(is_tap).map(Port::name)
+    }
+
     /// Has all end at once, so that none waits for another.
     pub(super) fn stop(&self) {
         self.ports.iter().for_each(Port::stop);
@@ -271,6 +280,7 @@ impl Port {
         control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
         let status = control.status().clone();
         let alive = Alive::new(running, &status);
+        status.pairs.iter().for_each(|pair| pair.tell_of_trouble(running.changed.clone()));
         let thread = thread::Builder::new().name(name).spawn(move || {
             let _alive = alive;
             match sandbox.confine(Role::Control) {

@@ -1,6 +1,7 @@
 //! The main thread: it waits for signals, for operators, and for the end.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
@@ -15,8 +16,8 @@ use crate::sys::process::{Signal, Signals};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     Signal,
-    /// A port has ended.
-    Ended,
+    /// A port has ended, or its device does not work.
+    Changed,
     /// Somebody connects to the control socket.
     Operators,
     /// A client, by its number.
@@ -35,7 +36,12 @@ pub(super) struct Waiting<'a> {
     scrape: Option<Scrape>,
     ports: Ports,
     supervisor: Supervisor,
+    /// When a device was asked for last that has gone.
+    mended: Option<Instant>,
 }
+
+/// How often a device that has gone is asked for.
+const MEND: Duration = Duration::from_secs(1);
 
 impl<'a> Waiting<'a> {
     pub(super) fn new(
@@ -47,7 +53,7 @@ impl<'a> Waiting<'a> {
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
         poller.add(signals, Interest::Read, Source::Signal)?;
-        poller.add(&ports.running().ended, Interest::Read, Source::Ended)?;
+        poller.add(&*ports.running().changed, Interest::Read, Source::Changed)?;
         if let Some(fd) = server.fd() {
             poller.add(fd, Interest::Read, Source::Operators)?;
         }
@@ -57,7 +63,7 @@ impl<'a> Waiting<'a> {
         if let Some(fd) = scrape.as_ref().and_then(Scrape::fd) {
             poller.add(fd, Interest::Read, Source::Scrape)?;
         }
-        Ok(Waiting { poller, signals, server, scrape, ports, supervisor })
+        Ok(Waiting { poller, signals, server, scrape, ports, supervisor, mended: None })
     }
 
     /// Waits for a signal that ends the daemon, or until no port runs and none can be added, and
@@ -67,6 +73,7 @@ impl<'a> Waiting<'a> {
         self.supervisor.ready(self.ports.iter().count());
         while self.server.is_open() || self.ports.any_runs() {
             let time = self.supervisor.report(self.ports.iter().count());
+            let time = time.into_iter().chain(self.mend()).min();
             self.poller.wait(time, |source| happened.push(source))?;
             for source in happened.drain(..) {
                 match source {
@@ -75,7 +82,7 @@ impl<'a> Waiting<'a> {
                         Some(_) => return Ok(()),
                         None => {}
                     },
-                    Source::Ended => self.ports.running().ended.clear(),
+                    Source::Changed => self.ports.running().changed.clear(),
                     Source::Operators => self.take_client(),
                     Source::Client(number) => self.serve_client(number),
                     Source::Scrape => self.take_visitor(),
@@ -102,6 +109,20 @@ impl<'a> Waiting<'a> {
         info!("the file is read again");
         let Some(number) = self.server.ask_for_reload() else { return };
         self.serve_client(number);
+    }
+
+    /// Has a port's TAP opened again, if it has gone; returns when to look again.
+    fn mend(&mut self) -> Option<Duration> {
+        let port = self.ports.to_be_mended()?;
+        if let Some(rest) = self.mended.map(|at| MEND.saturating_sub(at.elapsed()))
+            && !rest.is_zero()
+        {
+            return Some(rest);
+        }
+        let number = self.server.ask_to_mend(port)?;
+        self.mended = Some(Instant::now());
+        self.serve_client(number);
+        Some(MEND)
     }
 
     /// Takes whoever has connected to the control socket.

@@ -311,6 +311,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         match &self.state {
             State::Open(open) if open.is_zero_copy() => Mode::ZeroCopy,
             State::Open(_) => Mode::Copy,
+            State::Closed { .. } if self.is_gone() => Mode::Gone,
             State::Closed { .. } => Mode::None,
         }
     }

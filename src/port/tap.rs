@@ -296,7 +296,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
 
     fn mode(&self) -> Mode {
         match (self.gone_since, &self.host.writer) {
-            (Some(_), _) => Mode::None,
+            (Some(_), _) => Mode::Gone,
             (None, Some(_)) => Mode::IoUring,
             (None, None) => Mode::Writev,
         }

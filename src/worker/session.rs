@@ -195,6 +195,7 @@ impl Serving<'_> {
                 continue;
             }
             self.status.counters.sleeps.add(1);
+            self.status.set_mode(self.port.mode());
             if self.tx.as_ref().is_some_and(|tx| tx.burst.is_empty()) {
                 // What the last kick was for has been seen to before.
                 self.kicked = None;
