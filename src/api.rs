@@ -15,10 +15,11 @@ mod stats;
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use log::{info, warn};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -29,10 +30,10 @@ use serde_json::{Value, json};
 use crate::config::{Config, Frontend, MAX_QUEUE_PAIRS};
 use crate::daemon::{Ports, StartError};
 use crate::endpoint::Endpoint;
-use crate::sys::socket::receive;
+use crate::sys::socket::{receive, send_with_files};
 
 pub use requests::Command;
-use requests::{Refused, carry_out};
+use requests::{Answer, Refused, carry_out};
 
 /// Version of requests and replies: it changes when one that was good is not understood any more.
 pub const VERSION: u32 = 1;
@@ -42,6 +43,8 @@ const MAX_LINE: usize = 16 << 10;
 const MAX_CLIENTS: usize = 32;
 /// Descriptors with a request at the most: a port's frontend, and the queues of its TAP.
 const MAX_FILES: usize = 1 + MAX_QUEUE_PAIRS as usize;
+/// How long a client may take to take descriptors.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// What the opener is told.
 const RELOAD: &str = "{\"reload\":true}\n";
 
@@ -53,6 +56,22 @@ struct Request {
     command: Command,
 }
 
+/// What clients may ask about the daemon itself.
+#[derive(Debug, Default)]
+struct House {
+    /// How it was started.
+    about: Value,
+    /// Sockets that clients connect to, by what they are for.
+    listeners: Vec<(&'static str, OwnedFd)>,
+}
+
+impl House {
+    fn listeners(&self) -> io::Result<(Vec<&'static str>, Vec<OwnedFd>)> {
+        let duplicate = |(name, fd): &(&'static str, OwnedFd)| Ok((*name, fd.try_clone()?));
+        self.listeners.iter().map(duplicate).collect()
+    }
+}
+
 /// A client.
 #[derive(Debug)]
 struct Client {
@@ -61,11 +80,14 @@ struct Client {
     input: Vec<u8>,
     files: Vec<OwnedFd>,
     output: Vec<u8>,
+    /// It has the daemon's ports, which are to go on if it goes.
+    has_ports: bool,
 }
 
 impl Client {
     fn new(number: u32, stream: UnixStream) -> Self {
-        Client { number, stream, input: Vec::new(), files: Vec::new(), output: Vec::new() }
+        let (input, files, output) = Default::default();
+        Client { number, stream, input, files, output, has_ports: false }
     }
 }
 
@@ -75,8 +97,9 @@ pub struct Server {
     endpoint: Option<Endpoint>,
     /// The user that the daemon was started by, which may not be the one that it is now.
     starter: u32,
-    /// How the daemon was started.
-    about: Value,
+    house: House,
+    /// Another daemon goes on with the ports.
+    given_away: bool,
     /// The process that reads the daemon's file, and opens what it names.
     opener: Option<Client>,
     /// Whoever has been silent for longest first.
@@ -96,27 +119,68 @@ pub enum Wanted {
 }
 
 impl Server {
-    /// Makes the socket that `config` names, if it does, to which only our own user can connect.
-    /// Nobody can before [`start`](Self::start).
+    /// Makes the socket that `config` names, if it does, to which only our own user can connect, or goes
+    /// on with that of another daemon. Nobody can before [`start`](Self::start).
     ///
     /// # Errors
     /// With the path, what is wrong, and the way out.
-    pub fn open(config: &Config) -> Result<Self, StartError> {
+    pub fn open(config: &Config, given: Option<OwnedFd>) -> Result<Self, StartError> {
         let open = |path: &Path| {
+            let failed =
+                |error: io::Error| StartError::new(format!("set up {}: {error}", path.display()));
+            if let Some(fd) = given {
+                return Endpoint::taken(fd).map_err(failed);
+            }
             let endpoint = Endpoint::open(&Frontend::Listen(path.to_owned()), None)?;
-            fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(|error| {
-                StartError::new(format!("set the permissions of {}: {error}", path.display()))
-            })?;
+            fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
             Ok(endpoint)
         };
-        Ok(Server {
+        let about = json!({"file": config.file, "settings": config.settings()});
+        let mut server = Server {
             endpoint: config.control.as_deref().map(open).transpose()?,
             starter: geteuid().as_raw(),
-            about: json!({"file": config.file, "settings": config.settings()}),
+            house: House { about, listeners: Vec::new() },
+            given_away: false,
             opener: None,
             clients: Vec::new(),
             next: 1,
-        })
+        };
+        if let Some(fd) = server.endpoint.as_ref().and_then(Endpoint::fd) {
+            let duplicated = fd.try_clone_to_owned();
+            let fd = duplicated.map_err(|error| StartError::new(format!("control: {error}")))?;
+            server.pass_on("control", fd);
+        }
+        Ok(server)
+    }
+
+    /// Passes a socket that clients connect to on to the next daemon.
+    pub fn pass_on(&mut self, name: &'static str, listener: OwnedFd) {
+        self.house.listeners.push((name, listener));
+    }
+
+    /// Whether another daemon goes on with the ports.
+    pub fn has_given_away(&self) -> bool {
+        self.given_away
+    }
+
+    /// Sends what clients are still to be sent.
+    pub fn flush(&mut self, ports: &mut Ports) {
+        let numbers: Vec<u32> = self.clients.iter().map(|client| client.number).collect();
+        for number in numbers {
+            self.serve(number, ports);
+        }
+    }
+
+    /// Owns the socket's file, at `path`, from now on.
+    pub fn own(&mut self, path: &Path) {
+        self.endpoint.iter_mut().for_each(|endpoint| endpoint.own(path));
+    }
+
+    /// Leaves the socket's file, which is another daemon's now.
+    pub fn leave(self) {
+        if let Some(endpoint) = self.endpoint {
+            endpoint.give_away();
+        }
     }
 
     /// Serves the process that opens what is to be added when the file is read again.
@@ -177,7 +241,10 @@ impl Server {
             let _ = stream.write_all(failure("not-allowed", &why).as_bytes());
             return None;
         }
-        let gone = (self.clients.len() >= MAX_CLIENTS).then(|| self.clients.remove(0).number);
+        // Not the one that has the ports.
+        let first = self.clients.iter().position(|client| !client.has_ports);
+        let full = self.clients.len() >= MAX_CLIENTS;
+        let gone = first.filter(|_| full).map(|place| self.clients.remove(place).number);
         let number = self.next;
         self.next = self.next.wrapping_add(1).max(1);
         self.clients.push(Client::new(number, stream));
@@ -195,8 +262,10 @@ impl Server {
     }
 
     /// Disconnects a client.
-    pub fn hang_up(&mut self, number: u32) {
-        drop(self.take(number));
+    pub fn hang_up(&mut self, number: u32, ports: &Ports) {
+        if self.take(number).is_some_and(|client| client.has_ports) {
+            ports.resume();
+        }
     }
 
     fn take(&mut self, number: u32) -> Option<Client> {
@@ -210,7 +279,7 @@ impl Server {
     /// Serves a client that can be read from, or written to.
     pub fn serve(&mut self, number: u32, ports: &mut Ports) -> Wanted {
         let Some(mut client) = self.take(number) else { return Wanted::Nothing };
-        match talk(&mut client, ports, &self.about) {
+        match talk(&mut client, ports, &self.house, &mut self.given_away) {
             Ok(()) => {
                 let wanted = if client.output.is_empty() { Wanted::Request } else { Wanted::Room };
                 if number == 0 {
@@ -221,6 +290,9 @@ impl Server {
                 wanted
             }
             Err(error) => {
+                if client.has_ports {
+                    ports.resume();
+                }
                 if number == 0 {
                     warn!("the process that reads the file again has ended: {error}");
                 } else if error.kind() == io::ErrorKind::InvalidData {
@@ -233,7 +305,12 @@ impl Server {
 }
 
 /// Writes what is left of the last reply; then reads, and answers one request after the other.
-fn talk(client: &mut Client, ports: &mut Ports, about: &Value) -> io::Result<()> {
+fn talk(
+    client: &mut Client,
+    ports: &mut Ports,
+    house: &House,
+    given_away: &mut bool,
+) -> io::Result<()> {
     if client.output.is_empty() && !client.input.contains(&b'\n') {
         let mut bytes = [0; 4096];
         match receive(&client.stream, &mut bytes) {
@@ -259,7 +336,40 @@ fn talk(client: &mut Client, ports: &mut Ports, about: &Value) -> io::Result<()>
         let Some(end) = client.input.iter().position(|byte| *byte == b'\n') else { break };
         let line: Vec<u8> = client.input.drain(..=end).collect();
         let files = std::mem::take(&mut client.files);
-        client.output = answer(&line[..end], files, ports, about).into_bytes();
+        let command = parse(&line[..end]);
+        match &command {
+            Ok(Command::HandOver {}) if client.has_ports => {
+                client.output = failure("bad-request", "it has the ports already").into_bytes();
+                continue;
+            }
+            Ok(Command::LetGo {}) if !client.has_ports => {
+                client.output = failure("bad-request", "it has no ports").into_bytes();
+                continue;
+            }
+            _ => {}
+        }
+        let (takes, lets_go) =
+            (matches!(command, Ok(Command::HandOver {})), matches!(command, Ok(Command::LetGo {})));
+        let result = command.map(|command| carry_out(command, files, ports, house));
+        match result {
+            Ok(Ok(Answer { value, files })) => {
+                client.has_ports |= takes;
+                if lets_go {
+                    client.has_ports = false;
+                    *given_away = true;
+                }
+                let line = json!({"version": VERSION, "ok": value}).to_string() + "\n";
+                if files.is_empty() {
+                    client.output = line.into_bytes();
+                } else {
+                    pass(&client.stream, &line, &files)?;
+                }
+            }
+            Ok(Err(Refused { kind, message })) => {
+                client.output = failure(kind, &message).into_bytes();
+            }
+            Err(failure) => client.output = failure.into_bytes(),
+        }
     }
     let too_much = if client.input.len() > MAX_LINE {
         format!("a request has more than {MAX_LINE} bytes")
@@ -272,20 +382,24 @@ fn talk(client: &mut Client, ports: &mut Ports, about: &Value) -> io::Result<()>
     Err(io::Error::new(io::ErrorKind::InvalidData, too_much))
 }
 
-/// The reply to a request, as a line.
-fn answer(line: &[u8], files: Vec<OwnedFd>, ports: &mut Ports, about: &Value) -> String {
-    let request: Request = match serde_json::from_slice(line) {
-        Ok(request) => request,
-        Err(error) => return failure("bad-request", &error.to_string()),
-    };
+/// Sends a line with descriptors; unlike other replies it is waited for, but not for long.
+fn pass(stream: &UnixStream, line: &str, files: &[OwnedFd]) -> io::Result<()> {
+    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    send_with_files(stream, line.as_bytes(), &files, b' ')?;
+    stream.set_nonblocking(true)
+}
+
+/// A request, or the reply to what is none.
+fn parse(line: &[u8]) -> Result<Command, String> {
+    let request: Request =
+        serde_json::from_slice(line).map_err(|error| failure("bad-request", &error.to_string()))?;
     if request.version != VERSION {
         let why = format!("version {} is not spoken here, but {VERSION}", request.version);
-        return failure("bad-version", &why);
+        return Err(failure("bad-version", &why));
     }
-    match carry_out(request.command, files, ports, about) {
-        Ok(value) => json!({"version": VERSION, "ok": value}).to_string() + "\n",
-        Err(Refused { kind, message }) => failure(kind, &message),
-    }
+    Ok(request.command)
 }
 
 fn failure(kind: &str, message: &str) -> String {

@@ -53,6 +53,8 @@ pub struct Config {
     pub log_level: LevelFilter,
     /// The file that all of this was read from, if it was.
     pub file: Option<PathBuf>,
+    /// Whether to go on with the ports of the daemon that operators ask there now.
+    pub take_over: bool,
     /// Where operators ask and tell it things.
     pub control: Option<PathBuf>,
     /// Where Prometheus fetches metrics.

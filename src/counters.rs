@@ -2,8 +2,12 @@
 //!
 //! They are added to once per burst, without a locked instruction.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A number that one thread adds to and others may read.
 #[derive(Debug, Default)]
@@ -22,6 +26,18 @@ impl Counter {
     }
 }
 
+impl Serialize for Counter {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.get())
+    }
+}
+
+impl<'de> Deserialize<'de> for Counter {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        u64::deserialize(deserializer).map(|value| Counter(AtomicU64::new(value)))
+    }
+}
+
 /// How often values were how large: at most 1, 2, 4, … up to 2^(N-1), or larger.
 #[derive(Debug)]
 pub struct Histogram<const N: usize> {
@@ -34,6 +50,23 @@ impl<const N: usize> Default for Histogram<N> {
     fn default() -> Self {
         let counts = std::array::from_fn(|_| Counter::default());
         Histogram { counts, larger: Counter::default(), sum: Counter::default() }
+    }
+}
+
+impl<const N: usize> Serialize for Histogram<N> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let all = self.counts.iter().chain([&self.larger, &self.sum]);
+        serializer.collect_seq(all)
+    }
+}
+
+impl<'de, const N: usize> Deserialize<'de> for Histogram<N> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // Of another version it may have fewer, or more.
+        let mut all = Vec::<Counter>::deserialize(deserializer)?.into_iter();
+        let counts = std::array::from_fn(|_| all.next().unwrap_or_default());
+        let (larger, sum) = (all.next().unwrap_or_default(), all.next().unwrap_or_default());
+        Ok(Histogram { counts, larger, sum })
     }
 }
 
@@ -180,17 +213,61 @@ impl CopyReason {
     }
 }
 
+/// Why something is counted apart.
+trait Reason {
+    /// All reasons by their names, in the order of their numbers.
+    fn names() -> Vec<&'static str>;
+}
+
+impl Reason for Drop {
+    fn names() -> Vec<&'static str> {
+        Drop::ALL.map(Drop::name).to_vec()
+    }
+}
+
+impl Reason for CopyReason {
+    fn names() -> Vec<&'static str> {
+        CopyReason::ALL.map(CopyReason::name).to_vec()
+    }
+}
+
+/// A counter for each reason.
+#[derive(Debug)]
+struct ByReason<R>(Vec<Counter>, PhantomData<R>);
+
+impl<R: Reason> Default for ByReason<R> {
+    fn default() -> Self {
+        ByReason(R::names().iter().map(|_| Counter::default()).collect(), PhantomData)
+    }
+}
+
+/// By name: another version may have other reasons.
+impl<R: Reason> Serialize for ByReason<R> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(R::names().into_iter().zip(&self.0))
+    }
+}
+
+impl<'de, R: Reason> Deserialize<'de> for ByReason<R> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut named = BTreeMap::<String, Counter>::deserialize(deserializer)?;
+        let counts = R::names().into_iter().map(|name| named.remove(name).unwrap_or_default());
+        Ok(ByReason(counts.collect(), PhantomData))
+    }
+}
+
 /// The numbers of one direction of a queue pair.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DirectionCounters {
     /// Frames moved.
     pub frames: Counter,
     /// Bytes of those frames, without the virtio header.
     pub bytes: Counter,
     /// Frames dropped, by reason.
-    drops: [Counter; Drop::ALL.len()],
+    drops: ByReason<Drop>,
     /// Of those moved, frames whose payload was copied in user space, by reason.
-    copies: [Counter; CopyReason::ALL.len()],
+    copies: ByReason<CopyReason>,
     /// Interrupts sent to the guest.
     pub calls: Counter,
     /// Times that the used index moved and the guest wanted no interrupt.
@@ -206,22 +283,22 @@ pub struct DirectionCounters {
 impl DirectionCounters {
     /// Counts dropped frames.
     pub fn dropped(&self, reason: Drop, frames: u64) {
-        self.drops[reason as usize].add(frames);
+        self.drops.0[reason as usize].add(frames);
     }
 
     /// Counts frames whose payload was copied.
     pub fn copied(&self, reason: CopyReason, frames: u64) {
-        self.copies[reason as usize].add(frames);
+        self.copies.0[reason as usize].add(frames);
     }
 
     /// Frames whose payload was copied for `reason`.
     pub fn copies(&self, reason: CopyReason) -> u64 {
-        self.copies[reason as usize].get()
+        self.copies.0[reason as usize].get()
     }
 
     /// Frames dropped for `reason`.
     pub fn drops(&self, reason: Drop) -> u64 {
-        self.drops[reason as usize].get()
+        self.drops.0[reason as usize].get()
     }
 }
 
@@ -255,7 +332,8 @@ impl fmt::Display for DirectionCounters {
 }
 
 /// The numbers of a queue pair. rx and tx are the guest's: tx is from the guest to the host.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct PairCounters {
     /// To the guest.
     pub rx: DirectionCounters,
@@ -288,5 +366,24 @@ mod tests {
         assert_eq!(histogram.sum(), 1015);
         assert_eq!(histogram.quantile(0.5), Some(4.0));
         assert_eq!(histogram.quantile(1.0), Some(f64::INFINITY));
+    }
+
+    #[test]
+    fn counters_are_handed_over_by_name() {
+        let pair = PairCounters::default();
+        pair.tx.frames.add(7);
+        pair.tx.dropped(Drop::SpoofedMac, 3);
+        pair.rx.copied(CopyReason::Late, 2);
+        pair.kick_to_used.observe(5);
+        let mut told = serde_json::to_value(&pair).unwrap();
+        assert_eq!(told["tx"]["drops"]["spoofed_mac"], 3);
+        // What another version has not, or has besides.
+        told["tx"]["drops"].as_object_mut().unwrap().remove("too_short");
+        told["rx"]["drops"]["too_strange"] = 1.into();
+        told["rx"].as_object_mut().unwrap().remove("bursts");
+        let again: PairCounters = serde_json::from_value(told).unwrap();
+        assert_eq!((again.tx.frames.get(), again.tx.drops(Drop::SpoofedMac)), (7, 3));
+        assert_eq!(again.rx.copies(CopyReason::Late), 2);
+        assert_eq!(again.kick_to_used.cumulated(), pair.kick_to_used.cumulated());
     }
 }

@@ -6,6 +6,7 @@
 //! the `opener`, a process that reads the file again when it is told to.
 
 mod control;
+mod handover;
 pub mod opener;
 mod opening;
 mod ports;
@@ -24,6 +25,8 @@ use crate::sandbox::{Role, Sandbox};
 use crate::sys::process::{Signals, share_pools};
 use crate::sys::uring;
 
+use handover::Predecessor;
+pub use handover::Told;
 pub(crate) use opening::{Descriptors, open_queues};
 use ports::Opened;
 pub use ports::{Port, Ports, Refusal};
@@ -75,8 +78,16 @@ fn serve(
     signals: &Signals,
     log: &mut Log,
 ) -> Result<(), StartError> {
-    let ports = config.ports.iter().zip(inherited);
-    let opened = ports
+    // Asked before anything is opened, which it has.
+    let mut predecessor = match (&config.control, config.take_over) {
+        (Some(control), true) => Some(Predecessor::find(control)?),
+        _ => None,
+    };
+    // What a predecessor has is not opened: it is taken over, as it is.
+    let described = if predecessor.is_some() { &[] } else { &config.ports[..] };
+    let opened = described
+        .iter()
+        .zip(inherited)
         .map(|(port, inherited)| Opened::new(port.clone(), config.file.is_some(), inherited))
         .collect::<Result<Vec<_>, _>>()?;
     let mut names: Vec<&str> = opened.iter().map(Opened::name).collect();
@@ -85,13 +96,19 @@ fn serve(
         let name = pair[0];
         return Err(StartError::new(format!("two ports are called {name}: give one a name")));
     }
-    let mut server = Server::open(config)?;
+    let mut listener = |name: &str| predecessor.as_mut().and_then(|it| it.listener(name));
+    let (control, metrics) = (listener("control"), listener("metrics"));
+    let mut server = Server::open(config, control)?;
     if let Some(file) = &config.file {
         let opener = opener::start(file)
             .map_err(|error| StartError::new(format!("start a process to reload by: {error}")))?;
         server.serve_opener(opener);
     }
-    let scrape = config.metrics.as_ref().map(Scrape::open).transpose()?;
+    let scrape =
+        config.metrics.as_ref().map(|address| Scrape::open(address, metrics)).transpose()?;
+    if let Some(fd) = scrape.as_ref().and_then(Scrape::fd) {
+        server.pass_on("metrics", fd.try_clone_to_owned().map_err(no_descriptor)?);
+    }
     if server.is_open() {
         // While it can be found out, for ports that are added later.
         let _ = uring::compare();
@@ -112,8 +129,21 @@ fn serve(
     }
     let role = if server.is_open() { Role::Operated } else { Role::Main };
     sandbox.confine(role).map_err(no_thread)?;
+    let takes_over = predecessor.is_some();
+    let mut scrape = scrape;
+    if let Some(predecessor) = predecessor {
+        predecessor.succeed(&mut ports)?;
+        config.control.iter().for_each(|path| server.own(path));
+        if let (Some(scrape), Some(address)) = (&mut scrape, &config.metrics) {
+            scrape.own(address);
+        }
+    }
     let mut waiting =
         Waiting::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;
+    if takes_over && config.file.is_some() {
+        // What the file says by now.
+        waiting.reload();
+    }
     let ended = waiting.until_the_end();
     waiting.stop();
     ended.map_err(|error| StartError::new(format!("wait for signals and operators: {error}")))

@@ -10,6 +10,7 @@
 
 mod inflight;
 mod migration;
+mod retelling;
 mod ring;
 
 use std::fmt;

@@ -91,6 +91,23 @@ impl Endpoint {
         }
     }
 
+    /// Goes on with another daemon's socket, whose file stays that one's until it is [owned](Self::own).
+    ///
+    /// # Errors
+    /// The descriptor can't be made non-blocking.
+    pub fn taken(fd: OwnedFd) -> io::Result<Self> {
+        let listener = UnixListener::from(fd);
+        listener.set_nonblocking(true)?;
+        Ok(Endpoint::Listener(listener, None))
+    }
+
+    /// Has the socket's file, at `path`, removed when we go.
+    pub fn own(&mut self, path: &Path) {
+        if let Endpoint::Listener(_, file) = self {
+            *file = SocketFile::of(path).ok();
+        }
+    }
+
     /// Lets members of a group connect, by name or number, and nobody else but the socket's owner.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ pub mod loopback;
 pub mod tap;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -197,6 +197,17 @@ impl HostQueue {
                 Some(Announcer::on_socket(queue.packet_socket()?, limits.clone()))
             }
             HostQueue::Loopback => None,
+        })
+    }
+
+    /// Its descriptor once more, for another daemon to take it over; nothing if it has none that can be.
+    ///
+    /// # Errors
+    /// No descriptor is to be had.
+    pub fn handle(&self) -> io::Result<Option<OwnedFd>> {
+        Ok(match self {
+            HostQueue::Tap(queue) => Some(queue.another_handle()?.into()),
+            HostQueue::AfXdp(_) | HostQueue::Loopback => None,
         })
     }
 

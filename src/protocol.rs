@@ -6,6 +6,7 @@
 //! `vhost::vhost_user::message`.
 
 mod connection;
+mod retelling;
 
 use std::fmt;
 use std::fs::File;
@@ -15,13 +16,14 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE, VHOST_USER_CONFIG_SI
 use crate::guest::RegionRequest;
 
 pub use connection::{Connection, Event};
+pub use retelling::Retold;
 
 /// Length in bytes of a message's header: request, flags, payload size.
 pub const HEADER_LENGTH: usize = 12;
 /// Longest payload in bytes that any request may have.
 pub const MAX_PAYLOAD: usize = MAX_MSG_SIZE;
 /// Regions of one SET_MEM_TABLE (the specification's VHOST_USER_MAX_RAM_SLOTS of old).
-const MAX_TABLE_REGIONS: usize = 8;
+pub const MAX_TABLE_REGIONS: usize = 8;
 
 const VERSION: u32 = 1;
 const VERSION_MASK: u32 = 0x3;

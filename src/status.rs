@@ -31,6 +31,11 @@ pub struct PairStatus {
 }
 
 impl PairStatus {
+    /// One that counts on from these.
+    pub fn counting_on(counters: PairCounters) -> Self {
+        PairStatus { counters, ..PairStatus::default() }
+    }
+
     /// Its thread runs from now on, by this clock.
     pub fn began(&self, clock: ThreadClock) {
         let _ = self.thread.set((Instant::now(), clock));
@@ -162,6 +167,11 @@ impl PortStatus {
         let mut status = lock(&self.connection);
         status.since = Some(Instant::now());
         status.connections += 1;
+    }
+
+    /// So many frontends have connected before.
+    pub fn set_connections(&self, connections: u64) {
+        lock(&self.connection).connections = connections;
     }
 
     /// It has gone.

@@ -17,6 +17,7 @@ use std::time::Duration;
 use log::warn;
 
 use crate::capture::Capture;
+use crate::counters::PairCounters;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
 use crate::policy::{Limits, Rules};
@@ -150,17 +151,21 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread.
+    /// Starts the thread, which counts on from `counters`.
     ///
     /// # Errors
     /// No thread or event descriptor to be had, or no such processor.
-    pub fn start(host: HostQueue, options: WorkerOptions) -> io::Result<Self> {
+    pub fn start(
+        host: HostQueue,
+        options: WorkerOptions,
+        counters: PairCounters,
+    ) -> io::Result<Self> {
         let (commands, inbox) = channel();
         let (outbox, replies) = channel();
         let (started, ready) = channel();
         let (waiting, call) = Default::default();
         let mailbox = Arc::new(Mailbox { waiting, call, wake: Waker::new()? });
-        let status = Arc::new(PairStatus::default());
+        let status = Arc::new(PairStatus::counting_on(counters));
         let (its_mailbox, its_status) = (mailbox.clone(), status.clone());
         let thread = thread::Builder::new().name(options.name.clone()).spawn(move || {
             let prepared = options.cpu.map_or(Ok(()), |cpu| {

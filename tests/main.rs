@@ -23,6 +23,7 @@ mod reload;
 mod sandbox;
 mod support;
 mod survival;
+mod takeover;
 mod tap;
 mod testpmd;
 mod zero_copy;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use super::reload::{add, reload};
 use super::requests::Wanted;
 use super::stats::rates;
 use super::{Command, Request, VERSION};
-use crate::sys::socket::send_with_files;
+use crate::sys::socket::{receive, send_with_files};
 
 /// How long a daemon may take to reply.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -183,6 +183,39 @@ impl Connection {
             Some("needs-restart") => Failure::NeedsRestart(message),
             _ => Failure::Refused(message),
         })
+    }
+}
+
+impl Connection {
+    /// Asks, and waits for a reply with descriptors.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub fn ask_for_files(&mut self, command: &Command) -> Result<(Value, Vec<OwnedFd>), Failure> {
+        let request = Request { version: VERSION, command: command.clone() };
+        let line = serde_json::to_string(&request).map_err(|error| self.unreachable(&error))?;
+        let stream = self.reader.get_ref();
+        let exchange = || -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+            let (mut bytes, mut files) = (Vec::new(), Vec::new());
+            stream.set_read_timeout(Some(PATIENCE))?;
+            send_with_files(stream, (line + "\n").as_bytes(), &[], b' ')?;
+            let mut buffer = vec![0; 64 << 10];
+            while bytes.last() != Some(&b'\n') {
+                let received = receive(stream, &mut buffer)?;
+                if received.bytes == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                bytes.extend(&buffer[..received.bytes]);
+                files.extend(received.files.into_iter().map(OwnedFd::from));
+            }
+            Ok((bytes, files))
+        };
+        let (bytes, files) = exchange().map_err(|error| self.unreachable(&error))?;
+        let reply: Value =
+            serde_json::from_slice(&bytes).map_err(|error| self.unreachable(&error))?;
+        let Some(error) = reply.get("error") else { return Ok((reply["ok"].clone(), files)) };
+        let message = error["message"].as_str().unwrap_or("it gives no reason").to_owned();
+        Err(Failure::Refused(message))
     }
 }
 

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{VERSION, metrics, report};
+use super::{House, VERSION, metrics, report};
 use crate::capture::{MAX_SNAPLEN, Options};
 use crate::config::{PortChanges, PortOptions};
 use crate::daemon::{Ports, Refusal};
@@ -69,6 +69,15 @@ pub enum Command {
         /// The port's name.
         port: String,
     },
+    /// Pass on the sockets that clients connect to.
+    #[command(skip)]
+    Listeners {},
+    /// Stop all ports where they stand, and pass them on. If the client goes, they go on.
+    #[command(skip)]
+    HandOver {},
+    /// Let go of them, and end: the client goes on.
+    #[command(skip)]
+    LetGo {},
     /// Print what the daemon is, and what it and its ports offer.
     Features {},
 }
@@ -105,14 +114,48 @@ impl From<Refusal> for Refused {
     }
 }
 
+/// A reply, and the descriptors that go with it.
+pub(super) struct Answer {
+    pub(super) value: Value,
+    pub(super) files: Vec<OwnedFd>,
+}
+
 /// Carries a request out, with the descriptors that came with it.
 pub(super) fn carry_out(
+    command: Command,
+    files: Vec<OwnedFd>,
+    ports: &mut Ports,
+    house: &House,
+) -> Result<Answer, Refused> {
+    let value = match command {
+        Command::Listeners {} => {
+            let (names, files) = house.listeners().map_err(|error| Refused {
+                kind: "cannot-be-done",
+                message: format!("pass on the daemon's sockets: {error}"),
+            })?;
+            return Ok(Answer { value: json!(names), files });
+        }
+        Command::HandOver {} => {
+            let (told, files) = ports.hand_over()?;
+            return Ok(Answer { value: json!(told), files });
+        }
+        command => answer(command, files, ports, &house.about)?,
+    };
+    Ok(Answer { value, files: Vec::new() })
+}
+
+fn answer(
     command: Command,
     files: Vec<OwnedFd>,
     ports: &mut Ports,
     about: &Value,
 ) -> Result<Value, Refused> {
     match command {
+        Command::LetGo {} => {
+            ports.give_away();
+            Ok(json!({"gone": true}))
+        }
+        Command::Listeners {} | Command::HandOver {} => unreachable!("carried out before"),
         Command::List {} => Ok(ports.iter().map(|port| json!(report::summary(port))).collect()),
         Command::Show { port } => Ok(json!(report::full(ports.find(&port)?))),
         Command::Metrics {} => Ok(json!(metrics::text(ports))),

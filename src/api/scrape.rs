@@ -5,7 +5,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 
@@ -70,14 +70,17 @@ pub struct Scrape {
 }
 
 impl Scrape {
-    /// Listens there. Whoever connects is answered later.
+    /// Listens there, or goes on with another daemon's socket. Whoever connects is answered later.
     ///
     /// # Errors
     /// With the address, what is wrong, and the way out.
-    pub fn open(address: &MetricsAddress) -> Result<Self, StartError> {
+    pub fn open(address: &MetricsAddress, given: Option<OwnedFd>) -> Result<Self, StartError> {
         let failed = |error: io::Error| StartError::new(format!("listen on {address}: {error}"));
         let listener = match address {
             MetricsAddress::Unix(path) => {
+                if let Some(fd) = given {
+                    return Self::on(Listener::Unix(Endpoint::taken(fd).map_err(failed)?));
+                }
                 let endpoint = Endpoint::open(&Frontend::Listen(path.clone()), None)?;
                 // They are numbers, and no secret: Prometheus is another user.
                 fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(failed)?;
@@ -85,12 +88,34 @@ impl Scrape {
                 Listener::Unix(endpoint)
             }
             MetricsAddress::Tcp(address) => {
-                let listener = TcpListener::bind(address).map_err(failed)?;
+                let bind = || TcpListener::bind(address);
+                let given = given.map(|fd| Ok(TcpListener::from(fd)));
+                let listener = given.unwrap_or_else(bind).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 Listener::Tcp(listener)
             }
         };
+        Self::on(listener)
+    }
+
+    fn on(listener: Listener) -> Result<Self, StartError> {
         Ok(Scrape { listener, visitors: Vec::new(), next: 0 })
+    }
+
+    /// Owns the socket's file from now on, if it has one.
+    pub fn own(&mut self, address: &MetricsAddress) {
+        if let (Listener::Unix(endpoint), MetricsAddress::Unix(path)) =
+            (&mut self.listener, address)
+        {
+            endpoint.own(path);
+        }
+    }
+
+    /// Leaves the socket's file, which is another daemon's now.
+    pub fn leave(self) {
+        if let Listener::Unix(endpoint) = self.listener {
+            endpoint.give_away();
+        }
     }
 
     /// Becomes readable when somebody connects.

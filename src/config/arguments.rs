@@ -64,6 +64,10 @@ enum Command {
         /// The file, in TOML.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
+        /// Go on with the ports of the daemon that listens on the file's control socket, which ends:
+        /// their frontends notice a pause of some milliseconds.
+        #[arg(long)]
+        take_over: bool,
     },
     /// Read such a file, and say what is wrong with it.
     CheckConfig {
@@ -124,9 +128,27 @@ pub fn parse(
             check_start(&ports, control.as_deref())?;
             let confinement = Confinement { seccomp, user, group };
             let file = None;
-            Ok(Invocation::Run(Config { log_level, file, control, metrics, confinement, ports }))
+            let take_over = false;
+            Ok(Invocation::Run(Config {
+                log_level,
+                file,
+                take_over,
+                control,
+                metrics,
+                confinement,
+                ports,
+            }))
         }
-        Some(Command::Run { config }) => file::read(&config).map(Invocation::Run),
+        Some(Command::Run { config: path, take_over }) => {
+            let config = file::read(&path)?;
+            if take_over && config.control.is_none() {
+                let shown = path.display();
+                return Err(format!(
+                    "{shown}: take-over needs a control socket: control = \"PATH\""
+                ));
+            }
+            Ok(Invocation::Run(Config { take_over, ..config }))
+        }
         Some(Command::CheckConfig { config }) => {
             let ports = file::read(&config)?.ports.len();
             let file = config.display();

@@ -78,7 +78,7 @@ fn parse(text: &str) -> Result<Config, Wrong> {
         .collect::<Result<Vec<PortConfig>, Wrong>>()?;
     check_start(&ports, control.as_deref()).map_err(|what| (None, what))?;
     let confinement = Confinement { seccomp, user, group };
-    Ok(Config { log_level, file: None, control, metrics, confinement, ports })
+    Ok(Config { log_level, file: None, take_over: false, control, metrics, confinement, ports })
 }
 
 /// Line and column, counted from 1, of a byte.

@@ -1,9 +1,12 @@
 //! The control thread of a port: connections, and their messages.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
@@ -11,10 +14,14 @@ use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
 use crate::policy::Rules;
-use crate::protocol::{Connection, Event, Message, Reply};
+use crate::protocol::{Connection, Event, Message, Reply, Retold};
 use crate::status::PortStatus;
 use crate::sys::eventfd::Waker;
 
+/// How long a message that has begun may take when another daemon waits.
+const MESSAGE_PATIENCE: Duration = Duration::from_millis(100);
+/// How long the other daemon may take.
+const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
 /// Messages handled before other descriptors are looked at again.
 const MESSAGES_PER_TURN: usize = 64;
 
@@ -34,6 +41,22 @@ pub(super) enum Order {
     Rules(Option<Arc<Rules>>, Sender<()>),
     /// To move frames, or none. When it does, the sender is used.
     Link(bool, Sender<()>),
+    /// To stop where it stands, and to have another daemon go on.
+    HandOver(Sender<Result<Handed, String>>),
+    /// To go on after all.
+    Resume,
+    /// To end: another daemon has gone on.
+    GiveAway,
+}
+
+/// What another daemon needs of a port to go on.
+pub(super) struct Handed {
+    /// The socket on which frontends connect.
+    pub(super) listener: Option<OwnedFd>,
+    /// The frontend's connection.
+    pub(super) connection: Option<OwnedFd>,
+    /// Where all is told again that it has told.
+    pub(super) told: UnixStream,
 }
 
 /// A port's device, and whoever speaks to it.
@@ -63,6 +86,11 @@ impl Control {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
         Ok(Control { poller, wake, orders, status, device, endpoint, connection: None })
+    }
+
+    /// Has the socket's file, at `path`, removed at the end.
+    pub(super) fn own_socket(&mut self, path: &Path) {
+        self.endpoint.own(path);
     }
 
     /// Lets frontends connect.
@@ -126,12 +154,104 @@ impl Control {
                     self.status.set_link(up);
                     done
                 }
+                Ok(Order::HandOver(reply)) => {
+                    if self.hand_over(&reply) {
+                        return true;
+                    }
+                    continue;
+                }
+                // There is nothing to go on with, or to give away.
+                Ok(Order::Resume | Order::GiveAway) => continue,
                 Err(TryRecvError::Empty) => return false,
                 Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return true,
             };
             // Whoever has not waited has given up.
             let _ = done.send(());
         }
+    }
+
+    /// Stops, and tells another daemon what it has to know; says whether that one has gone on.
+    fn hand_over(&mut self, reply: &Sender<Result<Handed, String>>) -> bool {
+        let name = self.device.name().to_owned();
+        // A message that has begun to come is for us.
+        let end = Instant::now() + MESSAGE_PATIENCE;
+        while self.connection.as_ref().is_some_and(|connection| !connection.is_at_rest()) {
+            if Instant::now() > end {
+                let _ =
+                    reply.send(Err(format!("{name}: its frontend is in the middle of a message")));
+                return false;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+            self.talk();
+        }
+        self.device.suspend();
+        match self.handed() {
+            Ok((handed, messages, told)) => {
+                let _ = reply.send(Ok(handed));
+                if let Err(error) = messages.iter().try_for_each(|message| message.send(&told)) {
+                    warn!("{name}: tell another daemon what to do: {error}");
+                }
+            }
+            Err(error) => drop(reply.send(Err(format!("{name}: hand it over: {error}")))),
+        }
+        loop {
+            match self.orders.recv() {
+                Ok(Order::GiveAway) => {
+                    info!("{name}: another daemon goes on");
+                    let gone = Endpoint::Connected(None);
+                    std::mem::replace(&mut self.endpoint, gone).give_away();
+                    self.connection = None;
+                    return true;
+                }
+                Ok(Order::Resume) => {
+                    info!("{name}: goes on");
+                    self.device.resume();
+                    return false;
+                }
+                Ok(Order::Stop) | Err(_) => return true,
+                // Whoever waits for these is told that nobody answers.
+                Ok(Order::Rules(..) | Order::Link(..) | Order::HandOver(_)) => {}
+            }
+        }
+    }
+
+    fn handed(&self) -> io::Result<(Handed, Vec<Retold>, UnixStream)> {
+        let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned();
+        let (ours, told) = UnixStream::pair()?;
+        ours.set_write_timeout(Some(HAND_OVER_PATIENCE))?;
+        let connection = self.connection.as_ref().map(|it| duplicate(it.as_fd())).transpose()?;
+        let listener = self.endpoint.fd().map(duplicate).transpose()?;
+        Ok((Handed { listener, connection, told }, self.device.retell()?, ours))
+    }
+
+    /// Goes on with what another daemon was told, over its frontend's connection.
+    ///
+    /// # Errors
+    /// What can't be told again.
+    pub(super) fn adopt(&mut self, told: UnixStream, stream: Option<UnixStream>) -> io::Result<()> {
+        let mut told = Connection::new(told)?;
+        let mut poller = Poller::new()?;
+        poller.add(&told, Interest::Read, ())?;
+        loop {
+            match told.receive()? {
+                Event::Message(message) => {
+                    let code = message.code;
+                    self.device.handle(message).map_err(|refusal| {
+                        io::Error::other(format!("{code:?} is refused: {refusal}"))
+                    })?;
+                }
+                Event::Pending => poller.wait(Some(HAND_OVER_PATIENCE), |()| {})?,
+                Event::Closed => break,
+            }
+        }
+        let Some(stream) = stream else { return Ok(()) };
+        let connection = Connection::new(stream)?;
+        self.poller.add(&connection, Interest::Read, Source::Connection)?;
+        let _ = self.poller.remove(Source::Endpoint);
+        self.status.connected();
+        self.status.set_features(self.device.features());
+        self.connection = Some(connection);
+        Ok(())
     }
 
     /// Takes a new connection, if there is one.

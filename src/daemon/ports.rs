@@ -15,7 +15,8 @@ use super::control::{Control, Order};
 use super::opening::{Descriptors, open_host};
 use super::{StartError, no_descriptor, no_thread};
 use crate::capture::{self, Capture};
-use crate::config::{Host, PortConfig, PortOptions, check_claims};
+use crate::config::{Frontend, Host, PortConfig, PortOptions, check_claims};
+use crate::counters::PairCounters;
 use crate::device::Device;
 use crate::endpoint::Endpoint;
 use crate::features::{Offer, OfferOptions};
@@ -56,6 +57,18 @@ impl Opened {
         Ok(Opened { name, config, from_file, queues, endpoint })
     }
 
+    /// Opens the host side only, of a port that another daemon has had.
+    pub(super) fn adopted(
+        name: String,
+        config: PortConfig,
+        from_file: bool,
+        brought: Descriptors,
+        endpoint: Endpoint,
+    ) -> Result<Self, StartError> {
+        let (_, queues) = open_host(&config, brought.tap_queues)?;
+        Ok(Opened { name, config, from_file, queues, endpoint })
+    }
+
     pub(super) fn name(&self) -> &str {
         &self.name
     }
@@ -68,8 +81,26 @@ pub(super) struct Prepared {
     from_file: bool,
     offered: u64,
     capture: Arc<Capture>,
+    queues: Vec<OwnedFd>,
     orders: Sender<Order>,
     wake: Arc<Waker>,
+}
+
+impl Prepared {
+    pub(super) fn control(&mut self) -> &mut Control {
+        &mut self.control
+    }
+
+    pub(super) fn status(&self) -> &PortStatus {
+        self.control.status()
+    }
+
+    /// Has the socket's file removed at the end.
+    pub(super) fn own_socket(&mut self) {
+        if let Frontend::Listen(path) = &self.config.frontend {
+            self.control.own_socket(path);
+        }
+    }
 }
 
 /// Counts the ports that run.
@@ -147,7 +178,21 @@ impl Ports {
 
     /// Starts a port's workers.
     pub(super) fn prepare(&self, opened: Opened) -> Result<Prepared, StartError> {
-        prepare(opened, self.sandbox)
+        self.prepare_with(opened, Vec::new())
+    }
+
+    /// Starts a port's workers, which count on from these.
+    pub(super) fn prepare_with(
+        &self,
+        opened: Opened,
+        counters: Vec<PairCounters>,
+    ) -> Result<Prepared, StartError> {
+        prepare(opened, counters, self.sandbox)
+    }
+
+    /// Forgets all ports.
+    pub(super) fn clear(&mut self) {
+        self.ports.clear();
     }
 
     /// Lets frontends connect to a port.
@@ -264,6 +309,8 @@ pub struct Port {
     from_file: bool,
     offered: u64,
     capture: Arc<Capture>,
+    /// Its TAP's, for another daemon.
+    queues: Vec<OwnedFd>,
     orders: Sender<Order>,
     wake: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
@@ -275,7 +322,8 @@ impl Port {
         sandbox: Sandbox,
         running: &Arc<Running>,
     ) -> Result<Self, StartError> {
-        let Prepared { mut control, config, from_file, offered, capture, orders, wake } = prepared;
+        let Prepared { mut control, config, from_file, offered, capture, queues, orders, wake } =
+            prepared;
         let name = control.name().to_owned();
         control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
         let status = control.status().clone();
@@ -291,7 +339,7 @@ impl Port {
         });
         let thread = thread.map_err(no_thread)?;
         let thread = Some(thread);
-        Ok(Port { status, config, from_file, offered, capture, orders, wake, thread })
+        Ok(Port { status, config, from_file, offered, capture, queues, orders, wake, thread })
     }
 
     /// Its name.
@@ -317,6 +365,22 @@ impl Port {
     /// The feature bits that it offers.
     pub fn offered(&self) -> u64 {
         self.offered
+    }
+
+    pub(super) fn config(&self) -> &PortConfig {
+        &self.config
+    }
+
+    /// Its TAP's queues, by other descriptors.
+    pub(super) fn queues(&self) -> io::Result<Vec<OwnedFd>> {
+        self.queues.iter().map(OwnedFd::try_clone).collect()
+    }
+
+    /// Gives its thread an order, and does not wait.
+    pub(super) fn tell(&self, order: Order) {
+        // Whoever does not listen any more has ended.
+        let _ = self.orders.send(order);
+        self.wake.wake();
     }
 
     /// Ends its capture; says what it has come to.
@@ -381,8 +445,14 @@ impl Drop for Port {
 }
 
 /// Starts the workers of a port.
-fn prepare(opened: Opened, sandbox: Sandbox) -> Result<Prepared, StartError> {
+fn prepare(
+    opened: Opened,
+    counters: Vec<PairCounters>,
+    sandbox: Sandbox,
+) -> Result<Prepared, StartError> {
     let Opened { name, config, from_file, queues, endpoint } = opened;
+    let handles = queues.iter().map(HostQueue::handle).collect::<io::Result<Vec<_>>>();
+    let handles = handles.map_err(no_descriptor)?.into_iter().flatten().collect();
     let options = OfferOptions {
         guest_segmentation: config.guest_tso,
         mac: config.mac.is_some(),
@@ -399,6 +469,9 @@ fn prepare(opened: Opened, sandbox: Sandbox) -> Result<Prepared, StartError> {
         Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
     let capture = Arc::default();
     let announcer = queues[0].announcer(&limits).map_err(no_descriptor)?;
+    let queues = queues
+        .into_iter()
+        .zip(counters.into_iter().map(Some).chain(std::iter::repeat_with(|| None)));
     let workers = start_workers(&config, &name, queues, &limits, &capture, sandbox)?;
     let status = Arc::new(PortStatus::new(
         name.clone(),
@@ -419,19 +492,20 @@ fn prepare(opened: Opened, sandbox: Sandbox) -> Result<Prepared, StartError> {
     let control = Control::new(device, endpoint, status, wake.clone(), inbox);
     let control = control.map_err(no_descriptor)?;
     let offered = offer.bits();
-    Ok(Prepared { control, config, from_file, offered, capture, orders, wake })
+    let queues = handles;
+    Ok(Prepared { control, config, from_file, offered, capture, queues, orders, wake })
 }
 
 fn start_workers(
     config: &PortConfig,
     name: &str,
-    queues: Vec<HostQueue>,
+    queues: impl Iterator<Item = (HostQueue, Option<PairCounters>)>,
     limits: &Arc<Limits>,
     capture: &Arc<Capture>,
     sandbox: Sandbox,
 ) -> Result<Vec<Worker>, StartError> {
     let cpus = &config.cpu_affinity;
-    let start = |(pair, queue)| {
+    let start = |(pair, (queue, counters)): (usize, (HostQueue, Option<PairCounters>))| {
         let options = WorkerOptions {
             name: format!("{name}/{pair}"),
             cpu: cpus.iter().cycle().nth(pair).copied(),
@@ -441,9 +515,8 @@ fn start_workers(
             capture: capture.clone(),
             sandbox,
         };
-        Worker::start(queue, options).map_err(|error: io::Error| {
-            StartError::new(format!("start a worker of {name}: {error}"))
-        })
+        Worker::start(queue, options, counters.unwrap_or_default())
+            .map_err(|error| StartError::new(format!("start a worker of {name}: {error}")))
     };
-    queues.into_iter().enumerate().map(start).collect()
+    queues.enumerate().map(start).collect()
 }

@@ -71,7 +71,7 @@ impl<'a> Waiting<'a> {
     pub(super) fn until_the_end(&mut self) -> io::Result<()> {
         let mut happened = Vec::new();
         self.supervisor.ready(self.ports.iter().count());
-        while self.server.is_open() || self.ports.any_runs() {
+        while !self.server.has_given_away() && (self.server.is_open() || self.ports.any_runs()) {
             let time = self.supervisor.report(self.ports.iter().count());
             let time = time.into_iter().chain(self.mend()).min();
             self.poller.wait(time, |source| happened.push(source))?;
@@ -99,13 +99,21 @@ impl<'a> Waiting<'a> {
     }
 
     /// Ends all ports.
-    pub(super) fn stop(self) {
+    pub(super) fn stop(mut self) {
+        if self.server.has_given_away() {
+            info!("another daemon goes on: this one ends");
+            // It has heard of that.
+            self.server.flush(&mut self.ports);
+            self.server.leave();
+            self.scrape.into_iter().for_each(Scrape::leave);
+            return;
+        }
         self.supervisor.stopping();
         self.ports.stop();
     }
 
     /// Has the file read again.
-    fn reload(&mut self) {
+    pub(super) fn reload(&mut self) {
         info!("the file is read again");
         let Some(number) = self.server.ask_for_reload() else { return };
         self.serve_client(number);
@@ -168,7 +176,7 @@ impl<'a> Waiting<'a> {
         let Err(error) = watched else { return };
         warn!("control socket: wait for a client: {error}");
         match (source, &mut self.scrape) {
-            (Source::Client(number), _) => self.server.hang_up(number),
+            (Source::Client(number), _) => self.server.hang_up(number, &self.ports),
             (Source::Visitor(number), Some(scrape)) => scrape.hang_up(number),
             _ => {}
         }

@@ -35,6 +35,11 @@ impl From<VringAddresses> for Addresses {
 }
 
 impl Addresses {
+    /// Of descriptor table, used and avail ring.
+    pub(super) fn all(self) -> (u64, u64, u64) {
+        (self.descriptors, self.used, self.avail)
+    }
+
     pub(super) fn same_place(&self, told: &VringAddresses) -> bool {
         *self == Addresses::from(*told)
     }

@@ -6,10 +6,10 @@ use super::options::Wishes;
 
 /// Descriptors of the process with a file, a control socket and metrics, of a port and of a queue pair
 /// before a frontend has come: 17 with two loopback ports of one pair, counted. A TAP has one more to
-/// announce cards by, and its queues.
+/// announce cards by, and two for each queue.
 const PROCESS: u64 = 9;
 const PORT: u64 = 4;
-const PAIR: u64 = 2;
+const PAIR: u64 = 3;
 /// What the first guest adds at the least: its connection and one region of memory, and kick and call
 /// of two rings for each pair.
 const FRONTEND: u64 = 2;

@@ -35,6 +35,16 @@ impl DirtyLog {
         self.length.saturating_mul(8 * PAGE)
     }
 
+    /// Its length in bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The file, and where in it the log starts.
+    pub fn source(&self) -> (&File, u64) {
+        self.mapping.source()
+    }
+
     pub(super) fn mapping(&self) -> &Mapping {
         &self.mapping
     }

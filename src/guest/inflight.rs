@@ -59,6 +59,16 @@ impl Inflight {
         Ok(Inflight { mapping, rings, size })
     }
 
+    /// Rings that it is for, and descriptors of each at the most.
+    pub fn shape(&self) -> (u16, u16) {
+        (self.rings, self.size)
+    }
+
+    /// The file, and where in it the buffer starts.
+    pub fn source(&self) -> (&File, u64) {
+        self.mapping.source()
+    }
+
     pub(super) fn mapping(&self) -> &Mapping {
         &self.mapping
     }

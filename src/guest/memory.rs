@@ -146,6 +146,12 @@ impl Mapping {
         unsafe { mapping.add(self.lead) }
     }
 
+    /// The file, and where in it the part starts.
+    pub(super) fn source(&self) -> (&File, u64) {
+        let file = self.region.file_offset().expect("every part is mapped from a file");
+        (file.file(), file.start() + self.lead as u64)
+    }
+
     fn holds(&self, address: usize) -> bool {
         address.wrapping_sub(self.region.as_ptr() as usize) < self.region.size()
     }
@@ -355,6 +361,11 @@ impl GuestMemory {
             )
         };
         replaced != libc::MAP_FAILED
+    }
+
+    /// Each region as the frontend has described it, and its file.
+    pub fn regions(&self) -> impl Iterator<Item = (RegionRequest, &File)> {
+        self.regions.iter().map(|region| (region.request, region.mapping.source().0))
     }
 
     /// The mapping of each region.

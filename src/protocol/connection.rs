@@ -61,6 +61,11 @@ impl Connection {
         !self.unsent.is_empty()
     }
 
+    /// Whether it is between two messages, and every reply has been sent.
+    pub fn is_at_rest(&self) -> bool {
+        self.header.is_none() && self.buffer.is_empty() && !self.is_sending()
+    }
+
     /// When to look at the connection at the latest.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline

@@ -180,6 +180,8 @@ struct Allowed {
     families: Vec<c_int>,
     /// Whether there may be internet sockets for requests to network devices.
     datagrams: bool,
+    /// Whether a daemon that takes over may be spoken to: by socket pairs, and with timeouts.
+    hand_over: bool,
 }
 
 impl Allowed {
@@ -190,6 +192,7 @@ impl Allowed {
         self.options.extend(other.options);
         self.families.extend(other.families);
         self.datagrams |= other.datagrams;
+        self.hand_over |= other.hand_over;
     }
 }
 
@@ -219,11 +222,12 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         }
         Role::Control => Allowed {
             calls: calls(&[WAIT, CONTROL]),
-            commands: [descriptors, vec![libc::F_ADD_SEALS]].concat(),
+            commands: [descriptors, vec![libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC]].concat(),
             // Of a TAP, to announce a card.
             requests: vec![FIONBIO, TUNGETVNETHDRSZ],
             // To connect to a VMM.
             families: vec![libc::AF_UNIX],
+            hand_over: true,
             ..common
         },
         Role::Worker => Allowed {
@@ -250,8 +254,15 @@ pub(super) fn filter(
     af_xdp: bool,
     otherwise: SeccompAction,
 ) -> Result<SeccompFilter, BackendError> {
-    let Allowed { calls, commands, requests, options, families, datagrams: has_datagrams } =
-        allowed(role, af_xdp);
+    let Allowed {
+        calls,
+        commands,
+        requests,
+        options,
+        families,
+        datagrams: has_datagrams,
+        hand_over,
+    } = allowed(role, af_xdp);
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
         calls.into_iter().map(|call| (call, Vec::new())).collect();
     rules.insert(libc::SYS_mmap, not_executable()?);
@@ -270,6 +281,12 @@ pub(super) fn filter(
         if !rule.is_empty() {
             rules.insert(call, rule);
         }
+    }
+    if hand_over {
+        rules.insert(libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX])?);
+        let timeouts = one_of(2, &[libc::SO_RCVTIMEO, libc::SO_SNDTIMEO])?;
+        // Where all options may be set, these may.
+        rules.entry(libc::SYS_setsockopt).or_insert(timeouts);
     }
     SeccompFilter::new(rules, otherwise, SeccompAction::Allow, TargetArch::x86_64)
 }

@@ -105,6 +105,11 @@ impl ForeignEvent {
         }
     }
 
+    /// The same eventfd by another descriptor, if there is one.
+    pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        self.lock().as_ref().map(|event| event.as_fd().try_clone_to_owned()).transpose()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<ForeignEventFd>> {
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }

@@ -62,6 +62,25 @@ pub fn send_some(
         .map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }
 
+/// Sends a message whole, and all of its descriptors with its first byte.
+///
+/// # Errors
+/// Those of `sendmsg` and `write`.
+pub fn send_message(
+    mut socket: &UnixStream,
+    bytes: &[u8],
+    files: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    if files.is_empty() {
+        return socket.write_all(bytes);
+    }
+    let numbers: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+    let sent = socket
+        .send_with_fds(&[bytes], &numbers)
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    socket.write_all(&bytes[sent..])
+}
+
 /// Sends all of `bytes`, and `files` before them: a byte that is `carrier` goes with each few.
 ///
 /// # Errors

@@ -412,7 +412,7 @@ impl Served {
             capture: Default::default(),
             sandbox: Sandbox::NONE,
         };
-        let worker = Worker::start(HostQueue::Loopback, options).unwrap();
+        let worker = Worker::start(HostQueue::Loopback, options, Default::default()).unwrap();
         let config = NetConfig { mac: Default::default(), queue_pairs: 1, mtu: 1500, link: true };
         Served {
             device: Device::new("fuzz".into(), offer(), config, vec![worker]),

@@ -48,9 +48,7 @@ impl Daemon {
     pub(crate) fn with_config(contents: &str, last: &str) -> Self {
         let mut daemon = Self::nobody();
         daemon.write_config(contents);
-        let mut command = program();
-        command.arg("run").arg("--config").arg(daemon.path("config"));
-        daemon.child = command.stderr(daemon.open_log()).spawn().unwrap();
+        daemon.run_config();
         eventually("the daemon listens", || UnixStream::connect(daemon.path(last)).is_ok());
         daemon
     }
@@ -63,6 +61,31 @@ impl Daemon {
         daemon.child = command.stderr(stderr).spawn().unwrap();
         daemon.wait_until_it_listens();
         daemon
+    }
+
+    /// Starts it with the file that is there, after it has ended.
+    pub(crate) fn run_config(&mut self) {
+        let mut command = program();
+        command.arg("run").arg("--config").arg(self.path("config"));
+        self.child = command.stderr(self.open_log()).spawn().unwrap();
+    }
+
+    /// Starts another one with its file, to take over from it, and waits for its end.
+    pub(crate) fn upgrade(&mut self) {
+        let next = self.start_successor();
+        let mut last = std::mem::replace(&mut self.child, next);
+        let ended = std::time::Instant::now() + super::SOON;
+        while last.try_wait().unwrap().is_none() {
+            assert!(std::time::Instant::now() < ended, "the last one does not end: {}", self.log());
+        }
+        assert!(last.wait().unwrap().success());
+    }
+
+    /// Starts another one with its file, to take over from it.
+    pub(crate) fn start_successor(&self) -> Child {
+        let mut command = program();
+        command.arg("run").arg("--config").arg(self.path("config")).arg("--take-over");
+        command.stderr(self.open_log()).spawn().unwrap()
     }
 
     /// What `vhost-user-net ctl` says of it, by a control socket called `control`.

@@ -1,0 +1,104 @@
+//! What a device was told, to be told to another daemon's.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use vhost::vhost_user::message::FrontendReq;
+
+use super::Device;
+use super::ring::{Kick, ToldRing};
+use crate::protocol::{MAX_TABLE_REGIONS, Retold};
+
+impl Device {
+    /// Ends all sessions, and stays as it is: nothing is moved until it is [resumed](Self::resume).
+    pub fn suspend(&mut self) {
+        for pair in 0..self.workers.len() {
+            self.end(pair);
+        }
+    }
+
+    /// Goes on.
+    pub fn resume(&mut self) {
+        self.restart_all();
+    }
+
+    /// All that the frontend has told, in an order in which it can be told again.
+    ///
+    /// # Errors
+    /// A descriptor can't be duplicated.
+    pub fn retell(&self) -> io::Result<Vec<Retold>> {
+        let told = &self.told;
+        let mut messages = Vec::new();
+        if let Some(features) = told.protocol_features {
+            messages.push(Retold::number(FrontendReq::SET_PROTOCOL_FEATURES, features.bits()));
+        }
+        // Before features that ask for it.
+        if let Some(log) = &told.log {
+            let (file, offset) = log.source();
+            messages.push(Retold::log(log.length(), offset, duplicate(file)?));
+        }
+        if let Some(features) = told.features {
+            messages.push(Retold::number(FrontendReq::SET_FEATURES, features.bits()));
+        }
+        let regions = told.memory.regions().map(|(region, file)| Ok((region, duplicate(file)?)));
+        let regions = regions.collect::<io::Result<Vec<_>>>()?;
+        if regions.len() <= MAX_TABLE_REGIONS {
+            messages.push(Retold::memory(regions));
+        } else {
+            messages
+                .extend(regions.into_iter().map(|(region, file)| Retold::region(&region, file)));
+        }
+        if let Some(inflight) = &told.inflight {
+            let (file, offset) = inflight.source();
+            let (rings, size) = inflight.shape();
+            let length = crate::guest::Inflight::length(rings, size);
+            messages.push(Retold::inflight(length, offset, rings, size, duplicate(file)?));
+        }
+        if let Some(file) = &told._backend_requests {
+            messages.push(Retold::backend_requests(duplicate(file)?));
+        }
+        if let Some(mtu) = told.mtu {
+            messages.push(Retold::number(FrontendReq::NET_SET_MTU, mtu.into()));
+        }
+        for (index, ring) in (0..).zip(&told.rings) {
+            retell_ring(index, ring, &mut messages)?;
+        }
+        if told.status != 0 {
+            messages.push(Retold::number(FrontendReq::SET_STATUS, told.status.into()));
+        }
+        Ok(messages)
+    }
+}
+
+fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::Result<()> {
+    if ring.size > 0 {
+        messages.push(Retold::ring(FrontendReq::SET_VRING_NUM, index, ring.size.into()));
+    }
+    messages.push(Retold::ring(FrontendReq::SET_VRING_BASE, index, ring.base.into()));
+    if let Some(places) = ring.addresses {
+        let (descriptors, used, avail) = places.all();
+        messages.push(Retold::addresses(index, descriptors, used, avail));
+    }
+    for (code, event) in
+        [(FrontendReq::SET_VRING_CALL, &ring.call), (FrontendReq::SET_VRING_ERR, &ring.error)]
+    {
+        if let Some(file) = event.duplicate()? {
+            messages.push(Retold::event(code, index, Some(file)));
+        }
+    }
+    if let Some(enabled) = ring.enabled {
+        messages.push(Retold::ring(FrontendReq::SET_VRING_ENABLE, index, enabled.into()));
+    }
+    // One that has stopped for a fault stays so until the guest resets it.
+    if let Kick::Given(kick) = &ring.kick
+        && ring.fault.is_none()
+    {
+        let file = kick.as_ref().map(|kick| kick.as_fd().try_clone_to_owned()).transpose()?;
+        messages.push(Retold::event(FrontendReq::SET_VRING_KICK, index, file));
+    }
+    Ok(())
+}
+
+fn duplicate(file: &impl AsFd) -> io::Result<OwnedFd> {
+    file.as_fd().try_clone_to_owned()
+}

@@ -1,0 +1,111 @@
+//! Messages as a frontend would send them: what one daemon was told, for the next to be told again.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use vhost::vhost_user::message::FrontendReq;
+
+use super::{NO_DESCRIPTOR, VERSION};
+use crate::guest::RegionRequest;
+use crate::sys::socket::send_message;
+
+/// For how long the kernel may have too many descriptors under way.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// A message, and the descriptors that go with it.
+#[derive(Debug)]
+pub struct Retold {
+    bytes: Vec<u8>,
+    files: Vec<OwnedFd>,
+}
+
+impl Retold {
+    fn new(code: FrontendReq, payload: &[u8], files: Vec<OwnedFd>) -> Self {
+        let header = [u32::from(code), VERSION, payload.len() as u32].map(u32::to_ne_bytes);
+        Retold { bytes: [&header.concat(), payload].concat(), files }
+    }
+
+    /// One with a number of 64 bits.
+    pub fn number(code: FrontendReq, value: u64) -> Self {
+        Self::new(code, &value.to_ne_bytes(), Vec::new())
+    }
+
+    /// One about a ring.
+    pub fn ring(code: FrontendReq, index: u32, value: u32) -> Self {
+        Self::new(code, &[index, value].map(u32::to_ne_bytes).concat(), Vec::new())
+    }
+
+    /// SET_VRING_ADDR.
+    pub fn addresses(index: u32, descriptors: u64, used: u64, avail: u64) -> Self {
+        let flags = [index, 0].map(u32::to_ne_bytes).concat();
+        let places = [descriptors, used, avail, 0].map(u64::to_ne_bytes).concat();
+        Self::new(FrontendReq::SET_VRING_ADDR, &[flags, places].concat(), Vec::new())
+    }
+
+    /// SET_VRING_KICK, CALL or ERR, with a descriptor or without.
+    pub fn event(code: FrontendReq, index: u32, file: Option<OwnedFd>) -> Self {
+        let none = if file.is_some() { 0 } else { NO_DESCRIPTOR };
+        let value = u64::from(index) | none;
+        Self::new(code, &value.to_ne_bytes(), file.into_iter().collect())
+    }
+
+    /// SET_MEM_TABLE, for no more regions than one message takes.
+    pub fn memory(regions: Vec<(RegionRequest, OwnedFd)>) -> Self {
+        let mut payload = [regions.len() as u32, 0].map(u32::to_ne_bytes).concat();
+        regions.iter().for_each(|(region, _)| payload.extend(region_bytes(region)));
+        let files = regions.into_iter().map(|(_, file)| file).collect();
+        Self::new(FrontendReq::SET_MEM_TABLE, &payload, files)
+    }
+
+    /// ADD_MEM_REG.
+    pub fn region(region: &RegionRequest, file: OwnedFd) -> Self {
+        let payload = [vec![0; 8], region_bytes(region)].concat();
+        Self::new(FrontendReq::ADD_MEM_REG, &payload, vec![file])
+    }
+
+    /// SET_LOG_BASE.
+    pub fn log(size: u64, offset: u64, file: OwnedFd) -> Self {
+        let payload = [size, offset].map(u64::to_ne_bytes).concat();
+        Self::new(FrontendReq::SET_LOG_BASE, &payload, vec![file])
+    }
+
+    /// SET_INFLIGHT_FD.
+    pub fn inflight(length: u64, offset: u64, rings: u16, size: u16, file: OwnedFd) -> Self {
+        let place = [length, offset].map(u64::to_ne_bytes).concat();
+        let numbers = [rings, size].map(u16::to_ne_bytes).concat();
+        Self::new(FrontendReq::SET_INFLIGHT_FD, &[place, numbers].concat(), vec![file])
+    }
+
+    /// SET_BACKEND_REQ_FD.
+    pub fn backend_requests(file: OwnedFd) -> Self {
+        Self::new(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![file])
+    }
+
+    /// Sends it.
+    ///
+    /// # Errors
+    /// Those of `sendmsg`.
+    pub fn send(&self, socket: &UnixStream) -> io::Result<()> {
+        let files: Vec<BorrowedFd<'_>> = self.files.iter().map(AsFd::as_fd).collect();
+        let end = Instant::now() + PATIENCE;
+        loop {
+            match send_message(socket, &self.bytes, &files) {
+                // Too many are on their way: until the other side takes some.
+                Err(error)
+                    if error.raw_os_error() == Some(libc::ETOOMANYREFS) && Instant::now() < end =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                sent => return sent,
+            }
+        }
+    }
+}
+
+/// `VhostUserMemoryRegion`.
+fn region_bytes(region: &RegionRequest) -> Vec<u8> {
+    let RegionRequest { guest_address, size, frontend_address, file_offset } = *region;
+    [guest_address, size, frontend_address, file_offset].map(u64::to_ne_bytes).concat()
+}

@@ -1,0 +1,199 @@
+//! A daemon that goes on where another stops, under traffic.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::support::daemon::{Daemon, port};
+use crate::support::driver::{Card, LOG_ALL, Options};
+use crate::support::frontend::Frontend;
+use crate::support::guest::memfd;
+use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
+use crate::support::traffic::check_both_ways;
+use crate::support::{eventually, needs_root, one_at_a_time};
+
+const UPGRADES: usize = 50;
+const CONTROL: &str = "control = \"{}/control\"\nmetrics = \"{}/metrics\"\n";
+
+fn card(daemon: &Daemon, port: &str, options: Options) -> Card {
+    Card::start(Frontend::new(daemon.connect_to(port)), options)
+}
+
+/// How long ports stood still each time, by the log.
+fn gaps(daemon: &Daemon) -> Vec<Duration> {
+    let log = daemon.log();
+    let times = log.lines().filter_map(|line| line.split_once("which stood still for "));
+    let parse = |text: &str| {
+        let number = text.split(' ').next().unwrap();
+        let (digits, unit) =
+            number.split_at(number.find(|c: char| c.is_alphabetic() || c == 'µ').unwrap());
+        let value: f64 = digits.parse().unwrap();
+        let seconds = match unit {
+            "s" => value,
+            "ms" => value / 1e3,
+            "µs" => value / 1e6,
+            other => panic!("{other}"),
+        };
+        Duration::from_secs_f64(seconds)
+    };
+    times.map(|(_, rest)| parse(rest)).collect()
+}
+
+#[test]
+fn fifty_upgrades_under_traffic_cost_no_frame_and_no_connection() {
+    needs_root!("fifty_upgrades_under_traffic_cost_no_frame_and_no_connection");
+    let _alone = one_at_a_time();
+    enter_namespace_with_tap(true);
+    let ports = port("one", "loopback = true\nqueue-pairs = 2")
+        + &port("two", "tap = \"tap0\"\nqueue-pairs = 2\ntx-limit = \"10gbit\"")
+        + &port("idle", "loopback = true");
+    let mut daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "idle");
+    let mut one = card(&daemon, "one", Options { pairs: 2, ..Options::default() });
+    let mut two = card(&daemon, "two", Options::default());
+    let wire = Wire::open("tap0");
+    check_both_ways(&wire, &mut two, 50);
+    let stop = AtomicBool::new(false);
+    let (echoed, mut two) = std::thread::scope(|scope| {
+        let echo = scope.spawn(|| {
+            let mut echoed = 0;
+            while !stop.load(Ordering::Relaxed) {
+                // Panics if a frame is missing, and if one is used twice.
+                one.check_echo(50);
+                echoed += 50;
+            }
+            echoed
+        });
+        for round in 1..=UPGRADES {
+            daemon.upgrade();
+            eventually("it says so", || gaps(&daemon).len() == round);
+            if round % 10 == 0 {
+                check_both_ways(&wire, &mut two, 20);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        (echo.join().unwrap(), two)
+    });
+    assert!(echoed > 0);
+    check_both_ways(&wire, &mut two, 50);
+    let mut gaps = gaps(&daemon);
+    gaps.sort_unstable();
+    let (half, most) = (gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
+    println!("{UPGRADES} upgrades, {echoed} frames: pause {half:.1?} (half), {most:.1?} (longest)");
+    assert!(most < Duration::from_secs(1), "{most:?}");
+    // Nobody was disconnected, and what was counted is counted on.
+    // (Each was, once, by whoever waited for it to listen.)
+    assert!(daemon.log().matches("one: frontend disconnected").count() <= 1, "{}", daemon.log());
+    let report = daemon.show("one");
+    assert_eq!(report["tx_frames"], echoed);
+    assert_eq!(report["connections"], 1, "{report}");
+    assert_eq!(
+        daemon.show("two")["tx_limit"],
+        daemon.show("two")["options"]["tx-limit"]
+            .as_str()
+            .map(|_| "10gbit,burst=12500000")
+            .unwrap()
+    );
+    // Whoever comes now finds the sockets.
+    card(&daemon, "idle", Options::default()).check_echo(20);
+    assert!(daemon.ask(&["list"]).contains("idle"));
+    let metrics = UnixStream::connect(daemon.path("metrics"));
+    assert!(metrics.is_ok());
+    daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(daemon.wait().success());
+    for socket in ["one", "two", "idle", "control", "metrics"] {
+        assert!(!daemon.path(socket).exists(), "{socket} is left behind");
+    }
+}
+
+#[test]
+fn all_that_a_frontend_has_told_is_known_to_the_next() {
+    let mut daemon =
+        Daemon::with_config(&(CONTROL.to_owned() + &port("one", "loopback = true")), "one");
+    let options = Options { features: Options::default().features, ..Options::default() };
+    let mut card = card(&daemon, "one", options);
+    // A dirty log and an inflight buffer, and a ring that is disabled.
+    let (length, buffer) = card.frontend.get_inflight_fd(2, 256).unwrap();
+    let payload = crate::support::frontend::inflight(length, 0, 2, 256);
+    let set_inflight = vhost::vhost_user::message::FrontendReq::SET_INFLIGHT_FD;
+    card.frontend.ask(set_inflight, &payload, &[buffer.as_raw_fd()]);
+    let log = memfd(card.ram.size / 4096 / 8 + 1);
+    assert!(card.frontend.set_log_base(card.ram.size / 4096 / 8 + 1, 0, &log));
+    card.frontend.set_features(card.options.features | LOG_ALL);
+    card.check_echo(20);
+    daemon.upgrade();
+    log.write_all_at(&[0; 64], 0).unwrap();
+    card.check_echo(20);
+    let mut bits = [0; 64];
+    log.read_exact_at(&mut bits, 0).unwrap();
+    assert!(bits.iter().any(|byte| *byte != 0), "the log is not written any more");
+    let mut part = [0; 16];
+    buffer.read_exact_at(&mut part, 0).unwrap();
+    let used = u16::from_ne_bytes([part[14], part[15]]);
+    assert_eq!(used, card.rx[0].used_index, "the inflight buffer is not kept any more");
+    card.frontend.enable(1, false);
+    daemon.upgrade();
+    card.send(0, &[0; 60]);
+    eventually("it is dropped", || {
+        daemon.show("one")["queue_pairs"][0]["tx"]["dropped"]["disabled"] == 1
+    });
+    card.frontend.enable(1, true);
+    card.check_echo(20);
+    // Rings stop and start, and the frontend goes, as ever.
+    card.frontend.get_vring_base(0);
+    card.frontend.get_vring_base(1);
+    card.run();
+    card.check_echo(20);
+    drop(card);
+    eventually("it has gone", || daemon.show("one")["state"] == "waiting");
+}
+
+#[test]
+fn a_successor_that_fails_or_dies_leaves_all_to_its_predecessor() {
+    needs_root!("a_successor_that_fails_or_dies_leaves_all_to_its_predecessor");
+    enter_namespace_with_veth(1);
+    let ports = port("one", "loopback = true");
+    let mut daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "one");
+    let mut one = card(&daemon, "one", Options::default());
+    one.check_echo(50);
+    // Its file is wrong.
+    daemon.write_config("control = \"{}/control\"\n[[port]]\ntup = 1\n");
+    assert_eq!(daemon.start_successor().wait().unwrap().code(), Some(2));
+    one.check_echo(50);
+    daemon.write_config(&(CONTROL.to_owned() + &ports));
+    // It dies at some moment.
+    for milliseconds in [0, 1, 2, 4, 6, 8, 10, 12, 15, 20, 30] {
+        let mut successor = daemon.start_successor();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        let _ = successor.kill();
+        successor.wait().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        if !daemon.is_alive() {
+            // It was there already, and had taken over: its death is that of a daemon.
+            daemon.run_config();
+            eventually("it listens", || UnixStream::connect(daemon.path("one")).is_ok());
+            one.resume(Frontend::new(daemon.connect_to("one")));
+        }
+        one.check_echo(50);
+        assert!(daemon.path("one").exists() && daemon.path("control").exists());
+    }
+    // A port that can't change hands.
+    let other = Daemon::with_config(&(CONTROL.to_owned() + &port("x", "af-xdp = \"veth0\"")), "x");
+    let mut card = card(&other, "x", Options::default());
+    assert_eq!(other.start_successor().wait().unwrap().code(), Some(1));
+    assert!(
+        other.log().contains("x is on AF_XDP, whose sockets can't change hands"),
+        "{}",
+        other.log()
+    );
+    check_both_ways(&Wire::open("veth1"), &mut card, 50);
+    assert!(other.path("x").exists() && other.path("control").exists());
+    // Nobody to take over from, and no way to.
+    let mut nobody = Daemon::with_config(&(CONTROL.to_owned() + &ports), "one");
+    nobody.kill();
+    assert_eq!(nobody.start_successor().wait().unwrap().code(), Some(1));
+    assert!(nobody.log().contains("take over from the daemon at "), "{}", nobody.log());
+    nobody.write_config(&ports);
+    assert_eq!(nobody.start_successor().wait().unwrap().code(), Some(2));
+}
