@@ -4,6 +4,8 @@
 //! and detaches a link's program when the link's last descriptor is closed, however its process
 //! ended.
 
+pub mod instructions;
+
 use std::ffi::CStr;
 use std::io;
 use std::mem;
@@ -311,6 +313,27 @@ impl Program {
     /// EINVAL without such a device.
     pub fn run_live(&self, device: u32, frame: &[u8], count: u32) -> io::Result<()> {
         const LIVE_FRAMES: u32 = 1 << 1;
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+        // egress_ifindex.
+        let context = [0, frame.len() as u32, 0, device, 0, 0];
+        self.test_run(frame, Some(&context), count, LIVE_FRAMES).map(drop)
+    }
+
+    /// Runs it on a frame, with which nothing happens; returns what it says.
+    ///
+    /// # Errors
+    /// EINVAL if the frame has less than 14 bytes, or more than a page.
+    pub fn verdict(&self, frame: &[u8]) -> io::Result<u32> {
+        self.test_run(frame, None, 1, 0)
+    }
+
+    fn test_run(
+        &self,
+        frame: &[u8],
+        context: Option<&[u32; 6]>,
+        repeat: u32,
+        flags: u32,
+    ) -> io::Result<u32> {
         #[repr(C)]
         #[derive(Default)]
         struct Attributes {
@@ -329,22 +352,22 @@ impl Program {
             flags: u32,
             cpu: u32,
             batch: u32,
+            // The kernel wants zeros behind what it knows.
+            rest: u32,
         }
-        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
-        // egress_ifindex.
-        let context = [0, frame.len() as u32, 0, device, 0, 0];
         let mut attributes = Attributes {
             program: self.0.as_raw_fd(),
             frame_length: frame.len() as u32,
             frame: frame.as_ptr() as u64,
-            repeat: count,
-            context_length: mem::size_of_val(&context) as u32,
-            context: context.as_ptr() as u64,
-            flags: LIVE_FRAMES,
+            repeat,
+            context_length: context.map_or(0, mem::size_of_val) as u32,
+            context: context.map_or(0, |context| context.as_ptr() as u64),
+            flags,
             ..Attributes::default()
         };
         // SAFETY: frame and context live through the call, with the lengths given.
-        unsafe { bpf(command::PROG_TEST_RUN, &mut attributes) }.map(drop)
+        unsafe { bpf(command::PROG_TEST_RUN, &mut attributes)? };
+        Ok(attributes.verdict)
     }
 
     /// What the kernel knows of it.

@@ -18,6 +18,10 @@ use log::info;
 
 use super::OpenError;
 use crate::config::Attach;
+use crate::sys::bpf::instructions::{
+    add, add_register, call, copy, exit, if_equal, if_greater, if_not_equal, instruction, jump,
+    load32, load64, put16, put32, put64, set, store32, store64, subtract_register,
+};
 use crate::sys::bpf::{Hook, Link, Map, MapKind, Program};
 use crate::sys::link;
 
@@ -206,14 +210,6 @@ fn failed(name: &str, error: &io::Error) -> OpenError {
     OpenError(format!("attach an XDP program to {name}: {error}{hint}"))
 }
 
-/// `struct bpf_insn` as a number: code, registers, offset, immediate.
-fn instruction(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> u64 {
-    u64::from(code)
-        | u64::from(target | source << 4) << 8
-        | u64::from(offset as u16) << 16
-        | u64::from(immediate as u32) << 32
-}
-
 /// Assembles the program (`Documentation/bpf/standardization/instruction-set.rst`).
 fn assemble(sockets: &Map, counters: &Map, headers: &Map) -> Vec<u64> {
     // Helpers of linux/bpf.h.
@@ -228,28 +224,10 @@ fn assemble(sockets: &Map, counters: &Map, headers: &Map) -> Vec<u64> {
     /// Where `struct xdp_md` has the queue's number.
     const RX_QUEUE_INDEX: i16 = 16;
 
-    let copy = |target, source| instruction(0xbf, target, source, 0, 0);
-    let set = |target, value| instruction(0xb7, target, 0, 0, value);
-    let add = |target, value| instruction(0x07, target, 0, 0, value);
-    let add_register = |target, source| instruction(0x0f, target, source, 0, 0);
-    let load32 = |target, source, offset| instruction(0x61, target, source, offset, 0);
-    let store32 = |target, source, offset| instruction(0x63, target, source, offset, 0);
-    let load64 = |target, source, offset| instruction(0x79, target, source, offset, 0);
-    let store64 = |target, source, offset| instruction(0x7b, target, source, offset, 0);
-    let call = |helper| instruction(0x85, 0, 0, 0, helper);
-    let if_equal = |register, value, skip| instruction(0x15, register, 0, skip, value);
-    let if_not_equal = |register, value, skip| instruction(0x55, register, 0, skip, value);
-    let if_greater = |register, than, skip| instruction(0x2d, register, than, skip, 0);
-    let jump = |skip| instruction(0x05, 0, 0, skip, 0);
-    let subtract_register = |target, source| instruction(0x1f, target, source, 0, 0);
-    let put64 = |target, offset, value| instruction(0x7a, target, 0, offset, value);
-    let put32 = |target, offset, value| instruction(0x62, target, 0, offset, value);
-    let put16 = |target, offset, value| instruction(0x6a, target, 0, offset, value);
     let map = |target, map: &Map| {
         // BPF_PSEUDO_MAP_FD
         [instruction(0x18, target, 1, 0, map.descriptor()), 0]
     };
-    let exit = instruction(0x95, 0, 0, 0, 0);
 
     let mut program = vec![
         copy(9, 1), // r9: the frame
@@ -305,28 +283,9 @@ fn assemble(sockets: &Map, counters: &Map, headers: &Map) -> Vec<u64> {
         jump(1),
         put32(1, 8, 1 << 16), // in one buffer
         copy(0, 8),
-        exit,
+        exit(),
         set(0, DROP),
-        exit,
+        exit(),
     ]);
     program
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_instruction_is_laid_out_as_the_kernel_has_it() {
-        // r2 += -4, as clang encodes it.
-        assert_eq!(
-            instruction(0x07, 2, 0, 0, -4).to_le_bytes(),
-            [7, 2, 0, 0, 0xfc, 0xff, 0xff, 0xff]
-        );
-        // *(u32 *)(r10 - 4) = r6
-        assert_eq!(
-            instruction(0x63, 10, 6, -4, 0).to_le_bytes(),
-            [0x63, 0x6a, 0xfc, 0xff, 0, 0, 0, 0]
-        );
-    }
 }
