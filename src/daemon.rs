@@ -23,10 +23,10 @@ use crate::features::{Offer, OfferOptions};
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::net_config::NetConfig;
-use crate::policy::{Limiter, Limits, Rules};
+use crate::policy::{Limiter, Limits, LiveFilter, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::{Role, Sandbox};
-use crate::status::PortStatus;
+use crate::status::{Filters, PortStatus};
 use crate::sys::eventfd::Waker;
 use crate::sys::process::TerminationSignals;
 use crate::worker::{Worker, WorkerOptions};
@@ -240,7 +240,7 @@ impl Port {
         let alive = Alive::new(running);
         let thread = thread::Builder::new().name(name).spawn(move || {
             let _alive = alive;
-            match sandbox.confine(Role::Control) {
+            match sandbox.confine(control.role()) {
                 Ok(()) => control.serve(),
                 Err(error) => error!("{}: filter its system calls: {error}", control.name()),
             }
@@ -281,12 +281,16 @@ fn prepare(
     };
     let limits =
         Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
-    let workers = start_workers(config, &name, queues, &limits, sandbox)?;
+    let rx_filter = queues[0].rx_filter();
+    let tx_filter = Arc::new(LiveFilter::new(config.tx_filter.clone()));
+    let filters = Filters { tx: tx_filter, rx: rx_filter };
+    let workers = start_workers(config, &name, queues, &limits, &filters.tx, sandbox)?;
     let status = Arc::new(PortStatus::new(
         name.clone(),
         config.host.to_string(),
         config.frontend.clone(),
         limits,
+        filters,
         workers.iter().map(|worker| worker.status().clone()).collect(),
     ));
     info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
@@ -303,6 +307,7 @@ fn start_workers(
     name: &str,
     queues: Vec<HostQueue>,
     limits: &Arc<Limits>,
+    tx_filter: &Arc<LiveFilter>,
     sandbox: Sandbox,
 ) -> Result<Vec<Worker>, StartError> {
     let cpus = &config.cpu_affinity;
@@ -315,6 +320,7 @@ fn start_workers(
                 cpu: cpus.iter().cycle().nth(pair).copied(),
                 busy_poll: config.busy_poll,
                 limits: limits.clone(),
+                tx_filter: tx_filter.clone(),
                 sandbox,
             };
             Worker::start(queue, options)

@@ -6,8 +6,10 @@
 
 pub mod filter;
 pub mod limiter;
+pub mod live;
 pub mod rules;
 
 pub use filter::Filter;
 pub use limiter::{Limit, Limiter, Limits};
+pub use live::{FilterView, LiveFilter};
 pub use rules::{Identity, Rules};

@@ -8,6 +8,7 @@ pub mod af_xdp;
 pub mod loopback;
 pub mod tap;
 
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +16,7 @@ use std::time::Duration;
 use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
 use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
-use crate::policy::Rules;
+use crate::policy::{Filter, FilterView, LiveFilter, Rules};
 use crate::sandbox::Role;
 use crate::vnet_header::{Admission, Surplus};
 
@@ -138,6 +139,15 @@ impl HostQueue {
         }
     }
 
+    /// What judges frames for the guest, for all queues of its port.
+    pub fn rx_filter(&self) -> RxFilter {
+        match self {
+            HostQueue::Tap(queue) => RxFilter::Tap(queue.filter().clone()),
+            HostQueue::AfXdp(queue) => RxFilter::AfXdp(queue.interface().clone()),
+            HostQueue::Loopback => RxFilter::Nobody,
+        }
+    }
+
     /// Begins a session.
     pub fn session<'mem>(
         &'mem mut self,
@@ -148,6 +158,52 @@ impl HostQueue {
             HostQueue::Tap(queue) => Box::new(queue.session(terms)),
             HostQueue::AfXdp(queue) => Box::new(queue.session(memory, terms)),
             HostQueue::Loopback => Box::new(loopback::Loopback::new(terms)),
+        }
+    }
+}
+
+/// What judges frames for a port's guest: the kernel, before they reach its memory.
+#[derive(Debug, Clone)]
+pub enum RxFilter {
+    /// A filter of the TAP's queues.
+    Tap(Arc<tap::TapFilter>),
+    /// The XDP program.
+    AfXdp(Arc<af_xdp::Interface>),
+    /// There is no host.
+    Nobody,
+}
+
+impl RxFilter {
+    /// The filter that is in force.
+    pub fn get(&self) -> Filter {
+        match self {
+            RxFilter::Tap(tap) => tap.get(),
+            RxFilter::AfXdp(interface) => interface.filter(),
+            RxFilter::Nobody => Filter::default(),
+        }
+    }
+
+    /// Has frames judged by this filter from now on, whatever runs. For a thread that has the
+    /// [`role`](Self::role).
+    ///
+    /// # Errors
+    /// Why not; the filter of before is in force then.
+    pub fn set(&self, filter: &Filter) -> io::Result<()> {
+        match self {
+            RxFilter::Tap(tap) => tap.set(filter),
+            RxFilter::AfXdp(interface) => {
+                interface.set_filter(filter).map_err(|error| io::Error::other(error.to_string()))
+            }
+            RxFilter::Nobody if filter.is_none() => Ok(()),
+            RxFilter::Nobody => Err(io::Error::other("a loopback port has nobody to filter for")),
+        }
+    }
+
+    /// What a thread does that may change it.
+    pub fn role(&self) -> Role {
+        match self {
+            RxFilter::Tap(_) | RxFilter::Nobody => Role::Control,
+            RxFilter::AfXdp(_) => Role::XdpControl,
         }
     }
 }
@@ -163,6 +219,8 @@ pub struct Terms {
     pub receives: bool,
     /// What the guest may send.
     pub rules: Option<Arc<Rules>>,
+    /// What of it is denied.
+    pub tx_filter: Arc<LiveFilter>,
 }
 
 impl Terms {
@@ -173,6 +231,7 @@ impl Terms {
             offloads: self.negotiated.host(),
             max_frame,
             rules: self.rules.clone(),
+            filter: FilterView::new(self.tx_filter.clone()),
         }
     }
 }

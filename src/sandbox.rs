@@ -32,8 +32,10 @@ pub enum Role {
     Main,
     /// Writes the log.
     Log,
-    /// Speaks to a frontend.
+    /// Speaks to a frontend, and changes the filter of a TAP.
     Control,
+    /// Speaks to a frontend of an AF_XDP port, and changes the port's filter.
+    XdpControl,
     /// Moves frames of a TAP or a loopback.
     Worker,
     /// Moves frames of an AF_XDP port, and opens its sockets.

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use crate::config::Frontend;
 use crate::counters::PairCounters;
-use crate::policy::Limits;
+use crate::policy::{Limits, LiveFilter};
+use crate::port::RxFilter;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nobody panics while holding one of these.
@@ -55,6 +56,15 @@ pub struct FrontendStatus {
     pub connections: u64,
 }
 
+/// What is denied of a port's frames. Both may be changed while it runs.
+#[derive(Debug)]
+pub struct Filters {
+    /// Of what the guest sends: by any thread, at the next burst.
+    pub tx: Arc<LiveFilter>,
+    /// Of what it is given: by the port's control thread, at once.
+    pub rx: RxFilter,
+}
+
 /// A port.
 #[derive(Debug)]
 pub struct PortStatus {
@@ -66,6 +76,8 @@ pub struct PortStatus {
     pub frontend: Frontend,
     /// How much it may move.
     pub limits: Arc<Limits>,
+    /// What it may move.
+    pub filters: Filters,
     /// Its queue pairs.
     pub pairs: Vec<Arc<PairStatus>>,
     connection: Mutex<FrontendStatus>,
@@ -78,9 +90,10 @@ impl PortStatus {
         host: String,
         frontend: Frontend,
         limits: Arc<Limits>,
+        filters: Filters,
         pairs: Vec<Arc<PairStatus>>,
     ) -> Self {
-        PortStatus { name, host, frontend, limits, pairs, connection: Mutex::default() }
+        PortStatus { name, host, frontend, limits, filters, pairs, connection: Mutex::default() }
     }
 
     /// A frontend has connected.

@@ -17,7 +17,7 @@ use log::warn;
 
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
-use crate::policy::{Limits, Rules};
+use crate::policy::{Limits, LiveFilter, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
 use crate::status::PairStatus;
@@ -96,6 +96,8 @@ pub struct WorkerOptions {
     pub busy_poll: Duration,
     /// How much traffic the port may have, all queue pairs together.
     pub limits: Arc<Limits>,
+    /// What is denied of what the guest sends.
+    pub tx_filter: Arc<LiveFilter>,
     /// What the thread is left with.
     pub sandbox: Sandbox,
 }

@@ -5,6 +5,7 @@ mod af_xdp_survival;
 mod cli;
 mod control;
 mod echo;
+mod filter;
 mod fuzzing;
 mod hostile;
 mod lifecycle;

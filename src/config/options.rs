@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
 use crate::net_config::{MIN_MTU, MacAddress};
-use crate::policy::{Identity, Limit};
+use crate::policy::{Filter, Identity, Limit};
 use crate::sys::socket::MAX_PATH;
 use crate::sys::tap::MAX_NAME;
 
@@ -81,6 +81,14 @@ pub(super) struct PortOptions {
     /// A VLAN that the guest may tag frames for, with --anti-spoofing=on [default: none].
     #[arg(long, value_name = "N[,N…]", value_delimiter = ',')]
     vlan: Vec<u16>,
+    /// What the guest may send, by protocol, port and prefix: "deny tcp dport 25; allow udp to
+    /// 192.0.2.0/24; default deny". The first rule that a frame matches decides [default: none,
+    /// which allows all].
+    #[arg(long, value_name = "RULES")]
+    tx_filter: Option<Filter>,
+    /// What the guest is given, likewise. The kernel drops the rest.
+    #[arg(long, value_name = "RULES")]
+    rx_filter: Option<Filter>,
     /// How much the guest may send, on the wire: 100mbit, 10kpps, or both as 1gbit,100kpps. What it
     /// has saved up it may send at once: burst=BYTES, packet-burst=N [default: what 10 ms bring].
     #[arg(long, value_name = "RATE")]
@@ -121,6 +129,8 @@ impl PortOptions {
             queue_pairs: self.queue_pairs.or(defaults.queue_pairs),
             mtu: self.mtu.or(defaults.mtu),
             anti_spoofing: self.anti_spoofing.or(defaults.anti_spoofing),
+            tx_filter: self.tx_filter.or_else(|| defaults.tx_filter.clone()),
+            rx_filter: self.rx_filter.or_else(|| defaults.rx_filter.clone()),
             tx_limit: self.tx_limit.or(defaults.tx_limit),
             rx_limit: self.rx_limit.or(defaults.rx_limit),
             guest_tso: self.guest_tso.or(defaults.guest_tso),
@@ -191,6 +201,10 @@ impl PortOptions {
         }
         let addresses = self.source_ip.into_iter().map(|Prefix(net)| net).collect();
         let identity = anti_spoofing.then_some(Identity { macs, addresses, vlans: self.vlan });
+        let rx_filter = self.rx_filter.unwrap_or_default();
+        if host == Host::Loopback && !rx_filter.is_none() {
+            return Err("rx-filter does not go with loopback: use tx-filter".into());
+        }
         let mtu = self.mtu.unwrap_or(DEFAULT_MTU);
         if mtu < MIN_MTU {
             return Err(format!("mtu={mtu} is less than {MIN_MTU}, the smallest of IPv4"));
@@ -203,6 +217,8 @@ impl PortOptions {
             mac: self.mac,
             mtu,
             identity,
+            tx_filter: self.tx_filter.unwrap_or_default(),
+            rx_filter,
             rx_limit: self.rx_limit.unwrap_or_default(),
             tx_limit: self.tx_limit.unwrap_or_default(),
             guest_tso: self.guest_tso.unwrap_or(true),

@@ -9,7 +9,9 @@ use log::{debug, info, warn};
 use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
+use crate::policy::Filter;
 use crate::protocol::{Connection, Event, Message, Reply};
+use crate::sandbox::Role;
 use crate::status::PortStatus;
 use crate::sys::eventfd::Waker;
 
@@ -49,6 +51,11 @@ impl Control {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
         Ok(Control { poller, _stop: stop, status, device, endpoint, connection: None })
+    }
+
+    /// What its thread does.
+    pub(super) fn role(&self) -> Role {
+        self.status.filters.rx.role()
     }
 
     /// Lets frontends connect.
@@ -193,6 +200,12 @@ impl Control {
     pub(super) fn finish(mut self) {
         if self.connection.is_some() {
             self.disconnect(Some("the daemon stops"));
+        }
+        // Whoever uses the device next would not know of it.
+        if !self.status.filters.rx.get().is_none()
+            && let Err(error) = self.status.filters.rx.set(&Filter::default())
+        {
+            debug!("{}: take its filter off: {error}", self.device.name());
         }
         info!("{}: stopped", self.device.name());
     }

@@ -142,13 +142,16 @@ fn requests(role: Role) -> &'static [c_int] {
     const TUNSETOFFLOAD: c_int = 0x4004_54d0_u32 as c_int;
     const TUNSETVNETHDRSZ: c_int = 0x4004_54d8_u32 as c_int;
     const TUNSETQUEUE: c_int = 0x4004_54d9_u32 as c_int;
+    const TUNATTACHFILTER: c_int = 0x4010_54d5;
+    const TUNDETACHFILTER: c_int = 0x4010_54d6;
     const TUNSETVNETLE: c_int = 0x4004_54dc_u32 as c_int;
     const TUNGETIFF: c_int = 0x8004_54d2_u32 as c_int;
     const SIOCGIFMTU: c_int = 0x8921;
     const SIOCETHTOOL: c_int = 0x8946;
     match role {
         Role::Log => &[],
-        Role::Main | Role::Control => &[FIONBIO],
+        Role::Main | Role::XdpControl => &[FIONBIO],
+        Role::Control => &[FIONBIO, TUNATTACHFILTER, TUNDETACHFILTER, TUNSETQUEUE, TUNGETIFF],
         Role::Worker => {
             &[TUNSETOFFLOAD, TUNSETVNETHDRSZ, TUNSETVNETLE, TUNSETQUEUE, TUNGETIFF, SIOCGIFMTU]
         }
@@ -162,6 +165,7 @@ pub(super) fn filter(role: Role, otherwise: SeccompAction) -> Result<SeccompFilt
         Role::Main => &[COMMON, WAIT, MAIN],
         Role::Log => &[COMMON],
         Role::Control => &[COMMON, WAIT, CONTROL],
+        Role::XdpControl => &[COMMON, WAIT, CONTROL, &[libc::SYS_bpf]],
         Role::Worker => &[COMMON, WAIT, WORKER],
         Role::XdpWorker => &[COMMON, WAIT, WORKER, XDP],
     };
@@ -174,7 +178,7 @@ pub(super) fn filter(role: Role, otherwise: SeccompAction) -> Result<SeccompFilt
     // Builds for debugging look whether a descriptor that they close is open.
     let commands: &[c_int] = match role {
         Role::Main | Role::Log | Role::Worker => &[libc::F_GETFD],
-        Role::Control | Role::XdpWorker => {
+        Role::Control | Role::XdpControl | Role::XdpWorker => {
             &[libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_GET_SEALS]
         }
     };
@@ -186,7 +190,7 @@ pub(super) fn filter(role: Role, otherwise: SeccompAction) -> Result<SeccompFilt
     // To connect to a VMM; for the requests; for AF_XDP itself, netlink, and an address to listen to.
     let sockets = match role {
         Role::Main | Role::Log => Vec::new(),
-        Role::Control => one_of(0, &[libc::AF_UNIX])?,
+        Role::Control | Role::XdpControl => one_of(0, &[libc::AF_UNIX])?,
         Role::Worker => vec![datagrams()?],
         Role::XdpWorker => {
             let families = one_of(0, &[libc::AF_XDP, libc::AF_NETLINK, libc::AF_PACKET])?;

@@ -4,6 +4,7 @@
 //! and detaches a link's program when the link's last descriptor is closed, however its process
 //! ended.
 
+pub mod assembly;
 pub mod instructions;
 
 use std::ffi::CStr;
@@ -11,6 +12,7 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use super::check;
 
@@ -108,6 +110,9 @@ pub enum MapKind {
     Numbers,
     /// Some `u64` for each key and processor (`BPF_MAP_TYPE_PERCPU_ARRAY`).
     Counters(usize),
+    /// A program for each key (`BPF_MAP_TYPE_PROG_ARRAY`), which it loses with the last descriptor
+    /// of the map.
+    Programs,
 }
 
 /// A map.
@@ -123,6 +128,7 @@ impl Map {
         const PERCPU_ARRAY: u32 = 6;
         const XSKMAP: u32 = 17;
         const ARRAY: u32 = 2;
+        const PROG_ARRAY: u32 = 3;
         #[repr(C)]
         struct Attributes {
             kind: u32,
@@ -137,6 +143,7 @@ impl Map {
         let (kind, value_size) = match kind {
             MapKind::Sockets => (XSKMAP, 4),
             MapKind::Numbers => (ARRAY, 4),
+            MapKind::Programs => (PROG_ARRAY, 4),
             MapKind::Counters(count) => (PERCPU_ARRAY, 8 * count as u32),
         };
         let mut attributes = Attributes {
@@ -206,6 +213,19 @@ impl Map {
         self.element(command::MAP_UPDATE_ELEM, key, &raw const value as u64).map(drop)
     }
 
+    /// The number under `key`.
+    pub fn number(&self, key: u32) -> io::Result<u32> {
+        let mut value = 0u32;
+        self.element(command::MAP_LOOKUP_ELEM, key, &raw mut value as u64)?;
+        Ok(value)
+    }
+
+    /// Puts a program under `key`, in the stead of the one that is there.
+    pub fn set_program(&self, key: u32, program: &Program) -> io::Result<()> {
+        let value = program.0.as_raw_fd();
+        self.element(command::MAP_UPDATE_ELEM, key, &raw const value as u64).map(drop)
+    }
+
     /// Takes away what is under `key`.
     pub fn remove(&self, key: u32) -> io::Result<()> {
         self.element(command::MAP_DELETE_ELEM, key, 0).map(drop)
@@ -239,6 +259,12 @@ fn possible_processors() -> io::Result<usize> {
 /// A verified program.
 #[derive(Debug)]
 pub struct Program(OwnedFd);
+
+/// What a program said, and how many nanoseconds it took on the average.
+struct TestRun {
+    verdict: u32,
+    duration: u32,
+}
 
 /// What the kernel knows of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -324,7 +350,16 @@ impl Program {
     /// # Errors
     /// EINVAL if the frame has less than 14 bytes, or more than a page.
     pub fn verdict(&self, frame: &[u8]) -> io::Result<u32> {
-        self.test_run(frame, None, 1, 0)
+        self.test_run(frame, None, 1, 0).map(|run| run.verdict)
+    }
+
+    /// How long it takes for a frame, on the average of so many times.
+    ///
+    /// # Errors
+    /// As [`verdict`](Self::verdict).
+    pub fn time(&self, frame: &[u8], times: u32) -> io::Result<Duration> {
+        let run = self.test_run(frame, None, times, 0)?;
+        Ok(Duration::from_nanos(run.duration.into()))
     }
 
     fn test_run(
@@ -333,7 +368,7 @@ impl Program {
         context: Option<&[u32; 6]>,
         repeat: u32,
         flags: u32,
-    ) -> io::Result<u32> {
+    ) -> io::Result<TestRun> {
         #[repr(C)]
         #[derive(Default)]
         struct Attributes {
@@ -367,7 +402,8 @@ impl Program {
         };
         // SAFETY: frame and context live through the call, with the lengths given.
         unsafe { bpf(command::PROG_TEST_RUN, &mut attributes)? };
-        Ok(attributes.verdict)
+        let Attributes { verdict, duration, .. } = attributes;
+        Ok(TestRun { verdict, duration })
     }
 
     /// What the kernel knows of it.

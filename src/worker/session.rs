@@ -107,6 +107,7 @@ pub(super) fn serve(
         mtu: session.mtu,
         receives,
         rules: session.rules.clone(),
+        tx_filter: options.tx_filter.clone(),
     };
     let port = host.session(&session.memory, &terms);
     let header_length = session.negotiated.header_length();

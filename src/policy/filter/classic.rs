@@ -6,7 +6,7 @@
 
 use libc::sock_filter;
 
-use super::steps::{Label, Step, Steps, VARIABLES, Variable, Width};
+use super::steps::{At, Label, Step, Steps, VARIABLES, Variable, Width};
 use super::{Action, Filter};
 
 /// Instructions of a program at the most (`BPF_MAXINSNS`).
@@ -83,21 +83,27 @@ impl Emitter {
     fn emit(&mut self, step: Step) {
         let memory = |variable: Variable, word| (variable as usize + word) as u32;
         match step {
-            Step::Load(width, offset, beyond) => {
+            Step::Load(width, at, beyond) => {
+                let (mode, offset) = match at {
+                    At::Start(offset) => (0x20, offset),
+                    At::Index(offset) => (0x40, offset),
+                };
                 let size = match width {
                     Width::Word => 0x00,
                     Width::Half => 0x08,
                     Width::Byte => 0x10,
                 };
-                self.push(0x40 | size, offset);
+                self.push(mode | size, offset);
                 // A load beyond the end would end the program.
                 self.places.push(self.reversed.len());
                 let inside = Label(self.places.len() - 1);
                 self.branch(IF_AT_LEAST, offset + width as u32, inside, beyond);
-                self.places.push(self.reversed.len());
-                let positive = Label(self.places.len() - 1);
-                self.branch(IF_ANY_BIT, 1 << 31, beyond, positive);
-                self.push(SUBTRACT_INDEX, 0);
+                if let At::Index(_) = at {
+                    self.places.push(self.reversed.len());
+                    let positive = Label(self.places.len() - 1);
+                    self.branch(IF_ANY_BIT, 1 << 31, beyond, positive);
+                    self.push(SUBTRACT_INDEX, 0);
+                }
                 self.push(LOAD_LENGTH, 0);
             }
             Step::Set(value) => self.push(LOAD_VALUE, value),

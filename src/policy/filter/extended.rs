@@ -1,41 +1,47 @@
 //! A filter as instructions of BPF, for an XDP program.
 
-use super::steps::{Label, Step, Steps, Variable, Width};
+use super::steps::{self, At, Step, Steps, VARIABLES, Variable, Width};
 use super::{Action, Filter};
+use crate::sys::bpf::assembly::{Assembly, Label};
 use crate::sys::bpf::instructions::{
-    add, add_register, add_register32, add32, and32, copy, copy32, from_network, if_at_least32,
-    if_equal32, if_greater, jump, load8, load16, load32, set32, shift_left32, shift_right32,
+    add, add_register32, add32, and32, call, copy, from_network, if_at_least32, if_equal32,
+    if_greater, if_not_equal, jump, load8, load16, load32, set, set32, shift_left32, shift_right32,
     store32,
 };
 
 /// A, and the verdict.
 const A: u8 = 0;
-const DATA: u8 = 2;
-const DATA_END: u8 = 3;
-const INDEX: u8 = 4;
-const PLACE: u8 = 5;
-const END: u8 = 1;
+/// Where the frame is: `struct xdp_md`.
+const FRAME: u8 = 9;
+// Places on the stack, behind the variables.
+const INDEX: i16 = VARIABLES_AT - 4 * VARIABLES as i16;
+const LOADED: i16 = INDEX - 4;
+const VARIABLES_AT: i16 = -12;
 
-/// Instructions that judge the frame between register 2 (`data`) and 3 (`data_end`), and leave 1
-/// in register 0 if it passes, else 0. They use 0 to 5, and the stack but for its first 8 bytes.
+const XDP_LOAD_BYTES: i32 = 189;
+
+/// Instructions that judge the frame that register 9 describes (`struct xdp_md`), and leave 1 in
+/// register 0 if it passes, else 0. They use 0 to 5, and the stack but for its first 8 bytes.
+///
+/// What lies where only the frame tells is copied by the kernel (`bpf_xdp_load_bytes`, Linux 5.18):
+/// to reach it by a pointer takes CAP_PERFMON, which the daemon gives up.
 pub fn extended(filter: &Filter) -> Vec<u64> {
-    let Steps { list, mut labels } = filter.steps();
-    let end = Label(labels);
-    labels += 1;
-    let mut emitter = Emitter { code: Vec::new(), places: vec![0; labels], jumps: Vec::new() };
+    let Steps { list, labels } = filter.steps();
+    let mut code = Assembly::default();
+    let labels: Vec<Label> = (0..labels).map(|_| code.label()).collect();
+    let end = code.label();
+    let mut emitter = Emitter { code, labels, end };
     for step in list {
-        emitter.emit(step, end);
+        emitter.emit(step);
     }
-    emitter.places[end.0] = emitter.code.len();
-    emitter.resolve();
-    emitter.code
+    emitter.code.place(end);
+    emitter.code.finish()
 }
 
 struct Emitter {
-    code: Vec<u64>,
-    places: Vec<usize>,
-    /// Instructions that jump, and where to.
-    jumps: Vec<(usize, Label)>,
+    code: Assembly,
+    labels: Vec<Label>,
+    end: Label,
 }
 
 impl Emitter {
@@ -43,39 +49,48 @@ impl Emitter {
         self.code.push(instruction);
     }
 
-    /// An instruction that skips none, and is to go to the label.
-    fn to(&mut self, label: Label, instruction: u64) {
-        self.jumps.push((self.code.len(), label));
-        self.push(instruction);
+    fn to(&mut self, label: steps::Label, instruction: u64) {
+        self.code.jump(self.labels[label.0], instruction);
     }
 
-    /// Fills in how many instructions each jump skips.
-    fn resolve(&mut self) {
-        for (at, label) in &self.jumps {
-            let skip = self.places[label.0] - at - 1;
-            let skip = i16::try_from(skip).expect("a filter has less than 32768 instructions");
-            self.code[*at] |= u64::from(skip as u16) << 16;
+    /// A = the number in the network's order behind a pointer.
+    fn take(&mut self, width: Width, pointer: u8, offset: i16) {
+        match width {
+            Width::Byte => self.push(load8(A, pointer, offset)),
+            Width::Half => self.push(load16(A, pointer, offset)),
+            Width::Word => self.push(load32(A, pointer, offset)),
+        }
+        if width != Width::Byte {
+            self.push(from_network(A, 8 * width as i32));
         }
     }
 
-    fn emit(&mut self, step: Step, end: Label) {
-        let slot = |variable: Variable, word: usize| -12 - 4 * (variable as usize + word) as i16;
+    fn emit(&mut self, step: Step) {
+        let slot =
+            |variable: Variable, word: usize| VARIABLES_AT - 4 * (variable as usize + word) as i16;
         match step {
-            Step::Load(width, offset, beyond) => {
-                self.push(copy(PLACE, DATA));
-                self.push(add_register(PLACE, INDEX));
-                self.push(copy(END, PLACE));
-                self.push(add(END, (offset + width as u32) as i32));
-                self.to(beyond, if_greater(END, DATA_END, 0));
-                let offset = offset as i16;
-                match width {
-                    Width::Byte => self.push(load8(A, PLACE, offset)),
-                    Width::Half => self.push(load16(A, PLACE, offset)),
-                    Width::Word => self.push(load32(A, PLACE, offset)),
-                }
-                if width != Width::Byte {
-                    self.push(from_network(A, 8 * width as i32));
-                }
+            Step::Load(width, At::Start(offset), beyond) => {
+                self.code.extend([
+                    load32(1, FRAME, 0),
+                    load32(2, FRAME, 4),
+                    copy(3, 1),
+                    add(3, (offset + width as u32) as i32),
+                ]);
+                self.to(beyond, if_greater(3, 2, 0));
+                self.take(width, 1, offset as i16);
+            }
+            Step::Load(width, At::Index(offset), beyond) => {
+                self.code.extend([
+                    copy(1, FRAME),
+                    load32(2, 10, INDEX),
+                    add32(2, offset as i32),
+                    copy(3, 10),
+                    add(3, LOADED.into()),
+                    set(4, width as i32),
+                    call(XDP_LOAD_BYTES),
+                ]);
+                self.to(beyond, if_not_equal(0, 0, 0));
+                self.take(width, 10, LOADED);
             }
             Step::Set(value) => self.push(set32(A, value as i32)),
             Step::Get(variable, word) => self.push(load32(A, 10, slot(variable, word))),
@@ -84,8 +99,10 @@ impl Emitter {
             Step::ShiftLeft(bits) => self.push(shift_left32(A, bits as i32)),
             Step::ShiftRight(bits) => self.push(shift_right32(A, bits as i32)),
             Step::Add(value) => self.push(add32(A, value as i32)),
-            Step::AddIndex => self.push(add_register32(A, INDEX)),
-            Step::ToIndex => self.push(copy32(INDEX, A)),
+            Step::AddIndex => {
+                self.code.extend([load32(1, 10, INDEX), add_register32(A, 1)]);
+            }
+            Step::ToIndex => self.push(store32(10, A, INDEX)),
             Step::IfEqual(value, yes, no) => {
                 self.to(yes, if_equal32(A, value as i32, 0));
                 self.to(no, jump(0));
@@ -95,10 +112,10 @@ impl Emitter {
                 self.to(no, jump(0));
             }
             Step::Jump(to) => self.to(to, jump(0)),
-            Step::Place(label) => self.places[label.0] = self.code.len(),
+            Step::Place(label) => self.code.place(self.labels[label.0]),
             Step::End(action) => {
                 self.push(set32(A, i32::from(action == Action::Allow)));
-                self.to(end, jump(0));
+                self.code.jump(self.end, jump(0));
             }
         }
     }

@@ -25,7 +25,7 @@ pub(super) const AUTHENTICATION: u8 = 51;
 pub(super) const MAX_TAGS: usize = 2;
 /// Extension headers that are looked behind.
 pub(super) const MAX_EXTENSIONS: usize = 6;
-/// No header is looked for that begins so many bytes behind the first of a frame without tags.
+/// No header is looked for that begins so many bytes behind the frame's start.
 pub(super) const MAX_OFFSET: usize = 1024;
 /// Length in bytes of the Ethernet header.
 pub(super) const ETHERNET: usize = 14;
@@ -172,7 +172,7 @@ fn skip_extensions(frame: &[u8], first: u8, start: usize) -> Option<(u8, Option<
         };
         protocol = *frame.get(at)?;
         at += length;
-        if at - ETHERNET >= MAX_OFFSET {
+        if at >= MAX_OFFSET {
             return None;
         }
     }

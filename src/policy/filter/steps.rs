@@ -45,11 +45,20 @@ pub(super) enum Width {
     Word = 4,
 }
 
+/// A place in the frame, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum At {
+    /// From its start.
+    Start(u32),
+    /// From the index.
+    Index(u32),
+}
+
 /// A step. `A` is the accumulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// A = the number at the index and so many bytes, if the frame has them.
-    Load(Width, u32, Label),
+    /// A = the number at a place, if the frame has it.
+    Load(Width, At, Label),
     Set(u32),
     /// A = a variable, and back. Addresses have four words.
     Get(Variable, usize),
@@ -127,13 +136,9 @@ impl Steps {
         self.add(Step::ToIndex);
     }
 
-    /// Reads the frame into the variables, as `Facts` does.
+    /// Reads the frame into the variables, as `Facts` does. What most frames are is read at places
+    /// that are known beforehand.
     fn read(&mut self) {
-        let [ipv4, ipv6, ported, next, fragment, unknown_upper, unknown_ports, done] =
-            [(); 8].map(|()| self.label());
-        // All is unknown until it is seen.
-        self.add(Step::Set(0));
-        self.add(Step::ToIndex);
         self.add(Step::Set(UNKNOWN));
         for variable in [
             Variable::Ethertype,
@@ -149,116 +154,125 @@ impl Steps {
             self.add(Step::Put(Variable::Source, word));
             self.add(Step::Put(Variable::Destination, word));
         }
-
-        // The index goes on by the length of each tag.
-        let untagged = self.label();
-        for tag in 0..=MAX_TAGS {
+        let [behind_ipv4, behind_ipv6, done] = [(); 3].map(|()| self.label());
+        for tag in 0..=MAX_TAGS as u32 {
             let tagged = self.label();
-            self.add(Step::Load(Width::Half, 12, done));
+            self.add(Step::Load(Width::Half, At::Start(12 + 4 * tag), done));
             self.if_one_of(VLAN.map(u32::from), tagged);
-            self.add(Step::Jump(untagged));
+            self.packet(14 + 4 * tag, behind_ipv4, behind_ipv6, done);
             self.place(tagged);
-            if tag == MAX_TAGS {
-                self.add(Step::Jump(done));
-                break;
-            }
-            self.add(Step::Set(4));
-            self.add(Step::AddIndex);
-            self.to_index(done);
         }
-        self.place(untagged);
+        self.add(Step::Jump(done));
+        self.place(behind_ipv6);
+        self.extensions(behind_ipv4, done);
+        self.place(behind_ipv4);
+        self.ports(At::Index(0), At::Index(2), done);
+        self.place(done);
+    }
+
+    /// Reads the packet at `at`, whose ethertype is A.
+    fn packet(&mut self, at: u32, behind_ipv4: Label, behind_ipv6: Label, done: Label) {
+        let [ipv4, ipv6] = [(); 2].map(|()| self.label());
         self.put(Variable::Ethertype);
         self.if_one_of([u32::from(IPV4)], ipv4);
         self.if_one_of([u32::from(IPV6)], ipv6);
         self.add(Step::Set(ABSENT));
         self.put(Variable::Version);
         self.put(Variable::Protocol);
-        self.put(Variable::SourcePort);
-        self.put(Variable::DestinationPort);
-        self.add(Step::Jump(done));
-
-        // The index is that of the header, less the Ethernet header's length.
+        self.absent_ports(done);
         self.place(ipv4);
-        self.version_is(4, done);
-        self.add(Step::Load(Width::Word, 14 + 16, done));
-        self.add(Step::Put(Variable::Destination, 0));
-        self.add(Step::Load(Width::Word, 14 + 12, done));
-        self.add(Step::Put(Variable::Source, 0));
-        self.add(Step::Load(Width::Byte, 14, done));
+        self.ipv4(at, behind_ipv4, done);
+        self.place(ipv6);
+        self.ipv6(at, behind_ipv6, done);
+    }
+
+    fn ipv4(&mut self, at: u32, transport: Label, done: Label) {
+        let [long_enough, too_short, with_ports, first, plain, options] =
+            [(); 6].map(|()| self.label());
+        self.version_is(4, at, done);
+        self.add(Step::Load(Width::Byte, At::Start(at), done));
         self.add(Step::And(0xf));
-        let [long_enough, short_header] = [(); 2].map(|()| self.label());
-        self.add(Step::IfAtLeast(5, long_enough, short_header));
-        self.place(short_header);
+        self.add(Step::IfAtLeast(5, long_enough, too_short));
+        self.place(too_short);
         self.add(Step::Jump(done));
         self.place(long_enough);
+        // The last word first: all of the header is there.
+        for (offset, variable) in [(16, Variable::Destination), (12, Variable::Source)] {
+            self.add(Step::Load(Width::Word, At::Start(at + offset), done));
+            self.put(variable);
+        }
         self.add(Step::Set(4));
         self.put(Variable::Version);
-        self.add(Step::Load(Width::Byte, 14 + 9, done));
+        self.add(Step::Load(Width::Byte, At::Start(at + 9), done));
         self.put(Variable::Protocol);
-        let with_ports = self.label();
         self.if_one_of(WITH_PORTS.map(u32::from), with_ports);
         self.absent_ports(done);
         self.place(with_ports);
-        self.add(Step::Load(Width::Half, 14 + 6, done));
+        self.add(Step::Load(Width::Half, At::Start(at + 6), done));
         self.add(Step::And(0x1fff));
-        let first = self.label();
         self.add(Step::IfEqual(0, first, done));
         self.place(first);
-        self.add(Step::Load(Width::Byte, 14, done));
+        self.add(Step::Load(Width::Byte, At::Start(at), done));
         self.add(Step::And(0xf));
+        self.add(Step::IfEqual(5, plain, options));
+        self.place(options);
         self.add(Step::ShiftLeft(2));
-        self.add(Step::AddIndex);
-        self.to_index(done);
-        self.add(Step::Jump(ported));
+        self.add(Step::Add(at));
+        self.add(Step::ToIndex);
+        self.add(Step::Jump(transport));
+        self.place(plain);
+        self.ports(At::Start(at + 20), At::Start(at + 22), done);
+    }
 
-        self.place(ipv6);
-        self.version_is(6, done);
-        // The last byte of the header first: all of it is there.
-        self.add(Step::Load(Width::Word, 14 + 36, done));
-        self.add(Step::Put(Variable::Destination, 3));
-        for word in 0..4 {
-            self.add(Step::Load(Width::Word, 14 + 8 + 4 * word, done));
-            self.add(Step::Put(Variable::Source, word as usize));
-            self.add(Step::Load(Width::Word, 14 + 24 + 4 * word, done));
-            self.add(Step::Put(Variable::Destination, word as usize));
+    fn ipv6(&mut self, at: u32, behind: Label, done: Label) {
+        let plain = self.label();
+        self.version_is(6, at, done);
+        // The last word first: all of the header is there.
+        for word in (0..4).rev() {
+            for (offset, variable) in [(24, Variable::Destination), (8, Variable::Source)] {
+                let place = At::Start(at + offset + 4 * word);
+                self.add(Step::Load(Width::Word, place, done));
+                self.add(Step::Put(variable, word as usize));
+            }
         }
         self.add(Step::Set(6));
         self.put(Variable::Version);
-        self.add(Step::Load(Width::Byte, 14 + 6, done));
+        self.add(Step::Set(at + 40));
+        self.add(Step::ToIndex);
+        self.add(Step::Load(Width::Byte, At::Start(at + 6), done));
         self.put(Variable::Protocol);
-        self.add(Step::Set(40));
-        self.add(Step::AddIndex);
-        self.to_index(unknown_upper);
+        self.if_one_of(WITH_PORTS.map(u32::from), plain);
+        self.add(Step::Jump(behind));
+        self.place(plain);
+        self.ports(At::Start(at + 40), At::Start(at + 42), done);
+    }
+
+    /// Goes over the headers of an IPv6 packet that begin at the index, of which the first one's
+    /// number stands for the protocol.
+    fn extensions(&mut self, transport: Label, done: Label) {
+        let [last, fragment, unknown] = [(); 3].map(|()| self.label());
         for _ in 0..MAX_EXTENSIONS {
-            self.extension(fragment, next, unknown_upper);
+            self.extension(fragment, last, unknown);
         }
-        // Neither further headers nor one that stands behind all others.
-        self.place(next);
+        // One more is one too many.
+        self.place(last);
         self.get(Variable::Protocol);
-        self.if_one_of((0..=u8::MAX).filter(|it| is_extension(*it)).map(u32::from), unknown_upper);
-        self.if_one_of(WITH_PORTS.map(u32::from), ported);
+        self.if_one_of((0..=u8::MAX).filter(|it| is_extension(*it)).map(u32::from), unknown);
+        self.if_one_of(WITH_PORTS.map(u32::from), transport);
         self.absent_ports(done);
 
-        // A later fragment.
+        // A later fragment: if it is of a protocol with ports, these stay unknown.
         self.place(fragment);
-        self.add(Step::Load(Width::Byte, 14, unknown_upper));
+        self.add(Step::Load(Width::Byte, At::Index(0), unknown));
         self.put(Variable::Protocol);
-        self.if_one_of((0..=u8::MAX).filter(|it| is_extension(*it)).map(u32::from), unknown_upper);
-        self.if_one_of(WITH_PORTS.map(u32::from), unknown_ports);
+        self.if_one_of((0..=u8::MAX).filter(|it| is_extension(*it)).map(u32::from), unknown);
+        self.if_one_of(WITH_PORTS.map(u32::from), done);
         self.absent_ports(done);
 
-        self.place(ported);
-        self.add(Step::Load(Width::Half, 14 + 2, done));
-        self.put(Variable::DestinationPort);
-        self.add(Step::Load(Width::Half, 14, done));
-        self.put(Variable::SourcePort);
-        self.add(Step::Jump(done));
-
-        self.place(unknown_upper);
+        self.place(unknown);
         self.add(Step::Set(UNKNOWN));
         self.put(Variable::Protocol);
-        self.place(unknown_ports);
-        self.place(done);
+        self.add(Step::Jump(done));
     }
 
     fn absent_ports(&mut self, done: Label) {
@@ -268,39 +282,47 @@ impl Steps {
         self.add(Step::Jump(done));
     }
 
-    /// Goes on if the packet at the index is of this version of IP.
-    fn version_is(&mut self, version: u32, otherwise: Label) {
+    /// Reads both ports, or neither.
+    fn ports(&mut self, source: At, destination: At, done: Label) {
+        self.add(Step::Load(Width::Half, destination, done));
+        self.put(Variable::DestinationPort);
+        self.add(Step::Load(Width::Half, source, done));
+        self.put(Variable::SourcePort);
+        self.add(Step::Jump(done));
+    }
+
+    /// Goes on if the packet at `at` is of this version of IP.
+    fn version_is(&mut self, version: u32, at: u32, otherwise: Label) {
         let yes = self.label();
-        self.add(Step::Load(Width::Byte, 14, otherwise));
+        self.add(Step::Load(Width::Byte, At::Start(at), otherwise));
         self.add(Step::ShiftRight(4));
         self.add(Step::IfEqual(version, yes, otherwise));
         self.place(yes);
     }
 
-    /// Goes over one extension header, if there is one, and to `end` if not.
-    fn extension(&mut self, fragment: Label, end: Label, unknown: Label) {
-        let [options, authentication, first, skip] = [(); 4].map(|()| self.label());
+    /// Goes over one extension header, if there is one, and to `last` if not.
+    fn extension(&mut self, fragment: Label, last: Label, unknown: Label) {
+        let [options, authentication, is_fragment, first, skip] = [(); 5].map(|()| self.label());
         self.get(Variable::Protocol);
         self.if_one_of(OPTIONS.map(u32::from), options);
         self.if_one_of([u32::from(AUTHENTICATION)], authentication);
-        let is_fragment = self.label();
-        self.add(Step::IfEqual(u32::from(FRAGMENT), is_fragment, end));
+        self.add(Step::IfEqual(u32::from(FRAGMENT), is_fragment, last));
         self.place(is_fragment);
         // All of it is there.
-        self.add(Step::Load(Width::Word, 14 + 4, unknown));
-        self.add(Step::Load(Width::Half, 14 + 2, unknown));
+        self.add(Step::Load(Width::Word, At::Index(4), unknown));
+        self.add(Step::Load(Width::Half, At::Index(2), unknown));
         self.add(Step::ShiftRight(3));
         self.add(Step::IfEqual(0, first, fragment));
         self.place(first);
-        self.add(Step::Load(Width::Byte, 14, unknown));
+        self.add(Step::Load(Width::Byte, At::Index(0), unknown));
         self.put(Variable::Protocol);
         self.add(Step::Set(8));
         self.add(Step::Jump(skip));
         for (label, more, shift) in [(options, 1, 3), (authentication, 2, 2)] {
             self.place(label);
-            self.add(Step::Load(Width::Byte, 14, unknown));
+            self.add(Step::Load(Width::Byte, At::Index(0), unknown));
             self.put(Variable::Protocol);
-            self.add(Step::Load(Width::Byte, 14 + 1, unknown));
+            self.add(Step::Load(Width::Byte, At::Index(1), unknown));
             self.add(Step::Add(more));
             self.add(Step::ShiftLeft(shift));
             self.add(Step::Jump(skip));

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use crate::config::AfXdp;
 use crate::features::HEADER_LENGTH;
 use crate::guest::GuestMemory;
 use crate::net_config::MacAddress;
+use crate::policy::Filter;
 use crate::sys::link::{self, Link, Watch};
 use crate::sys::xsk::{Binding, Registration, Socket};
 
@@ -67,6 +69,8 @@ struct Registered {
 
 #[derive(Debug, Default)]
 struct Shared {
+    /// What frames for the guest are judged by.
+    filter: Filter,
     attachment: Option<Attachment>,
     steering: Option<Steering>,
     abilities: Abilities,
@@ -82,6 +86,8 @@ pub struct Interface {
     /// The address whose frames are to be brought to the queue.
     steer_for: Option<MacAddress>,
     shared: Mutex<Shared>,
+    /// Whether there is a filter.
+    filters: AtomicBool,
 }
 
 impl Interface {
@@ -95,6 +101,7 @@ impl Interface {
         mtu: u16,
         mac: Option<MacAddress>,
         busy_poll: Duration,
+        filter: &Filter,
     ) -> Result<Vec<XdpQueue>, OpenError> {
         let name = &options.name;
         let interface = Arc::new(Interface {
@@ -103,6 +110,7 @@ impl Interface {
             busy_poll,
             steer_for: mac.filter(|_| options.steer),
             shared: Mutex::default(),
+            filters: AtomicBool::new(!filter.is_none()),
         });
         let link = interface.find()?;
         if !link.is_up {
@@ -118,7 +126,8 @@ impl Interface {
             );
         }
         let mut shared = interface.lock();
-        shared.attachment = Some(Attachment::new(name, link.index, options.attach)?);
+        shared.filter = filter.clone();
+        shared.attachment = Some(interface.attach(&link, filter)?);
         shared.abilities = interface.find_abilities(&link)?;
         shared.steering = interface.steer(&link)?;
         drop(shared);
@@ -174,6 +183,52 @@ impl Interface {
         self.steer_for.map(steer).transpose()
     }
 
+    /// Attaches the program, and has it judge frames for our queues by the filter, in the stead of
+    /// one that somebody may have left behind.
+    fn attach(&self, link: &Link, filter: &Filter) -> Result<Attachment, OpenError> {
+        let attachment = Attachment::new(self.name(), link.index, self.options.attach)?;
+        self.put_filter(&attachment, filter)?;
+        Ok(attachment)
+    }
+
+    fn put_filter(&self, attachment: &Attachment, filter: &Filter) -> Result<(), OpenError> {
+        let queues = self.queue(0)..self.queue(self.pairs);
+        attachment.set_filter(queues, filter).map_err(|error| {
+            OpenError(format!("set the filter of {}'s queues: {error}", self.name()))
+        })
+    }
+
+    /// How many frames for a queue pair the program has dropped so far, for whomever.
+    pub(super) fn filtered(&self, pair: u16) -> Option<u64> {
+        let shared = self.lock();
+        let counters = shared.attachment.as_ref()?.counters(self.queue(pair));
+        counters.ok().map(|counters| counters.filtered)
+    }
+
+    /// Whether frames for the guest are judged.
+    pub(super) fn filters(&self) -> bool {
+        self.filters.load(Ordering::Relaxed)
+    }
+
+    /// The filter that frames for the guest are judged by.
+    pub fn filter(&self) -> Filter {
+        self.lock().filter.clone()
+    }
+
+    /// Has frames for the guest judged by this filter from now on.
+    ///
+    /// # Errors
+    /// Those of loading a program; frames are judged as before then.
+    pub fn set_filter(&self, filter: &Filter) -> Result<(), OpenError> {
+        let mut shared = self.lock();
+        if let Some(attachment) = &shared.attachment {
+            self.put_filter(attachment, filter)?;
+        }
+        shared.filter = filter.clone();
+        self.filters.store(!filter.is_none(), Ordering::Relaxed);
+        Ok(())
+    }
+
     fn find_abilities(&self, link: &Link) -> Result<Abilities, OpenError> {
         let queues = self.queue(0)..self.queue(self.pairs);
         Abilities::find(self.name(), link.index, queues, self.options.mode)
@@ -200,7 +255,7 @@ impl Interface {
         if !shared.attachment.as_ref().is_some_and(|attachment| attachment.is_on(link.index)) {
             // Another device than before.
             shared.attachment = None;
-            let attached = Attachment::new(self.name(), link.index, self.options.attach);
+            let attached = self.attach(&link, &shared.filter);
             shared.attachment = Some(attached.map_err(Failure::Gone)?);
             shared.abilities = self.find_abilities(&link).map_err(Failure::Gone)?;
         }

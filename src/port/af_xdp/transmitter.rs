@@ -1,8 +1,8 @@
 //! Frames from the guest, on their way through the tx ring and back out of the completion ring.
 //!
 //! A frame in one piece is sent from where the guest put it. One that needs a checksum, lies in
-//! several pieces, or was judged by rules, which its headers must not change after, is copied into the arena: measured, that costs a tenth of what the kernel takes
-//! for a frame of two descriptors (docs/af-xdp.md). So is each segment of a frame that is to be cut.
+//! several pieces, or was judged by rules, which its headers must not change after, is copied into
+//! the arena: measured, that costs a tenth of what the kernel takes for a frame of two descriptors (docs/af-xdp.md). So is each segment of a frame that is to be cut.
 //!
 //! Invariant: a chain is given back when the kernel has completed its frame, and in the order of
 //! the ring. The kernel completes an address as it got it, so each carries its frame's number in
@@ -91,6 +91,7 @@ impl<'mem> Transmitter<'mem> {
 
     /// Hands frames to the kernel, as far as there are places for them.
     pub(super) fn transmit(&mut self, burst: &mut Burst<'mem, Readable>, open: &mut OpenSocket) {
+        self.admission.filter.refresh();
         while self.in_flight.len() < TX_SLOTS && open.socket.tx.room() > 0 {
             let Some(chain) = burst.front() else { break };
             if self.cut.is_none()
@@ -142,7 +143,7 @@ impl<'mem> Transmitter<'mem> {
         let length = chain.len() - header_length;
         let header = self.start.header();
         // Headers that were judged go out as they were then.
-        let judged = self.admission.rules.is_some();
+        let judged = self.admission.judges();
         let in_place = chain
             .first_after(header_length)
             .filter(|piece| piece.len() == length && !header.needs_checksum() && !judged)

@@ -50,6 +50,7 @@ impl<'mem> Transmitter<'mem> {
     /// Sends what is admitted, until the device has no room.
     pub(super) fn transmit(&mut self, burst: &mut Burst<'mem, Readable>, host: &mut TapQueue) {
         self.blocked = false;
+        self.admission.filter.refresh();
         self.starts.resize_with(MAX_WRITES, PrivateStart::default);
         while !burst.is_empty() && !self.blocked {
             let count = burst.len().min(MAX_WRITES);

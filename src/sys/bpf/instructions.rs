@@ -32,8 +32,6 @@ instructions! {
     add_register(target: u8, source: u8) = instruction(0x0f, target, source, 0, 0);
     /// target -= source
     subtract_register(target: u8, source: u8) = instruction(0x1f, target, source, 0, 0);
-    /// target = source, of 32 bits
-    copy32(target: u8, source: u8) = instruction(0xbc, target, source, 0, 0);
     /// target = value, of 32 bits
     set32(target: u8, value: i32) = instruction(0xb4, target, 0, 0, value);
     /// target += value, of 32 bits
@@ -81,6 +79,8 @@ instructions! {
     /// If register >= value, of 32 bits, without a sign
     if_at_least32(register: u8, value: i32, skip: i16) =
         instruction(0x36, register, 0, skip, value);
+    /// If register & value, of 32 bits
+    if_any_bit32(register: u8, value: i32, skip: i16) = instruction(0x46, register, 0, skip, value);
     /// Ends, with what is in 0.
     exit() = instruction(0x95, 0, 0, 0, 0);
 }
