@@ -29,6 +29,7 @@ use crate::sandbox::{Role, Sandbox};
 use crate::status::{Filters, PortStatus};
 use crate::sys::eventfd::Waker;
 use crate::sys::process::TerminationSignals;
+use crate::traffic::Tally;
 use crate::worker::{Worker, WorkerOptions};
 
 use control::Control;
@@ -284,13 +285,16 @@ fn prepare(
     let rx_filter = queues[0].rx_filter();
     let tx_filter = Arc::new(LiveFilter::new(config.tx_filter.clone()));
     let filters = Filters { tx: tx_filter, rx: rx_filter };
-    let workers = start_workers(config, &name, queues, &limits, &filters.tx, sandbox)?;
+    let tally = Arc::default();
+    let traffic = queues[0].traffic(Arc::clone(&tally));
+    let workers = start_workers(config, &name, queues, &limits, &filters.tx, &tally, sandbox)?;
     let status = Arc::new(PortStatus::new(
         name.clone(),
         config.host.to_string(),
         config.frontend.clone(),
         limits,
         filters,
+        traffic,
         workers.iter().map(|worker| worker.status().clone()).collect(),
     ));
     info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
@@ -308,6 +312,7 @@ fn start_workers(
     queues: Vec<HostQueue>,
     limits: &Arc<Limits>,
     tx_filter: &Arc<LiveFilter>,
+    tally: &Arc<Tally>,
     sandbox: Sandbox,
 ) -> Result<Vec<Worker>, StartError> {
     let cpus = &config.cpu_affinity;
@@ -321,6 +326,7 @@ fn start_workers(
                 busy_poll: config.busy_poll,
                 limits: limits.clone(),
                 tx_filter: tx_filter.clone(),
+                tally: tally.clone(),
                 sandbox,
             };
             Worker::start(queue, options)

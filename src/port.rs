@@ -10,7 +10,7 @@ pub mod tap;
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crate::counters::{CopyReason, Drop};
@@ -18,6 +18,7 @@ use crate::features::{Negotiated, PortOffloads};
 use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
 use crate::policy::{Filter, FilterView, LiveFilter, Rules};
 use crate::sandbox::Role;
+use crate::traffic::{Tally, Traffic};
 use crate::vnet_header::{Admission, Surplus};
 
 /// One queue pair's way to the host's network, for one session.
@@ -141,11 +142,25 @@ impl HostQueue {
 
     /// What judges frames for the guest, for all queues of its port.
     pub fn rx_filter(&self) -> RxFilter {
-        match self {
-            HostQueue::Tap(queue) => RxFilter::Tap(queue.filter().clone()),
-            HostQueue::AfXdp(queue) => RxFilter::AfXdp(queue.interface().clone()),
-            HostQueue::Loopback => RxFilter::Nobody,
-        }
+        let (judge, current) = match self {
+            HostQueue::Tap(queue) => {
+                (Judge::Tap(Arc::downgrade(queue.filter())), queue.filter().get())
+            }
+            HostQueue::AfXdp(queue) => {
+                (Judge::AfXdp(Arc::downgrade(queue.interface())), queue.interface().filter())
+            }
+            HostQueue::Loopback => (Judge::Nobody, Filter::default()),
+        };
+        RxFilter { judge, current: Arc::new(LiveFilter::new(current)) }
+    }
+
+    /// What is counted of its port's traffic, in `tally` by those who serve the queues.
+    pub fn traffic(&self, tally: Arc<Tally>) -> Traffic {
+        let interface = match self {
+            HostQueue::AfXdp(queue) => Some(Arc::downgrade(queue.interface())),
+            HostQueue::Tap(_) | HostQueue::Loopback => None,
+        };
+        Traffic::new(tally, interface)
     }
 
     /// Begins a session.
@@ -164,46 +179,57 @@ impl HostQueue {
 
 /// What judges frames for a port's guest: the kernel, before they reach its memory.
 #[derive(Debug, Clone)]
-pub enum RxFilter {
-    /// A filter of the TAP's queues.
-    Tap(Arc<tap::TapFilter>),
-    /// The XDP program.
-    AfXdp(Arc<af_xdp::Interface>),
+pub struct RxFilter {
+    judge: Judge,
+    /// What was set last.
+    current: Arc<LiveFilter>,
+}
+
+/// Where frames are judged. Whoever has one does not keep the device: that is closed with the port's
+/// queues, by their threads.
+#[derive(Debug, Clone)]
+enum Judge {
+    /// In a filter of the TAP's queues.
+    Tap(Weak<tap::TapFilter>),
+    /// In the XDP program.
+    AfXdp(Weak<af_xdp::Interface>),
     /// There is no host.
     Nobody,
 }
 
 impl RxFilter {
     /// The filter that is in force.
-    pub fn get(&self) -> Filter {
-        match self {
-            RxFilter::Tap(tap) => tap.get(),
-            RxFilter::AfXdp(interface) => interface.filter(),
-            RxFilter::Nobody => Filter::default(),
-        }
+    pub fn get(&self) -> Arc<Filter> {
+        self.current.get()
     }
 
-    /// Has frames judged by this filter from now on, whatever runs. For a thread that has the
-    /// [`role`](Self::role).
+    /// Has frames judged by this filter from now on, whatever runs. For the port's control thread,
+    /// which has the [`role`](Self::role).
     ///
     /// # Errors
     /// Why not; the filter of before is in force then.
     pub fn set(&self, filter: &Filter) -> io::Result<()> {
-        match self {
-            RxFilter::Tap(tap) => tap.set(filter),
-            RxFilter::AfXdp(interface) => {
-                interface.set_filter(filter).map_err(|error| io::Error::other(error.to_string()))
+        let stopped = || io::Error::other("the port has stopped");
+        match &self.judge {
+            Judge::Tap(tap) => tap.upgrade().ok_or_else(stopped)?.set(filter)?,
+            Judge::AfXdp(interface) => {
+                let set = interface.upgrade().ok_or_else(stopped)?.set_filter(filter);
+                set.map_err(|error| io::Error::other(error.to_string()))?;
             }
-            RxFilter::Nobody if filter.is_none() => Ok(()),
-            RxFilter::Nobody => Err(io::Error::other("a loopback port has nobody to filter for")),
+            Judge::Nobody if filter.is_none() => {}
+            Judge::Nobody => {
+                return Err(io::Error::other("a loopback port has nobody to filter for"));
+            }
         }
+        self.current.set(filter.clone());
+        Ok(())
     }
 
     /// What a thread does that may change it.
     pub fn role(&self) -> Role {
-        match self {
-            RxFilter::Tap(_) | RxFilter::Nobody => Role::Control,
-            RxFilter::AfXdp(_) => Role::XdpControl,
+        match self.judge {
+            Judge::Tap(_) | Judge::Nobody => Role::Control,
+            Judge::AfXdp(_) => Role::XdpControl,
         }
     }
 }
@@ -221,6 +247,8 @@ pub struct Terms {
     pub rules: Option<Arc<Rules>>,
     /// What of it is denied.
     pub tx_filter: Arc<LiveFilter>,
+    /// Where frames are counted by whom they go to and come from.
+    pub tally: Arc<Tally>,
 }
 
 impl Terms {
@@ -232,6 +260,7 @@ impl Terms {
             max_frame,
             rules: self.rules.clone(),
             filter: FilterView::new(self.tx_filter.clone()),
+            peeks: false,
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::config::Frontend;
 use crate::counters::PairCounters;
 use crate::policy::{Limits, LiveFilter};
 use crate::port::RxFilter;
+use crate::traffic::Traffic;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nobody panics while holding one of these.
@@ -78,6 +79,8 @@ pub struct PortStatus {
     pub limits: Arc<Limits>,
     /// What it may move.
     pub filters: Filters,
+    /// Whom its guest speaks to, while somebody asks.
+    pub traffic: Traffic,
     /// Its queue pairs.
     pub pairs: Vec<Arc<PairStatus>>,
     connection: Mutex<FrontendStatus>,
@@ -91,9 +94,19 @@ impl PortStatus {
         frontend: Frontend,
         limits: Arc<Limits>,
         filters: Filters,
+        traffic: Traffic,
         pairs: Vec<Arc<PairStatus>>,
     ) -> Self {
-        PortStatus { name, host, frontend, limits, filters, pairs, connection: Mutex::default() }
+        PortStatus {
+            name,
+            host,
+            frontend,
+            limits,
+            filters,
+            traffic,
+            pairs,
+            connection: Mutex::default(),
+        }
     }
 
     /// A frontend has connected.

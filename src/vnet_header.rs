@@ -4,8 +4,8 @@
 //! copy against the frame and the negotiated features, and what is sent begins with the copy. For
 //! a frame to be segmented the copy goes on through the TCP or UDP header, so that the very
 //! headers that were checked are the ones the kernel segments by; so it does where the operator has
-//! [`Rules`] or a filter for what the guest may send. The guest can rewrite its memory meanwhile and change
-//! nothing but its payload.
+//! [`Rules`] or a filter for what the guest may send. The guest can rewrite its memory meanwhile and
+//! change nothing but its payload.
 
 mod headers;
 
@@ -195,6 +195,8 @@ pub struct Admission {
     pub rules: Option<Arc<Rules>>,
     /// And what the operator denies.
     pub filter: FilterView,
+    /// Whether frames are looked at for another reason, and their headers copied for that.
+    pub peeks: bool,
 }
 
 impl Admission {
@@ -229,7 +231,7 @@ pub fn admit(
         if frame_length > admission.max_frame {
             return Err(Drop::TooLong);
         }
-        if admission.judges() {
+        if admission.judges() || admission.peeks {
             copied = chain.read_start(&mut start.bytes);
         }
         // The header was read once already: only that copy counts.

@@ -23,6 +23,7 @@ use crate::sandbox::Sandbox;
 use crate::status::PairStatus;
 use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
 use crate::sys::process::{Interruptible, pin_this_thread};
+use crate::traffic::Tally;
 
 /// How long a worker may take to end its session before the system call that it is in is
 /// interrupted.
@@ -98,6 +99,8 @@ pub struct WorkerOptions {
     pub limits: Arc<Limits>,
     /// What is denied of what the guest sends.
     pub tx_filter: Arc<LiveFilter>,
+    /// Where its traffic is counted.
+    pub tally: Arc<Tally>,
     /// What the thread is left with.
     pub sandbox: Sandbox,
 }

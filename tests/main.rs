@@ -9,6 +9,7 @@ mod filter;
 mod fuzzing;
 mod hostile;
 mod lifecycle;
+mod live;
 mod oracle;
 mod policy;
 mod ports;

@@ -23,8 +23,9 @@ use serde::{Deserialize, Serialize};
 use crate::counters::Drop;
 
 pub use classic::{MAX_INSTRUCTIONS, classic};
-pub use extended::extended;
+pub use extended::{SEEN, SEEN_AT, extended, seen};
 use facts::Facts;
+pub use facts::carried;
 
 /// Rules of a filter at the most.
 pub const MAX_RULES: usize = 64;
@@ -60,8 +61,8 @@ struct Rule {
 }
 
 /// What a frame carries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Protocol {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Protocol {
     /// By the Ethernet header, or the last VLAN tag.
     Ethertype(u16),
     /// ICMP, which is IPv4's.

@@ -121,8 +121,8 @@ impl TapQueue {
             .and_then(|()| if receives { Ok(()) } else { self.set_attached(false) });
         let longest = self.longest_frame(mtu);
         let mut port = TapPort {
-            transmitter: Transmitter::new(terms.admission(longest), mtu),
-            receiver: Receiver::new(&negotiated, mtu, longest, receives),
+            transmitter: Transmitter::new(terms, longest),
+            receiver: Receiver::new(terms, longest),
             mtu,
             bursts_since_woken: 0,
             rx_limit: READS_PER_TURN,
@@ -257,6 +257,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         if gone || !self.receiver.may_have_frames {
             return;
         }
+        self.receiver.look();
         let mut asked = false;
         for _ in 0..self.rx_limit {
             if !self.receiver.can_read() {
@@ -287,6 +288,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                 self.receiver.expect(self.host.longest_frame(self.mtu));
             }
         }
+        self.receiver.count();
     }
 
     fn limit_rx(&mut self, frames: usize) {

@@ -22,6 +22,7 @@ mod command {
     pub(super) const MAP_LOOKUP_ELEM: libc::c_long = 1;
     pub(super) const MAP_UPDATE_ELEM: libc::c_long = 2;
     pub(super) const MAP_DELETE_ELEM: libc::c_long = 3;
+    pub(super) const MAP_GET_NEXT_KEY: libc::c_long = 4;
     pub(super) const PROG_LOAD: libc::c_long = 5;
     pub(super) const PROG_TEST_RUN: libc::c_long = 10;
     pub(super) const PROG_GET_FD_BY_ID: libc::c_long = 13;
@@ -113,6 +114,9 @@ pub enum MapKind {
     /// A program for each key (`BPF_MAP_TYPE_PROG_ARRAY`), which it loses with the last descriptor
     /// of the map.
     Programs,
+    /// Two `u64` for each key of so many bytes: those used last, if there are more than so many
+    /// (`BPF_MAP_TYPE_LRU_HASH`).
+    Recent(usize),
 }
 
 /// A map.
@@ -140,7 +144,10 @@ impl Map {
             numa_node: u32,
             name: [u8; MAX_NAME + 1],
         }
+        const LRU_HASH: u32 = 9;
+        let key_size = if let MapKind::Recent(bytes) = kind { bytes as u32 } else { 4 };
         let (kind, value_size) = match kind {
+            MapKind::Recent(_) => (LRU_HASH, 16),
             MapKind::Sockets => (XSKMAP, 4),
             MapKind::Numbers => (ARRAY, 4),
             MapKind::Programs => (PROG_ARRAY, 4),
@@ -148,7 +155,7 @@ impl Map {
         };
         let mut attributes = Attributes {
             kind,
-            key_size: 4,
+            key_size,
             value_size,
             entries,
             flags: 0,
@@ -224,6 +231,40 @@ impl Map {
     pub fn set_program(&self, key: u32, program: &Program) -> io::Result<()> {
         let value = program.0.as_raw_fd();
         self.element(command::MAP_UPDATE_ELEM, key, &raw const value as u64).map(drop)
+    }
+
+    /// All that a map for recent keys of `N` bytes holds. What changes meanwhile may be missed.
+    pub fn recent<const N: usize>(&self, most: usize) -> io::Result<Vec<([u8; N], [u64; 2])>> {
+        #[repr(C)]
+        struct Attributes {
+            map: RawFd,
+            key: u64,
+            value: u64,
+            flags: u64,
+        }
+        let call = |command, key: *const [u8; N], value: u64| {
+            let mut attributes =
+                Attributes { map: self.0.as_raw_fd(), key: key as u64, value, flags: 0 };
+            // SAFETY: the map was made for keys of N bytes and values of 16, says our caller; the
+            // next key, or a value, is written to where `value` points, which is as long.
+            unsafe { bpf(command, &mut attributes) }
+        };
+        let (mut found, mut last) = (Vec::new(), None::<[u8; N]>);
+        while found.len() < most {
+            let mut key = [0; N];
+            let from = last.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+            match call(command::MAP_GET_NEXT_KEY, from, &raw mut key as u64) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
+                other => other?,
+            };
+            let mut value = [0u64; 2];
+            // It may have gone meanwhile.
+            if call(command::MAP_LOOKUP_ELEM, &raw const key, &raw mut value as u64).is_ok() {
+                found.push((key, value));
+            }
+            last = Some(key);
+        }
+        Ok(found)
     }
 
     /// Takes away what is under `key`.

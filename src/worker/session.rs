@@ -108,6 +108,7 @@ pub(super) fn serve(
         receives,
         rules: session.rules.clone(),
         tx_filter: options.tx_filter.clone(),
+        tally: options.tally.clone(),
     };
     let port = host.session(&session.memory, &terms);
     let header_length = session.negotiated.header_length();

@@ -260,6 +260,7 @@ fn admission(negotiated: &Negotiated) -> Admission {
         max_frame: 1522,
         rules: None,
         filter: FilterView::new(Arc::default()),
+        peeks: false,
     }
 }
 
@@ -442,6 +443,7 @@ impl Served {
                 tx: Limiter::new(&Limit::default()),
             }),
             tx_filter: Arc::default(),
+            tally: Arc::default(),
             sandbox: Sandbox::NONE,
         };
         let worker = Worker::start(HostQueue::Loopback, options).unwrap();

@@ -1,7 +1,9 @@
 //! A filter as instructions of BPF, for an XDP program.
 
-use super::steps::{self, At, Step, Steps, VARIABLES, Variable, Width};
-use super::{Action, Filter};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::steps::{self, ABSENT, At, Step, Steps, UNKNOWN, VARIABLES, Variable, Width};
+use super::{Action, Filter, Protocol, facts};
 use crate::sys::bpf::assembly::{Assembly, Label};
 use crate::sys::bpf::instructions::{
     add, add_register32, add32, and32, call, copy, from_network, if_at_least32, if_equal32,
@@ -19,6 +21,35 @@ const LOADED: i16 = INDEX - 4;
 const VARIABLES_AT: i16 = -12;
 
 const XDP_LOAD_BYTES: i32 = 189;
+
+/// Bytes on the stack that hold what was seen of a frame, for [`seen`] to read: 16 of the source's
+/// address, 8 of the ports, and the rest.
+pub const SEEN: usize = 4 * (Variable::Source as usize + 4);
+/// Where they are.
+pub const SEEN_AT: i16 = VARIABLES_AT + 4 - SEEN as i16;
+
+/// What a frame carries, and where it comes from, by what the instructions have left in [`SEEN`].
+pub fn seen(bytes: &[u8; SEEN]) -> (Option<Protocol>, Option<IpAddr>) {
+    let variable = |variable: Variable, word: usize| {
+        let at = SEEN - 4 * (variable as usize + word + 1);
+        bytes[at..].first_chunk().copied().map_or(UNKNOWN, u32::from_ne_bytes)
+    };
+    let known = |of| Some(variable(of, 0)).filter(|it| ![UNKNOWN, ABSENT].contains(it));
+    let source = [0, 1, 2, 3].map(|word| variable(Variable::Source, word));
+    let bits = source.iter().fold(0, |bits: u128, word| bits << 32 | u128::from(*word));
+    let source = match known(Variable::Version) {
+        Some(4) => Some(IpAddr::from(Ipv4Addr::from_bits(source[0]))),
+        Some(6) => Some(IpAddr::from(Ipv6Addr::from_bits(bits))),
+        _ => None,
+    };
+    let (ethertype, number) = (known(Variable::Ethertype), known(Variable::Protocol));
+    let protocol = facts::protocol(
+        ethertype.map(|it| it as u16),
+        number.map(|it| it as u8),
+        source.map(|source| source.is_ipv4()),
+    );
+    (protocol, source)
+}
 
 /// Instructions that judge the frame that register 9 describes (`struct xdp_md`), and leave 1 in
 /// register 0 if it passes, else 0. They use 0 to 5, and the stack but for its first 8 bytes.

@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use super::Protocol;
+
 pub(super) const IPV4: u16 = 0x0800;
 pub(super) const ARP: u16 = 0x0806;
 pub(super) const IPV6: u16 = 0x86dd;
@@ -42,6 +44,10 @@ pub(super) enum Fact<T> {
 }
 
 impl<T: Copy> Fact<T> {
+    fn known(self) -> Option<T> {
+        if let Fact::Known(it) = self { Some(it) } else { None }
+    }
+
     /// Whether it is as wanted; `unknown` if nobody knows.
     pub(super) fn is(self, unknown: bool, wanted: impl FnOnce(T) -> bool) -> bool {
         match self {
@@ -71,6 +77,29 @@ fn array<const N: usize>(frame: &[u8], at: usize) -> Option<[u8; N]> {
 
 fn u16_at(frame: &[u8], at: usize) -> Option<u16> {
     array(frame, at).map(u16::from_be_bytes)
+}
+
+/// What a frame carries, as far as it shows that, and the addresses of its IP packet, if it has one:
+/// the source's first.
+pub fn carried(start: &[u8]) -> (Option<Protocol>, Option<[IpAddr; 2]>) {
+    let facts = Facts::read(start);
+    let addresses = facts.addresses.known();
+    let version = addresses.map(|[source, _]| source.is_ipv4());
+    (protocol(facts.ethertype.known(), facts.protocol.known(), version), addresses)
+}
+
+/// What a packet with these numbers carries.
+pub(super) fn protocol(
+    ethertype: Option<u16>,
+    number: Option<u8>,
+    is_ipv4: Option<bool>,
+) -> Option<Protocol> {
+    match (number, is_ipv4) {
+        (Some(ICMP), Some(true)) => Some(Protocol::Icmp),
+        (Some(ICMPV6), Some(false)) => Some(Protocol::Icmp6),
+        (Some(number), _) => Some(Protocol::Ip(number)),
+        (None, _) => ethertype.map(Protocol::Ethertype),
+    }
 }
 
 impl Facts {

@@ -34,8 +34,8 @@ pub(super) enum Variable {
 pub(super) const VARIABLES: usize = Variable::Destination as usize + 4;
 
 /// What stands in a variable that the frame has not, and that it may have, and does not show.
-const ABSENT: u32 = 0x1_0000;
-const UNKNOWN: u32 = 0x2_0000;
+pub(super) const ABSENT: u32 = 0x1_0000;
+pub(super) const UNKNOWN: u32 = 0x2_0000;
 
 /// Bytes of a load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,7 +129,7 @@ impl Steps {
     }
 
     /// Sets the index to A, unless it is too far.
-    fn to_index(&mut self, too_far: Label) {
+    fn set_index(&mut self, too_far: Label) {
         let near = self.label();
         self.add(Step::IfAtLeast(MAX_OFFSET as u32, too_far, near));
         self.place(near);
@@ -329,7 +329,7 @@ impl Steps {
         }
         self.place(skip);
         self.add(Step::AddIndex);
-        self.to_index(unknown);
+        self.set_index(unknown);
     }
 
     /// Ends if the rule decides, else goes on.

@@ -258,6 +258,11 @@ fn tap() -> (Queue, OwnedFd) {
     let mut addresses = getifaddrs().unwrap().filter(is_tap);
     let address = addresses.find_map(|interface| interface.address?.as_link_addr().copied());
     bind(wire.as_raw_fd(), &address.unwrap()).unwrap();
+    // The kernel drops frames until it has noticed that there is a carrier.
+    while !queue.discard() {
+        send(wire.as_raw_fd(), &[0; 60], MsgFlags::empty()).unwrap();
+    }
+    while queue.discard() {}
     (queue, wire)
 }
 

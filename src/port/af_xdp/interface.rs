@@ -1,9 +1,11 @@
 //! A network device and the sockets on its queues, as the queue pairs of a port share them: one
 //! XDP program, one UMEM for all sockets of a memory table.
 
+mod wanted;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -22,6 +24,8 @@ use crate::net_config::MacAddress;
 use crate::policy::Filter;
 use crate::sys::link::{self, Link, Watch};
 use crate::sys::xsk::{Binding, Registration, Socket};
+
+use wanted::Wanted;
 
 /// What a frame has on top of its MTU at the most: an Ethernet header and a VLAN tag, as Linux
 /// forwards frames (`is_skb_forwardable`).
@@ -69,8 +73,7 @@ struct Registered {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// What frames for the guest are judged by.
-    filter: Filter,
+    wanted: Wanted,
     attachment: Option<Attachment>,
     steering: Option<Steering>,
     abilities: Abilities,
@@ -126,8 +129,8 @@ impl Interface {
             );
         }
         let mut shared = interface.lock();
-        shared.filter = filter.clone();
-        shared.attachment = Some(interface.attach(&link, filter)?);
+        shared.wanted.filter = filter.clone();
+        shared.attachment = Some(interface.attach(&link, &shared.wanted)?);
         shared.abilities = interface.find_abilities(&link)?;
         shared.steering = interface.steer(&link)?;
         drop(shared);
@@ -183,52 +186,6 @@ impl Interface {
         self.steer_for.map(steer).transpose()
     }
 
-    /// Attaches the program, and has it judge frames for our queues by the filter, in the stead of
-    /// one that somebody may have left behind.
-    fn attach(&self, link: &Link, filter: &Filter) -> Result<Attachment, OpenError> {
-        let attachment = Attachment::new(self.name(), link.index, self.options.attach)?;
-        self.put_filter(&attachment, filter)?;
-        Ok(attachment)
-    }
-
-    fn put_filter(&self, attachment: &Attachment, filter: &Filter) -> Result<(), OpenError> {
-        let queues = self.queue(0)..self.queue(self.pairs);
-        attachment.set_filter(queues, filter).map_err(|error| {
-            OpenError(format!("set the filter of {}'s queues: {error}", self.name()))
-        })
-    }
-
-    /// How many frames for a queue pair the program has dropped so far, for whomever.
-    pub(super) fn filtered(&self, pair: u16) -> Option<u64> {
-        let shared = self.lock();
-        let counters = shared.attachment.as_ref()?.counters(self.queue(pair));
-        counters.ok().map(|counters| counters.filtered)
-    }
-
-    /// Whether frames for the guest are judged.
-    pub(super) fn filters(&self) -> bool {
-        self.filters.load(Ordering::Relaxed)
-    }
-
-    /// The filter that frames for the guest are judged by.
-    pub fn filter(&self) -> Filter {
-        self.lock().filter.clone()
-    }
-
-    /// Has frames for the guest judged by this filter from now on.
-    ///
-    /// # Errors
-    /// Those of loading a program; frames are judged as before then.
-    pub fn set_filter(&self, filter: &Filter) -> Result<(), OpenError> {
-        let mut shared = self.lock();
-        if let Some(attachment) = &shared.attachment {
-            self.put_filter(attachment, filter)?;
-        }
-        shared.filter = filter.clone();
-        self.filters.store(!filter.is_none(), Ordering::Relaxed);
-        Ok(())
-    }
-
     fn find_abilities(&self, link: &Link) -> Result<Abilities, OpenError> {
         let queues = self.queue(0)..self.queue(self.pairs);
         Abilities::find(self.name(), link.index, queues, self.options.mode)
@@ -255,7 +212,7 @@ impl Interface {
         if !shared.attachment.as_ref().is_some_and(|attachment| attachment.is_on(link.index)) {
             // Another device than before.
             shared.attachment = None;
-            let attached = self.attach(&link, &shared.filter);
+            let attached = self.attach(&link, &shared.wanted);
             shared.attachment = Some(attached.map_err(Failure::Gone)?);
             shared.abilities = self.find_abilities(&link).map_err(Failure::Gone)?;
         }

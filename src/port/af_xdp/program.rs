@@ -7,8 +7,8 @@
 //! and attaches it, those that follow find it there and hold on to its link. The kernel detaches
 //! it when the last of them has ended, however it ended.
 //!
-//! Frames of a queue whose port has a filter are judged by a program of that queue's (`code`), which
-//! the daemon that has the queue loads and puts into a map.
+//! Frames of a queue whose port has a filter, or counts who sends them, are seen to by a program of
+//! that queue's (`code`), which the daemon that has the queue loads and puts into a map.
 //!
 //! It is assembled here, some seventy instructions: the loaders of the field (aya, libbpf) take an
 //! ELF object, and making one takes clang or a nightly compiler.
@@ -26,21 +26,24 @@ use log::info;
 use super::OpenError;
 use crate::config::Attach;
 use crate::policy::Filter;
+use crate::policy::filter::SEEN;
 use crate::sys::bpf::{Hook, Link, Map, MapKind, Program, ProgramInfo};
 use crate::sys::link;
+use crate::traffic::MAX_ROWS;
 
 /// The program's name, by which another daemon knows it.
 const NAME: &str = "vhost_user_net";
-/// That of the program of a queue whose frames are filtered.
-const FILTER_NAME: &str = "vun_filter";
+/// That of a queue's own program.
+const OWN_NAME: &str = "vun_queue";
 const SOCKETS: &str = "vun_sockets";
 const COUNTERS: &str = "vun_counters";
 const QUEUE_SETTINGS: &str = "vun_queues";
-const FILTERS: &str = "vun_filters";
+const PROGRAMS: &str = "vun_programs";
+const PEERS: &str = "vun_peers";
 /// Of a queue's settings: length in bytes of the virtio header before each frame.
 const HEADER_LENGTH: u32 = 0xffff;
-/// Frames are judged by a program of the queue's own.
-const FILTERED: u32 = 1 << 16;
+/// Frames are seen to by a program of the queue's own.
+const OWN_PROGRAM: u32 = 1 << 16;
 /// Numbers that are counted for a queue.
 const COUNTED: usize = 6;
 /// Queues of a device at the most that can have a socket.
@@ -88,15 +91,32 @@ pub struct Attachment {
     device: u32,
 }
 
+/// What a port wants done with frames for its queues.
+#[derive(Debug, Clone, Copy)]
+pub struct Own<'a> {
+    /// What they are judged by.
+    pub filter: &'a Filter,
+    /// Where those that pass are counted by who sends them.
+    pub peers: Option<&'a Map>,
+}
+
+/// A map for [`Own::peers`].
+///
+/// # Errors
+/// EPERM without CAP_BPF.
+pub fn peers() -> io::Result<Map> {
+    Map::new(MapKind::Recent(SEEN), PEERS, MAX_ROWS as u32)
+}
+
 /// What the program and those who use it share, by queue.
 #[derive(Debug)]
 struct Maps {
     sockets: Map,
     counters: Map,
-    /// What is done with a frame: [`HEADER_LENGTH`], [`FILTERED`].
+    /// What is done with a frame: [`HEADER_LENGTH`], [`OWN_PROGRAM`].
     queues: Map,
-    /// Programs that judge frames.
-    filters: Map,
+    /// The queues' own programs.
+    programs: Map,
 }
 
 impl Maps {
@@ -105,7 +125,7 @@ impl Maps {
             sockets: Map::new(MapKind::Sockets, SOCKETS, QUEUES)?,
             counters: Map::new(MapKind::Counters(COUNTED), COUNTERS, QUEUES)?,
             queues: Map::new(MapKind::Numbers, QUEUE_SETTINGS, QUEUES)?,
-            filters: Map::new(MapKind::Programs, FILTERS, QUEUES)?,
+            programs: Map::new(MapKind::Programs, PROGRAMS, QUEUES)?,
         })
     }
 
@@ -118,13 +138,13 @@ impl Maps {
             .collect::<io::Result<HashMap<String, Map>>>()?;
         let mut take = |name| named.remove(name);
         let (sockets, counters) = (take(SOCKETS), take(COUNTERS));
-        let (queues, filters) = (take(QUEUE_SETTINGS), take(FILTERS));
+        let (queues, programs) = (take(QUEUE_SETTINGS), take(PROGRAMS));
         Ok((|| {
             Some(Maps {
                 sockets: sockets?,
                 counters: counters?,
                 queues: queues?,
-                filters: filters?,
+                programs: programs?,
             })
         })())
     }
@@ -215,24 +235,22 @@ impl Attachment {
         self.maps.sockets.remove(queue)
     }
 
-    /// Has frames for the sockets of these queues judged by the filter from now on.
+    /// Has frames for the sockets of these queues judged, and counted, so from now on.
     ///
     /// # Errors
     /// Those of loading a program; frames are judged as before then.
-    pub fn set_filter(&self, mut queues: Range<u32>, filter: &Filter) -> io::Result<()> {
-        let Maps { queues: settings, filters, .. } = &self.maps;
-        if filter.is_none() {
+    pub fn set_own(&self, mut queues: Range<u32>, own: &Own<'_>) -> io::Result<()> {
+        let Maps { queues: settings, programs, .. } = &self.maps;
+        if own.filter.is_none() && own.peers.is_none() {
+            // A program that was there stays, for frames that are just on their way to it.
             return queues.try_for_each(|queue| {
-                settings.set_number(queue, settings.number(queue)? & !FILTERED)?;
-                // It fails if there was none.
-                let _ = filters.remove(queue);
-                Ok(())
+                settings.set_number(queue, settings.number(queue)? & !OWN_PROGRAM)
             });
         }
-        let program = Program::load(FILTER_NAME, &code::assemble(&self.maps, Some(filter)))?;
+        let program = Program::load(OWN_NAME, &code::assemble(&self.maps, Some(own)))?;
         queues.try_for_each(|queue| {
-            filters.set_program(queue, &program)?;
-            settings.set_number(queue, settings.number(queue)? | FILTERED)
+            programs.set_program(queue, &program)?;
+            settings.set_number(queue, settings.number(queue)? | OWN_PROGRAM)
         })
     }
 

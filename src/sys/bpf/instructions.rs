@@ -58,6 +58,8 @@ instructions! {
     store32(target: u8, source: u8, offset: i16) = instruction(0x63, target, source, offset, 0);
     /// *(u64 *)(target + offset) = source
     store64(target: u8, source: u8, offset: i16) = instruction(0x7b, target, source, offset, 0);
+    /// *(u64 *)(target + offset) += source, at once for all processors
+    add_atomic64(target: u8, source: u8, offset: i16) = instruction(0xdb, target, source, offset, 0);
     /// *(u16 *)(target + offset) = value
     put16(target: u8, offset: i16, value: i32) = instruction(0x6a, target, 0, offset, value);
     /// *(u32 *)(target + offset) = value

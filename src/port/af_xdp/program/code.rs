@@ -1,19 +1,19 @@
-//! The program's instructions. For a queue whose frames are filtered there is a program of its own,
-//! to which the device's goes on: the same, with the filter in it.
+//! The program's instructions. For a queue whose frames are filtered, or counted by who sends them,
+//! there is a program of its own, to which the device's goes on: the same, with that in it.
 
-use super::{COUNTED, FILTERED, HEADER_LENGTH, Maps};
-use crate::policy::Filter;
-use crate::policy::filter::extended;
+use super::{COUNTED, HEADER_LENGTH, Maps, OWN_PROGRAM, Own};
+use crate::policy::filter::{SEEN_AT, extended};
 use crate::sys::bpf::Map;
 use crate::sys::bpf::assembly::{Assembly, Label};
 use crate::sys::bpf::instructions::{
-    add, add_register, and32, call, copy, exit, if_any_bit32, if_equal, if_greater, if_not_equal,
-    instruction, jump, load32, load64, put16, put32, put64, set, store32, store64,
+    add, add_atomic64, add_register, and32, call, copy, exit, if_any_bit32, if_equal, if_greater,
+    if_not_equal, instruction, jump, load32, load64, put16, put32, put64, set, store32, store64,
     subtract_register,
 };
 
 // Helpers of linux/bpf.h.
 const MAP_LOOKUP_ELEM: i32 = 1;
+const MAP_UPDATE_ELEM: i32 = 2;
 const TAIL_CALL: i32 = 12;
 const XDP_ADJUST_HEAD: i32 = 44;
 const REDIRECT_MAP: i32 = 51;
@@ -74,8 +74,35 @@ fn count(code: &mut Assembly, maps: &Maps, what: Count) {
     code.place(done);
 }
 
-/// Assembles the device's program, or a queue's, which judges by `filter`.
-pub(super) fn assemble(maps: &Maps, filter: Option<&Filter>) -> Vec<u64> {
+/// Counts the frame with those of the same protocol and sender, by what the filter has seen of it.
+fn count_peer(code: &mut Assembly, peers: &Map) {
+    /// Where a row's frames and bytes are on the stack.
+    const ROW: i16 = -88;
+    /// Where the frame's ports are, in what was seen of it: they make no difference.
+    const PORTS: i16 = SEEN_AT + 16;
+    let [first, done] = [(); 2].map(|()| code.label());
+    code.extend([put32(10, PORTS, 0), put32(10, PORTS + 4, 0)]);
+    code.extend(map(1, peers));
+    code.extend([copy(2, 10), add(2, SEEN_AT.into()), call(MAP_LOOKUP_ELEM)]);
+    code.jump(first, if_equal(0, 0, 0));
+    code.extend([set(1, 1), add_atomic64(0, 1, 0), add_atomic64(0, LENGTH, 8)]);
+    code.jump(done, jump(0));
+    code.place(first);
+    code.extend([put64(10, ROW, 1), store64(10, LENGTH, ROW + 8)]);
+    code.extend(map(1, peers));
+    code.extend([
+        copy(2, 10),
+        add(2, SEEN_AT.into()),
+        copy(3, 10),
+        add(3, ROW.into()),
+        set(4, 0),
+        call(MAP_UPDATE_ELEM),
+    ]);
+    code.place(done);
+}
+
+/// Assembles the device's program, or a queue's own.
+pub(super) fn assemble(maps: &Maps, own: Option<&Own<'_>>) -> Vec<u64> {
     let mut code = Assembly::default();
     let [passed, plain, unheaded, lost] = [(); 4].map(|()| code.label());
     code.extend([
@@ -95,26 +122,29 @@ pub(super) fn assemble(maps: &Maps, filter: Option<&Filter>) -> Vec<u64> {
 
     look_up(&mut code, &maps.queues, plain);
     code.push(load32(SETTINGS, 0, 0));
-    match filter {
+    match own {
         None => {
             let unfiltered = code.label();
-            code.push(if_any_bit32(SETTINGS, FILTERED as i32, 1));
+            code.push(if_any_bit32(SETTINGS, OWN_PROGRAM as i32, 1));
             code.jump(unfiltered, jump(0));
             code.push(copy(1, FRAME));
-            code.extend(map(2, &maps.filters));
+            code.extend(map(2, &maps.programs));
             code.extend([copy(3, QUEUE), call(TAIL_CALL)]);
-            // There should be a filter, and is none.
+            // There should be a program, and is none.
             count(&mut code, maps, Count::Filtered);
             code.extend([set(0, DROP), exit()]);
             code.place(unfiltered);
         }
-        Some(filter) => {
+        Some(Own { filter, peers }) => {
             let allowed = code.label();
             code.extend(extended(filter));
             code.jump(allowed, if_not_equal(0, 0, 0));
             count(&mut code, maps, Count::Filtered);
             code.extend([set(0, DROP), exit()]);
             code.place(allowed);
+            if let Some(peers) = peers {
+                count_peer(&mut code, peers);
+            }
         }
     }
     count(&mut code, maps, Count::Redirected);
