@@ -12,7 +12,9 @@ mod report;
 mod requests;
 pub mod scrape;
 mod stats;
+pub mod top;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -82,12 +84,26 @@ struct Client {
     output: Vec<u8>,
     /// It has the daemon's ports, which are to go on if it goes.
     has_ports: bool,
+    /// Ports whose traffic is counted for it, by name.
+    counting: BTreeSet<String>,
 }
 
 impl Client {
     fn new(number: u32, stream: UnixStream) -> Self {
-        let (input, files, output) = Default::default();
-        Client { number, stream, input, files, output, has_ports: false }
+        let (input, files, output, counting) = Default::default();
+        Client { number, stream, input, files, output, has_ports: false, counting }
+    }
+
+    /// Ends what was done for it.
+    fn leave(&self, ports: &Ports) {
+        if self.has_ports {
+            ports.resume();
+        }
+        let counted = self.counting.iter().filter_map(|name| ports.find(name).ok());
+        for port in counted {
+            // A port that does not answer is told again by the next who asks.
+            let _ = port.count_traffic(false);
+        }
     }
 }
 
@@ -233,7 +249,7 @@ impl Server {
 
     /// Takes a client, if one has connected: its number and its socket, and the number of one that
     /// had to go for it.
-    pub fn accept(&mut self) -> Option<(u32, &UnixStream, Option<u32>)> {
+    pub fn accept(&mut self, ports: &Ports) -> Option<(u32, &UnixStream, Option<u32>)> {
         let stream = self.endpoint.as_mut()?.connection()?;
         if let Err(why) = self.check_peer(&stream) {
             info!("control socket: a client is turned away: {why}");
@@ -244,7 +260,11 @@ impl Server {
         // Not the one that has the ports.
         let first = self.clients.iter().position(|client| !client.has_ports);
         let full = self.clients.len() >= MAX_CLIENTS;
-        let gone = first.filter(|_| full).map(|place| self.clients.remove(place).number);
+        let gone = first.filter(|_| full).map(|place| {
+            let client = self.clients.remove(place);
+            client.leave(ports);
+            client.number
+        });
         let number = self.next;
         self.next = self.next.wrapping_add(1).max(1);
         self.clients.push(Client::new(number, stream));
@@ -263,8 +283,8 @@ impl Server {
 
     /// Disconnects a client.
     pub fn hang_up(&mut self, number: u32, ports: &Ports) {
-        if self.take(number).is_some_and(|client| client.has_ports) {
-            ports.resume();
+        if let Some(client) = self.take(number) {
+            client.leave(ports);
         }
     }
 
@@ -290,9 +310,7 @@ impl Server {
                 wanted
             }
             Err(error) => {
-                if client.has_ports {
-                    ports.resume();
-                }
+                client.leave(ports);
                 if number == 0 {
                     warn!("the process that reads the file again has ended: {error}");
                 } else if error.kind() == io::ErrorKind::InvalidData {
@@ -341,6 +359,14 @@ fn talk(
             Ok(Command::HandOver {}) if client.has_ports => {
                 client.output = failure("bad-request", "it has the ports already").into_bytes();
                 continue;
+            }
+            Ok(Command::Traffic { port }) if client.counting.insert(port.clone()) => {
+                if let Err(refusal) = ports.find(port).and_then(|it| it.count_traffic(true)) {
+                    client.counting.remove(port);
+                    let Refused { kind, message } = refusal.into();
+                    client.output = failure(kind, &message).into_bytes();
+                    continue;
+                }
             }
             Ok(Command::LetGo {}) if !client.has_ports => {
                 client.output = failure("bad-request", "it has no ports").into_bytes();

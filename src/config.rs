@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::client::Question;
 use crate::doctor::Examination;
 use crate::net_config::MacAddress;
-use crate::policy::{Identity, Limit};
+use crate::policy::{Filter, Identity, Limit};
 
 pub use arguments::{command, parse};
 pub use file::read as read_file;
@@ -159,6 +159,10 @@ pub struct PortConfig {
     pub mtu: u16,
     /// Who the guest is, if it may only speak for itself.
     pub identity: Option<Identity>,
+    /// What of it is denied.
+    pub tx_filter: Filter,
+    /// What is denied of what it is given.
+    pub rx_filter: Filter,
     /// How much it may be given.
     pub rx_limit: Limit,
     /// How much it may send.

@@ -133,11 +133,13 @@ pub enum Drop {
     ForbiddenVlan,
     /// It is nothing that a guest sends: a router's, a DHCP server's, a bridge's, or unknown.
     Forbidden,
+    /// The operator's filter denies it.
+    Filtered,
 }
 
 impl Drop {
     /// All reasons.
-    pub const ALL: [Drop; 12] = [
+    pub const ALL: [Drop; 13] = [
         Drop::TooShort,
         Drop::TooLong,
         Drop::BadHeader,
@@ -150,6 +152,7 @@ impl Drop {
         Drop::SpoofedAddress,
         Drop::ForbiddenVlan,
         Drop::Forbidden,
+        Drop::Filtered,
     ];
 
     /// The reason as it is shown.
@@ -167,6 +170,7 @@ impl Drop {
             Drop::SpoofedAddress => "spoofed_address",
             Drop::ForbiddenVlan => "forbidden_vlan",
             Drop::Forbidden => "forbidden",
+            Drop::Filtered => "filtered",
         }
     }
 }

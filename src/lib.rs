@@ -50,5 +50,6 @@ pub mod protocol;
 pub mod sandbox;
 pub mod status;
 pub mod sys;
+pub mod traffic;
 pub mod vnet_header;
 pub mod worker;

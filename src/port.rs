@@ -11,7 +11,7 @@ pub mod tap;
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub use announcer::Announcer;
@@ -19,8 +19,9 @@ pub use announcer::Announcer;
 use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
 use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
-use crate::policy::{Limits, Rules};
+use crate::policy::{Filter, FilterView, Limits, LiveFilter, Rules};
 use crate::sandbox::Role;
+use crate::traffic::{Tally, Traffic};
 use crate::vnet_header::{Admission, Surplus};
 
 /// One queue pair's way to the host's network, for one session.
@@ -219,6 +220,29 @@ impl HostQueue {
         }
     }
 
+    /// What judges frames for the guest, for all queues of its port.
+    pub fn rx_filter(&self) -> RxFilter {
+        let (judge, current) = match self {
+            HostQueue::Tap(queue) => {
+                (Judge::Tap(Arc::downgrade(queue.filter())), queue.filter().get())
+            }
+            HostQueue::AfXdp(queue) => {
+                (Judge::AfXdp(Arc::downgrade(queue.interface())), queue.interface().filter())
+            }
+            HostQueue::Loopback => (Judge::Nobody, Filter::default()),
+        };
+        RxFilter { judge, current: Arc::new(LiveFilter::new(current)) }
+    }
+
+    /// What is counted of its port's traffic, in `tally` by those who serve the queues.
+    pub fn traffic(&self, tally: Arc<Tally>) -> Traffic {
+        let interface = match self {
+            HostQueue::AfXdp(queue) => Some(Arc::downgrade(queue.interface())),
+            HostQueue::Tap(_) | HostQueue::Loopback => None,
+        };
+        Traffic::new(tally, interface)
+    }
+
     /// Begins a session.
     pub fn session<'mem>(
         &'mem mut self,
@@ -229,6 +253,63 @@ impl HostQueue {
             HostQueue::Tap(queue) => Box::new(queue.session(terms)),
             HostQueue::AfXdp(queue) => Box::new(queue.session(memory, terms)),
             HostQueue::Loopback => Box::new(loopback::Loopback::new(terms)),
+        }
+    }
+}
+
+/// What judges frames for a port's guest: the kernel, before they reach its memory.
+#[derive(Debug, Clone)]
+pub struct RxFilter {
+    judge: Judge,
+    /// What was set last.
+    current: Arc<LiveFilter>,
+}
+
+/// Where frames are judged. Whoever has one does not keep the device: that is closed with the port's
+/// queues, by their threads.
+#[derive(Debug, Clone)]
+enum Judge {
+    /// In a filter of the TAP's queues.
+    Tap(Weak<tap::TapFilter>),
+    /// In the XDP program.
+    AfXdp(Weak<af_xdp::Interface>),
+    /// There is no host.
+    Nobody,
+}
+
+impl RxFilter {
+    /// The filter that is in force.
+    pub fn get(&self) -> Arc<Filter> {
+        self.current.get()
+    }
+
+    /// Has frames judged by this filter from now on, whatever runs. For the port's control thread,
+    /// which has the [`role`](Self::role).
+    ///
+    /// # Errors
+    /// Why not; the filter of before is in force then.
+    pub fn set(&self, filter: &Filter) -> io::Result<()> {
+        let stopped = || io::Error::other("the port has stopped");
+        match &self.judge {
+            Judge::Tap(tap) => tap.upgrade().ok_or_else(stopped)?.set(filter)?,
+            Judge::AfXdp(interface) => {
+                let set = interface.upgrade().ok_or_else(stopped)?.set_filter(filter);
+                set.map_err(|error| io::Error::other(error.to_string()))?;
+            }
+            Judge::Nobody if filter.is_none() => {}
+            Judge::Nobody => {
+                return Err(io::Error::other("a loopback port has nobody to filter for"));
+            }
+        }
+        self.current.set(filter.clone());
+        Ok(())
+    }
+
+    /// What a thread does that may change it.
+    pub fn role(&self) -> Role {
+        match self.judge {
+            Judge::Tap(_) | Judge::Nobody => Role::Control,
+            Judge::AfXdp(_) => Role::XdpControl,
         }
     }
 }
@@ -246,6 +327,10 @@ pub struct Terms {
     pub receives: bool,
     /// What the guest may send.
     pub rules: Option<Arc<Rules>>,
+    /// What of it is denied.
+    pub tx_filter: Arc<LiveFilter>,
+    /// Where frames are counted by whom they go to and come from.
+    pub tally: Arc<Tally>,
 }
 
 impl Terms {
@@ -256,6 +341,8 @@ impl Terms {
             offloads: self.negotiated.host(),
             max_frame,
             rules: self.rules.clone(),
+            filter: FilterView::new(self.tx_filter.clone()),
+            peeks: false,
         }
     }
 }

@@ -37,8 +37,10 @@ pub enum Role {
     Log,
     /// Writes captured frames.
     Capture,
-    /// Speaks to a frontend.
+    /// Speaks to a frontend, and changes the filter of a TAP.
     Control,
+    /// Speaks to a frontend of an AF_XDP port, and changes the port's filter.
+    XdpControl,
     /// Moves frames of a TAP or a loopback.
     Worker,
     /// Moves frames of an AF_XDP port, and opens its sockets.

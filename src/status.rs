@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use crate::config::Frontend;
 use crate::counters::PairCounters;
-use crate::policy::Limits;
-use crate::port::Mode;
+use crate::policy::{Limits, LiveFilter};
+use crate::port::{Mode, RxFilter};
 use crate::sys::eventfd::Waker;
 use crate::sys::process::ThreadClock;
+use crate::traffic::Traffic;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nobody panics while holding one of these.
@@ -106,6 +107,15 @@ pub struct FrontendStatus {
     pub connections: u64,
 }
 
+/// What is denied of a port's frames. Both may be changed while it runs.
+#[derive(Debug)]
+pub struct Filters {
+    /// Of what the guest sends: by any thread, at the next burst.
+    pub tx: Arc<LiveFilter>,
+    /// Of what it is given: by the port's control thread, at once.
+    pub rx: RxFilter,
+}
+
 /// A port.
 #[derive(Debug)]
 pub struct PortStatus {
@@ -117,6 +127,10 @@ pub struct PortStatus {
     pub frontend: Frontend,
     /// How much it may move.
     pub limits: Arc<Limits>,
+    /// What it may move.
+    pub filters: Filters,
+    /// Whom its guest speaks to, while somebody asks.
+    pub traffic: Traffic,
     /// Its queue pairs.
     pub pairs: Vec<Arc<PairStatus>>,
     connection: Mutex<FrontendStatus>,
@@ -131,10 +145,23 @@ impl PortStatus {
         host: String,
         frontend: Frontend,
         limits: Arc<Limits>,
+        filters: Filters,
+        traffic: Traffic,
         pairs: Vec<Arc<PairStatus>>,
     ) -> Self {
         let (connection, link_down, ended) = Default::default();
-        PortStatus { name, host, frontend, limits, pairs, connection, link_down, ended }
+        PortStatus {
+            name,
+            host,
+            frontend,
+            limits,
+            filters,
+            traffic,
+            pairs,
+            connection,
+            link_down,
+            ended,
+        }
     }
 
     /// An operator has plugged its cable in, or out.

@@ -4,8 +4,8 @@
 //! copy against the frame and the negotiated features, and what is sent begins with the copy. For
 //! a frame to be segmented the copy goes on through the TCP or UDP header, so that the very
 //! headers that were checked are the ones the kernel segments by; so it does where the operator has
-//! [`Rules`] for what the guest may send. The guest can rewrite its memory meanwhile and change
-//! nothing but its payload.
+//! [`Rules`] or a filter for what the guest may send. The guest can rewrite its memory meanwhile and
+//! change nothing but its payload.
 
 mod headers;
 
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
 use crate::guest::{Chain, Readable};
-use crate::policy::Rules;
+use crate::policy::{FilterView, Rules};
 
 pub use headers::Headers;
 
@@ -193,6 +193,18 @@ pub struct Admission {
     pub max_frame: usize,
     /// What else it must comply with.
     pub rules: Option<Arc<Rules>>,
+    /// And what the operator denies.
+    pub filter: FilterView,
+    /// Whether frames are looked at for another reason, and their headers copied for that.
+    pub peeks: bool,
+}
+
+impl Admission {
+    /// Whether frames are judged by their headers, which must be sent as they were then.
+    #[inline]
+    pub fn judges(&self) -> bool {
+        self.rules.is_some() || self.filter.current().is_some()
+    }
 }
 
 /// Checks a frame from the guest, and puts the start that is to be sent in its stead into `start`.
@@ -219,7 +231,7 @@ pub fn admit(
         if frame_length > admission.max_frame {
             return Err(Drop::TooLong);
         }
-        if admission.rules.is_some() {
+        if admission.judges() || admission.peeks {
             copied = chain.read_start(&mut start.bytes);
         }
         // The header was read once already: only that copy counts.
@@ -238,6 +250,9 @@ pub fn admit(
     };
     if let Some(rules) = &admission.rules {
         rules.check(&start.bytes[header_length..copied])?;
+    }
+    if let Some(filter) = admission.filter.current() {
+        filter.judge(&start.bytes[header_length..copied])?;
     }
     start.bytes[..header_length].copy_from_slice(&checked.to_bytes()[..header_length]);
     start.length = copied;

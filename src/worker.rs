@@ -20,12 +20,13 @@ use crate::capture::Capture;
 use crate::counters::PairCounters;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
-use crate::policy::{Limits, Rules};
+use crate::policy::{Limits, LiveFilter, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
 use crate::status::PairStatus;
 use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
 use crate::sys::process::{Interruptible, ThreadClock, pin_this_thread};
+use crate::traffic::Tally;
 
 /// How long a worker may take to end its session before the system call that it is in is
 /// interrupted.
@@ -105,6 +106,10 @@ pub struct WorkerOptions {
     pub pair: u16,
     /// Where frames are put for an operator to look at.
     pub capture: Arc<Capture>,
+    /// What is denied of what the guest sends.
+    pub tx_filter: Arc<LiveFilter>,
+    /// Where its traffic is counted.
+    pub tally: Arc<Tally>,
     /// What the thread is left with.
     pub sandbox: Sandbox,
 }

@@ -14,6 +14,7 @@ use super::record::capture;
 use super::reload::{add, reload};
 use super::requests::Wanted;
 use super::stats::rates;
+use super::top::{Look, top};
 use super::{Command, Request, VERSION};
 use crate::sys::socket::{receive, send_with_files};
 
@@ -38,6 +39,14 @@ pub enum Verb {
         /// The file; - is standard output.
         #[arg(short, long, value_name = "FILE")]
         write: PathBuf,
+    },
+    /// Show whom a port's guest speaks to, by protocol and peer, and how much, as it happens.
+    Top {
+        /// The port's name.
+        port: String,
+        /// How it is shown.
+        #[command(flatten)]
+        look: Look,
     },
     /// Print what ports move each second.
     Stats {
@@ -247,6 +256,10 @@ impl Question {
                 eprint!("{}", capture(&mut daemon, port, wanted, write)?);
                 Ok(String::new())
             }
+            Verb::Top { port, look } => {
+                top(&mut daemon, port, look, self.json)?;
+                Ok(String::new())
+            }
             Verb::Stats { ports, interval } => {
                 let rates = rates(&mut daemon, ports, *interval)?;
                 if self.json { Ok(format!("{:#}\n", json!(rates))) } else { Ok(show_rates(&rates)) }
@@ -289,18 +302,18 @@ impl Question {
 }
 
 /// A value without quotes.
-fn plain(value: &Value) -> String {
+pub(super) fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
 /// A time in seconds from the command line.
-fn interval(text: &str) -> Result<Duration, String> {
+pub(super) fn interval(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.01..=86400.0).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "write seconds, from 0.01 on".into())
 }
 
 /// A number as people write it: three digits, and `k`, `M` or `G`.
-fn short(number: f64) -> String {
+pub(super) fn short(number: f64) -> String {
     let units = [(1e9, "G"), (1e6, "M"), (1e3, "k")];
     match units.iter().find(|(factor, _)| number >= *factor) {
         Some((factor, unit)) => format!("{:.3}{unit}", number / factor),
@@ -309,7 +322,7 @@ fn short(number: f64) -> String {
 }
 
 /// Lines of cells, the first their heads, in columns.
-fn columns(rows: &[Vec<String>]) -> String {
+pub(super) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.first().map_or(0, Vec::len);
     let widest = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: Vec<usize> = (0..count).map(|column| widest(column).unwrap_or(0)).collect();
@@ -363,9 +376,9 @@ fn show(report: &Value) -> String {
         let _ = writeln!(text, "  frontend   connected for {seconds} s, features {features}");
     }
     let _ = writeln!(text, "  connected  {} times so far", report["connections"]);
-    for way in ["rx", "tx"] {
-        let limit = plain(&report[format!("{way}_limit")]);
-        let _ = writeln!(text, "  {way} limit   {limit}");
+    for (way, what) in [("rx", "limit"), ("tx", "limit"), ("rx", "filter"), ("tx", "filter")] {
+        let value = plain(&report[format!("{way}_{what}")]);
+        let _ = writeln!(text, "  {:<10} {value}", format!("{way} {what}"));
     }
     let pairs = report["queue_pairs"].as_array().map_or(&[][..], Vec::as_slice);
     for (number, pair) in pairs.iter().enumerate() {
@@ -419,7 +432,7 @@ fn show_features(reply: &Value) -> String {
         plain(&reply["daemon"]),
         reply["version"]
     );
-    let _ = writeln!(text, "  file       {}", plain(&started["file"]));
+    let _ = writeln!(text, "  file       {}", started["file"].as_str().unwrap_or("-"));
     for (key, value) in started["settings"].as_object().into_iter().flatten() {
         let value = plain(value);
         let value = if value.is_empty() { "-" } else { &value };

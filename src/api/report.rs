@@ -9,6 +9,7 @@ use crate::counters::{CopyReason, DirectionCounters, Drop};
 use crate::daemon::Port;
 use crate::features;
 use crate::status::{PairStatus, PortStatus};
+use crate::traffic::{Row, Way};
 
 /// A port in a list.
 #[derive(Debug, Serialize)]
@@ -23,6 +24,8 @@ pub(super) struct Summary {
     tx_limit: String,
     link: &'static str,
     from_file: bool,
+    rx_filter: String,
+    tx_filter: String,
 }
 
 /// Everything about a port.
@@ -135,6 +138,8 @@ pub(super) fn summary(it: &Port) -> Summary {
         tx_limit: port.limits.tx.limit().to_string(),
         link: if port.has_link() { "up" } else { "down" },
         from_file: it.is_from_file(),
+        rx_filter: port.filters.rx.get().to_string(),
+        tx_filter: port.filters.tx.get().to_string(),
     }
 }
 
@@ -144,6 +149,18 @@ pub(super) fn features(port: &Port) -> serde_json::Value {
     serde_json::json!({
         "offered": features::names(port.offered()),
         "negotiated": features::names(negotiated),
+    })
+}
+
+/// What a port has exchanged with a peer, by one protocol.
+pub(super) fn traffic(row: &Row) -> serde_json::Value {
+    let Row { key, volume } = row;
+    serde_json::json!({
+        "way": if key.way == Way::Tx { "tx" } else { "rx" },
+        "protocol": key.protocol.map(|protocol| protocol.to_string()),
+        "peer": key.peer,
+        "frames": volume.frames,
+        "bytes": volume.bytes,
     })
 }
 

@@ -69,6 +69,13 @@ pub enum Command {
         /// The port's name.
         port: String,
     },
+    /// Count a port's traffic by protocol and peer for as long as the client is connected, and say what
+    /// was counted so far.
+    #[command(skip)]
+    Traffic {
+        /// The port's name.
+        port: String,
+    },
     /// Pass on the sockets that clients connect to.
     #[command(skip)]
     Listeners {},
@@ -151,6 +158,9 @@ fn answer(
     about: &Value,
 ) -> Result<Value, Refused> {
     match command {
+        Command::Traffic { port } => {
+            Ok(ports.find(&port)?.traffic()?.iter().map(report::traffic).collect())
+        }
         Command::LetGo {} => {
             ports.give_away();
             Ok(json!({"gone": true}))

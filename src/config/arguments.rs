@@ -214,6 +214,7 @@ mod tests {
             "--mtu=9000",
             "--guest-tso=off",
             "--busy-poll=50",
+            "--tx-filter=deny tcp dport 25; default allow",
             "--cpu-affinity=1,3-4",
             "--log-level=debug",
         ])
@@ -221,6 +222,8 @@ mod tests {
         assert_eq!(config.host, Host::TapDescriptors(vec![7, 8]));
         assert_eq!(config.queue_pairs, 2);
         assert!(!config.guest_tso);
+        assert_eq!(config.tx_filter.to_string(), "deny tcp dport 25; default allow");
+        assert!(config.rx_filter.is_none());
         assert_eq!(config.busy_poll, Duration::from_micros(50));
         assert_eq!(config.cpu_affinity, [1, 3, 4]);
     }
@@ -270,6 +273,8 @@ mod tests {
             (&["--fd=5", "--tap-fd=6,5"], "descriptor 5"),
             (&["--socket-path=a", "--tap=a", "--mac=1:2"], "1:2"),
             (&["--socket-path=a", "--tap=a", "--mtu=67"], "67"),
+            (&["--socket-path=a", "--tap=a", "--tx-filter=deny tcp port 5"], "'port'"),
+            (&["--socket-path=a", "--loopback", "--rx-filter=default deny"], "loopback"),
             (&["--socket-path=a", "--tap=a", "--guest-tso=maybe"], "maybe"),
             (&["--socket-path=a", "--tap=a", "--cpu-affinity=4-2"], "4-2"),
             (&["--socket-path=a", "--tap=a", "--log-level=loud"], "loud"),

@@ -104,6 +104,8 @@ mod tests {
             guest-tso = false
             tx-limit = "10mbit"
             rx-limit = "10mbit"
+            tx-filter = ["deny tcp dport 25", "default allow"]
+            rx-filter = "allow udp; default deny"
             [[port]]
             socket-path = "/run/a"
             tap = "vnet0"
@@ -119,6 +121,7 @@ mod tests {
             source-mac = ["52:54:00:00:00:02"]
             source-ip = ["192.0.2.5", "2001:db8::/64"]
             rx-limit = "none"
+            rx-filter = "none"
             "#,
         )
         .unwrap();
@@ -134,6 +137,9 @@ mod tests {
         assert_eq!(a.identity, None);
         let identity = b.identity.unwrap();
         assert_eq!((identity.macs.len(), identity.addresses.len()), (2, 2));
+        let filter = "deny tcp dport 25; default allow".parse().unwrap();
+        assert_eq!((&a.tx_filter, &b.tx_filter), (&filter, &filter));
+        assert_eq!((a.rx_filter.is_none(), b.rx_filter.is_none()), (false, true));
         assert_eq!(a.rx_limit, "10mbit".parse().unwrap());
         assert_eq!((b.tx_limit, b.rx_limit), (a.tx_limit, Limit::default()));
         assert!(matches!(b.host, Host::AfXdp(af_xdp) if af_xdp.queue == 2));
@@ -167,6 +173,10 @@ mod tests {
                 (Some((1, 1)), "4095"),
             ),
             (&format!("{port}tx-limit = \"10mb\"\n"), (Some((4, 12)), "10mb")),
+            (&format!("{port}tx-filter = \"deny tpc\"\n"), (Some((4, 13)), "'tpc'")),
+            (&format!("{port}tx-filter = [\"deny arp\"]\n"), (Some((4, 13)), "'default allow'")),
+            (&format!("{port}tx-filter = 7\n"), (Some((4, 13)), "list of strings")),
+            (&format!("{port}rx-filter = \"default deny\"\n"), (Some((1, 1)), "loopback")),
             (&format!("{port}mtu = 67\n"), (Some((1, 1)), "67")),
             (&format!("{port}name = \"a b\"\n"), (Some((1, 1)), "a b")),
             (&format!("[defaults]\ntap = \"a\"\n{port}"), (None, "[defaults]")),

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::net_backend::NetBackend;
 use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
 use crate::net_config::{MIN_MTU, MacAddress};
-use crate::policy::{Identity, Limit};
+use crate::policy::{Filter, Identity, Limit};
 use crate::sys::socket::MAX_PATH;
 use crate::sys::tap::MAX_NAME;
 
@@ -93,6 +93,14 @@ pub struct PortOptions {
     /// A VLAN that the guest may tag frames for, with --anti-spoofing=on [default: none].
     #[arg(long, value_name = "N[,N…]", value_delimiter = ',')]
     vlan: Vec<u16>,
+    /// What the guest may send, by protocol, port and prefix: "deny tcp dport 25; allow udp to
+    /// 192.0.2.0/24; default deny". The first rule that a frame matches decides [default: none,
+    /// which allows all].
+    #[arg(long, value_name = "RULES")]
+    tx_filter: Option<Filter>,
+    /// What the guest is given, likewise. The kernel drops the rest.
+    #[arg(long, value_name = "RULES")]
+    rx_filter: Option<Filter>,
     /// How much the guest may send, on the wire: 100mbit, 10kpps, or both as 1gbit,100kpps. What it
     /// has saved up it may send at once: burst=BYTES, packet-burst=N [default: what 10 ms bring].
     #[arg(long, value_name = "RATE")]
@@ -137,6 +145,8 @@ impl PortOptions {
             queue_pairs: self.queue_pairs.or(defaults.queue_pairs),
             mtu: self.mtu.or(defaults.mtu),
             anti_spoofing: self.anti_spoofing.or(defaults.anti_spoofing),
+            tx_filter: self.tx_filter.or_else(|| defaults.tx_filter.clone()),
+            rx_filter: self.rx_filter.or_else(|| defaults.rx_filter.clone()),
             tx_limit: self.tx_limit.or(defaults.tx_limit),
             rx_limit: self.rx_limit.or(defaults.rx_limit),
             link: self.link.or(defaults.link),
@@ -236,6 +246,10 @@ impl PortOptions {
         }
         let addresses = self.source_ip.into_iter().map(|Prefix(net)| net).collect();
         let identity = anti_spoofing.then_some(Identity { macs, addresses, vlans: self.vlan });
+        let rx_filter = self.rx_filter.unwrap_or_default();
+        if host == Host::Loopback && !rx_filter.is_none() {
+            return Err("rx-filter does not go with loopback: use tx-filter".into());
+        }
         let mtu = self.mtu.unwrap_or(DEFAULT_MTU);
         if mtu < MIN_MTU {
             return Err(format!("mtu={mtu} is less than {MIN_MTU}, the smallest of IPv4"));
@@ -250,6 +264,8 @@ impl PortOptions {
             mac: self.mac,
             mtu,
             identity,
+            tx_filter: self.tx_filter.unwrap_or_default(),
+            rx_filter,
             rx_limit: self.rx_limit.unwrap_or_default(),
             tx_limit: self.tx_limit.unwrap_or_default(),
             link: self.link.unwrap_or(true),
@@ -264,8 +280,17 @@ impl PortOptions {
 }
 
 /// Keys whose values can change while the port runs.
-const LIVE: [&str; 7] =
-    ["tx-limit", "rx-limit", "anti-spoofing", "source-mac", "source-ip", "vlan", "link"];
+const LIVE: [&str; 9] = [
+    "tx-limit",
+    "rx-limit",
+    "tx-filter",
+    "rx-filter",
+    "anti-spoofing",
+    "source-mac",
+    "source-ip",
+    "vlan",
+    "link",
+];
 
 /// What may be changed about a port while it runs, and what is to be changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
@@ -278,6 +303,12 @@ pub struct PortChanges {
     /// How much the guest may be given.
     #[arg(long, value_name = "RATE")]
     rx_limit: Option<Limit>,
+    /// What the guest may send: "deny tcp dport 25; default allow", or none.
+    #[arg(long, value_name = "RULES")]
+    tx_filter: Option<Filter>,
+    /// What the guest may be given.
+    #[arg(long, value_name = "RULES")]
+    rx_filter: Option<Filter>,
     /// Whether the guest may only speak for itself.
     #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
     anti_spoofing: Option<bool>,
@@ -301,6 +332,8 @@ impl PortOptions {
         PortOptions {
             tx_limit: changes.tx_limit.or(self.tx_limit),
             rx_limit: changes.rx_limit.or(self.rx_limit),
+            tx_filter: changes.tx_filter.or(self.tx_filter),
+            rx_filter: changes.rx_filter.or(self.rx_filter),
             anti_spoofing: changes.anti_spoofing.or(self.anti_spoofing),
             source_mac: changes.source_mac.map_or(self.source_mac, |list| list.0),
             source_ip: changes.source_ip.map_or(self.source_ip, |list| list.0),

@@ -13,10 +13,12 @@ use log::{debug, info, warn};
 use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
-use crate::policy::Rules;
+use crate::policy::{Filter, Rules};
 use crate::protocol::{Connection, Event, Message, Reply, Retold};
+use crate::sandbox::Role;
 use crate::status::PortStatus;
 use crate::sys::eventfd::Waker;
+use crate::traffic::Row;
 
 /// How long a message that has begun may take when another daemon waits.
 const MESSAGE_PATIENCE: Duration = Duration::from_millis(100);
@@ -41,6 +43,12 @@ pub(super) enum Order {
     Rules(Option<Arc<Rules>>, Sender<()>),
     /// To move frames, or none. When it does, the sender is used.
     Link(bool, Sender<()>),
+    /// To have what the guest is given judged by this. The sender hears of it.
+    RxFilter(Filter, Sender<io::Result<()>>),
+    /// To count traffic by protocol and peer, or not. The sender hears of it.
+    CountTraffic(bool, Sender<io::Result<()>>),
+    /// To tell what was counted.
+    Traffic(Sender<io::Result<Vec<Row>>>),
     /// To stop where it stands, and to have another daemon go on.
     HandOver(Sender<Result<Handed, String>>),
     /// To go on after all.
@@ -69,6 +77,8 @@ pub(super) struct Control {
     device: Device,
     endpoint: Endpoint,
     connection: Option<Connection>,
+    /// Another daemon goes on with it.
+    given_away: bool,
 }
 
 impl Control {
@@ -85,12 +95,18 @@ impl Control {
         if let Some(fd) = endpoint.fd() {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
-        Ok(Control { poller, wake, orders, status, device, endpoint, connection: None })
+        let (connection, given_away) = Default::default();
+        Ok(Control { poller, wake, orders, status, device, endpoint, connection, given_away })
     }
 
     /// Has the socket's file, at `path`, removed at the end.
     pub(super) fn own_socket(&mut self, path: &Path) {
         self.endpoint.own(path);
+    }
+
+    /// What its thread does.
+    pub(super) fn role(&self) -> Role {
+        self.status.filters.rx.role()
     }
 
     /// Lets frontends connect.
@@ -154,6 +170,19 @@ impl Control {
                     self.status.set_link(up);
                     done
                 }
+                Ok(Order::RxFilter(filter, done)) => {
+                    info!("{}: rx filter {filter}, by an operator", self.device.name());
+                    let _ = done.send(self.status.filters.rx.set(&filter));
+                    continue;
+                }
+                Ok(Order::CountTraffic(enable, done)) => {
+                    let _ = done.send(self.status.traffic.enable(enable));
+                    continue;
+                }
+                Ok(Order::Traffic(reply)) => {
+                    let _ = reply.send(self.status.traffic.snapshot());
+                    continue;
+                }
                 Ok(Order::HandOver(reply)) => {
                     if self.hand_over(&reply) {
                         return true;
@@ -201,6 +230,7 @@ impl Control {
                     let gone = Endpoint::Connected(None);
                     std::mem::replace(&mut self.endpoint, gone).give_away();
                     self.connection = None;
+                    self.given_away = true;
                     return true;
                 }
                 Ok(Order::Resume) => {
@@ -209,8 +239,8 @@ impl Control {
                     return false;
                 }
                 Ok(Order::Stop) | Err(_) => return true,
-                // Whoever waits for these is told that nobody answers.
-                Ok(Order::Rules(..) | Order::Link(..) | Order::HandOver(_)) => {}
+                // Whoever waits for others is told that nobody answers.
+                Ok(_) => {}
             }
         }
     }
@@ -352,6 +382,13 @@ impl Control {
     pub(super) fn finish(mut self) {
         if self.connection.is_some() {
             self.disconnect(Some("the daemon stops"));
+        }
+        // Whoever uses the device next would not know of it, but for a daemon that has taken it over.
+        if !self.given_away
+            && !self.status.filters.rx.get().is_none()
+            && let Err(error) = self.status.filters.rx.set(&Filter::default())
+        {
+            debug!("{}: take its filter off: {error}", self.device.name());
         }
         info!("{}: stopped", self.device.name());
     }

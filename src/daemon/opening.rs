@@ -92,8 +92,15 @@ pub(super) fn open_host(
             return Ok(("loopback".into(), (0..pairs).map(|_| HostQueue::Loopback).collect()));
         }
         Host::AfXdp(options) => {
-            let queues = Interface::start(options, pairs, config.mtu, config.mac, config.busy_poll)
-                .map_err(|error| StartError::new(error.to_string()))?;
+            let queues = Interface::start(
+                options,
+                pairs,
+                config.mtu,
+                config.mac,
+                config.busy_poll,
+                &config.rx_filter,
+            )
+            .map_err(|error| StartError::new(error.to_string()))?;
             let queues = queues.into_iter().map(|queue| HostQueue::AfXdp(Box::new(queue)));
             return Ok((options.name.clone(), queues.collect()));
         }
@@ -119,13 +126,9 @@ pub(super) fn open_host(
             "--tap-fd names queues of {name} and of {other}: all must be of one device"
         )));
     }
-    let queues = queues
-        .into_iter()
-        .map(|queue| {
-            TapQueue::new(queue, config.tx_method).map(|queue| HostQueue::Tap(Box::new(queue)))
-        })
-        .collect::<io::Result<Vec<_>>>()
+    let queues = TapQueue::prepare(queues, config.tx_method, &config.rx_filter)
         .map_err(|error| StartError::new(format!("set up tap {name}: {error}")))?;
+    let queues: Vec<_> = queues.into_iter().map(|queue| HostQueue::Tap(Box::new(queue))).collect();
     if let HostQueue::Tap(queue) = &queues[0] {
         let offloads = queue.offloads();
         info!(

@@ -21,11 +21,12 @@ use crate::device::Device;
 use crate::endpoint::Endpoint;
 use crate::features::{Offer, OfferOptions};
 use crate::net_config::NetConfig;
-use crate::policy::{Limiter, Limits, Rules};
+use crate::policy::{Limiter, Limits, LiveFilter, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::{Role, Sandbox};
-use crate::status::PortStatus;
+use crate::status::{Filters, PortStatus};
 use crate::sys::eventfd::Waker;
+use crate::traffic::Row;
 use crate::worker::{Worker, WorkerOptions};
 
 /// How long a port's thread may take to carry an order out.
@@ -331,7 +332,7 @@ impl Port {
         status.pairs.iter().for_each(|pair| pair.tell_of_trouble(running.changed.clone()));
         let thread = thread::Builder::new().name(name).spawn(move || {
             let _alive = alive;
-            match sandbox.confine(Role::Control) {
+            match sandbox.confine(control.role()) {
                 Ok(()) => control.serve(),
                 Err(error) => error!("{}: filter its system calls: {error}", control.name()),
             }
@@ -404,6 +405,15 @@ impl Port {
         if config.link != self.config.link {
             self.order(|done| Order::Link(config.link, done))?;
         }
+        if config.tx_filter != self.config.tx_filter {
+            info!("{}: tx filter {}, by an operator", self.name(), config.tx_filter);
+            self.status.filters.tx.set(config.tx_filter.clone());
+        }
+        if config.rx_filter != self.config.rx_filter {
+            let filter = config.rx_filter.clone();
+            let set: io::Result<()> = self.order(|done| Order::RxFilter(filter, done))?;
+            set.map_err(|error| Refusal::CannotBeDone(format!("set its rx filter: {error}")))?;
+        }
         let limits = &self.status.limits;
         for (way, limiter, limit) in
             [("tx", &limits.tx, config.tx_limit), ("rx", &limits.rx, config.rx_limit)]
@@ -417,14 +427,26 @@ impl Port {
         Ok(true)
     }
 
+    /// Has its traffic counted by protocol and peer, or not any more.
+    pub fn count_traffic(&self, enable: bool) -> Result<(), Refusal> {
+        let done: io::Result<()> = self.order(|done| Order::CountTraffic(enable, done))?;
+        done.map_err(|error| Refusal::CannotBeDone(format!("count its traffic: {error}")))
+    }
+
+    /// What was counted so far, by protocol and peer.
+    pub fn traffic(&self) -> Result<Vec<Row>, Refusal> {
+        let rows: io::Result<Vec<Row>> = self.order(Order::Traffic)?;
+        rows.map_err(|error| Refusal::CannotBeDone(format!("read its traffic: {error}")))
+    }
+
     /// Has the port's thread do something, and waits until it has.
-    fn order(&self, order: impl FnOnce(Sender<()>) -> Order) -> Result<(), Refusal> {
+    fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, Refusal> {
         let (done, finished) = channel();
         let sent = self.orders.send(order(done));
         self.wake.wake();
-        let done = sent.is_ok() && finished.recv_timeout(PATIENCE).is_ok();
         let why = || format!("{}: its thread does not answer", self.name());
-        if done { Ok(()) } else { Err(Refusal::CannotBeDone(why())) }
+        let answer = if sent.is_ok() { finished.recv_timeout(PATIENCE).ok() } else { None };
+        answer.ok_or_else(|| Refusal::CannotBeDone(why()))
     }
 
     fn stop(&self) {
@@ -467,17 +489,35 @@ fn prepare(
     };
     let limits =
         Arc::new(Limits { rx: Limiter::new(&config.rx_limit), tx: Limiter::new(&config.tx_limit) });
-    let capture = Arc::default();
+    let filters = Filters {
+        tx: Arc::new(LiveFilter::new(config.tx_filter.clone())),
+        rx: queues[0].rx_filter(),
+    };
+    let shared = WorkerOptions {
+        name: name.clone(),
+        cpu: None,
+        busy_poll: config.busy_poll,
+        limits: limits.clone(),
+        pair: 0,
+        capture: Arc::default(),
+        tx_filter: filters.tx.clone(),
+        tally: Arc::default(),
+        sandbox,
+    };
+    let traffic = queues[0].traffic(shared.tally.clone());
     let announcer = queues[0].announcer(&limits).map_err(no_descriptor)?;
     let queues = queues
         .into_iter()
         .zip(counters.into_iter().map(Some).chain(std::iter::repeat_with(|| None)));
-    let workers = start_workers(&config, &name, queues, &limits, &capture, sandbox)?;
+    let workers = start_workers(&config, &shared, queues)?;
+    let capture = shared.capture;
     let status = Arc::new(PortStatus::new(
         name.clone(),
         config.host.to_string(),
         config.frontend.clone(),
         limits,
+        filters,
+        traffic,
         workers.iter().map(|worker| worker.status().clone()).collect(),
     ));
     status.set_link(config.link);
@@ -496,24 +536,19 @@ fn prepare(
     Ok(Prepared { control, config, from_file, offered, capture, queues, orders, wake })
 }
 
+/// Starts a worker for each queue, with options that differ by its place only.
 fn start_workers(
     config: &PortConfig,
-    name: &str,
+    shared: &WorkerOptions,
     queues: impl Iterator<Item = (HostQueue, Option<PairCounters>)>,
-    limits: &Arc<Limits>,
-    capture: &Arc<Capture>,
-    sandbox: Sandbox,
 ) -> Result<Vec<Worker>, StartError> {
-    let cpus = &config.cpu_affinity;
+    let (cpus, name) = (&config.cpu_affinity, &shared.name);
     let start = |(pair, (queue, counters)): (usize, (HostQueue, Option<PairCounters>))| {
         let options = WorkerOptions {
             name: format!("{name}/{pair}"),
             cpu: cpus.iter().cycle().nth(pair).copied(),
-            busy_poll: config.busy_poll,
-            limits: limits.clone(),
             pair: pair as u16,
-            capture: capture.clone(),
-            sandbox,
+            ..shared.clone()
         };
         Worker::start(queue, options, counters.unwrap_or_default())
             .map_err(|error| StartError::new(format!("start a worker of {name}: {error}")))

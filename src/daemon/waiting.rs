@@ -135,7 +135,7 @@ impl<'a> Waiting<'a> {
 
     /// Takes whoever has connected to the control socket.
     fn take_client(&mut self) {
-        let Some((number, stream, gone)) = self.server.accept() else { return };
+        let Some((number, stream, gone)) = self.server.accept(&self.ports) else { return };
         let watched = self.poller.add(stream, Interest::Read, Source::Client(number));
         if let Some(gone) = gone {
             self.poller.forget(Source::Client(gone));

@@ -49,6 +49,8 @@ const BUSY_LIMIT: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(1);
 /// How soon to look whether the kernel has finished with frames that it was given.
 const COMPLETION: Duration = Duration::from_millis(1);
+/// How often frames that the program has dropped are counted.
+const FILTERED: Duration = Duration::from_secs(1);
 /// How long frames that were handed over are waited for when a session ends.
 const LAST_FRAMES: Duration = Duration::from_millis(20);
 
@@ -74,6 +76,11 @@ pub struct XdpQueue {
 }
 
 impl XdpQueue {
+    /// The device, which all queues of a port share.
+    pub fn interface(&self) -> &Arc<Interface> {
+        &self.interface
+    }
+
     /// What the port can do for the guest. Frames from the wire come as they are: whole, and with
     /// their checksums.
     pub fn offloads(&self) -> PortOffloads {
@@ -102,6 +109,7 @@ impl XdpQueue {
             left_behind: false,
             failed: None,
             opened_anew: None,
+            filtered: Filtered { counted: None, at: Instant::now() },
             state: State::Closed { since: None, retry: Instant::now() },
         }
     }
@@ -126,6 +134,14 @@ struct Closed {
     gone: bool,
 }
 
+/// Frames that the program has dropped for the filter.
+#[derive(Debug)]
+struct Filtered {
+    /// How many, when that was looked up last.
+    counted: Option<u64>,
+    at: Instant,
+}
+
 /// A session on a queue.
 #[derive(Debug)]
 pub struct XdpPort<'mem> {
@@ -144,6 +160,7 @@ pub struct XdpPort<'mem> {
     failed: Option<OpenError>,
     /// When the socket was opened anew for a fault.
     opened_anew: Option<Instant>,
+    filtered: Filtered,
     transmitter: Transmitter<'mem>,
     receiver: Receiver<'mem>,
 }
@@ -181,6 +198,7 @@ impl<'mem> XdpPort<'mem> {
                     info!("af_xdp {}: works again", self.host.interface.name());
                 }
                 self.transmitter.begin(&socket);
+                self.filtered.counted = interface.filtered(pair);
                 self.receiver.post(&mut socket);
                 self.state = State::Open(Box::new(socket));
             }
@@ -195,6 +213,18 @@ impl<'mem> XdpPort<'mem> {
         }
     }
 
+    /// Counts the frames that the program has dropped since the last time.
+    fn count_filtered(&mut self, finished: &mut Finished<'mem>) {
+        let now = self.host.interface.filtered(self.host.pair);
+        let before = std::mem::replace(&mut self.filtered.counted, now);
+        if let (Some(before), Some(now)) = (before, now)
+            && now > before
+        {
+            finished.rx_dropped.push((Drop::Filtered, now - before));
+        }
+        self.filtered.at = Instant::now();
+    }
+
     /// Notes that the device does not work: frames are dropped, and it is tried again later.
     fn gone(&mut self, why: &dyn fmt::Display) {
         if !std::mem::replace(&mut self.host.reported, true) {
@@ -204,6 +234,11 @@ impl<'mem> XdpPort<'mem> {
         let now = Instant::now();
         let since = Some(Closed { at: now, gone: true });
         self.state = State::Closed { since, retry: now + RETRY };
+    }
+
+    /// Whether frames are being dropped for the filter.
+    fn counts_filtered(&self) -> bool {
+        self.host.interface.filters() && self.receives && matches!(self.state, State::Open(_))
     }
 
     fn is_gone(&self) -> bool {
@@ -227,6 +262,7 @@ impl<'mem> XdpPort<'mem> {
             std::thread::sleep(Duration::from_micros(100));
         }
         self.transmitter.stop(&mut open);
+        self.count_filtered(finished);
         let unreceived = self.host.interface.close(pair, *open);
         // Not before here: the kernel writes no more.
         let lost = unreceived + self.receiver.withdraw();
@@ -300,6 +336,9 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         } else if self.receiver.has_buffers() || self.is_gone() {
             self.open();
         }
+        if self.counts_filtered() && self.filtered.at.elapsed() >= FILTERED {
+            self.count_filtered(finished);
+        }
         self.transmitter.finish(finished);
     }
 
@@ -327,7 +366,10 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
                 } else {
                     self.receiver.patience()
                 };
-                (Some(open.as_fd()), wait)
+                let count = self
+                    .counts_filtered()
+                    .then(|| FILTERED.saturating_sub(self.filtered.at.elapsed()));
+                (Some(open.as_fd()), wait.into_iter().chain(count).min())
             }
             State::Closed { since: Some(_), retry } => {
                 (None, Some(retry.saturating_duration_since(Instant::now())))

@@ -81,6 +81,7 @@ impl<'mem> Loopback<'mem> {
 impl<'mem> Port<'mem> for Loopback<'mem> {
     fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
         self.starved = false;
+        self.admission.filter.refresh();
         let before = self.done.rx_frames;
         while ((self.done.rx_frames - before) as usize) < self.rx_limit
             && let Some(frame) = burst.pop_front()

@@ -4,11 +4,13 @@
 //! where it lies, a burst with one io_uring submission or a `writev` per frame, whichever costs
 //! less on this machine. *reap* has the kernel read each frame straight into the oldest buffers.
 
+mod filter;
 mod receiver;
 mod transmitter;
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::warn;
@@ -18,10 +20,12 @@ use crate::config::TxMethod;
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
 use crate::guest::{Burst, Readable, Writable};
+use crate::policy::Filter;
 use crate::sys::tap::{Queue, offload};
 use crate::sys::uring::{Comparison, Writer, compare};
 use crate::vnet_header::LINK_OVERHEAD;
 
+pub use filter::TapFilter;
 use receiver::Receiver;
 use transmitter::Transmitter;
 
@@ -33,7 +37,8 @@ const RETRY: Duration = Duration::from_secs(1);
 /// One queue of a TAP device, for the daemon's life.
 #[derive(Debug)]
 pub struct TapQueue {
-    queue: Queue,
+    queue: Arc<Queue>,
+    filter: Arc<TapFilter>,
     writer: Option<Writer>,
     /// Why bursts are written that way.
     reason: String,
@@ -47,11 +52,18 @@ pub struct TapQueue {
 }
 
 impl TapQueue {
-    /// Prepares an open queue: asks what the device can do, and chooses how to write.
+    /// Prepares the open queues of one device: sets what they all judge frames for the guest by,
+    /// asks what the device can do, and chooses how to write.
     ///
     /// # Errors
     /// Those of the device's ioctls, and those of io_uring if `method` demands it.
-    pub fn new(queue: Queue, method: TxMethod) -> io::Result<Self> {
+    pub fn prepare(queues: Vec<Queue>, method: TxMethod, filter: &Filter) -> io::Result<Vec<Self>> {
+        let queues: Vec<Arc<Queue>> = queues.into_iter().map(Arc::new).collect();
+        let filter = Arc::new(TapFilter::new(queues.clone(), filter)?);
+        queues.into_iter().map(|queue| Self::new(queue, method, &filter)).collect()
+    }
+
+    fn new(queue: Arc<Queue>, method: TxMethod, filter: &Arc<TapFilter>) -> io::Result<Self> {
         use offload::{CSUM, TSO_ECN, TSO4, TSO6, USO4, USO6};
         queue.set_header_length(HEADER_LENGTH)?;
         let tcp = CSUM | TSO4 | TSO6 | TSO_ECN;
@@ -61,11 +73,12 @@ impl TapQueue {
         let multi_queue = queue.identity().multi_queue;
         if multi_queue {
             // No frame is steered here before a guest has buffers for it.
-            queue.set_attached(false)?;
+            filter.set_attached(&queue, false)?;
         }
         let (writer, reason) = choose_writer(&queue, method)?;
         Ok(TapQueue {
             queue,
+            filter: filter.clone(),
             writer,
             reason,
             offloads: PortOffloads {
@@ -96,6 +109,11 @@ impl TapQueue {
         self.queue.try_clone()
     }
 
+    /// What frames for the guest are judged by, for all queues of the device.
+    pub fn filter(&self) -> &Arc<TapFilter> {
+        &self.filter
+    }
+
     /// The device's name.
     pub fn name(&self) -> &str {
         &self.queue.identity().name
@@ -112,8 +130,8 @@ impl TapQueue {
             .and_then(|()| self.set_link(link));
         let longest = self.longest_frame(mtu);
         let mut port = TapPort {
-            transmitter: Transmitter::new(terms.admission(longest), mtu),
-            receiver: Receiver::new(&negotiated, mtu, longest, receives),
+            transmitter: Transmitter::new(terms, longest),
+            receiver: Receiver::new(terms, longest),
             mtu,
             bursts_since_woken: 0,
             rx_limit: READS_PER_TURN,
@@ -157,7 +175,7 @@ impl TapQueue {
     /// Has the kernel steer frames here, or not, if the device has several queues.
     fn set_attached(&mut self, attached: bool) -> io::Result<()> {
         if self.attached == Some(!attached) {
-            self.queue.set_attached(attached)?;
+            self.filter.set_attached(&self.queue, attached)?;
             self.attached = Some(attached);
         }
         Ok(())
@@ -258,6 +276,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         if gone || !self.receiver.may_have_frames {
             return;
         }
+        self.receiver.look();
         let mut asked = false;
         for _ in 0..self.rx_limit {
             if !self.receiver.can_read() {
@@ -288,6 +307,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                 self.receiver.expect(self.host.longest_frame(self.mtu));
             }
         }
+        self.receiver.count();
     }
 
     fn limit_rx(&mut self, frames: usize) {

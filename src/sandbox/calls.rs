@@ -159,6 +159,8 @@ const TAP_REQUESTS: &[c_int] = &[
     0x4004_54d0_u32 as c_int, // TUNSETOFFLOAD
     0x4004_54d8_u32 as c_int, // TUNSETVNETHDRSZ
     0x4004_54d9_u32 as c_int, // TUNSETQUEUE
+    0x4010_54d5,              // TUNATTACHFILTER
+    0x4010_54d6,              // TUNDETACHFILTER
     0x4004_54dc_u32 as c_int, // TUNSETVNETLE
     0x4004_54e2_u32 as c_int, // TUNSETCARRIER
     0x8921,                   // SIOCGIFMTU
@@ -220,11 +222,17 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
             threads.for_each(|role| all.extend(allowed(role, af_xdp)));
             all
         }
+        Role::XdpControl => {
+            let mut control = allowed(Role::Control, af_xdp);
+            // Its filters are programs.
+            control.calls.push(libc::SYS_bpf);
+            control
+        }
         Role::Control => Allowed {
             calls: calls(&[WAIT, CONTROL]),
             commands: [descriptors, vec![libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC]].concat(),
-            // Of a TAP, to announce a card.
-            requests: vec![FIONBIO, TUNGETVNETHDRSZ],
+            // Of a TAP, to announce a card, and to change its filter.
+            requests: [TAP_REQUESTS, &[FIONBIO, TUNGETVNETHDRSZ]].concat(),
             // To connect to a VMM.
             families: vec![libc::AF_UNIX],
             hand_over: true,

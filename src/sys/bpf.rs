@@ -4,11 +4,15 @@
 //! and detaches a link's program when the link's last descriptor is closed, however its process
 //! ended.
 
+pub mod assembly;
+pub mod instructions;
+
 use std::ffi::CStr;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use super::check;
 
@@ -18,6 +22,7 @@ mod command {
     pub(super) const MAP_LOOKUP_ELEM: libc::c_long = 1;
     pub(super) const MAP_UPDATE_ELEM: libc::c_long = 2;
     pub(super) const MAP_DELETE_ELEM: libc::c_long = 3;
+    pub(super) const MAP_GET_NEXT_KEY: libc::c_long = 4;
     pub(super) const PROG_LOAD: libc::c_long = 5;
     pub(super) const PROG_TEST_RUN: libc::c_long = 10;
     pub(super) const PROG_GET_FD_BY_ID: libc::c_long = 13;
@@ -106,6 +111,12 @@ pub enum MapKind {
     Numbers,
     /// Some `u64` for each key and processor (`BPF_MAP_TYPE_PERCPU_ARRAY`).
     Counters(usize),
+    /// A program for each key (`BPF_MAP_TYPE_PROG_ARRAY`), which it loses with the last descriptor
+    /// of the map.
+    Programs,
+    /// Two `u64` for each key of so many bytes: those used last, if there are more than so many
+    /// (`BPF_MAP_TYPE_LRU_HASH`).
+    Recent(usize),
 }
 
 /// A map.
@@ -121,6 +132,7 @@ impl Map {
         const PERCPU_ARRAY: u32 = 6;
         const XSKMAP: u32 = 17;
         const ARRAY: u32 = 2;
+        const PROG_ARRAY: u32 = 3;
         #[repr(C)]
         struct Attributes {
             kind: u32,
@@ -132,14 +144,18 @@ impl Map {
             numa_node: u32,
             name: [u8; MAX_NAME + 1],
         }
+        const LRU_HASH: u32 = 9;
+        let key_size = if let MapKind::Recent(bytes) = kind { bytes as u32 } else { 4 };
         let (kind, value_size) = match kind {
+            MapKind::Recent(_) => (LRU_HASH, 16),
             MapKind::Sockets => (XSKMAP, 4),
             MapKind::Numbers => (ARRAY, 4),
+            MapKind::Programs => (PROG_ARRAY, 4),
             MapKind::Counters(count) => (PERCPU_ARRAY, 8 * count as u32),
         };
         let mut attributes = Attributes {
             kind,
-            key_size: 4,
+            key_size,
             value_size,
             entries,
             flags: 0,
@@ -204,6 +220,53 @@ impl Map {
         self.element(command::MAP_UPDATE_ELEM, key, &raw const value as u64).map(drop)
     }
 
+    /// The number under `key`.
+    pub fn number(&self, key: u32) -> io::Result<u32> {
+        let mut value = 0u32;
+        self.element(command::MAP_LOOKUP_ELEM, key, &raw mut value as u64)?;
+        Ok(value)
+    }
+
+    /// Puts a program under `key`, in the stead of the one that is there.
+    pub fn set_program(&self, key: u32, program: &Program) -> io::Result<()> {
+        let value = program.0.as_raw_fd();
+        self.element(command::MAP_UPDATE_ELEM, key, &raw const value as u64).map(drop)
+    }
+
+    /// All that a map for recent keys of `N` bytes holds. What changes meanwhile may be missed.
+    pub fn recent<const N: usize>(&self, most: usize) -> io::Result<Vec<([u8; N], [u64; 2])>> {
+        #[repr(C)]
+        struct Attributes {
+            map: RawFd,
+            key: u64,
+            value: u64,
+            flags: u64,
+        }
+        let call = |command, key: *const [u8; N], value: u64| {
+            let mut attributes =
+                Attributes { map: self.0.as_raw_fd(), key: key as u64, value, flags: 0 };
+            // SAFETY: the map was made for keys of N bytes and values of 16, says our caller; the
+            // next key, or a value, is written to where `value` points, which is as long.
+            unsafe { bpf(command, &mut attributes) }
+        };
+        let (mut found, mut last) = (Vec::new(), None::<[u8; N]>);
+        while found.len() < most {
+            let mut key = [0; N];
+            let from = last.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+            match call(command::MAP_GET_NEXT_KEY, from, &raw mut key as u64) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
+                other => other?,
+            };
+            let mut value = [0u64; 2];
+            // It may have gone meanwhile.
+            if call(command::MAP_LOOKUP_ELEM, &raw const key, &raw mut value as u64).is_ok() {
+                found.push((key, value));
+            }
+            last = Some(key);
+        }
+        Ok(found)
+    }
+
     /// Takes away what is under `key`.
     pub fn remove(&self, key: u32) -> io::Result<()> {
         self.element(command::MAP_DELETE_ELEM, key, 0).map(drop)
@@ -237,6 +300,12 @@ fn possible_processors() -> io::Result<usize> {
 /// A verified program.
 #[derive(Debug)]
 pub struct Program(OwnedFd);
+
+/// What a program said, and how many nanoseconds it took on the average.
+struct TestRun {
+    verdict: u32,
+    duration: u32,
+}
 
 /// What the kernel knows of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -311,6 +380,36 @@ impl Program {
     /// EINVAL without such a device.
     pub fn run_live(&self, device: u32, frame: &[u8], count: u32) -> io::Result<()> {
         const LIVE_FRAMES: u32 = 1 << 1;
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+        // egress_ifindex.
+        let context = [0, frame.len() as u32, 0, device, 0, 0];
+        self.test_run(frame, Some(&context), count, LIVE_FRAMES).map(drop)
+    }
+
+    /// Runs it on a frame, with which nothing happens; returns what it says.
+    ///
+    /// # Errors
+    /// EINVAL if the frame has less than 14 bytes, or more than a page.
+    pub fn verdict(&self, frame: &[u8]) -> io::Result<u32> {
+        self.test_run(frame, None, 1, 0).map(|run| run.verdict)
+    }
+
+    /// How long it takes for a frame, on the average of so many times.
+    ///
+    /// # Errors
+    /// As [`verdict`](Self::verdict).
+    pub fn time(&self, frame: &[u8], times: u32) -> io::Result<Duration> {
+        let run = self.test_run(frame, None, times, 0)?;
+        Ok(Duration::from_nanos(run.duration.into()))
+    }
+
+    fn test_run(
+        &self,
+        frame: &[u8],
+        context: Option<&[u32; 6]>,
+        repeat: u32,
+        flags: u32,
+    ) -> io::Result<TestRun> {
         #[repr(C)]
         #[derive(Default)]
         struct Attributes {
@@ -329,22 +428,23 @@ impl Program {
             flags: u32,
             cpu: u32,
             batch: u32,
+            // The kernel wants zeros behind what it knows.
+            rest: u32,
         }
-        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
-        // egress_ifindex.
-        let context = [0, frame.len() as u32, 0, device, 0, 0];
         let mut attributes = Attributes {
             program: self.0.as_raw_fd(),
             frame_length: frame.len() as u32,
             frame: frame.as_ptr() as u64,
-            repeat: count,
-            context_length: mem::size_of_val(&context) as u32,
-            context: context.as_ptr() as u64,
-            flags: LIVE_FRAMES,
+            repeat,
+            context_length: context.map_or(0, mem::size_of_val) as u32,
+            context: context.map_or(0, |context| context.as_ptr() as u64),
+            flags,
             ..Attributes::default()
         };
         // SAFETY: frame and context live through the call, with the lengths given.
-        unsafe { bpf(command::PROG_TEST_RUN, &mut attributes) }.map(drop)
+        unsafe { bpf(command::PROG_TEST_RUN, &mut attributes)? };
+        let Attributes { verdict, duration, .. } = attributes;
+        Ok(TestRun { verdict, duration })
     }
 
     /// What the kernel knows of it.

@@ -1,8 +1,10 @@
 //! TUN/TAP devices: opening their queues, and the ioctls of `linux/if_tun.h`.
 
+mod filter;
+
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -10,6 +12,8 @@ use std::ptr::NonNull;
 
 use super::check;
 use crate::guest::Segment;
+
+pub use filter::ProgramMemory;
 
 /// Longest name of a network device in bytes, as the kernel has it (`IFNAMSIZ` less its nul).
 pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
@@ -144,7 +148,7 @@ impl Queue {
             answer
         };
         // SAFETY: TUNGETIFF has just set the flags; every bit pattern of them is valid.
-        let flags = i32::from(unsafe { answer.ifr_ifru.ifru_flags });
+        let flags = i32::from(unsafe { answer.ifr_ifru.ifru_flags }) & 0xffff;
         let name: Vec<u8> =
             answer.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
         Ok((String::from_utf8_lossy(&name).into_owned(), flags))
@@ -195,16 +199,35 @@ impl Queue {
         Ok(())
     }
 
-    /// Has the kernel steer frames to this queue, or none.
+    /// Has the kernel steer frames to this queue, or none. It may be so already: another daemon has had
+    /// the queue.
     pub fn set_attached(&self, attached: bool) -> io::Result<()> {
         let flag = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
         // SAFETY: TUNSETQUEUE reads one ifreq, of which only the flags count.
-        unsafe {
+        let set = unsafe {
             let mut request: libc::ifreq = mem::zeroed();
             request.ifr_ifru.ifru_flags = flag as libc::c_short;
-            check(libc::ioctl(self.file.as_raw_fd(), TUNSETQUEUE, &mut request))?;
+            check(libc::ioctl(self.file.as_raw_fd(), TUNSETQUEUE, &mut request))
+        };
+        match set {
+            // With a filter the kernel says so, and does it: see `filter`.
+            Err(error) if attached && error.raw_os_error() == Some(libc::EFAULT) => {
+                if self.is_attached()? { Ok(()) } else { Err(error) }
+            }
+            set => set.map(drop),
         }
-        Ok(())
+    }
+
+    /// Whether the kernel steers frames to this queue.
+    pub fn is_attached(&self) -> io::Result<bool> {
+        Ok(self.ask()?.1 & libc::IFF_DETACH_QUEUE == 0)
+    }
+
+    /// Takes a frame that waits, and throws it away; says whether there was one.
+    pub fn discard(&self) -> bool {
+        // The kernel cuts the frame to this, which is room for the virtio header.
+        let mut start = [0; 64];
+        (&self.file).read(&mut start).is_ok()
     }
 
     /// Sets the device's link up or down, as the host sees it.

@@ -123,6 +123,8 @@ pub(super) fn serve(
         link: session.link,
         receives: rx.as_ref().is_some_and(Side::is_enabled),
         rules: session.rules.clone(),
+        tx_filter: options.tx_filter.clone(),
+        tally: options.tally.clone(),
     };
     let port = host.session(&session.memory, &terms);
     let header_length = session.negotiated.header_length();

@@ -19,7 +19,10 @@ use vhost_user_net::guest::{
     RingLayout, Virtqueue, Writable,
 };
 use vhost_user_net::net_config::{MacAddress, NetConfig};
-use vhost_user_net::policy::{Identity, Limit, Limiter, Limits, Rules};
+use vhost_user_net::policy::filter::{MAX_INSTRUCTIONS, classic, extended};
+use vhost_user_net::policy::{
+    Filter, FilterView, Identity, Limit, Limiter, Limits, LiveFilter, Rules,
+};
 use vhost_user_net::port::HostQueue;
 use vhost_user_net::port::af_xdp::segmentation::Segmentation;
 use vhost_user_net::protocol::{Connection, Event};
@@ -256,6 +259,8 @@ fn admission(negotiated: &Negotiated) -> Admission {
         offloads: negotiated.host(),
         max_frame: 1522,
         rules: None,
+        filter: FilterView::new(Arc::default()),
+        peeks: false,
     }
 }
 
@@ -266,7 +271,7 @@ fn rules(mac: [u8; 6]) -> Rules {
     Rules::new(Identity { macs, addresses: addresses.to_vec(), vlans: vec![7] })
 }
 
-/// Bytes as the start of a frame from the guest, and as the text of a limit.
+/// Bytes as the start of a frame from the guest, and as the text of a limit or a filter.
 pub fn policy(data: &[u8]) {
     if data.len() >= 14 {
         let mac = data[6..12].try_into().unwrap();
@@ -280,6 +285,7 @@ pub fn policy(data: &[u8]) {
             let _ = rules(mac).check(&data[..data.len() - 1]);
         }
     }
+    filters(data);
     if let Ok(text) = std::str::from_utf8(data)
         && let Ok(limit) = text.parse::<Limit>()
     {
@@ -289,6 +295,25 @@ pub fn policy(data: &[u8]) {
         limiter.admit([(0, 0), (1, 1), (45, 65_536)].into_iter());
         limiter.allowance();
         limiter.wait();
+    }
+}
+
+/// Filters that look at everything, and what the bytes say if they are one, on the bytes as a frame:
+/// a filter and its opposite do not both let it pass.
+fn filters(data: &[u8]) {
+    const RULES: &str = "WORD tcp dport 25 from 192.0.2.0/24; WORD udp sport 1-9; WORD icmp; \
+        WORD icmp6 to 2001:db8::/33; WORD ethertype 0x88cc; WORD proto 50; WORD ip6 from ::/0";
+    let judge = |word: &str, default: &str| {
+        let text = format!("{}; default {default}", RULES.replace("WORD", word));
+        text.parse::<Filter>().unwrap().judge(data)
+    };
+    let passes = judge("allow", "deny").is_ok();
+    assert!(!passes || judge("deny", "allow").is_err(), "allowed and denied by the same rules");
+    if let Ok(filter) = std::str::from_utf8(data).unwrap_or_default().parse::<Filter>() {
+        assert_eq!(filter.to_string().parse(), Ok(filter.clone()));
+        assert!(classic(&filter).len() <= MAX_INSTRUCTIONS);
+        extended(&filter);
+        let _ = filter.judge(data);
     }
 }
 
@@ -306,6 +331,10 @@ fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
     if let Some(rules) = &admission.rules {
         let sent = &start.bytes()[admission.header_length..];
         assert_eq!(rules.check(sent), Ok(()), "what is sent is what was judged");
+    }
+    if let Some(filter) = admission.filter.current() {
+        let sent = &start.bytes()[admission.header_length..];
+        assert_eq!(filter.judge(sent), Ok(()), "what is sent is what was judged");
     }
     let whole = &start.bytes()[admission.header_length..];
     let Some(how) = Segmentation::of(&header, whole, length) else {
@@ -340,6 +369,11 @@ pub fn headers(mut data: &[u8]) {
         && let Some(mac) = data.get(address..).and_then(|rest| rest.first_chunk())
     {
         admission.rules = Some(Arc::new(rules(*mac)));
+    }
+    if bits >> 62 & 1 == 1 {
+        let filter = "deny tcp dport 0-99; allow udp; deny sport 1; default allow";
+        let live = Arc::new(LiveFilter::new(filter.parse().unwrap()));
+        admission.filter = FilterView::new(live);
     }
     let mut bytes = data.to_vec();
     bytes.resize(length.clamp(data.len().min(0x3000), 0x3000), 0x11);
@@ -410,6 +444,8 @@ impl Served {
             }),
             pair: 0,
             capture: Default::default(),
+            tx_filter: Arc::default(),
+            tally: Arc::default(),
             sandbox: Sandbox::NONE,
         };
         let worker = Worker::start(HostQueue::Loopback, options, Default::default()).unwrap();

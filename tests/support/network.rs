@@ -51,6 +51,15 @@ pub(crate) fn ip(words: &str) {
     assert!(status.success(), "ip {words}");
 }
 
+/// Waits until the kernel sends frames to a TAP that was just opened: it drops them before, without
+/// a word, and under load for a second.
+#[track_caller]
+pub(crate) fn wait_for_carrier(tap: &str) {
+    super::eventually("the TAP has a carrier", || {
+        output("ip", &format!("link show {tap}")).contains("state UP")
+    });
+}
+
 /// What a command prints.
 pub(crate) fn output(program: &str, words: &str) -> String {
     let output = Command::new(program).args(words.split(' ')).output().unwrap();

@@ -1,8 +1,11 @@
 //! A network device and the sockets on its queues, as the queue pairs of a port share them: one
 //! XDP program, one UMEM for all sockets of a memory table.
 
+mod wanted;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -18,9 +21,12 @@ use crate::config::AfXdp;
 use crate::features::HEADER_LENGTH;
 use crate::guest::GuestMemory;
 use crate::net_config::MacAddress;
+use crate::policy::Filter;
 use crate::sys::link::{self, Link, Watch};
 use crate::sys::socket;
 use crate::sys::xsk::{Binding, Registration, Socket};
+
+use wanted::Wanted;
 
 /// What a frame has on top of its MTU at the most: an Ethernet header and a VLAN tag, as Linux
 /// forwards frames (`is_skb_forwardable`).
@@ -75,6 +81,7 @@ struct Registered {
 
 #[derive(Debug, Default)]
 struct Shared {
+    wanted: Wanted,
     attachment: Option<Arc<Attachment>>,
     steering: Option<Steering>,
     abilities: Abilities,
@@ -90,6 +97,8 @@ pub struct Interface {
     /// The address whose frames are to be brought to the queue.
     steer_for: Option<MacAddress>,
     shared: Mutex<Shared>,
+    /// Whether there is a filter.
+    filters: AtomicBool,
 }
 
 impl Interface {
@@ -103,6 +112,7 @@ impl Interface {
         mtu: u16,
         mac: Option<MacAddress>,
         busy_poll: Duration,
+        filter: &Filter,
     ) -> Result<Vec<XdpQueue>, OpenError> {
         let name = &options.name;
         let interface = Arc::new(Interface {
@@ -111,6 +121,7 @@ impl Interface {
             busy_poll,
             steer_for: mac.filter(|_| options.steer),
             shared: Mutex::default(),
+            filters: AtomicBool::new(!filter.is_none()),
         });
         let link = interface.find()?;
         if !link.is_up {
@@ -126,7 +137,8 @@ impl Interface {
             );
         }
         let mut shared = interface.lock();
-        shared.attachment = Some(Attachment::new(name, link.index, options.attach)?);
+        shared.wanted.filter = filter.clone();
+        shared.attachment = Some(interface.attach(&link, &shared.wanted)?);
         shared.abilities = interface.find_abilities(&link)?;
         shared.steering = interface.steer(&link)?;
         drop(shared);
@@ -213,7 +225,7 @@ impl Interface {
         if !shared.attachment.as_ref().is_some_and(|attachment| attachment.is_on(link.index)) {
             // Another device than before.
             shared.attachment = None;
-            let attached = Attachment::new(self.name(), link.index, self.options.attach);
+            let attached = self.attach(&link, &shared.wanted);
             shared.attachment = Some(attached.map_err(Failure::Gone)?);
             shared.abilities = self.find_abilities(&link).map_err(Failure::Gone)?;
         }

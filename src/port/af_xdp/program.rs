@@ -7,11 +7,18 @@
 //! and attaches it, those that follow find it there and hold on to its link. The kernel detaches
 //! it when the last of them has ended, however it ended.
 //!
-//! It is assembled here, some fifty instructions: the loaders of the field (aya, libbpf) take an
+//! Frames of a queue whose port has a filter, or counts who sends them, are seen to by a program of
+//! that queue's (`code`), which the daemon that has the queue loads and puts into a map.
+//!
+//! It is assembled here, some seventy instructions: the loaders of the field (aya, libbpf) take an
 //! ELF object, and making one takes clang or a nightly compiler.
 
+mod code;
+
+use std::collections::HashMap;
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -19,14 +26,27 @@ use log::info;
 
 use super::OpenError;
 use crate::config::Attach;
-use crate::sys::bpf::{Hook, Link, Map, MapKind, Program};
+use crate::policy::Filter;
+use crate::policy::filter::SEEN;
+use crate::sys::bpf::{Hook, Link, Map, MapKind, Program, ProgramInfo};
 use crate::sys::link;
+use crate::traffic::MAX_ROWS;
 
 /// The program's name, by which another daemon knows it.
 pub const NAME: &str = "vhost_user_net";
+/// That of a queue's own program.
+const OWN_NAME: &str = "vun_queue";
 const SOCKETS: &str = "vun_sockets";
 const COUNTERS: &str = "vun_counters";
-const HEADERS: &str = "vun_headers";
+const QUEUE_SETTINGS: &str = "vun_queues";
+const PROGRAMS: &str = "vun_programs";
+const PEERS: &str = "vun_peers";
+/// Of a queue's settings: length in bytes of the virtio header before each frame.
+const HEADER_LENGTH: u32 = 0xffff;
+/// Frames are seen to by a program of the queue's own.
+const OWN_PROGRAM: u32 = 1 << 16;
+/// Numbers that are counted for a queue.
+const COUNTED: usize = 6;
 /// Queues of a device at the most that can have a socket.
 const QUEUES: u32 = 1024;
 /// Attempts to attach, or to find who was faster.
@@ -43,6 +63,10 @@ pub struct QueueCounters {
     pub passed: u64,
     /// Bytes of those.
     pub passed_bytes: u64,
+    /// Frames that the filter of the queue's port denied.
+    pub filtered: u64,
+    /// Bytes of those.
+    pub filtered_bytes: u64,
 }
 
 impl fmt::Display for QueueCounters {
@@ -51,7 +75,12 @@ impl fmt::Display for QueueCounters {
             f,
             "{} frames, {} bytes redirected, {} frames, {} bytes passed to the host",
             self.redirected, self.redirected_bytes, self.passed, self.passed_bytes
-        )
+        )?;
+        if self.filtered > 0 {
+            let QueueCounters { filtered, filtered_bytes, .. } = self;
+            write!(f, ", {filtered} frames, {filtered_bytes} bytes dropped by its filter")?;
+        }
+        Ok(())
     }
 }
 
@@ -59,10 +88,67 @@ impl fmt::Display for QueueCounters {
 #[derive(Debug)]
 pub struct Attachment {
     link: Link,
+    maps: Maps,
+    device: u32,
+}
+
+/// What a port wants done with frames for its queues.
+#[derive(Debug, Clone, Copy)]
+pub struct Own<'a> {
+    /// What they are judged by.
+    pub filter: &'a Filter,
+    /// Where those that pass are counted by who sends them.
+    pub peers: Option<&'a Map>,
+}
+
+/// A map for [`Own::peers`].
+///
+/// # Errors
+/// EPERM without CAP_BPF.
+pub fn peers() -> io::Result<Map> {
+    Map::new(MapKind::Recent(SEEN), PEERS, MAX_ROWS as u32)
+}
+
+/// What the program and those who use it share, by queue.
+#[derive(Debug)]
+struct Maps {
     sockets: Map,
     counters: Map,
-    headers: Map,
-    device: u32,
+    /// What is done with a frame: [`HEADER_LENGTH`], [`OWN_PROGRAM`].
+    queues: Map,
+    /// The queues' own programs.
+    programs: Map,
+}
+
+impl Maps {
+    fn new() -> io::Result<Self> {
+        Ok(Maps {
+            sockets: Map::new(MapKind::Sockets, SOCKETS, QUEUES)?,
+            counters: Map::new(MapKind::Counters(COUNTED), COUNTERS, QUEUES)?,
+            queues: Map::new(MapKind::Numbers, QUEUE_SETTINGS, QUEUES)?,
+            programs: Map::new(MapKind::Programs, PROGRAMS, QUEUES)?,
+        })
+    }
+
+    /// Those of a program that is loaded; nothing if it has others.
+    fn of(info: &ProgramInfo) -> io::Result<Option<Self>> {
+        let maps = info.maps.iter().map(|id| Map::by_id(*id)).collect::<io::Result<Vec<_>>>()?;
+        let mut named = maps
+            .into_iter()
+            .map(|map| Ok((map.name()?, map)))
+            .collect::<io::Result<HashMap<String, Map>>>()?;
+        let mut take = |name| named.remove(name);
+        let (sockets, counters) = (take(SOCKETS), take(COUNTERS));
+        let (queues, programs) = (take(QUEUE_SETTINGS), take(PROGRAMS));
+        Ok((|| {
+            Some(Maps {
+                sockets: sockets?,
+                counters: counters?,
+                queues: queues?,
+                programs: programs?,
+            })
+        })())
+    }
 }
 
 impl Attachment {
@@ -106,10 +192,8 @@ impl Attachment {
     }
 
     fn load(name: &str, device: u32, attach: Attach) -> io::Result<Self> {
-        let sockets = Map::new(MapKind::Sockets, SOCKETS, QUEUES)?;
-        let counters = Map::new(MapKind::Counters(4), COUNTERS, QUEUES)?;
-        let headers = Map::new(MapKind::Numbers, HEADERS, QUEUES)?;
-        let program = Program::load(NAME, &assemble(&sockets, &counters, &headers))?;
+        let maps = Maps::new()?;
+        let program = Program::load(NAME, &code::assemble(&maps, None))?;
         let hooks: &[Hook] = match attach {
             Attach::Auto => &[Hook::Native, Hook::Generic],
             Attach::Native => &[Hook::Native],
@@ -124,7 +208,7 @@ impl Attachment {
                         None => String::new(),
                     };
                     info!("af_xdp {name}: XDP program attached, {hook}{why}");
-                    return Ok(Attachment { link, sockets, counters, headers, device });
+                    return Ok(Attachment { link, maps, device });
                 }
                 Err(error) => last = Some(error),
             }
@@ -142,21 +226,9 @@ impl Attachment {
         if info.name != NAME {
             return Err(foreign());
         }
-        let maps = info.maps.iter().map(|id| Map::by_id(*id)).collect::<io::Result<Vec<_>>>()?;
-        let (mut sockets, mut counters, mut headers) = (None, None, None);
-        for map in maps {
-            match map.name()?.as_str() {
-                SOCKETS => sockets = Some(map),
-                COUNTERS => counters = Some(map),
-                HEADERS => headers = Some(map),
-                _ => {}
-            }
-        }
-        let (Some(sockets), Some(counters), Some(headers)) = (sockets, counters, headers) else {
-            return Err(foreign());
-        };
+        let Some(maps) = Maps::of(&info)? else { return Err(foreign()) };
         let link = Link::of_program(id)?;
-        Ok(Attachment { link, sockets, counters, headers, device })
+        Ok(Attachment { link, maps, device })
     }
 
     /// Whether it is still attached to the device of that index.
@@ -168,19 +240,48 @@ impl Attachment {
     /// Has frames of a queue redirected to the socket, with a virtio header of so many bytes
     /// before each (10 or 12; 0: none).
     pub fn redirect(&self, queue: u32, socket: &OwnedFd, header: u32) -> io::Result<()> {
-        self.headers.set_number(queue, header)?;
-        self.sockets.set_socket(queue, socket)
+        let settings = self.maps.queues.number(queue)? & !HEADER_LENGTH;
+        self.maps.queues.set_number(queue, settings | header)?;
+        self.maps.sockets.set_socket(queue, socket)
     }
 
     /// Has frames of a queue passed to the host again.
     pub fn pass(&self, queue: u32) -> io::Result<()> {
-        self.sockets.remove(queue)
+        self.maps.sockets.remove(queue)
+    }
+
+    /// Has frames for the sockets of these queues judged, and counted, so from now on.
+    ///
+    /// # Errors
+    /// Those of loading a program; frames are judged as before then.
+    pub fn set_own(&self, mut queues: Range<u32>, own: &Own<'_>) -> io::Result<()> {
+        let Maps { queues: settings, programs, .. } = &self.maps;
+        if own.filter.is_none() && own.peers.is_none() {
+            // A program that was there stays, for frames that are just on their way to it.
+            return queues.try_for_each(|queue| {
+                settings.set_number(queue, settings.number(queue)? & !OWN_PROGRAM)
+            });
+        }
+        let program = Program::load(OWN_NAME, &code::assemble(&self.maps, Some(own)))?;
+        queues.try_for_each(|queue| {
+            programs.set_program(queue, &program)?;
+            settings.set_number(queue, settings.number(queue)? | OWN_PROGRAM)
+        })
     }
 
     /// What the program has counted on a queue.
     pub fn counters(&self, queue: u32) -> io::Result<QueueCounters> {
-        let [redirected, redirected_bytes, passed, passed_bytes] = self.counters.counters(queue)?;
-        Ok(QueueCounters { redirected, redirected_bytes, passed, passed_bytes })
+        let counters: [u64; COUNTED] = self.maps.counters.counters(queue)?;
+        let [redirected, redirected_bytes, passed, passed_bytes, filtered, filtered_bytes] =
+            counters;
+        Ok(QueueCounters {
+            redirected,
+            redirected_bytes,
+            passed,
+            passed_bytes,
+            filtered,
+            filtered_bytes,
+        })
     }
 }
 
@@ -219,129 +320,4 @@ fn failed(name: &str, error: &io::Error) -> OpenError {
         _ => "",
     };
     OpenError(format!("attach an XDP program to {name}: {error}{hint}"))
-}
-
-/// `struct bpf_insn` as a number: code, registers, offset, immediate.
-fn instruction(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> u64 {
-    u64::from(code)
-        | u64::from(target | source << 4) << 8
-        | u64::from(offset as u16) << 16
-        | u64::from(immediate as u32) << 32
-}
-
-/// Assembles the program (`Documentation/bpf/standardization/instruction-set.rst`).
-fn assemble(sockets: &Map, counters: &Map, headers: &Map) -> Vec<u64> {
-    // Helpers of linux/bpf.h.
-    const MAP_LOOKUP_ELEM: i32 = 1;
-    const XDP_ADJUST_HEAD: i32 = 44;
-    const REDIRECT_MAP: i32 = 51;
-    const XDP_GET_BUFF_LEN: i32 = 188;
-    // Verdicts of `enum xdp_action`.
-    const DROP: i32 = 1;
-    const PASS: i32 = 2;
-    const REDIRECT: i32 = 4;
-    /// Where `struct xdp_md` has the queue's number.
-    const RX_QUEUE_INDEX: i16 = 16;
-
-    let copy = |target, source| instruction(0xbf, target, source, 0, 0);
-    let set = |target, value| instruction(0xb7, target, 0, 0, value);
-    let add = |target, value| instruction(0x07, target, 0, 0, value);
-    let add_register = |target, source| instruction(0x0f, target, source, 0, 0);
-    let load32 = |target, source, offset| instruction(0x61, target, source, offset, 0);
-    let store32 = |target, source, offset| instruction(0x63, target, source, offset, 0);
-    let load64 = |target, source, offset| instruction(0x79, target, source, offset, 0);
-    let store64 = |target, source, offset| instruction(0x7b, target, source, offset, 0);
-    let call = |helper| instruction(0x85, 0, 0, 0, helper);
-    let if_equal = |register, value, skip| instruction(0x15, register, 0, skip, value);
-    let if_not_equal = |register, value, skip| instruction(0x55, register, 0, skip, value);
-    let if_greater = |register, than, skip| instruction(0x2d, register, than, skip, 0);
-    let jump = |skip| instruction(0x05, 0, 0, skip, 0);
-    let subtract_register = |target, source| instruction(0x1f, target, source, 0, 0);
-    let put64 = |target, offset, value| instruction(0x7a, target, 0, offset, value);
-    let put32 = |target, offset, value| instruction(0x62, target, 0, offset, value);
-    let put16 = |target, offset, value| instruction(0x6a, target, 0, offset, value);
-    let map = |target, map: &Map| {
-        // BPF_PSEUDO_MAP_FD
-        [instruction(0x18, target, 1, 0, map.descriptor()), 0]
-    };
-    let exit = instruction(0x95, 0, 0, 0, 0);
-
-    let mut program = vec![
-        copy(9, 1), // r9: the frame
-        load32(6, 1, RX_QUEUE_INDEX),
-        call(XDP_GET_BUFF_LEN),
-        copy(7, 0), // r7: the frame's length
-    ];
-    program.extend(map(1, sockets));
-    program.extend([
-        copy(2, 6),
-        set(3, PASS), // what to do if the queue has no socket
-        call(REDIRECT_MAP),
-        copy(8, 0), // r8: the verdict
-        store32(10, 6, -4),
-    ]);
-    program.extend(map(1, counters));
-    program.extend([
-        copy(2, 10),
-        add(2, -4),
-        call(MAP_LOOKUP_ELEM),
-        if_equal(0, 0, 8), // a queue beyond the map: do not count
-        if_equal(8, REDIRECT, 1),
-        add(0, 16), // the second pair of counters
-        load64(1, 0, 0),
-        add(1, 1),
-        store64(0, 1, 0),
-        load64(1, 0, 8),
-        add_register(1, 7),
-        store64(0, 1, 8),
-        if_not_equal(8, REDIRECT, 23),
-    ]);
-    program.extend(map(1, headers));
-    program.extend([
-        copy(2, 10),
-        add(2, -4),
-        call(MAP_LOOKUP_ELEM),
-        if_equal(0, 0, 17),
-        load32(7, 0, 0), // r7: length of the header
-        if_equal(7, 0, 15),
-        copy(1, 9),
-        set(2, 0),
-        subtract_register(2, 7),
-        call(XDP_ADJUST_HEAD),
-        if_not_equal(0, 0, 12), // no room
-        load32(1, 9, 0),        // data
-        load32(2, 9, 4),        // data_end
-        copy(3, 1),
-        add(3, 12),
-        if_greater(3, 2, 7),
-        put64(1, 0, 0),
-        if_equal(7, 12, 2),
-        put16(1, 8, 0), // ten bytes
-        jump(1),
-        put32(1, 8, 1 << 16), // in one buffer
-        copy(0, 8),
-        exit,
-        set(0, DROP),
-        exit,
-    ]);
-    program
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_instruction_is_laid_out_as_the_kernel_has_it() {
-        // r2 += -4, as clang encodes it.
-        assert_eq!(
-            instruction(0x07, 2, 0, 0, -4).to_le_bytes(),
-            [7, 2, 0, 0, 0xfc, 0xff, 0xff, 0xff]
-        );
-        // *(u32 *)(r10 - 4) = r6
-        assert_eq!(
-            instruction(0x63, 10, 6, -4, 0).to_le_bytes(),
-            [0x63, 0x6a, 0xfc, 0xff, 0, 0, 0, 0]
-        );
-    }
 }

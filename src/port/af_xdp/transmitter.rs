@@ -1,8 +1,8 @@
 //! Frames from the guest, on their way through the tx ring and back out of the completion ring.
 //!
 //! A frame in one piece is sent from where the guest put it. One that needs a checksum, lies in
-//! several pieces, or was judged by rules, which its headers must not change after, is copied into the arena: measured, that costs a tenth of what the kernel takes
-//! for a frame of two descriptors (docs/af-xdp.md). So is each segment of a frame that is to be cut.
+//! several pieces, or was judged by rules, which its headers must not change after, is copied into
+//! the arena: measured, that costs a tenth of what the kernel takes for a frame of two descriptors (docs/af-xdp.md). So is each segment of a frame that is to be cut.
 //!
 //! Invariant: a chain is given back when the kernel has completed its frame, and in the order of
 //! the ring. The kernel completes an address as it got it, so each carries its frame's number in
@@ -19,6 +19,7 @@ use crate::counters::{CopyReason, Drop};
 use crate::guest::{Burst, Chain, Readable, Segment};
 use crate::port::{Finished, Outcome, Terms};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor, checksum_request};
+use crate::traffic::{Notes, Way};
 use crate::vnet_header::{Admission, PrivateStart, Surplus, VnetHeader, admit};
 
 /// Calls for one burst at the most: the kernel sends 32 frames at a time.
@@ -39,6 +40,7 @@ struct InFlight<'mem> {
 pub(super) struct Transmitter<'mem> {
     pair: u16,
     admission: Admission,
+    notes: Notes,
     /// The start of the frame that was admitted last.
     start: PrivateStart,
     /// How that frame is being cut, and where in its payload the next segment begins.
@@ -65,6 +67,7 @@ impl<'mem> Transmitter<'mem> {
         Transmitter {
             pair,
             admission: terms.admission(0),
+            notes: Notes::new(terms.tally.clone()),
             start: PrivateStart::default(),
             cut: None,
             in_flight: VecDeque::with_capacity(TX_SLOTS),
@@ -91,6 +94,8 @@ impl<'mem> Transmitter<'mem> {
 
     /// Hands frames to the kernel, as far as there are places for them.
     pub(super) fn transmit(&mut self, burst: &mut Burst<'mem, Readable>, open: &mut OpenSocket) {
+        self.admission.filter.refresh();
+        self.admission.peeks = self.notes.wanted();
         while self.in_flight.len() < TX_SLOTS && open.socket.tx.room() > 0 {
             let Some(chain) = burst.front() else { break };
             if self.cut.is_none()
@@ -115,6 +120,7 @@ impl<'mem> Transmitter<'mem> {
             self.in_flight.push_back(InFlight { chain, pending: true, outcome: Outcome::Sent });
         }
         open.socket.tx.submit();
+        self.notes.publish();
     }
 
     /// Checks the frame, and sees whether it is to be cut.
@@ -127,7 +133,11 @@ impl<'mem> Transmitter<'mem> {
             return Err(Drop::TooLong);
         }
         self.cut = how.map(|how| (how, 0));
-        self.surplus += self.start.surplus(chain.len() - header_length);
+        let length = chain.len() - header_length;
+        self.surplus += self.start.surplus(length);
+        if self.admission.peeks {
+            self.notes.note(Way::Tx, &self.start.bytes()[header_length..], length);
+        }
         Ok(())
     }
 
@@ -142,7 +152,7 @@ impl<'mem> Transmitter<'mem> {
         let length = chain.len() - header_length;
         let header = self.start.header();
         // Headers that were judged go out as they were then.
-        let judged = self.admission.rules.is_some();
+        let judged = self.admission.judges();
         let in_place = chain
             .first_after(header_length)
             .filter(|piece| piece.len() == length && !header.needs_checksum() && !judged)

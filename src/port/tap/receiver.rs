@@ -5,12 +5,13 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use crate::counters::Drop;
-use crate::features::{HEADER_LENGTH, Negotiated, Offloads};
+use crate::features::{HEADER_LENGTH, Offloads};
 use crate::guest::virtqueue::MAX_SEGMENTS;
 use crate::guest::{Burst, Chain, Segment, Writable};
-use crate::port::Finished;
+use crate::port::{Finished, Terms};
 use crate::sys::tap::Queue;
-use crate::vnet_header::{LINK_OVERHEAD, MAX_FRAME, Surplus, VnetHeader};
+use crate::traffic::{Notes, Way};
+use crate::vnet_header::{LINK_OVERHEAD, MAX_FRAME, MAX_HEADERS, Surplus, VnetHeader};
 
 /// Buffers that are borrowed ahead, which bounds what a session holds. Eight frames of 64 KiB in
 /// the 1.5 KiB buffers of a Linux driver.
@@ -35,6 +36,9 @@ pub(super) struct Receiver<'mem> {
     window: Vec<Segment<'mem>>,
     window_chains: usize,
     window_room: usize,
+    notes: Notes,
+    /// Whether frames are noted.
+    peeks: bool,
     /// Whether to read: nobody has found the device empty since frames may have come.
     pub(super) may_have_frames: bool,
     /// Since when frames have waited for more buffers.
@@ -45,7 +49,8 @@ pub(super) struct Receiver<'mem> {
 
 impl<'mem> Receiver<'mem> {
     /// For frames up to `longest` bytes, but for those that are to be segmented.
-    pub(super) fn new(negotiated: &Negotiated, mtu: u16, longest: usize, receives: bool) -> Self {
+    pub(super) fn new(terms: &Terms, longest: usize) -> Self {
+        let Terms { negotiated, mtu, receives, .. } = *terms;
         let mut receiver = Receiver {
             header_length: negotiated.header_length(),
             accepted: negotiated.guest(),
@@ -57,6 +62,8 @@ impl<'mem> Receiver<'mem> {
             window: Vec::new(),
             window_chains: 0,
             window_room: 0,
+            notes: Notes::new(terms.tally.clone()),
+            peeks: false,
             may_have_frames: receives,
             short_since: None,
             make_do: false,
@@ -162,6 +169,9 @@ impl<'mem> Receiver<'mem> {
                 return;
             }
         }
+        if self.peeks {
+            self.note(length);
+        }
         let (mut left, mut buffers, mut segments) = (length, 0u16, 0);
         let first = finished.rx.len();
         while left > 0 {
@@ -182,6 +192,25 @@ impl<'mem> Receiver<'mem> {
         }
         finished.rx_frames += 1;
         finished.rx_bytes += (length - self.header_length) as u64;
+    }
+
+    /// Prepares for a burst of frames.
+    pub(super) fn look(&mut self) {
+        self.peeks = self.notes.wanted();
+    }
+
+    /// Counts the burst.
+    pub(super) fn count(&mut self) {
+        self.notes.publish();
+    }
+
+    /// Notes the frame in the oldest buffers, as far as the first of them shows it. The guest could
+    /// have changed it already, and would fool itself.
+    fn note(&mut self, length: usize) {
+        let mut start = [0; HEADER_LENGTH + MAX_HEADERS];
+        let shown = self.posted[0].read_start(&mut start).min(length);
+        let frame = start.get(self.header_length..shown).unwrap_or_default();
+        self.notes.note(Way::Rx, frame, length - self.header_length);
     }
 
     /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,

@@ -8,8 +8,9 @@ use log::warn;
 use super::TapQueue;
 use crate::counters::Drop;
 use crate::guest::{Burst, Chain, Readable, Segment};
-use crate::port::{Finished, Outcome};
+use crate::port::{Finished, Outcome, Terms};
 use crate::sys::uring::MAX_WRITES;
+use crate::traffic::{Notes, Way};
 use crate::vnet_header::{Admission, PrivateStart, Surplus, admit};
 
 /// Bursts from this many frames on go through io_uring: a submission of one costs more than a
@@ -30,15 +31,17 @@ pub(super) struct Transmitter<'mem> {
     done: Vec<(Chain<'mem, Readable>, Outcome)>,
     /// What the frames sent are on the wire beyond themselves.
     surplus: Surplus,
+    notes: Notes,
     /// The device had no room for the last frame.
     pub(super) blocked: bool,
 }
 
 impl<'mem> Transmitter<'mem> {
-    pub(super) fn new(admission: Admission, mtu: u16) -> Self {
+    pub(super) fn new(terms: &Terms, longest: usize) -> Self {
         Transmitter {
-            admission,
-            mtu,
+            admission: terms.admission(longest),
+            mtu: terms.mtu,
+            notes: Notes::new(terms.tally.clone()),
             starts: Vec::new(),
             bounds: Vec::new(),
             done: Vec::new(),
@@ -50,6 +53,8 @@ impl<'mem> Transmitter<'mem> {
     /// Sends what is admitted, until the device has no room.
     pub(super) fn transmit(&mut self, burst: &mut Burst<'mem, Readable>, host: &mut TapQueue) {
         self.blocked = false;
+        self.admission.filter.refresh();
+        self.admission.peeks = self.notes.wanted();
         self.starts.resize_with(MAX_WRITES, PrivateStart::default);
         while !burst.is_empty() && !self.blocked {
             let count = burst.len().min(MAX_WRITES);
@@ -70,10 +75,15 @@ impl<'mem> Transmitter<'mem> {
             let dealt_with = self.write(burst, count, &mut outcomes, host);
             let header_length = self.admission.header_length;
             for index in (0..dealt_with).filter(|&index| outcomes[index] == Outcome::Sent) {
-                self.surplus += self.starts[index].surplus(burst[index].len() - header_length);
+                let (start, length) = (&self.starts[index], burst[index].len() - header_length);
+                self.surplus += start.surplus(length);
+                if self.admission.peeks {
+                    self.notes.note(Way::Tx, &start.bytes()[header_length..], length);
+                }
             }
             self.done.extend(burst.drain(..dealt_with).zip(outcomes));
         }
+        self.notes.publish();
     }
 
     /// Gives back what has finished.

@@ -1,0 +1,113 @@
+//! `vhost-user-net ctl top`: whom a port's guest speaks to, and how much, as it happens.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::Command;
+use super::client::{Connection, Failure, columns, plain, short};
+
+/// How it is to be shown.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
+pub struct Look {
+    /// How long to count before each look, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = super::client::interval)]
+    interval: Duration,
+    /// How often to look [default: until it is interrupted].
+    #[arg(long, value_name = "N")]
+    count: Option<u64>,
+    /// Rows to show at the most.
+    #[arg(long, value_name = "N", default_value = "20")]
+    rows: usize,
+}
+
+/// Shows traffic by protocol and peer, look after look. The daemon counts for as long as we are
+/// connected.
+///
+/// # Errors
+/// The daemon can't be asked, or has no such port.
+pub(super) fn top(
+    daemon: &mut Connection,
+    port: &str,
+    look: &Look,
+    in_json: bool,
+) -> Result<(), Failure> {
+    let mut ask = || -> Result<(Instant, Vec<Value>), Failure> {
+        let rows = daemon.ask(&Command::Traffic { port: port.to_owned() }, &[])?;
+        Ok((Instant::now(), rows.as_array().cloned().unwrap_or_default()))
+    };
+    let (mut since, mut before) = ask()?;
+    let mut output = io::stdout().lock();
+    for looked in 1.. {
+        std::thread::sleep(look.interval);
+        let (now, rows) = ask()?;
+        let mut rates = rates(&before, &rows, now - since);
+        rates.truncate(look.rows);
+        let text = if in_json { format!("{:#}\n", json!(rates)) } else { table(&rates) };
+        let clear = if output.is_terminal() && !in_json { "\x1b[H\x1b[2J" } else { "" };
+        // Whoever closes the pipe has seen enough.
+        if output.write_all((clear.to_owned() + &text).as_bytes()).is_err() {
+            return Ok(());
+        }
+        (since, before) = (now, rows);
+        if look.count.is_some_and(|count| looked >= count) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What a row is about.
+fn key(row: &Value) -> String {
+    [&row["way"], &row["protocol"], &row["peer"]].map(Value::to_string).concat()
+}
+
+/// What went each second, the most first.
+fn rates(before: &[Value], rows: &[Value], time: Duration) -> Vec<Value> {
+    let before: HashMap<String, &Value> = before.iter().map(|row| (key(row), row)).collect();
+    let number = |row: Option<&&Value>, name: &str| -> u64 {
+        row.and_then(|row| row[name].as_u64()).unwrap_or(0)
+    };
+    let rate = |row: &Value| {
+        let last = before.get(&key(row));
+        let each = |name: &str| {
+            let more = number(Some(&row), name).saturating_sub(number(last, name));
+            (more as f64 / time.as_secs_f64()).round()
+        };
+        (each("frames") > 0.0).then(|| {
+            json!({
+                "way": row["way"],
+                "protocol": row["protocol"],
+                "peer": row["peer"],
+                "frames_per_second": each("frames"),
+                "bits_per_second": 8.0 * each("bytes"),
+            })
+        })
+    };
+    let mut rates: Vec<Value> = rows.iter().filter_map(rate).collect();
+    rates.sort_by_key(|row| Reverse(row["bits_per_second"].as_f64().unwrap_or(0.0) as u64));
+    rates
+}
+
+fn table(rates: &[Value]) -> String {
+    let heads = ["WAY", "PROTOCOL", "PEER", "FRAMES/s", "BIT/s"].map(str::to_owned).to_vec();
+    let mut rows = vec![heads];
+    rows.extend(rates.iter().map(|row| {
+        let word = |name: &str| match &row[name] {
+            Value::Null => "-".to_owned(),
+            value => plain(value),
+        };
+        let number = |name: &str| short(row[name].as_f64().unwrap_or(0.0));
+        vec![
+            word("way"),
+            word("protocol"),
+            word("peer"),
+            number("frames_per_second"),
+            number("bits_per_second"),
+        ]
+    }));
+    columns(&rows)
+}

@@ -1,0 +1,128 @@
+//! A filter as a program of classic BPF, which the kernel runs for a socket or a TAP
+//! (`Documentation/networking/filter.rst`).
+//!
+//! Emitted from its end to its start, so that each jump's length is known: one over more than 255
+//! instructions goes by way of another.
+
+use libc::sock_filter;
+
+use super::steps::{At, Label, Step, Steps, VARIABLES, Variable, Width};
+use super::{Action, Filter};
+
+/// Instructions of a program at the most (`BPF_MAXINSNS`).
+pub const MAX_INSTRUCTIONS: usize = 4096;
+
+// Codes of linux/bpf_common.h.
+const LOAD_LENGTH: u16 = 0x80;
+const LOAD_VALUE: u16 = 0x00;
+const LOAD_MEMORY: u16 = 0x60;
+const STORE_MEMORY: u16 = 0x02;
+const ADD: u16 = 0x04;
+const ADD_INDEX: u16 = 0x0c;
+const SUBTRACT_INDEX: u16 = 0x1c;
+const AND: u16 = 0x54;
+const SHIFT_LEFT: u16 = 0x64;
+const SHIFT_RIGHT: u16 = 0x74;
+const JUMP: u16 = 0x05;
+const IF_EQUAL: u16 = 0x15;
+const IF_AT_LEAST: u16 = 0x35;
+const IF_ANY_BIT: u16 = 0x45;
+const RETURN: u16 = 0x06;
+const TO_INDEX: u16 = 0x07;
+
+/// `BPF_MEMWORDS`.
+const _: () = assert!(VARIABLES <= 16);
+
+/// The program of a filter: it returns 0 for a frame that is to be dropped.
+pub fn classic(filter: &Filter) -> Vec<sock_filter> {
+    let Steps { list, labels } = filter.steps();
+    let mut emitter = Emitter { reversed: Vec::new(), places: vec![0; labels] };
+    list.iter().rev().for_each(|step| emitter.emit(*step));
+    emitter.reversed.reverse();
+    emitter.reversed
+}
+
+struct Emitter {
+    /// The last instruction first.
+    reversed: Vec<sock_filter>,
+    /// How many instructions there are from each label on.
+    places: Vec<usize>,
+}
+
+impl Emitter {
+    fn push(&mut self, code: u16, k: u32) {
+        self.reversed.push(sock_filter { code, jt: 0, jf: 0, k });
+    }
+
+    /// How many instructions the next one would jump over.
+    fn distance(&self, label: Label) -> usize {
+        self.reversed.len() - self.places[label.0]
+    }
+
+    fn branch(&mut self, code: u16, k: u32, yes: Label, no: Label) {
+        // A jump that comes between makes the other one longer.
+        let near = |distance: usize| u8::try_from(distance).ok();
+        let far = |distance: usize| distance + 1 > usize::from(u8::MAX);
+        let (far_yes, far_no) = (far(self.distance(yes)), far(self.distance(no)));
+        let mut by_way = |label, is_far: bool| {
+            is_far.then(|| {
+                self.push(JUMP, self.distance(label) as u32);
+                self.reversed.len()
+            })
+        };
+        let (way_no, way_yes) = (by_way(no, far_no), by_way(yes, far_yes));
+        let length = |way: Option<usize>, label| match way {
+            Some(place) => self.reversed.len() - place,
+            None => self.distance(label),
+        };
+        let jt = near(length(way_yes, yes)).expect("a near jump is short");
+        let jf = near(length(way_no, no)).expect("a near jump is short");
+        self.reversed.push(sock_filter { code, jt, jf, k });
+    }
+
+    fn emit(&mut self, step: Step) {
+        let memory = |variable: Variable, word| (variable as usize + word) as u32;
+        match step {
+            Step::Load(width, at, beyond) => {
+                let (mode, offset) = match at {
+                    At::Start(offset) => (0x20, offset),
+                    At::Index(offset) => (0x40, offset),
+                };
+                let size = match width {
+                    Width::Word => 0x00,
+                    Width::Half => 0x08,
+                    Width::Byte => 0x10,
+                };
+                self.push(mode | size, offset);
+                // A load beyond the end would end the program.
+                self.places.push(self.reversed.len());
+                let inside = Label(self.places.len() - 1);
+                self.branch(IF_AT_LEAST, offset + width as u32, inside, beyond);
+                if let At::Index(_) = at {
+                    self.places.push(self.reversed.len());
+                    let positive = Label(self.places.len() - 1);
+                    self.branch(IF_ANY_BIT, 1 << 31, beyond, positive);
+                    self.push(SUBTRACT_INDEX, 0);
+                }
+                self.push(LOAD_LENGTH, 0);
+            }
+            Step::Set(value) => self.push(LOAD_VALUE, value),
+            Step::Get(variable, word) => self.push(LOAD_MEMORY, memory(variable, word)),
+            Step::Put(variable, word) => self.push(STORE_MEMORY, memory(variable, word)),
+            Step::And(mask) => self.push(AND, mask),
+            Step::ShiftLeft(bits) => self.push(SHIFT_LEFT, bits),
+            Step::ShiftRight(bits) => self.push(SHIFT_RIGHT, bits),
+            Step::Add(value) => self.push(ADD, value),
+            Step::AddIndex => self.push(ADD_INDEX, 0),
+            Step::ToIndex => self.push(TO_INDEX, 0),
+            Step::IfEqual(value, yes, no) => self.branch(IF_EQUAL, value, yes, no),
+            Step::IfAtLeast(value, yes, no) => self.branch(IF_AT_LEAST, value, yes, no),
+            Step::Jump(to) => self.push(JUMP, self.distance(to) as u32),
+            Step::Place(label) => self.places[label.0] = self.reversed.len(),
+            Step::End(action) => {
+                let length = if action == Action::Allow { u32::MAX } else { 0 };
+                self.push(RETURN, length);
+            }
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! The three judges agree, whatever the filter and the frame; and what they say is what was meant.
+
+use std::cell::RefCell;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, bind, send, socket,
+};
+use nix::unistd::geteuid;
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::sample::select;
+
+use super::*;
+use crate::sys::bpf::Program;
+use crate::sys::bpf::instructions::{add, copy, exit};
+use crate::sys::tap::{ProgramMemory, Queue};
+
+/// What a program of classic BPF returns for a frame, as the kernel has it.
+fn run(program: &[libc::sock_filter], frame: &[u8]) -> u32 {
+    let (mut a, mut x, mut memory, mut at) = (0u32, 0u32, [None; 16], 0);
+    let load = |at: u32, size: usize| -> Option<u32> {
+        let bytes = frame.get(at as usize..)?.get(..size)?;
+        Some(bytes.iter().fold(0, |number, byte| number << 8 | u32::from(*byte)))
+    };
+    loop {
+        let libc::sock_filter { code, jt, jf, k } = program[at];
+        at += 1;
+        let indexed = |size| load(x.wrapping_add(k), size);
+        let mut branch = |holds| at += usize::from(if holds { jt } else { jf });
+        match code {
+            0x80 => a = frame.len() as u32,
+            0x00 => a = k,
+            0x60 => a = memory[k as usize].expect("memory is read that was not written"),
+            0x02 => memory[k as usize] = Some(a),
+            0x40 | 0x48 | 0x50 => match indexed([4, 2, 1][usize::from(code - 0x40) / 8]) {
+                Some(number) => a = number,
+                None => panic!("a load beyond the frame's end"),
+            },
+            0x20 | 0x28 | 0x30 => {
+                a = load(k, [4, 2, 1][usize::from(code - 0x20) / 8]).expect("a load inside")
+            }
+            0x04 => a = a.wrapping_add(k),
+            0x0c => a = a.wrapping_add(x),
+            0x1c => a = a.wrapping_sub(x),
+            0x54 => a &= k,
+            0x64 => a <<= k,
+            0x74 => a >>= k,
+            0x05 => at += k as usize,
+            0x15 => branch(a == k),
+            0x35 => branch(a >= k),
+            0x45 => branch(a & k != 0),
+            0x07 => x = a,
+            0x06 => return k,
+            _ => panic!("instruction {code:#x}"),
+        }
+    }
+}
+
+/// The filter as an XDP program that passes what is allowed.
+fn load(filter: &Filter) -> std::io::Result<Program> {
+    let mut program = vec![copy(9, 1)];
+    program.extend(extended(filter));
+    // XDP_DROP is 1, XDP_PASS 2.
+    program.extend([add(0, 1), exit()]);
+    Program::load("vun_test", &program)
+}
+
+/// Whether this machine lets us load programs.
+fn can_load() -> bool {
+    let can = load(&Filter::default()).is_ok();
+    if !can {
+        eprintln!("XDP programs are not tried: that takes CAP_BPF and CAP_NET_ADMIN");
+    }
+    can
+}
+
+fn term() -> impl Strategy<Value = String> {
+    let protocol = select(vec![
+        "tcp",
+        "udp",
+        "sctp",
+        "icmp",
+        "icmp6",
+        "ip",
+        "ip6",
+        "arp",
+        "proto 50",
+        "proto 89",
+        "ethertype 0x88cc",
+    ]);
+    let prefix = select(vec![
+        "0.0.0.0/0",
+        "192.0.2.0/24",
+        "192.0.2.1",
+        "192.0.2.128/25",
+        "::/0",
+        "2001:db8::/32",
+        "2001:db8::1",
+        "2001:db8:0:0:8000::/65",
+        "2001:db8::/127",
+    ]);
+    let ports = select(vec!["1", "2", "0-1", "1-3", "65535", "0-65535", "3-65535"]);
+    prop_oneof![
+        protocol.prop_map(String::from),
+        (select(vec!["from", "to"]), prefix).prop_map(|(word, net)| format!("{word} {net}")),
+        (select(vec!["sport", "dport"]), ports).prop_map(|(word, range)| format!("{word} {range}")),
+    ]
+}
+
+/// Filters, of whose rules the senseless ones are left out.
+fn filters() -> impl Strategy<Value = Filter> {
+    let action = || select(vec!["allow", "deny"]);
+    let rule = (action(), vec(term(), 1..4)).prop_map(|(word, terms)| {
+        let rule = format!("{word} {}", terms.join(" "));
+        let sound = format!("{rule}; default deny").parse::<Filter>().is_ok();
+        if sound { rule } else { String::new() }
+    });
+    (vec(rule, 0..12), action()).prop_map(|(rules, default)| {
+        format!("{}; default {default}", rules.join(";")).parse().unwrap()
+    })
+}
+
+/// Frames of few kinds, in every way that headers can follow each other, and cut short.
+fn frames() -> impl Strategy<Value = Vec<u8>> {
+    let tags = vec(select(vec![0x8100u16, 0x88a8, 0x9100]), 0..4);
+    let ethertype = prop_oneof![
+        6 => Just(0x0800u16), 6 => Just(0x86dd), 1 => Just(0x0806), 1 => Just(0x88cc), 1 => Just(38),
+    ];
+    let protocol = select(vec![6u8, 17, 132, 33, 136, 1, 58, 50, 89, 59, 0, 44, 51, 60]);
+    let extension = (select(vec![0u8, 43, 60, 135, 139, 140, 44, 51]), 0u8..4, any::<u16>());
+    let version = prop_oneof![12 => Just(None), 1 => any::<u8>().prop_map(Some)];
+    let fragment = prop_oneof![3 => Just(0u16), 1 => any::<u16>(), 1 => Just(0x2000)];
+    let addresses = select(vec![0u8, 1, 2, 127, 128, 255]);
+    let ports = select(vec![0u8, 1, 2, 3, 4, 255]);
+    let cut = prop_oneof![2 => Just(None), 1 => any::<u16>().prop_map(Some)];
+    (
+        tags,
+        ethertype,
+        protocol,
+        vec(extension, 0..8),
+        version,
+        (fragment, 5u8..16),
+        [addresses.clone(), addresses],
+        [ports.clone(), ports],
+        cut,
+    )
+        .prop_map(
+            |(tags, ethertype, protocol, extensions, version, ip, addresses, ports, cut)| {
+                let mut frame = vec![2; 12];
+                for tag in tags {
+                    frame.extend(tag.to_be_bytes());
+                    frame.extend([0, 7]);
+                }
+                frame.extend(ethertype.to_be_bytes());
+                let network = frame.len();
+                let (fragment, words) = ip;
+                if ethertype == 0x0800 {
+                    frame.extend([0x40 | words, 0, 0, 0, 0, 0]);
+                    frame.extend(fragment.to_be_bytes());
+                    frame.extend([
+                        64,
+                        protocol,
+                        0,
+                        0,
+                        192,
+                        0,
+                        2,
+                        addresses[0],
+                        192,
+                        0,
+                        2,
+                        addresses[1],
+                    ]);
+                    frame.resize(network + usize::from(words) * 4, 1);
+                } else if ethertype == 0x86dd {
+                    frame.extend([0x60, 0, 0, 0, 0, 0, 0, 64]);
+                    for last in addresses {
+                        frame
+                            .extend([0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, last, 0, 0, 0, 0, 0, 0, last]);
+                    }
+                    let mut next = network + 6;
+                    for (kind, length, fragment) in extensions {
+                        frame[next] = kind;
+                        next = frame.len();
+                        let offset = if fragment & 3 == 0 { fragment } else { fragment & 7 };
+                        frame.extend([0, length]);
+                        frame.extend(offset.to_be_bytes());
+                        let size = match kind {
+                            44 => 8,
+                            51 => (usize::from(length) + 2) * 4,
+                            _ => (usize::from(length) + 1) * 8,
+                        };
+                        frame.resize(next + size.max(4), 0);
+                    }
+                    frame[next] = protocol;
+                }
+                if let Some(version) = version {
+                    frame.resize(frame.len().max(network + 1), 0);
+                    frame[network] = version;
+                }
+                frame.extend([0, ports[0], 0, ports[1], 0, 0, 0, 0]);
+                if let Some(cut) = cut {
+                    frame.truncate((usize::from(cut) % (frame.len() + 1)).max(14));
+                }
+                frame
+            },
+        )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #[test]
+    fn the_judges_agree(filter in filters(), frames in vec(frames(), 1..20)) {
+        prop_assert_eq!(filter.to_string().parse::<Filter>(), Ok(filter.clone()));
+        let program = classic(&filter);
+        prop_assert!(program.len() <= MAX_INSTRUCTIONS);
+        for frame in frames {
+            let passes = filter.judge(&frame).is_ok();
+            prop_assert_eq!(run(&program, &frame) != 0, passes, "{} of {:02x?}", filter, frame);
+        }
+    }
+}
+
+#[test]
+fn the_kernel_s_xdp_program_agrees_too() {
+    use proptest::test_runner::TestRunner;
+    if !can_load() {
+        return;
+    }
+    let mut runner = TestRunner::new(ProptestConfig::with_cases(100));
+    runner
+        .run(&(filters(), vec(frames(), 40)), |(filter, frames)| {
+            let program = load(&filter).unwrap_or_else(|error| panic!("{filter}: {error}"));
+            for frame in frames {
+                let passes = filter.judge(&frame).is_ok();
+                let verdict = program.verdict(&frame).unwrap();
+                prop_assert_eq!(verdict == 2, passes, "{} of {:02x?}", filter, frame);
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// A TAP in a fresh namespace, and a socket that sends frames to whoever reads it.
+fn tap() -> (Queue, OwnedFd) {
+    unshare(CloneFlags::CLONE_NEWNET).unwrap();
+    // The host's own frames would come between.
+    std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
+    let queue = Queue::open("tap0", false).unwrap();
+    queue.set_up().unwrap();
+    let protocol = Some(SockProtocol::EthAll);
+    let wire =
+        socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol).unwrap();
+    let is_tap = |interface: &InterfaceAddress| interface.interface_name == "tap0";
+    let mut addresses = getifaddrs().unwrap().filter(is_tap);
+    let address = addresses.find_map(|interface| interface.address?.as_link_addr().copied());
+    bind(wire.as_raw_fd(), &address.unwrap()).unwrap();
+    // The kernel drops frames until it has noticed that there is a carrier.
+    while !queue.discard() {
+        send(wire.as_raw_fd(), &[0; 60], MsgFlags::empty()).unwrap();
+    }
+    while queue.discard() {}
+    (queue, wire)
+}
+
+#[test]
+fn the_kernel_s_classic_program_agrees_too() {
+    use proptest::test_runner::TestRunner;
+    if !geteuid().is_root() {
+        eprintln!("classic programs are not tried: that takes root, for a TAP");
+        return;
+    }
+    let (queue, wire) = tap();
+    let memory = RefCell::new(ProgramMemory::new().unwrap());
+    let mut runner = TestRunner::new(ProptestConfig::with_cases(200));
+    runner
+        .run(&(filters(), vec(frames(), 40)), |(filter, frames)| {
+            memory
+                .borrow_mut()
+                .set(&queue, &classic(&filter))
+                .unwrap_or_else(|error| panic!("{filter}: {error}"));
+            for frame in frames {
+                let passes = filter.judge(&frame).is_ok();
+                send(wire.as_raw_fd(), &frame, MsgFlags::empty()).unwrap();
+                prop_assert_eq!(queue.discard(), passes, "{} of {:02x?}", filter, frame);
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn the_longest_filters_are_taken() {
+    for rule in [
+        "deny tcp sport 1-9 dport 1-9 from 2001:db8::1 to 2001:db8::2;",
+        "deny sport 1-9 dport 1-9 from 2001:db8::/63 to 2001:db8::/127;",
+        "allow udp sport 1-9 dport 1-9 from 192.0.2.0/25 to 192.0.2.0/25;",
+    ] {
+        let filter = (rule.repeat(MAX_RULES) + "default allow").parse::<Filter>().unwrap();
+        let program = classic(&filter);
+        assert!(program.len() <= MAX_INSTRUCTIONS, "{} instructions", program.len());
+        assert_eq!(run(&program, &[0; 60]), u32::MAX);
+        if can_load() {
+            load(&filter).unwrap_or_else(|error| panic!("{filter}: {error}"));
+        }
+    }
+}
+
+/// An IPv4 frame of a protocol, its first bytes behind the header, and how far from the start of
+/// the packet it is (in units of eight bytes).
+fn ipv4(protocol: u8, transport: &[u8], fragment: u8) -> Vec<u8> {
+    let mut frame = vec![2; 12];
+    frame.extend([8, 0, 0x45, 0, 0, 0, 0, 0, 0, fragment, 64, protocol, 0, 0]);
+    frame.extend([192, 0, 2, 1, 198, 51, 100, 1]);
+    frame.extend(transport);
+    frame
+}
+
+#[test]
+fn what_can_t_be_known_counts_against_the_frame() {
+    let passes =
+        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().judge(frame).is_ok();
+    let (deny, allow) = ("deny tcp dport 25; default allow", "allow tcp dport 25; default deny");
+    let smtp = ipv4(6, &[0, 9, 0, 25], 0);
+    assert!(!passes(deny, &smtp));
+    assert!(passes(allow, &smtp));
+    let web = ipv4(6, &[0, 9, 0, 80], 0);
+    assert!(passes(deny, &web));
+    assert!(!passes(allow, &web));
+    let mut thrice = web.clone();
+    (0..3).for_each(|_| drop(thrice.splice(12..12, [0x81, 0, 0, 7])));
+    for unknown in [ipv4(6, &[0, 9, 0, 80], 1), ipv4(6, &[0, 9, 0], 0), thrice, web[..30].to_vec()]
+    {
+        assert!(!passes(deny, &unknown), "{unknown:02x?}");
+        assert!(!passes(allow, &unknown), "{unknown:02x?}");
+    }
+    // Of another protocol: it has no such port.
+    for other in [ipv4(17, &[0, 9, 0, 25], 1), ipv4(1, &[8, 0, 0, 25], 0)] {
+        assert!(passes(deny, &other));
+        assert!(!passes(allow, &other));
+    }
+    // Two tags are looked behind.
+    let mut twice = smtp;
+    (0..2).for_each(|_| drop(twice.splice(12..12, [0x88, 0xa8, 0, 7])));
+    assert!(!passes(deny, &twice));
+    assert!(passes(allow, &twice));
+}
+
+#[test]
+fn the_first_rule_that_matches_decides() {
+    let filter: Filter =
+        "allow tcp from 192.0.2.1; deny tcp; allow ip; default deny".parse().unwrap();
+    assert_eq!(filter.judge(&ipv4(6, &[0; 4], 0)), Ok(()));
+    let mut other = ipv4(6, &[0; 4], 0);
+    other[29] = 9;
+    assert_eq!(filter.judge(&other), Err(Drop::Filtered));
+    assert_eq!(filter.judge(&ipv4(17, &[0; 4], 0)), Ok(()));
+    assert_eq!(filter.judge(&[0; 60]), Err(Drop::Filtered));
+}

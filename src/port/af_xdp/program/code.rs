@@ -1,0 +1,178 @@
+//! The program's instructions. For a queue whose frames are filtered, or counted by who sends them,
+//! there is a program of its own, to which the device's goes on: the same, with that in it.
+
+use super::{COUNTED, HEADER_LENGTH, Maps, OWN_PROGRAM, Own};
+use crate::policy::filter::{SEEN_AT, extended};
+use crate::sys::bpf::Map;
+use crate::sys::bpf::assembly::{Assembly, Label};
+use crate::sys::bpf::instructions::{
+    add, add_atomic64, add_register, and32, call, copy, exit, if_any_bit32, if_equal, if_greater,
+    if_not_equal, instruction, jump, load32, load64, put16, put32, put64, set, store32, store64,
+    subtract_register,
+};
+
+// Helpers of linux/bpf.h.
+const MAP_LOOKUP_ELEM: i32 = 1;
+const MAP_UPDATE_ELEM: i32 = 2;
+const TAIL_CALL: i32 = 12;
+const XDP_ADJUST_HEAD: i32 = 44;
+const REDIRECT_MAP: i32 = 51;
+const XDP_GET_BUFF_LEN: i32 = 188;
+// Verdicts of `enum xdp_action`.
+const DROP: i32 = 1;
+const PASS: i32 = 2;
+const REDIRECT: i32 = 4;
+// Offsets in `struct xdp_md`.
+const DATA: i16 = 0;
+const DATA_END: i16 = 4;
+const RX_QUEUE_INDEX: i16 = 16;
+
+// Registers that calls leave alone.
+const QUEUE: u8 = 6;
+const LENGTH: u8 = 7;
+const SETTINGS: u8 = 8;
+const FRAME: u8 = 9;
+/// Where the queue's number is on the stack.
+const KEY: i16 = -4;
+
+/// Which of a queue's counters: frames, and bytes.
+#[derive(Debug, Clone, Copy)]
+enum Count {
+    Redirected,
+    Passed,
+    Filtered,
+}
+
+const _: () = assert!(COUNTED == 2 * (Count::Filtered as usize + 1));
+
+/// Puts the map's address into a register.
+fn map(target: u8, map: &Map) -> [u64; 2] {
+    // BPF_PSEUDO_MAP_FD
+    [instruction(0x18, target, 1, 0, map.descriptor()), 0]
+}
+
+/// Looks the queue up in a map; nothing is there beyond its end.
+fn look_up(code: &mut Assembly, of: &Map, nothing: Label) {
+    code.extend(map(1, of));
+    code.extend([copy(2, 10), add(2, KEY.into()), call(MAP_LOOKUP_ELEM)]);
+    code.jump(nothing, if_equal(0, 0, 0));
+}
+
+/// Counts the frame.
+fn count(code: &mut Assembly, maps: &Maps, what: Count) {
+    let done = code.label();
+    look_up(code, &maps.counters, done);
+    code.extend([
+        add(0, 16 * what as i32),
+        load64(1, 0, 0),
+        add(1, 1),
+        store64(0, 1, 0),
+        load64(1, 0, 8),
+        add_register(1, LENGTH),
+        store64(0, 1, 8),
+    ]);
+    code.place(done);
+}
+
+/// Counts the frame with those of the same protocol and sender, by what the filter has seen of it.
+fn count_peer(code: &mut Assembly, peers: &Map) {
+    /// Where a row's frames and bytes are on the stack.
+    const ROW: i16 = -88;
+    /// Where the frame's ports are, in what was seen of it: they make no difference.
+    const PORTS: i16 = SEEN_AT + 16;
+    let [first, done] = [(); 2].map(|()| code.label());
+    code.extend([put32(10, PORTS, 0), put32(10, PORTS + 4, 0)]);
+    code.extend(map(1, peers));
+    code.extend([copy(2, 10), add(2, SEEN_AT.into()), call(MAP_LOOKUP_ELEM)]);
+    code.jump(first, if_equal(0, 0, 0));
+    code.extend([set(1, 1), add_atomic64(0, 1, 0), add_atomic64(0, LENGTH, 8)]);
+    code.jump(done, jump(0));
+    code.place(first);
+    code.extend([put64(10, ROW, 1), store64(10, LENGTH, ROW + 8)]);
+    code.extend(map(1, peers));
+    code.extend([
+        copy(2, 10),
+        add(2, SEEN_AT.into()),
+        copy(3, 10),
+        add(3, ROW.into()),
+        set(4, 0),
+        call(MAP_UPDATE_ELEM),
+    ]);
+    code.place(done);
+}
+
+/// Assembles the device's program, or a queue's own.
+pub(super) fn assemble(maps: &Maps, own: Option<&Own<'_>>) -> Vec<u64> {
+    let mut code = Assembly::default();
+    let [passed, plain, unheaded, lost] = [(); 4].map(|()| code.label());
+    code.extend([
+        copy(FRAME, 1),
+        load32(QUEUE, 1, RX_QUEUE_INDEX),
+        store32(10, QUEUE, KEY),
+        call(XDP_GET_BUFF_LEN),
+        copy(LENGTH, 0),
+    ]);
+    code.extend(map(1, &maps.sockets));
+    code.extend([
+        copy(2, QUEUE),
+        set(3, PASS), // what to do if the queue has no socket
+        call(REDIRECT_MAP),
+    ]);
+    code.jump(passed, if_not_equal(0, REDIRECT, 0));
+
+    look_up(&mut code, &maps.queues, plain);
+    code.push(load32(SETTINGS, 0, 0));
+    match own {
+        None => {
+            let unfiltered = code.label();
+            code.push(if_any_bit32(SETTINGS, OWN_PROGRAM as i32, 1));
+            code.jump(unfiltered, jump(0));
+            code.push(copy(1, FRAME));
+            code.extend(map(2, &maps.programs));
+            code.extend([copy(3, QUEUE), call(TAIL_CALL)]);
+            // There should be a program, and is none.
+            count(&mut code, maps, Count::Filtered);
+            code.extend([set(0, DROP), exit()]);
+            code.place(unfiltered);
+        }
+        Some(Own { filter, peers }) => {
+            let allowed = code.label();
+            code.extend(extended(filter));
+            code.jump(allowed, if_not_equal(0, 0, 0));
+            count(&mut code, maps, Count::Filtered);
+            code.extend([set(0, DROP), exit()]);
+            code.place(allowed);
+            if let Some(peers) = peers {
+                count_peer(&mut code, peers);
+            }
+        }
+    }
+    count(&mut code, maps, Count::Redirected);
+    code.push(and32(SETTINGS, HEADER_LENGTH as i32));
+    code.jump(unheaded, if_equal(SETTINGS, 0, 0));
+    code.extend([copy(1, FRAME), set(2, 0), subtract_register(2, SETTINGS), call(XDP_ADJUST_HEAD)]);
+    code.jump(lost, if_not_equal(0, 0, 0)); // no room
+    code.extend([load32(1, FRAME, DATA), load32(2, FRAME, DATA_END), copy(3, 1), add(3, 12)]);
+    code.jump(lost, if_greater(3, 2, 0));
+    code.extend([
+        put64(1, 0, 0),
+        if_equal(SETTINGS, 12, 2),
+        put16(1, 8, 0), // ten bytes
+        jump(1),
+        put32(1, 8, 1 << 16), // in one buffer
+    ]);
+    code.place(unheaded);
+    code.extend([set(0, REDIRECT), exit()]);
+
+    // A queue beyond the map, which has no settings.
+    code.place(plain);
+    code.extend([set(0, REDIRECT), exit()]);
+
+    code.place(passed);
+    count(&mut code, maps, Count::Passed);
+    code.extend([set(0, PASS), exit()]);
+
+    code.place(lost);
+    code.extend([set(0, DROP), exit()]);
+    code.finish()
+}
