@@ -54,17 +54,31 @@ fn fifty_upgrades_under_traffic_cost_no_frame_and_no_connection() {
     let mut two = card(&daemon, "two", Options::default());
     let wire = Wire::open("tap0");
     check_both_ways(&wire, &mut two, 50);
-    let stop = AtomicBool::new(false);
+    /// Whatever happens, the traffic ends.
+    struct Stop(AtomicBool);
+    impl Stop {
+        fn now(&self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    struct AtEnd<'a>(&'a Stop);
+    impl Drop for AtEnd<'_> {
+        fn drop(&mut self) {
+            self.0.now();
+        }
+    }
+    let stop = Stop(AtomicBool::new(false));
     let (echoed, mut two) = std::thread::scope(|scope| {
         let echo = scope.spawn(|| {
             let mut echoed = 0;
-            while !stop.load(Ordering::Relaxed) {
+            while !stop.0.load(Ordering::Relaxed) {
                 // Panics if a frame is missing, and if one is used twice.
                 one.check_echo(50);
                 echoed += 50;
             }
             echoed
         });
+        let _end = AtEnd(&stop);
         for round in 1..=UPGRADES {
             daemon.upgrade();
             eventually("it says so", || gaps(&daemon).len() == round);
@@ -72,7 +86,7 @@ fn fifty_upgrades_under_traffic_cost_no_frame_and_no_connection() {
                 check_both_ways(&wire, &mut two, 20);
             }
         }
-        stop.store(true, Ordering::Relaxed);
+        stop.now();
         (echo.join().unwrap(), two)
     });
     assert!(echoed > 0);

@@ -210,7 +210,10 @@ impl Connection {
             send_with_files(stream, (line + "\n").as_bytes(), &[], b' ')?;
             let mut buffer = vec![0; 64 << 10];
             while bytes.last() != Some(&b'\n') {
-                let received = receive(stream, &mut buffer)?;
+                let received = match receive(stream, &mut buffer) {
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    received => received?,
+                };
                 if received.bytes == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }

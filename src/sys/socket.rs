@@ -75,9 +75,13 @@ pub fn send_message(
         return socket.write_all(bytes);
     }
     let numbers: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
-    let sent = socket
-        .send_with_fds(&[bytes], &numbers)
-        .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    let sent = loop {
+        match socket.send_with_fds(&[bytes], &numbers) {
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(io::Error::from_raw_os_error(error.errno())),
+            Ok(sent) => break sent,
+        }
+    };
     socket.write_all(&bytes[sent..])
 }
 
@@ -92,9 +96,7 @@ pub fn send_with_files(
     carrier: u8,
 ) -> io::Result<()> {
     for some in files.chunks(MAX_DESCRIPTORS) {
-        let numbers: Vec<RawFd> = some.iter().map(AsRawFd::as_raw_fd).collect();
-        let sent = socket.send_with_fds(&[&[carrier][..]], &numbers);
-        sent.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        send_message(socket, &[carrier], some)?;
     }
     socket.write_all(bytes)
 }

@@ -214,6 +214,10 @@ impl Queue {
             Err(error) if attached && error.raw_os_error() == Some(libc::EFAULT) => {
                 if self.is_attached()? { Ok(()) } else { Err(error) }
             }
+            // It is so already: another daemon has had the queue.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                if self.is_attached()? == attached { Ok(()) } else { Err(error) }
+            }
             set => set.map(drop),
         }
     }
