@@ -20,7 +20,7 @@ use crate::api::client::Question;
 use crate::net_config::MacAddress;
 use crate::policy::{Identity, Limit};
 
-pub use arguments::parse;
+pub use arguments::{command, parse};
 pub use file::read as read_file;
 use options::socket_path;
 pub use options::{PortChanges, PortOptions};

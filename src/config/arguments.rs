@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Parser, Subcommand};
+use clap::{ArgGroup, CommandFactory, Parser, Subcommand};
 use log::LevelFilter;
 
 use crate::api::client::{Question, Verb};
@@ -133,6 +133,11 @@ pub fn parse(
         }
         Some(Command::Opener { config }) => Ok(Invocation::Open(config)),
     }
+}
+
+/// The command line's description: manual pages and completions are made from it.
+pub fn command() -> clap::Command {
+    Arguments::command()
 }
 
 /// clap explains itself in a paragraph; the log has lines.
