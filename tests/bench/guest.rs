@@ -1,7 +1,8 @@
-//! TCP between the host and a real Linux guest: this daemon against QEMU's own virtio-net, each on
-//! a TAP of its own. Both guests run all the time, and are measured in turns.
+//! TCP and pings between the host and a real Linux guest: this daemon against QEMU's own virtio-net,
+//! each on a TAP of its own. Both guests run all the time, and are measured in turns.
 
 use super::measure::median;
+use super::tuning::{half_and_most, round_trips};
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_namespace_with_veth, enter_new_namespace, ip, output};
 use crate::support::vm::{HOST_ADDRESS, Vm, iperf, iperf_with, make_guest};
@@ -37,6 +38,7 @@ fn tap() {
 
     println!("\nTCP with a Linux guest, Mbit/s {:>22} {:>10}", "to host", "to guest");
     let mut rates: [[Vec<f64>; 2]; 2] = Default::default();
+    let mut trips: [Vec<f64>; 2] = Default::default();
     for round in 0..=ROUNDS {
         for (side, address) in [OURS, THEIRS].into_iter().enumerate() {
             for (direction, options) in ["-t 2 -R", "-t 2"].into_iter().enumerate() {
@@ -46,12 +48,20 @@ fn tap() {
                     rates[side][direction].push(rate);
                 }
             }
+            if round > 0 {
+                trips[side].extend(round_trips(address));
+            }
         }
     }
     let [ours, theirs] = rates.map(|side| side.map(median));
     println!("  {:<34} {:>16.0} {:>10.0}", "vhost-user-net", ours[0], ours[1]);
     println!("  {:<34} {:>16.0} {:>10.0}", "QEMU's own virtio-net", theirs[0], theirs[1]);
     println!("  {:<34} {:>16.2} {:>10.2}", "ratio", ours[0] / theirs[0], ours[1] / theirs[1]);
+    println!("\nround trips, us {:>36} {:>10}", "p50", "p99");
+    for (name, trips) in ["vhost-user-net", "QEMU's own virtio-net"].into_iter().zip(trips) {
+        let [half, most] = half_and_most(trips);
+        println!("  {name:<34} {half:>16.0} {most:>10.0}");
+    }
 }
 
 /// Who cuts TCP into frames, where the host takes them as they are: the guest or the daemon.

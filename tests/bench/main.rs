@@ -1,8 +1,9 @@
 //! The benchmark: `cargo bench` prints what a chain costs in the ring, what a frame costs the
 //! daemon through a TAP and through AF_XDP, and what TCP reaches in a real guest, each beside its
 //! peer or a bare loop in the same run; what the sandbox, and the rules and filters for a guest cost,
-//! what a flooding guest costs its neighbours, and how exactly limits are kept. `cargo bench -- ring`
-//! (or `tap`, `af_xdp`, `sandbox`, `policy`, `filter`, `fairness`, `limits`, `guest`) runs a part.
+//! what a flooding guest costs its neighbours, how exactly limits are kept, and what settings do.
+//! `cargo bench -- ring` (or `tap`, `af_xdp`, `sandbox`, `policy`, `filter`, `fairness`, `limits`,
+//! `guest`, `tuning`) runs a part.
 //!
 //! Judge by ratios within one run. "ns" is on-CPU time of all threads, kernel work in their system
 //! calls included; the daemon or loop measured has processor 1, everything else processor 0.
@@ -19,12 +20,13 @@ mod measure;
 mod options;
 mod ring;
 mod tap;
+mod tuning;
 
 fn main() {
     // cargo passes --bench.
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let parts: [(&str, fn()); 9] = [
+    let parts: [(&str, fn()); 10] = [
         ("ring", ring::run),
         ("tap", tap::run),
         ("af_xdp", af_xdp::run),
@@ -34,6 +36,7 @@ fn main() {
         ("fairness", fairness::run),
         ("limits", limits::run),
         ("guest", guest::run),
+        ("tuning", tuning::run),
     ];
     for (name, run) in parts {
         if wanted.is_empty() || wanted.iter().any(|word| word == name) {

@@ -28,6 +28,13 @@ pub(super) struct Cost {
     rate: f64,
 }
 
+impl Cost {
+    /// Nanoseconds for each of what was counted.
+    pub(super) fn ns(&self) -> f64 {
+        self.ns
+    }
+}
+
 pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]

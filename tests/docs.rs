@@ -1,0 +1,606 @@
+//! What the documentation names exists: files and headings, options and commands, modules, metrics,
+//! keys of files, and the texts of messages.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use vhost_user_net::config;
+use vhost_user_net::counters::{CopyReason, Drop};
+use vmm_sys_util::tempdir::TempDir;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+/// Words that stand for something else in messages.
+const PLACEHOLDERS: [&str; 11] =
+    ["NAME", "N", "PATH", "FILE", "ERROR", "WHY", "MAC", "RING", "REQUEST", "ADDRESS", "VALUE"];
+
+/// A page, and where links in it start from.
+struct Page {
+    name: String,
+    text: String,
+}
+
+impl Page {
+    fn new(name: &str, text: &str) -> Self {
+        Page { name: name.into(), text: text.into() }
+    }
+
+    fn read(name: &str) -> Self {
+        Page::new(name, &fs::read_to_string(Path::new(ROOT).join(name)).unwrap())
+    }
+
+    /// The README and all of docs/.
+    fn all() -> Vec<Page> {
+        let docs = fs::read_dir(Path::new(ROOT).join("docs")).unwrap();
+        let names = docs.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<String> =
+            names.filter(|name| name.ends_with(".md")).map(|name| format!("docs/{name}")).collect();
+        names.sort();
+        ["README.md".to_owned()].iter().chain(&names).map(|name| Page::read(name)).collect()
+    }
+
+    /// Its indented blocks, each with its blank lines; and the rest.
+    fn blocks(&self) -> (Vec<String>, String) {
+        let (mut blocks, mut rest) = (Vec::<String>::new(), String::new());
+        let (mut in_block, mut fenced, mut after_blank) = (false, false, true);
+        for line in self.text.lines() {
+            if line.starts_with("```") {
+                fenced = !fenced;
+                continue;
+            }
+            let indented = line.starts_with("    ") && (in_block || after_blank);
+            let blank = line.trim().is_empty();
+            if fenced || indented || (in_block && blank) {
+                if !in_block {
+                    blocks.push(String::new());
+                }
+                in_block = true;
+                if let Some(block) = blocks.last_mut() {
+                    *block += line.strip_prefix("    ").unwrap_or(line);
+                    block.push('\n');
+                }
+            } else {
+                in_block = false;
+                rest += line;
+                rest.push('\n');
+            }
+            after_blank = blank;
+        }
+        (blocks, rest)
+    }
+
+    /// Code within lines.
+    fn spans(&self) -> Vec<String> {
+        let rest = self.blocks().1;
+        let spans = rest.split('`').skip(1).step_by(2);
+        spans.map(|span| span.replace("\\|", "|").replace('\n', " ")).collect()
+    }
+
+    /// Rows of tables whose first head is `head`: the code in their first cells.
+    fn first_cells(&self, head: &str) -> Vec<String> {
+        let mut cells = Vec::new();
+        let mut wanted = false;
+        let mut last = "";
+        for line in self.text.lines() {
+            if line.starts_with("|---") {
+                wanted = cell(last) == head;
+            } else if !line.starts_with('|') {
+                wanted = false;
+            } else if wanted {
+                let code = cell(line);
+                let code = code.split('`').skip(1).step_by(2);
+                cells.extend(code.map(|code| code.replace("\\|", "|")));
+            }
+            last = line;
+        }
+        cells
+    }
+
+    /// What its headings are called in links.
+    fn anchors(&self) -> BTreeSet<String> {
+        let headings = self.text.lines().filter_map(|line| line.strip_prefix('#'));
+        let anchor = |heading: &str| -> String {
+            let heading = heading.trim_start_matches('#').trim().to_lowercase();
+            let kept = heading.chars().filter(|c| c.is_alphanumeric() || "-_ ".contains(*c));
+            kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+        };
+        headings.map(anchor).collect()
+    }
+}
+
+/// The first cell of a table's row.
+fn cell(row: &str) -> String {
+    let row = row.trim_start_matches('|').replace("\\|", "\0");
+    row.split('|').next().unwrap_or_default().trim().replace('\0', "\\|")
+}
+
+/// Whether a word stands for something else: `PORT`, `…`.
+fn is_placeholder(word: &str) -> bool {
+    word.contains('…') || word.contains('*') || word.chars().any(|c| c.is_ascii_uppercase())
+}
+
+/// What is wrong with a page's links.
+fn wrong_links(page: &Page) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let rest = page.blocks().1;
+    for target in rest.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+        if target.starts_with("http") {
+            continue;
+        }
+        let (path, anchor) = target.split_once('#').unwrap_or((target, ""));
+        let directory = Path::new(&page.name).parent().unwrap_or(Path::new(""));
+        let place = if path.is_empty() { PathBuf::from(&page.name) } else { directory.join(path) };
+        if !Path::new(ROOT).join(&place).exists() {
+            wrong.push(format!("there is no {path}"));
+        } else if !anchor.is_empty() {
+            let other;
+            let linked = if path.is_empty() {
+                page
+            } else {
+                other = Page::read(&place.to_string_lossy());
+                &other
+            };
+            if !linked.anchors().contains(anchor) {
+                wrong.push(format!("{path} has no heading for #{anchor}"));
+            }
+        }
+    }
+    wrong
+}
+
+/// What is not there of the files of this repository that a page names.
+fn wrong_paths(page: &Page) -> Vec<String> {
+    let entries = fs::read_dir(ROOT).unwrap().map(Result::unwrap);
+    let directories: Vec<String> = entries
+        .filter(|entry| entry.path().is_dir())
+        .map(|entry| entry.file_name().into_string().unwrap() + "/")
+        .filter(|name| !["target/", ".git/"].contains(&name.as_str()))
+        .collect();
+    // What is made, and not kept.
+    let ignored: Vec<String> = [".gitignore", "tests/fuzz/.gitignore"]
+        .iter()
+        .flat_map(|file| {
+            let directory = Path::new(file).parent().unwrap_or(Path::new("")).to_owned();
+            let text = fs::read_to_string(Path::new(ROOT).join(file)).unwrap_or_default();
+            let paths = text.lines().map(|line| directory.join(line.trim_start_matches('/')));
+            paths.map(|path| path.to_string_lossy().into_owned()).collect::<Vec<_>>()
+        })
+        .collect();
+    let separates = |c: char| c.is_whitespace() || "()[]{}<>,;\"'|`=".contains(c);
+    let mut wrong = Vec::new();
+    for word in page.text.split(separates) {
+        let word =
+            word.split('#').next().unwrap_or_default().trim_end_matches(['.', ':', '!', '?']);
+        let path = word.strip_prefix("./").unwrap_or(word);
+        let ours = word.starts_with("./") || directories.iter().any(|name| path.starts_with(name));
+        if !ours || path.is_empty() {
+            continue;
+        }
+        let known =
+            path.split('/').take_while(|part| !is_placeholder(part) || part.ends_with(".md"));
+        let path: PathBuf = known.collect();
+        let ignored = ignored.iter().any(|made| path.starts_with(made));
+        if !ignored && !Path::new(ROOT).join(&path).exists() {
+            wrong.push(format!("there is no {}", path.display()));
+        }
+    }
+    wrong
+}
+
+/// What is wrong with the words behind `vhost-user-net`.
+fn wrong_words(program: &clap::Command, words: &[&str]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut path = vec![program];
+    let mut words = words.iter().map(|word| word.trim_matches(['[', ']', ',', ';']));
+    while let Some(word) = words.next() {
+        let here = path[path.len() - 1];
+        if ["|", "||", "&&", "&", ";", "\\"].contains(&word) || word.starts_with(['>', '<']) {
+            break;
+        }
+        let mut options = path.iter().enumerate().flat_map(|(depth, command)| {
+            let last = depth + 1 == path.len();
+            command.get_arguments().filter(move |arg| last || arg.is_global_set())
+        });
+        if let Some(option) = word.strip_prefix("--") {
+            let (name, value) = match option.split_once(['=', '[']) {
+                Some((name, _)) => (name, true),
+                None => (option, false),
+            };
+            match options.find(|arg| arg.get_long() == Some(name)) {
+                Some(arg) if arg.get_action().takes_values() && !value => {
+                    let optional = arg.get_num_args().is_some_and(|range| range.min_values() == 0);
+                    if !optional {
+                        words.next();
+                    }
+                }
+                Some(_) => {}
+                None if is_placeholder(name) || ["help", "version"].contains(&name) => {}
+                None => wrong.push(format!("{} has no option --{name}", here.get_name())),
+            }
+        } else if let Some(short) = word.strip_prefix('-').filter(|rest| rest.len() == 1) {
+            match options.find(|arg| arg.get_short() == short.chars().next()) {
+                Some(_) => drop(words.next()),
+                None => wrong.push(format!("{} has no option -{short}", here.get_name())),
+            }
+        } else if here.has_subcommands() && !is_placeholder(word) && !word.is_empty() {
+            for name in word.split('|') {
+                match here.find_subcommand(name) {
+                    Some(command) => path.push(command),
+                    None => wrong.push(format!("{} has no command {name}", here.get_name())),
+                }
+            }
+        }
+    }
+    wrong
+}
+
+/// A command line, after what stands before its program.
+fn program_words(line: &str) -> Vec<&str> {
+    let mut words = line.split_whitespace().peekable();
+    while let Some(word) = words.peek() {
+        let assignment = word.split_once('=').is_some_and(|(name, _)| {
+            !name.is_empty() && name.chars().all(|c| c.is_ascii_uppercase() || c == '_')
+        });
+        let number = word.chars().all(|c| c.is_ascii_digit());
+        let before = ["$", "#", "exec", "nice", "timeout", "sudo", "setpriv"].contains(word);
+        if !assignment && !before && !number {
+            break;
+        }
+        words.next();
+    }
+    words.collect()
+}
+
+/// All options of all commands.
+fn all_options(command: &clap::Command) -> BTreeSet<String> {
+    let own = command.get_arguments().filter_map(|arg| arg.get_long().map(str::to_owned));
+    own.chain(command.get_subcommands().flat_map(all_options)).collect()
+}
+
+/// What is wrong with a page's commands and options.
+fn wrong_commands(page: &Page) -> Vec<String> {
+    let program = config::command();
+    let ctl = program.find_subcommand("ctl").unwrap();
+    let options = all_options(&program);
+    let mut wrong = Vec::new();
+    let mut check = |line: &str| {
+        let words = program_words(line);
+        let Some(first) = words.first() else { return };
+        let cargo: Vec<&str> =
+            words.iter().copied().filter(|word| !word.starts_with("--")).collect();
+        if *first == "vhost-user-net" || first.ends_with("/vhost-user-net") {
+            wrong.extend(wrong_words(&program, &words[1..]));
+        } else if *first == "ctl" {
+            wrong.extend(wrong_words(ctl, &words[1..]));
+        } else if let Some(option) = first.strip_prefix("--") {
+            let name = option.split(['=', '[', '`']).next().unwrap_or_default();
+            if !options.contains(name) && !is_placeholder(name) {
+                wrong.push(format!("there is no option --{name}"));
+            }
+        } else if cargo.starts_with(&["cargo", "bench"]) {
+            let known = fs::read_to_string(Path::new(ROOT).join("tests/bench/main.rs")).unwrap();
+            for part in &cargo[2..] {
+                if !known.contains(&format!("(\"{part}\", ")) {
+                    wrong.push(format!("there is no benchmark {part}"));
+                }
+            }
+        } else if cargo.starts_with(&["cargo", "test", "integration"]) {
+            for module in &cargo[3..] {
+                let name = module.split("::").next().unwrap_or_default();
+                if name != "tests" && !test_modules().contains(name) {
+                    wrong.push(format!("there is no test module {name}"));
+                }
+            }
+        }
+    };
+    for block in page.blocks().0 {
+        block.replace("\\\n", " ").lines().for_each(&mut check);
+    }
+    page.spans().iter().for_each(|span| check(span));
+    // Columns of commands, as they are given to ctl or to the program.
+    for command in page.first_cells("command") {
+        if !command.starts_with("vhost-user-net") {
+            let words: Vec<&str> = command.split_whitespace().collect();
+            wrong.extend(wrong_words(ctl, &words));
+        }
+    }
+    wrong
+}
+
+/// The modules of the integration tests.
+fn test_modules() -> BTreeSet<String> {
+    let main = fs::read_to_string(Path::new(ROOT).join("tests/main.rs")).unwrap();
+    let names = main.lines().filter_map(|line| line.strip_prefix("mod ")?.strip_suffix(';'));
+    names.map(str::to_owned).collect()
+}
+
+/// What is wrong with the modules and items of the source that a page names, as `guest::notify`.
+fn wrong_modules(page: &Page) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for span in page.spans() {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "_:".contains(c);
+        if !span.contains("::") || span.ends_with("::") || !span.chars().all(is_name) {
+            continue;
+        }
+        let parts: Vec<&str> = span.split("::").collect();
+        let root = Path::new(ROOT);
+        let homes = [root.join("src"), root.join("tests")];
+        let home = homes.iter().find(|home| {
+            home.join(parts[0]).with_extension("rs").exists() || home.join(parts[0]).is_dir()
+        });
+        // Another crate's.
+        let Some(mut place) = home.cloned() else { continue };
+        let depth = parts.iter().take_while(|part| {
+            let below = place.join(part);
+            let is_there = below.with_extension("rs").exists() || below.is_dir();
+            if is_there {
+                place = below;
+            }
+            is_there
+        });
+        let depth = depth.count();
+        let text = fs::read_to_string(place.with_extension("rs")).unwrap_or_default();
+        if parts[depth..].iter().any(|item| !text.contains(item)) {
+            wrong.push(format!("there is no {span}"));
+        }
+    }
+    wrong
+}
+
+/// What is wrong with the metrics that a page names.
+fn wrong_metrics(page: &Page) -> Vec<String> {
+    let reference = Page::read("docs/reference.md").text;
+    let separates = |c: char| !(c.is_ascii_lowercase() || c == '_');
+    let named = page.text.split(separates).filter(|word| word.starts_with("vhost_user_net_"));
+    let known = |word: &&str| {
+        let of_histogram = ["_bucket", "_sum", "_count"];
+        let whole = of_histogram.iter().find_map(|end| word.strip_suffix(end)).unwrap_or(word);
+        word.ends_with('_')
+            || [word, whole].iter().any(|name| reference.contains(&format!("`{name}`")))
+    };
+    named.filter(|word| !known(word)).map(|word| format!("there is no metric {word}")).collect()
+}
+
+/// What is wrong with the configuration files that a page shows.
+fn wrong_files(page: &Page) -> Vec<String> {
+    let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+    let file = directory.as_path().join("file");
+    let is_toml = |line: &&str| {
+        let key = line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '));
+        // Or a list goes on.
+        let item = line.starts_with([' ', ']']);
+        line.is_empty() || line.starts_with('[') || key || item
+    };
+    let mut wrong = Vec::new();
+    for block in page.blocks().0.iter().filter(|block| block.contains("[[port]]")) {
+        let lines: Vec<&str> = block.lines().filter(is_toml).collect();
+        fs::write(&file, lines.join("\n")).unwrap();
+        // A part of a port may be all that is shown.
+        match config::read_file(&file) {
+            Err(why) if !why.contains("name one of") => wrong.push(why),
+            _ => {}
+        }
+    }
+    wrong
+}
+
+fn wrong(page: &Page) -> Vec<String> {
+    let checks =
+        [wrong_links, wrong_paths, wrong_commands, wrong_modules, wrong_metrics, wrong_files];
+    checks.iter().flat_map(|check| check(page)).collect()
+}
+
+#[test]
+fn all_that_the_pages_name_exists() {
+    let complaints: Vec<String> = Page::all()
+        .iter()
+        .flat_map(|page| wrong(page).into_iter().map(|what| format!("{}: {what}", page.name)))
+        .collect();
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+}
+
+#[test]
+fn what_does_not_exist_is_found() {
+    let cases = [
+        ("[x](nowhere.md)", "there is no nowhere.md"),
+        ("[x](docs/control.md#no-such-heading)", "docs/control.md has no heading"),
+        ("[x](#no-such-heading)", "has no heading for #no-such-heading"),
+        ("see tests/no-such-test.rs.", "there is no tests/no-such-test.rs"),
+        ("run `./no-such-script`", "there is no no-such-script"),
+        ("`--no-such-option=on` does nothing", "there is no option --no-such-option"),
+        ("`vhost-user-net --frobnicate`", "no option --frobnicate"),
+        ("`vhost-user-net frobnicate`", "no command frobnicate"),
+        ("`ctl frobnicate`", "ctl has no command frobnicate"),
+        ("`ctl add|frobnicate`", "ctl has no command frobnicate"),
+        ("`ctl show PORT --busy-poll=3`", "show has no option --busy-poll"),
+        ("`ctl capture PORT -x FILE`", "capture has no option -x"),
+        ("text\n\n    vhost-user-net --tap=x \\\n        --tup=y | cat\n", "no option --tup"),
+        ("text\n\n    $ A=b vhost-user-net ctl lost\n", "ctl has no command lost"),
+        ("| command | |\n|---|---|\n| `lost` | |\n", "ctl has no command lost"),
+        ("`cargo bench -- nothing`", "no benchmark nothing"),
+        ("`cargo test --test integration -- nothing::`", "no test module nothing"),
+        ("`guest::nothing`", "there is no guest::nothing"),
+        ("`vhost_user_net_nothing_total`", "no metric vhost_user_net_nothing_total"),
+        ("text\n\n    [[port]]\n    tup = \"x\"\n", "unknown field `tup`"),
+    ];
+    for (text, complaint) in cases {
+        let found = wrong(&Page::new("README.md", text));
+        assert_eq!(found.len(), 1, "{text}: {found:?}");
+        assert!(found[0].contains(complaint), "{text}: {found:?}");
+    }
+    let right = "[x](docs/control.md#metrics), `ctl add|remove`, `vhost-user-net ctl --json show vm1`,\
+                 `--tap=NAME`, tests/run, `ethtool --nonsense`, `guest::notify`, `cargo bench -- tap`";
+    assert_eq!(wrong(&Page::new("README.md", right)), Vec::<String>::new());
+}
+
+#[test]
+fn all_rooms_and_test_modules_are_in_their_tables() {
+    let listed = |page: &str, head: &str| -> BTreeSet<String> {
+        Page::read(page).first_cells(head).into_iter().collect()
+    };
+    let rooms = listed("docs/architecture.md", "room");
+    for room in &rooms {
+        let path = Path::new(ROOT).join("src").join(room.replace("::", "/"));
+        assert!(path.with_extension("rs").exists(), "docs/architecture.md: there is no {room}");
+    }
+    let source = fs::read_to_string(Path::new(ROOT).join("src/lib.rs")).unwrap();
+    for room in source.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')) {
+        // Numbers that others keep, and what threads wait by.
+        let is_small = ["counters", "event"].contains(&room);
+        assert!(is_small || rooms.contains(room), "docs/architecture.md does not have {room}");
+    }
+    let mut modules = test_modules();
+    modules.remove("support");
+    assert_eq!(listed("docs/testing.md", "module"), modules, "docs/testing.md");
+}
+
+#[test]
+fn reasons_of_drops_and_copies_are_explained() {
+    let text: String = ["data-path", "policy", "control", "af-xdp"]
+        .map(|name| Page::read(&format!("docs/{name}.md")).text)
+        .concat();
+    let reasons =
+        Drop::ALL.map(Drop::name).into_iter().chain(CopyReason::ALL.map(CopyReason::name));
+    for reason in reasons {
+        assert!(text.contains(&format!("`{reason}`")), "{reason} is not explained");
+    }
+}
+
+/// The source's files, without their tests.
+fn sources(directory: &Path) -> Vec<String> {
+    let mut texts = Vec::new();
+    for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        if entry.path().is_dir() {
+            texts.extend(sources(&entry.path()));
+        } else {
+            let text = fs::read_to_string(entry.path()).unwrap();
+            texts.push(text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().to_owned());
+        }
+    }
+    texts
+}
+
+/// The strings in a part of a source file, and where each begins. What is put into them is one NUL.
+fn literals(source: &str) -> Vec<(usize, String)> {
+    let mut literals = Vec::new();
+    let mut chars = source.char_indices().peekable();
+    while let Some((place, c)) = chars.next() {
+        let next = chars.peek().map(|(_, c)| *c);
+        match (c, next) {
+            ('/', Some('/')) => while chars.next_if(|(_, c)| *c != '\n').is_some() {},
+            // A character, as '"' or '\''; not a lifetime.
+            ('\'', Some(inner))
+                if source[place + 1 + inner.len_utf8()..].starts_with('\'') || inner == '\\' =>
+            {
+                chars.next();
+                chars.next();
+            }
+            ('"', _) => literals.push((place, literal(&mut chars))),
+            _ => {}
+        }
+    }
+    literals
+}
+
+/// The rest of a string.
+fn literal(chars: &mut std::iter::Peekable<std::str::CharIndices<'_>>) -> String {
+    let mut text = String::new();
+    while let Some((_, c)) = chars.next() {
+        match c {
+            '"' => break,
+            '\\' => match chars.next() {
+                Some((_, '\n')) => while chars.next_if(|(_, c)| c.is_whitespace()).is_some() {},
+                Some((_, 'n')) => text.push('\n'),
+                Some((_, c)) => text.push(c),
+                None => break,
+            },
+            '{' if chars.next_if(|(_, c)| *c == '{').is_some() => text.push('{'),
+            '{' => {
+                while chars.next_if(|(_, c)| *c != '}').is_some() {}
+                chars.next();
+                text.push('\0');
+            }
+            _ => text.push(c),
+        }
+    }
+    text
+}
+
+/// The parts of a message that stand there as they are.
+fn fixed_parts(message: &str) -> Vec<String> {
+    let mut text = message.replace('…', "\0");
+    for number in 1..134 {
+        text = text.replace(&std::io::Error::from_raw_os_error(number).to_string(), "\0");
+    }
+    let mut parts = String::new();
+    let mut word = String::new();
+    for c in text.chars().chain(['\0']) {
+        if c.is_alphanumeric() || c == '_' {
+            word.push(c);
+            continue;
+        }
+        parts += if PLACEHOLDERS.contains(&word.as_str()) { "\0" } else { &word };
+        word.clear();
+        parts.push(c);
+    }
+    let parts = parts
+        .split('\0')
+        .map(|part| part.trim_matches([' ', ':', ';', ',', '\'', '(', ')']).to_owned());
+    parts.filter(|part| letters(part) > 3).collect()
+}
+
+fn letters(text: &str) -> usize {
+    text.chars().filter(|c| c.is_alphabetic()).count()
+}
+
+/// What of these messages is not said anywhere in the source.
+fn wrong_messages(messages: &[String], source: &str) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for message in messages {
+        let parts = fixed_parts(message);
+        let missing = parts.iter().filter(|part| !source.contains(*part));
+        wrong.extend(missing.map(|part| format!("{message}: the source does not say {part:?}")));
+        if parts.is_empty() {
+            wrong.push(format!("{message}: could be anything"));
+        }
+    }
+    wrong
+}
+
+#[test]
+fn messages_are_those_of_the_source() {
+    let texts = sources(&Path::new(ROOT).join("src"));
+    let source: String =
+        texts.iter().flat_map(|text| literals(text)).map(|(_, literal)| literal + "\0").collect();
+    let messages: Vec<String> =
+        Page::all().iter().flat_map(|page| page.first_cells("message")).collect();
+    assert!(messages.len() > 50, "{} messages", messages.len());
+    let wrong = wrong_messages(&messages, &source);
+    assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
+
+    let made_up = ["open tap NAME: ERROR; is somebody using it?".to_owned(), "N NAME ERROR".into()];
+    assert_eq!(wrong_messages(&made_up, &source).len(), 2);
+    let known =
+        ["open tap NAME: Device or resource busy (os error 16); is another process using it?"];
+    assert_eq!(wrong_messages(&known.map(str::to_owned), &source), Vec::<String>::new());
+
+    // And what the source says to operators is there.
+    let page = Page::read("docs/troubleshooting.md");
+    let mut missing = Vec::new();
+    for text in &texts {
+        let all = literals(text);
+        for call in ["warn!(", "error!(", "StartError::new(", "OpenError(format!("] {
+            for (place, _) in text.match_indices(call) {
+                let end = text[place..].find(';').map_or(text.len(), |length| place + length);
+                let said = all.iter().find(|(start, _)| (place..end).contains(start));
+                let parts = said.iter().flat_map(|(_, said)| said.split('\0')).map(str::trim);
+                let Some(part) = parts.max_by_key(|part| letters(part)) else { continue };
+                let part = part.trim_matches([':', ';', ' ']);
+                if letters(part) > 3 && !page.text.contains(part) {
+                    missing.push(part.to_owned());
+                }
+            }
+        }
+    }
+    assert!(missing.is_empty(), "docs/troubleshooting.md lacks:\n{}", missing.join("\n"));
+}
