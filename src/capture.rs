@@ -24,6 +24,7 @@ use pcap_file::{DataLink, Endianness, PcapError, PcapResult};
 
 use crate::counters::Drop;
 use crate::guest::Segment;
+use crate::policy::Filter;
 use crate::sys::is_hung_up;
 
 /// Longest part of a frame that is kept, in bytes: an unsegmented one whole.
@@ -32,6 +33,8 @@ pub const MAX_SNAPLEN: u32 = 65_550;
 const QUEUE: usize = 16 << 10;
 /// Bytes of frames that may wait to be written.
 const QUEUE_BYTES: usize = 16 << 20;
+/// Bytes of a frame that a filter looks at, which are all that it may need.
+const FILTERED: usize = 142;
 /// How often to look whether whoever reads has gone, while there is nothing to write.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -44,13 +47,32 @@ pub enum Way {
     Tx,
 }
 
+/// Reads which frames are to be captured: `tcp dport 80; udp from 192.0.2.0/24` are those that match one
+/// of the parts; a whole list of rules, with its default, is taken as it is.
+///
+/// # Errors
+/// As for a filter's rules.
+pub fn parse_filter(text: &str) -> Result<Filter, String> {
+    if text.contains("default") || text.trim() == "none" {
+        return text.parse();
+    }
+    let parts = text.split(';').map(str::trim).filter(|part| !part.is_empty());
+    let rules: Vec<String> = parts.map(|part| format!("allow {part}; ")).collect();
+    if rules.is_empty() {
+        return Err("it names no frames: write tcp dport 80, or leave it out for all".into());
+    }
+    format!("{}default deny", rules.concat()).parse()
+}
+
 /// What is to be captured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
     /// Bytes that are kept of a frame.
     pub snaplen: u32,
     /// Frames after which the capture ends; none: when it is stopped.
     pub count: Option<u64>,
+    /// Which frames: those that it allows.
+    pub filter: Filter,
 }
 
 /// A captured frame.
@@ -67,6 +89,7 @@ struct Record {
 #[derive(Debug)]
 pub struct Recorder {
     snaplen: usize,
+    filter: Filter,
     queue: SyncSender<Record>,
     waiting: AtomicUsize,
     over: AtomicBool,
@@ -82,21 +105,22 @@ impl Recorder {
         pair: u16,
         dropped: Option<Drop>,
         length: usize,
-        segments: impl Iterator<Item = Segment<'a>>,
+        segments: impl Iterator<Item = Segment<'a>> + Clone,
     ) {
+        if !self.filter.is_none() {
+            let mut start = [0; FILTERED];
+            let seen = copy(segments.clone(), &mut start[..length.min(FILTERED)]);
+            if self.filter.judge(&start[..seen]).is_err() {
+                return;
+            }
+        }
         let kept = length.min(self.snaplen);
         if self.waiting.load(Ordering::Relaxed) + kept > QUEUE_BYTES {
             self.left_out.fetch_add(1, Ordering::Relaxed);
             return;
         }
         let mut bytes = vec![0; kept];
-        let mut copied = 0;
-        for segment in segments {
-            if copied == kept {
-                break;
-            }
-            copied += segment.read(&mut bytes[copied..]);
-        }
+        let copied = copy(segments, &mut bytes);
         bytes.truncate(copied);
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.waiting.fetch_add(copied, Ordering::Relaxed);
@@ -106,6 +130,18 @@ impl Recorder {
             self.left_out.fetch_add(1, Ordering::Relaxed);
         }
     }
+}
+
+/// Fills `target` from segments; returns how many bytes there were.
+fn copy<'a>(segments: impl Iterator<Item = Segment<'a>>, target: &mut [u8]) -> usize {
+    let mut copied = 0;
+    for segment in segments {
+        if copied == target.len() {
+            break;
+        }
+        copied += segment.read(&mut target[copied..]);
+    }
+    copied
 }
 
 /// What a capture has come to.
@@ -153,6 +189,7 @@ impl Capture {
         let (queue, records) = sync_channel(QUEUE);
         let new = Arc::new(Recorder {
             snaplen: options.snaplen as usize,
+            filter: options.filter.clone(),
             queue,
             waiting: AtomicUsize::new(0),
             over: AtomicBool::new(false),
@@ -315,16 +352,30 @@ mod tests {
     }
 
     #[test]
+    fn frames_are_chosen_by_parts_or_by_a_whole_list() {
+        let parse = |text: &str| parse_filter(text).map(|filter| filter.to_string());
+        let parts = "allow tcp dport 80; allow icmp; default deny";
+        assert_eq!(parse("tcp dport 80; icmp").as_deref(), Ok(parts));
+        assert_eq!(parse("deny arp; default allow").as_deref(), Ok("deny arp; default allow"));
+        assert_eq!(parse("none").as_deref(), Ok("none"));
+        for wrong in ["", "port 80", "deny arp"] {
+            assert!(parse_filter(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn what_finds_no_room_is_counted_and_nobody_waits() {
-        let options = Options { snaplen: 60_000, count: None };
-        let (capture, writer, mut reader) = begin(options);
+        let options = Options { snaplen: 60_000, count: None, filter: Filter::default() };
+        let (capture, writer, mut reader) = begin(options.clone());
         let recorder = capture.recorder().unwrap();
         let frame = vec![7; 60_000];
         let fits = QUEUE_BYTES / frame.len();
         for _ in 0..fits + 5 {
             put(&recorder, &frame);
         }
-        assert!(capture.begin("vm", 2, options, File::open("/dev/null").unwrap()).is_none());
+        assert!(
+            capture.begin("vm", 2, options.clone(), File::open("/dev/null").unwrap()).is_none()
+        );
         let thread = std::thread::spawn(move || writer.run().unwrap());
         capture.stop();
         let mut all = Vec::new();
@@ -338,18 +389,21 @@ mod tests {
 
     #[test]
     fn a_capture_ends_with_whoever_reads_it_and_another_may_begin() {
-        let options = Options { snaplen: 64, count: None };
-        let (capture, writer, reader) = begin(options);
+        let options = Options { snaplen: 64, count: None, filter: Filter::default() };
+        let (capture, writer, reader) = begin(options.clone());
         let thread = std::thread::spawn(move || writer.run().unwrap());
         drop(reader);
         thread.join().unwrap();
         assert!(capture.recorder().is_none());
-        assert!(capture.begin("vm", 2, options, File::open("/dev/null").unwrap()).is_some());
+        assert!(
+            capture.begin("vm", 2, options.clone(), File::open("/dev/null").unwrap()).is_some()
+        );
     }
 
     #[test]
     fn as_many_frames_are_written_as_were_asked_for_and_so_much_of_each() {
-        let (capture, writer, mut reader) = begin(Options { snaplen: 10, count: Some(2) });
+        let (capture, writer, mut reader) =
+            begin(Options { snaplen: 10, count: Some(2), filter: Filter::default() });
         let recorder = capture.recorder().unwrap();
         (0..3).for_each(|_| put(&recorder, &[0xee; 100]));
         assert_eq!(writer.run().unwrap().captured, 2);

@@ -10,7 +10,7 @@ use crate::support::daemon::{Daemon, port, program};
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
-use crate::support::traffic::frame;
+use crate::support::traffic::{datagram, frame};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
 fn capturing(rest: &str) -> (Daemon, Card) {
@@ -167,6 +167,28 @@ fn frames_in_several_buffers_are_whole_and_others_as_short_as_was_asked_for() {
     let lengths = |file| fields(file, &["frame.len", "frame.cap_len"]);
     assert_eq!(lengths(&whole), [["1400", "1400"], ["1400", "1400"]]);
     assert_eq!(lengths(&short), [["1400", "64"], ["1400", "64"]]);
+}
+
+#[test]
+fn only_frames_that_a_filter_matches_are_captured() {
+    needs_program!("only_frames_that_a_filter_matches_are_captured", "tshark");
+    let (daemon, mut card) = capturing("loopback = true");
+    let file = daemon.path("capture");
+    let options = ["--filter=udp dport 53; icmp", "--count=4", "-w", file.to_str().unwrap()];
+    let child = start(&daemon, &options);
+    for port in [9, 53, 80, 53] {
+        let (_, mut bytes) = datagram(40);
+        bytes[36..38].copy_from_slice(&[0, port]);
+        card.send(0, &bytes);
+        card.receive(0);
+        card.send(0, &frame(1, 100));
+        card.receive(0);
+    }
+    end(child);
+    let ports = fields(&file, &["udp.dstport"]);
+    assert_eq!(ports, [["53"], ["53"], ["53"], ["53"]]);
+    let wrong = daemon.ctl(&["capture", "one", "--filter=port 53", "-w", "-"]);
+    assert_eq!(wrong.status.code(), Some(2));
 }
 
 #[test]

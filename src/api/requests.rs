@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{House, VERSION, metrics, report};
-use crate::capture::{MAX_SNAPLEN, Options};
+use crate::capture::{MAX_SNAPLEN, Options, parse_filter};
 use crate::config::{PortChanges, PortOptions};
 use crate::daemon::{Ports, Refusal};
+use crate::policy::Filter;
 
 /// What may be asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
@@ -95,6 +96,10 @@ pub struct Wanted {
     /// Bytes that are kept of each frame [default: all].
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(14..=MAX_SNAPLEN as i64))]
     pub(super) snaplen: Option<u32>,
+    /// Only frames that match one of these, as "tcp dport 80; udp from 192.0.2.0/24", or that a whole list
+    /// of rules allows [default: all].
+    #[arg(long, value_name = "RULES", value_parser = parse_filter)]
+    pub(super) filter: Option<Filter>,
     /// End after so many frames.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(super) count: Option<u64>,
@@ -188,7 +193,8 @@ fn answer(
                 return Err(Refused { kind: "cannot-be-done", message });
             };
             let snaplen = wanted.snaplen.unwrap_or(MAX_SNAPLEN).min(MAX_SNAPLEN);
-            ports.capture(&port, Options { snaplen, count: wanted.count }, pipe.into())?;
+            let (count, filter) = (wanted.count, wanted.filter.unwrap_or_default());
+            ports.capture(&port, Options { snaplen, count, filter }, pipe.into())?;
             Ok(json!({"capturing": port}))
         }
         Command::CaptureStop { port } => Ok(json!(ports.find(&port)?.stop_capture())),

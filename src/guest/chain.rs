@@ -235,7 +235,7 @@ impl<'mem, D: Direction> Chain<'mem, D> {
 
     /// The chain's memory without its first `bytes`, in order.
     #[inline]
-    pub fn segments_after(&self, bytes: usize) -> impl Iterator<Item = Segment<'mem>> {
+    pub fn segments_after(&self, bytes: usize) -> impl Iterator<Item = Segment<'mem>> + Clone {
         let mut skip = bytes;
         self.segments().iter().filter_map(move |segment| {
             let skipped = skip.min(segment.len());

@@ -46,7 +46,7 @@ fn limited<'m, D: Direction>(
     chain: &Chain<'m, D>,
     skip: usize,
     length: usize,
-) -> impl Iterator<Item = Segment<'m>> {
+) -> impl Iterator<Item = Segment<'m>> + Clone {
     let mut rest = length;
     chain.segments_after(skip).map_while(move |segment| {
         let kept = segment.first(rest);
