@@ -133,3 +133,65 @@ fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu() {
     let _alone = one_at_a_time();
     check_kills("1", &["--tap=tap0", "--connect={}"], Duration::from_secs(2));
 }
+
+#[test]
+fn memory_is_plugged_in_and_out_under_traffic() {
+    let name = "memory_is_plugged_in_and_out_under_traffic";
+    needs_root!(name);
+    needs_program!(name, "qemu-system-x86_64");
+    needs_program!(name, "ping");
+    make_guest();
+    let _alone = one_at_a_time();
+    enter_new_namespace();
+    let daemon = Daemon::start(&["--tap=tap0", "--log-level=debug"]);
+    ip(&format!("address add {HOST_ADDRESS}/24 dev tap0"));
+    let mut vm = Vm::start(&daemon.socket(), &[("SLOTS", "4")]);
+    vm.wait_ready();
+    check_ping();
+    let mut traffic = traffic();
+    let regions = || {
+        let log = daemon.log();
+        let line = log.lines().rev().find(|line| line.ends_with(" memory regions")).unwrap();
+        line.rsplit(' ').nth(2).unwrap().parse::<usize>().unwrap()
+    };
+    let before = regions();
+    let mut monitor = vm.monitor();
+    let memory = serde_json::json!({
+        "qom-type": "memory-backend-memfd", "id": "more", "size": 256 << 20, "share": true,
+    });
+    let (mut pauses, mut sent, mut answered) = (Vec::new(), 0, 0);
+    for round in 0..3 {
+        let ping = Command::new("ping")
+            .args(["-i", "0.005", "-c", "400", "-W", "2", GUEST_ADDRESS])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        if round == 0 {
+            monitor.ask("object-add", memory.clone());
+            let dimm = serde_json::json!({"driver": "pc-dimm", "id": "dimm", "memdev": "more"});
+            monitor.ask("device_add", dimm);
+            eventually("the daemon has it", || regions() == before + 1);
+        } else if round == 1 {
+            // If the guest lets go of it.
+            monitor.ask("device_del", serde_json::json!({"id": "dimm"}));
+        }
+        let output = String::from_utf8(ping.wait_with_output().unwrap().stdout).unwrap();
+        let numbers = output.lines().find(|line| line.contains("packets transmitted")).unwrap();
+        let words: Vec<usize> = numbers.split(' ').filter_map(|it| it.parse().ok()).collect();
+        (sent, answered) = (sent + words[0], answered + words[1]);
+        let times = output.lines().find(|line| line.starts_with("rtt")).unwrap();
+        pauses.push(times.split('/').nth(5).unwrap().to_owned());
+    }
+    let left = regions();
+    println!(
+        "256 MiB plugged in, {}: {answered} of {sent} pings, the slowest {pauses:?} ms",
+        if left == before { "and out" } else { "and kept by the guest" }
+    );
+    assert_eq!(answered, sent);
+    assert!(left == before || left == before + 1);
+    assert!(traffic.try_wait().unwrap().is_none(), "the guest's connections have ended");
+    traffic.kill().unwrap();
+    traffic.wait().unwrap();
+    vm.run("true");
+}
