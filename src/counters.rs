@@ -79,6 +79,12 @@ impl<const N: usize> Histogram<N> {
         self.sum.add(value);
     }
 
+    fn add(&self, other: &Self) {
+        self.counts.iter().zip(&other.counts).for_each(|(ours, theirs)| ours.add(theirs.get()));
+        self.larger.add(other.larger.get());
+        self.sum.add(other.sum.get());
+    }
+
     /// Bounds, and how many values were not above each; infinity, with all of them, comes last.
     pub fn cumulated(&self) -> Vec<(f64, u64)> {
         let mut below = 0;
@@ -245,6 +251,12 @@ impl<R: Reason> Default for ByReason<R> {
     }
 }
 
+impl<R> ByReason<R> {
+    fn add(&self, other: &Self) {
+        self.0.iter().zip(&other.0).for_each(|(ours, theirs)| ours.add(theirs.get()));
+    }
+}
+
 /// By name: another version may have other reasons.
 impl<R: Reason> Serialize for ByReason<R> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -303,6 +315,41 @@ impl DirectionCounters {
     /// Frames dropped for `reason`.
     pub fn drops(&self, reason: Drop) -> u64 {
         self.drops.0[reason as usize].get()
+    }
+}
+
+impl DirectionCounters {
+    fn add(&self, other: &Self) {
+        for (ours, theirs) in [
+            (&self.frames, &other.frames),
+            (&self.bytes, &other.bytes),
+            (&self.calls, &other.calls),
+            (&self.calls_suppressed, &other.calls_suppressed),
+            (&self.kicks, &other.kicks),
+            (&self.limited, &other.limited),
+        ] {
+            ours.add(theirs.get());
+        }
+        self.drops.add(&other.drops);
+        self.copies.add(&other.copies);
+        self.bursts.add(&other.bursts);
+    }
+}
+
+impl PairCounters {
+    /// Counts all that another has counted. Only while their one writer does not run.
+    pub fn add(&self, other: &Self) {
+        self.rx.add(&other.rx);
+        self.tx.add(&other.tx);
+        for (ours, theirs) in [
+            (&self.sessions, &other.sessions),
+            (&self.turns, &other.turns),
+            (&self.sleeps, &other.sleeps),
+            (&self.starved, &other.starved),
+        ] {
+            ours.add(theirs.get());
+        }
+        self.kick_to_used.add(&other.kick_to_used);
     }
 }
 

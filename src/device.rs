@@ -12,6 +12,7 @@ mod inflight;
 mod migration;
 mod retelling;
 mod ring;
+mod state;
 
 use std::fmt;
 use std::fs::File;
@@ -25,12 +26,13 @@ use crate::guest::layout::MAX_SIZE;
 use crate::guest::memory::MAX_SLOTS;
 use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError};
 use crate::net_config::{MIN_MTU, NetConfig};
-use crate::policy::Rules;
+use crate::policy::{Limits, Rules};
 use crate::port::Announcer;
 use crate::protocol::{Message, Reply, Request};
 use crate::worker::{Session, Worker};
 
 use ring::{Kick, ToldRing};
+use state::Transfer;
 
 /// A request that the device does not carry out.
 #[derive(Debug)]
@@ -57,8 +59,6 @@ fn demands_answer(code: FrontendReq) -> bool {
             | FrontendReq::POSTCOPY_ADVISE
             | FrontendReq::POSTCOPY_END
             | FrontendReq::GET_SHARED_OBJECT
-            | FrontendReq::SET_DEVICE_STATE_FD
-            | FrontendReq::CHECK_DEVICE_STATE
             | FrontendReq::GET_SHMEM_CONFIG
     )
 }
@@ -85,6 +85,7 @@ struct Told {
     memory: Arc<GuestMemory>,
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<Inflight>>,
+    transfer: Option<Transfer>,
     rings: Vec<ToldRing>,
     /// The channel for requests of ours, of which there are none yet.
     _backend_requests: Option<File>,
@@ -99,6 +100,7 @@ pub struct Device {
     requires_sealed_memory: bool,
     rules: Option<Arc<Rules>>,
     announcer: Option<Announcer>,
+    limits: Option<Arc<Limits>>,
     workers: Vec<Worker>,
     told: Told,
 }
@@ -113,6 +115,7 @@ impl Device {
             requires_sealed_memory: false,
             rules: None,
             announcer: None,
+            limits: None,
             workers,
             told: Told::default(),
         };
@@ -134,6 +137,11 @@ impl Device {
     /// Announces a card that has moved here by this.
     pub fn set_announcer(&mut self, announcer: Option<Announcer>) {
         self.announcer = announcer;
+    }
+
+    /// Has these limits move with the guest.
+    pub fn set_limits(&mut self, limits: Arc<Limits>) {
+        self.limits = Some(limits);
     }
 
     /// Moves frames from now on, or drops what the guest sends and gives it nothing.
@@ -330,6 +338,16 @@ impl Device {
             Request::SetInflightFd { length, offset, rings, size, file } => {
                 self.requires(ProtocolFeatures::INFLIGHT_SHMFD)?;
                 self.set_inflight(file, offset, length, (rings, size))
+            }
+            Request::SetDeviceStateFd { load, file } => {
+                self.answerable(ProtocolFeatures::DEVICE_STATE)?;
+                self.transfer_state(load, file)
+                    .map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))
+                    .map(Some)
+            }
+            Request::CheckDeviceState => {
+                self.answerable(ProtocolFeatures::DEVICE_STATE)?;
+                self.check_state().map(Some)
             }
             Request::SendRarp(address) => {
                 self.requires(ProtocolFeatures::RARP)?;

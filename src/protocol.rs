@@ -172,6 +172,12 @@ pub enum Request {
         size: u16,
         file: File,
     },
+    SetDeviceStateFd {
+        /// The state comes, or else it is to be sent.
+        load: bool,
+        file: File,
+    },
+    CheckDeviceState,
     /// The address of a card that has moved here.
     SendRarp([u8; 6]),
     /// A request that exists but belongs to a protocol feature that is not offered.
@@ -487,6 +493,22 @@ impl Message {
                     Request::SetInflightFd { length, offset, rings, size, file }
                 }
             }
+            FrontendReq::SET_DEVICE_STATE_FD => {
+                length(8)?;
+                let (direction, phase) = (fields.u32(), fields.u32());
+                if direction > 1 || phase != 0 {
+                    return Err(ProtocolError::Value {
+                        request: code,
+                        what: "an unknown direction or phase",
+                    });
+                }
+                if count != 1 {
+                    return Err(wrong_count);
+                }
+                expected_files = 1;
+                Request::SetDeviceStateFd { load: direction == 1, file: files.remove(0) }
+            }
+            FrontendReq::CHECK_DEVICE_STATE => length(0).map(|()| Request::CheckDeviceState)?,
             FrontendReq::SEND_RARP => {
                 length(8)?;
                 // The address is the first six bytes, as they lie there.

@@ -2,11 +2,13 @@
 //! its address is announced.
 
 use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, LOG_ALL, Options};
 use crate::support::frontend::Frontend;
 use crate::support::guest::memfd;
@@ -205,4 +207,66 @@ fn a_card_that_has_arrived_is_announced_to_its_network() {
     let daemon = Daemon::start(&["--loopback"]);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
     card.frontend.refused(FrontendReq::SEND_RARP, &payload, &[]);
+}
+
+/// Has a frontend transfer a device's state; says what the daemon says of it.
+fn transfer(frontend: &mut Frontend, load: bool, pipe: &impl AsRawFd) -> u64 {
+    let payload = [u32::from(load), 0].map(u32::to_ne_bytes).concat();
+    frontend.send_with(FrontendReq::SET_DEVICE_STATE_FD, 0, &payload, &[pipe.as_raw_fd()]);
+    let reply = frontend.reply(FrontendReq::SET_DEVICE_STATE_FD);
+    u64::from_ne_bytes(reply.try_into().unwrap())
+}
+
+#[test]
+fn counters_and_limits_move_with_the_guest() {
+    let daemon = |limit: &str| {
+        let file = "control = \"{}/control\"\n".to_owned()
+            + &port("one", &format!("loopback = true\ntx-limit = \"{limit}\""));
+        Daemon::with_config(&file, "one")
+    };
+    let (here, there) = (daemon("100pps,packet-burst=100"), daemon("100pps,packet-burst=100"));
+    let mut card = Card::start(Frontend::new(here.connect_to("one")), Options::default());
+    card.check_echo(90);
+    let (mut state, pipe) = std::io::pipe().unwrap();
+    // Not while rings run.
+    let payload = [0_u32, 0].map(u32::to_ne_bytes).concat();
+    let mut other = Card::start(Frontend::new(there.connect_to("one")), Options::default());
+    other.frontend.send_with(FrontendReq::SET_DEVICE_STATE_FD, 0, &payload, &[pipe.as_raw_fd()]);
+    assert!(other.frontend.is_closed());
+    drop(other);
+
+    stop(&mut card);
+    assert_eq!(transfer(&mut card.frontend, false, &pipe), 0x100, "by the frontend's descriptor");
+    drop(pipe);
+    assert_eq!(card.frontend.get(FrontendReq::CHECK_DEVICE_STATE), 0);
+    let mut text = String::new();
+    state.read_to_string(&mut text).unwrap();
+    assert!(text.contains("\"version\":1"), "{text}");
+
+    let mut frontend = Frontend::new(there.connect_to("one"));
+    frontend.begin();
+    // What is none, or of another version, is refused, and nothing changes.
+    for (wrong, said) in [("", "EOF"), ("{", "EOF"), ("{\"version\":7}", "version 7")] {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(wrong.as_bytes()).unwrap();
+        drop(writer);
+        assert_eq!(transfer(&mut frontend, true, &reader), 0x100);
+        assert_eq!(frontend.get(FrontendReq::CHECK_DEVICE_STATE), 1);
+        eventually(said, || there.log().contains(said));
+    }
+    assert_eq!(frontend.get(FrontendReq::CHECK_DEVICE_STATE), 1, "nothing has begun");
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    writer.write_all(text.as_bytes()).unwrap();
+    drop(writer);
+    assert_eq!(transfer(&mut frontend, true, &reader), 0x100);
+    assert_eq!(frontend.get(FrontendReq::CHECK_DEVICE_STATE), 0);
+    assert_eq!(there.show("one")["tx_frames"], 90);
+    drop(frontend);
+    // What was used up there is used up here: of the burst of 100 some ten are left.
+    let started = std::time::Instant::now();
+    let mut card = Card::start(Frontend::new(there.connect_to("one")), Options::default());
+    card.check_echo(60);
+    let spared = started.elapsed().as_millis();
+    assert!(spared >= 200, "60 frames took {spared} ms: the bucket was full");
+    assert_eq!(there.show("one")["tx_frames"], 150);
 }

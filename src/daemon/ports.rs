@@ -526,6 +526,7 @@ fn prepare(
     device.set_rules(config.identity.clone().map(|identity| Arc::new(Rules::new(identity))));
     device.set_link(config.link);
     device.set_announcer(announcer);
+    device.set_limits(status.limits.clone());
     device.require_sealed_memory(config.require_sealed_memory);
     let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
     let (orders, inbox) = channel();

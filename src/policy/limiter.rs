@@ -227,6 +227,13 @@ impl Buckets {
     }
 }
 
+/// How far buckets are used up: nanoseconds until each is full again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Debt {
+    bytes: u64,
+    packets: u64,
+}
+
 /// One direction's buckets, which all queue pairs of a port share.
 #[derive(Debug)]
 pub struct Limiter {
@@ -303,6 +310,29 @@ impl Limiter {
     pub fn charge(&self, packets: u64, bytes: u64) {
         let now = self.now();
         self.lock().charge(packets, bytes, now);
+    }
+
+    /// How far it is used up.
+    pub fn debt(&self) -> Debt {
+        let now = self.now();
+        let buckets = self.lock();
+        let owed = |bucket: &Option<Bucket>| {
+            bucket.map_or(0, |bucket| bucket.full_at.saturating_sub(now) / UNITS)
+        };
+        Debt { bytes: owed(&buckets.bytes), packets: owed(&buckets.packets) }
+    }
+
+    /// Takes another's debt over, of a minute at the most.
+    pub fn owe(&self, debt: &Debt) {
+        const MOST: u64 = 60_000_000_000;
+        let now = self.now();
+        let mut buckets = self.lock();
+        let Buckets { bytes, packets, .. } = &mut *buckets;
+        for (bucket, owed) in [(bytes, debt.bytes), (packets, debt.packets)] {
+            if let Some(bucket) = bucket {
+                bucket.full_at = bucket.full_at.max(now + owed.min(MOST) * UNITS);
+            }
+        }
     }
 
     /// How long nothing may pass.
