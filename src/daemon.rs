@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::sandbox::{Role, Sandbox};
-use crate::sys::process::{Signals, share_pools};
+use crate::sys::process::{Signals, share_pool};
 use crate::sys::uring;
 
 use handover::Predecessor;
@@ -60,7 +60,7 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     // Before anything is opened, which could get the number of a descriptor that we were
     // promised and did not get.
     let inherited = config.ports.iter().map(Descriptors::inherit).collect::<Result<Vec<_>, _>>()?;
-    share_pools();
+    share_pool();
     contain_sigbus()
         .map_err(|error| StartError::new(format!("install a signal handler: {error}")))?;
     // Before any thread is started: they inherit the mask.

@@ -59,12 +59,12 @@ impl AsFd for Signals {
     }
 }
 
-/// Has all threads allocate from a few pools: one for each, as the C library has it, costs memory, and
-/// it looks up the number of processors in a file, which a thread of ours may not open.
-pub fn share_pools() {
-    const POOLS: libc::c_int = 4;
+/// Has all threads allocate from the one pool that grows by brk(2). Pools of their own cost memory, and
+/// to make or shrink one the C library reads files (the number of processors, whether memory is
+/// overcommitted), which a sandboxed thread may not open: it would end the process.
+pub fn share_pool() {
     // SAFETY: sets a number of the allocator's. If it does not know it, all is as before.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, POOLS) };
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Takes over a descriptor that the process that started us left open for us.
