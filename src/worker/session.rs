@@ -297,6 +297,18 @@ impl Serving<'_> {
             record(&recorder, self.pair, finished, self.header_length);
         }
         let mut moved = false;
+        // First what a guest is given: what a loopback carries is rather sent twice than lost if the
+        // process is killed in between.
+        if let Some(rx) = self.rx.as_mut().filter(|_| !finished.rx.is_empty()) {
+            moved = true;
+            rx.counters.bursts.observe(finished.rx.len() as u64);
+            for (chain, written) in finished.rx.drain(..) {
+                rx.queue.retire(chain, written);
+            }
+            rx.counters.frames.add(std::mem::take(&mut finished.rx_frames));
+            rx.counters.bytes.add(std::mem::take(&mut finished.rx_bytes));
+            rx.publish();
+        }
         if let Some(tx) = self.tx.as_mut().filter(|_| !finished.tx.is_empty()) {
             moved = true;
             let (mut frames, mut bytes) = (0, 0);
@@ -318,16 +330,6 @@ impl Serving<'_> {
                 let waited = kicked.elapsed().as_micros() as u64;
                 self.status.counters.kick_to_used.observe(waited);
             }
-        }
-        if let Some(rx) = self.rx.as_mut().filter(|_| !finished.rx.is_empty()) {
-            moved = true;
-            rx.counters.bursts.observe(finished.rx.len() as u64);
-            for (chain, written) in finished.rx.drain(..) {
-                rx.queue.retire(chain, written);
-            }
-            rx.counters.frames.add(std::mem::take(&mut finished.rx_frames));
-            rx.counters.bytes.add(std::mem::take(&mut finished.rx_bytes));
-            rx.publish();
         }
         for (reason, frames) in finished.rx_dropped.drain(..) {
             moved = true;
