@@ -117,7 +117,7 @@ fn check_kills(server: &str, options: &[&str], limit: Duration) {
     check_ping();
     let (half, most) = summary(gaps);
     println!(
-        "SERVER={server}: killed {KILLS} times, pause {half:.0?} (half), {most:.0?} (longest)"
+        "SERVER={server}: killed {KILLS} times, pause {half:.2?} (half), {most:.2?} (longest)"
     );
     assert!(most < limit, "{most:?}");
 }
