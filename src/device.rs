@@ -88,7 +88,7 @@ struct Told {
     transfer: Option<Transfer>,
     rings: Vec<ToldRing>,
     /// The channel for requests of ours, of which there are none yet.
-    _backend_requests: Option<File>,
+    backend_requests: Option<File>,
 }
 
 /// One port's device: its workers, and what a frontend has told about them.
@@ -286,7 +286,7 @@ impl Device {
             }
             Request::SetBackendReqFd(file) => {
                 self.requires(ProtocolFeatures::BACKEND_REQ)?;
-                self.told._backend_requests = Some(file);
+                self.told.backend_requests = Some(file);
                 Ok(None)
             }
             Request::GetConfig { offset, size, flags } => {

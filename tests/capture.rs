@@ -9,7 +9,9 @@ use nix::unistd::Pid;
 use crate::support::daemon::{Daemon, port, program};
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
+use crate::support::network::{
+    Wire, enter_namespace_with_tap, enter_namespace_with_veth, wait_for_carrier,
+};
 use crate::support::traffic::{datagram, frame};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
@@ -92,6 +94,9 @@ fn tshark_sees_each_frame_with_its_direction_whole_and_once() {
             }
         };
         let (daemon, mut card) = capturing(host);
+        if host.starts_with("tap") {
+            wait_for_carrier("tap0");
+        }
         let file = daemon.path("capture");
         // The first frame opens an AF_XDP socket.
         card.send(0, &frame(999, 60));

@@ -12,7 +12,9 @@ use nix::unistd::Pid;
 use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{Wire, enter_namespace_with_veth, enter_new_namespace, ip, output};
+use crate::support::network::{
+    Wire, enter_namespace_with_veth, enter_new_namespace, ip, output, wait_for_carrier,
+};
 use crate::support::traffic::check_both_ways;
 use crate::support::{eventually, needs_root, skip};
 
@@ -220,7 +222,10 @@ fn another_user_serves_all_the_same() {
     fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
     ip("tuntap add dev tap0 mode tap vnet_hdr");
     ip("link set tap0 up");
-    check(&Daemon::start(&[&["--tap=tap0"][..], &options].concat()), "tap0", 0);
+    let daemon = Daemon::start(&[&["--tap=tap0"][..], &options].concat());
+    wait_for_carrier("tap0");
+    check(&daemon, "tap0", 0);
+    drop(daemon);
     enter_namespace_with_veth(1);
     let daemon = Daemon::start(&[&["--af-xdp=veth0"][..], &options].concat());
     check(&daemon, "veth1", FOR_SOCKETS);

@@ -10,7 +10,9 @@ use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, LOG_ALL, Options};
 use crate::support::frontend::Frontend;
 use crate::support::guest::memfd;
-use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
+use crate::support::network::{
+    Wire, enter_namespace_with_tap, enter_namespace_with_veth, wait_for_carrier,
+};
 use crate::support::traffic::check_both_ways;
 use crate::support::{eventually, needs_root, one_at_a_time};
 
@@ -52,6 +54,7 @@ fn fifty_upgrades_under_traffic_cost_no_frame_and_no_connection() {
     let mut daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "idle");
     let mut one = card(&daemon, "one", Options { pairs: 2, ..Options::default() });
     let mut two = card(&daemon, "two", Options::default());
+    wait_for_carrier("tap0");
     let wire = Wire::open("tap0");
     check_both_ways(&wire, &mut two, 50);
     /// Whatever happens, the traffic ends.

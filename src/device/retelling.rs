@@ -54,7 +54,7 @@ impl Device {
             let length = crate::guest::Inflight::length(rings, size);
             messages.push(Retold::inflight(length, offset, rings, size, duplicate(file)?));
         }
-        if let Some(file) = &told._backend_requests {
+        if let Some(file) = &told.backend_requests {
             messages.push(Retold::backend_requests(duplicate(file)?));
         }
         if let Some(mtu) = told.mtu {

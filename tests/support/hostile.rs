@@ -15,7 +15,9 @@ use super::daemon::{Daemon, port};
 use super::driver::{Card, HEADER, Options};
 use super::eventually;
 use super::frontend::Frontend;
-use super::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip};
+use super::network::{
+    Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip, wait_for_carrier,
+};
 use super::traffic::{check_both_ways, datagram};
 
 /// Frames of the neighbour's that are on their way at once, at the most.
@@ -84,7 +86,8 @@ source-ip = [\"192.0.2.2\", \"2001:db8::2\"]
 
 /// Puts a device into a bridge, `br0`.
 fn bridge(device: &str) {
-    ip("link add br0 type bridge");
+    // One that joins no groups: all that comes is a guest's.
+    ip("link add br0 type bridge mcast_snooping 0");
     ip(&format!("link set {device} master br0"));
     ip("link set br0 up");
 }
@@ -195,6 +198,9 @@ impl Scene {
         let ports = port("attacked", attacked) + &port("quiet", "loopback = true\n");
         let contents = daemon.to_owned() + &ports;
         let daemon = Daemon::with_config(&contents, "quiet");
+        if attacked.starts_with("tap") {
+            wait_for_carrier("tap0");
+        }
         let quiet = Frontend::new(daemon.connect_to("quiet"));
         let neighbour = Neighbour::start(Card::start(quiet, Options::default()));
         let guarded = attacked.contains(RULES);
