@@ -9,9 +9,7 @@ use nix::unistd::Pid;
 use crate::support::daemon::{Daemon, port, program};
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{
-    Wire, enter_namespace_with_tap, enter_namespace_with_veth, wait_for_carrier,
-};
+use crate::support::network::{enter_namespace_for, wait_for_carrier};
 use crate::support::traffic::{datagram, frame};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
@@ -84,14 +82,7 @@ fn tshark_sees_each_frame_with_its_direction_whole_and_once() {
     for host in ["tap = \"tap0\"", "af-xdp = \"veth0\"", "loopback = true"] {
         let wire = match host {
             "loopback = true" => None,
-            "tap = \"tap0\"" => {
-                enter_namespace_with_tap(false);
-                Some(Wire::open("tap0"))
-            }
-            _ => {
-                enter_namespace_with_veth(1);
-                Some(Wire::open("veth1"))
-            }
+            device => Some(enter_namespace_for(device)),
         };
         let (daemon, mut card) = capturing(host);
         if host.starts_with("tap") {

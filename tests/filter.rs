@@ -13,8 +13,8 @@ use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{CSUM, Card, HEADER, HOST_TSO, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{
-    Wire, enter_namespace_with_tap, enter_namespace_with_veth, enter_new_namespace, ip, make_veth,
-    output, wait_for_carrier,
+    Wire, enter_namespace_for, enter_namespace_with_tap, enter_namespace_with_veth,
+    enter_new_namespace, ip, make_veth, output, wait_for_carrier,
 };
 use crate::support::traffic::{Flood, datagram, frame, tcp_frame};
 use crate::support::{eventually, needs_root};
@@ -45,16 +45,7 @@ fn denied(number: u8) -> Vec<Vec<u8>> {
     vec![dns, ping, smtp, tagged, fragment]
 }
 
-/// A device in a fresh namespace, what the daemon is told, and the wire.
-fn device(kind: &str) -> (&'static str, Wire) {
-    if kind == "tap" {
-        enter_namespace_with_tap(false);
-        ("--tap=tap0", Wire::open("tap0"))
-    } else {
-        enter_namespace_with_veth(1);
-        ("--af-xdp=veth0", Wire::open("veth1"))
-    }
-}
+const PORTS: [&str; 2] = ["--tap=tap0", "--af-xdp=veth0"];
 
 fn card(daemon: &Daemon, options: Options) -> Card {
     let mut card = Card::start(Frontend::new(daemon.connect()), options);
@@ -86,14 +77,14 @@ fn check_rx(wire: &Wire, card: &mut Card, rounds: u8) {
 #[test]
 fn denied_frames_never_reach_the_guest() {
     needs_root!("denied_frames_never_reach_the_guest");
-    for kind in ["tap", "af_xdp"] {
-        let (port, wire) = device(kind);
+    for port in PORTS {
+        let wire = enter_namespace_for(port);
         let daemon = Daemon::start(&[port, &format!("--rx-filter={RULES}")]);
-        let before = if kind == "tap" { tx_dropped("tap0") } else { 0 };
+        let before = if port == "--tap=tap0" { tx_dropped("tap0") } else { 0 };
         let mut card = card(&daemon, Options::default());
         check_rx(&wire, &mut card, 50);
         drop(card);
-        if kind == "tap" {
+        if port == "--tap=tap0" {
             assert_eq!(tx_dropped("tap0") - before, 250);
         } else {
             let counted = "50 frames, 4100 bytes redirected";
@@ -107,8 +98,8 @@ fn denied_frames_never_reach_the_guest() {
 #[test]
 fn denied_frames_never_reach_the_wire() {
     needs_root!("denied_frames_never_reach_the_wire");
-    for kind in ["tap", "af_xdp"] {
-        let (port, wire) = device(kind);
+    for port in PORTS {
+        let wire = enter_namespace_for(port);
         let daemon = Daemon::start(&[port, &format!("--tx-filter={RULES}")]);
         let features = Options::default().features | CSUM | HOST_TSO;
         let mut card = card(&daemon, Options { features, ..Options::default() });
@@ -133,8 +124,8 @@ fn denied_frames_never_reach_the_wire() {
 fn whoever_changes_the_port_meanwhile_is_denied_all_the_same() {
     needs_root!("whoever_changes_the_port_meanwhile_is_denied_all_the_same");
     const SLOTS: u64 = 128;
-    for kind in ["tap", "af_xdp"] {
-        let (port, wire) = device(kind);
+    for port in PORTS {
+        let wire = enter_namespace_for(port);
         let daemon = Daemon::start(&[port, "--tx-filter=deny udp dport 53; default allow"]);
         let mut card = card(&daemon, Options::default());
         let area = card.tx[0].buffer_area();
@@ -341,7 +332,8 @@ fn a_tap_s_filter_changes_while_its_queues_come_and_go() {
 #[test]
 fn the_filter_is_there_again_with_the_device() {
     needs_root!("the_filter_is_there_again_with_the_device");
-    let (port, wire) = device("af_xdp");
+    let port = "--af-xdp=veth0";
+    let wire = enter_namespace_for(port);
     let daemon = Daemon::start(&[port, &format!("--rx-filter={RULES}")]);
     let mut card = card(&daemon, Options::default());
     check_rx(&wire, &mut card, 2);
@@ -362,7 +354,7 @@ fn the_filter_is_there_again_with_the_device() {
 #[test]
 fn what_the_xdp_program_drops_is_counted_while_it_runs() {
     needs_root!("what_the_xdp_program_drops_is_counted_while_it_runs");
-    let (_, wire) = device("af_xdp");
+    let wire = enter_namespace_for("--af-xdp=veth0");
     let contents = format!(
         "control = \"{{}}/control\"\n{}rx-filter = [\"deny udp dport 53\", \"default allow\"]\n",
         port("vm", "af-xdp = \"veth0\"\n")
@@ -387,12 +379,12 @@ fn what_the_xdp_program_drops_is_counted_while_it_runs() {
 #[test]
 fn under_a_flood_only_what_is_allowed_arrives() {
     needs_root!("under_a_flood_only_what_is_allowed_arrives");
-    for kind in ["tap", "af_xdp"] {
-        let (port, wire) = device(kind);
+    for port in PORTS {
+        let wire = enter_namespace_for(port);
         let filter = "--rx-filter=deny ethertype 0x88b5; allow udp; default deny";
         let daemon = Daemon::start(&[port, filter]);
         let mut card = card(&daemon, Options::default());
-        let _flood = Flood::start(if kind == "tap" { "tap0" } else { "veth1" });
+        let _flood = Flood::start(if port == "--tap=tap0" { "tap0" } else { "veth1" });
         for number in 0..200 {
             wire.send(&to_port(number, 80));
             assert_eq!(card.receive(0)[HEADER..], to_port(number, 80));

@@ -10,9 +10,7 @@ use serde_json::{Value, json};
 use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{
-    Wire, enter_namespace_with_tap, enter_namespace_with_veth, wait_for_carrier,
-};
+use crate::support::network::{Wire, enter_namespace_for, wait_for_carrier};
 use crate::support::traffic::datagram;
 use crate::support::{eventually, needs_root};
 
@@ -26,13 +24,8 @@ struct Port {
 
 impl Port {
     fn start(kind: &str) -> Self {
-        let (host, wire) = if kind == "tap" {
-            enter_namespace_with_tap(false);
-            ("tap = \"tap0\"", Wire::open("tap0"))
-        } else {
-            enter_namespace_with_veth(1);
-            ("af-xdp = \"veth0\"", Wire::open("veth1"))
-        };
+        let host = if kind == "tap" { "tap = \"tap0\"" } else { "af-xdp = \"veth0\"" };
+        let wire = enter_namespace_for(host);
         let file = "control = \"{}/control\"\n".to_owned() + &port("live", host);
         let daemon = Daemon::with_config(&file, "live");
         let mut card = Card::start(Frontend::new(daemon.connect_to("live")), Options::default());

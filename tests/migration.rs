@@ -12,7 +12,7 @@ use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, LOG_ALL, Options};
 use crate::support::frontend::Frontend;
 use crate::support::guest::memfd;
-use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
+use crate::support::network::enter_namespace_for;
 use crate::support::traffic::{check_both_ways, frame};
 use crate::support::{eventually, needs_root};
 
@@ -141,13 +141,7 @@ fn a_new_log_replaces_the_old_one_which_is_not_written_any_more() {
 fn frames_from_a_tap_and_from_a_veth_are_noted_too() {
     needs_root!("frames_from_a_tap_and_from_a_veth_are_noted_too");
     for host in ["--tap=tap0", "--af-xdp=veth0"] {
-        let wire = if host.starts_with("--tap") {
-            enter_namespace_with_tap(false);
-            Wire::open("tap0")
-        } else {
-            enter_namespace_with_veth(1);
-            Wire::open("veth1")
-        };
+        let wire = enter_namespace_for(host);
         let daemon = Daemon::start(&[host]);
         let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
         check_both_ways(&wire, &mut card, 100);
@@ -182,13 +176,7 @@ fn a_card_that_has_arrived_is_announced_to_its_network() {
             && frame[32..38] == address
     };
     for host in ["--tap=tap0", "--af-xdp=veth0"] {
-        let wire = if host.starts_with("--tap") {
-            enter_namespace_with_tap(false);
-            Wire::open("tap0")
-        } else {
-            enter_namespace_with_veth(1);
-            Wire::open("veth1")
-        };
+        let wire = enter_namespace_for(host);
         let rules = ["--anti-spoofing=on", "--mac=52:54:00:00:02:01"];
         let daemon = Daemon::start(&[host, rules[0], rules[1], "--tx-limit=1pps,packet-burst=2"]);
         let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());

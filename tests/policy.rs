@@ -8,7 +8,7 @@ use crate::support::daemon::Daemon;
 use crate::support::driver::{CSUM, Card, HEADER, HOST_TSO, Options};
 use crate::support::frontend::Frontend;
 use crate::support::needs_root;
-use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth};
+use crate::support::network::enter_namespace_for;
 use crate::support::traffic::{datagram, frame, tcp_frame};
 
 /// How long traffic runs.
@@ -39,15 +39,7 @@ impl Allowed {
     }
 }
 
-fn port(kind: &str) -> (&'static str, Wire) {
-    if kind == "tap" {
-        enter_namespace_with_tap(false);
-        ("--tap=tap0", Wire::open("tap0"))
-    } else {
-        enter_namespace_with_veth(1);
-        ("--af-xdp=veth0", Wire::open("veth1"))
-    }
-}
+const PORTS: [&str; 2] = ["--tap=tap0", "--af-xdp=veth0"];
 
 /// Has a guest send the same frame as fast as it may; returns how many were sent, and in what time.
 fn send_all(card: &mut Card, header: &[u8], frame: &[u8]) -> (u64, Duration) {
@@ -80,14 +72,14 @@ fn a_guest_sends_no_more_than_it_may() {
     let segments = 60_000_u64.div_ceil(1448);
     let whole = Traffic { packets: segments, bytes: tcp.len() as u64 + (segments - 1) * 54 };
     let small = Traffic { packets: 1, bytes: udp.len() as u64 };
-    for kind in ["tap", "af_xdp"] {
+    for option in PORTS {
         for (limit, per_second, burst) in [
             ("20mbit,burst=100k", 2.5e6, 1e5),
             ("400mbit", 50e6, 5e5),
             ("5kpps,packet-burst=50", 5000.0, 50.0),
         ] {
             for (header, frame, traffic) in [(&plain, &udp, &small), (&gso, &tcp, &whole)] {
-                let (option, _wire) = port(kind);
+                let _wire = enter_namespace_for(option);
                 let daemon = Daemon::start(&[option, &format!("--tx-limit={limit}")]);
                 let features = Options::default().features | CSUM | HOST_TSO;
                 let options = Options { features, ..Options::default() };
@@ -104,11 +96,11 @@ fn a_guest_sends_no_more_than_it_may() {
 fn a_guest_is_given_no_more_than_it_may() {
     needs_root!("a_guest_is_given_no_more_than_it_may");
     let frame = frame(7, 1000);
-    for kind in ["tap", "af_xdp"] {
+    for option in PORTS {
         for (limit, per_second, burst, each) in
             [("20mbit,burst=100k", 2.5e6, 1e5, 1000), ("5kpps,packet-burst=50", 5000.0, 50.0, 1)]
         {
-            let (option, wire) = port(kind);
+            let wire = enter_namespace_for(option);
             let daemon = Daemon::start(&[option, &format!("--rx-limit={limit}")]);
             let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
             let stop = AtomicBool::new(false);
@@ -139,7 +131,8 @@ fn a_guest_is_given_no_more_than_it_may() {
 #[test]
 fn a_limit_holds_nothing_up_that_is_below_it() {
     needs_root!("a_limit_holds_nothing_up_that_is_below_it");
-    let (option, wire) = port("tap");
+    let option = "--tap=tap0";
+    let wire = enter_namespace_for(option);
     let limits = ["--tx-limit=1gbit,100kpps", "--rx-limit=1gbit,100kpps"];
     let daemon = Daemon::start(&[option, limits[0], limits[1]]);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());

@@ -36,6 +36,19 @@ pub(crate) fn enter_namespace_with_tap(multi_queue: bool) {
     ip("link set tap0 up");
 }
 
+/// Makes the device that a port is to be on in a fresh namespace, `tap0` or `veth0`, as an option or a
+/// line of a file names it; returns the host's side of it.
+pub(crate) fn enter_namespace_for(port: &str) -> Wire {
+    if port.contains("tap0") {
+        enter_namespace_with_tap(false);
+        Wire::open("tap0")
+    } else {
+        assert!(port.contains("veth0"), "{port}");
+        enter_namespace_with_veth(1);
+        Wire::open("veth1")
+    }
+}
+
 /// A veth with so many queues at each end.
 pub(crate) fn make_veth(queues: u32) {
     let many = format!("numrxqueues {queues} numtxqueues {queues}");
