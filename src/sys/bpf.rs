@@ -195,7 +195,12 @@ impl Map {
         Ok(name_from(&info.name))
     }
 
-    fn element(&self, command: libc::c_long, key: u32, value: u64) -> io::Result<libc::c_int> {
+    /// Asks for, or changes, what is under a key that is at `key`; a value, or the next key, is at
+    /// `value`.
+    ///
+    /// # Safety
+    /// The kernel reads and writes there as many bytes as the map was made for.
+    unsafe fn at(&self, command: libc::c_long, key: u64, value: u64) -> io::Result<libc::c_int> {
         #[repr(C)]
         struct Attributes {
             map: RawFd,
@@ -203,10 +208,14 @@ impl Map {
             value: u64,
             flags: u64,
         }
-        let mut attributes =
-            Attributes { map: self.0.as_raw_fd(), key: &raw const key as u64, value, flags: 0 };
-        // SAFETY: keys of our maps have 4 bytes; callers vouch for what `value` points to.
+        let mut attributes = Attributes { map: self.0.as_raw_fd(), key, value, flags: 0 };
+        // SAFETY: as our caller says.
         unsafe { bpf(command, &mut attributes) }
+    }
+
+    fn element(&self, command: libc::c_long, key: u32, value: u64) -> io::Result<libc::c_int> {
+        // SAFETY: keys of our maps have 4 bytes; callers vouch for what `value` points to.
+        unsafe { self.at(command, &raw const key as u64, value) }
     }
 
     /// Puts a socket under `key`: frames that the program redirects to it arrive there from now.
@@ -235,19 +244,10 @@ impl Map {
 
     /// All that a map for recent keys of `N` bytes holds. What changes meanwhile may be missed.
     pub fn recent<const N: usize>(&self, most: usize) -> io::Result<Vec<([u8; N], [u64; 2])>> {
-        #[repr(C)]
-        struct Attributes {
-            map: RawFd,
-            key: u64,
-            value: u64,
-            flags: u64,
-        }
         let call = |command, key: *const [u8; N], value: u64| {
-            let mut attributes =
-                Attributes { map: self.0.as_raw_fd(), key: key as u64, value, flags: 0 };
             // SAFETY: the map was made for keys of N bytes and values of 16, says our caller; the
             // next key, or a value, is written to where `value` points, which is as long.
-            unsafe { bpf(command, &mut attributes) }
+            unsafe { self.at(command, key as u64, value) }
         };
         let (mut found, mut last) = (Vec::new(), None::<[u8; N]>);
         while found.len() < most {
