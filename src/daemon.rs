@@ -117,8 +117,10 @@ fn serve(
     let sandbox = Sandbox::enter(config)?;
     log.start(move || sandbox.confine(Role::Log)).map_err(no_thread)?;
     let mut ports = Ports::new(sandbox)?;
-    let prepared =
-        opened.into_iter().map(|port| ports.prepare(port)).collect::<Result<Vec<_>, _>>()?;
+    let prepared = opened
+        .into_iter()
+        .map(|port| ports.prepare(port, Vec::new()))
+        .collect::<Result<Vec<_>, _>>()?;
     // Whoever can connect finds everything ready, and what was said until then in the log.
     log.flush();
     server

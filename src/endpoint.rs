@@ -58,9 +58,8 @@ impl Endpoint {
                 Err(StartError::new(format!("descriptor {number} (--fd) was not taken over")))
             }
             (Frontend::Listen(path), Some(fd)) => {
-                let listener = UnixListener::from(fd);
                 let shown = path.display();
-                listener.set_nonblocking(true).map_err(|error| {
+                let listener = take_listener(fd).map_err(|error| {
                     StartError::new(format!("use the socket of {shown}: {error}"))
                 })?;
                 // Another user may not even look at it.
@@ -96,9 +95,7 @@ impl Endpoint {
     /// # Errors
     /// The descriptor can't be made non-blocking.
     pub fn taken(fd: OwnedFd) -> io::Result<Self> {
-        let listener = UnixListener::from(fd);
-        listener.set_nonblocking(true)?;
-        Ok(Endpoint::Listener(listener, None))
+        Ok(Endpoint::Listener(take_listener(fd)?, None))
     }
 
     /// Has the socket's file, at `path`, removed when we go.
@@ -237,6 +234,13 @@ impl Drop for SocketFile {
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// A listening socket that somebody else has made.
+fn take_listener(fd: OwnedFd) -> io::Result<UnixListener> {
+    let listener = UnixListener::from(fd);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// Makes a socket at `path`, in place of one that nobody listens on any more.

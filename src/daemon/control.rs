@@ -114,11 +114,6 @@ impl Control {
         self.endpoint.start()
     }
 
-    /// What is known of the port.
-    pub(super) fn status(&self) -> &Arc<PortStatus> {
-        &self.status
-    }
-
     /// The port's name.
     pub(super) fn name(&self) -> &str {
         self.device.name()

@@ -171,7 +171,7 @@ impl Ports {
         let tap_queues = tap_queues.into_iter().flatten().collect();
         let brought = Descriptors { frontend: None, tap_queues };
         let opened = Opened::adopted(name.clone(), config, from_file, brought, endpoint)?;
-        let mut prepared = self.prepare_with(opened, told.counters)?;
+        let mut prepared = self.prepare(opened, told.counters)?;
         prepared.status().set_connections(told.connections.saturating_sub(connected.into()));
         if let Some(messages) = messages {
             let connection = connection.map(UnixStream::from);

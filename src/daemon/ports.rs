@@ -78,13 +78,8 @@ impl Opened {
 /// A port whose workers run, and which nobody can connect to yet.
 pub(super) struct Prepared {
     control: Control,
-    config: PortConfig,
-    from_file: bool,
-    offered: u64,
-    capture: Arc<Capture>,
-    queues: Vec<OwnedFd>,
-    orders: Sender<Order>,
-    wake: Arc<Waker>,
+    /// What it will be, without its thread.
+    port: Port,
 }
 
 impl Prepared {
@@ -93,12 +88,12 @@ impl Prepared {
     }
 
     pub(super) fn status(&self) -> &PortStatus {
-        self.control.status()
+        &self.port.status
     }
 
     /// Has the socket's file removed at the end.
     pub(super) fn own_socket(&mut self) {
-        if let Frontend::Listen(path) = &self.config.frontend {
+        if let Frontend::Listen(path) = &self.port.config.frontend {
             self.control.own_socket(path);
         }
     }
@@ -177,13 +172,8 @@ impl Ports {
         self.ports.iter()
     }
 
-    /// Starts a port's workers.
-    pub(super) fn prepare(&self, opened: Opened) -> Result<Prepared, StartError> {
-        self.prepare_with(opened, Vec::new())
-    }
-
-    /// Starts a port's workers, which count on from these.
-    pub(super) fn prepare_with(
+    /// Starts a port's workers, which count on from these counters, or anew.
+    pub(super) fn prepare(
         &self,
         opened: Opened,
         counters: Vec<PairCounters>,
@@ -226,7 +216,7 @@ impl Ports {
             let why = format!("there is a port {} already: remove it first", opened.name);
             return Err(Refusal::CannotBeDone(why));
         }
-        let prepared = self.prepare(opened)?;
+        let prepared = self.prepare(opened, Vec::new())?;
         let port = self.start(prepared)?;
         info!("{}: added by an operator", port.name());
         Ok(port)
@@ -234,22 +224,16 @@ impl Ports {
 
     /// Stops a port: its rings first, then its frontend's connection.
     pub fn remove(&mut self, name: &str) -> Result<PortConfig, Refusal> {
-        self.find(name)?;
-        let place = self.ports.iter().position(|port| port.name() == name);
-        let Some(port) = place.map(|place| self.ports.remove(place)) else {
-            unreachable!("it was found")
-        };
+        let place = self.place(name)?;
+        let port = self.ports.remove(place);
         info!("{name}: removed by an operator");
         Ok(port.config.clone())
     }
 
     /// Has a port be as `options` say, if it can while it runs: says whether it was not before.
     pub fn change(&mut self, name: &str, options: PortOptions) -> Result<bool, Refusal> {
-        self.find(name)?;
-        let Some(port) = self.ports.iter_mut().find(|port| port.name() == name) else {
-            unreachable!("it was found")
-        };
-        port.change(options)
+        let place = self.place(name)?;
+        self.ports[place].change(options)
     }
 
     /// Has a port's frames written to `output`, until its other end is closed, or the capture is
@@ -284,7 +268,11 @@ impl Ports {
 
     /// A port by its name.
     pub fn find(&self, name: &str) -> Result<&Port, Refusal> {
-        let found = self.ports.iter().find(|port| port.name() == name);
+        Ok(&self.ports[self.place(name)?])
+    }
+
+    fn place(&self, name: &str) -> Result<usize, Refusal> {
+        let found = self.ports.iter().position(|port| port.name() == name);
         found.ok_or_else(|| Refusal::NoSuchPort(name.chars().take(64).collect()))
     }
 
@@ -302,7 +290,7 @@ impl Ports {
     }
 }
 
-/// A running port. It stops when it is dropped.
+/// A port, which runs once it was started. It stops when it is dropped.
 #[derive(Debug)]
 pub struct Port {
     status: Arc<PortStatus>,
@@ -323,13 +311,11 @@ impl Port {
         sandbox: Sandbox,
         running: &Arc<Running>,
     ) -> Result<Self, StartError> {
-        let Prepared { mut control, config, from_file, offered, capture, queues, orders, wake } =
-            prepared;
+        let Prepared { mut control, mut port } = prepared;
         let name = control.name().to_owned();
         control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
-        let status = control.status().clone();
-        let alive = Alive::new(running, &status);
-        status.pairs.iter().for_each(|pair| pair.tell_of_trouble(running.changed.clone()));
+        let alive = Alive::new(running, &port.status);
+        port.status.pairs.iter().for_each(|pair| pair.tell_of_trouble(running.changed.clone()));
         let thread = thread::Builder::new().name(name).spawn(move || {
             let _alive = alive;
             match sandbox.confine(control.role()) {
@@ -338,9 +324,8 @@ impl Port {
             }
             control.finish();
         });
-        let thread = thread.map_err(no_thread)?;
-        let thread = Some(thread);
-        Ok(Port { status, config, from_file, offered, capture, queues, orders, wake, thread })
+        port.thread = Some(thread.map_err(no_thread)?);
+        Ok(port)
     }
 
     /// Its name.
@@ -442,17 +427,14 @@ impl Port {
     /// Has the port's thread do something, and waits until it has.
     fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, Refusal> {
         let (done, finished) = channel();
-        let sent = self.orders.send(order(done));
-        self.wake.wake();
-        let why = || format!("{}: its thread does not answer", self.name());
-        let answer = if sent.is_ok() { finished.recv_timeout(PATIENCE).ok() } else { None };
-        answer.ok_or_else(|| Refusal::CannotBeDone(why()))
+        self.tell(order(done));
+        finished.recv_timeout(PATIENCE).map_err(|_| {
+            Refusal::CannotBeDone(format!("{}: its thread does not answer", self.name()))
+        })
     }
 
     fn stop(&self) {
-        // Whoever does not listen any more has ended.
-        let _ = self.orders.send(Order::Stop);
-        self.wake.wake();
+        self.tell(Order::Stop);
     }
 }
 
@@ -530,11 +512,11 @@ fn prepare(
     device.require_sealed_memory(config.require_sealed_memory);
     let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
     let (orders, inbox) = channel();
-    let control = Control::new(device, endpoint, status, wake.clone(), inbox);
+    let control = Control::new(device, endpoint, status.clone(), wake.clone(), inbox);
     let control = control.map_err(no_descriptor)?;
-    let offered = offer.bits();
-    let queues = handles;
-    Ok(Prepared { control, config, from_file, offered, capture, queues, orders, wake })
+    let (offered, queues, thread) = (offer.bits(), handles, None);
+    let port = Port { status, config, from_file, offered, capture, queues, orders, wake, thread };
+    Ok(Prepared { control, port })
 }
 
 /// Starts a worker for each queue, with options that differ by its place only.
