@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_new_namespace, ip};
-use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, make_guest};
-use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, needs_guest};
+use crate::support::{eventually, one_at_a_time};
 
 /// Bytes of the data that goes back and forth.
 const SET: usize = 8 << 20;
@@ -117,11 +117,7 @@ fn status(monitor: &mut crate::support::vm::Monitor) -> Value {
 
 #[test]
 fn a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right() {
-    let name = "a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right";
-    needs_root!(name);
-    needs_program!(name, "qemu-system-x86_64");
-    needs_program!(name, "ping");
-    make_guest();
+    needs_guest!("a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right");
     let _alone = one_at_a_time();
     enter_new_namespace();
     let daemons = ["tap0", "tap1"].map(|tap| Daemon::start(&[&format!("--tap={tap}")]));

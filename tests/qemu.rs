@@ -5,18 +5,8 @@ use std::process::Command;
 
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_namespace_with_veth, enter_new_namespace, ip, output};
-use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, iperf, make_guest};
-use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
-
-macro_rules! needs_guest {
-    ($test:expr) => {
-        needs_root!($test);
-        needs_program!($test, "qemu-system-x86_64");
-        needs_program!($test, "iperf3");
-        needs_program!($test, "ping");
-        make_guest();
-    };
-}
+use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, iperf, needs_guest};
+use crate::support::{eventually, one_at_a_time};
 
 /// A daemon on a TAP with the host's address, in a namespace of its own.
 fn daemon(options: &[&str]) -> Daemon {

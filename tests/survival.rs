@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::support::daemon::Daemon;
 use crate::support::network::{Wire, enter_new_namespace, ip};
-use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, make_guest};
-use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
+use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, needs_guest};
+use crate::support::{eventually, one_at_a_time};
 
 const KILLS: usize = 100;
 /// The guest's address, as qemu/run-guest sets it.
@@ -75,7 +75,6 @@ fn summary(mut gaps: Vec<Duration>) -> (Duration, Duration) {
 
 /// Kills the daemon again and again under the traffic of a guest, and starts it anew.
 fn check_kills(server: &str, options: &[&str], limit: Duration) {
-    make_guest();
     enter_new_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr");
     ip("link set tap0 up");
@@ -124,31 +123,21 @@ fn check_kills(server: &str, options: &[&str], limit: Duration) {
 
 #[test]
 fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to() {
-    let name = "a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to";
-    needs_root!(name);
-    needs_program!(name, "qemu-system-x86_64");
-    needs_program!(name, "iperf3");
+    needs_guest!("a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to");
     // QEMU tries once a second.
     check_kills("0", &["--tap=tap0"], Duration::from_secs(5));
 }
 
 #[test]
 fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu() {
-    let name = "a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu";
-    needs_root!(name);
-    needs_program!(name, "qemu-system-x86_64");
-    needs_program!(name, "iperf3");
+    needs_guest!("a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu");
     let _alone = one_at_a_time();
     check_kills("1", &["--tap=tap0", "--connect={}"], Duration::from_secs(2));
 }
 
 #[test]
 fn memory_is_plugged_in_and_out_under_traffic() {
-    let name = "memory_is_plugged_in_and_out_under_traffic";
-    needs_root!(name);
-    needs_program!(name, "qemu-system-x86_64");
-    needs_program!(name, "ping");
-    make_guest();
+    needs_guest!("memory_is_plugged_in_and_out_under_traffic");
     let _alone = one_at_a_time();
     enter_new_namespace();
     let daemon = Daemon::start(&["--tap=tap0", "--log-level=debug"]);

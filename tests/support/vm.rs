@@ -26,6 +26,18 @@ fn script(name: &str) -> Command {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu").join(name))
 }
 
+/// Returns from a test of real guests where what they need is not installed; makes the guest.
+macro_rules! needs_guest {
+    ($test:expr) => {
+        $crate::support::needs_root!($test);
+        $crate::support::needs_program!($test, "qemu-system-x86_64");
+        $crate::support::needs_program!($test, "iperf3");
+        $crate::support::needs_program!($test, "ping");
+        $crate::support::vm::make_guest();
+    };
+}
+pub(crate) use needs_guest;
+
 /// Makes the guest's kernel and initramfs, once.
 pub(crate) fn make_guest() {
     let status = script("make-guest").status().unwrap();
