@@ -354,36 +354,10 @@ fn talk(
         let Some(end) = client.input.iter().position(|byte| *byte == b'\n') else { break };
         let line: Vec<u8> = client.input.drain(..=end).collect();
         let files = std::mem::take(&mut client.files);
-        let command = parse(&line[..end]);
-        match &command {
-            Ok(Command::HandOver {}) if client.has_ports => {
-                client.output = failure("bad-request", "it has the ports already").into_bytes();
-                continue;
-            }
-            Ok(Command::Traffic { port }) if client.counting.insert(port.clone()) => {
-                if let Err(refusal) = ports.find(port).and_then(|it| it.count_traffic(true)) {
-                    client.counting.remove(port);
-                    let Refused { kind, message } = refusal.into();
-                    client.output = failure(kind, &message).into_bytes();
-                    continue;
-                }
-            }
-            Ok(Command::LetGo {}) if !client.has_ports => {
-                client.output = failure("bad-request", "it has no ports").into_bytes();
-                continue;
-            }
-            _ => {}
-        }
-        let (takes, lets_go) =
-            (matches!(command, Ok(Command::HandOver {})), matches!(command, Ok(Command::LetGo {})));
-        let result = command.map(|command| carry_out(command, files, ports, house));
+        let result = parse(&line[..end])
+            .map(|command| answer(client, command, files, ports, house, given_away));
         match result {
             Ok(Ok(Answer { value, files })) => {
-                client.has_ports |= takes;
-                if lets_go {
-                    client.has_ports = false;
-                    *given_away = true;
-                }
                 let line = json!({"version": VERSION, "ok": value}).to_string() + "\n";
                 if files.is_empty() {
                     client.output = line.into_bytes();
@@ -406,6 +380,35 @@ fn talk(
     };
     let _ = client.stream.write_all(failure("bad-request", &too_much).as_bytes());
     Err(io::Error::new(io::ErrorKind::InvalidData, too_much))
+}
+
+/// Carries a request out, as far as it is this client's to make, and keeps what it has from then on.
+fn answer(
+    client: &mut Client,
+    command: Command,
+    files: Vec<OwnedFd>,
+    ports: &mut Ports,
+    house: &House,
+    given_away: &mut bool,
+) -> Result<Answer, Refused> {
+    let bad = |message: &str| Refused { kind: "bad-request", message: message.into() };
+    match &command {
+        Command::HandOver {} if client.has_ports => return Err(bad("it has the ports already")),
+        Command::LetGo {} if !client.has_ports => return Err(bad("it has no ports")),
+        Command::Traffic { port } if client.counting.insert(port.clone()) => {
+            if let Err(refusal) = ports.find(port).and_then(|it| it.count_traffic(true)) {
+                client.counting.remove(port);
+                return Err(refusal.into());
+            }
+        }
+        _ => {}
+    }
+    let takes = matches!(command, Command::HandOver {});
+    let lets_go = matches!(command, Command::LetGo {});
+    let answer = carry_out(command, files, ports, house)?;
+    client.has_ports = (client.has_ports || takes) && !lets_go;
+    *given_away |= lets_go;
+    Ok(answer)
 }
 
 /// Sends a line with descriptors; unlike other replies it is waited for, but not for long.

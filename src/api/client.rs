@@ -123,15 +123,21 @@ impl Wish {
 
 impl Connection {
     /// On a socket that is connected.
-    ///
-    /// # Errors
-    /// It takes no timeout.
-    pub fn new(stream: UnixStream, daemon: String) -> io::Result<Self> {
-        Ok(Connection { reader: BufReader::new(stream), daemon, wishes: VecDeque::new() })
+    pub fn new(stream: UnixStream, daemon: String) -> Self {
+        Connection { reader: BufReader::new(stream), daemon, wishes: VecDeque::new() }
     }
 
     fn unreachable(&self, error: &dyn fmt::Display) -> Failure {
         Failure::Unreachable(format!("ask the daemon at {}: {error}", self.daemon))
+    }
+
+    /// Sends a request, with descriptors.
+    fn send(&self, command: &Command, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let request = Request { version: VERSION, command: command.clone() };
+        let line = serde_json::to_string(&request)? + "\n";
+        let stream = self.reader.get_ref();
+        stream.set_read_timeout(Some(PATIENCE))?;
+        send_with_files(stream, line.as_bytes(), files, b' ')
     }
 
     fn line(&mut self) -> io::Result<Value> {
@@ -166,13 +172,8 @@ impl Connection {
     /// # Errors
     /// The daemon can't be asked, or says no.
     pub fn ask(&mut self, command: &Command, files: &[BorrowedFd<'_>]) -> Result<Value, Failure> {
-        let request = Request { version: VERSION, command: command.clone() };
-        let line = serde_json::to_string(&request).map_err(|error| self.unreachable(&error))?;
-        let stream = self.reader.get_ref();
         // One that turns us away says why, and hangs up.
-        let sent = stream
-            .set_read_timeout(Some(PATIENCE))
-            .and_then(|()| send_with_files(stream, (line + "\n").as_bytes(), files, b' '));
+        let sent = self.send(command, files);
         let reply = loop {
             match self.line() {
                 Ok(line) => match Wish::parse(&line) {
@@ -186,28 +187,18 @@ impl Connection {
                 }
             }
         };
-        let Some(error) = reply.get("error") else { return Ok(reply["ok"].clone()) };
-        let message = error["message"].as_str().unwrap_or("it gives no reason").to_owned();
-        Err(match error["kind"].as_str() {
-            Some("needs-restart") => Failure::NeedsRestart(message),
-            _ => Failure::Refused(message),
-        })
+        result(&reply)
     }
-}
 
-impl Connection {
     /// Asks, and waits for a reply with descriptors.
     ///
     /// # Errors
     /// As [`ask`](Self::ask).
     pub fn ask_for_files(&mut self, command: &Command) -> Result<(Value, Vec<OwnedFd>), Failure> {
-        let request = Request { version: VERSION, command: command.clone() };
-        let line = serde_json::to_string(&request).map_err(|error| self.unreachable(&error))?;
         let stream = self.reader.get_ref();
         let exchange = || -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
             let (mut bytes, mut files) = (Vec::new(), Vec::new());
-            stream.set_read_timeout(Some(PATIENCE))?;
-            send_with_files(stream, (line + "\n").as_bytes(), &[], b' ')?;
+            self.send(command, &[])?;
             let mut buffer = vec![0; 64 << 10];
             while bytes.last() != Some(&b'\n') {
                 let received = match receive(stream, &mut buffer) {
@@ -225,10 +216,18 @@ impl Connection {
         let (bytes, files) = exchange().map_err(|error| self.unreachable(&error))?;
         let reply: Value =
             serde_json::from_slice(&bytes).map_err(|error| self.unreachable(&error))?;
-        let Some(error) = reply.get("error") else { return Ok((reply["ok"].clone(), files)) };
-        let message = error["message"].as_str().unwrap_or("it gives no reason").to_owned();
-        Err(Failure::Refused(message))
+        result(&reply).map(|value| (value, files))
     }
+}
+
+/// What a reply says.
+fn result(reply: &Value) -> Result<Value, Failure> {
+    let Some(error) = reply.get("error") else { return Ok(reply["ok"].clone()) };
+    let message = error["message"].as_str().unwrap_or("it gives no reason").to_owned();
+    Err(match error["kind"].as_str() {
+        Some("needs-restart") => Failure::NeedsRestart(message),
+        _ => Failure::Refused(message),
+    })
 }
 
 impl Question {
@@ -247,7 +246,7 @@ impl Question {
             Failure::Unreachable(format!("ask the daemon at {shown}: {error}{hint}"))
         };
         let stream = UnixStream::connect(&self.socket).map_err(unreachable)?;
-        let mut daemon = Connection::new(stream, shown.to_string()).map_err(unreachable)?;
+        let mut daemon = Connection::new(stream, shown.to_string());
         match &self.verb {
             Verb::Ask(Command::Add { port, .. }) => {
                 let config = port.clone().absolute().check().map_err(Failure::Refused)?;

@@ -78,14 +78,15 @@ impl Scrape {
         let failed = |error: io::Error| StartError::new(format!("listen on {address}: {error}"));
         let listener = match address {
             MetricsAddress::Unix(path) => {
-                if let Some(fd) = given {
-                    return Self::on(Listener::Unix(Endpoint::taken(fd).map_err(failed)?));
-                }
-                let endpoint = Endpoint::open(&Frontend::Listen(path.clone()), None)?;
-                // They are numbers, and no secret: Prometheus is another user.
-                fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(failed)?;
-                endpoint.start().map_err(failed)?;
-                Listener::Unix(endpoint)
+                Listener::Unix(if let Some(fd) = given {
+                    Endpoint::taken(fd).map_err(failed)?
+                } else {
+                    let endpoint = Endpoint::open(&Frontend::Listen(path.clone()), None)?;
+                    // They are numbers, and no secret: Prometheus is another user.
+                    fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(failed)?;
+                    endpoint.start().map_err(failed)?;
+                    endpoint
+                })
             }
             MetricsAddress::Tcp(address) => {
                 let bind = || TcpListener::bind(address);
@@ -95,10 +96,6 @@ impl Scrape {
                 Listener::Tcp(listener)
             }
         };
-        Self::on(listener)
-    }
-
-    fn on(listener: Listener) -> Result<Self, StartError> {
         Ok(Scrape { listener, visitors: Vec::new(), next: 0 })
     }
 

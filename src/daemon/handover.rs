@@ -64,8 +64,7 @@ impl Predecessor {
             StartError::new(format!("take over from the daemon at {shown}: {error}"))
         };
         let stream = UnixStream::connect(control).map_err(|error| failed(&error))?;
-        let connection = Connection::new(stream, shown.to_string());
-        let mut connection = connection.map_err(|error| failed(&error))?;
+        let mut connection = Connection::new(stream, shown.to_string());
         let answer = connection.ask_for_files(&Command::Listeners {});
         let (names, files) = answer.map_err(|error| failed(&error))?;
         let names = serde_json::from_value::<Vec<String>>(names).map_err(|error| failed(&error))?;

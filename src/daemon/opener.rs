@@ -33,7 +33,7 @@ pub(super) fn start(file: &Path) -> io::Result<UnixStream> {
 /// What it does: has the daemon's ports be what `file` says, each time that it is told to.
 pub fn run(file: &Path) -> io::Result<()> {
     let daemon = UnixStream::from(std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?);
-    let mut daemon = Connection::new(daemon, "its opener's socket".into())?;
+    let mut daemon = Connection::new(daemon, "its opener's socket".into());
     while let Some(wish) = daemon.wish()? {
         match wish {
             Wish::Reload => read_again(&mut daemon, file),
