@@ -26,6 +26,7 @@ use crate::counters::Drop;
 use crate::guest::Segment;
 use crate::policy::Filter;
 use crate::sys::is_hung_up;
+use crate::traffic::Way;
 
 /// Longest part of a frame that is kept, in bytes: an unsegmented one whole.
 pub const MAX_SNAPLEN: u32 = 65_550;
@@ -37,15 +38,6 @@ const QUEUE_BYTES: usize = 16 << 20;
 const FILTERED: usize = 142;
 /// How often to look whether whoever reads has gone, while there is nothing to write.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// A frame's way, from the guest's view.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
-    /// To the guest.
-    Rx,
-    /// From the guest.
-    Tx,
-}
 
 /// Reads which frames are to be captured: `tcp dport 80; udp from 192.0.2.0/24` are those that match one
 /// of the parts; a whole list of rules, with its default, is taken as it is.

@@ -28,8 +28,8 @@ impl Device {
         (rings, size): (u16, u16),
     ) -> Result<Option<Reply>, Refusal> {
         self.check_inflight(rings, size)?;
-        if length < Inflight::length(rings, size) {
-            let needed = Inflight::length(rings, size);
+        let needed = Inflight::length(rings, size);
+        if length < needed {
             return refused(format!("{length} bytes are too few for {rings} rings: {needed}"));
         }
         let inflight = Arc::new(Inflight::map(file, offset, rings, size)?);

@@ -7,6 +7,7 @@ use vhost::vhost_user::message::FrontendReq;
 
 use super::Device;
 use super::ring::{Kick, ToldRing};
+use crate::guest::Inflight;
 use crate::protocol::{MAX_TABLE_REGIONS, Retold};
 
 impl Device {
@@ -51,7 +52,7 @@ impl Device {
         if let Some(inflight) = &told.inflight {
             let (file, offset) = inflight.source();
             let (rings, size) = inflight.shape();
-            let length = crate::guest::Inflight::length(rings, size);
+            let length = Inflight::length(rings, size);
             messages.push(Retold::inflight(length, offset, rings, size, duplicate(file)?));
         }
         if let Some(file) = &told.backend_requests {

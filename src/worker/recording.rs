@@ -1,9 +1,10 @@
 //! A session's frames, as a capture gets them: when they have been moved, and before their chains go
 //! back to the guest.
 
-use crate::capture::{Recorder, Way};
+use crate::capture::Recorder;
 use crate::guest::{Chain, Direction, Segment};
 use crate::port::{Finished, Outcome};
+use crate::traffic::Way;
 
 /// Puts all frames that have finished into the capture. `header` is the length of the virtio header.
 pub(super) fn record(recorder: &Recorder, pair: u16, finished: &Finished<'_>, header: usize) {
