@@ -316,9 +316,7 @@ impl DirectionCounters {
     pub fn drops(&self, reason: Drop) -> u64 {
         self.drops.0[reason as usize].get()
     }
-}
 
-impl DirectionCounters {
     fn add(&self, other: &Self) {
         for (ours, theirs) in [
             (&self.frames, &other.frames),

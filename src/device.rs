@@ -456,9 +456,7 @@ impl Device {
     }
 
     fn stop_all(&mut self) {
-        for pair in 0..self.workers.len() {
-            self.end(pair);
-        }
+        self.end_all();
         self.told.rings.iter_mut().for_each(ToldRing::stop);
     }
 
@@ -485,9 +483,7 @@ impl Device {
                 return refused(format!("ring {index} runs in memory that would go"));
             }
         }
-        for pair in 0..self.workers.len() {
-            self.end(pair);
-        }
+        self.end_all();
         debug!("{}: {} memory regions", self.name, memory.len());
         if !memory.is_sealed() && self.told.memory.is_sealed() {
             info!(
@@ -509,6 +505,11 @@ impl Device {
             self.restart(index);
         }
         Ok(None)
+    }
+
+    /// Ends all sessions.
+    fn end_all(&mut self) {
+        (0..self.workers.len()).for_each(|pair| self.end(pair));
     }
 
     fn restart_all(&mut self) {

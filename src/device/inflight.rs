@@ -33,9 +33,7 @@ impl Device {
             return refused(format!("{length} bytes are too few for {rings} rings: {needed}"));
         }
         let inflight = Arc::new(Inflight::map(file, offset, rings, size)?);
-        for pair in 0..self.workers.len() {
-            self.end(pair);
-        }
+        self.end_all();
         self.told.inflight = Some(inflight.clone());
         self.told.memory = Arc::new(self.told.memory.recorded(Some(inflight)));
         self.restart_all();

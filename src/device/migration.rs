@@ -31,9 +31,7 @@ impl Device {
             return Ok(());
         }
         let memory = self.told.memory.logged(log)?;
-        for pair in 0..self.workers.len() {
-            self.end(pair);
-        }
+        self.end_all();
         let what = if logs { "noted in the frontend's dirty log" } else { "not noted any more" };
         info!("{}: what is written to guest memory is {what}", self.name);
         self.told.memory = Arc::new(memory);

@@ -13,9 +13,7 @@ use crate::protocol::{MAX_TABLE_REGIONS, Retold};
 impl Device {
     /// Ends all sessions, and stays as it is: nothing is moved until it is [resumed](Self::resume).
     pub fn suspend(&mut self) {
-        for pair in 0..self.workers.len() {
-            self.end(pair);
-        }
+        self.end_all();
     }
 
     /// Goes on.
@@ -94,7 +92,7 @@ fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::R
     if let Kick::Given(kick) = &ring.kick
         && ring.fault.is_none()
     {
-        let file = kick.as_ref().map(|kick| kick.as_fd().try_clone_to_owned()).transpose()?;
+        let file = kick.as_ref().map(duplicate).transpose()?;
         messages.push(Retold::event(FrontendReq::SET_VRING_KICK, index, file));
     }
     Ok(())
