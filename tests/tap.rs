@@ -154,6 +154,18 @@ fn the_device_s_mtu_may_change_under_way() {
 }
 
 #[test]
+fn a_session_may_begin_when_the_device_is_gone() {
+    needs_root!("a_session_may_begin_when_the_device_is_gone");
+    enter_namespace_with_tap(false);
+    let mut daemon = Daemon::start(&["--tap=tap0"]);
+    ip("link delete tap0");
+    let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+    (0..10).for_each(|number| card.send(0, &frame(number, 100)));
+    assert!(daemon.is_alive());
+    eventually("it is said", || daemon.log().contains("the device is gone"));
+}
+
+#[test]
 fn guest_tso_off_is_not_offered() {
     needs_root!("guest_tso_off_is_not_offered");
     enter_new_namespace();

@@ -133,7 +133,13 @@ impl Queue {
             check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
         }
         let unknown = Identity { name: String::new(), multi_queue: false };
-        Queue { file: File::from(fd), identity: unknown }.identified()
+        let queue = Queue { file: File::from(fd), identity: unknown };
+        if let Err(error) = queue.ask() {
+            let name = super::process::describe(queue.as_fd());
+            let text = format!("{name} is no TAP queue: {error}");
+            return Err(io::Error::new(error.kind(), text));
+        }
+        queue.identified()
     }
 
     /// Asks the kernel which device this queue belongs to now, and how it was opened.
@@ -141,10 +147,7 @@ impl Queue {
         // SAFETY: ifreq is plain old data; TUNGETIFF fills one.
         let answer = unsafe {
             let mut answer: libc::ifreq = mem::zeroed();
-            check(libc::ioctl(self.file.as_raw_fd(), TUNGETIFF, &mut answer)).map_err(|error| {
-                let name = super::process::describe(self.file.as_fd());
-                io::Error::new(error.kind(), format!("{name} is no TAP queue: {error}"))
-            })?;
+            check(libc::ioctl(self.file.as_raw_fd(), TUNGETIFF, &mut answer))?;
             answer
         };
         // SAFETY: TUNGETIFF has just set the flags; every bit pattern of them is valid.
