@@ -2,6 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use log::info;
 
@@ -12,6 +14,12 @@ use crate::port::af_xdp::Interface;
 use crate::port::tap::TapQueue;
 use crate::sys::process::inherit;
 use crate::sys::tap::{Queue, device_exists};
+
+/// How long a TAP may be busy: the kernel keeps one for a while whose daemon was killed (see
+/// [`Writer`](crate::sys::uring::Writer)).
+const BUSY_PATIENCE: Duration = Duration::from_millis(300);
+/// How long it is left alone between attempts.
+const BUSY_RETRY: Duration = Duration::from_millis(1);
 
 /// Descriptors that a port stands on: inherited, brought by an operator, or opened.
 #[derive(Debug, Default)]
@@ -161,8 +169,17 @@ fn open_tap(name: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>, StartError> 
         };
         StartError::new(format!("open tap {name}: {error}{hint}"))
     };
-    let is_new = !device_exists(name).map_err(failed)?;
-    let first = match (Queue::open(name, pairs > 1), pairs) {
+    let until = Instant::now() + BUSY_PATIENCE;
+    let (is_new, opened) = loop {
+        let is_new = !device_exists(name).map_err(failed)?;
+        match Queue::open(name, pairs > 1) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
+                thread::sleep(BUSY_RETRY);
+            }
+            opened => break (is_new, opened),
+        }
+    };
+    let first = match (opened, pairs) {
         // The kernel says EINVAL when IFF_MULTI_QUEUE is not what the device has.
         (Err(error), _) if !is_new && error.raw_os_error() == Some(libc::EINVAL) => {
             match (Queue::open(name, pairs == 1), pairs) {

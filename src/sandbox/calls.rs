@@ -168,6 +168,9 @@ const TAP_REQUESTS: &[c_int] = &[
 const TUNGETVNETHDRSZ: c_int = 0x8004_54d7_u32 as c_int;
 const SIOCETHTOOL: c_int = 0x8946;
 
+/// `IORING_UNREGISTER_FILES` of linux/io_uring.h.
+const UNREGISTER_FILES: c_int = 3;
+
 /// What a role may do.
 #[derive(Default)]
 struct Allowed {
@@ -290,6 +293,9 @@ pub(super) fn filter(
             rules.insert(call, rule);
         }
     }
+    // Whoever drops a TAP's queue gives back what is registered with io_uring.
+    let unregister = one_of(1, &[UNREGISTER_FILES])?;
+    rules.entry(libc::SYS_io_uring_register).or_insert(unregister);
     if hand_over {
         rules.insert(libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX])?);
         let timeouts = one_of(2, &[libc::SO_RCVTIMEO, libc::SO_SNDTIMEO])?;
