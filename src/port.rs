@@ -343,6 +343,7 @@ impl Terms {
             rules: self.rules.clone(),
             filter: FilterView::new(self.tx_filter.clone()),
             peeks: false,
+            copies_small: false,
         }
     }
 }

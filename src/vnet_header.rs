@@ -197,6 +197,8 @@ pub struct Admission {
     pub filter: FilterView,
     /// Whether frames are looked at for another reason, and their headers copied for that.
     pub peeks: bool,
+    /// Whether frames that fit a [`PrivateStart`] are copied whole: where a second piece costs more.
+    pub copies_small: bool,
 }
 
 impl Admission {
@@ -224,17 +226,18 @@ pub fn admit(
     if frame_length < ETHERNET_LENGTH {
         return Err(Drop::TooShort);
     }
-    chain.read_start(&mut start.bytes[..header_length]);
-    let header = start.header();
+    // Read once: only this copy counts.
+    let bytes: [u8; HEADER_LENGTH] = chain.first_bytes();
+    let header = VnetHeader::parse(bytes.first_chunk().expect("a header has 10 bytes"));
     let mut copied = header_length;
     let checked = if !header.is_segmented() {
         if frame_length > admission.max_frame {
             return Err(Drop::TooLong);
         }
-        if admission.judges() || admission.peeks {
+        let small = admission.copies_small && chain.len() <= start.bytes.len();
+        if small || admission.judges() || admission.peeks {
             copied = chain.read_start(&mut start.bytes);
         }
-        // The header was read once already: only that copy counts.
         check_plain(&header, frame_length, &admission.offloads)?
     } else {
         if frame_length > MAX_FRAME {
@@ -254,7 +257,11 @@ pub fn admit(
     if let Some(filter) = admission.filter.current() {
         filter.judge(&start.bytes[header_length..copied])?;
     }
-    start.bytes[..header_length].copy_from_slice(&checked.to_bytes()[..header_length]);
+    let bytes = checked.to_bytes();
+    match header_length {
+        HEADER_LENGTH => start.bytes[..HEADER_LENGTH].copy_from_slice(&bytes),
+        shorter => start.bytes[..shorter].copy_from_slice(&bytes[..shorter]),
+    }
     start.length = copied;
     Ok(())
 }

@@ -111,9 +111,22 @@ impl<'mem> Segment<'mem> {
         self.iovec.iov_base as usize
     }
 
+    /// The same as a pointer.
     #[inline]
-    fn start(&self) -> *mut u8 {
+    pub(crate) fn start(&self) -> *mut u8 {
         self.iovec.iov_base.cast()
+    }
+
+    /// Has the processor fetch its first bytes: headers are looked at soon.
+    #[inline]
+    pub(super) fn prefetch(&self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch changes nothing, and faults nowhere.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(self.start().cast());
+            _mm_prefetch::<_MM_HINT_T0>(self.start().wrapping_add(64).cast());
+        }
     }
 
     /// Copies from `source` as much as both have; returns the bytes copied.
@@ -169,9 +182,16 @@ unsafe fn volatile_copy(from: *const u8, to: *mut u8, length: usize) {
     // SAFETY: every access lies within `length` bytes of `from` and `to`; Unaligned has
     // alignment 1.
     unsafe {
+        let copy_word = |at: usize| {
+            let word = from.add(at).cast::<Unaligned<u64>>().read_volatile();
+            to.add(at).cast::<Unaligned<u64>>().write_volatile(word);
+        };
+        while length - done >= 32 {
+            [0, 8, 16, 24].into_iter().for_each(|offset| copy_word(done + offset));
+            done += 32;
+        }
         while length - done >= 8 {
-            let word = from.add(done).cast::<Unaligned<u64>>().read_volatile();
-            to.add(done).cast::<Unaligned<u64>>().write_volatile(word);
+            copy_word(done);
             done += 8;
         }
         if length - done >= 4 {
@@ -273,9 +293,23 @@ impl<'mem, D: Direction> Chain<'mem, D> {
         }
     }
 
+    /// A copy of the chain's first bytes, of which it has as many.
+    #[inline]
+    pub fn first_bytes<const N: usize>(&self) -> [u8; N] {
+        let mut bytes = [0; N];
+        match &self.segments {
+            Segments::One(only) if only.len() >= N => only.read(&mut bytes),
+            _ => self.read_start(&mut bytes),
+        };
+        bytes
+    }
+
     /// Copies the chain's first bytes to `target`; returns how many there were.
     #[inline]
     pub fn read_start(&self, target: &mut [u8]) -> usize {
+        if let Segments::One(only) = &self.segments {
+            return only.read(target);
+        }
         let mut done = 0;
         for segment in self.segments() {
             if done == target.len() {

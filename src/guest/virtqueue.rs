@@ -226,6 +226,9 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         {
             // SAFETY: as in `map`.
             let segment = unsafe { Segment::new(start, length as usize) };
+            if !D::WRITABLE {
+                segment.prefetch();
+            }
             return Ok((Segments::One(segment), length));
         }
         let mut list = self.spare.pop().unwrap_or_default();

@@ -261,6 +261,7 @@ fn admission(negotiated: &Negotiated) -> Admission {
         rules: None,
         filter: FilterView::new(Arc::default()),
         peeks: false,
+        copies_small: negotiated.mergeable(),
     }
 }
 

@@ -25,7 +25,10 @@ pub(super) struct Transmitter<'mem> {
     mtu: u16,
     /// The checked start of each frame of a burst.
     starts: Vec<PrivateStart>,
-    /// Chain's place in the burst, and its part of the list of segments.
+    /// What becomes of each frame of a burst.
+    outcomes: Vec<Outcome>,
+    /// Each frame to be written: its chain's place in the burst, and its part of the list of
+    /// segments.
     bounds: Vec<(usize, Range<usize>)>,
     /// What is to be given back.
     done: Vec<(Chain<'mem, Readable>, Outcome)>,
@@ -39,10 +42,12 @@ pub(super) struct Transmitter<'mem> {
 impl<'mem> Transmitter<'mem> {
     pub(super) fn new(terms: &Terms, longest: usize) -> Self {
         Transmitter {
-            admission: terms.admission(longest),
+            // A second piece costs a write more than copying a small frame does.
+            admission: Admission { copies_small: true, ..terms.admission(longest) },
             mtu: terms.mtu,
             notes: Notes::new(terms.tally.clone()),
-            starts: Vec::new(),
+            starts: vec![PrivateStart::default(); MAX_WRITES],
+            outcomes: Vec::new(),
             bounds: Vec::new(),
             done: Vec::new(),
             surplus: Surplus::default(),
@@ -55,87 +60,90 @@ impl<'mem> Transmitter<'mem> {
         self.blocked = false;
         self.admission.filter.refresh();
         self.admission.peeks = self.notes.wanted();
-        self.starts.resize_with(MAX_WRITES, PrivateStart::default);
         while !burst.is_empty() && !self.blocked {
-            let count = burst.len().min(MAX_WRITES);
-            let mut outcomes = [Outcome::Sent; MAX_WRITES];
-            let mut asked = false;
-            for (index, chain) in burst.iter().take(count).enumerate() {
-                let mut admitted = admit(chain, &self.admission, &mut self.starts[index]);
-                if admitted == Err(Drop::TooLong) && !asked {
-                    // Or the device's MTU was raised: once a burst it is asked.
-                    asked = true;
-                    self.admission.max_frame = host.longest_frame(self.mtu);
-                    admitted = admit(chain, &self.admission, &mut self.starts[index]);
-                }
-                if let Err(reason) = admitted {
-                    outcomes[index] = Outcome::Dropped(reason);
-                }
+            self.admit(burst, host);
+            let dealt_with = self.write(burst, host);
+            self.take(burst, dealt_with);
+        }
+        self.notes.publish();
+    }
+
+    /// Checks the oldest frames, as many as are written at a time, and notes those that are dropped.
+    fn admit(&mut self, burst: &Burst<'mem, Readable>, host: &TapQueue) {
+        self.outcomes.clear();
+        let mut asked = false;
+        for (chain, start) in burst.iter().zip(&mut self.starts) {
+            let mut admitted = admit(chain, &self.admission, start);
+            if admitted == Err(Drop::TooLong) && !asked {
+                // Or the device's MTU was raised: once a burst it is asked.
+                asked = true;
+                self.admission.max_frame = host.longest_frame(self.mtu);
+                admitted = admit(chain, &self.admission, start);
             }
-            let dealt_with = self.write(burst, count, &mut outcomes, host);
-            let header_length = self.admission.header_length;
-            for index in (0..dealt_with).filter(|&index| outcomes[index] == Outcome::Sent) {
-                let (start, length) = (&self.starts[index], burst[index].len() - header_length);
+            self.outcomes.push(match admitted {
+                Ok(()) => Outcome::Sent,
+                Err(reason) => Outcome::Dropped(reason),
+            });
+        }
+    }
+
+    /// Takes chains that are dealt with from the burst.
+    fn take(&mut self, burst: &mut Burst<'mem, Readable>, count: usize) {
+        let header_length = self.admission.header_length;
+        let dealt_with = burst.drain(..count).zip(&self.outcomes).zip(&self.starts);
+        for ((chain, outcome), start) in dealt_with {
+            if *outcome == Outcome::Sent {
+                let length = chain.len() - header_length;
                 self.surplus += start.surplus(length);
                 if self.admission.peeks {
                     self.notes.note(Way::Tx, &start.bytes()[header_length..], length);
                 }
             }
-            self.done.extend(burst.drain(..dealt_with).zip(outcomes));
+            self.done.push((chain, *outcome));
         }
-        self.notes.publish();
     }
 
     /// Gives back what has finished.
     pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
-        finished.tx.append(&mut self.done);
+        if finished.tx.is_empty() {
+            std::mem::swap(&mut finished.tx, &mut self.done);
+        } else {
+            finished.tx.append(&mut self.done);
+        }
         finished.tx_surplus += std::mem::take(&mut self.surplus);
     }
 
-    /// Writes the frames that were admitted, and notes in `outcomes`, which holds the drops
-    /// already, what became of each. Returns how many chains are dealt with; the rest wait for
-    /// room.
-    fn write(
-        &mut self,
-        burst: &Burst<'mem, Readable>,
-        count: usize,
-        outcomes: &mut [Outcome; MAX_WRITES],
-        host: &mut TapQueue,
-    ) -> usize {
-        let Transmitter { starts, bounds, blocked, .. } = self;
+    /// Writes the frames that were admitted, and notes what became of each. Returns how many chains
+    /// are dealt with; the rest wait for room.
+    fn write(&mut self, burst: &Burst<'mem, Readable>, host: &mut TapQueue) -> usize {
+        let Transmitter { starts, outcomes, bounds, blocked, .. } = self;
         // The checked start of each frame, then its chain from there on.
-        let mut segments: Vec<Segment<'_>> = Vec::with_capacity(2 * count);
+        let mut segments: Vec<Segment<'_>> = Vec::with_capacity(2 * outcomes.len());
         bounds.clear();
-        for (index, chain) in burst.iter().take(count).enumerate() {
+        for (index, chain) in burst.iter().take(outcomes.len()).enumerate() {
             if outcomes[index] != Outcome::Sent {
                 continue;
             }
             let start = starts[index].bytes();
             let from = segments.len();
             segments.push(Segment::of_bytes(start));
-            let mut skip = start.len();
-            for segment in chain.segments() {
-                if skip >= segment.len() {
-                    skip -= segment.len();
-                } else {
-                    segments.push(segment.skip(skip));
-                    skip = 0;
-                }
+            if start.len() < chain.len() {
+                segments.extend(chain.segments_after(start.len()));
             }
             bounds.push((index, from..segments.len()));
         }
 
         if let Some(writer) = host.writer.as_mut().filter(|_| bounds.len() >= URING_FROM) {
             let mut results = [0; MAX_WRITES];
-            let mut frames = bounds.iter().map(|(_, part)| &segments[part.clone()]);
-            match writer.write_all(&mut frames, &mut results) {
+            let frames = bounds.iter().map(|(_, part)| &segments[part.clone()]);
+            match writer.write_all(frames, &mut results) {
                 Ok(()) => {
                     for ((index, _), result) in bounds.iter().zip(results) {
                         if result < 0 {
                             outcomes[*index] = Outcome::Dropped(Drop::HostRefused);
                         }
                     }
-                    return count;
+                    return outcomes.len();
                 }
                 Err(error) => {
                     let name = &host.queue.identity().name;
@@ -156,6 +164,6 @@ impl<'mem> Transmitter<'mem> {
                 Err(_) => outcomes[*index] = Outcome::Dropped(Drop::HostRefused),
             }
         }
-        count
+        outcomes.len()
     }
 }
