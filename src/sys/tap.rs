@@ -302,27 +302,33 @@ impl Queue {
         Ok(())
     }
 
-    /// Reads one frame, header first, into `window`. A result longer than the window means that
-    /// the frame was longer, and is lost.
+    /// Reads one frame, header first, into `window`.
     ///
-    /// The kernel cuts a frame to the buffers it is given and says nothing, so one byte of our
-    /// own goes behind them.
+    /// The kernel cuts a frame to the buffers that it is given and says nothing: one that fills the
+    /// window may have been longer.
     ///
     /// # Errors
     /// `WouldBlock` if no frame waits; otherwise those of the device.
-    pub fn read(&self, window: &mut Vec<Segment<'_>>) -> io::Result<usize> {
-        let mut overflow = [0u8; 1];
-        // SAFETY: `overflow` outlives the segment, which is popped below.
-        window.push(unsafe { Segment::new(NonNull::from(&mut overflow).cast(), 1) });
+    #[inline]
+    pub fn read(&self, window: &[Segment<'_>]) -> io::Result<usize> {
         // SAFETY: a Segment is an iovec over mapped guest memory, which its lifetime keeps
-        // mapped; the guest's memory may be written at any time by its own rules. The last
-        // segment is `overflow`, which lives to the end of this function, and leaves the window
-        // before that.
+        // mapped; the guest's memory may be written at any time by its own rules.
         let read = unsafe {
             libc::readv(self.file.as_raw_fd(), window.as_ptr().cast(), window.len() as libc::c_int)
         };
-        window.pop();
         if read < 0 { Err(io::Error::last_os_error()) } else { Ok(read as usize) }
+    }
+
+    /// The same with one byte of our own behind the window: a result longer than the window means
+    /// that the frame was longer, and is lost.
+    pub fn read_watching(&self, window: &mut Vec<Segment<'_>>) -> io::Result<usize> {
+        let mut overflow = [0u8; 1];
+        // SAFETY: `overflow` lives to the end of this function, and its segment leaves the window
+        // before that.
+        window.push(unsafe { Segment::new(NonNull::from(&mut overflow).cast(), 1) });
+        let read = self.read(window);
+        window.pop();
+        read
     }
 
     /// Writes one frame, header first.

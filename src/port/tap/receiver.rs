@@ -137,7 +137,8 @@ impl<'mem> Receiver<'mem> {
         self.may_read()
     }
 
-    /// Reads the next frame into the oldest buffers; returns its length with header.
+    /// Reads the next frame into the oldest buffers; returns its length with header, or more than
+    /// these hold.
     pub(super) fn read(&mut self, queue: &Queue) -> io::Result<usize> {
         let most = if self.mergeable { self.posted.len() } else { 1 };
         while self.window_room < self.largest && self.window_chains < most {
@@ -149,7 +150,12 @@ impl<'mem> Receiver<'mem> {
             self.window_chains += 1;
             self.window_room += chain.len();
         }
-        queue.read(&mut self.window)
+        if self.window_room <= self.largest {
+            return queue.read_watching(&mut self.window);
+        }
+        // One piece is the least that can be read into, and no frame fills more than it may have.
+        let length = queue.read(&self.window)?;
+        Ok(if length == self.window_room { length + 1 } else { length })
     }
 
     /// Gives back the buffers that the frame of `length` bytes takes, or counts it as dropped.
