@@ -34,7 +34,12 @@ fn write_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<us
     // SAFETY: a Segment is an iovec over mapped guest memory or memory of our own, which its
     // lifetime keeps; the kernel only reads it here.
     let written = unsafe {
-        libc::writev(fd.as_raw_fd(), segments.as_ptr().cast(), segments.len() as libc::c_int)
+        let fd = fd.as_raw_fd();
+        match segments {
+            // Saves the kernel a copy of the list.
+            [only] => libc::write(fd, only.start().cast(), only.len()),
+            _ => libc::writev(fd, segments.as_ptr().cast(), segments.len() as libc::c_int),
+        }
     };
     if written < 0 { Err(io::Error::last_os_error()) } else { Ok(written as usize) }
 }

@@ -105,6 +105,17 @@ impl<'mem> Segment<'mem> {
         Segment { iovec, memory: PhantomData }
     }
 
+    /// This segment and `next` as one, if that begins where this one ends.
+    #[inline]
+    pub fn joined(&self, next: &Self) -> Option<Self> {
+        // Both are mapped for 'mem: so is the whole.
+        let iov_len = self.iovec.iov_len + next.iovec.iov_len;
+        (self.address() + self.iovec.iov_len == next.address()).then_some(Segment {
+            iovec: libc::iovec { iov_len, ..self.iovec },
+            memory: PhantomData,
+        })
+    }
+
     /// Where it starts in this process, to find out what it is a part of.
     #[inline]
     pub fn address(&self) -> usize {

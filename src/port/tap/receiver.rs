@@ -32,7 +32,8 @@ pub(super) struct Receiver<'mem> {
     posted: VecDeque<Chain<'mem, Writable>>,
     /// Bytes in `posted`.
     room: usize,
-    /// Segments of the oldest `window_chains` chains, which are what the next frame may take.
+    /// What the next frame may take: the segments of the oldest `window_chains` chains, of which those
+    /// that follow each other in memory, as a driver's buffers often do, are one.
     window: Vec<Segment<'mem>>,
     window_chains: usize,
     window_room: usize,
@@ -146,16 +147,35 @@ impl<'mem> Receiver<'mem> {
             if self.window.len() + chain.segments().len() > MAX_SEGMENTS {
                 break;
             }
-            self.window.extend_from_slice(chain.segments());
+            for segment in chain.segments() {
+                match self.window.last().and_then(|last| last.joined(segment)) {
+                    Some(both) => *self.window.last_mut().expect("it was just joined") = both,
+                    None => self.window.push(*segment),
+                }
+            }
             self.window_chains += 1;
             self.window_room += chain.len();
         }
         if self.window_room <= self.largest {
             return queue.read_watching(&mut self.window);
         }
-        // One piece is the least that can be read into, and no frame fills more than it may have.
+        // No frame fills more than it may have, unless it was longer.
         let length = queue.read(&self.window)?;
         Ok(if length == self.window_room { length + 1 } else { length })
+    }
+
+    /// Takes `bytes` from the window's start.
+    fn move_window(&mut self, mut bytes: usize) {
+        let mut gone = 0;
+        for segment in &mut self.window {
+            if bytes < segment.len() {
+                *segment = segment.skip(bytes);
+                break;
+            }
+            bytes -= segment.len();
+            gone += 1;
+        }
+        self.window.drain(..gone);
     }
 
     /// Gives back the buffers that the frame of `length` bytes takes, or counts it as dropped.
@@ -178,20 +198,20 @@ impl<'mem> Receiver<'mem> {
         if self.peeks {
             self.note(length);
         }
-        let (mut left, mut buffers, mut segments) = (length, 0u16, 0);
+        let (mut left, mut buffers, mut taken) = (length, 0u16, 0);
         let first = finished.rx.len();
         while left > 0 {
             let chain = self.posted.pop_front().expect("the window has room for the frame");
             let part = left.min(chain.len());
             left -= part;
             buffers += 1;
-            segments += chain.segments().len();
-            self.room -= chain.len();
-            self.window_room -= chain.len();
+            taken += chain.len();
             self.window_chains -= 1;
             finished.rx.push((chain, part as u32));
         }
-        self.window.drain(..segments);
+        self.room -= taken;
+        self.window_room -= taken;
+        self.move_window(taken);
         if self.header_length == HEADER_LENGTH {
             // The kernel knows a header of 10 bytes only, and leaves the rest as it was.
             finished.rx[first].0.write_at(10, &buffers.to_le_bytes());
