@@ -76,10 +76,16 @@ fn check(mut testpmd: Testpmd, wire: &Wire) {
     testpmd.command("set fwd macswap");
     testpmd.command("start");
     // A queue is busy for some 30 ms after its last socket: frames pass the daemon by.
-    eventually("a first frame comes back", || {
-        wire.send(&frame(1 << 20));
-        std::iter::from_fn(|| wire.receive_any(2)).any(|received| received[6..12] == GUEST)
-    });
+    for number in (1 << 20)..(1 << 20) + FLOWS {
+        let is_it = |received: Vec<u8>| {
+            let place = received.get(42..50);
+            received[6..12] == GUEST && place == Some(&(number as u64).to_le_bytes())
+        };
+        eventually("a first frame of each flow comes back", || {
+            wire.send(&frame(number));
+            std::iter::from_fn(|| wire.receive_any(2)).any(is_it)
+        });
+    }
     std::thread::sleep(std::time::Duration::from_millis(20));
     while wire.receive_any(5).is_some() {}
 
