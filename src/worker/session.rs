@@ -100,6 +100,8 @@ struct Serving<'s> {
 }
 
 /// Serves a session until a command waits.
+// By itself: its instructions are counted (`cargo bench -- instructions`).
+#[inline(never)]
 pub(super) fn serve(
     host: &mut HostQueue,
     session: &Session,

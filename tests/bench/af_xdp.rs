@@ -45,7 +45,7 @@ pub(super) fn veth(name: &str) {
 }
 
 /// An AF_XDP socket and nothing else.
-struct Bare {
+pub(super) struct Bare {
     socket: Socket,
     umem: Arc<Umem>,
     next: u64,
@@ -54,7 +54,7 @@ struct Bare {
 
 impl Bare {
     /// A socket on `device`, to which all its frames come.
-    fn on(device: &str, multi_buffer: bool) -> Self {
+    pub(super) fn on(device: &str, multi_buffer: bool) -> Self {
         let link = link::find(device).unwrap();
         let attachment = Attachment::new(device, link.index, Attach::Native).unwrap();
         let umem = Arc::new(Umem::new(4 * (BUFFERS * u64::from(CHUNK)) as usize, &[], 0).unwrap());
@@ -124,13 +124,13 @@ impl Bare {
         BATCH as u64
     }
 
-    fn send(&mut self, length: usize, place: Place) -> Cost {
+    pub(super) fn send(&mut self, length: usize, place: Place) -> Cost {
         self.prepare(length);
         bare(|| self.send_batch(length, place))
     }
 
     /// Receives what the sender sends.
-    fn receive(&mut self) -> Cost {
+    pub(super) fn receive(&mut self) -> Cost {
         let socket = &mut self.socket;
         bare(|| {
             let mut frames = 0;
@@ -150,26 +150,33 @@ impl Bare {
     }
 }
 
-/// Sends frames as fast as it can, on processor 0, until it is dropped.
-struct Load {
+/// What keeps processor 0 busy until it is dropped.
+#[derive(Default)]
+pub(super) struct Load {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Load {
-    fn start(device: &str, length: usize) -> Self {
+    /// Sends frames as fast as the kernel can.
+    pub(super) fn start(device: &str, length: usize) -> Self {
+        let mut load = Load::default();
+        load.send_live(device, length);
+        load
+    }
+
+    /// The same, beside what it does already.
+    pub(super) fn send_live(&mut self, device: &str, length: usize) {
         let device = link::find(device).unwrap().index;
         // r0 = XDP_TX; exit
         let sender = Program::load("sender", &[0x3_0000_00b7, 0x95]).unwrap();
         let frame = frame(length);
-        let mut load = Load { stop: Arc::default(), threads: Vec::new() };
         // Each run takes some time to begin.
-        load.run(move || sender.run_live(device, &frame, 200_000).unwrap());
-        load
+        self.run(move || sender.run_live(device, &frame, 200_000).unwrap());
     }
 
     /// Takes what a guest gets, beside the sender; returns the number of frames so far.
-    fn taken_by(&mut self, mut card: Card) -> Arc<AtomicU64> {
+    pub(super) fn taken_by(&mut self, mut card: Card) -> Arc<AtomicU64> {
         let taken = Arc::<AtomicU64>::default();
         let counter = taken.clone();
         card.rx[0].want_no_call();
@@ -181,7 +188,8 @@ impl Load {
         taken
     }
 
-    fn run(&mut self, mut step: impl FnMut() + Send + 'static) {
+    /// Does `step` over and over, in a thread of its own.
+    pub(super) fn run(&mut self, mut step: impl FnMut() + Send + 'static) {
         let stopped = self.stop.clone();
         self.threads.push(std::thread::spawn(move || {
             pin_this_thread(0).unwrap();
@@ -201,7 +209,7 @@ impl Drop for Load {
 
 /// Where a frame is sent from.
 #[derive(Clone, Copy)]
-enum Place {
+pub(super) enum Place {
     /// Where it is.
     There,
     /// From a copy.

@@ -15,18 +15,33 @@ mod support;
 mod af_xdp;
 mod fairness;
 mod guest;
+mod instructions;
 mod limits;
 mod measure;
 mod options;
+mod peers;
 mod ring;
 mod tap;
 mod tuning;
 
 fn main() {
+    let words: Vec<String> = std::env::args().collect();
+    if let [_, counted, name] = &words[..]
+        && counted == "--counted"
+    {
+        instructions::counted(name);
+        return;
+    }
+    if let [_, plain, socket, tap] = &words[..]
+        && plain == "--plain-backend"
+    {
+        peers::serve_plain(socket.as_ref(), tap).unwrap();
+        return;
+    }
     // cargo passes --bench.
     let wanted: Vec<String> =
         std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
-    let parts: [(&str, fn()); 10] = [
+    let parts: [(&str, fn()); 12] = [
         ("ring", ring::run),
         ("tap", tap::run),
         ("af_xdp", af_xdp::run),
@@ -37,6 +52,8 @@ fn main() {
         ("limits", limits::run),
         ("guest", guest::run),
         ("tuning", tuning::run),
+        ("peers", peers::run),
+        ("instructions", instructions::run),
     ];
     for (name, run) in parts {
         if wanted.is_empty() || wanted.iter().any(|word| word == name) {

@@ -33,6 +33,11 @@ impl Cost {
     pub(super) fn ns(&self) -> f64 {
         self.ns
     }
+
+    /// How many were counted in a second.
+    pub(super) fn rate(&self) -> f64 {
+        self.rate
+    }
 }
 
 pub(super) fn median(mut values: Vec<f64>) -> f64 {
@@ -79,6 +84,20 @@ pub(super) fn in_turns<const N: usize>(
 ) -> [Vec<Cost>; N] {
     let mut costs = [const { Vec::new() }; N];
     for _ in 0..ROUNDS {
+        for (costs, measure) in costs.iter_mut().zip(&mut measurements) {
+            costs.push(measure());
+        }
+    }
+    costs
+}
+
+/// The same of any number of measurements, so many times.
+pub(super) fn all_in_turns(
+    rounds: usize,
+    mut measurements: Vec<Box<dyn FnMut() -> Cost + '_>>,
+) -> Vec<Vec<Cost>> {
+    let mut costs = vec![Vec::new(); measurements.len()];
+    for _ in 0..rounds {
         for (costs, measure) in costs.iter_mut().zip(&mut measurements) {
             costs.push(measure());
         }

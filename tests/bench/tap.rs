@@ -1,23 +1,25 @@
 //! What a frame costs the daemon through a TAP, with DPDK's testpmd as the guest, against bare
 //! loops that write and read the same frames on a TAP of their own.
 
+use std::cell::RefCell;
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read, Write};
-use std::os::fd::AsFd;
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use io_uring::{IoUring, opcode, types};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vhost_user_net::guest::Segment;
 use vhost_user_net::sys::process::pin_this_thread;
 use vhost_user_net::sys::tap::Queue;
-use vhost_user_net::sys::uring::Writer;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::measure::{
-    BATCH, GUEST, LENGTHS, bare, cost, frame, head, in_turns, receive_frames, received, row,
+    BATCH, Cost, GUEST, LENGTHS, bare, cost, frame, head, in_turns, receive_frames, received, row,
     send_frames, sent,
 };
 use crate::support::daemon::Daemon;
+use crate::support::guest::Ram;
 use crate::support::network::{Wire, enter_new_namespace, ip};
 use crate::support::testpmd::Testpmd;
 
@@ -50,16 +52,102 @@ impl Drop for Sender {
     }
 }
 
+/// Places that a bare loop sends from and reads to, one after the other: as many as a guest's ring
+/// has, in memory such as a guest's.
+const PLACES: u64 = 1024;
+/// Bytes from one to the next.
+const PLACE: u64 = 2048;
+
+/// A TAP, `bare0`, and nothing else.
+pub(super) struct Bare {
+    queue: Queue,
+    file: File,
+    uring: IoUring,
+    memory: Ram,
+    /// Number of the next place.
+    next: u64,
+}
+
+impl Bare {
+    pub(super) fn new() -> Self {
+        // It goes with the value.
+        let queue = Queue::open("bare0", false).unwrap();
+        queue.set_header_length(12).unwrap();
+        ip("link set bare0 up");
+        let file = File::from(queue.as_fd().try_clone_to_owned().unwrap());
+        let uring = IoUring::new(BATCH as u32).unwrap();
+        Bare { queue, file, uring, memory: Ram::new(0, PLACES * PLACE), next: 0 }
+    }
+
+    /// Puts the frame, header first, wherever there is room for one; returns the number of places.
+    fn prepare(&mut self, bytes: &[u8]) -> u64 {
+        let places = PLACES * PLACE / (bytes.len() as u64).next_multiple_of(PLACE);
+        let each = PLACES * PLACE / places;
+        (0..places).for_each(|place| self.memory.write(place * each, bytes));
+        places
+    }
+
+    /// Writes a frame, header first, by a system call.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Cost {
+        let places = self.prepare(bytes);
+        let each = PLACES * PLACE / places;
+        bare(|| {
+            self.next += 1;
+            let place = self.next % places * each;
+            let sent = self.memory.send(place, bytes.len(), &mut self.file).unwrap();
+            assert_eq!(sent, bytes.len());
+            1
+        })
+    }
+
+    /// The same, a batch by a system call.
+    #[allow(unsafe_code)]
+    pub(super) fn write_batches(&mut self, bytes: &[u8]) -> Cost {
+        self.prepare(bytes);
+        let start = self.memory.memory().get_host_address(GuestAddress(0)).unwrap();
+        let tap = types::Fd(self.file.as_raw_fd());
+        bare(|| {
+            let mut queue = self.uring.submission();
+            for _ in 0..BATCH {
+                self.next += 1;
+                let place = start.wrapping_add((self.next % PLACES * PLACE) as usize);
+                let write = opcode::Write::new(tap, place, bytes.len() as u32).build();
+                // SAFETY: the memory lives as long as the instance, and this waits for all writes.
+                unsafe { queue.push(&write).unwrap() };
+            }
+            drop(queue);
+            self.uring.submit_and_wait(BATCH).unwrap();
+            assert!(self.uring.completion().all(|it| it.result() == bytes.len() as i32));
+            BATCH as u64
+        })
+    }
+
+    /// Reads frames of `length` bytes that the sender sends.
+    pub(super) fn read(&mut self, length: usize) -> Cost {
+        let _sender = Sender::start("bare0", length);
+        bare(|| {
+            let place = self.next % PLACES * PLACE;
+            match self.memory.fetch(place, PLACE as usize, &mut self.file) {
+                Ok(_) => {
+                    self.next += 1;
+                    1
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let mut fds = [PollFd::new(self.queue.as_fd(), PollFlags::POLLIN)];
+                    poll(&mut fds, PollTimeout::from(100u16)).unwrap();
+                    0
+                }
+                Err(error) => panic!("{error}"),
+            }
+        })
+    }
+}
+
 pub(super) fn run() {
     enter_new_namespace();
     fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
     pin_this_thread(0).unwrap();
-    ip("tuntap add dev bare0 mode tap vnet_hdr");
-    let queue = Queue::open("bare0", false).unwrap();
-    queue.set_header_length(12).unwrap();
-    ip("link set bare0 up");
-    let mut file = File::from(queue.as_fd().try_clone_to_owned().unwrap());
-    let mut writer = Writer::new(&queue).unwrap();
+    let tap = RefCell::new(Bare::new());
     let daemon = Daemon::start(&["--tap=tap0", "--cpu-affinity=1"]);
     let method = daemon.log().lines().find(|line| line.contains("tx by")).map(str::to_owned);
     println!("\n{}", method.unwrap_or_default());
@@ -72,21 +160,8 @@ pub(super) fn run() {
         send_frames(&mut guest, length);
         guest.pause();
         let [write, uring, tx] = in_turns([
-            &mut || {
-                bare(|| {
-                    file.write_all(&bytes).unwrap();
-                    1
-                })
-            },
-            &mut || {
-                let segments = [Segment::of_bytes(&bytes)];
-                let burst = [&segments[..]; BATCH];
-                let mut results = [0; BATCH];
-                bare(|| {
-                    writer.write_all(&mut burst.into_iter(), &mut results).unwrap();
-                    BATCH as u64
-                })
-            },
+            &mut || tap.borrow_mut().write(&bytes),
+            &mut || tap.borrow_mut().write_batches(&bytes),
             &mut || {
                 guest.resume();
                 let cost = cost(|| received("tap0"), cpu);
@@ -102,29 +177,14 @@ pub(super) fn run() {
         let mut guest = Testpmd::start_on("0", &daemon.socket(), 1, 1024, GUEST);
         receive_frames(&mut guest);
         guest.pause();
-        let [read, rx] = in_turns([
-            &mut || {
-                let _sender = Sender::start("bare0", length);
-                let mut buffer = vec![0; 2048];
-                bare(|| match file.read(&mut buffer) {
-                    Ok(_) => 1,
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                        let mut fds = [PollFd::new(queue.as_fd(), PollFlags::POLLIN)];
-                        poll(&mut fds, PollTimeout::from(100u16)).unwrap();
-                        0
-                    }
-                    Err(error) => panic!("{error}"),
-                })
-            },
-            &mut || {
-                guest.resume();
-                let sender = Sender::start("tap0", length);
-                let cost = cost(|| sent("tap0"), cpu);
-                drop(sender);
-                guest.pause();
-                cost
-            },
-        ]);
+        let [read, rx] = in_turns([&mut || tap.borrow_mut().read(length), &mut || {
+            guest.resume();
+            let sender = Sender::start("tap0", length);
+            let cost = cost(|| sent("tap0"), cpu);
+            drop(sender);
+            guest.pause();
+            cost
+        }]);
         row("bare read loop", &read, None);
         row("vhost-user-net rx", &rx, Some(("read", &read)));
     }

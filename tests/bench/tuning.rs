@@ -84,7 +84,13 @@ fn moved(device: &str) -> [[u64; 2]; 2] {
 
 /// What a hundred pings take, in microseconds.
 pub(super) fn round_trips(address: &str) -> Vec<f64> {
-    let ping = Command::new("ping").args(["-c", "100", "-i", "0.01", address]).output().unwrap();
+    round_trips_of(address, 100, 0.01)
+}
+
+/// What so many pings take, in microseconds, of which one is sent each so many seconds.
+pub(super) fn round_trips_of(address: &str, count: u32, interval: f64) -> Vec<f64> {
+    let words = ["-c", &count.to_string(), "-i", &interval.to_string(), "-W", "1", address];
+    let ping = Command::new("ping").args(words).output().unwrap();
     let text = String::from_utf8(ping.stdout).unwrap();
     let times = text.split("time=").skip(1).filter_map(|rest| rest.split(' ').next());
     times.map(|time| 1000.0 * time.parse::<f64>().unwrap()).collect()

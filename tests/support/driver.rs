@@ -147,21 +147,20 @@ impl Ring {
 
     /// The same with an indirect table.
     pub(crate) fn add_indirect(&mut self, pieces: &[(u64, u32)], write: bool) -> Option<u16> {
-        assert!(pieces.len() <= 15);
         let head = self.free.pop()?;
+        self.describe_indirect(head, pieces, write);
+        Some(self.offer(vec![head]))
+    }
+
+    /// Writes `pieces` to the head's indirect table.
+    pub(crate) fn describe_indirect(&self, head: u16, pieces: &[(u64, u32)], write: bool) {
+        assert!(pieces.len() <= 15);
         // At any alignment.
         let table = self.buffers + 256 * u64::from(head) + u64::from(head % 16);
         let slots: Vec<u16> = (0..pieces.len() as u16).collect();
         self.write_chain(table, &slots, pieces, write);
-        self.write_descriptor(
-            self.descriptors,
-            head,
-            table,
-            16 * pieces.len() as u32,
-            INDIRECT_FLAG,
-            0,
-        );
-        Some(self.offer(vec![head]))
+        let length = 16 * pieces.len() as u32;
+        self.write_descriptor(self.descriptors, head, table, length, INDIRECT_FLAG, 0);
     }
 
     /// Puts a head into the avail ring's next entry; the index follows in `publish`.
@@ -318,9 +317,9 @@ impl Card {
     }
 
     /// All of `start` but filling rx rings and starting rings.
-    pub(crate) fn prepare(mut frontend: Frontend, options: Options) -> Self {
+    pub(crate) fn prepare(mut frontend: Frontend, mut options: Options) -> Self {
         frontend.begin();
-        frontend.set_features(options.features);
+        options.features = frontend.set_features(options.features);
         let each = footprint(options.size, u64::from(options.buffer).max(2048));
         let size = (each * u64::from(2 * options.pairs)).next_multiple_of(HUGE);
         let file = if options.huge { huge_memfd(size).unwrap() } else { memfd(size) };

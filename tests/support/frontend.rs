@@ -15,6 +15,9 @@ use super::guest::{FRONTEND_BASE, Ram};
 
 pub(crate) const NEED_REPLY: u32 = 8;
 
+const MQ: u64 = 1;
+const REPLY_ACK: u64 = 1 << 3;
+
 /// Protocol features: MQ, LOG_SHMFD, RARP, REPLY_ACK, MTU, BACKEND_REQ, CONFIG,
 /// INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS, STATUS, DEVICE_STATE.
 pub(crate) const PROTOCOL_FEATURES: u64 = 1
@@ -34,6 +37,8 @@ pub(crate) const PROTOCOL_FEATURES: u64 = 1
 #[derive(Debug)]
 pub(crate) struct Frontend {
     pub(crate) stream: UnixStream,
+    /// What the backend offers, if it may offer less than is asked for.
+    offered: Option<u64>,
 }
 
 /// Bytes of a message's header.
@@ -57,7 +62,13 @@ impl Frontend {
     pub(crate) fn new(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(SOON)).unwrap();
         stream.set_write_timeout(Some(SOON)).unwrap();
-        Frontend { stream }
+        Frontend { stream, offered: None }
+    }
+
+    /// One that takes another backend than ours as it is.
+    #[allow(dead_code)]
+    pub(crate) fn of_any(stream: UnixStream) -> Self {
+        Frontend { offered: Some(u64::MAX), ..Self::new(stream) }
     }
 
     pub(crate) fn send_raw(&mut self, bytes: &[u8]) {
@@ -139,15 +150,24 @@ impl Frontend {
     /// Owner and protocol features, as every frontend begins.
     pub(crate) fn begin(&mut self) -> u64 {
         let offered = self.get(FrontendReq::GET_FEATURES);
-        let protocol = self.get(FrontendReq::GET_PROTOCOL_FEATURES);
-        assert_eq!(protocol, PROTOCOL_FEATURES);
+        let mut protocol = self.get(FrontendReq::GET_PROTOCOL_FEATURES);
+        if let Some(theirs) = &mut self.offered {
+            *theirs = offered;
+            protocol &= MQ | REPLY_ACK;
+            assert_eq!(protocol & REPLY_ACK, REPLY_ACK, "it answers what it is asked");
+        } else {
+            assert_eq!(protocol, PROTOCOL_FEATURES);
+        }
         self.send(FrontendReq::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes());
         self.ask(FrontendReq::SET_OWNER, &[], &[]);
         offered
     }
 
-    pub(crate) fn set_features(&mut self, features: u64) {
+    /// Sets features, as far as the backend may be asked for them; says which those are.
+    pub(crate) fn set_features(&mut self, features: u64) -> u64 {
+        let features = features & self.offered.unwrap_or(u64::MAX);
         self.ask(FrontendReq::SET_FEATURES, &features.to_ne_bytes(), &[]);
+        features
     }
 
     pub(crate) fn set_mem_table(&mut self, rams: &[&Ram]) {

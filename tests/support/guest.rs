@@ -1,9 +1,13 @@
 //! Memory that plays the guest's RAM: a memfd, mapped here and shared with the daemon.
 
 use std::fs::File;
+use std::io;
 use std::sync::atomic::Ordering;
 
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile,
+    VolatileMemoryError, WriteVolatile,
+};
 
 /// What the frontend adds to a guest address to get its own.
 pub(crate) const FRONTEND_BASE: u64 = 0x5555_0000_0000;
@@ -83,6 +87,20 @@ impl Ram {
         bytes
     }
 
+    /// Writes so many bytes to a file, with one system call.
+    #[allow(dead_code)]
+    pub(crate) fn send(&self, address: u64, length: usize, file: &mut File) -> io::Result<usize> {
+        let piece = self.memory.get_slice(GuestAddress(address), length).unwrap();
+        file.write_volatile(&piece).map_err(into_io_error)
+    }
+
+    /// Reads so many bytes from a file, or fewer, with one system call.
+    #[allow(dead_code)]
+    pub(crate) fn fetch(&self, address: u64, length: usize, file: &mut File) -> io::Result<usize> {
+        let mut piece = self.memory.get_slice(GuestAddress(address), length).unwrap();
+        file.read_volatile(&mut piece).map_err(into_io_error)
+    }
+
     pub(crate) fn read_u32(&self, address: u64) -> u32 {
         u32::from_le_bytes(self.read(address, 4).try_into().unwrap())
     }
@@ -96,5 +114,12 @@ impl Ram {
     pub(crate) fn store(&self, address: u64, value: u16) {
         self.memory.store(value, GuestAddress(address), Ordering::SeqCst).unwrap();
         std::sync::atomic::fence(Ordering::SeqCst);
+    }
+}
+
+fn into_io_error(error: VolatileMemoryError) -> io::Error {
+    match error {
+        VolatileMemoryError::IOError(error) => error,
+        error => io::Error::other(error),
     }
 }

@@ -110,6 +110,12 @@ impl Testpmd {
         });
     }
 
+    /// Its process.
+    #[allow(dead_code)]
+    pub(crate) fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     /// On-CPU nanoseconds of all its threads.
     #[allow(dead_code)]
     pub(crate) fn cpu_nanoseconds(&self) -> u64 {

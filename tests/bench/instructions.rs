@@ -1,0 +1,252 @@
+//! A guard of what a frame costs in instructions, which, other than time, are nearly the same in every
+//! run: counted by callgrind, and compared with what is written down in `instructions.toml`.
+//!
+//! What has grown by more than 3 % fails. If it was meant to, `UPDATE_INSTRUCTIONS=1` writes down what
+//! there is now, and the commit says why.
+
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::process::{Command, Stdio, exit};
+use std::{env, fs};
+
+use nix::sys::signal::Signal;
+use vhost_user_net::features::Offloads;
+use vhost_user_net::policy::FilterView;
+use vhost_user_net::vnet_header::{Admission, PrivateStart, admit};
+
+use super::ring;
+use crate::support::daemon::Daemon;
+use crate::support::driver::{CSUM, Card, HEADER, HOST_TSO, Options};
+use crate::support::eventually;
+use crate::support::frontend::Frontend;
+use crate::support::network::{Wire, enter_namespace_for, enter_new_namespace, wait_for_carrier};
+use crate::support::traffic::{datagram, frame, tcp_frame};
+
+const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/instructions.toml");
+/// How many times what is written down is too much.
+const TOLERANCE: f64 = 1.03;
+/// Calls of [`admit`] that are counted.
+const ADMISSIONS: usize = 10_000;
+/// Chains of a ring, which are all made available at once.
+const LAP: u16 = 256;
+/// How often that is, in a short run and in a long one: what they have in common does not count.
+const LAPS: [usize; 2] = [8, 40];
+
+/// Runs of each kind, of which the least counts: a worker that wakes once more than it has to takes
+/// some instructions more.
+const RUNS: usize = 5;
+
+/// Instructions for each chain or frame.
+type Counts = BTreeMap<String, f64>;
+
+pub(super) fn run() {
+    let valgrind = Command::new("valgrind").arg("--version").stdout(Stdio::null()).status();
+    if !valgrind.is_ok_and(|status| status.success()) {
+        crate::support::skip("instructions", "valgrind is not installed");
+        return;
+    }
+    let counts = count_all();
+    let said = fs::read_to_string(PATH).unwrap_or_default();
+    let expected: Counts = toml::from_str(&said).unwrap();
+    println!("\ninstructions in user space {:>24} {:>12}", "now", "written down");
+    let mut grown = Vec::new();
+    for (name, count) in &counts {
+        let before = expected.get(name);
+        println!("  {name:<34} {count:>14.1} {:>12.1}", before.copied().unwrap_or(f64::NAN));
+        if before.is_none_or(|before| *count > TOLERANCE * before) {
+            grown.push(&**name);
+        }
+    }
+    if env::var_os("UPDATE_INSTRUCTIONS").is_some() {
+        let lines: String =
+            counts.iter().map(|(name, count)| format!("{name} = {count:.1}\n")).collect();
+        fs::write(PATH, format!("{HEAD}{lines}")).unwrap();
+    } else if !grown.is_empty() {
+        eprintln!(
+            "more than is written down in tests/bench/instructions.toml: {}; if that is meant, \
+             write it down with UPDATE_INSTRUCTIONS=1 cargo bench -- instructions",
+            grown.join(", ")
+        );
+        exit(1);
+    }
+}
+
+const HEAD: &str = "\
+# Instructions in user space for each chain or frame: UPDATE_INSTRUCTIONS=1 cargo bench -- instructions
+";
+
+fn count_all() -> Counts {
+    let mut counts = Counts::new();
+    let mut note = |name: &str, count: f64| counts.insert(name.into(), count);
+    note("ring", of_this_program("ring") / f64::from(ring::COUNTED));
+    for (name, _) in frames() {
+        let admitted = of_this_program(name);
+        note(name, admitted / ADMISSIONS as f64);
+    }
+    if nix::unistd::geteuid().is_root() {
+        for (name, port, way) in [
+            ("worker-tap-tx", "--tap=tap0", worker_tx as Way),
+            ("worker-tap-rx", "--tap=tap0", worker_rx),
+            ("worker-af-xdp-tx", "--af-xdp=veth0", worker_tx),
+            ("worker-loopback", "--loopback", worker_tx),
+        ] {
+            // In a thread, for it moves into a network namespace.
+            let measure =
+                |laps| std::thread::spawn(move || of_a_worker(port, way, laps)).join().unwrap();
+            let frames = (LAPS[1] - LAPS[0]) * usize::from(LAP);
+            let [short, long] =
+                LAPS.map(|laps| (0..RUNS).map(|_| measure(laps)).fold(f64::MAX, f64::min));
+            note(name, (long - short) / frames as f64);
+        }
+    } else {
+        crate::support::skip("instructions of workers", "needs root for network namespaces");
+    }
+    counts
+}
+
+/// What callgrind counts of this program's part `name`.
+fn of_this_program(name: &str) -> f64 {
+    let program = env::current_exe().unwrap();
+    let output = Command::new("valgrind")
+        .args(callgrind(&format!("*counted_{}*", name.split('-').next().unwrap())))
+        .arg(program)
+        .args(["--counted", name])
+        .output()
+        .unwrap();
+    collected(&String::from_utf8_lossy(&output.stderr))
+}
+
+/// The options by which callgrind counts what is done in a function, and what that calls.
+fn callgrind(function: &str) -> Vec<String> {
+    vec![
+        "--tool=callgrind".into(),
+        // Nothing but the total, which it prints.
+        "--callgrind-out-file=/dev/null".into(),
+        format!("--toggle-collect={function}"),
+    ]
+}
+
+fn collected(log: &str) -> f64 {
+    let line = log.lines().rev().find_map(|line| line.split_once("Collected :"));
+    let (_, number) = line.unwrap_or_else(|| panic!("callgrind said: {log}"));
+    number.trim().parse().unwrap()
+}
+
+/// What is to be counted, in a process of its own.
+pub(crate) fn counted(name: &str) {
+    if name == "ring" {
+        return ring::count();
+    }
+    let (_, (header, frame)) = frames().into_iter().find(|(it, _)| *it == name).unwrap();
+    let admission = Admission {
+        header_length: HEADER,
+        offloads: Offloads {
+            checksum: true,
+            tcp4: true,
+            tcp6: true,
+            ecn: true,
+            udp4: true,
+            udp6: true,
+        },
+        max_frame: 1522,
+        rules: None,
+        filter: FilterView::new(Default::default()),
+        peeks: false,
+        copies_small: true,
+    };
+    ring::with_frame(&header, &frame, |chain| {
+        let mut start = PrivateStart::default();
+        counted_header(&mut || {
+            admit(black_box(chain), &admission, &mut start).unwrap();
+            black_box(&start);
+        });
+    });
+}
+
+#[inline(never)]
+fn counted_header(admit: &mut dyn FnMut()) {
+    (0..ADMISSIONS).for_each(|_| admit());
+}
+
+/// A header and the frame behind it.
+type Frame = (Vec<u8>, Vec<u8>);
+
+/// Frames whose headers are checked.
+fn frames() -> [(&'static str, Frame); 4] {
+    [
+        ("header-plain-64", (vec![0; HEADER], frame(0, 64))),
+        ("header-plain-1514", (vec![0; HEADER], frame(0, 1514))),
+        ("header-checksum", datagram(1000)),
+        ("header-segmented", tcp_frame(1900, 1448)),
+    ]
+}
+
+/// Moves so many laps of frames, and waits for each.
+type Way = fn(&mut Card, &Wire, usize);
+
+/// Instructions of a worker's session.
+fn of_a_worker(port: &str, way: Way, laps: usize) -> f64 {
+    let wire = if port == "--loopback" {
+        enter_new_namespace();
+        Wire::open("lo")
+    } else {
+        enter_namespace_for(port)
+    };
+    let log_is_stderr = callgrind("*worker*session*serve*");
+    let mut wrapper = vec!["valgrind"];
+    wrapper.extend(log_is_stderr.iter().map(|option| &**option));
+    // Valgrind makes calls of its own, and knows no io_uring; and how often a worker looks for frames
+    // before it sleeps is a matter of time.
+    let options = [port, "--seccomp=none", "--busy-poll=0", "--tx-method=writev"];
+    let options = if port.contains("tap") { &options[..] } else { &options[..3] };
+    let mut daemon = Daemon::start_under(&wrapper, options);
+    if port.contains("tap") {
+        wait_for_carrier("tap0");
+    }
+    let features = Options::default().features | CSUM | HOST_TSO;
+    let mut card = Card::start(
+        Frontend::new(daemon.connect()),
+        Options { size: LAP, features, ..Options::default() },
+    );
+    way(&mut card, &wire, laps);
+    drop(card);
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait();
+    collected(&daemon.log())
+}
+
+/// The guest sends laps of frames; each is sent before the next.
+fn worker_tx(card: &mut Card, _: &Wire, laps: usize) {
+    for slot in 0..u64::from(LAP) {
+        card.queue_tx(0, slot, &[0; HEADER], &frame(0, 64));
+    }
+    for _ in 0..laps {
+        let tx = &mut card.tx[0];
+        tx.want_no_call();
+        tx.publish();
+        wait_for_a_lap(|| tx.recycle());
+        // What a loopback port brings back.
+        card.recycle(0);
+    }
+}
+
+/// The host sends laps of frames, each to a guest that has no buffers yet.
+fn worker_rx(card: &mut Card, wire: &Wire, laps: usize) {
+    let send_lap = || (0..LAP).for_each(|_| wire.send(&frame(0, 64)));
+    send_lap();
+    for _ in 0..laps {
+        let rx = &mut card.rx[0];
+        wait_for_a_lap(|| rx.recycle());
+        send_lap();
+        rx.publish();
+    }
+    wait_for_a_lap(|| card.rx[0].recycle());
+}
+
+fn wait_for_a_lap(mut done: impl FnMut() -> usize) {
+    let mut all = 0;
+    eventually("all frames are moved", || {
+        all += done();
+        all == usize::from(LAP)
+    });
+}

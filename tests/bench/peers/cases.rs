@@ -1,0 +1,639 @@
+//! What is measured.
+
+use std::cell::RefCell;
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::kernel_guest::KernelGuest;
+use super::party::{Kind, Party, memory_of};
+use super::report::Report;
+use crate::af_xdp;
+use crate::measure::{
+    Cost, GUEST, all_in_turns, cost, frame, receive_frames, received, send_frames,
+};
+use crate::support::daemon::{Daemon, port, program};
+use crate::support::driver::{CSUM, Card, HEADER, HOST_TSO, Options};
+use crate::support::eventually;
+use crate::support::frontend::Frontend;
+use crate::support::network::Wire;
+use crate::support::testpmd::Testpmd;
+use crate::support::traffic::tcp_frame;
+use crate::support::vm::iperf_with;
+use crate::tap;
+use crate::tuning::round_trips_of;
+
+type OfAll = fn(&[Party], &mut Report);
+type Alone = fn(&mut Report);
+
+/// What is measured of all parties, in turns.
+pub(super) const WITH_PARTIES: [(&str, OfAll); 9] = [
+    ("tx", tx),
+    ("rx", rx),
+    ("lean", lean_rx),
+    ("loop", echo),
+    ("both", both_ways),
+    ("paced", paced),
+    ("segments", segments),
+    ("guests", guests),
+    ("polled", polled_pings),
+];
+
+/// What needs none of them.
+pub(super) const ALONE: [(&str, Alone); 2] = [("ready", ready), ("ports", ports)];
+
+/// Turns of each measurement.
+const ROUNDS: usize = 9;
+/// Lengths of frames in bytes.
+const LENGTHS: [usize; 3] = [64, 512, 1500];
+/// Entries of the guest's rings: QEMU's default for what is sent, and what can be had for the rest.
+const TX_RING: u16 = 256;
+const RING: u16 = 1024;
+
+/// Those that are to be measured by what a frame costs: not twice for another way of sleeping.
+fn without_busy_poll(parties: &[Party]) -> Vec<&Party> {
+    let is_twin = |party: &Party| matches!(party.contestant.kind, Kind::Ours([_, ..]));
+    parties.iter().filter(|party| !is_twin(party)).collect()
+}
+
+/// Measures a party with its guest, both of which stand still before and after.
+fn turn(party: &Party, guest: &mut Testpmd, measure: impl FnOnce(&mut Testpmd) -> Cost) -> Cost {
+    party.resume();
+    guest.resume();
+    let cost = measure(guest);
+    guest.pause();
+    party.pause();
+    cost
+}
+
+/// Starts testpmd as each party's guest.
+fn testpmds(parties: &[&Party], ring: u16, prepare: impl Fn(&mut Testpmd)) -> Vec<Testpmd> {
+    let start = |party: &&Party| {
+        party.resume();
+        let mut guest = Testpmd::start_on("0", party.socket(), 1, ring, GUEST);
+        prepare(&mut guest);
+        guest.pause();
+        party.pause();
+        guest
+    };
+    parties.iter().map(start).collect()
+}
+
+/// Ends the guests, which take leave of their backends.
+fn dismiss(parties: &[&Party], guests: Vec<Testpmd>) {
+    for (party, guest) in parties.iter().zip(guests) {
+        party.resume();
+        drop(guest);
+        party.pause();
+    }
+}
+
+/// Adds bare loops, of which each is a row of its own.
+type Bare<'a> = Vec<(&'static str, Box<dyn FnMut() -> Cost + 'a>)>;
+
+/// Measures bare loops and parties in turns, and notes both figures of each.
+fn compare<'a>(
+    case: &str,
+    bare: Bare<'a>,
+    parties: &[&'a Party],
+    guests: &'a mut [Testpmd],
+    measure: impl Fn(&Party, &mut Testpmd) -> Cost + Copy + 'a,
+    report: &mut Report,
+) {
+    let mut names: Vec<&str> = bare.iter().map(|(name, _)| *name).collect();
+    let mut measurements: Vec<Box<dyn FnMut() -> Cost + '_>> =
+        bare.into_iter().map(|(_, measure)| measure).collect();
+    for (party, guest) in parties.iter().zip(guests) {
+        names.push(party.contestant.name);
+        measurements.push(Box::new(move || turn(party, guest, |guest| measure(party, guest))));
+    }
+    note(case, &names, all_in_turns(ROUNDS, measurements), report);
+}
+
+fn note(case: &str, names: &[&str], costs: Vec<Vec<Cost>>, report: &mut Report) {
+    for (name, costs) in names.iter().zip(costs) {
+        report.add(case, name, "ns", costs.iter().map(Cost::ns).collect());
+        let rates = costs.iter().map(|cost| cost.rate() / 1e6).collect();
+        report.add(case, name, "Mpps", rates);
+    }
+}
+
+/// Frames that the guest sends as fast as it can.
+fn tx(parties: &[Party], report: &mut Report) {
+    let parties = without_busy_poll(parties);
+    let bare_tap = RefCell::new(tap::Bare::new());
+    af_xdp::veth("wire");
+    let bare_veth = RefCell::new(af_xdp::Bare::on("wire0", false));
+    let mut guests = testpmds(&parties, TX_RING, |_| ());
+    for length in LENGTHS {
+        for (party, guest) in parties.iter().zip(&mut guests) {
+            party.resume();
+            guest.resume();
+            send_frames(guest, length);
+            guest.pause();
+            party.pause();
+        }
+        let bytes = [&[0; HEADER][..], &frame(length)].concat();
+        let bare: Bare<'_> = vec![
+            ("bare write loop", Box::new(|| bare_tap.borrow_mut().write(&bytes))),
+            ("bare io_uring loop", Box::new(|| bare_tap.borrow_mut().write_batches(&bytes))),
+            (
+                "bare AF_XDP loop",
+                Box::new(|| bare_veth.borrow_mut().send(length, af_xdp::Place::There)),
+            ),
+        ];
+        let measure =
+            |party: &Party, _: &mut Testpmd| cost(|| received(&party.wire()), || party.cpu());
+        compare(&format!("tx {length}"), bare, &parties, &mut guests, measure, report);
+    }
+    dismiss(&parties, guests);
+}
+
+/// Frames that come to a guest as fast as a packet socket sends them.
+fn rx(parties: &[Party], report: &mut Report) {
+    let parties = without_busy_poll(parties);
+    let mut guests = testpmds(&parties, RING, receive_frames);
+    for length in LENGTHS {
+        let measure = |party: &Party, guest: &mut Testpmd| {
+            let _sender = tap::Sender::start(&party.wire(), length);
+            cost(|| guest.counter("RX-packets"), || party.cpu())
+        };
+        compare(&format!("rx {length}"), Vec::new(), &parties, &mut guests, measure, report);
+    }
+    dismiss(&parties, guests);
+}
+
+/// Frames that go to a guest, and come back from it.
+fn echo(parties: &[Party], report: &mut Report) {
+    let parties = without_busy_poll(parties);
+    let mut guests = testpmds(&parties, RING, |guest| {
+        guest.command("set fwd macswap");
+        guest.command("start");
+    });
+    for length in [64, 1500] {
+        let measure = |party: &Party, _: &mut Testpmd| {
+            let _sender = tap::Sender::start(&party.wire(), length);
+            cost(|| received(&party.wire()), || party.cpu())
+        };
+        compare(&format!("loop {length}"), Vec::new(), &parties, &mut guests, measure, report);
+    }
+    dismiss(&parties, guests);
+}
+
+/// What counts the frames that a turn moved.
+type Count = Box<dyn FnMut() -> u64>;
+
+/// Measures a party with a guest whose driver is ours, and costs little: connects it, and has `serve`
+/// keep it going.
+fn own_guest_turn(
+    party: &Party,
+    options: Options,
+    serve: impl FnOnce(Card, &mut af_xdp::Load) -> Count,
+) -> Option<Cost> {
+    party.resume();
+    let frontend = Frontend::of_any(UnixStream::connect(party.socket()).unwrap());
+    let card = Card::start(frontend, options);
+    let lacks = options.features & !card.options.features & (HOST_TSO | CSUM);
+    let cost = (lacks == 0).then(|| {
+        let mut load = af_xdp::Load::default();
+        let count = serve(card, &mut load);
+        cost(count, || party.cpu())
+    });
+    party.pause();
+    cost
+}
+
+/// Measures parties with guests of ours, and bare loops, in turns.
+fn compare_with_own_guests<'a>(
+    case: &str,
+    bare: Bare<'a>,
+    parties: &[&'a Party],
+    options: Options,
+    serve: impl Fn(&Party, Card, &mut af_xdp::Load) -> Count + Copy + 'a,
+    report: &mut Report,
+) {
+    let turn =
+        move |party: &Party| own_guest_turn(party, options, |card, load| serve(party, card, load));
+    let mut names: Vec<&str> = bare.iter().map(|(name, _)| *name).collect();
+    let mut measurements: Vec<Box<dyn FnMut() -> Cost + '_>> =
+        bare.into_iter().map(|(_, measure)| measure).collect();
+    for party in parties {
+        if turn(party).is_none() {
+            report.skip(&format!("{case}: {}", party.contestant.name), "it has no such offload");
+            continue;
+        }
+        names.push(party.contestant.name);
+        measurements.push(Box::new(move || turn(party).expect("as before")));
+    }
+    note(case, &names, all_in_turns(ROUNDS, measurements), report);
+}
+
+/// Sends frames to the guest as fast as the device's kind allows.
+fn flood(party: &Party, length: usize, load: &mut af_xdp::Load) {
+    if party.contestant.tap {
+        let (wire, frame) = (Wire::open(&party.wire()), frame(length));
+        load.run(move || wire.flood(&frame));
+    } else {
+        load.send_live(&party.wire(), length);
+    }
+}
+
+/// Frames that come to a guest which takes them at once, and costs next to nothing.
+fn lean_rx(parties: &[Party], report: &mut Report) {
+    let parties = without_busy_poll(parties);
+    let bare_tap = RefCell::new(tap::Bare::new());
+    af_xdp::veth("lean");
+    let bare_veth = RefCell::new(af_xdp::Bare::on("lean0", false));
+    for length in LENGTHS {
+        let bare: Bare<'_> = vec![
+            ("bare read loop", Box::new(|| bare_tap.borrow_mut().read(length))),
+            (
+                "bare AF_XDP loop",
+                Box::new(|| {
+                    let _load = af_xdp::Load::start("lean1", length);
+                    bare_veth.borrow_mut().receive()
+                }),
+            ),
+        ];
+        let serve = |party: &Party, mut card: Card, load: &mut af_xdp::Load| -> Count {
+            // Sends something, for a backend that begins with that.
+            card.queue_tx(0, 0, &[0; HEADER], &[0; 5]);
+            card.tx[0].publish();
+            flood(party, length, load);
+            let taken = load.taken_by(card);
+            Box::new(move || taken.load(Ordering::Relaxed))
+        };
+        let options = Options { size: RING, ..Options::default() };
+        compare_with_own_guests(
+            &format!("lean rx {length}"),
+            bare,
+            &parties,
+            options,
+            serve,
+            report,
+        );
+    }
+}
+
+/// A guest that sends and takes frames at once, as fast as it can.
+fn both_ways(parties: &[Party], report: &mut Report) {
+    let parties = without_busy_poll(parties);
+    for length in [64, 1500] {
+        let serve = |party: &Party, mut card: Card, load: &mut af_xdp::Load| -> Count {
+            for slot in 0..u64::from(RING) {
+                card.queue_tx(0, slot, &[0; HEADER], &frame(length));
+            }
+            card.rx[0].want_no_call();
+            card.tx[0].want_no_call();
+            card.tx[0].publish();
+            flood(party, length, load);
+            let moved = Arc::<AtomicU64>::default();
+            let counter = moved.clone();
+            load.run(move || {
+                let sent = card.tx[0].recycle();
+                if sent > 0 {
+                    card.tx[0].publish();
+                }
+                let taken = card.recycle(0);
+                card.rx[0].want_no_call();
+                card.tx[0].want_no_call();
+                counter.fetch_add((sent + taken) as u64, Ordering::Relaxed);
+                if sent + taken == 0 {
+                    std::thread::yield_now();
+                }
+            });
+            Box::new(move || moved.load(Ordering::Relaxed))
+        };
+        let options = Options { size: RING, ..Options::default() };
+        compare_with_own_guests(
+            &format!("both ways {length}"),
+            Vec::new(),
+            &parties,
+            options,
+            serve,
+            report,
+        );
+    }
+}
+
+/// A hundred thousand frames a second, in bursts of 32.
+const BURST: u16 = 32;
+const PACE: Duration = Duration::from_micros(320);
+
+/// Frames that the guest sends at a steady rate.
+fn paced(parties: &[Party], report: &mut Report) {
+    let parties = without_busy_poll(parties);
+    let serve = |party: &Party, mut card: Card, load: &mut af_xdp::Load| -> Count {
+        let tx = &card.tx[0];
+        let bytes = [&[0; HEADER][..], &frame(64)].concat();
+        for head in 0..RING {
+            let place = tx.buffer_area() + 2048 * u64::from(head);
+            card.ram.write(place, &bytes);
+            tx.write_descriptor(tx.descriptors, head, place, bytes.len() as u32, 0, 0);
+        }
+        tx.want_no_call();
+        let mut next = Instant::now();
+        load.run(move || {
+            while Instant::now() < next {
+                std::hint::spin_loop();
+            }
+            next += PACE;
+            // All of it: what is not moved here would be dropped, and the connection with it.
+            let card = &mut card;
+            let tx = &mut card.tx[0];
+            let done = card.ram.load(tx.used + 2);
+            tx.used_index = done;
+            tx.want_no_call();
+            if tx.avail_index.wrapping_sub(done) <= RING - BURST {
+                (0..BURST).for_each(|_| tx.offer_head(tx.avail_index % RING));
+                tx.publish();
+            }
+        });
+        let wire = party.wire();
+        Box::new(move || received(&wire))
+    };
+    let options = Options { size: RING, ..Options::default() };
+    compare_with_own_guests("paced tx 64", Vec::new(), &parties, options, serve, report);
+}
+
+/// Payload of a frame that is to be cut.
+const PAYLOAD: usize = 65_000;
+
+/// Frames of 64 KiB, which the backend or the host cuts.
+fn segments(parties: &[Party], report: &mut Report) {
+    let parties = without_busy_poll(parties);
+    let tap = RefCell::new(tap::Bare::new());
+    let (header, frame) = tcp_frame(PAYLOAD, 1448);
+    let bytes = [header, frame].concat();
+    let bare: Bare<'_> = vec![("bare write loop", Box::new(|| tap.borrow_mut().write(&bytes)))];
+    const FRAMES: u16 = 64;
+    let options = Options {
+        size: FRAMES,
+        buffer: 66 << 10,
+        features: Options::default().features | CSUM | HOST_TSO,
+        ..Options::default()
+    };
+    let bytes = &bytes;
+    let serve = |_: &Party, mut card: Card, load: &mut af_xdp::Load| -> Count {
+        let tx = &mut card.tx[0];
+        for slot in 0..u64::from(FRAMES) {
+            let place = tx.buffer_area() + slot * (66 << 10);
+            card.ram.write(place, bytes);
+            tx.add(&[(place, bytes.len() as u32)], false).unwrap();
+        }
+        tx.want_no_call();
+        tx.publish();
+        let moved = Arc::<AtomicU64>::default();
+        let counter = moved.clone();
+        load.run(move || {
+            let card = &mut card;
+            let sent = card.tx[0].recycle();
+            if sent == 0 {
+                std::thread::yield_now();
+                return;
+            }
+            counter.fetch_add(sent as u64, Ordering::Relaxed);
+            card.tx[0].publish();
+            card.tx[0].want_no_call();
+        });
+        Box::new(move || moved.load(Ordering::Relaxed))
+    };
+    let before: Vec<_> = parties.iter().map(|party| party.ticks()).collect();
+    compare_with_own_guests("64 KiB tx", bare, &parties, options, serve, report);
+    for (party, before) in parties.iter().zip(before) {
+        let after = party.ticks();
+        let [user, kernel] = [0, 1].map(|mode| (after[mode] - before[mode]) as f64);
+        if user + kernel > 100.0 {
+            let share = 100.0 * user / (user + kernel);
+            report.add("64 KiB tx, in user space", party.contestant.name, "%", vec![share]);
+        }
+    }
+}
+
+/// Pings in a turn, one each millisecond.
+const PINGS: u32 = 500;
+/// Turns of what takes long.
+const FEW_ROUNDS: usize = 5;
+
+/// The values that half of these, 99 of a hundred and 999 of a thousand are not above.
+fn quantiles(mut values: Vec<f64>) -> [f64; 3] {
+    values.sort_by(f64::total_cmp);
+    [0.5, 0.99, 0.999].map(|share| values[((values.len() - 1) as f64 * share) as usize])
+}
+
+/// Pings of many turns.
+#[derive(Default)]
+struct Pings {
+    half: Vec<f64>,
+    most: Vec<f64>,
+    all: Vec<f64>,
+}
+
+impl Pings {
+    fn take(&mut self, address: &str) {
+        let trips = round_trips_of(address, PINGS, 0.001);
+        let [half, most, _] = quantiles(trips.clone());
+        self.half.push(half);
+        self.most.push(most);
+        self.all.extend(trips);
+    }
+
+    fn note(self, case: &str, name: &str, report: &mut Report) {
+        report.add(&format!("{case} p50"), name, "us", self.half);
+        report.add(&format!("{case} p99"), name, "us", self.most);
+        report.add(&format!("{case} p99.9"), name, "us", vec![quantiles(self.all)[2]]);
+    }
+}
+
+/// Sends a hundred thousand frames a second to the guest, in bursts, until it is dropped.
+fn background(party: &Party) -> af_xdp::Load {
+    let wire = Wire::open(&party.wire());
+    // For its card, and nobody behind it.
+    let mut frame = frame(64);
+    frame[..6].copy_from_slice(&[0x52, 0x54, 0, 0x77, 0, 2]);
+    let mut load = af_xdp::Load::default();
+    let mut next = Instant::now();
+    load.run(move || {
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+        next += PACE;
+        wire.flood(&frame);
+    });
+    load
+}
+
+/// A guest that sleeps when nothing happens: pings, TCP both ways, and nothing at all.
+fn guests(parties: &[Party], report: &mut Report) {
+    let guests: Vec<KernelGuest> = parties
+        .iter()
+        .map(|party| {
+            party.resume();
+            let address = format!("{}/24", party.guest_address());
+            let guest = KernelGuest::start(party.socket(), &address, party.mac());
+            let address = party.guest_address().to_string();
+            eventually(&format!("{}: its guest answers", party.contestant.name), || {
+                let ping = Command::new("ping").args(["-c", "1", "-W", "1", &address]).output();
+                ping.unwrap().status.success()
+            });
+            party.pause();
+            guest
+        })
+        .collect();
+    let mut pings: Vec<[Pings; 2]> = parties.iter().map(|_| Default::default()).collect();
+    let mut tcp: Vec<[[Vec<f64>; 2]; 2]> = parties.iter().map(|_| Default::default()).collect();
+    let mut idle: Vec<Vec<f64>> = parties.iter().map(|_| Vec::new()).collect();
+    for round in 0..ROUNDS {
+        for (number, party) in parties.iter().enumerate() {
+            let address = party.guest_address().to_string();
+            party.resume();
+            pings[number][0].take(&address);
+            let load = background(party);
+            pings[number][1].take(&address);
+            drop(load);
+            if round >= FEW_ROUNDS {
+                party.pause();
+                continue;
+            }
+            for (direction, options) in ["-t 1 -R", "-t 1"].into_iter().enumerate() {
+                let before = party.cpu();
+                let rate = iperf_with(&address, options);
+                let used = (party.cpu() - before) as f64;
+                tcp[number][direction][0].push(rate / 1000.0);
+                tcp[number][direction][1].push(used / (rate * 1e6 / 8.0 / 1024.0));
+            }
+            std::thread::sleep(Duration::from_millis(200));
+            let before = party.cpu();
+            std::thread::sleep(Duration::from_millis(500));
+            idle[number].push((party.cpu() - before) as f64 / 5e8);
+            party.pause();
+        }
+    }
+    for (((party, pings), tcp), idle) in parties.iter().zip(pings).zip(tcp).zip(idle) {
+        let name = party.contestant.name;
+        let [quiet, loaded] = pings;
+        quiet.note("ping", name, report);
+        loaded.note("ping under load", name, report);
+        for (way, [rates, costs]) in ["to host", "to guest"].into_iter().zip(tcp) {
+            report.add(&format!("TCP {way}"), name, "Gbit/s", rates);
+            report.add(&format!("TCP {way}"), name, "ns/KiB", costs);
+        }
+        report.add("idle", name, "cores", idle);
+        let [private, resident] = party.memory();
+        report.add("private memory", name, "KiB", vec![private as f64]);
+        report.add("resident memory", name, "KiB", vec![resident as f64]);
+        report.add("start-up", name, "ms", vec![party.started_in.as_secs_f64() * 1e3]);
+    }
+    for (party, guest) in parties.iter().zip(guests) {
+        party.resume();
+        drop(guest);
+        party.pause();
+    }
+}
+
+/// Pings to a guest that looks for frames all the time.
+fn polled_pings(parties: &[Party], report: &mut Report) {
+    let all: Vec<&Party> = parties.iter().collect();
+    let guests = testpmds(&all, RING, |guest| {
+        guest.command("set fwd icmpecho");
+        guest.command("start");
+    });
+    let mut pings: Vec<Pings> = parties.iter().map(|_| Default::default()).collect();
+    for _ in 0..ROUNDS {
+        for ((party, guest), pings) in parties.iter().zip(&guests).zip(&mut pings) {
+            party.resume();
+            guest.resume();
+            std::thread::sleep(Duration::from_millis(50));
+            pings.take(&party.guest_address().to_string());
+            guest.pause();
+            party.pause();
+        }
+    }
+    for (party, pings) in parties.iter().zip(pings) {
+        pings.note("ping, polling guest", party.contestant.name, report);
+    }
+    dismiss(&all, guests);
+}
+
+/// How soon the daemon can be connected to, in milliseconds.
+fn ready_after(configuration: &str, ports: usize) -> (Daemon, f64) {
+    let started = Instant::now();
+    let daemon = Daemon::with_config(configuration, &format!("p{}", ports - 1));
+    (daemon, started.elapsed().as_secs_f64() * 1e3)
+}
+
+/// The daemon's start.
+fn ready(report: &mut Report) {
+    let directory = vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/vhost-user-net-test-");
+    let directory = directory.unwrap();
+    let socket = directory.as_path().join("socket");
+    let mut times = Vec::new();
+    for round in 0..2 * ROUNDS {
+        let started = Instant::now();
+        let mut child = program()
+            .arg(format!("--socket-path={}", socket.display()))
+            // The kernel keeps that of one that was killed for a while.
+            .arg(format!("--tap=ready{round}"))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while UnixStream::connect(&socket).is_err() {
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let _ = fs::remove_file(&socket);
+    }
+    report.add("ready", "vhost-user-net, TAP", "ms", times);
+}
+
+/// Ports of one daemon, of which one is loaded.
+fn ports(report: &mut Report) {
+    let counts = [1, 8, 64];
+    let daemons: Vec<(Daemon, String)> = counts
+        .into_iter()
+        .map(|count| {
+            let ports = |number: usize| {
+                port(
+                    &format!("p{number}"),
+                    &format!("tap = \"many{count}x{number}\"\ncpu-affinity = \"1\""),
+                )
+            };
+            let text: String = (0..count).map(ports).collect();
+            let (daemon, time) = ready_after(&text, count);
+            let name = format!("vhost-user-net, {count} ports");
+            report.add("ready", &name, "ms", vec![time]);
+            (daemon, name)
+        })
+        .collect();
+    let mut guests: Vec<Testpmd> = daemons
+        .iter()
+        .map(|(daemon, _)| {
+            let mut guest = Testpmd::start_on("0", &daemon.path("p0"), 1, TX_RING, GUEST);
+            send_frames(&mut guest, 64);
+            guest.pause();
+            guest
+        })
+        .collect();
+    let measurements =
+        daemons.iter().zip(&mut guests).zip(counts).map(|(((daemon, _), guest), count)| {
+            let measure = move || {
+                guest.resume();
+                let cost =
+                    cost(|| received(&format!("many{count}x0")), || daemon.cpu_nanoseconds());
+                guest.pause();
+                cost
+            };
+            Box::new(measure) as Box<dyn FnMut() -> Cost + '_>
+        });
+    let costs = all_in_turns(ROUNDS, measurements.collect());
+    let names: Vec<&str> = daemons.iter().map(|(_, name)| &**name).collect();
+    note("tx 64, one port of many", &names, costs, report);
+    guests.iter().for_each(Testpmd::resume);
+    drop(guests);
+    for (daemon, name) in &daemons {
+        report.add("private memory", name, "KiB", vec![memory_of(daemon.process())[0] as f64]);
+    }
+}

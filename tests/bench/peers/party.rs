@@ -1,0 +1,327 @@
+//! The backends that are compared: each on a device of its own, on processor 1.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use vmm_sys_util::tempdir::TempDir;
+
+use super::super::af_xdp::veth;
+use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::network::{ip, output};
+use crate::support::testpmd::Testpmd;
+
+/// What a backend is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// This daemon, with these options.
+    Ours(&'static [&'static str]),
+    /// The plain backend.
+    Plain,
+    /// DPDK's testpmd, `net_vhost` and a driver for the device.
+    Dpdk(&'static str),
+    /// Open vSwitch with DPDK, and a driver for the device.
+    Ovs(&'static str),
+}
+
+/// A backend to be compared.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Contestant {
+    pub(super) name: &'static str,
+    pub(super) kind: Kind,
+    /// Whether its device is a TAP; else it is one end of a veth.
+    pub(super) tap: bool,
+    /// Whether it looks for frames all the time rather than to sleep.
+    pub(super) polls: bool,
+}
+
+/// How long our own looks for frames before it sleeps, where it is to poll.
+const BUSY_POLL: &str = "--busy-poll=10000";
+
+/// All of them.
+pub(super) const CONTESTANTS: [Contestant; 8] = [
+    Contestant { name: "vhost-user-net, TAP", kind: Kind::Ours(&[]), tap: true, polls: false },
+    Contestant { name: "plain backend, TAP", kind: Kind::Plain, tap: true, polls: false },
+    Contestant { name: "DPDK, TAP", kind: Kind::Dpdk("net_tap"), tap: true, polls: true },
+    Contestant { name: "vhost-user-net, AF_XDP", kind: Kind::Ours(&[]), tap: false, polls: false },
+    Contestant { name: "DPDK, AF_XDP", kind: Kind::Dpdk("net_af_xdp"), tap: false, polls: true },
+    Contestant { name: "OVS-DPDK, AF_XDP", kind: Kind::Ovs("net_af_xdp"), tap: false, polls: true },
+    Contestant {
+        name: "vhost-user-net, TAP, --busy-poll",
+        kind: Kind::Ours(&[BUSY_POLL]),
+        tap: true,
+        polls: true,
+    },
+    Contestant {
+        name: "vhost-user-net, AF_XDP, --busy-poll",
+        kind: Kind::Ours(&[BUSY_POLL]),
+        tap: false,
+        polls: true,
+    },
+];
+
+/// A running backend.
+pub(super) struct Party {
+    pub(super) contestant: Contestant,
+    number: u8,
+    program: Program,
+    socket: PathBuf,
+    /// How long it took until it could be connected to.
+    pub(super) started_in: Duration,
+    _directory: TempDir,
+}
+
+enum Program {
+    Ours(Daemon),
+    Plain(Child),
+    Dpdk(Testpmd),
+    Ovs(Ovs),
+}
+
+impl Party {
+    /// Starts the backend; `number` is one that no other has.
+    pub(super) fn start(contestant: Contestant, number: u8) -> Self {
+        let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+        let mut socket = directory.as_path().join("socket");
+        let device = device(contestant.tap, number);
+        if contestant.tap {
+            // DPDK makes its device itself, with flags of its own.
+            if !matches!(contestant.kind, Kind::Dpdk(_)) {
+                ip(&format!("tuntap add dev {device} mode tap vnet_hdr"));
+            }
+        } else {
+            veth(&format!("party{number}"));
+        }
+        let started = Instant::now();
+        let program = match contestant.kind {
+            Kind::Ours(options) => {
+                let port = if contestant.tap { "tap" } else { "af-xdp" };
+                let port = format!("--{port}={device}");
+                let all: Vec<&str> =
+                    [&port, "--cpu-affinity=1"].into_iter().chain(options.to_vec()).collect();
+                let daemon = Daemon::start(&all);
+                socket = daemon.socket();
+                Program::Ours(daemon)
+            }
+            Kind::Plain => {
+                let child = Command::new(std::env::current_exe().unwrap())
+                    .args(["--plain-backend".as_ref(), socket.as_os_str(), device.as_ref()])
+                    .stdin(Stdio::null())
+                    .spawn()
+                    .unwrap();
+                Program::Plain(child)
+            }
+            Kind::Dpdk(driver) => {
+                let device = format!("{driver}0,iface={device}");
+                Program::Dpdk(Testpmd::backend("1", &socket, &device))
+            }
+            Kind::Ovs(driver) => {
+                let device = format!("{driver}0,iface={device}");
+                Program::Ovs(Ovs::start(directory.as_path(), &socket, &device))
+            }
+        };
+        eventually("the backend listens", || socket.exists());
+        let started_in = started.elapsed();
+        let party =
+            Party { contestant, number, program, socket, started_in, _directory: directory };
+        let wire = party.wire();
+        ip(&format!("link set {wire} up"));
+        if !contestant.tap {
+            // What goes through a veth comes with its checksums left undone.
+            output("ethtool", &format!("-K {wire} tx off"));
+        }
+        ip(&format!("address add {}/24 dev {wire}", party.host_address()));
+        ip(&format!("neighbour add {} lladdr {} dev {wire}", party.guest_address(), party.mac()));
+        party.pause();
+        party
+    }
+
+    /// Where the backend listens.
+    pub(super) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The device at the host's end: what the guest sends arrives there, and what is sent there goes
+    /// to the guest.
+    pub(super) fn wire(&self) -> String {
+        match self.contestant.tap {
+            true => device(true, self.number),
+            false => format!("party{}1", self.number),
+        }
+    }
+
+    pub(super) fn host_address(&self) -> Ipv4Addr {
+        Ipv4Addr::new(198, 18, self.number, 1)
+    }
+
+    pub(super) fn guest_address(&self) -> Ipv4Addr {
+        Ipv4Addr::new(198, 18, self.number, 2)
+    }
+
+    /// The guest's, which testpmd has too.
+    pub(super) fn mac(&self) -> &'static str {
+        "52:54:00:77:00:02"
+    }
+
+    fn process(&self) -> u32 {
+        match &self.program {
+            Program::Ours(daemon) => daemon.process(),
+            Program::Plain(child) => child.id(),
+            Program::Dpdk(testpmd) => testpmd.process(),
+            Program::Ovs(ovs) => ovs.switch.id(),
+        }
+    }
+
+    /// On-CPU nanoseconds of all its threads.
+    pub(super) fn cpu(&self) -> u64 {
+        crate::support::cpu_nanoseconds(self.process())
+    }
+
+    /// Ticks (10 ms) in user space, and in the kernel, as it samples them.
+    pub(super) fn ticks(&self) -> [u64; 2] {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.process())).unwrap();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        [11, 12].map(|field| fields[field].parse().unwrap())
+    }
+
+    /// Memory that is its own, and all that it has mapped, in KiB.
+    pub(super) fn memory(&self) -> [u64; 2] {
+        memory_of(self.process())
+    }
+
+    /// Has it stand still, if it does not by itself.
+    pub(super) fn pause(&self) {
+        if self.contestant.polls {
+            self.signal(Signal::SIGSTOP);
+        }
+    }
+
+    /// Has it go on.
+    pub(super) fn resume(&self) {
+        if self.contestant.polls {
+            self.signal(Signal::SIGCONT);
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.process() as i32), signal).unwrap();
+    }
+}
+
+impl Drop for Party {
+    fn drop(&mut self) {
+        self.resume();
+        if let Program::Plain(child) = &mut self.program {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// A process's memory that is its own, no file's and no guest's, and all that it has mapped, in KiB.
+pub(super) fn memory_of(process: u32) -> [u64; 2] {
+    let text = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let value = |name: &str| -> u64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    let huge = value("HugetlbPages:");
+    [value("RssAnon:") + huge, value("VmRSS:") + huge]
+}
+
+fn device(tap: bool, number: u8) -> String {
+    if tap { format!("tap{number}") } else { format!("party{number}0") }
+}
+
+/// Open vSwitch: its database and its switch, which has one bridge between the two ports.
+struct Ovs {
+    database: Child,
+    switch: Child,
+}
+
+const SWITCH: &str = "/usr/lib/openvswitch-switch-dpdk/ovs-vswitchd-dpdk";
+
+impl Ovs {
+    fn start(directory: &Path, socket: &Path, device: &str) -> Self {
+        let path = |name: &str| directory.join(name).display().to_string();
+        let command = |program: &str, words: &[&str]| {
+            let mut command = Command::new(program);
+            command.args(words).stdin(Stdio::null()).stdout(Stdio::null());
+            let log = fs::File::options().create(true).append(true).open(path("log")).unwrap();
+            command.stderr(log);
+            for name in ["OVS_RUNDIR", "OVS_LOGDIR", "OVS_DBDIR", "OVS_SYSCONFDIR"] {
+                command.env(name, directory);
+            }
+            command
+        };
+        let run = |program: &str, words: &[&str]| {
+            let status = command(program, words).status().unwrap();
+            let log = || fs::read_to_string(path("log")).unwrap();
+            assert!(status.success(), "{program} {words:?}: {}", log());
+        };
+        let (file, remote) = (path("database"), format!("unix:{}", path("database.sock")));
+        run("ovsdb-tool", &["create", &file, "/usr/share/openvswitch/vswitch.ovsschema"]);
+        let listen = format!("--remote=p{remote}");
+        let database = command("ovsdb-server", &[&file, &listen]).spawn().unwrap();
+        eventually("the database listens", || UnixStream::connect(path("database.sock")).is_ok());
+        let set = |words: &[&str]| {
+            let database = format!("--db={remote}");
+            run("ovs-vsctl", &[&[&*database, "--timeout=20"], words].concat());
+        };
+        set(&["--no-wait", "init"]);
+        let name = socket.file_name().unwrap().to_str().unwrap();
+        set(&[
+            "--no-wait",
+            "set",
+            "Open_vSwitch",
+            ".",
+            "other_config:dpdk-init=true",
+            "other_config:pmd-cpu-mask=0x2",
+            "other_config:dpdk-socket-mem=256",
+            "other_config:dpdk-extra=--no-pci",
+        ]);
+        let switch = command(SWITCH, &[&remote]).spawn().unwrap();
+        set(&["add-br", "br0", "--", "set", "bridge", "br0", "datapath_type=netdev"]);
+        let devargs = format!("options:dpdk-devargs={device}");
+        set(&["add-port", "br0", "out", "--", "set", "Interface", "out", "type=dpdk", &devargs]);
+        set(&["add-port", "br0", name, "--", "set", "Interface", name, "type=dpdkvhostuser"]);
+        let bridge = path("br0.mgmt");
+        run("ovs-ofctl", &["del-flows", &bridge]);
+        for (from, to) in [("out", name), (name, "out")] {
+            let flow = format!("in_port={from},actions=output:{to}");
+            run("ovs-ofctl", &["add-flow", &bridge, &flow]);
+        }
+        Ovs { database, switch }
+    }
+}
+
+impl Drop for Ovs {
+    fn drop(&mut self) {
+        for child in [&mut self.switch, &mut self.database] {
+            let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM);
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Why a contestant can't take part, if it can't.
+pub(super) fn missing(contestant: &Contestant) -> Option<&'static str> {
+    match contestant.kind {
+        Kind::Dpdk(_) if !is_installed("dpdk-testpmd") => Some("dpdk-testpmd is not installed"),
+        Kind::Ovs(_) if !Path::new(SWITCH).exists() => {
+            Some("openvswitch-switch-dpdk is not installed")
+        }
+        _ => None,
+    }
+}
+
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).exists())
+}
