@@ -19,7 +19,17 @@ pub(super) fn run() {
     }
 }
 
-fn tap() {
+/// What a guest was measured at.
+#[derive(Default)]
+pub(super) struct Figures {
+    /// TCP in Mbit/s, to the host and to the guest.
+    pub(super) rates: [Vec<f64>; 2],
+    /// Round trips in microseconds.
+    pub(super) trips: Vec<f64>,
+}
+
+/// Measures a guest on this daemon's card, and one on QEMU's own.
+pub(super) fn measure() -> [(&'static str, Figures); 2] {
     enter_new_namespace();
     for (tap, host) in [("tap0", "192.0.2.1/24"), ("tap1", "198.51.100.1/24")] {
         ip(&format!("tuntap add dev {tap} mode tap vnet_hdr"));
@@ -36,30 +46,37 @@ fn tap() {
         [Vm::start(&daemon.socket(), &ours), Vm::start("/nonexistent".as_ref(), &theirs)];
     guests.iter_mut().for_each(Vm::wait_ready);
 
-    println!("\nTCP with a Linux guest, Mbit/s {:>22} {:>10}", "to host", "to guest");
-    let mut rates: [[Vec<f64>; 2]; 2] = Default::default();
-    let mut trips: [Vec<f64>; 2] = Default::default();
+    let mut figures = [("vhost-user-net, TAP", OURS), ("QEMU's own virtio-net, TAP", THEIRS)]
+        .map(|(name, address)| (name, address, Figures::default()));
     for round in 0..=ROUNDS {
-        for (side, address) in [OURS, THEIRS].into_iter().enumerate() {
+        for (_, address, figures) in &mut figures {
             for (direction, options) in ["-t 2 -R", "-t 2"].into_iter().enumerate() {
                 let rate = iperf_with(address, options);
                 // The first round warms up the guest's translated code.
                 if round > 0 {
-                    rates[side][direction].push(rate);
+                    figures.rates[direction].push(rate);
                 }
             }
             if round > 0 {
-                trips[side].extend(round_trips(address));
+                figures.trips.extend(round_trips(address));
             }
         }
     }
-    let [ours, theirs] = rates.map(|side| side.map(median));
-    println!("  {:<34} {:>16.0} {:>10.0}", "vhost-user-net", ours[0], ours[1]);
-    println!("  {:<34} {:>16.0} {:>10.0}", "QEMU's own virtio-net", theirs[0], theirs[1]);
+    figures.map(|(name, _, figures)| (name, figures))
+}
+
+fn tap() {
+    println!("\nTCP with a Linux guest, Mbit/s {:>22} {:>10}", "to host", "to guest");
+    let figures = measure();
+    let rates = figures.each_ref().map(|(_, figures)| figures.rates.clone().map(median));
+    for ((name, _), rates) in figures.iter().zip(rates) {
+        println!("  {name:<34} {:>16.0} {:>10.0}", rates[0], rates[1]);
+    }
+    let [ours, theirs] = rates;
     println!("  {:<34} {:>16.2} {:>10.2}", "ratio", ours[0] / theirs[0], ours[1] / theirs[1]);
     println!("\nround trips, us {:>36} {:>10}", "p50", "p99");
-    for (name, trips) in ["vhost-user-net", "QEMU's own virtio-net"].into_iter().zip(trips) {
-        let [half, most] = half_and_most(trips);
+    for (name, figures) in figures {
+        let [half, most] = half_and_most(figures.trips);
         println!("  {name:<34} {half:>16.0} {most:>10.0}");
     }
 }

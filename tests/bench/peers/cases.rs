@@ -12,6 +12,7 @@ use super::kernel_guest::KernelGuest;
 use super::party::{Kind, Party, memory_of};
 use super::report::Report;
 use crate::af_xdp;
+use crate::guest;
 use crate::measure::{
     Cost, GUEST, all_in_turns, cost, frame, receive_frames, received, send_frames,
 };
@@ -22,7 +23,7 @@ use crate::support::frontend::Frontend;
 use crate::support::network::Wire;
 use crate::support::testpmd::Testpmd;
 use crate::support::traffic::tcp_frame;
-use crate::support::vm::iperf_with;
+use crate::support::vm::{iperf_with, make_guest};
 use crate::tap;
 use crate::tuning::round_trips_of;
 
@@ -43,7 +44,7 @@ pub(super) const WITH_PARTIES: [(&str, OfAll); 9] = [
 ];
 
 /// What needs none of them.
-pub(super) const ALONE: [(&str, Alone); 2] = [("ready", ready), ("ports", ports)];
+pub(super) const ALONE: [(&str, Alone); 3] = [("ready", ready), ("ports", ports), ("vm", vm)];
 
 /// Turns of each measurement.
 const ROUNDS: usize = 9;
@@ -635,5 +636,20 @@ fn ports(report: &mut Report) {
     drop(guests);
     for (daemon, name) in &daemons {
         report.add("private memory", name, "KiB", vec![memory_of(daemon.process())[0] as f64]);
+    }
+}
+
+/// A Linux guest in QEMU, on this daemon's card and on QEMU's own.
+fn vm(report: &mut Report) {
+    make_guest();
+    // In a namespace of its own.
+    let figures = std::thread::spawn(guest::measure).join().unwrap();
+    for (name, guest::Figures { rates, trips }) in figures {
+        for (way, rates) in ["to host", "to guest"].into_iter().zip(rates) {
+            report.add(&format!("TCP {way}"), name, "Mbit/s", rates);
+        }
+        let [half, most, _] = quantiles(trips);
+        report.add("ping p50", name, "us in QEMU", vec![half]);
+        report.add("ping p99", name, "us in QEMU", vec![most]);
     }
 }

@@ -317,8 +317,20 @@ pub(super) fn missing(contestant: &Contestant) -> Option<&'static str> {
         Kind::Ovs(_) if !Path::new(SWITCH).exists() => {
             Some("openvswitch-switch-dpdk is not installed")
         }
+        Kind::Ovs(_) if free_huge_pages() < OVS_HUGE_PAGES => {
+            Some("there are no 256 MiB of huge pages for it")
+        }
         _ => None,
     }
+}
+
+/// Huge pages of 2 MiB that its packets take.
+const OVS_HUGE_PAGES: u64 = 128;
+
+fn free_huge_pages() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("HugePages_Free:"));
+    line.map_or(0, |number| number.trim().parse().unwrap())
 }
 
 fn is_installed(program: &str) -> bool {

@@ -52,7 +52,7 @@ const FRAMES: &[&str] = &[
 ];
 const TCP: &[&str] = &["TCP to host", "TCP to guest"];
 
-const SECTIONS: [Section; 11] = [
+const SECTIONS: [Section; 12] = [
     Section { title: "Processor time of a frame", unit: "ns", cases: FRAMES },
     Section { title: "Frames in a second, millions", unit: "Mpps", cases: FRAMES },
     Section { title: "TCP, Gbit/s", unit: "Gbit/s", cases: TCP },
@@ -73,6 +73,11 @@ const SECTIONS: [Section; 11] = [
         ],
     },
     Section { title: "A Linux guest in QEMU, TCP, Mbit/s", unit: "Mbit/s", cases: TCP },
+    Section {
+        title: "The same, round trips of pings, µs",
+        unit: "us in QEMU",
+        cases: &["ping p50", "ping p99"],
+    },
     Section { title: "Processors used while idle", unit: "cores", cases: &["idle"] },
     Section { title: "Memory, KiB", unit: "KiB", cases: &["private memory", "resident memory"] },
     Section { title: "Start-up, ms", unit: "ms", cases: &["start-up", "ready"] },
