@@ -92,7 +92,7 @@ fn dismiss(parties: &[&Party], guests: Vec<Testpmd>) {
     }
 }
 
-/// Adds bare loops, of which each is a row of its own.
+/// Bare loops and their names, of which each is a row of its own.
 type Bare<'a> = Vec<(&'static str, Box<dyn FnMut() -> Cost + 'a>)>;
 
 /// Measures bare loops and parties in turns, and notes both figures of each.

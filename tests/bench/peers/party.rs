@@ -11,7 +11,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use vmm_sys_util::tempdir::TempDir;
 
-use super::super::af_xdp::veth;
+use crate::af_xdp::veth;
 use crate::support::daemon::Daemon;
 use crate::support::eventually;
 use crate::support::network::{ip, output};
