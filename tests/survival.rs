@@ -58,13 +58,29 @@ impl Drop for Watch {
 
 /// TCP both ways, for much longer than it is needed, and no more of it than leaves the processor to
 /// other tests.
-fn traffic() -> Child {
-    Command::new("iperf3")
-        .args(["-c", GUEST_ADDRESS, "-t", "600", "--bidir", "-b", "20M"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+fn traffic() -> Running {
+    let options = ["-t", "600", "--bidir", "-b", "20M"];
+    Running::start(Command::new("iperf3").args(["-c", GUEST_ADDRESS]).args(options))
+}
+
+/// A program that would run for much longer than it is needed, ended with the value.
+struct Running(Child);
+
+impl Running {
+    fn start(command: &mut Command) -> Self {
+        Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    }
+
+    fn has_ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Half of the pauses are not longer than the first, and none than the second.
@@ -88,11 +104,7 @@ fn check_kills(server: &str, options: &[&str]) {
     check_ping();
     let mut traffic = traffic();
     // TCP that has lost something waits for longer than the daemon takes: these come all the time.
-    let mut pings = Command::new("ping")
-        .args(["-q", "-i", "0.005", GUEST_ADDRESS])
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+    let pings = Running::start(Command::new("ping").args(["-q", "-i", "0.005", GUEST_ADDRESS]));
     let watch = Watch::start("tap0");
     watch.wait(200);
     let mut gaps = Vec::new();
@@ -107,11 +119,8 @@ fn check_kills(server: &str, options: &[&str]) {
         gaps.push(killed.elapsed());
         watch.wait(100);
     }
-    assert!(traffic.try_wait().unwrap().is_none(), "the guest's connections have ended");
-    for process in [&mut traffic, &mut pings] {
-        process.kill().unwrap();
-        process.wait().unwrap();
-    }
+    assert!(!traffic.has_ended(), "the guest's connections have ended");
+    drop((traffic, pings));
     vm.run("true");
     check_ping();
     let (half, most) = summary(gaps);
@@ -186,8 +195,7 @@ fn memory_is_plugged_in_and_out_under_traffic() {
     );
     assert_eq!(answered, sent);
     assert!(left == before || left == before + 1);
-    assert!(traffic.try_wait().unwrap().is_none(), "the guest's connections have ended");
-    traffic.kill().unwrap();
-    traffic.wait().unwrap();
+    assert!(!traffic.has_ended(), "the guest's connections have ended");
+    drop(traffic);
     vm.run("true");
 }
