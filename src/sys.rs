@@ -31,17 +31,41 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 
 /// Writes all segments with one call, as one frame.
 fn write_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
-    // SAFETY: a Segment is an iovec over mapped guest memory or memory of our own, which its
-    // lifetime keeps; the kernel only reads it here.
-    let written = unsafe {
-        let fd = fd.as_raw_fd();
+    // SAFETY: a Segment is mapped guest memory or memory of our own, which its lifetime keeps; the
+    // kernel only reads it here.
+    unsafe { transfer([libc::SYS_write, libc::SYS_writev], fd, segments) }
+}
+
+/// Reads one frame into the segments.
+fn read_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
+    // SAFETY: the same; guest memory may be written at any time by its own rules, and memory of our
+    // own is not looked at meanwhile.
+    unsafe { transfer([libc::SYS_read, libc::SYS_readv], fd, segments) }
+}
+
+/// Moves the segments by the first of two system calls if there is one, which saves the kernel a copy
+/// of the list, and else by the second.
+///
+/// Not by the C library's functions of these names: each is a point where a thread may be cancelled,
+/// which costs two locked operations a frame.
+///
+/// # Safety
+/// The segments must stay mapped, and may be what the calls do with them.
+#[inline]
+unsafe fn transfer(
+    [one, list]: [libc::c_long; 2],
+    fd: BorrowedFd<'_>,
+    segments: &[Segment<'_>],
+) -> io::Result<usize> {
+    let fd = fd.as_raw_fd();
+    // SAFETY: a Segment is an iovec; the rest is the caller's.
+    let moved = unsafe {
         match segments {
-            // Saves the kernel a copy of the list.
-            [only] => libc::write(fd, only.start().cast(), only.len()),
-            _ => libc::writev(fd, segments.as_ptr().cast(), segments.len() as libc::c_int),
+            [only] => libc::syscall(one, fd, only.start(), only.len()),
+            _ => libc::syscall(list, fd, segments.as_ptr(), segments.len()),
         }
     };
-    if written < 0 { Err(io::Error::last_os_error()) } else { Ok(written as usize) }
+    if moved < 0 { Err(io::Error::last_os_error()) } else { Ok(moved as usize) }
 }
 
 /// Waits until one of two descriptors has what it is waited on for (`POLLIN`, `POLLOUT`), or

@@ -250,6 +250,7 @@ pub fn admit(
             frame_length,
             &admission.offloads,
         )?
+        .to_bytes()
     };
     if let Some(rules) = &admission.rules {
         rules.check(&start.bytes[header_length..copied])?;
@@ -257,33 +258,33 @@ pub fn admit(
     if let Some(filter) = admission.filter.current() {
         filter.judge(&start.bytes[header_length..copied])?;
     }
-    let bytes = checked.to_bytes();
     match header_length {
-        HEADER_LENGTH => start.bytes[..HEADER_LENGTH].copy_from_slice(&bytes),
-        shorter => start.bytes[..shorter].copy_from_slice(&bytes[..shorter]),
+        HEADER_LENGTH => start.bytes[..HEADER_LENGTH].copy_from_slice(&checked),
+        shorter => start.bytes[..shorter].copy_from_slice(&checked[..shorter]),
     }
     start.length = copied;
     Ok(())
 }
 
-/// A frame that is sent as it is, maybe with its checksum completed.
+/// The header of a frame that is sent as it is, maybe with its checksum completed.
 #[inline]
 fn check_plain(
     header: &VnetHeader,
     frame_length: usize,
     offloads: &Offloads,
-) -> Result<VnetHeader, Drop> {
+) -> Result<[u8; HEADER_LENGTH], Drop> {
     if !header.needs_checksum() {
         // Flags that only a device may set mean nothing here; nor do the other fields.
-        return Ok(VnetHeader::default());
+        return Ok([0; HEADER_LENGTH]);
     }
     check_checksum(header, frame_length, offloads)?;
-    Ok(VnetHeader {
+    let checked = VnetHeader {
         flags: NEEDS_CSUM,
         csum_start: header.csum_start,
         csum_offset: header.csum_offset,
         ..VnetHeader::default()
-    })
+    };
+    Ok(checked.to_bytes())
 }
 
 #[inline]
@@ -478,7 +479,7 @@ mod tests {
             csum_start: 9,
             ..VnetHeader::default()
         };
-        assert_eq!(check_plain(&noise, 60, &ALL), Ok(VnetHeader::default()));
+        assert_eq!(check_plain(&noise, 60, &ALL), Ok([0; HEADER_LENGTH]));
     }
 
     #[test]
@@ -489,7 +490,7 @@ mod tests {
             csum_offset: 16,
             ..VnetHeader::default()
         };
-        assert_eq!(check_plain(&header, 60, &ALL), Ok(header));
+        assert_eq!(check_plain(&header, 60, &ALL), Ok(header.to_bytes()));
         assert_eq!(check_plain(&header, 51, &ALL), Err(Drop::BadHeader));
         assert_eq!(check_plain(&header, 60, &Offloads::default()), Err(Drop::BadHeader));
     }

@@ -210,9 +210,13 @@ unsafe fn volatile_copy(from: *const u8, to: *mut u8, length: usize) {
             to.add(done).cast::<Unaligned<u32>>().write_volatile(word);
             done += 4;
         }
-        while done < length {
+        if length - done >= 2 {
+            let word = from.add(done).cast::<Unaligned<u16>>().read_volatile();
+            to.add(done).cast::<Unaligned<u16>>().write_volatile(word);
+            done += 2;
+        }
+        if done < length {
             to.add(done).write_volatile(from.add(done).read_volatile());
-            done += 1;
         }
     }
 }
@@ -318,9 +322,14 @@ impl<'mem, D: Direction> Chain<'mem, D> {
     /// Copies the chain's first bytes to `target`; returns how many there were.
     #[inline]
     pub fn read_start(&self, target: &mut [u8]) -> usize {
-        if let Segments::One(only) = &self.segments {
-            return only.read(target);
+        match &self.segments {
+            Segments::One(only) => only.read(target),
+            Segments::List(_) => self.read_pieces(target),
         }
+    }
+
+    #[inline(never)]
+    fn read_pieces(&self, target: &mut [u8]) -> usize {
         let mut done = 0;
         for segment in self.segments() {
             if done == target.len() {
@@ -340,8 +349,13 @@ impl Chain<'_, Writable> {
             && only.len() >= offset + bytes.len()
         {
             only.skip(offset).write(bytes);
-            return;
+        } else {
+            self.write_pieces(offset, bytes);
         }
+    }
+
+    #[inline(never)]
+    fn write_pieces(&self, offset: usize, bytes: &[u8]) {
         let mut rest = bytes;
         for segment in self.segments_after(offset) {
             if rest.is_empty() {

@@ -284,7 +284,8 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             }
             let dropped = finished.rx_dropped.len();
             match self.receiver.read(&self.host.queue) {
-                Ok(length) => self.receiver.deliver(length, finished),
+                Ok(Some(length)) => self.receiver.deliver(length, finished),
+                Ok(None) => finished.rx_dropped.push((Drop::NoRoom, 1)),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => {
                         self.receiver.may_have_frames = false;

@@ -311,17 +311,7 @@ impl Queue {
     /// `WouldBlock` if no frame waits; otherwise those of the device.
     #[inline]
     pub fn read(&self, window: &[Segment<'_>]) -> io::Result<usize> {
-        let fd = self.file.as_raw_fd();
-        // SAFETY: a Segment is an iovec over mapped guest memory, which its lifetime keeps
-        // mapped; the guest's memory may be written at any time by its own rules.
-        let read = unsafe {
-            match window {
-                // Saves the kernel a copy of the list.
-                [only] => libc::read(fd, only.start().cast(), only.len()),
-                _ => libc::readv(fd, window.as_ptr().cast(), window.len() as libc::c_int),
-            }
-        };
-        if read < 0 { Err(io::Error::last_os_error()) } else { Ok(read as usize) }
+        super::read_segments(self.as_fd(), window)
     }
 
     /// The same with one byte of our own behind the window: a result longer than the window means

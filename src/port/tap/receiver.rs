@@ -95,9 +95,11 @@ impl<'mem> Receiver<'mem> {
         let wanted = POSTED.saturating_sub(self.posted.len()).min(buffers.len());
         // Without buffers nobody has looked for frames.
         self.may_have_frames |= self.posted.is_empty();
-        for chain in buffers.drain(..wanted) {
-            self.room += chain.len();
-            self.posted.push_back(chain);
+        self.room += buffers.iter().take(wanted).map(Chain::len).sum::<usize>();
+        if wanted == buffers.len() {
+            self.posted.append(buffers);
+        } else {
+            self.posted.extend(buffers.drain(..wanted));
         }
         self.make_do = false;
     }
@@ -138,9 +140,17 @@ impl<'mem> Receiver<'mem> {
         self.may_read()
     }
 
-    /// Reads the next frame into the oldest buffers; returns its length with header, or more than
-    /// these hold.
-    pub(super) fn read(&mut self, queue: &Queue) -> io::Result<usize> {
+    /// Reads the next frame into the oldest buffers; returns its length with header, or nothing if
+    /// it is lost, being longer than what these hold.
+    pub(super) fn read(&mut self, queue: &Queue) -> io::Result<Option<usize>> {
+        // Without segmentation the oldest buffer nearly always takes any frame.
+        if self.window.is_empty()
+            && let Some(oldest) = self.posted.front()
+            && oldest.len() > self.largest
+        {
+            let length = queue.read(oldest.segments())?;
+            return Ok((length < oldest.len()).then_some(length));
+        }
         let most = if self.mergeable { self.posted.len() } else { 1 };
         while self.window_room < self.largest && self.window_chains < most {
             let chain = &self.posted[self.window_chains];
@@ -157,15 +167,18 @@ impl<'mem> Receiver<'mem> {
             self.window_room += chain.len();
         }
         if self.window_room <= self.largest {
-            return queue.read_watching(&mut self.window);
+            let length = queue.read_watching(&mut self.window)?;
+            return Ok((length <= self.window_room).then_some(length));
         }
         // No frame fills more than it may have, unless it was longer.
         let length = queue.read(&self.window)?;
-        Ok(if length == self.window_room { length + 1 } else { length })
+        Ok((length < self.window_room).then_some(length))
     }
 
-    /// Takes `bytes` from the window's start.
-    fn move_window(&mut self, mut bytes: usize) {
+    /// Takes `chains` of so many `bytes` from the window's start.
+    fn move_window(&mut self, chains: usize, mut bytes: usize) {
+        self.window_chains -= chains;
+        self.window_room -= bytes;
         let mut gone = 0;
         for segment in &mut self.window {
             if bytes < segment.len() {
@@ -180,10 +193,6 @@ impl<'mem> Receiver<'mem> {
 
     /// Gives back the buffers that the frame of `length` bytes takes, or counts it as dropped.
     pub(super) fn deliver(&mut self, length: usize, finished: &mut Finished<'mem>) {
-        if length > self.window_room {
-            finished.rx_dropped.push((Drop::NoRoom, 1));
-            return;
-        }
         if length < self.header_length {
             finished.rx_dropped.push((Drop::TooShort, 1));
             return;
@@ -198,23 +207,22 @@ impl<'mem> Receiver<'mem> {
         if self.peeks {
             self.note(length);
         }
-        let (mut left, mut buffers, mut taken) = (length, 0u16, 0);
-        let first = finished.rx.len();
+        let (mut left, mut taken, first) = (length, 0, finished.rx.len());
         while left > 0 {
             let chain = self.posted.pop_front().expect("the window has room for the frame");
             let part = left.min(chain.len());
             left -= part;
-            buffers += 1;
             taken += chain.len();
-            self.window_chains -= 1;
             finished.rx.push((chain, part as u32));
         }
+        let buffers = finished.rx.len() - first;
         self.room -= taken;
-        self.window_room -= taken;
-        self.move_window(taken);
+        if !self.window.is_empty() {
+            self.move_window(buffers, taken);
+        }
         if self.header_length == HEADER_LENGTH {
             // The kernel knows a header of 10 bytes only, and leaves the rest as it was.
-            finished.rx[first].0.write_at(10, &buffers.to_le_bytes());
+            finished.rx[first].0.write_at(10, &(buffers as u16).to_le_bytes());
         }
         finished.rx_frames += 1;
         finished.rx_bytes += (length - self.header_length) as u64;
@@ -242,10 +250,8 @@ impl<'mem> Receiver<'mem> {
     /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,
     /// but frames may have been queued before that.
     fn fit_header_to_guest(&self) -> Result<VnetHeader, Drop> {
-        let mut bytes = [0; 10];
         let buffer = &self.posted[0];
-        buffer.read_start(&mut bytes);
-        let header = VnetHeader::parse(&bytes);
+        let header = VnetHeader::parse(&buffer.first_bytes::<10>());
         if !header.accepted_by(&self.accepted) {
             return Err(Drop::NotAccepted);
         }
