@@ -342,6 +342,7 @@ impl PairCounters {
         for (ours, theirs) in [
             (&self.sessions, &other.sessions),
             (&self.turns, &other.turns),
+            (&self.naps, &other.naps),
             (&self.sleeps, &other.sleeps),
             (&self.starved, &other.starved),
         ] {
@@ -395,6 +396,8 @@ pub struct PairCounters {
     pub kick_to_used: Histogram<16>,
     /// Turns of the worker that moved something.
     pub turns: Counter,
+    /// Times that the worker slept a little without being woken, since frames came closely.
+    pub naps: Counter,
     /// Times that the worker went to sleep.
     pub sleeps: Counter,
     /// Times that rx had to wait for the guest to provide buffers.

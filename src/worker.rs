@@ -3,6 +3,7 @@
 //! Invariant: rings, chains and the port's session live on the worker's stack and end with the
 //! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more.
 
+mod naps;
 mod recording;
 mod session;
 mod sleeper;

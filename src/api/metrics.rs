@@ -24,9 +24,10 @@ const PER_DIRECTION: [PerDirection; 6] = [
     ("bursts_limited_total", "Bursts that the port's limit cut short", |it| &it.limited),
 ];
 
-const PER_PAIR: [PerPair; 4] = [
+const PER_PAIR: [PerPair; 5] = [
     ("sessions_total", "Times that the rings were started, or changed", |it| &it.sessions),
     ("turns_total", "Turns of the worker that moved something", |it| &it.turns),
+    ("naps_total", "Times that it slept a little without being woken", |it| &it.naps),
     ("sleeps_total", "Times that the worker went to sleep", |it| &it.sleeps),
     ("starved_total", "Times that frames waited for the guest's buffers", |it| &it.starved),
 ];

@@ -51,6 +51,7 @@ struct Pair {
     mode: &'static str,
     sessions: u64,
     turns: u64,
+    naps: u64,
     sleeps: u64,
     starved: u64,
     /// Seconds that its thread has run on a processor, and that it has not.
@@ -197,6 +198,7 @@ fn pair(pair: &PairStatus) -> Pair {
         kick_to_used_p50: counters.kick_to_used.quantile(0.5),
         kick_to_used_p99: counters.kick_to_used.quantile(0.99),
         turns: counters.turns.get(),
+        naps: counters.naps.get(),
         sleeps: counters.sleeps.get(),
         starved: counters.starved.get(),
         rx: direction(&counters.rx),

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
+use super::naps::Naps;
 use super::recording::record;
 use super::sleeper::{Sleeper, Woken};
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
@@ -97,6 +98,7 @@ struct Serving<'s> {
     pair: u16,
     /// Frames for the guest that the port was told to take each time.
     rx_allowance: usize,
+    naps: Naps,
 }
 
 /// Serves a session until a command waits.
@@ -147,6 +149,7 @@ pub(super) fn serve(
         capture: &options.capture,
         pair: options.pair,
         rx_allowance: usize::MAX,
+        naps: Naps::new(),
     };
     let result = serving.turn_until_command(options, mailbox);
     serving.surrender();
@@ -173,7 +176,8 @@ fn stopped(session: &Session, options: &WorkerOptions, fault: &Fault, ended: End
 }
 
 impl Serving<'_> {
-    /// Turns while something moves; else arms the rings, looks once more, and sleeps.
+    /// Turns while something moves; else takes a nap where that pays, or arms the rings, looks once more,
+    /// and sleeps.
     fn turn_until_command(
         &mut self,
         options: &WorkerOptions,
@@ -195,7 +199,11 @@ impl Serving<'_> {
                     ring.call.signal();
                 });
             }
-            if self.turn()? || self.busy_poll(options.busy_poll, mailbox)? || self.arm()? {
+            if self.turn()?
+                || self.busy_poll(options.busy_poll, mailbox)?
+                || self.nap()
+                || self.arm()?
+            {
                 continue;
             }
             self.status.counters.sleeps.add(1);
@@ -307,6 +315,7 @@ impl Serving<'_> {
             for (chain, written) in finished.rx.drain(..) {
                 rx.queue.retire(chain, written);
             }
+            self.naps.note(finished.rx_frames);
             rx.counters.frames.add(std::mem::take(&mut finished.rx_frames));
             rx.counters.bytes.add(std::mem::take(&mut finished.rx_bytes));
             rx.publish();
@@ -325,6 +334,7 @@ impl Serving<'_> {
                 }
                 tx.queue.retire(chain, 0);
             }
+            self.naps.note(frames);
             tx.counters.frames.add(frames);
             tx.counters.bytes.add(bytes);
             tx.publish();
@@ -361,6 +371,16 @@ impl Serving<'_> {
         }
         self.port.woken(false);
         Ok(false)
+    }
+
+    /// Takes a nap, if that pays; says whether it did.
+    fn nap(&mut self) -> bool {
+        let rested = self.naps.take();
+        if rested {
+            self.status.counters.naps.add(1);
+            self.port.woken(true);
+        }
+        rested
     }
 
     /// Asks the driver for kicks where they are of use; says whether it has been faster.
