@@ -12,7 +12,7 @@ use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, LOG_ALL, Options};
 use crate::support::frontend::Frontend;
 use crate::support::guest::memfd;
-use crate::support::network::enter_namespace_for;
+use crate::support::network::{enter_namespace_for, wait_for_carrier};
 use crate::support::traffic::{check_both_ways, frame};
 use crate::support::{eventually, needs_root};
 
@@ -144,6 +144,9 @@ fn frames_from_a_tap_and_from_a_veth_are_noted_too() {
         let wire = enter_namespace_for(host);
         let daemon = Daemon::start(&[host]);
         let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
+        if host.contains("tap") {
+            wait_for_carrier("tap0");
+        }
         check_both_ways(&wire, &mut card, 100);
         let log = Log::of(&card);
         assert!(card.frontend.set_log_base(log.bytes as u64, 0, &log.file));

@@ -10,7 +10,7 @@ use crate::support::driver::{
 };
 use crate::support::frontend::Frontend;
 use crate::support::network::{
-    ETHERTYPE, Wire, enter_namespace_with_tap, enter_new_namespace, ip, output,
+    ETHERTYPE, Wire, enter_namespace_with_tap, enter_new_namespace, ip, output, wait_for_carrier,
 };
 use crate::support::traffic::{check_both_ways, frame, tcp_frame};
 use crate::support::{eventually, needs_root};
@@ -25,6 +25,7 @@ fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
     all.extend(options);
     let daemon = Daemon::start(&all);
     let card = Card::start(Frontend::new(daemon.connect()), card);
+    wait_for_carrier("tap0");
     (daemon, Wire::open("tap0"), card)
 }
 

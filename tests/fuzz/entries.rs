@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -191,28 +192,35 @@ fn walk_both(guest: &Guest, layout: RingLayout, notification: Notification) {
     });
 }
 
-/// A thread that writes to a guest's memory while it has a seed.
+/// A thread that writes to a guest's memory while it has a seed, and sleeps else.
 struct Flipper {
     seed: Arc<AtomicU64>,
     /// It has seen that there is none.
     idle: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Flipper {
+    /// In place of a seed, which is odd: ends the thread.
+    const END: u64 = 2;
+
     fn start(guest: &Guest) -> Self {
         let file = FileOffset::new(guest.files[0].try_clone().unwrap(), 0);
         let range = (GuestAddress(0), REGION as usize, Some(file));
         let memory = GuestMemoryMmap::<()>::from_ranges_with_files([range]).unwrap();
-        let flipper = Flipper { seed: Arc::default(), idle: Arc::default() };
+        let mut flipper = Flipper { seed: Arc::default(), idle: Arc::default(), thread: None };
         let (seed, idle) = (flipper.seed.clone(), flipper.idle.clone());
-        std::thread::spawn(move || {
+        flipper.thread = Some(std::thread::spawn(move || {
             loop {
-                let mut state = seed.load(Ordering::SeqCst);
-                idle.store(state == 0, Ordering::SeqCst);
-                if state == 0 {
-                    std::thread::yield_now();
+                let wanted = seed.load(Ordering::SeqCst);
+                idle.store(wanted == 0, Ordering::SeqCst);
+                match wanted {
+                    0 => std::thread::park(),
+                    Self::END => return,
+                    _ => {}
                 }
-                while state != 0 && seed.load(Ordering::Relaxed) != 0 {
+                let mut state = wanted;
+                while state != 0 && seed.load(Ordering::Relaxed) == wanted {
                     state ^= state << 13;
                     state ^= state >> 7;
                     state ^= state << 17;
@@ -222,18 +230,30 @@ impl Flipper {
                     memory.write_obj((state >> 32) as u8, GuestAddress(place)).unwrap();
                 }
             }
-        });
+        }));
         flipper
+    }
+
+    fn wake(&self, seed: u64) {
+        self.seed.store(seed, Ordering::SeqCst);
+        self.thread.as_ref().unwrap().thread().unpark();
     }
 
     fn run(&self, seed: u64, meanwhile: impl FnOnce()) {
         self.idle.store(false, Ordering::SeqCst);
-        self.seed.store(seed | 1, Ordering::SeqCst);
+        self.wake(seed | 1);
         meanwhile();
         self.seed.store(0, Ordering::SeqCst);
         while !self.idle.load(Ordering::SeqCst) {
             std::thread::yield_now();
         }
+    }
+}
+
+impl std::ops::Drop for Flipper {
+    fn drop(&mut self) {
+        self.wake(Self::END);
+        let _ = self.thread.take().unwrap().join();
     }
 }
 

@@ -12,7 +12,6 @@ use nix::unistd::Pid;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::eventually;
-use super::network::wait_for_carrier;
 use super::rings::SocketRings;
 
 /// A running daemon, ended with the value.
@@ -37,13 +36,10 @@ pub(crate) fn port(name: &str, rest: &str) -> String {
 }
 
 impl Daemon {
-    /// Starts it on a socket in a directory of its own, and waits until it listens, and the kernel sends
-    /// frames to its TAP.
+    /// Starts it on a socket in a directory of its own, and waits until it listens.
     pub(crate) fn start(options: &[&str]) -> Self {
         let daemon = Self::spawn(options);
         daemon.wait_until_it_listens();
-        let tap = options.iter().find_map(|option| option.strip_prefix("--tap="));
-        tap.into_iter().for_each(wait_for_carrier);
         daemon
     }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 /// How long anything that must happen may take on a slow machine.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
-/// Waits until `condition` holds. How long that took is known to a sixteenth.
+/// Waits until `condition` holds.
 #[track_caller]
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
@@ -29,7 +29,7 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
         let waited = started.elapsed();
         assert!(waited < SOON, "{what}: not within {SOON:?}");
         // What is waited for may need the processor that looking takes.
-        let pause = (waited / 16).clamp(Duration::from_micros(50), Duration::from_millis(5));
+        let pause = (waited / 64).clamp(Duration::from_micros(50), Duration::from_micros(500));
         std::thread::sleep(pause);
     }
 }
