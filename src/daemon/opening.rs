@@ -17,7 +17,7 @@ use crate::sys::tap::{Queue, device_exists};
 
 /// How long a TAP may be busy: the kernel keeps one for a while whose daemon was killed (see
 /// [`Writer`](crate::sys::uring::Writer)).
-const BUSY_PATIENCE: Duration = Duration::from_millis(300);
+const BUSY_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it is left alone between attempts.
 const BUSY_RETRY: Duration = Duration::from_millis(1);
 
