@@ -28,6 +28,9 @@ pub const TX_METADATA: usize = 24;
 /// (`XSK_UNALIGNED_BUF_OFFSET_SHIFT`).
 pub const ADDRESS_BITS: u32 = 48;
 
+/// How many frames one call sends in copy mode (Linux 6.17); libc does not have it.
+const XDP_MAX_TX_SKB_BUDGET: libc::c_int = 9;
+
 /// `struct xdp_desc`: a frame to be sent, or one received.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -163,6 +166,8 @@ impl Socket {
         ] {
             set_option(&fd, libc::SOL_XDP, option, &size)?;
         }
+        // An older kernel sends 32 frames by a call, and is called again.
+        let _ = set_option(&fd, libc::SOL_XDP, XDP_MAX_TX_SKB_BUDGET, &sizes.tx);
         let offsets: libc::xdp_mmap_offsets =
             get_option(&fd, libc::SOL_XDP, libc::XDP_MMAP_OFFSETS)?;
         let map = |offsets: &libc::xdp_ring_offset, size, entry, page| {

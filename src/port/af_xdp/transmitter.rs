@@ -22,7 +22,7 @@ use crate::sys::xsk::{ADDRESS_BITS, Descriptor, checksum_request};
 use crate::traffic::{Notes, Way};
 use crate::vnet_header::{Admission, PrivateStart, Surplus, VnetHeader, admit};
 
-/// Calls for one burst at the most: the kernel sends 32 frames at a time.
+/// Calls for one burst at the most: a kernel before Linux 6.17 sends 32 frames at a time.
 const SENDS: usize = 16;
 
 /// A frame on its way.
@@ -127,14 +127,17 @@ impl<'mem> Transmitter<'mem> {
     fn begin_frame(&mut self, chain: &Chain<'mem, Readable>) -> Result<(), Drop> {
         admit(chain, &self.admission, &mut self.start)?;
         let header_length = self.admission.header_length;
-        let headers = &self.start.bytes()[header_length..];
-        let how = Segmentation::of(&self.start.header(), headers, chain.len() - header_length);
-        if how.is_some_and(|how| how.longest() > self.admission.max_frame) {
-            return Err(Drop::TooLong);
-        }
-        self.cut = how.map(|how| (how, 0));
         let length = chain.len() - header_length;
-        self.surplus += self.start.surplus(length);
+        let header = self.start.header();
+        if header.is_segmented() {
+            let headers = &self.start.bytes()[header_length..];
+            let how = Segmentation::of(&header, headers, length);
+            if how.is_some_and(|how| how.longest() > self.admission.max_frame) {
+                return Err(Drop::TooLong);
+            }
+            self.cut = how.map(|how| (how, 0));
+            self.surplus += self.start.surplus(length);
+        }
         if self.admission.peeks {
             self.notes.note(Way::Tx, &self.start.bytes()[header_length..], length);
         }
