@@ -21,8 +21,11 @@ pub enum Interest {
     Write,
     /// Either.
     ReadWrite,
-    /// Each write to an eventfd, whatever its counter and without reading it.
+    /// Each write to an eventfd, whatever its counter and without reading it; of others, each time
+    /// that there is more to read.
     Edge,
+    /// Nothing.
+    Nothing,
 }
 
 impl Interest {
@@ -32,6 +35,7 @@ impl Interest {
             Interest::Write => Events::EPOLLOUT,
             Interest::ReadWrite => Events::EPOLLIN | Events::EPOLLOUT,
             Interest::Edge => Events::EPOLLIN | Events::EPOLLET,
+            Interest::Nothing => Events::EPOLLET,
         }
     }
 }
@@ -128,7 +132,7 @@ impl<T: Copy + PartialEq> Poller<T> {
     /// The same, and for one more descriptor that is not watched between waits; says whether it
     /// is ready.
     ///
-    /// A socket that is watched costs the kernel a call of epoll's whenever something happens to
+    /// A descriptor that is watched costs the kernel a call of epoll's whenever something happens to
     /// it, asleep or not: on an AF_XDP socket for each frame sent, which is a tenth of its cost.
     pub fn wait_also(
         &self,
@@ -138,6 +142,7 @@ impl<T: Copy + PartialEq> Poller<T> {
         each: impl FnMut(T),
     ) -> io::Result<bool> {
         let events = match interest {
+            Interest::Nothing => 0,
             Interest::Read | Interest::Edge => libc::POLLIN,
             Interest::Write => libc::POLLOUT,
             Interest::ReadWrite => libc::POLLIN | libc::POLLOUT,
@@ -202,6 +207,11 @@ mod tests {
         assert_eq!(events(&poller), ['a'], "the edge is reported once");
         b_peer.write_all(b"x").unwrap();
         poller.remove('a').unwrap();
-        assert_eq!(events(&poller), ['b']);
+        assert_eq!(events(&poller), ['b'], "and again, when there is more");
+        poller.modify('b', Interest::Nothing).unwrap();
+        b_peer.write_all(b"x").unwrap();
+        assert_eq!(events(&poller), []);
+        poller.modify('b', Interest::Edge).unwrap();
+        assert_eq!(events(&poller), ['b'], "what came meanwhile is told");
     }
 }

@@ -122,6 +122,8 @@ pub struct Readiness<'a> {
     pub read: bool,
     /// Whether it is to be waited on for room to send.
     pub write: bool,
+    /// Whether it may be watched all the time: nothing happens to it but what is to be read.
+    pub watched: bool,
     /// Whether the guest is to say when it provides more buffers.
     pub starved: bool,
     /// Look again after this time, whatever happens.

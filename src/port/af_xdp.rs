@@ -380,6 +380,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
             fd,
             read: fd.is_some() && self.receives && self.rx_limit > 0,
             write: false,
+            watched: false,
             starved: self.receiver.is_starved(),
             timeout,
         }

@@ -332,6 +332,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             fd: self.gone_since.is_none().then(|| self.host.queue.as_fd()),
             read: self.receiver.watches() && self.rx_limit > 0,
             write: self.transmitter.blocked,
+            watched: true,
             starved: !self.receiver.has_room(),
             timeout,
         }
@@ -340,7 +341,8 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
     fn woken(&mut self, readable: bool) {
         self.bursts_since_woken = 0;
         if self.receiver.watches() && self.rx_limit > 0 && self.gone_since.is_none() {
-            self.receiver.may_have_frames = readable;
+            // It is told once, and what could not be read then is still there.
+            self.receiver.may_have_frames |= readable;
         }
     }
 

@@ -7,8 +7,8 @@
 
 use std::time::{Duration, Instant};
 
-/// Frames that must have come since the last time that there were none: one of the kernel's batches
-/// (64, `NAPI_POLL_WEIGHT`) may be in two parts.
+/// Frames that must have come since the last time that there were none, twice in a row: one of the
+/// kernel's batches (64, `NAPI_POLL_WEIGHT`) may be in two parts.
 const FRAMES: u64 = 32;
 /// The time within which they must have come.
 const PERIOD: Duration = Duration::from_micros(150);
@@ -16,18 +16,15 @@ const PERIOD: Duration = Duration::from_micros(150);
 /// second 140 come meanwhile, of the 256 that a ring usually has room for.
 const NAP: Duration = Duration::from_micros(20);
 
-/// When a worker has run out of frames, and how many there were before.
-#[derive(Debug)]
+/// How many frames there have been since a worker ran out of them last.
+#[derive(Debug, Default)]
 pub(super) struct Naps {
     frames: u64,
-    since: Instant,
+    /// When it did, if there had been many.
+    since: Option<Instant>,
 }
 
 impl Naps {
-    pub(super) fn new() -> Self {
-        Naps { frames: 0, since: Instant::now() }
-    }
-
     /// Notes that frames were moved.
     pub(super) fn note(&mut self, frames: u64) {
         self.frames += frames;
@@ -36,17 +33,15 @@ impl Naps {
     /// There are no more frames for now: says whether to look again after a nap, which it takes, rather
     /// than to be woken.
     pub(super) fn take(&mut self) -> bool {
-        let pays = pays(self.frames, self.since.elapsed());
+        let many = std::mem::take(&mut self.frames) >= FRAMES;
+        // Nobody looks at the clock for few.
+        let pays = many && self.since.is_some_and(|since| since.elapsed() < PERIOD);
         if pays {
             std::thread::sleep(NAP);
         }
-        *self = Naps::new();
+        self.since = many.then(Instant::now);
         pays
     }
-}
-
-fn pays(frames: u64, within: Duration) -> bool {
-    frames >= FRAMES && within < PERIOD
 }
 
 #[cfg(test)]
@@ -54,19 +49,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_frames_in_a_short_time_are_worth_a_nap() {
-        assert!(pays(FRAMES, Duration::ZERO));
-        assert!(pays(1000, Duration::from_micros(149)));
-        assert!(!pays(FRAMES - 1, Duration::ZERO), "too few");
-        assert!(!pays(1000, PERIOD), "they took too long");
-    }
+    fn many_frames_twice_in_a_short_time_are_worth_a_nap() {
+        // However long the test takes: from then on no time has passed.
+        let soon = Some(Instant::now() + Duration::from_secs(60));
+        let mut naps = Naps { frames: 0, since: soon };
+        naps.note(FRAMES - 1);
+        naps.note(1);
+        assert!(naps.take());
+        assert!(!naps.take(), "each counts once");
+        naps.note(FRAMES);
+        assert!(!naps.take(), "the first time after a pause");
 
-    #[test]
-    fn frames_count_for_one_nap() {
-        let mut naps = Naps::new();
-        naps.note(1000);
-        naps.take();
-        assert_eq!(naps.frames, 0);
-        assert!(!naps.take());
+        let mut naps = Naps { frames: FRAMES - 1, since: soon };
+        assert!(!naps.take(), "too few");
+        let mut naps = Naps { frames: 1000, since: Instant::now().checked_sub(PERIOD) };
+        assert!(!naps.take(), "they took too long");
     }
 }

@@ -149,7 +149,7 @@ pub(super) fn serve(
         capture: &options.capture,
         pair: options.pair,
         rx_allowance: usize::MAX,
-        naps: Naps::new(),
+        naps: Naps::default(),
     };
     let result = serving.turn_until_command(options, mailbox);
     serving.surrender();
@@ -184,7 +184,7 @@ impl Serving<'_> {
         mailbox: &Mailbox,
     ) -> Result<(), Fault> {
         let rings = (self.rx.as_ref().map(|rx| rx.ring), self.tx.as_ref().map(|tx| tx.ring));
-        let sleeper = match Sleeper::new(rings, self.port.events(), mailbox) {
+        let mut sleeper = match Sleeper::new(rings, self.port.events(), mailbox) {
             Ok(sleeper) => sleeper,
             Err(error) => {
                 warn!("{}: can't wait for its descriptors: {error}", options.name);

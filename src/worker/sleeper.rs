@@ -18,6 +18,7 @@ enum Wake {
     RxKick,
     TxKick,
     Host,
+    Port,
 }
 
 /// What a sleep was ended by.
@@ -34,6 +35,8 @@ pub(super) struct Sleeper {
     poller: Poller<Wake>,
     /// How long to sleep at the most, where a driver was given no way to kick.
     polling: Option<Duration>,
+    /// What the port's descriptor is watched for by the poller, if it may be.
+    watched: Interest,
 }
 
 impl Sleeper {
@@ -64,12 +67,31 @@ impl Sleeper {
         if let Some(events) = events {
             poller.add(events, Interest::Read, Wake::Host)?;
         }
-        Ok(Sleeper { poller, polling })
+        Ok(Sleeper { poller, polling, watched: Interest::Nothing })
+    }
+
+    /// Has the poller watch the port's descriptor for frames, or not: no call while that stays as it is.
+    fn watch(&mut self, fd: BorrowedFd<'_>, frames: bool) -> io::Result<()> {
+        let interest = if frames { Interest::Edge } else { Interest::Nothing };
+        if interest != self.watched {
+            if self.poller.modify(Wake::Port, interest).is_err() {
+                self.poller.add(fd, interest, Wake::Port)?;
+            }
+            self.watched = interest;
+        }
+        Ok(())
     }
 
     /// Sleeps until something of `readiness` or of the session's descriptors happens.
-    pub(super) fn sleep(&self, readiness: &Readiness<'_>, mailbox: &Mailbox) -> io::Result<Woken> {
+    pub(super) fn sleep(
+        &mut self,
+        readiness: &Readiness<'_>,
+        mailbox: &Mailbox,
+    ) -> io::Result<Woken> {
         let mut woken = Woken::default();
+        if let Some(fd) = readiness.fd.filter(|_| readiness.watched) {
+            self.watch(fd, readiness.read)?;
+        }
         let timeout = readiness.timeout.into_iter().chain(self.polling).min();
         let note = |wake| match wake {
             // Cleared here and nowhere else: it may be rung after its command was taken.
@@ -77,8 +99,11 @@ impl Sleeper {
             Wake::RxKick => woken.rx = true,
             Wake::TxKick => woken.tx = true,
             Wake::Host => woken.host = true,
+            Wake::Port => woken.port = true,
         };
-        let interest = match (readiness.read, readiness.write) {
+        // The poller's own times are milliseconds.
+        let is_told = readiness.watched && timeout.is_none();
+        let interest = match (readiness.read && !is_told, readiness.write) {
             (true, true) => Some(Interest::ReadWrite),
             (true, false) => Some(Interest::Read),
             (false, true) => Some(Interest::Write),
@@ -88,6 +113,6 @@ impl Sleeper {
             Some((fd, interest)) => self.poller.wait_also(fd, interest, timeout, note)?,
             None => self.poller.wait(timeout, note).map(|()| false)?,
         };
-        Ok(Woken { port, ..woken })
+        Ok(Woken { port: port || woken.port, ..woken })
     }
 }
