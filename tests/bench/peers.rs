@@ -23,6 +23,8 @@ pub(crate) use plain::serve as serve_plain;
 
 /// Which cases are measured, if not all.
 const CASES: &str = "COMPARE_CASES";
+/// Whose names contain one of these, if not all take part; separated by semicolons.
+const PARTIES: &str = "COMPARE_PARTIES";
 /// Where the figures are put.
 const DIRECTORY: &str = "COMPARE_DIRECTORY";
 
@@ -42,6 +44,8 @@ pub(super) fn run() {
         }
         None => true,
     });
+    let names = std::env::var(PARTIES).unwrap_or_default();
+    contestants.retain(|it| names.split(';').any(|part| it.name.contains(part)));
     if !is_wanted("ovs") && !wanted.is_empty() {
         contestants.retain(|contestant| !matches!(contestant.kind, party::Kind::Ovs(_)));
     }

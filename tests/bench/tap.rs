@@ -7,18 +7,22 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user_net::sys::process::pin_this_thread;
 use vhost_user_net::sys::tap::Queue;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::af_xdp::Load;
 use super::measure::{
     BATCH, Cost, GUEST, LENGTHS, bare, cost, frame, head, in_turns, receive_frames, received, row,
     send_frames, sent,
 };
 use crate::support::daemon::Daemon;
+use crate::support::driver::HEADER;
 use crate::support::guest::Ram;
 use crate::support::network::{Wire, enter_new_namespace, ip};
 use crate::support::testpmd::Testpmd;
@@ -101,25 +105,68 @@ impl Bare {
     }
 
     /// The same, a batch by a system call.
-    #[allow(unsafe_code)]
     pub(super) fn write_batches(&mut self, bytes: &[u8]) -> Cost {
         self.prepare(bytes);
+        bare(|| self.write_batch(bytes.len(), None))
+    }
+
+    /// The same, with a header of the loop's own before each frame: of a header that the guest could
+    /// still change nothing is known.
+    pub(super) fn write_batches_in_two(&mut self, bytes: &[u8]) -> Cost {
+        self.prepare(bytes);
+        bare(|| self.write_batch(bytes.len(), Some(&[0; HEADER])))
+    }
+
+    /// The same as `write_batches`, after a sleep that another thread ends each `pace`.
+    pub(super) fn write_batches_woken(&mut self, bytes: &[u8], pace: Duration) -> Cost {
+        self.prepare(bytes);
+        let event = EventFd::new(0).unwrap();
+        let (kick, mut load, mut next) =
+            (event.try_clone().unwrap(), Load::default(), Instant::now());
+        load.run(move || {
+            while Instant::now() < next {
+                std::hint::spin_loop();
+            }
+            next += pace;
+            kick.write(1).unwrap();
+        });
+        bare(|| {
+            event.read().unwrap();
+            self.write_batch(bytes.len(), None)
+        })
+    }
+
+    /// Writes a batch of frames of `length` bytes, header included; returns their number.
+    #[allow(unsafe_code)]
+    fn write_batch(&mut self, length: usize, header: Option<&[u8; HEADER]>) -> u64 {
         let start = self.memory.memory().get_host_address(GuestAddress(0)).unwrap();
         let tap = types::Fd(self.file.as_raw_fd());
-        bare(|| {
-            let mut queue = self.uring.submission();
-            for _ in 0..BATCH {
-                self.next += 1;
-                let place = start.wrapping_add((self.next % PLACES * PLACE) as usize);
-                let write = opcode::Write::new(tap, place, bytes.len() as u32).build();
-                // SAFETY: the memory lives as long as the instance, and this waits for all writes.
-                unsafe { queue.push(&write).unwrap() };
-            }
-            drop(queue);
-            self.uring.submit_and_wait(BATCH).unwrap();
-            assert!(self.uring.completion().all(|it| it.result() == bytes.len() as i32));
-            BATCH as u64
-        })
+        let mut pieces = Vec::with_capacity(2 * BATCH);
+        for _ in 0..BATCH {
+            self.next += 1;
+            let place = start.wrapping_add((self.next % PLACES * PLACE) as usize);
+            let piece = |base: *const u8, length| libc::iovec {
+                iov_base: base.cast_mut().cast(),
+                iov_len: length,
+            };
+            pieces.extend(header.map(|header| piece(header.as_ptr(), HEADER)));
+            let skip = if header.is_some() { HEADER } else { 0 };
+            pieces.push(piece(place.wrapping_add(skip), length - skip));
+        }
+        let mut queue = self.uring.submission();
+        for pieces in pieces.chunks(pieces.len() / BATCH) {
+            let write = match pieces {
+                [one] => opcode::Write::new(tap, one.iov_base.cast(), one.iov_len as u32).build(),
+                _ => opcode::Writev::new(tap, pieces.as_ptr(), pieces.len() as u32).build(),
+            };
+            // SAFETY: the memory lives as long as the instance, the list through this function, and
+            // this waits for all writes.
+            unsafe { queue.push(&write).unwrap() };
+        }
+        drop(queue);
+        self.uring.submit_and_wait(BATCH).unwrap();
+        assert!(self.uring.completion().all(|it| it.result() == length as i32));
+        BATCH as u64
     }
 
     /// Reads frames of `length` bytes that the sender sends.

@@ -199,14 +199,19 @@ impl Ring {
         wanted
     }
 
-    /// Takes the next used entry: its head and the bytes written.
-    pub(crate) fn take_used(&mut self) -> Option<(u16, u32)> {
+    /// The next used entry of a ring whose heads the caller keeps: its head and the bytes written.
+    pub(crate) fn next_used(&mut self) -> Option<(u16, u32)> {
         if self.ram.load(self.used + 2) == self.used_index {
             return None;
         }
         let entry = self.used + 4 + 8 * u64::from(self.used_index % self.size);
-        let (head, length) = (self.ram.read_u32(entry) as u16, self.ram.read_u32(entry + 4));
         self.used_index = self.used_index.wrapping_add(1);
+        Some((self.ram.read_u32(entry) as u16, self.ram.read_u32(entry + 4)))
+    }
+
+    /// Takes the next used entry: its head and the bytes written.
+    pub(crate) fn take_used(&mut self) -> Option<(u16, u32)> {
+        let (head, length) = self.next_used()?;
         let slots = std::mem::take(&mut self.in_use[usize::from(head)]);
         assert!(!slots.is_empty(), "head {head} was used twice");
         self.free.extend(slots);

@@ -31,7 +31,7 @@ type OfAll = fn(&[Party], &mut Report);
 type Alone = fn(&mut Report);
 
 /// What is measured of all parties, in turns.
-pub(super) const WITH_PARTIES: [(&str, OfAll); 9] = [
+pub(super) const WITH_PARTIES: [(&str, OfAll); 8] = [
     ("tx", tx),
     ("rx", rx),
     ("lean", lean_rx),
@@ -40,7 +40,6 @@ pub(super) const WITH_PARTIES: [(&str, OfAll); 9] = [
     ("paced", paced),
     ("segments", segments),
     ("guests", guests),
-    ("polled", polled_pings),
 ];
 
 /// What needs none of them.
@@ -92,34 +91,33 @@ fn dismiss(parties: &[&Party], guests: Vec<Testpmd>) {
     }
 }
 
-/// Bare loops and their names, of which each is a row of its own.
-type Bare<'a> = Vec<(&'static str, Box<dyn FnMut() -> Cost + 'a>)>;
+/// What is measured in turns, and the names of the rows.
+type Measurements<'a> = Vec<(&'a str, Box<dyn FnMut() -> Cost + 'a>)>;
 
-/// Measures bare loops and parties in turns, and notes both figures of each.
-fn compare<'a>(
+/// Measures all of it in turns, and notes both figures of each.
+fn compare(case: &str, all: Measurements<'_>, report: &mut Report) {
+    let (names, measurements): (Vec<&str>, Vec<_>) = all.into_iter().unzip();
+    for (name, costs) in names.into_iter().zip(all_in_turns(ROUNDS, measurements)) {
+        report.add(case, name, "ns", costs.iter().map(Cost::ns).collect());
+        let rates = costs.iter().map(|cost| cost.rate() / 1e6).collect();
+        report.add(case, name, "Mpps", rates);
+    }
+}
+
+/// Measures bare loops, and parties with a testpmd each.
+fn compare_with_testpmd<'a>(
     case: &str,
-    bare: Bare<'a>,
+    mut all: Measurements<'a>,
     parties: &[&'a Party],
     guests: &'a mut [Testpmd],
     measure: impl Fn(&Party, &mut Testpmd) -> Cost + Copy + 'a,
     report: &mut Report,
 ) {
-    let mut names: Vec<&str> = bare.iter().map(|(name, _)| *name).collect();
-    let mut measurements: Vec<Box<dyn FnMut() -> Cost + '_>> =
-        bare.into_iter().map(|(_, measure)| measure).collect();
-    for (party, guest) in parties.iter().zip(guests) {
-        names.push(party.contestant.name);
-        measurements.push(Box::new(move || turn(party, guest, |guest| measure(party, guest))));
+    for (&party, guest) in parties.iter().zip(guests) {
+        let measure = move || turn(party, guest, |guest| measure(party, guest));
+        all.push((party.contestant.name, Box::new(measure)));
     }
-    note(case, &names, all_in_turns(ROUNDS, measurements), report);
-}
-
-fn note(case: &str, names: &[&str], costs: Vec<Vec<Cost>>, report: &mut Report) {
-    for (name, costs) in names.iter().zip(costs) {
-        report.add(case, name, "ns", costs.iter().map(Cost::ns).collect());
-        let rates = costs.iter().map(|cost| cost.rate() / 1e6).collect();
-        report.add(case, name, "Mpps", rates);
-    }
+    compare(case, all, report);
 }
 
 /// Frames that the guest sends as fast as it can.
@@ -138,9 +136,13 @@ fn tx(parties: &[Party], report: &mut Report) {
             party.pause();
         }
         let bytes = [&[0; HEADER][..], &frame(length)].concat();
-        let bare: Bare<'_> = vec![
+        let bare: Measurements<'_> = vec![
             ("bare write loop", Box::new(|| bare_tap.borrow_mut().write(&bytes))),
             ("bare io_uring loop", Box::new(|| bare_tap.borrow_mut().write_batches(&bytes))),
+            (
+                "bare io_uring loop, header apart",
+                Box::new(|| bare_tap.borrow_mut().write_batches_in_two(&bytes)),
+            ),
             (
                 "bare AF_XDP loop",
                 Box::new(|| bare_veth.borrow_mut().send(length, af_xdp::Place::There)),
@@ -148,7 +150,7 @@ fn tx(parties: &[Party], report: &mut Report) {
         ];
         let measure =
             |party: &Party, _: &mut Testpmd| cost(|| received(&party.wire()), || party.cpu());
-        compare(&format!("tx {length}"), bare, &parties, &mut guests, measure, report);
+        compare_with_testpmd(&format!("tx {length}"), bare, &parties, &mut guests, measure, report);
     }
     dismiss(&parties, guests);
 }
@@ -162,7 +164,14 @@ fn rx(parties: &[Party], report: &mut Report) {
             let _sender = tap::Sender::start(&party.wire(), length);
             cost(|| guest.counter("RX-packets"), || party.cpu())
         };
-        compare(&format!("rx {length}"), Vec::new(), &parties, &mut guests, measure, report);
+        compare_with_testpmd(
+            &format!("rx {length}"),
+            Vec::new(),
+            &parties,
+            &mut guests,
+            measure,
+            report,
+        );
     }
     dismiss(&parties, guests);
 }
@@ -179,7 +188,14 @@ fn echo(parties: &[Party], report: &mut Report) {
             let _sender = tap::Sender::start(&party.wire(), length);
             cost(|| received(&party.wire()), || party.cpu())
         };
-        compare(&format!("loop {length}"), Vec::new(), &parties, &mut guests, measure, report);
+        compare_with_testpmd(
+            &format!("loop {length}"),
+            Vec::new(),
+            &parties,
+            &mut guests,
+            measure,
+            report,
+        );
     }
     dismiss(&parties, guests);
 }
@@ -207,10 +223,10 @@ fn own_guest_turn(
     cost
 }
 
-/// Measures parties with guests of ours, and bare loops, in turns.
+/// Measures bare loops, and parties with guests of ours.
 fn compare_with_own_guests<'a>(
     case: &str,
-    bare: Bare<'a>,
+    mut all: Measurements<'a>,
     parties: &[&'a Party],
     options: Options,
     serve: impl Fn(&Party, Card, &mut af_xdp::Load) -> Count + Copy + 'a,
@@ -218,18 +234,14 @@ fn compare_with_own_guests<'a>(
 ) {
     let turn =
         move |party: &Party| own_guest_turn(party, options, |card, load| serve(party, card, load));
-    let mut names: Vec<&str> = bare.iter().map(|(name, _)| *name).collect();
-    let mut measurements: Vec<Box<dyn FnMut() -> Cost + '_>> =
-        bare.into_iter().map(|(_, measure)| measure).collect();
-    for party in parties {
+    for &party in parties {
         if turn(party).is_none() {
             report.skip(&format!("{case}: {}", party.contestant.name), "it has no such offload");
             continue;
         }
-        names.push(party.contestant.name);
-        measurements.push(Box::new(move || turn(party).expect("as before")));
+        all.push((party.contestant.name, Box::new(move || turn(party).expect("as before"))));
     }
-    note(case, &names, all_in_turns(ROUNDS, measurements), report);
+    compare(case, all, report);
 }
 
 /// Sends frames to the guest as fast as the device's kind allows.
@@ -249,7 +261,7 @@ fn lean_rx(parties: &[Party], report: &mut Report) {
     af_xdp::veth("lean");
     let bare_veth = RefCell::new(af_xdp::Bare::on("lean0", false));
     for length in LENGTHS {
-        let bare: Bare<'_> = vec![
+        let bare: Measurements<'_> = vec![
             ("bare read loop", Box::new(|| bare_tap.borrow_mut().read(length))),
             (
                 "bare AF_XDP loop",
@@ -327,9 +339,14 @@ const PACE: Duration = Duration::from_micros(320);
 /// Frames that the guest sends at a steady rate.
 fn paced(parties: &[Party], report: &mut Report) {
     let parties = without_busy_poll(parties);
+    let tap = RefCell::new(tap::Bare::new());
+    let bytes = [&[0; HEADER][..], &frame(64)].concat();
+    let bare: Measurements<'_> = vec![(
+        "bare io_uring loop",
+        Box::new(|| tap.borrow_mut().write_batches_woken(&bytes, PACE)),
+    )];
     let serve = |party: &Party, mut card: Card, load: &mut af_xdp::Load| -> Count {
         let tx = &card.tx[0];
-        let bytes = [&[0; HEADER][..], &frame(64)].concat();
         for head in 0..RING {
             let place = tx.buffer_area() + 2048 * u64::from(head);
             card.ram.write(place, &bytes);
@@ -357,7 +374,7 @@ fn paced(parties: &[Party], report: &mut Report) {
         Box::new(move || received(&wire))
     };
     let options = Options { size: RING, ..Options::default() };
-    compare_with_own_guests("paced tx 64", Vec::new(), &parties, options, serve, report);
+    compare_with_own_guests("paced tx 64", bare, &parties, options, serve, report);
 }
 
 /// Payload of a frame that is to be cut.
@@ -369,7 +386,8 @@ fn segments(parties: &[Party], report: &mut Report) {
     let tap = RefCell::new(tap::Bare::new());
     let (header, frame) = tcp_frame(PAYLOAD, 1448);
     let bytes = [header, frame].concat();
-    let bare: Bare<'_> = vec![("bare write loop", Box::new(|| tap.borrow_mut().write(&bytes)))];
+    let bare: Measurements<'_> =
+        vec![("bare write loop", Box::new(|| tap.borrow_mut().write(&bytes)))];
     const FRAMES: u16 = 64;
     let options = Options {
         size: FRAMES,
@@ -465,7 +483,8 @@ fn background(party: &Party) -> af_xdp::Load {
     load
 }
 
-/// A guest that sleeps when nothing happens: pings, TCP both ways, and nothing at all.
+/// A guest with a kernel's stack, which sleeps when nothing happens: pings (of which some while it
+/// polls), TCP both ways, and nothing at all.
 fn guests(parties: &[Party], report: &mut Report) {
     let guests: Vec<KernelGuest> = parties
         .iter()
@@ -482,7 +501,7 @@ fn guests(parties: &[Party], report: &mut Report) {
             guest
         })
         .collect();
-    let mut pings: Vec<[Pings; 2]> = parties.iter().map(|_| Default::default()).collect();
+    let mut pings: Vec<[Pings; 3]> = parties.iter().map(|_| Default::default()).collect();
     let mut tcp: Vec<[[Vec<f64>; 2]; 2]> = parties.iter().map(|_| Default::default()).collect();
     let mut idle: Vec<Vec<f64>> = parties.iter().map(|_| Vec::new()).collect();
     for round in 0..ROUNDS {
@@ -493,6 +512,9 @@ fn guests(parties: &[Party], report: &mut Report) {
             let load = background(party);
             pings[number][1].take(&address);
             drop(load);
+            guests[number].poll(true);
+            pings[number][2].take(&address);
+            guests[number].poll(false);
             if round >= FEW_ROUNDS {
                 party.pause();
                 continue;
@@ -513,9 +535,9 @@ fn guests(parties: &[Party], report: &mut Report) {
     }
     for (((party, pings), tcp), idle) in parties.iter().zip(pings).zip(tcp).zip(idle) {
         let name = party.contestant.name;
-        let [quiet, loaded] = pings;
-        quiet.note("ping", name, report);
-        loaded.note("ping under load", name, report);
+        for (case, pings) in ["ping", "ping under load", "ping, polling guest"].iter().zip(pings) {
+            pings.note(case, name, report);
+        }
         for (way, [rates, costs]) in ["to host", "to guest"].into_iter().zip(tcp) {
             report.add(&format!("TCP {way}"), name, "Gbit/s", rates);
             report.add(&format!("TCP {way}"), name, "ns/KiB", costs);
@@ -531,30 +553,6 @@ fn guests(parties: &[Party], report: &mut Report) {
         drop(guest);
         party.pause();
     }
-}
-
-/// Pings to a guest that looks for frames all the time.
-fn polled_pings(parties: &[Party], report: &mut Report) {
-    let all: Vec<&Party> = parties.iter().collect();
-    let guests = testpmds(&all, RING, |guest| {
-        guest.command("set fwd icmpecho");
-        guest.command("start");
-    });
-    let mut pings: Vec<Pings> = parties.iter().map(|_| Default::default()).collect();
-    for _ in 0..ROUNDS {
-        for ((party, guest), pings) in parties.iter().zip(&guests).zip(&mut pings) {
-            party.resume();
-            guest.resume();
-            std::thread::sleep(Duration::from_millis(50));
-            pings.take(&party.guest_address().to_string());
-            guest.pause();
-            party.pause();
-        }
-    }
-    for (party, pings) in parties.iter().zip(pings) {
-        pings.note("ping, polling guest", party.contestant.name, report);
-    }
-    dismiss(&all, guests);
 }
 
 /// How soon the daemon can be connected to, in milliseconds.
@@ -619,7 +617,8 @@ fn ports(report: &mut Report) {
         })
         .collect();
     let measurements =
-        daemons.iter().zip(&mut guests).zip(counts).map(|(((daemon, _), guest), count)| {
+        daemons.iter().zip(&mut guests).zip(counts).map(|((daemon, guest), count)| {
+            let (daemon, name) = daemon;
             let measure = move || {
                 guest.resume();
                 let cost =
@@ -627,11 +626,9 @@ fn ports(report: &mut Report) {
                 guest.pause();
                 cost
             };
-            Box::new(measure) as Box<dyn FnMut() -> Cost + '_>
+            (&**name, Box::new(measure) as Box<dyn FnMut() -> Cost + '_>)
         });
-    let costs = all_in_turns(ROUNDS, measurements.collect());
-    let names: Vec<&str> = daemons.iter().map(|(_, name)| &**name).collect();
-    note("tx 64, one port of many", &names, costs, report);
+    compare("tx 64, one port of many", measurements.collect(), report);
     guests.iter().for_each(Testpmd::resume);
     drop(guests);
     for (daemon, name) in &daemons {

@@ -1,5 +1,6 @@
 //! A guest whose network stack is the kernel's, in a network namespace of its own: a driver, as Linux
-//! has it, that sleeps when nothing happens, between the card's rings and a TAP device.
+//! has it, that sleeps when nothing happens (unless it is told to poll), between the card's rings and a
+//! TAP device.
 //!
 //! Split rings of 256, EVENT_IDX, mergeable buffers of 1536 bytes where the backend knows them,
 //! checksums and segmentation left to the backend, and accepted from it, as far as it offers that.
@@ -24,7 +25,6 @@ use crate::support::driver::{
     PROTOCOL, Ring, VERSION_1, WRITE,
 };
 use crate::support::frontend::Frontend;
-use crate::support::guest::Ram;
 use crate::support::network::{enter_new_namespace, ip};
 
 /// HOST_ECN, GUEST_ECN.
@@ -38,17 +38,24 @@ const PIECE: usize = 32 << 10;
 
 /// A guest at an address, which answers pings and serves iperf3.
 pub(super) struct KernelGuest {
-    stop: Arc<AtomicBool>,
+    wishes: Arc<Wishes>,
     driver: Option<JoinHandle<()>>,
     server: Child,
+}
+
+/// What its driver is to do.
+#[derive(Default)]
+struct Wishes {
+    stop: AtomicBool,
+    poll: AtomicBool,
 }
 
 impl KernelGuest {
     /// Connects to a backend at `socket`; `address` has its prefix's length.
     pub(super) fn start(socket: &Path, address: &str, mac: &str) -> Self {
-        let stop = Arc::<AtomicBool>::default();
+        let wishes = Arc::<Wishes>::default();
         let (ready, started) = channel();
-        let (stopped, socket) = (stop.clone(), socket.to_owned());
+        let (its_wishes, socket) = (wishes.clone(), socket.to_owned());
         let (address, mac) = (address.to_owned(), mac.to_owned());
         let driver = std::thread::spawn(move || {
             enter_new_namespace();
@@ -60,15 +67,20 @@ impl KernelGuest {
             let mut server = Command::new("iperf3");
             server.args(["-s", "--forceflush"]).stdin(Stdio::null()).stdout(Stdio::null());
             ready.send(server.spawn().unwrap()).unwrap();
-            driver.run(&stopped);
+            driver.run(&its_wishes);
         });
-        KernelGuest { stop, driver: Some(driver), server: started.recv().unwrap() }
+        KernelGuest { wishes, driver: Some(driver), server: started.recv().unwrap() }
+    }
+
+    /// Has its driver look for frames all the time, or sleep when there are none.
+    pub(super) fn poll(&self, poll: bool) {
+        self.wishes.poll.store(poll, Ordering::Relaxed);
     }
 }
 
 impl Drop for KernelGuest {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.wishes.stop.store(true, Ordering::Relaxed);
         let _ = self.driver.take().unwrap().join();
         let _ = self.server.kill();
         let _ = self.server.wait();
@@ -161,12 +173,19 @@ impl Driver {
         }
     }
 
-    fn run(&mut self, stop: &AtomicBool) {
-        while !stop.load(Ordering::Relaxed) {
+    fn run(&mut self, wishes: &Wishes) {
+        while !wishes.stop.load(Ordering::Relaxed) {
             if self.send() | self.receive() {
                 continue;
             }
             let [rx, tx] = [&self.card.rx[0], &self.card.tx[0]];
+            if wishes.poll.load(Ordering::Relaxed) {
+                rx.want_no_call();
+                tx.want_no_call();
+                // To whom its frames go, and who sends them, is on the same processor.
+                std::thread::yield_now();
+                continue;
+            }
             rx.want_call();
             // Linux reclaims what was sent when it sends more, unless the ring is full.
             let full = self.free.is_empty();
@@ -190,7 +209,7 @@ impl Driver {
     /// Sends what the kernel has to send; says whether there was any.
     fn send(&mut self) -> bool {
         let (ram, tx) = (self.card.ram.clone(), &mut self.card.tx[0]);
-        while let Some((head, _)) = used(&ram, tx) {
+        while let Some((head, _)) = tx.next_used() {
             self.free.push(head);
         }
         let mut any = false;
@@ -215,7 +234,7 @@ impl Driver {
         let (ram, rx) = (self.card.ram.clone(), &mut self.card.rx[0]);
         let mut any = false;
         for _ in 0..64 {
-            let Some((head, length)) = used(&ram, rx) else { break };
+            let Some((head, length)) = rx.next_used() else { break };
             any = true;
             let place = |head: u16| self.incoming + u64::from(head) * u64::from(self.buffer);
             let start = place(head);
@@ -223,7 +242,7 @@ impl Driver {
             let (mut heads, mut pieces) = (vec![head], vec![(start, length as usize)]);
             while heads.len() < count.into() {
                 // The used index covers the whole frame at once.
-                let (head, length) = used(&ram, rx).unwrap();
+                let (head, length) = rx.next_used().unwrap();
                 heads.push(head);
                 pieces.push((place(head), length as usize));
             }
@@ -251,16 +270,6 @@ impl Driver {
         }
         any
     }
-}
-
-/// The next used entry's head and length.
-fn used(ram: &Ram, ring: &mut Ring) -> Option<(u16, u32)> {
-    if ram.load(ring.used + 2) == ring.used_index {
-        return None;
-    }
-    let entry = ring.used + 4 + 8 * u64::from(ring.used_index % ring.size);
-    ring.used_index = ring.used_index.wrapping_add(1);
-    Some((ram.read_u32(entry) as u16, ram.read_u32(entry + 4)))
 }
 
 /// Makes a frame available, in one piece or, if it may be indirect, in a few.
