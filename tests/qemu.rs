@@ -197,7 +197,6 @@ fn check_restarts(daemon: &mut Daemon, server: &str, wait: &dyn Fn(&Path)) {
 #[test]
 fn guests_and_qemu_restart_against_one_listening_daemon() {
     needs_guest!("guests_and_qemu_restart_against_one_listening_daemon");
-    let _alone = one_at_a_time();
     let mut daemon = daemon(&[]);
     check_restarts(&mut daemon, "0", &|_| {});
 }
@@ -205,7 +204,6 @@ fn guests_and_qemu_restart_against_one_listening_daemon() {
 #[test]
 fn guests_and_qemu_restart_against_one_connecting_daemon() {
     needs_guest!("guests_and_qemu_restart_against_one_connecting_daemon");
-    let _alone = one_at_a_time();
     let mut daemon = daemon(&["--connect={}"]);
     check_restarts(&mut daemon, "1", &|_| {});
 }
