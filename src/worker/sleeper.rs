@@ -35,8 +35,8 @@ pub(super) struct Sleeper {
     poller: Poller<Wake>,
     /// How long to sleep at the most, where a driver was given no way to kick.
     polling: Option<Duration>,
-    /// What the port's descriptor is watched for by the poller, if it may be.
-    watched: Interest,
+    /// What the port's descriptor is watched for by the poller, if it is.
+    watched: Option<Interest>,
 }
 
 impl Sleeper {
@@ -67,19 +67,17 @@ impl Sleeper {
         if let Some(events) = events {
             poller.add(events, Interest::Read, Wake::Host)?;
         }
-        Ok(Sleeper { poller, polling, watched: Interest::Nothing })
+        Ok(Sleeper { poller, polling, watched: None })
     }
 
     /// Has the poller watch the port's descriptor for frames, or not: no call while that stays as it is.
     fn watch(&mut self, fd: BorrowedFd<'_>, frames: bool) -> io::Result<()> {
         let interest = if frames { Interest::Edge } else { Interest::Nothing };
-        if interest != self.watched {
-            if self.poller.modify(Wake::Port, interest).is_err() {
-                self.poller.add(fd, interest, Wake::Port)?;
-            }
-            self.watched = interest;
+        match self.watched.replace(interest) {
+            Some(before) if before == interest => Ok(()),
+            Some(_) => self.poller.modify(Wake::Port, interest),
+            None => self.poller.add(fd, interest, Wake::Port),
         }
-        Ok(())
     }
 
     /// Sleeps until something of `readiness` or of the session's descriptors happens.
