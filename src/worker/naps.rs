@@ -3,7 +3,7 @@
 //!
 //! Both sides pay for a wake-up: the worker for its way into sleep and out of it, and whoever sends
 //! for waking it. Network cards have the same (ethtool's `rx-usecs`); here only bursts that follow each
-//! other closely bring it about, so nothing that waits for an answer is ever held up by it.
+//! other closely bring it about, and not frames of which each waits for the answer to another.
 
 use std::time::{Duration, Instant};
 
