@@ -13,7 +13,7 @@ use vhost_user_net::sys::link;
 use super::{examine, is_mended, is_right, line, shell};
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_new_namespace, ip, make_veth, output};
-use crate::support::{needs_program, needs_root};
+use crate::support::{eventually, needs_program, needs_root};
 
 /// A veth that is as it should be: `veth0` for the daemon, `veth1` the host's.
 fn enter_namespace_with_good_veth() {
@@ -157,6 +157,11 @@ fn a_process_that_holds_a_foreign_program_is_named() {
     assert_eq!(wrong.cure, Some(cure), "'xdp off' does not take it from the link's holder");
     // Which ends this process, too; the kernel does no more than this then.
     drop(link);
+    // A process that another test is just starting has it, too, until it runs its own program.
+    eventually("nobody holds it", || {
+        let lines = examine(&["--af-xdp=veth0"]);
+        !lines.iter().any(|line| line.check == wrong.check && line.status == "FAIL")
+    });
     is_right(wrong, &examine(&["--af-xdp=veth0"]));
 }
 
