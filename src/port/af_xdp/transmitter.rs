@@ -128,14 +128,12 @@ impl<'mem> Transmitter<'mem> {
         admit(chain, &self.admission, &mut self.start)?;
         let header_length = self.admission.header_length;
         let length = chain.len() - header_length;
-        let header = self.start.header();
-        if header.is_segmented() {
-            let headers = &self.start.bytes()[header_length..];
-            let how = Segmentation::of(&header, headers, length);
-            if how.is_some_and(|how| how.longest() > self.admission.max_frame) {
+        let headers = &self.start.bytes()[header_length..];
+        if let Some(how) = Segmentation::of(&self.start.header(), headers, length) {
+            if how.longest() > self.admission.max_frame {
                 return Err(Drop::TooLong);
             }
-            self.cut = how.map(|how| (how, 0));
+            self.cut = Some((how, 0));
             self.surplus += self.start.surplus(length);
         }
         if self.admission.peeks {
