@@ -26,7 +26,7 @@ use super::measure::{
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{enter_new_namespace, ip};
+use crate::support::network::{Wire, enter_new_namespace, ip};
 use crate::support::testpmd::Testpmd;
 
 const SIZES: RingSizes = RingSizes { rx: 1024, tx: 1024 };
@@ -186,6 +186,31 @@ impl Load {
             std::thread::sleep(Duration::from_micros(100));
         });
         taken
+    }
+
+    /// Sends frames as fast as a packet socket can.
+    pub(super) fn flooding(device: &str, length: usize) -> Self {
+        let mut load = Load::default();
+        load.flood(device, length);
+        load
+    }
+
+    /// The same, beside what it does already.
+    pub(super) fn flood(&mut self, device: &str, length: usize) {
+        let (wire, frame) = (Wire::open(device), frame(length));
+        self.run(move || wire.flood(&frame));
+    }
+
+    /// Does `step` each `pace`, and nothing but look at the clock in between.
+    pub(super) fn run_each(&mut self, pace: Duration, mut step: impl FnMut() + Send + 'static) {
+        let mut next = Instant::now();
+        self.run(move || {
+            while Instant::now() < next {
+                std::hint::spin_loop();
+            }
+            next += pace;
+            step();
+        });
     }
 
     /// Does `step` over and over, in a thread of its own.

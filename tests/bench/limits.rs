@@ -4,8 +4,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::af_xdp::Load;
 use super::measure::{GUEST, receive_frames, received, send_frames, sent};
-use super::tap::Sender;
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_new_namespace, ip};
 use crate::support::testpmd::Testpmd;
@@ -57,7 +57,7 @@ pub(super) fn run() {
     send_frames(&mut guest, FRAME);
     show_rate(|| received("tap1"));
     receive_frames(&mut guest);
-    let _sender = Sender::start("tap1", FRAME);
+    let _sender = Load::flooding("tap1", FRAME);
     show_rate(|| sent("tap1"));
     println!();
 }

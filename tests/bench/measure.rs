@@ -80,15 +80,11 @@ pub(super) fn cost(mut frames: impl FnMut() -> u64, cpu: impl Fn() -> u64) -> Co
 
 /// Takes all measurements, in turns.
 pub(super) fn in_turns<const N: usize>(
-    mut measurements: [&mut dyn FnMut() -> Cost; N],
+    measurements: [&mut dyn FnMut() -> Cost; N],
 ) -> [Vec<Cost>; N] {
-    let mut costs = [const { Vec::new() }; N];
-    for _ in 0..ROUNDS {
-        for (costs, measure) in costs.iter_mut().zip(&mut measurements) {
-            costs.push(measure());
-        }
-    }
-    costs
+    let boxed = measurements.map(|measure| Box::new(measure) as Box<dyn FnMut() -> Cost + '_>);
+    let costs = all_in_turns(ROUNDS, boxed.into());
+    costs.try_into().unwrap_or_else(|_| unreachable!("each measurement has its costs"))
 }
 
 /// The same of any number of measurements, so many times.

@@ -7,12 +7,12 @@ use vhost_user_net::sys::bpf::Program;
 use vhost_user_net::sys::bpf::instructions::{add, copy, exit};
 use vhost_user_net::sys::process::pin_this_thread;
 
+use super::af_xdp::Load;
 use super::af_xdp::{lean_rx_cost, veth};
 use super::measure::{
     Cost, GUEST, LENGTHS, cost, frame, head, in_turns, receive_frames, received, row, send_frames,
     sent,
 };
-use super::tap::Sender;
 use crate::support::daemon::Daemon;
 use crate::support::network::enter_new_namespace;
 use crate::support::testpmd::Testpmd;
@@ -140,7 +140,7 @@ fn run(variants: &[Variant<'_>; 3]) {
             |party| cost(|| received(&party.device), || party.daemon.cpu_nanoseconds()),
         );
         measure("tap, rx", &taps, 1024, receive_frames, |party| {
-            let _sender = Sender::start(&party.device, length);
+            let _sender = Load::flooding(&party.device, length);
             cost(|| sent(&party.device), || party.daemon.cpu_nanoseconds())
         });
         measure(

@@ -5,9 +5,7 @@ use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -24,37 +22,8 @@ use super::measure::{
 use crate::support::daemon::Daemon;
 use crate::support::driver::HEADER;
 use crate::support::guest::Ram;
-use crate::support::network::{Wire, enter_new_namespace, ip};
+use crate::support::network::{enter_new_namespace, ip};
 use crate::support::testpmd::Testpmd;
-
-/// Floods the device from the host's side, on processor 0, until it is dropped.
-pub(super) struct Sender {
-    stop: Arc<AtomicBool>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Sender {
-    pub(super) fn start(device: &str, length: usize) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let wire = Wire::open(device);
-        let frame = frame(length);
-        let thread = std::thread::spawn(move || {
-            pin_this_thread(0).unwrap();
-            while !stopped.load(Ordering::Relaxed) {
-                wire.flood(&frame);
-            }
-        });
-        Sender { stop, thread: Some(thread) }
-    }
-}
-
-impl Drop for Sender {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.take().unwrap().join().unwrap();
-    }
-}
 
 /// Places that a bare loop sends from and reads to, one after the other: as many as a guest's ring
 /// has, in memory such as a guest's.
@@ -121,15 +90,8 @@ impl Bare {
     pub(super) fn write_batches_woken(&mut self, bytes: &[u8], pace: Duration) -> Cost {
         self.prepare(bytes);
         let event = EventFd::new(0).unwrap();
-        let (kick, mut load, mut next) =
-            (event.try_clone().unwrap(), Load::default(), Instant::now());
-        load.run(move || {
-            while Instant::now() < next {
-                std::hint::spin_loop();
-            }
-            next += pace;
-            kick.write(1).unwrap();
-        });
+        let (kick, mut load) = (event.try_clone().unwrap(), Load::default());
+        load.run_each(pace, move || kick.write(1).unwrap());
         bare(|| {
             event.read().unwrap();
             self.write_batch(bytes.len(), None)
@@ -171,7 +133,7 @@ impl Bare {
 
     /// Reads frames of `length` bytes that the sender sends.
     pub(super) fn read(&mut self, length: usize) -> Cost {
-        let _sender = Sender::start("bare0", length);
+        let _sender = Load::flooding("bare0", length);
         bare(|| {
             let place = self.next % PLACES * PLACE;
             match self.memory.fetch(place, PLACE as usize, &mut self.file) {
@@ -226,7 +188,7 @@ pub(super) fn run() {
         guest.pause();
         let [read, rx] = in_turns([&mut || tap.borrow_mut().read(length), &mut || {
             guest.resume();
-            let sender = Sender::start("tap0", length);
+            let sender = Load::flooding("tap0", length);
             let cost = cost(|| sent("tap0"), cpu);
             drop(sender);
             guest.pause();

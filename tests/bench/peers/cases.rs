@@ -161,7 +161,7 @@ fn rx(parties: &[Party], report: &mut Report) {
     let mut guests = testpmds(&parties, RING, receive_frames);
     for length in LENGTHS {
         let measure = |party: &Party, guest: &mut Testpmd| {
-            let _sender = tap::Sender::start(&party.wire(), length);
+            let _sender = af_xdp::Load::flooding(&party.wire(), length);
             cost(|| guest.counter("RX-packets"), || party.cpu())
         };
         compare_with_testpmd(
@@ -185,7 +185,7 @@ fn echo(parties: &[Party], report: &mut Report) {
     });
     for length in [64, 1500] {
         let measure = |party: &Party, _: &mut Testpmd| {
-            let _sender = tap::Sender::start(&party.wire(), length);
+            let _sender = af_xdp::Load::flooding(&party.wire(), length);
             cost(|| received(&party.wire()), || party.cpu())
         };
         compare_with_testpmd(
@@ -247,8 +247,7 @@ fn compare_with_own_guests<'a>(
 /// Sends frames to the guest as fast as the device's kind allows.
 fn flood(party: &Party, length: usize, load: &mut af_xdp::Load) {
     if party.contestant.tap {
-        let (wire, frame) = (Wire::open(&party.wire()), frame(length));
-        load.run(move || wire.flood(&frame));
+        load.flood(&party.wire(), length);
     } else {
         load.send_live(&party.wire(), length);
     }
@@ -353,12 +352,7 @@ fn paced(parties: &[Party], report: &mut Report) {
             tx.write_descriptor(tx.descriptors, head, place, bytes.len() as u32, 0, 0);
         }
         tx.want_no_call();
-        let mut next = Instant::now();
-        load.run(move || {
-            while Instant::now() < next {
-                std::hint::spin_loop();
-            }
-            next += PACE;
+        load.run_each(PACE, move || {
             // All of it: what is not moved here would be dropped, and the connection with it.
             let card = &mut card;
             let tx = &mut card.tx[0];
