@@ -376,10 +376,6 @@ fn idle_costs_nothing() {
         card.frontend.enable(0, false);
         card.frontend.enable(0, true);
     }
-    std::thread::sleep(std::time::Duration::from_millis(50));
-    let before = daemon.cpu_nanoseconds();
-    std::thread::sleep(std::time::Duration::from_secs(1));
-    let used = daemon.cpu_nanoseconds() - before;
     // Nothing is due, but the kernel may see to one thing or another in a thread's name.
-    assert!(used < 1_000_000, "{used} ns in a second");
+    daemon.check_idle(std::time::Duration::from_micros(500));
 }
