@@ -29,8 +29,7 @@ const PARTIES: &str = "COMPARE_PARTIES";
 const DIRECTORY: &str = "COMPARE_DIRECTORY";
 
 pub(super) fn run() {
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_a_namespace();
     pin_this_thread(0).unwrap();
     let wanted = std::env::var(CASES).unwrap_or_default();
     let wanted: Vec<&str> = wanted.split_whitespace().collect();
@@ -64,4 +63,15 @@ pub(super) fn run() {
     let directory = std::env::var_os(DIRECTORY).map_or("target/compare".into(), PathBuf::from);
     report.write(&directory);
     println!("\nfigures, table and picture: {}", directory.display());
+}
+
+/// Moves this thread into a network namespace of its own, of which the settings that count are those of
+/// any Linux: the machine's default may be BBR, whose timers would run on the backend's processor.
+fn enter_a_namespace() {
+    enter_new_namespace();
+    for (name, value) in
+        [("ipv6/conf/all/disable_ipv6", "1"), ("ipv4/tcp_congestion_control", "cubic")]
+    {
+        fs::write(format!("/proc/sys/net/{name}"), value).unwrap();
+    }
 }

@@ -443,11 +443,15 @@ struct Pings {
     half: Vec<f64>,
     most: Vec<f64>,
     all: Vec<f64>,
+    /// Microseconds of the backend's processor time, each.
+    costs: Vec<f64>,
 }
 
 impl Pings {
-    fn take(&mut self, address: &str) {
-        let trips = round_trips_of(address, PINGS, 0.001);
+    fn take(&mut self, party: &Party) {
+        let before = party.cpu();
+        let trips = round_trips_of(&party.guest_address().to_string(), PINGS, 0.001);
+        self.costs.push((party.cpu() - before) as f64 / 1e3 / f64::from(PINGS));
         let [half, most, _] = quantiles(trips.clone());
         self.half.push(half);
         self.most.push(most);
@@ -458,6 +462,7 @@ impl Pings {
         report.add(&format!("{case} p50"), name, "us", self.half);
         report.add(&format!("{case} p99"), name, "us", self.most);
         report.add(&format!("{case} p99.9"), name, "us", vec![quantiles(self.all)[2]]);
+        report.add(case, name, "us of processor", self.costs);
     }
 }
 
@@ -502,12 +507,12 @@ fn guests(parties: &[Party], report: &mut Report) {
         for (number, party) in parties.iter().enumerate() {
             let address = party.guest_address().to_string();
             party.resume();
-            pings[number][0].take(&address);
+            pings[number][0].take(party);
             let load = background(party);
-            pings[number][1].take(&address);
+            pings[number][1].take(party);
             drop(load);
             guests[number].poll(true);
-            pings[number][2].take(&address);
+            pings[number][2].take(party);
             guests[number].poll(false);
             if round >= FEW_ROUNDS {
                 party.pause();

@@ -5,7 +5,7 @@
 //! Split rings of 256, EVENT_IDX, mergeable buffers of 1536 bytes where the backend knows them,
 //! checksums and segmentation left to the backend, and accepted from it, as far as it offers that.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -20,12 +20,13 @@ use epoll::{ControlOptions, Event, Events};
 use vhost_user_net::sys::process::pin_this_thread;
 use vhost_user_net::sys::tap::{Queue, offload};
 
+use super::enter_a_namespace;
 use crate::support::driver::{
     CSUM, Card, EVENT_IDX, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, INDIRECT, MRG_RXBUF, Options,
     PROTOCOL, Ring, VERSION_1, WRITE,
 };
 use crate::support::frontend::Frontend;
-use crate::support::network::{enter_new_namespace, ip};
+use crate::support::network::ip;
 
 /// HOST_ECN, GUEST_ECN.
 const ECN: u64 = 1 << 13 | 1 << 9;
@@ -58,8 +59,7 @@ impl KernelGuest {
         let (its_wishes, socket) = (wishes.clone(), socket.to_owned());
         let (address, mac) = (address.to_owned(), mac.to_owned());
         let driver = std::thread::spawn(move || {
-            enter_new_namespace();
-            fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+            enter_a_namespace();
             pin_this_thread(0).unwrap();
             let mut driver = Driver::start(&socket);
             ip(&format!("link set eth0 address {mac} up"));

@@ -52,7 +52,7 @@ const FRAMES: &[&str] = &[
 ];
 const TCP: &[&str] = &["TCP to host", "TCP to guest"];
 
-const SECTIONS: [Section; 12] = [
+const SECTIONS: [Section; 13] = [
     Section { title: "Processor time of a frame", unit: "ns", cases: FRAMES },
     Section { title: "Frames in a second, millions", unit: "Mpps", cases: FRAMES },
     Section { title: "TCP, Gbit/s", unit: "Gbit/s", cases: TCP },
@@ -71,6 +71,11 @@ const SECTIONS: [Section; 12] = [
             "ping, polling guest p99",
             "ping, polling guest p99.9",
         ],
+    },
+    Section {
+        title: "Processor time of a ping, µs",
+        unit: "us of processor",
+        cases: &["ping", "ping, polling guest"],
     },
     Section { title: "A Linux guest in QEMU, TCP, Mbit/s", unit: "Mbit/s", cases: TCP },
     Section {
