@@ -175,8 +175,8 @@ pub struct PortConfig {
     pub ring_reset: bool,
     /// Whether the guest's memory must not be truncatable.
     pub require_sealed_memory: bool,
-    /// How long to look for work before going to sleep.
-    pub busy_poll: Duration,
+    /// How long to look for work before going to sleep; if it is not said, for a guest's answers only.
+    pub busy_poll: Option<Duration>,
     /// How bursts of frames are written to a TAP.
     pub tx_method: TxMethod,
     /// Processors for the workers; none: all that the process may use.

@@ -342,6 +342,8 @@ impl PairCounters {
         for (ours, theirs) in [
             (&self.sessions, &other.sessions),
             (&self.turns, &other.turns),
+            (&self.looks, &other.looks),
+            (&self.replies, &other.replies),
             (&self.naps, &other.naps),
             (&self.sleeps, &other.sleeps),
             (&self.starved, &other.starved),
@@ -396,6 +398,10 @@ pub struct PairCounters {
     pub kick_to_used: Histogram<16>,
     /// Turns of the worker that moved something.
     pub turns: Counter,
+    /// Times that the worker looked on for a guest's answer to what it was given.
+    pub looks: Counter,
+    /// Times that it came meanwhile.
+    pub replies: Counter,
     /// Times that the worker slept a little without being woken, since frames came closely.
     pub naps: Counter,
     /// Times that the worker went to sleep.

@@ -5,6 +5,7 @@
 
 mod naps;
 mod recording;
+mod replies;
 mod session;
 mod sleeper;
 
@@ -99,8 +100,8 @@ pub struct WorkerOptions {
     pub name: String,
     /// Processor to run on.
     pub cpu: Option<usize>,
-    /// How long to look for work before going to sleep.
-    pub busy_poll: Duration,
+    /// How long to look for work before going to sleep; if it is not said, for a guest's answers only.
+    pub busy_poll: Option<Duration>,
     /// How much traffic the port may have, all queue pairs together.
     pub limits: Arc<Limits>,
     /// Which of the port's queue pairs it is.

@@ -3,17 +3,18 @@
 
 use std::fs;
 use std::sync::RwLock;
+use std::time::Instant;
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{
-    CSUM, Card, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, Options, PROTOCOL, VERSION_1,
+    CSUM, Card, EVENT_IDX, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, Options, PROTOCOL, VERSION_1,
 };
 use crate::support::frontend::Frontend;
 use crate::support::network::{
     ETHERTYPE, Wire, enter_namespace_with_tap, enter_new_namespace, ip, output, wait_for_carrier,
 };
 use crate::support::traffic::{check_both_ways, frame, tcp_frame};
-use crate::support::{eventually, needs_root};
+use crate::support::{SOON, eventually, needs_root};
 
 const OFFLOADS: u64 = CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
 
@@ -95,6 +96,55 @@ fn busy_polling_moves_the_same_frames() {
     let (_daemon, wire, mut card) =
         start(&["--busy-poll=200", "--cpu-affinity=0"], Options::default());
     check_both_ways(&wire, &mut card, 1000);
+}
+
+#[test]
+fn an_answer_that_comes_soon_needs_no_kick() {
+    needs_root!("an_answer_that_comes_soon_needs_no_kick");
+    let features = Options::default().features;
+    for (more, features, looks) in [
+        ("", features, true),
+        ("", features & !EVENT_IDX, true),
+        ("busy-poll = 0", features, false),
+    ] {
+        enter_namespace_with_tap(false);
+        let one = port("one", &format!("tap = \"tap0\"\n{more}"));
+        let daemon = Daemon::with_config(&format!("control = \"{{}}/control\"\n{one}"), "one");
+        let options = Options { features, ..Options::default() };
+        let mut card = Card::start(Frontend::new(daemon.connect_to("one")), options);
+        wait_for_carrier("tap0");
+        let wire = Wire::open("tap0");
+        let frame = frame(1, 60);
+        let (mut answers, mut kicks) = (0, 0);
+        let mut answer = || {
+            wire.send(&frame);
+            // As soon as it is there.
+            let started = Instant::now();
+            let received = loop {
+                assert!(started.elapsed() < SOON);
+                if let Some(received) = card.try_receive(0) {
+                    break received;
+                }
+            };
+            assert_eq!(received[HEADER..], frame);
+            card.queue_tx(0, answers % 8, &[0; HEADER], &frame);
+            answers += 1;
+            kicks += u64::from(card.tx[0].publish());
+            assert_eq!(wire.receive(1000), Some(frame.clone()));
+            card.tx[0].wait_used();
+        };
+        let told = |what: &str| daemon.show("one")["queue_pairs"][0][what].as_u64().unwrap();
+        if looks {
+            eventually("it is looked for answers, and they come", || {
+                answer();
+                told("replies") > 10
+            });
+            assert!(kicks < answers, "{kicks} kicks, {answers} answers");
+        } else {
+            (0..200).for_each(|_| answer());
+            assert_eq!(told("looks"), 0);
+        }
+    }
 }
 
 #[test]

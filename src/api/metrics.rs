@@ -24,9 +24,11 @@ const PER_DIRECTION: [PerDirection; 6] = [
     ("bursts_limited_total", "Bursts that the port's limit cut short", |it| &it.limited),
 ];
 
-const PER_PAIR: [PerPair; 5] = [
+const PER_PAIR: [PerPair; 7] = [
     ("sessions_total", "Times that the rings were started, or changed", |it| &it.sessions),
     ("turns_total", "Turns of the worker that moved something", |it| &it.turns),
+    ("looks_total", "Times that it looked on for a guest's answer", |it| &it.looks),
+    ("replies_total", "Times that the answer came meanwhile", |it| &it.replies),
     ("naps_total", "Times that it slept a little without being woken", |it| &it.naps),
     ("sleeps_total", "Times that the worker went to sleep", |it| &it.sleeps),
     ("starved_total", "Times that frames waited for the guest's buffers", |it| &it.starved),

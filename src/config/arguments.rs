@@ -224,7 +224,7 @@ mod tests {
         assert!(!config.guest_tso);
         assert_eq!(config.tx_filter.to_string(), "deny tcp dport 25; default allow");
         assert!(config.rx_filter.is_none());
-        assert_eq!(config.busy_poll, Duration::from_micros(50));
+        assert_eq!(config.busy_poll, Some(Duration::from_micros(50)));
         assert_eq!(config.cpu_affinity, [1, 3, 4]);
     }
 

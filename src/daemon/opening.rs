@@ -105,7 +105,7 @@ pub(super) fn open_host(
                 pairs,
                 config.mtu,
                 config.mac,
-                config.busy_poll,
+                config.busy_poll.unwrap_or_default(),
                 &config.rx_filter,
             )
             .map_err(|error| StartError::new(error.to_string()))?;

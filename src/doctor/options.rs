@@ -97,7 +97,7 @@ impl Port {
             mtu: options.mtu.unwrap_or(config.mtu),
             mac: config.mac,
             cpus: config.cpu_affinity,
-            busy_poll: !config.busy_poll.is_zero(),
+            busy_poll: config.busy_poll.is_some_and(|time| !time.is_zero()),
             judged: config.identity.is_some(),
             require_sealed_memory: config.require_sealed_memory,
             named: true,

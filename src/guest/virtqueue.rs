@@ -77,8 +77,8 @@ pub struct Virtqueue<'mem, D: Direction> {
     /// Used index at the last decision about a call; nothing after a start, when the driver's
     /// wishes before it are unknown and a call too many does no harm.
     called_at: Option<u16>,
-    /// Whether the driver was last told to kick.
-    armed: bool,
+    /// Avail index at which the driver was last told to kick.
+    armed: Option<u16>,
     /// One bit per head that is on loan.
     on_loan: Box<[u64]>,
     /// Segment lists of chains that went back, for chains to come: no allocation per frame.
@@ -115,7 +115,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             next_used: 0,
             published: 0,
             called_at: None,
-            armed: true,
+            armed: None,
             on_loan: vec![0; usize::from(layout.size).div_ceil(64)].into_boxed_slice(),
             spare: Vec::new(),
             region: Window::EMPTY,
@@ -126,6 +126,8 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         let used = queue.used_u16(2).load(Ordering::Relaxed);
         (queue.next_avail, queue.seen_avail) = (used, used);
         (queue.next_used, queue.published) = (used, used);
+        // Nobody knows what it was told before.
+        queue.armed = Some(used);
         queue.look()?;
         Ok(queue)
     }
@@ -448,20 +450,24 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         if self.log.is_some() {
             self.log_used(offset, 2);
         }
-        self.armed = true;
+        self.armed = Some(self.next_avail);
         self.see(index)
     }
 
-    /// Asks the driver not to kick. With EVENT_IDX that needs no store: the index armed at has
+    /// Asks the driver not to kick. With EVENT_IDX that needs no store once the index armed at has
     /// been passed.
     pub fn disarm(&mut self) {
-        if self.armed && !self.notification.event_idx {
-            self.used_u16(0).store(USED_F_NO_NOTIFY, Ordering::Relaxed);
-            if self.log.is_some() {
-                self.log_used(0, 2);
-            }
+        let Some(index) = self.armed.take() else { return };
+        let (offset, value) = match self.notification.event_idx {
+            true if index != self.next_avail => return,
+            // As if it had been.
+            true => (4 + 8 * usize::from(self.size), index.wrapping_sub(1)),
+            false => (0, USED_F_NO_NOTIFY),
+        };
+        self.used_u16(offset).store(value, Ordering::Relaxed);
+        if self.log.is_some() {
+            self.log_used(offset, 2);
         }
-        self.armed = false;
     }
 
     /// A 16-bit field of the avail ring. Callers stay within 6 + 2 × size bytes.

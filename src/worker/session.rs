@@ -6,6 +6,7 @@ use log::{debug, info, warn};
 
 use super::naps::Naps;
 use super::recording::record;
+use super::replies::Replies;
 use super::sleeper::{Sleeper, Woken};
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
@@ -99,6 +100,7 @@ struct Serving<'s> {
     /// Frames for the guest that the port was told to take each time.
     rx_allowance: usize,
     naps: Naps,
+    replies: Replies,
 }
 
 /// Serves a session until a command waits.
@@ -150,6 +152,7 @@ pub(super) fn serve(
         pair: options.pair,
         rx_allowance: usize::MAX,
         naps: Naps::default(),
+        replies: Replies::new(),
     };
     let result = serving.turn_until_command(options, mailbox);
     serving.surrender();
@@ -200,7 +203,7 @@ impl Serving<'_> {
                 });
             }
             if self.turn()?
-                || self.busy_poll(options.busy_poll, mailbox)?
+                || self.look_on(options.busy_poll, mailbox)?
                 || self.nap()
                 || self.arm()?
             {
@@ -316,6 +319,7 @@ impl Serving<'_> {
                 rx.queue.retire(chain, written);
             }
             self.naps.note(finished.rx_frames);
+            self.replies.note_given(finished.rx_frames, finished.rx_bytes);
             rx.counters.frames.add(std::mem::take(&mut finished.rx_frames));
             rx.counters.bytes.add(std::mem::take(&mut finished.rx_bytes));
             rx.publish();
@@ -335,6 +339,7 @@ impl Serving<'_> {
                 tx.queue.retire(chain, 0);
             }
             self.naps.note(frames);
+            self.replies.note_sent();
             tx.counters.frames.add(frames);
             tx.counters.bytes.add(bytes);
             tx.publish();
@@ -357,10 +362,15 @@ impl Serving<'_> {
     }
 
     /// Turns for a while in which nothing may move; says whether something did.
-    fn busy_poll(&mut self, time: Duration, mailbox: &Mailbox) -> Result<bool, Fault> {
-        if time.is_zero() {
-            return Ok(false);
+    fn look_on(&mut self, time: Option<Duration>, mailbox: &Mailbox) -> Result<bool, Fault> {
+        match time {
+            None => self.look_for_reply(mailbox),
+            Some(Duration::ZERO) => Ok(false),
+            Some(time) => self.busy_poll(time, mailbox),
         }
+    }
+
+    fn busy_poll(&mut self, time: Duration, mailbox: &Mailbox) -> Result<bool, Fault> {
         let end = Instant::now() + time;
         while Instant::now() < end && !mailbox.has_command() {
             self.port.woken(true);
@@ -371,6 +381,26 @@ impl Serving<'_> {
         }
         self.port.woken(false);
         Ok(false)
+    }
+
+    /// Turns where the guest is about to answer what it was given, until it has.
+    fn look_for_reply(&mut self, mailbox: &Mailbox) -> Result<bool, Fault> {
+        let Some(end) = self.replies.begin() else { return Ok(false) };
+        if let Some(tx) = &mut self.tx {
+            tx.queue.disarm();
+        }
+        let mut moved = false;
+        while !self.replies.have_come() && Instant::now() < end && !mailbox.has_command() {
+            self.port.woken(true);
+            moved |= self.turn()?;
+            // Whoever waits for this processor may be the one who answers.
+            std::thread::yield_now();
+        }
+        self.replies.end();
+        let counters = &self.status.counters;
+        counters.looks.add(1);
+        counters.replies.add(self.replies.have_come().into());
+        Ok(moved)
     }
 
     /// Takes a nap, if that pays; says whether it did.

@@ -458,7 +458,7 @@ impl Served {
         let options = WorkerOptions {
             name: "fuzz/0".into(),
             cpu: None,
-            busy_poll: Duration::ZERO,
+            busy_poll: Some(Duration::ZERO),
             limits: Arc::new(Limits {
                 rx: Limiter::new(&Limit::default()),
                 tx: Limiter::new(&Limit::default()),

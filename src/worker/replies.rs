@@ -1,0 +1,170 @@
+//! Replies: looking on for a moment, where a guest is about to answer what it was given.
+//!
+//! Who sends a request and waits for the answer waits for each processor that has to be woken on the
+//! way. A guest that was just called answers within tens of microseconds, as a rule. A worker that looks
+//! on for that long need not be woken again, and the guest need not kick. It costs processor time, so it
+//! is done only while answers come, and has a budget. KVM does the same for a guest's processor that
+//! halts (`halt_poll_ns`).
+
+use std::time::{Duration, Instant};
+
+/// How long an answer is looked for.
+const LONGEST: Duration = Duration::from_micros(100);
+/// What may be spent: this part of all time,
+const PART: u32 = 16;
+/// of which this much is saved up.
+const SAVINGS: Duration = Duration::from_millis(5);
+/// Most frames and bytes of a request. A stream is answered too, and nobody waits for that.
+const FRAMES: u64 = 4;
+const BYTES: u64 = 4096;
+/// Most requests in a row for whose answers it is not looked, after it was in vain.
+const MOST_PASSED: u32 = 1024;
+
+/// What a worker knows of a guest's answers.
+#[derive(Debug)]
+pub(super) struct Replies {
+    /// What the guest was given, and whether it has sent something, since the worker last had nothing
+    /// to do.
+    frames: u64,
+    bytes: u64,
+    sent: bool,
+    /// What may be spent, as of `counted`.
+    budget: Duration,
+    counted: Instant,
+    /// Requests that are passed over still, and after the next look in vain.
+    passing: u32,
+    to_pass: u32,
+}
+
+impl Replies {
+    pub(super) fn new() -> Self {
+        Replies {
+            frames: 0,
+            bytes: 0,
+            sent: false,
+            budget: SAVINGS,
+            counted: Instant::now(),
+            passing: 0,
+            to_pass: 1,
+        }
+    }
+
+    /// Notes what the guest was given.
+    pub(super) fn note_given(&mut self, frames: u64, bytes: u64) {
+        self.frames += frames;
+        self.bytes += bytes;
+    }
+
+    /// Notes that the guest has sent something.
+    pub(super) fn note_sent(&mut self) {
+        self.sent = true;
+    }
+
+    /// There is nothing to do for now: says until when to look for an answer, if that may pay.
+    pub(super) fn begin(&mut self) -> Option<Instant> {
+        let (frames, bytes) = (std::mem::take(&mut self.frames), std::mem::take(&mut self.bytes));
+        let sent = std::mem::take(&mut self.sent);
+        if frames == 0 || frames > FRAMES || bytes > BYTES || sent {
+            return None;
+        }
+        if self.passing > 0 {
+            self.passing -= 1;
+            return None;
+        }
+        let now = Instant::now();
+        self.budget = SAVINGS.min(self.budget + (now - self.counted) / PART);
+        self.counted = now;
+        (self.budget >= LONGEST).then(|| now + LONGEST)
+    }
+
+    /// Whether the guest has sent something since.
+    pub(super) fn have_come(&self) -> bool {
+        self.sent
+    }
+
+    /// It is looked for no longer.
+    pub(super) fn end(&mut self) {
+        let now = Instant::now();
+        self.budget = self.budget.saturating_sub(now - self.counted);
+        self.counted = now;
+        if self.sent {
+            self.to_pass = 1;
+        } else {
+            self.passing = self.to_pass;
+            self.to_pass = MOST_PASSED.min(2 * self.to_pass);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many requests of a frame pass until an answer is looked for.
+    fn passed(replies: &mut Replies) -> usize {
+        let is_looked_for = |_: &usize| {
+            replies.budget = SAVINGS;
+            replies.note_given(1, 60);
+            replies.begin().is_some()
+        };
+        (0..).find(is_looked_for).unwrap()
+    }
+
+    #[test]
+    fn an_answer_to_few_frames_is_looked_for_once() {
+        let mut replies = Replies::new();
+        assert!(replies.begin().is_none());
+        for (frames, bytes, is_request) in [
+            (1, 60, true),
+            (FRAMES, BYTES, true),
+            (FRAMES + 1, BYTES, false),
+            (1, BYTES + 1, false),
+        ] {
+            replies.note_given(frames, bytes);
+            assert_eq!(replies.begin().is_some(), is_request, "{frames} frames, {bytes} bytes");
+            assert!(replies.begin().is_none());
+        }
+        replies.note_given(1, 60);
+        replies.note_sent();
+        assert!(replies.begin().is_none(), "it has been answered");
+    }
+
+    #[test]
+    fn who_does_not_answer_is_looked_at_less_and_less() {
+        let mut replies = Replies::new();
+        for expected in [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1024] {
+            assert_eq!(passed(&mut replies), expected);
+            assert!(!replies.have_come());
+            replies.end();
+        }
+        assert_eq!(passed(&mut replies), 1024);
+        replies.note_sent();
+        assert!(replies.have_come());
+        replies.end();
+        assert!(replies.begin().is_none());
+        assert_eq!(passed(&mut replies), 0);
+        replies.end();
+        assert_eq!(passed(&mut replies), 1);
+    }
+
+    #[test]
+    fn looking_has_a_budget() {
+        let mut replies = Replies::new();
+        replies.budget = Duration::ZERO;
+        replies.note_given(1, 60);
+        assert!(replies.begin().is_none());
+        // What a look takes is saved up again in so many times the time.
+        replies.counted = Instant::now().checked_sub(PART * LONGEST).unwrap();
+        replies.note_given(1, 60);
+        assert!(replies.begin().is_some());
+        replies.counted = Instant::now().checked_sub(LONGEST).unwrap();
+        replies.note_sent();
+        replies.end();
+        assert!(replies.budget < LONGEST);
+        replies.counted = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
+        replies.begin();
+        replies.note_given(1, 60);
+        assert!(replies.begin().is_some());
+        assert_eq!(replies.budget, SAVINGS, "and no more than this");
+    }
+}
