@@ -249,7 +249,7 @@ pub enum Attach {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TxMethod {
-    /// Whichever is found cheaper at the start.
+    /// By io_uring where it is permitted, else by `writev`.
     Auto,
     /// One io_uring submission for a burst; an error where it is not permitted.
     IoUring,

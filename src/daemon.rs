@@ -23,7 +23,6 @@ use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::sandbox::{Role, Sandbox};
 use crate::sys::process::{Signals, share_pool};
-use crate::sys::uring;
 
 use handover::Predecessor;
 pub use handover::Told;
@@ -108,10 +107,6 @@ fn serve(
         config.metrics.as_ref().map(|address| Scrape::open(address, metrics)).transpose()?;
     if let Some(fd) = scrape.as_ref().and_then(Scrape::fd) {
         server.pass_on("metrics", fd.try_clone_to_owned().map_err(no_descriptor)?);
-    }
-    if server.is_open() {
-        // While it can be found out, for ports that are added later.
-        let _ = uring::compare();
     }
     let supervisor = Supervisor::connect();
     let sandbox = Sandbox::enter(config)?;

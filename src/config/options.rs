@@ -127,8 +127,8 @@ pub struct PortOptions {
     /// only, while they come within 100, and for a sixteenth of the time].
     #[arg(long, value_name = "MICROSECONDS")]
     busy_poll: Option<u32>,
-    /// How bursts of frames are written to the TAP: auto measures at the start which is cheaper
-    /// [default: auto].
+    /// How bursts of frames are written to the TAP, auto: by io_uring where it is permitted, else by
+    /// writev [default: auto].
     #[arg(long, value_name = "METHOD", value_enum)]
     tx_method: Option<TxMethod>,
     /// Processors for the queue pairs' threads, as 2,4-7: the first pair runs on the first, and

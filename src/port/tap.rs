@@ -1,8 +1,8 @@
 //! A TAP device as port: frames go between guest memory and the kernel without a copy of ours.
 //!
 //! *transmit* hands the kernel a private, checked copy of the headers and the rest of the chain
-//! where it lies, a burst with one io_uring submission or a `writev` per frame, whichever costs
-//! less on this machine. *reap* has the kernel read each frame straight into the oldest buffers.
+//! where it lies, a burst with one io_uring submission where that is permitted, else a `writev` per
+//! frame. *reap* has the kernel read each frame straight into the oldest buffers.
 
 mod filter;
 mod receiver;
@@ -22,7 +22,7 @@ use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
 use crate::guest::{Burst, Readable, Writable};
 use crate::policy::Filter;
 use crate::sys::tap::{Queue, offload};
-use crate::sys::uring::{Comparison, Writer, compare};
+use crate::sys::uring::Writer;
 use crate::vnet_header::LINK_OVERHEAD;
 
 pub use filter::TapFilter;
@@ -191,21 +191,12 @@ fn choose_writer(queue: &Queue, method: TxMethod) -> io::Result<(Option<Writer>,
         // Frames behind one that was refused for lack of room would overtake it.
         return Ok((None, "the device limits what it buffers".into()));
     }
-    if method == TxMethod::IoUring {
-        return Ok((Some(Writer::new(queue.as_fd())?), "as configured".into()));
+    match Writer::new(queue.as_fd()) {
+        Ok(writer) if method == TxMethod::IoUring => Ok((Some(writer), "as configured".into())),
+        Ok(writer) => Ok((Some(writer), "a burst is one system call".into())),
+        Err(error) if method == TxMethod::IoUring => Err(error),
+        Err(error) => Ok((None, format!("io_uring is not available: {error}"))),
     }
-    Ok(match compare() {
-        Ok(Comparison { io_uring, writev }) => {
-            let reason = format!(
-                "a frame's writing costs {} ns by io_uring and {} ns by writev here",
-                io_uring.as_nanos(),
-                writev.as_nanos()
-            );
-            let writer = (io_uring < writev).then(|| Writer::new(queue.as_fd()));
-            (writer.transpose()?, reason)
-        }
-        Err(error) => (None, format!("io_uring is not available: {error}")),
-    })
 }
 
 /// `TUN_F_*` for what the guest has accepted.

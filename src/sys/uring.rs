@@ -1,13 +1,8 @@
-//! One system call for a burst of writes: io_uring, used as a vector of `writev`.
-//!
-//! Whether that pays is a matter of the machine: it saves a system call per frame and costs a
-//! submission and a completion. [`compare`] measures both.
+//! One system call for a burst of writes: io_uring, used as a vector of `writev`. It saves a system call
+//! per frame, with the filter before it, and costs a submission and a completion.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
 
@@ -97,47 +92,4 @@ impl Writer {
         }
         Ok(())
     }
-}
-
-/// What a frame costs by each way of writing, without what the device does with it.
-#[derive(Debug, Clone, Copy)]
-pub struct Comparison {
-    /// By io_uring, in bursts of 32.
-    pub io_uring: Duration,
-    /// By one `writev` per frame.
-    pub writev: Duration,
-}
-
-/// Writes small frames to `/dev/null` both ways, once in a process; takes about a millisecond.
-///
-/// # Errors
-/// Those of [`Writer::new`], and of opening `/dev/null`.
-pub fn compare() -> Result<Comparison, &'static str> {
-    static RESULT: OnceLock<Result<Comparison, String>> = OnceLock::new();
-    let result = RESULT.get_or_init(|| measure().map_err(|error| error.to_string()));
-    result.as_ref().copied().map_err(String::as_str)
-}
-
-fn measure() -> io::Result<Comparison> {
-    const BURST: usize = 32;
-    const ROUNDS: usize = 40;
-    let null = File::options().write(true).open("/dev/null")?;
-    let mut writer = Writer::new(&null)?;
-    let (header, frame) = ([0; 12], [0; 64]);
-    let segments = [Segment::of_bytes(&header), Segment::of_bytes(&frame)];
-    let frames = [&segments[..]; BURST];
-    let mut results = [0; BURST];
-    let mut best = Comparison { io_uring: Duration::MAX, writev: Duration::MAX };
-    // The fastest round: whatever else runs on the machine can only add to it.
-    for _ in 0..ROUNDS {
-        let started = Instant::now();
-        writer.write_all(frames.into_iter(), &mut results)?;
-        best.io_uring = best.io_uring.min(started.elapsed() / BURST as u32);
-        let started = Instant::now();
-        for segments in frames {
-            super::write_segments(null.as_fd(), segments)?;
-        }
-        best.writev = best.writev.min(started.elapsed() / BURST as u32);
-    }
-    Ok(best)
 }

@@ -385,10 +385,9 @@ impl Serving<'_> {
 
     /// Turns where the guest is about to answer what it was given, until it has.
     fn look_for_reply(&mut self, mailbox: &Mailbox) -> Result<bool, Fault> {
+        let Some(tx) = self.tx.as_mut().filter(|tx| tx.is_enabled()) else { return Ok(false) };
         let Some(end) = self.replies.begin() else { return Ok(false) };
-        if let Some(tx) = &mut self.tx {
-            tx.queue.disarm();
-        }
+        tx.queue.disarm();
         let mut moved = false;
         while !self.replies.have_come() && Instant::now() < end && !mailbox.has_command() {
             self.port.woken(true);
