@@ -350,8 +350,8 @@ fn check_segmented(
     if header_end > copy.len() {
         return Err(Drop::BadHeader);
     }
-    let segments = (frame_length - header_end).div_ceil(usize::from(header.gso_size));
-    if !tcp && segments > MAX_UDP_SEGMENTS {
+    let payload = frame_length - header_end;
+    if !tcp && payload > MAX_UDP_SEGMENTS * usize::from(header.gso_size) {
         return Err(Drop::BadHeader);
     }
     Ok(VnetHeader {

@@ -17,15 +17,15 @@ pub struct Headers {
 
 impl Headers {
     /// Reads Ethernet, VLAN tags and IP; nothing if they are malformed or reach beyond `frame`.
+    #[inline]
     pub fn parse(frame: &[u8]) -> Option<Self> {
         const IPV4: u16 = 0x0800;
         const IPV6: u16 = 0x86dd;
-        const VLAN: [u16; 2] = [0x8100, 0x88a8];
-        let u16_at = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
+        let u16_at = |at: usize| Some(u16::from_be_bytes(*frame.get(at..)?.first_chunk()?));
         let mut at = 12;
         let mut ethertype = u16_at(at)?;
         for _ in 0..VLAN_TAGS {
-            if VLAN.contains(&ethertype) {
+            if matches!(ethertype, 0x8100 | 0x88a8) {
                 at += VLAN_TAG_LENGTH;
                 ethertype = u16_at(at)?;
             }
@@ -51,11 +51,9 @@ impl Headers {
 /// Walks over IPv6 extension headers that may stand before a transport header (RFC 8200,
 /// section 4.1); returns the transport protocol and where its header starts.
 fn skip_extensions(frame: &[u8], network: usize) -> Option<(u8, usize)> {
-    const EXTENSIONS: [i32; 3] =
-        [libc::IPPROTO_HOPOPTS, libc::IPPROTO_ROUTING, libc::IPPROTO_DSTOPTS];
     let mut next = *frame.get(network + 6)?;
     let mut at = network + 40;
-    while EXTENSIONS.contains(&i32::from(next)) {
+    while let libc::IPPROTO_HOPOPTS | libc::IPPROTO_ROUTING | libc::IPPROTO_DSTOPTS = next.into() {
         next = *frame.get(at)?;
         at += (usize::from(*frame.get(at + 1)?) + 1) * 8;
     }

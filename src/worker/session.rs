@@ -20,8 +20,8 @@ use crate::port::{Finished, HostQueue, Outcome, Port, Terms};
 use crate::status::PairStatus;
 use crate::vnet_header::LINK_OVERHEAD;
 
-/// What one turn takes from the tx ring.
-const TX_BUDGET: Budget = Budget { chains: 64, bytes: 512 << 10 };
+/// What one turn takes from the tx ring: so many small frames take as long as so many bytes do, some 50 µs.
+const TX_BUDGET: Budget = Budget { chains: 64, bytes: 1 << 20 };
 /// What one turn takes from the rx ring: empty buffers cost nothing but the walk.
 const RX_BUDGET: Budget = Budget { chains: 64, bytes: usize::MAX };
 /// How long a limit is waited for at the most, since it may be changed meanwhile.
