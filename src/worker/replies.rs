@@ -17,8 +17,9 @@ const SAVINGS: Duration = Duration::from_millis(5);
 /// Most frames and bytes of a request. A stream is answered too, and nobody waits for that.
 const FRAMES: u64 = 4;
 const BYTES: u64 = 4096;
-/// Most requests in a row for whose answers it is not looked, after it was in vain.
-const MOST_PASSED: u32 = 1024;
+/// How long it is not looked for answers after a look in vain: twice as long each time, from this
+/// to that.
+const PAUSES: [Duration; 2] = [Duration::from_micros(500), Duration::from_millis(64)];
 
 /// What a worker knows of a guest's answers.
 #[derive(Debug)]
@@ -31,21 +32,22 @@ pub(super) struct Replies {
     /// What may be spent, as of `counted`.
     budget: Duration,
     counted: Instant,
-    /// Requests that are passed over still, and after the next look in vain.
-    passing: u32,
-    to_pass: u32,
+    /// How long is paused after the next look in vain, and the end of this pause.
+    pause: Duration,
+    paused_until: Instant,
 }
 
 impl Replies {
     pub(super) fn new() -> Self {
+        let now = Instant::now();
         Replies {
             frames: 0,
             bytes: 0,
             sent: false,
             budget: SAVINGS,
-            counted: Instant::now(),
-            passing: 0,
-            to_pass: 1,
+            counted: now,
+            pause: PAUSES[0],
+            paused_until: now,
         }
     }
 
@@ -67,11 +69,10 @@ impl Replies {
         if frames == 0 || frames > FRAMES || bytes > BYTES || sent {
             return None;
         }
-        if self.passing > 0 {
-            self.passing -= 1;
+        let now = Instant::now();
+        if now < self.paused_until {
             return None;
         }
-        let now = Instant::now();
         self.budget = SAVINGS.min(self.budget + (now - self.counted) / PART);
         self.counted = now;
         (self.budget >= LONGEST).then(|| now + LONGEST)
@@ -88,10 +89,10 @@ impl Replies {
         self.budget = self.budget.saturating_sub(now - self.counted);
         self.counted = now;
         if self.sent {
-            self.to_pass = 1;
+            self.pause = PAUSES[0];
         } else {
-            self.passing = self.to_pass;
-            self.to_pass = MOST_PASSED.min(2 * self.to_pass);
+            self.paused_until = now + self.pause;
+            self.pause = PAUSES[1].min(2 * self.pause);
         }
     }
 }
@@ -99,16 +100,6 @@ impl Replies {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// How many requests of a frame pass until an answer is looked for.
-    fn passed(replies: &mut Replies) -> usize {
-        let is_looked_for = |_: &usize| {
-            replies.budget = SAVINGS;
-            replies.note_given(1, 60);
-            replies.begin().is_some()
-        };
-        (0..).find(is_looked_for).unwrap()
-    }
 
     #[test]
     fn an_answer_to_few_frames_is_looked_for_once() {
@@ -130,21 +121,31 @@ mod tests {
     }
 
     #[test]
-    fn who_does_not_answer_is_looked_at_less_and_less() {
+    fn after_looks_in_vain_there_are_longer_and_longer_pauses() {
         let mut replies = Replies::new();
-        for expected in [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 1024] {
-            assert_eq!(passed(&mut replies), expected);
+        for milliseconds in [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 64.0] {
+            replies.note_given(1, 60);
+            assert!(replies.begin().is_some());
             assert!(!replies.have_come());
+            let before = Instant::now();
             replies.end();
+            let pause = Duration::from_secs_f64(milliseconds / 1e3);
+            assert!(replies.paused_until >= before + pause);
+            assert!(replies.paused_until <= Instant::now() + pause);
+            replies.note_given(1, 60);
+            replies.paused_until += Duration::from_secs(60);
+            assert!(replies.begin().is_none());
+            replies.paused_until = Instant::now();
         }
-        assert_eq!(passed(&mut replies), 1024);
+        replies.note_given(1, 60);
+        assert!(replies.begin().is_some());
         replies.note_sent();
         assert!(replies.have_come());
         replies.end();
         assert!(replies.begin().is_none());
-        assert_eq!(passed(&mut replies), 0);
-        replies.end();
-        assert_eq!(passed(&mut replies), 1);
+        assert_eq!(replies.pause, PAUSES[0]);
+        replies.note_given(1, 60);
+        assert!(replies.begin().is_some(), "at once, after an answer");
     }
 
     #[test]

@@ -69,7 +69,7 @@ pub(super) const CONTESTANTS: [Contestant; 8] = [
 /// A running backend.
 pub(super) struct Party {
     pub(super) contestant: Contestant,
-    number: u8,
+    pub(super) number: u8,
     program: Program,
     socket: PathBuf,
     /// How long it took until it could be connected to.
