@@ -14,7 +14,7 @@ use crate::support::driver::{CSUM, Card, HEADER, HOST_TSO, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{
     Wire, enter_namespace_for, enter_namespace_with_tap, enter_namespace_with_veth,
-    enter_new_namespace, ip, make_veth, output, wait_for_carrier,
+    enter_quiet_namespace, ip, make_veth, output, wait_for_carrier,
 };
 use crate::support::traffic::{Flood, datagram, frame, tcp_frame};
 use crate::support::{eventually, needs_root};
@@ -236,8 +236,7 @@ fn frames_that_waited_before_there_was_a_filter_are_dropped() {
 #[test]
 fn every_queue_of_a_tap_has_the_filter_whenever_it_is_used() {
     needs_root!("every_queue_of_a_tap_has_the_filter_whenever_it_is_used");
-    enter_new_namespace();
-    std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr multi_queue");
     ip("link set tap0 up");
     let filter = format!("--rx-filter={RULES}");
@@ -297,8 +296,7 @@ fn arrivals(wire: &Wire, queues: &[Arc<Queue>], denied: u16) -> [usize; 2] {
 #[test]
 fn a_tap_s_filter_changes_while_its_queues_come_and_go() {
     needs_root!("a_tap_s_filter_changes_while_its_queues_come_and_go");
-    enter_new_namespace();
-    std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr multi_queue");
     ip("link set tap0 up");
     let queues = [(); 2].map(|()| Arc::new(Queue::open("tap0", true).unwrap())).to_vec();

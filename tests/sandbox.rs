@@ -13,7 +13,7 @@ use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{
-    Wire, enter_namespace_with_veth, enter_new_namespace, ip, output, wait_for_carrier,
+    Wire, enter_namespace_with_veth, enter_quiet_namespace, ip, output, wait_for_carrier,
 };
 use crate::support::traffic::check_both_ways;
 use crate::support::{eventually, needs_root, skip};
@@ -218,8 +218,7 @@ fn another_user_serves_all_the_same() {
             }
         }
     };
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr");
     ip("link set tap0 up");
     let daemon = Daemon::start(&[&["--tap=tap0"][..], &options].concat());

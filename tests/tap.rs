@@ -11,7 +11,8 @@ use crate::support::driver::{
 };
 use crate::support::frontend::Frontend;
 use crate::support::network::{
-    ETHERTYPE, Wire, enter_namespace_with_tap, enter_new_namespace, ip, output, wait_for_carrier,
+    ETHERTYPE, Wire, enter_namespace_with_tap, enter_new_namespace, enter_quiet_namespace, ip,
+    output, wait_for_carrier,
 };
 use crate::support::traffic::{check_both_ways, frame, tcp_frame};
 use crate::support::{SOON, eventually, needs_root};
@@ -341,8 +342,7 @@ fn a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not() {
 #[test]
 fn frames_are_steered_to_the_pairs_that_have_buffers() {
     needs_root!("frames_are_steered_to_the_pairs_that_have_buffers");
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     let daemon = Daemon::start(&["--tap=tap0", "--queue-pairs=2"]);
     let wire = Wire::open("tap0");
     let options = Options { pairs: 2, ..Options::default() };
@@ -398,8 +398,7 @@ fn frames_are_steered_to_the_pairs_that_have_buffers() {
 #[test]
 fn inherited_queues_of_a_tap_are_used() {
     needs_root!("inherited_queues_of_a_tap_are_used");
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr multi_queue");
     ip("link set tap0 up");
     let open = || {
@@ -427,5 +426,5 @@ fn idle_costs_nothing() {
         card.frontend.enable(0, true);
     }
     // Nothing is due, but the kernel may see to one thing or another in a thread's name.
-    daemon.check_idle(std::time::Duration::from_micros(500));
+    daemon.check_idle(std::time::Duration::from_millis(1));
 }

@@ -2,10 +2,11 @@
 //! addresses and sends it back, so that every frame is seen on its way in and out.
 
 use std::collections::HashMap;
-use std::fs;
 
 use crate::support::daemon::Daemon;
-use crate::support::network::{Wire, enter_namespace_with_veth, enter_new_namespace, output};
+use crate::support::network::{
+    Wire, enter_namespace_with_veth, enter_new_namespace, enter_quiet_namespace, output,
+};
 use crate::support::testpmd::Testpmd;
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
@@ -34,8 +35,7 @@ fn frame(number: usize) -> Vec<u8> {
 
 /// A daemon on a TAP, and the TAP.
 fn on_tap(queues: u16, size: u16, device: &str) {
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     let daemon = Daemon::start(&["--tap=tap0", &format!("--queue-pairs={queues}")]);
     let testpmd = Testpmd::start(&daemon.socket(), queues, size, device);
     check(testpmd, &Wire::open("tap0"));

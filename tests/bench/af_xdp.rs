@@ -2,7 +2,6 @@
 //! against bare loops on a veth of their own and against testpmd as the backend.
 
 use std::cell::RefCell;
-use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -26,7 +25,7 @@ use super::measure::{
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{Wire, enter_new_namespace, ip};
+use crate::support::network::{Wire, enter_quiet_namespace, ip};
 use crate::support::testpmd::Testpmd;
 
 const SIZES: RingSizes = RingSizes { rx: 1024, tx: 1024 };
@@ -338,8 +337,7 @@ pub(super) fn lean_rx_cost(daemon: &Daemon, wire: &str, length: usize) -> Cost {
 }
 
 pub(super) fn run() {
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     pin_this_thread(0).unwrap();
     ["bare", "pieces", "veth", "dpdk"].into_iter().for_each(veth);
     let bare = RefCell::new(Bare::on("bare0", false));

@@ -1,7 +1,5 @@
 //! What options cost the data path: the same traffic through daemons that differ by these, in turns.
 
-use std::fs;
-
 use vhost_user_net::policy::filter::extended;
 use vhost_user_net::sys::bpf::Program;
 use vhost_user_net::sys::bpf::instructions::{add, copy, exit};
@@ -14,7 +12,7 @@ use super::measure::{
     sent,
 };
 use crate::support::daemon::Daemon;
-use crate::support::network::enter_new_namespace;
+use crate::support::network::enter_quiet_namespace;
 use crate::support::testpmd::Testpmd;
 
 /// What is compared with the first: what it is called, and its options.
@@ -125,8 +123,7 @@ const FILTER: &str = "deny tcp dport 25; deny tcp dport 465; deny udp dport 53 f
                       allow udp dport 9 to 198.18.0.0/15; deny udp; default allow";
 
 fn run(variants: &[Variant<'_>; 3]) {
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     pin_this_thread(0).unwrap();
     let taps = parties("tap", "tap", variants);
     let veths = parties("af-xdp", "veth", variants);

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 use vhost_user_net::sys::process::pin_this_thread;
 
-use crate::support::network::enter_new_namespace;
+use crate::support::network::enter_quiet_namespace;
 use party::{CONTESTANTS, Party, missing};
 use report::Report;
 
@@ -65,13 +65,9 @@ pub(super) fn run() {
     println!("\nfigures, table and picture: {}", directory.display());
 }
 
-/// Moves this thread into a network namespace of its own, of which the settings that count are those of
-/// any Linux: the machine's default may be BBR, whose timers would run on the backend's processor.
+/// Moves this thread into a quiet namespace, whose TCP is any Linux's: the machine's default may be BBR,
+/// whose timers would run on the backend's processor.
 fn enter_a_namespace() {
-    enter_new_namespace();
-    for (name, value) in
-        [("ipv6/conf/all/disable_ipv6", "1"), ("ipv4/tcp_congestion_control", "cubic")]
-    {
-        fs::write(format!("/proc/sys/net/{name}"), value).unwrap();
-    }
+    enter_quiet_namespace();
+    fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic").unwrap();
 }

@@ -2,7 +2,7 @@
 //! loops that write and read the same frames on a TAP of their own.
 
 use std::cell::RefCell;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
@@ -22,7 +22,7 @@ use super::measure::{
 use crate::support::daemon::Daemon;
 use crate::support::driver::HEADER;
 use crate::support::guest::Ram;
-use crate::support::network::{enter_new_namespace, ip};
+use crate::support::network::{enter_quiet_namespace, ip};
 use crate::support::testpmd::Testpmd;
 
 /// Places that a bare loop sends from and reads to, one after the other: as many as a guest's ring
@@ -153,8 +153,7 @@ impl Bare {
 }
 
 pub(super) fn run() {
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     pin_this_thread(0).unwrap();
     let tap = RefCell::new(Bare::new());
     let daemon = Daemon::start(&["--tap=tap0", "--cpu-affinity=1"]);

@@ -15,7 +15,7 @@ use super::measure::{cost, median};
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, GUEST_CSUM, MRG_RXBUF, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{enter_new_namespace, ip};
+use crate::support::network::{enter_new_namespace, enter_quiet_namespace, ip};
 use crate::support::traffic::datagram;
 use crate::support::vm::{Vm, iperf_with, make_guest};
 
@@ -227,8 +227,7 @@ const CSUM: u64 = 1;
 
 /// What the daemon spends on datagrams, cut before it sees them or not, in ns per KiB.
 fn datagrams() {
-    enter_new_namespace();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     pin_this_thread(0).unwrap();
     tap("tap0", "198.18.0.1", 1500);
     ip("neighbour add 198.18.0.2 lladdr 52:54:00:00:00:02 dev tap0");

@@ -19,18 +19,21 @@ pub(crate) fn enter_new_namespace() {
     ip("link set lo up");
 }
 
-/// A veth in a fresh namespace: one end for the daemon, the other for the test.
-pub(crate) fn enter_namespace_with_veth(queues: u32) {
+/// The same, without traffic of the kernel's own: no router solicitations and the like.
+pub(crate) fn enter_quiet_namespace() {
     enter_new_namespace();
     std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+}
+
+/// A veth in a fresh namespace: one end for the daemon, the other for the test.
+pub(crate) fn enter_namespace_with_veth(queues: u32) {
+    enter_quiet_namespace();
     make_veth(queues);
 }
 
-/// A TAP, `tap0`, in a fresh namespace, without traffic of the host's own: no router solicitations
-/// and the like, only the tests' frames.
+/// A TAP, `tap0`, in a fresh namespace: only the tests' frames.
 pub(crate) fn enter_namespace_with_tap(multi_queue: bool) {
-    enter_new_namespace();
-    std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    enter_quiet_namespace();
     let several = if multi_queue { " multi_queue" } else { "" };
     ip(&format!("tuntap add dev tap0 mode tap vnet_hdr{several}"));
     ip("link set tap0 up");
