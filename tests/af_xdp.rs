@@ -533,7 +533,7 @@ fn idle_costs_nothing() {
     needs_root!("idle_costs_nothing");
     let (daemon, wire, mut card) = start(&[], Options::default());
     check_both_ways(&wire, &mut card, 100);
-    daemon.check_idle(std::time::Duration::from_micros(500));
+    daemon.check_idle(std::time::Duration::from_millis(1));
 }
 
 #[test]

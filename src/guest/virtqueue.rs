@@ -443,7 +443,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     /// As [`pop`](Self::pop), for the avail index.
     pub fn arm(&mut self) -> Result<bool, Fault> {
         let (offset, value) = match self.notification.event_idx {
-            true => (4 + 8 * usize::from(self.size), self.next_avail),
+            true => (self.avail_event(), self.next_avail),
             false => (0, 0),
         };
         let index = ask(&self.used_u16(offset), value, &self.avail_u16(2));
@@ -461,13 +461,18 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         let (offset, value) = match self.notification.event_idx {
             true if index != self.next_avail => return,
             // As if it had been.
-            true => (4 + 8 * usize::from(self.size), index.wrapping_sub(1)),
+            true => (self.avail_event(), index.wrapping_sub(1)),
             false => (0, USED_F_NO_NOTIFY),
         };
         self.used_u16(offset).store(value, Ordering::Relaxed);
         if self.log.is_some() {
             self.log_used(offset, 2);
         }
+    }
+
+    /// Where in the used ring the driver reads at which avail index to kick, with EVENT_IDX.
+    fn avail_event(&self) -> usize {
+        4 + 8 * usize::from(self.size)
     }
 
     /// A 16-bit field of the avail ring. Callers stay within 6 + 2 × size bytes.

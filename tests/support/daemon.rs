@@ -215,14 +215,13 @@ impl Daemon {
         own.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Waits for half a second of which it uses at most `most`. A machine that is itself a guest
-    /// charges a thread what its host takes meanwhile, so one such half second is enough: what
-    /// spins has none.
+    /// Waits for a second of which it uses at most `most`. A machine that is itself a guest charges a
+    /// thread what its host takes meanwhile, so one such second is enough: what spins has none.
     #[track_caller]
     pub(crate) fn check_idle(&self, most: Duration) {
         eventually("nothing is used", || {
             let before = self.cpu_nanoseconds();
-            std::thread::sleep(Duration::from_millis(500));
+            std::thread::sleep(Duration::from_secs(1));
             u128::from(self.cpu_nanoseconds() - before) <= most.as_nanos()
         });
     }
