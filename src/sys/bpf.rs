@@ -182,17 +182,22 @@ impl Map {
         self.0.as_raw_fd()
     }
 
-    /// Its name.
-    pub fn name(&self) -> io::Result<String> {
+    /// Its name, and the length in bytes of a value in it.
+    pub fn name_and_size(&self) -> io::Result<(String, u32)> {
         #[repr(C)]
         #[derive(Default)]
         struct Info {
-            numbers: [u32; 6],
+            kind: u32,
+            id: u32,
+            key_size: u32,
+            value_size: u32,
+            entries: u32,
+            flags: u32,
             name: [u8; MAX_NAME + 1],
         }
         let mut info = Info::default();
         information(&self.0, &mut info)?;
-        Ok(name_from(&info.name))
+        Ok((name_from(&info.name), info.value_size))
     }
 
     /// Asks for, or changes, what is under a key that is at `key`; a value, or the next key, is at

@@ -1,5 +1,5 @@
-//! The XDP program: it redirects the frames of each queue that has a socket, passes all others to
-//! the host, and counts both. Where the kernel copies frames to the guest, it puts the virtio header
+//! The XDP program: it redirects the frames of each queue that has a socket, and passes all others to
+//! the host, and counts these. Where the kernel copies frames to the guest, it puts the virtio header
 //! before them: the daemon then does not touch the buffer, whose cache lines come from the sender's
 //! processor and go to the guest's.
 //!
@@ -10,7 +10,7 @@
 //! Frames of a queue whose port has a filter, or counts who sends them, are seen to by a program of
 //! that queue's (`code`), which the daemon that has the queue loads and puts into a map.
 //!
-//! It is assembled here, some seventy instructions: the loaders of the field (aya, libbpf) take an
+//! It is assembled here, some sixty instructions: the loaders of the field (aya, libbpf) take an
 //! ELF object, and making one takes clang or a nightly compiler.
 
 mod code;
@@ -46,7 +46,7 @@ const HEADER_LENGTH: u32 = 0xffff;
 /// Frames are seen to by a program of the queue's own.
 const OWN_PROGRAM: u32 = 1 << 16;
 /// Numbers that are counted for a queue.
-const COUNTED: usize = 6;
+const COUNTED: usize = 4;
 /// Queues of a device at the most that can have a socket.
 const QUEUES: u32 = 1024;
 /// Attempts to attach, or to find who was faster.
@@ -55,10 +55,6 @@ const ATTEMPTS: usize = 5;
 /// What the program has counted on one queue, on behalf of all that used it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct QueueCounters {
-    /// Frames redirected to the queue's socket.
-    pub redirected: u64,
-    /// Bytes of those.
-    pub redirected_bytes: u64,
     /// Frames passed to the host, since the queue had no socket.
     pub passed: u64,
     /// Bytes of those.
@@ -71,11 +67,7 @@ pub struct QueueCounters {
 
 impl fmt::Display for QueueCounters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} frames, {} bytes redirected, {} frames, {} bytes passed to the host",
-            self.redirected, self.redirected_bytes, self.passed, self.passed_bytes
-        )?;
+        write!(f, "{} frames, {} bytes passed to the host", self.passed, self.passed_bytes)?;
         if self.filtered > 0 {
             let QueueCounters { filtered, filtered_bytes, .. } = self;
             write!(f, ", {filtered} frames, {filtered_bytes} bytes dropped by its filter")?;
@@ -135,11 +127,11 @@ impl Maps {
         let maps = info.maps.iter().map(|id| Map::by_id(*id)).collect::<io::Result<Vec<_>>>()?;
         let mut named = maps
             .into_iter()
-            .map(|map| Ok((map.name()?, map)))
-            .collect::<io::Result<HashMap<String, Map>>>()?;
-        let mut take = |name| named.remove(name);
-        let (sockets, counters) = (take(SOCKETS), take(COUNTERS));
-        let (queues, programs) = (take(QUEUE_SETTINGS), take(PROGRAMS));
+            .map(|map| Ok((map.name_and_size()?, map)))
+            .collect::<io::Result<HashMap<(String, u32), Map>>>()?;
+        let mut take = |name: &str, size| named.remove(&(name.to_owned(), size));
+        let (sockets, counters) = (take(SOCKETS, 4), take(COUNTERS, 8 * COUNTED as u32));
+        let (queues, programs) = (take(QUEUE_SETTINGS, 4), take(PROGRAMS, 4));
         Ok((|| {
             Some(Maps {
                 sockets: sockets?,
@@ -272,16 +264,8 @@ impl Attachment {
     /// What the program has counted on a queue.
     pub fn counters(&self, queue: u32) -> io::Result<QueueCounters> {
         let counters: [u64; COUNTED] = self.maps.counters.counters(queue)?;
-        let [redirected, redirected_bytes, passed, passed_bytes, filtered, filtered_bytes] =
-            counters;
-        Ok(QueueCounters {
-            redirected,
-            redirected_bytes,
-            passed,
-            passed_bytes,
-            filtered,
-            filtered_bytes,
-        })
+        let [passed, passed_bytes, filtered, filtered_bytes] = counters;
+        Ok(QueueCounters { passed, passed_bytes, filtered, filtered_bytes })
     }
 }
 
