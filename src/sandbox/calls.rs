@@ -215,11 +215,12 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         Role::Capture => Allowed { calls: calls(&[WAIT]), ..common },
         Role::Main => Allowed { calls: calls(&[WAIT, MAIN]), requests: vec![FIONBIO], ..common },
         Role::Operated => {
-            let names = vec![libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS];
+            let options =
+                vec![libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_TIMERSLACK];
             // A TAP has a second descriptor, by which its card is announced.
             let commands = vec![libc::F_DUPFD_CLOEXEC];
             let mut all =
-                Allowed { calls: calls(&[START]), commands, options: names, ..Allowed::default() };
+                Allowed { calls: calls(&[START]), commands, options, ..Allowed::default() };
             let threads = [Role::Main, Role::Control, Role::Worker];
             let threads = threads.into_iter().chain(af_xdp.then_some(Role::XdpWorker));
             threads.for_each(|role| all.extend(allowed(role, af_xdp)));

@@ -5,42 +5,67 @@
 //! for waking it. Network cards have the same (ethtool's `rx-usecs`); here only bursts that follow each
 //! other closely bring it about, and not frames of which each waits for the answer to another.
 
+use std::mem;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Frames that must have come since the last time that there were none, twice in a row: one of the
 /// kernel's batches (64, `NAPI_POLL_WEIGHT`) may be in two parts.
 const FRAMES: u64 = 32;
-/// The time within which they must have come.
+/// The time within which they must have come, or have been dealt with after a nap.
 const PERIOD: Duration = Duration::from_micros(150);
-/// How long a nap is. The kernel adds the thread's timer slack, of 50 µs: at two million frames a
-/// second 140 come meanwhile, of the 256 that a ring usually has room for.
-const NAP: Duration = Duration::from_micros(20);
+/// How long a nap is,
+const LONGEST: Duration = Duration::from_micros(70);
+/// unless more than one of so many parts of a ring would be used meanwhile.
+const PARTS: u32 = 4;
 
 /// How many frames there have been since a worker ran out of them last.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Naps {
     frames: u64,
+    /// Chains that these took.
+    chains: usize,
     /// When it did, if there had been many.
     since: Option<Instant>,
+    /// How long it has slept before that, not to be woken.
+    napped: Duration,
+    /// How many chains may be used during a nap.
+    room: u32,
 }
 
 impl Naps {
-    /// Notes that frames were moved.
-    pub(super) fn note(&mut self, frames: u64) {
+    /// For rings of which the smaller has so many entries.
+    pub(super) fn new(smaller: u16) -> Self {
+        let room = u32::from(smaller) / PARTS;
+        Naps { frames: 0, chains: 0, since: None, napped: Duration::ZERO, room }
+    }
+
+    /// Notes that frames were moved, in so many chains.
+    pub(super) fn note(&mut self, frames: u64, chains: usize) {
         self.frames += frames;
+        self.chains += chains;
     }
 
     /// There are no more frames for now: says whether to look again after a nap, which it takes, rather
     /// than to be woken.
     pub(super) fn take(&mut self) -> bool {
-        let many = std::mem::take(&mut self.frames) >= FRAMES;
+        let (frames, chains) = (mem::take(&mut self.frames), mem::take(&mut self.chains));
+        let napped = mem::take(&mut self.napped);
+        let many = frames >= FRAMES;
         // Nobody looks at the clock for few.
-        let pays = many && self.since.is_some_and(|since| since.elapsed() < PERIOD);
-        if pays {
-            std::thread::sleep(NAP);
+        let time = self.since.filter(|_| many).map(|since| since.elapsed());
+        let pays = time.is_some_and(|time| time < PERIOD);
+        if let Some(time) = time.filter(|_| pays) {
+            self.napped = self.length(time + napped, chains);
+            thread::sleep(self.napped);
         }
         self.since = many.then(Instant::now);
         pays
+    }
+
+    /// How long to sleep, where so many chains are used in a time.
+    fn length(&self, time: Duration, chains: usize) -> Duration {
+        LONGEST.min(time * self.room / chains.max(1) as u32)
     }
 }
 
@@ -52,17 +77,33 @@ mod tests {
     fn many_frames_twice_in_a_short_time_are_worth_a_nap() {
         // However long the test takes: from then on no time has passed.
         let soon = Some(Instant::now() + Duration::from_secs(60));
-        let mut naps = Naps { frames: 0, since: soon };
-        naps.note(FRAMES - 1);
-        naps.note(1);
+        let mut naps = Naps { since: soon, ..Naps::new(256) };
+        naps.note(FRAMES - 1, 31);
+        naps.note(1, 1);
         assert!(naps.take());
         assert!(!naps.take(), "each counts once");
-        naps.note(FRAMES);
+        naps.note(FRAMES, 32);
         assert!(!naps.take(), "the first time after a pause");
 
-        let mut naps = Naps { frames: FRAMES - 1, since: soon };
+        let mut naps = Naps { since: soon, ..Naps::new(256) };
+        naps.note(FRAMES - 1, 31);
         assert!(!naps.take(), "too few");
-        let mut naps = Naps { frames: 1000, since: Instant::now().checked_sub(PERIOD) };
+        let mut naps = Naps { since: Instant::now().checked_sub(PERIOD), ..Naps::new(256) };
+        naps.note(1000, 1000);
         assert!(!naps.take(), "they took too long");
+    }
+
+    #[test]
+    fn no_ring_runs_dry_during_a_nap() {
+        let micros = Duration::from_micros;
+        for (size, time, chains, nap) in [
+            (1024, micros(100), 256, LONGEST),
+            (1024, micros(100), 512, micros(50)),
+            (256, micros(100), 64, LONGEST),
+            (256, micros(100), 256, micros(25)),
+            (2, micros(100), 64, Duration::ZERO),
+        ] {
+            assert_eq!(Naps::new(size).length(time, chains), nap, "{size} {chains}");
+        }
     }
 }

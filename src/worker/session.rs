@@ -134,6 +134,8 @@ pub(super) fn serve(
     };
     let port = host.session(&session.memory, &terms);
     let header_length = session.negotiated.header_length();
+    let sizes = [&session.rx, &session.tx].into_iter().flatten().map(|ring| ring.layout.size);
+    let smaller = sizes.min().unwrap_or(0);
     let finished = Finished::default();
     let memory = &*session.memory;
     let limits = &*options.limits;
@@ -151,7 +153,7 @@ pub(super) fn serve(
         capture: &options.capture,
         pair: options.pair,
         rx_allowance: usize::MAX,
-        naps: Naps::default(),
+        naps: Naps::new(smaller),
         replies: Replies::new(),
     };
     let result = serving.turn_until_command(options, mailbox);
@@ -314,11 +316,12 @@ impl Serving<'_> {
         // process is killed in between.
         if let Some(rx) = self.rx.as_mut().filter(|_| !finished.rx.is_empty()) {
             moved = true;
-            rx.counters.bursts.observe(finished.rx.len() as u64);
+            let retired = finished.rx.len();
+            rx.counters.bursts.observe(retired as u64);
             for (chain, written) in finished.rx.drain(..) {
                 rx.queue.retire(chain, written);
             }
-            self.naps.note(finished.rx_frames);
+            self.naps.note(finished.rx_frames, retired);
             self.replies.note_given(finished.rx_frames, finished.rx_bytes);
             rx.counters.frames.add(std::mem::take(&mut finished.rx_frames));
             rx.counters.bytes.add(std::mem::take(&mut finished.rx_bytes));
@@ -327,7 +330,8 @@ impl Serving<'_> {
         if let Some(tx) = self.tx.as_mut().filter(|_| !finished.tx.is_empty()) {
             moved = true;
             let (mut frames, mut bytes) = (0, 0);
-            tx.counters.bursts.observe(finished.tx.len() as u64);
+            let retired = finished.tx.len();
+            tx.counters.bursts.observe(retired as u64);
             for (chain, outcome) in finished.tx.drain(..) {
                 match outcome {
                     Outcome::Sent => {
@@ -338,7 +342,7 @@ impl Serving<'_> {
                 }
                 tx.queue.retire(chain, 0);
             }
-            self.naps.note(frames);
+            self.naps.note(frames, retired);
             self.replies.note_sent();
             tx.counters.frames.add(frames);
             tx.counters.bytes.add(bytes);

@@ -23,7 +23,7 @@ use crate::port::Finished;
 use crate::sys::xsk::{ADDRESS_BITS, RingSizes, Socket};
 
 /// Buffers that are borrowed ahead.
-const BORROWED: usize = 512;
+const BORROWED: usize = 1024;
 /// With fewer buffers than this the guest is asked for more.
 const FEW: usize = 32;
 /// Slots that are posted when the guest has no buffers left.
