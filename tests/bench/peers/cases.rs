@@ -14,7 +14,7 @@ use super::report::Report;
 use crate::af_xdp;
 use crate::guest;
 use crate::measure::{
-    Cost, GUEST, all_in_turns, cost, frame, receive_frames, received, send_frames,
+    BATCH, Cost, GUEST, all_in_turns, cost, frame, receive_frames, received, send_frames,
 };
 use crate::support::daemon::{Daemon, port, program};
 use crate::support::driver::{CSUM, Card, HEADER, HOST_TSO, Options};
@@ -331,44 +331,50 @@ fn both_ways(parties: &[Party], report: &mut Report) {
     }
 }
 
-/// A hundred thousand frames a second, in bursts of 32.
-const BURST: u16 = 32;
-const PACE: Duration = Duration::from_micros(320);
+/// A hundred thousand frames a second: one in this time,
+const PACE: Duration = Duration::from_micros(10);
+/// and so many at a time.
+const BURSTS: [u16; 2] = [BATCH as u16, 1];
 
 /// Frames that the guest sends at a steady rate.
 fn paced(parties: &[Party], report: &mut Report) {
     let parties = without_busy_poll(parties);
     let tap = RefCell::new(tap::Bare::new());
     let bytes = [&[0; HEADER][..], &frame(64)].concat();
-    let bare: Measurements<'_> = vec![(
-        "bare io_uring loop",
-        Box::new(|| tap.borrow_mut().write_batches_woken(&bytes, PACE)),
-    )];
-    let serve = |party: &Party, mut card: Card, load: &mut af_xdp::Load| -> Count {
-        let tx = &card.tx[0];
-        for head in 0..RING {
-            let place = tx.buffer_area() + 2048 * u64::from(head);
-            card.ram.write(place, &bytes);
-            tx.write_descriptor(tx.descriptors, head, place, bytes.len() as u32, 0, 0);
+    for burst in BURSTS {
+        let pace = PACE * u32::from(burst);
+        let mut bare: Measurements<'_> = Vec::new();
+        if usize::from(burst) == BATCH {
+            let measure = || tap.borrow_mut().write_batches_woken(&bytes, pace);
+            bare.push(("bare io_uring loop", Box::new(measure)));
         }
-        tx.want_no_call();
-        load.run_each(PACE, move || {
-            // All of it: what is not moved here would be dropped, and the connection with it.
-            let card = &mut card;
-            let tx = &mut card.tx[0];
-            let done = card.ram.load(tx.used + 2);
-            tx.used_index = done;
-            tx.want_no_call();
-            if tx.avail_index.wrapping_sub(done) <= RING - BURST {
-                (0..BURST).for_each(|_| tx.offer_head(tx.avail_index % RING));
-                tx.publish();
+        let serve = |party: &Party, mut card: Card, load: &mut af_xdp::Load| -> Count {
+            let tx = &card.tx[0];
+            for head in 0..RING {
+                let place = tx.buffer_area() + 2048 * u64::from(head);
+                card.ram.write(place, &bytes);
+                tx.write_descriptor(tx.descriptors, head, place, bytes.len() as u32, 0, 0);
             }
-        });
-        let wire = party.wire();
-        Box::new(move || received(&wire))
-    };
-    let options = Options { size: RING, ..Options::default() };
-    compare_with_own_guests("paced tx 64", bare, &parties, options, serve, report);
+            tx.want_no_call();
+            load.run_each(pace, move || {
+                // All of it: what is not moved here would be dropped, and the connection with it.
+                let card = &mut card;
+                let tx = &mut card.tx[0];
+                let done = card.ram.load(tx.used + 2);
+                tx.used_index = done;
+                tx.want_no_call();
+                if tx.avail_index.wrapping_sub(done) <= RING - burst {
+                    (0..burst).for_each(|_| tx.offer_head(tx.avail_index % RING));
+                    tx.publish();
+                }
+            });
+            let wire = party.wire();
+            Box::new(move || received(&wire))
+        };
+        let options = Options { size: RING, ..Options::default() };
+        let case = if burst == 1 { "paced tx 64, one by one" } else { "paced tx 64" };
+        compare_with_own_guests(case, bare, &parties, options, serve, report);
+    }
 }
 
 /// Payload of a frame that is to be cut.

@@ -48,6 +48,7 @@ const FRAMES: &[&str] = &[
     "both ways 64",
     "both ways 1500",
     "paced tx 64",
+    "paced tx 64, one by one",
     "64 KiB tx",
 ];
 const TCP: &[&str] = &["TCP to host", "TCP to guest"];
