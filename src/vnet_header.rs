@@ -74,6 +74,16 @@ impl PrivateStart {
         Surplus::of(&header, header.hdr_len.into(), length)
     }
 
+    /// Puts the virtio header there, of which the guest has so many bytes.
+    #[inline]
+    fn set_header(&mut self, header: VnetHeader, length: usize) {
+        let bytes = header.to_bytes();
+        match length {
+            HEADER_LENGTH => self.bytes[..HEADER_LENGTH].copy_from_slice(&bytes),
+            shorter => self.bytes[..shorter].copy_from_slice(&bytes[..shorter]),
+        }
+    }
+
     /// The virtio header.
     #[inline]
     pub fn header(&self) -> VnetHeader {
@@ -102,14 +112,15 @@ impl VnetHeader {
     /// Reads the fields from the first ten bytes.
     #[inline]
     pub fn parse(bytes: &[u8; 10]) -> Self {
-        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let [first @ .., low, high] = *bytes;
+        let word = u64::from_le_bytes(first);
         VnetHeader {
-            flags: bytes[0],
-            gso_type: bytes[1],
-            hdr_len: u16_at(2),
-            gso_size: u16_at(4),
-            csum_start: u16_at(6),
-            csum_offset: u16_at(8),
+            flags: word as u8,
+            gso_type: (word >> 8) as u8,
+            hdr_len: (word >> 16) as u16,
+            gso_size: (word >> 32) as u16,
+            csum_start: (word >> 48) as u16,
+            csum_offset: u16::from_le_bytes([low, high]),
         }
     }
 
@@ -117,11 +128,12 @@ impl VnetHeader {
     #[inline]
     pub fn to_bytes(self) -> [u8; HEADER_LENGTH] {
         let mut bytes = [0; HEADER_LENGTH];
-        bytes[0] = self.flags;
-        bytes[1] = self.gso_type;
-        bytes[2..4].copy_from_slice(&self.hdr_len.to_le_bytes());
-        bytes[4..6].copy_from_slice(&self.gso_size.to_le_bytes());
-        bytes[6..8].copy_from_slice(&self.csum_start.to_le_bytes());
+        let word = u64::from(self.flags)
+            | u64::from(self.gso_type) << 8
+            | u64::from(self.hdr_len) << 16
+            | u64::from(self.gso_size) << 32
+            | u64::from(self.csum_start) << 48;
+        bytes[..8].copy_from_slice(&word.to_le_bytes());
         bytes[8..10].copy_from_slice(&self.csum_offset.to_le_bytes());
         bytes
     }
@@ -230,7 +242,7 @@ pub fn admit(
     let bytes: [u8; HEADER_LENGTH] = chain.first_bytes();
     let header = VnetHeader::parse(bytes.first_chunk().expect("a header has 10 bytes"));
     let mut copied = header_length;
-    let checked = if !header.is_segmented() {
+    if !header.is_segmented() {
         if frame_length > admission.max_frame {
             return Err(Drop::TooLong);
         }
@@ -238,29 +250,22 @@ pub fn admit(
         if small || admission.judges() || admission.peeks {
             copied = chain.read_start(&mut start.bytes);
         }
-        check_plain(&header, frame_length, &admission.offloads)?
+        let checked = check_plain(&header, frame_length, &admission.offloads)?;
+        start.set_header(checked, header_length);
     } else {
         if frame_length > MAX_FRAME {
             return Err(Drop::TooLong);
         }
         copied = chain.read_start(&mut start.bytes);
-        check_segmented(
-            &header,
-            &start.bytes[header_length..copied],
-            frame_length,
-            &admission.offloads,
-        )?
-        .to_bytes()
-    };
+        let frame = &start.bytes[header_length..copied];
+        let checked = check_segmented(&header, frame, frame_length, &admission.offloads)?;
+        start.set_header(checked, header_length);
+    }
     if let Some(rules) = &admission.rules {
         rules.check(&start.bytes[header_length..copied])?;
     }
     if let Some(filter) = admission.filter.current() {
         filter.judge(&start.bytes[header_length..copied])?;
-    }
-    match header_length {
-        HEADER_LENGTH => start.bytes[..HEADER_LENGTH].copy_from_slice(&checked),
-        shorter => start.bytes[..shorter].copy_from_slice(&checked[..shorter]),
     }
     start.length = copied;
     Ok(())
@@ -272,19 +277,15 @@ fn check_plain(
     header: &VnetHeader,
     frame_length: usize,
     offloads: &Offloads,
-) -> Result<[u8; HEADER_LENGTH], Drop> {
+) -> Result<VnetHeader, Drop> {
+    // Flags that only a device may set mean nothing here; nor do the other fields.
+    let none = VnetHeader::default();
     if !header.needs_checksum() {
-        // Flags that only a device may set mean nothing here; nor do the other fields.
-        return Ok([0; HEADER_LENGTH]);
+        return Ok(none);
     }
     check_checksum(header, frame_length, offloads)?;
-    let checked = VnetHeader {
-        flags: NEEDS_CSUM,
-        csum_start: header.csum_start,
-        csum_offset: header.csum_offset,
-        ..VnetHeader::default()
-    };
-    Ok(checked.to_bytes())
+    let VnetHeader { csum_start, csum_offset, .. } = *header;
+    Ok(VnetHeader { flags: NEEDS_CSUM, csum_start, csum_offset, ..none })
 }
 
 #[inline]
@@ -479,7 +480,7 @@ mod tests {
             csum_start: 9,
             ..VnetHeader::default()
         };
-        assert_eq!(check_plain(&noise, 60, &ALL), Ok([0; HEADER_LENGTH]));
+        assert_eq!(check_plain(&noise, 60, &ALL), Ok(VnetHeader::default()));
     }
 
     #[test]
@@ -490,7 +491,7 @@ mod tests {
             csum_offset: 16,
             ..VnetHeader::default()
         };
-        assert_eq!(check_plain(&header, 60, &ALL), Ok(header.to_bytes()));
+        assert_eq!(check_plain(&header, 60, &ALL), Ok(header));
         assert_eq!(check_plain(&header, 51, &ALL), Err(Drop::BadHeader));
         assert_eq!(check_plain(&header, 60, &Offloads::default()), Err(Drop::BadHeader));
     }

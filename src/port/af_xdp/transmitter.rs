@@ -129,7 +129,10 @@ impl<'mem> Transmitter<'mem> {
         let header_length = self.admission.header_length;
         let length = chain.len() - header_length;
         let headers = &self.start.bytes()[header_length..];
-        if let Some(how) = Segmentation::of(&self.start.header(), headers, length) {
+        let header = self.start.header();
+        if header.is_segmented()
+            && let Some(how) = Segmentation::of(&header, headers, length)
+        {
             if how.longest() > self.admission.max_frame {
                 return Err(Drop::TooLong);
             }
@@ -255,19 +258,30 @@ impl<'mem> Transmitter<'mem> {
         while let Some(address) = open.socket.completion.take() {
             any = true;
             let slot = (address >> ADDRESS_BITS) as usize;
-            let place = slot.wrapping_sub(self.oldest) % TX_SLOTS;
-            if let Some(frame) = self.in_flight.get_mut(place) {
-                frame.pending = false;
+            match slot.wrapping_sub(self.oldest) % TX_SLOTS {
+                // Nearly always it is the oldest.
+                0 => self.give_back_oldest(),
+                place => {
+                    if let Some(frame) = self.in_flight.get_mut(place) {
+                        frame.pending = false;
+                    }
+                }
             }
         }
         if any {
             open.socket.completion.release();
         }
         while self.in_flight.front().is_some_and(|frame| !frame.pending) {
-            if let Some(frame) = self.in_flight.pop_front() {
-                self.done.extend(frame.chain.map(|chain| (chain, frame.outcome)));
-                self.oldest = self.oldest.wrapping_add(1);
-            }
+            self.give_back_oldest();
+        }
+    }
+
+    #[inline]
+    fn give_back_oldest(&mut self) {
+        let Some(frame) = self.in_flight.pop_front() else { return };
+        self.oldest = self.oldest.wrapping_add(1);
+        if let Some(chain) = frame.chain {
+            self.done.push((chain, frame.outcome));
         }
     }
 
@@ -304,7 +318,11 @@ impl<'mem> Transmitter<'mem> {
 
     /// Gives back what has finished.
     pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
-        finished.tx.append(&mut self.done);
+        if finished.tx.is_empty() {
+            std::mem::swap(&mut finished.tx, &mut self.done);
+        } else {
+            finished.tx.append(&mut self.done);
+        }
         finished.tx_copied.append(&mut self.copied);
         finished.tx_surplus += std::mem::take(&mut self.surplus);
     }
