@@ -219,13 +219,22 @@ impl Admission {
     pub fn judges(&self) -> bool {
         self.rules.is_some() || self.filter.current().is_some()
     }
+
+    /// Judges a frame by its headers.
+    #[inline(never)]
+    fn judge(&self, headers: &[u8]) -> Result<(), Drop> {
+        if let Some(rules) = &self.rules {
+            rules.check(headers)?;
+        }
+        self.filter.current().map_or(Ok(()), |filter| filter.judge(headers))
+    }
 }
 
 /// Checks a frame from the guest, and puts the start that is to be sent in its stead into `start`.
 ///
 /// # Errors
 /// Why the frame must be dropped.
-#[inline]
+#[inline(always)]
 pub fn admit(
     chain: &Chain<'_, Readable>,
     admission: &Admission,
@@ -261,11 +270,8 @@ pub fn admit(
         let checked = check_segmented(&header, frame, frame_length, &admission.offloads)?;
         start.set_header(checked, header_length);
     }
-    if let Some(rules) = &admission.rules {
-        rules.check(&start.bytes[header_length..copied])?;
-    }
-    if let Some(filter) = admission.filter.current() {
-        filter.judge(&start.bytes[header_length..copied])?;
+    if admission.judges() {
+        admission.judge(&start.bytes[header_length..copied])?;
     }
     start.length = copied;
     Ok(())
@@ -305,6 +311,7 @@ fn check_checksum(
 }
 
 /// A frame that the host is to segment: `copy` is its start.
+#[inline(never)]
 fn check_segmented(
     header: &VnetHeader,
     copy: &[u8],

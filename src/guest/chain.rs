@@ -283,9 +283,14 @@ impl<'mem, D: Direction> Chain<'mem, D> {
     #[inline]
     pub fn first_after(&self, bytes: usize) -> Option<Segment<'mem>> {
         match &self.segments {
-            Segments::One(only) if bytes < only.len() => Some(only.skip(bytes)),
-            _ => self.segments_after(bytes).next(),
+            Segments::One(only) => (bytes < only.len()).then(|| only.skip(bytes)),
+            Segments::List(_) => self.first_of_list_after(bytes),
         }
+    }
+
+    #[inline(never)]
+    fn first_of_list_after(&self, bytes: usize) -> Option<Segment<'mem>> {
+        self.segments_after(bytes).next()
     }
 
     /// Index of the chain's first descriptor, by which the driver knows it.

@@ -124,28 +124,45 @@ impl<'mem> Transmitter<'mem> {
     }
 
     /// Checks the frame, and sees whether it is to be cut.
+    #[inline]
     fn begin_frame(&mut self, chain: &Chain<'mem, Readable>) -> Result<(), Drop> {
         admit(chain, &self.admission, &mut self.start)?;
+        if self.start.header().is_segmented() {
+            self.begin_cut(chain)?;
+        }
+        if self.admission.peeks {
+            self.peek(chain);
+        }
+        Ok(())
+    }
+
+    /// Sees how the frame that was just admitted is to be cut.
+    // This and what follows by itself: most frames have no need of it.
+    #[inline(never)]
+    fn begin_cut(&mut self, chain: &Chain<'mem, Readable>) -> Result<(), Drop> {
         let header_length = self.admission.header_length;
         let length = chain.len() - header_length;
         let headers = &self.start.bytes()[header_length..];
-        let header = self.start.header();
-        if header.is_segmented()
-            && let Some(how) = Segmentation::of(&header, headers, length)
-        {
+        if let Some(how) = Segmentation::of(&self.start.header(), headers, length) {
             if how.longest() > self.admission.max_frame {
                 return Err(Drop::TooLong);
             }
             self.cut = Some((how, 0));
             self.surplus += self.start.surplus(length);
         }
-        if self.admission.peeks {
-            self.notes.note(Way::Tx, &self.start.bytes()[header_length..], length);
-        }
         Ok(())
     }
 
+    /// Notes who sends the frame that was just admitted.
+    #[inline(never)]
+    fn peek(&mut self, chain: &Chain<'mem, Readable>) {
+        let header_length = self.admission.header_length;
+        let frame = &self.start.bytes()[header_length..];
+        self.notes.note(Way::Tx, frame, chain.len() - header_length);
+    }
+
     /// Where the frame is to be sent from.
+    #[inline]
     fn place(
         &mut self,
         chain: &Chain<'mem, Readable>,
@@ -154,30 +171,44 @@ impl<'mem> Transmitter<'mem> {
     ) -> Descriptor {
         let header_length = self.admission.header_length;
         let length = chain.len() - header_length;
-        let header = self.start.header();
         // Headers that were judged go out as they were then.
-        let judged = self.admission.judges();
+        let as_it_is = !self.start.header().needs_checksum() && !self.admission.judges();
         let in_place = chain
             .first_after(header_length)
-            .filter(|piece| piece.len() == length && !header.needs_checksum() && !judged)
+            .filter(|piece| as_it_is && piece.len() == length)
             .and_then(|piece| open.umem.sendable(&piece));
-        if let Some(address) = in_place {
-            return Descriptor { address, length: length as u32, options: 0 };
+        match in_place {
+            Some(address) => Descriptor { address, length: length as u32, options: 0 },
+            None => self.place_copy(chain, slot, open),
         }
+    }
+
+    /// Puts a copy of the frame into the arena.
+    #[inline(never)]
+    fn place_copy(
+        &mut self,
+        chain: &Chain<'mem, Readable>,
+        slot: usize,
+        open: &OpenSocket,
+    ) -> Descriptor {
+        let header_length = self.admission.header_length;
+        let length = chain.len() - header_length;
         let (frame, address) = open.umem.tx_frame(self.pair, slot, length);
         chain.copy_to(header_length, &frame);
         frame.write(&self.start.bytes()[header_length..]);
-        let options = if header.needs_checksum() {
-            self.copied.push(CopyReason::Checksum);
-            self.complete(&frame, slot, open)
+        let (reason, options) = if self.start.header().needs_checksum() {
+            (CopyReason::Checksum, self.complete(&frame, slot, open))
+        } else if self.admission.judges() {
+            (CopyReason::Rules, 0)
         } else {
-            self.copied.push(if judged { CopyReason::Rules } else { CopyReason::Pieces });
-            0
+            (CopyReason::Pieces, 0)
         };
+        self.copied.push(reason);
         Descriptor { address, length: length as u32, options }
     }
 
     /// Puts the segment that begins at `offset` of the payload together, and goes on to the next.
+    #[inline(never)]
     fn place_segment(
         &mut self,
         chain: &Chain<'mem, Readable>,
