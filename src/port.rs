@@ -166,6 +166,18 @@ pub struct Finished<'mem> {
     pub unused_rx: Vec<Chain<'mem, Writable>>,
 }
 
+impl<'mem> Finished<'mem> {
+    /// Takes over chains of frames from the guest, and what became of these.
+    #[inline]
+    pub fn take_tx(&mut self, done: &mut Vec<(Chain<'mem, Readable>, Outcome)>) {
+        if self.tx.is_empty() {
+            std::mem::swap(&mut self.tx, done);
+        } else {
+            self.tx.append(done);
+        }
+    }
+}
+
 /// The host side of one queue pair: it stays open over all sessions.
 #[derive(Debug)]
 pub enum HostQueue {

@@ -105,11 +105,7 @@ impl<'mem> Transmitter<'mem> {
 
     /// Gives back what has finished.
     pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
-        if finished.tx.is_empty() {
-            std::mem::swap(&mut finished.tx, &mut self.done);
-        } else {
-            finished.tx.append(&mut self.done);
-        }
+        finished.take_tx(&mut self.done);
         finished.tx_surplus += std::mem::take(&mut self.surplus);
     }
 
