@@ -220,9 +220,19 @@ impl Admission {
         self.rules.is_some() || self.filter.current().is_some()
     }
 
-    /// Judges a frame by its headers.
+    /// Judges a frame by its virtio header and the start of the frame.
     #[inline(never)]
-    fn judge(&self, headers: &[u8]) -> Result<(), Drop> {
+    fn judge(&self, header: &VnetHeader, headers: &[u8]) -> Result<(), Drop> {
+        // The host writes the checksum after the judgement: it must write over nothing that counts.
+        // check_segmented() has already seen to that for a frame to be segmented, of which the
+        // segments' own lengths count.
+        if header.needs_checksum() && !header.is_segmented() {
+            let parsed = Headers::parse(headers).ok_or(Drop::BadHeader)?;
+            let (start, offset) = (header.csum_start.into(), header.csum_offset.into());
+            if !parsed.own_checksum(start, offset) {
+                return Err(Drop::BadHeader);
+            }
+        }
         if let Some(rules) = &self.rules {
             rules.check(headers)?;
         }
@@ -270,10 +280,10 @@ pub fn admit(
         let checked = check_segmented(&header, frame, frame_length, &admission.offloads)?;
         start.set_header(checked, header_length);
     }
-    if admission.judges() {
-        admission.judge(&start.bytes[header_length..copied])?;
-    }
     start.length = copied;
+    if admission.judges() {
+        admission.judge(&start.header(), &start.bytes[header_length..copied])?;
+    }
     Ok(())
 }
 
@@ -337,6 +347,7 @@ fn check_segmented(
         },
     };
     if version.is_some_and(|version| version != headers.version)
+        || headers.is_later_fragment
         || i32::from(headers.protocol) != protocol
         || usize::from(header.csum_start) != transport
         || header.csum_offset != checksum_at
@@ -501,5 +512,27 @@ mod tests {
         assert_eq!(check_plain(&header, 60, &ALL), Ok(header));
         assert_eq!(check_plain(&header, 51, &ALL), Err(Drop::BadHeader));
         assert_eq!(check_plain(&header, 60, &Offloads::default()), Err(Drop::BadHeader));
+    }
+
+    #[test]
+    fn judged_frames_may_open_their_own_checksum_only() {
+        let (_, mut frame) = tcp4();
+        frame[16..18].copy_from_slice(&128_u16.to_be_bytes());
+        let own = |frame: &[u8], start, offset| {
+            Headers::parse(frame).is_some_and(|headers| headers.own_checksum(start, offset))
+        };
+        assert!(own(&frame, 34, 16));
+        for (start, offset) in [(34, 6), (34, 0), (20, 8), (14, 0), (32, 18), (36, 14)] {
+            assert!(!own(&frame, start, offset), "{start} {offset}");
+        }
+        for (at, bytes) in [(20, [0, 1]), (16, [0, 37]), (22, [0, 1])] {
+            let mut other = frame.clone();
+            other[at..at + 2].copy_from_slice(&bytes);
+            assert!(!own(&other, 34, 16), "byte {at}");
+        }
+        frame[23] = 17;
+        assert!(own(&frame, 34, 6) && !own(&frame, 34, 16));
+        frame.splice(12..12, [0x91, 0, 0, 7]);
+        assert!(own(&frame, 38, 6) && !own(&frame, 34, 6));
     }
 }

@@ -1,4 +1,4 @@
-//! Cases 31 to 39: frames and their headers, from the guest and for it, and the device's
+//! Cases 31 to 39 and 60 to 64: frames and their headers, from the guest and for it, and the device's
 //! configuration space.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -428,4 +428,80 @@ fn hostile_39_the_configuration_space_ends_where_it_ends() {
     scene.says("lie outside the configuration space");
     scene.says("a payload of 4109 bytes is too long");
     scene.ends("R");
+}
+
+/// IPv4 and IPv6 frames of a guarded guest's, each with the TCP or UDP checksum left to the host.
+fn with_open_checksums() -> Vec<Framed> {
+    const OWN: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+    let udp = [&[0, 9, 0, 9, 0, 28, 0, 0][..], &[7; 20]].concat();
+    let tcp = [&[0, 9, 0, 9, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 1, 0, 0, 0, 0][..], &[7; 20]];
+    let behind_options = [&[17, 0, 1, 4, 0, 0, 0, 0][..], &udp].concat();
+    vec![
+        datagram(20),
+        (header(NEEDS_CSUM, 0, 54, 0, 34, 16), tcp_frame(20, 1000).1),
+        (header(NEEDS_CSUM, 0, 62, 0, 54, 6), ipv6(&OWN, 17, &udp)),
+        (header(NEEDS_CSUM, 0, 74, 0, 54, 16), ipv6(&OWN, 6, &tcp.concat())),
+        (header(NEEDS_CSUM, 0, 70, 0, 62, 6), ipv6(&OWN, 60, &behind_options)),
+    ]
+}
+
+/// Checksums that the host would write over what was judged, and over what it can't tell.
+fn checksums_over_headers() -> Vec<Framed> {
+    let open = |start: u16, offset: u16, frame: &[u8]| {
+        (header(NEEDS_CSUM, 0, 0, 0, start, offset), frame.to_vec())
+    };
+    let (_, good) = datagram(30);
+    let mut arp = changed(&good[..14], &[(12, &[8, 6])]);
+    arp.extend([0, 1, 8, 0, 6, 4, 0, 2, 0x52, 0x54, 0, 0, 2, 1, 192, 0, 2, 2]);
+    arp.extend([0x52, 0x54, 0, 0, 2, 2, 192, 0, 2, 9]);
+    arp.resize(60, 0);
+    let tagged = [&good[..12], &[0x81, 0, 0, 0], &good[12..]].concat();
+    let tcp = tcp_frame(20, 1000).1;
+    vec![
+        // The IPv4 source, an ARP sender, both ports, and a VLAN tag.
+        open(20, 8, &good),
+        open(20, 10, &arp),
+        open(34, 0, &good),
+        open(34, 2, &good),
+        open(14, 0, &tagged),
+        // Another protocol's checksum, and that of a packet without tags.
+        open(34, 16, &good),
+        open(34, 6, &tcp),
+        open(34, 6, &tagged),
+        // Of a later fragment, and of a packet that ends before its checksum.
+        open(34, 6, &changed(&good, &[(20, &[0, 8])])),
+        open(34, 16, &changed(&tcp, &[(16, &[0, 36])])),
+    ]
+}
+
+fn checksum_offload(scene: Scene) -> Scene {
+    let mut card = scene.card_with(Options {
+        features: Options::default().features | CSUM | HOST_TSO,
+        ..Options::default()
+    });
+    while scene.wire().receive_any(20).is_some() {}
+    let attacks = checksums_over_headers();
+    for (header, frame) in &attacks {
+        card.send_with(0, header, frame);
+    }
+    assert_eq!(scene.wire().receive_any(50), None, "no attack reaches the wire");
+    for (header, frame) in with_open_checksums() {
+        let start = usize::from(u16::from_le_bytes([header[6], header[7]]));
+        let at = start + usize::from(header[8]);
+        card.send_with(0, &header, &frame);
+        let received = scene.wire().receive_any(1000).expect("an honest frame arrives");
+        // The host completes the checksum, on AF_XDP before the wire.
+        let apart = |frame: &[u8]| [&frame[..at], &frame[at + 2..]].concat();
+        assert_eq!(apart(&received), apart(&frame));
+    }
+    drop(card);
+    scene.says(&format!("{} dropped (bad_header)", attacks.len()));
+    scene
+}
+
+#[test]
+fn case_60_checksum_offload_rewrites_no_judged_header() {
+    needs_root!("case_60_checksum_offload_rewrites_no_judged_header");
+    checksum_offload(Scene::guarded_veth(60)).ends("D");
+    checksum_offload(Scene::guarded_tap(60)).ends("D; honest TCP and UDP checksums are completed");
 }

@@ -7,7 +7,7 @@ use super::Protocol;
 pub(super) const IPV4: u16 = 0x0800;
 pub(super) const ARP: u16 = 0x0806;
 pub(super) const IPV6: u16 = 0x86dd;
-pub(super) const VLAN: [u16; 3] = [0x8100, 0x88a8, 0x9100];
+pub(crate) const VLAN: [u16; 3] = [0x8100, 0x88a8, 0x9100];
 
 pub(super) const ICMP: u8 = 1;
 pub(super) const TCP: u8 = 6;
