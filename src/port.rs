@@ -199,17 +199,23 @@ impl HostQueue {
         }
     }
 
-    /// What its card is announced by, within these limits; nothing for a port without a network.
+    /// What its card is announced by, within these limits and this tx filter; nothing for a port
+    /// without a network.
     ///
     /// # Errors
     /// No descriptor is to be had.
-    pub fn announcer(&self, limits: &Arc<Limits>) -> io::Result<Option<Announcer>> {
+    pub fn announcer(
+        &self,
+        limits: &Arc<Limits>,
+        tx_filter: &Arc<LiveFilter>,
+    ) -> io::Result<Option<Announcer>> {
+        let (limits, tx_filter) = (limits.clone(), tx_filter.clone());
         Ok(match self {
             HostQueue::Tap(queue) => {
-                Some(Announcer::on_tap(queue.another_handle()?, limits.clone()))
+                Some(Announcer::on_tap(queue.another_handle()?, limits, tx_filter))
             }
             HostQueue::AfXdp(queue) => {
-                Some(Announcer::on_socket(queue.packet_socket()?, limits.clone()))
+                Some(Announcer::on_socket(queue.packet_socket()?, limits, tx_filter))
             }
             HostQueue::Loopback => None,
         })

@@ -487,7 +487,7 @@ fn prepare(
         sandbox,
     };
     let traffic = queues[0].traffic(shared.tally.clone());
-    let announcer = queues[0].announcer(&limits).map_err(no_descriptor)?;
+    let announcer = queues[0].announcer(&limits, &filters.tx).map_err(no_descriptor)?;
     let queues = queues
         .into_iter()
         .zip(counters.into_iter().map(Some).chain(std::iter::repeat_with(|| None)));

@@ -47,6 +47,9 @@ impl Device {
         if self.rules.as_ref().is_some_and(|rules| !rules.is_own(MacAddress(address))) {
             return refused(format!("{} is not the guest's address", MacAddress(address)));
         }
+        if !self.config.link {
+            return refused(format!("cannot announce {}: the link is off", MacAddress(address)));
+        }
         match announcer.announce(address) {
             Ok(()) => info!("{}: {} is announced", self.name, MacAddress(address)),
             Err(error) => return refused(format!("announce {}: {error}", MacAddress(address))),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nix::sys::socket::{MsgFlags, send};
 
-use crate::policy::Limits;
+use crate::policy::{Limits, LiveFilter};
 use crate::sys::tap::Queue;
 
 /// What frames are sent by.
@@ -23,25 +23,30 @@ enum Way {
 pub struct Announcer {
     way: Way,
     limits: Arc<Limits>,
+    tx_filter: Arc<LiveFilter>,
 }
 
 impl Announcer {
-    /// By a TAP's queue, within the port's limits.
-    pub fn on_tap(queue: Queue, limits: Arc<Limits>) -> Self {
-        Announcer { way: Way::Tap(queue), limits }
+    /// By a TAP's queue, within the port's limits and tx filter.
+    pub fn on_tap(queue: Queue, limits: Arc<Limits>, tx_filter: Arc<LiveFilter>) -> Self {
+        Announcer { way: Way::Tap(queue), limits, tx_filter }
     }
 
-    /// By a packet socket that is bound to a device, within the port's limits.
-    pub fn on_socket(socket: OwnedFd, limits: Arc<Limits>) -> Self {
-        Announcer { way: Way::Socket(socket), limits }
+    /// By a packet socket that is bound to a device, within the port's limits and tx filter.
+    pub fn on_socket(socket: OwnedFd, limits: Arc<Limits>, tx_filter: Arc<LiveFilter>) -> Self {
+        Announcer { way: Way::Socket(socket), limits, tx_filter }
     }
 
     /// Sends one frame from the card's address to all.
     ///
     /// # Errors
-    /// The port may not send that much, or the host refuses it.
+    /// The port's tx filter denies the frame, the port may not send that much, or the host refuses it.
     pub fn announce(&self, address: [u8; 6]) -> io::Result<()> {
         let frame = reverse_arp(address);
+        if self.tx_filter.get().judge(&frame).is_err() {
+            let why = "the port's tx filter denies the frame (ethertype 0x8035, RARP)";
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
         let limit = &self.limits.tx;
         if limit.is_limited() && limit.admit([(1, frame.len() as u64)].into_iter()) == 0 {
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "the port's tx limit"));

@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use vhost::vhost_user::message::FrontendReq;
 
+use crate::support::daemon::{Daemon, port as named};
 use crate::support::driver::{
     CSUM, Card, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, Options, PROTOCOL, VERSION_1,
 };
-use crate::support::hostile::Scene;
-use crate::support::needs_root;
-use crate::support::network::{Wire, ip, output};
+use crate::support::frontend::Frontend;
+use crate::support::hostile::{Scene, note};
+use crate::support::network::{Wire, enter_namespace_for, ip, output};
 use crate::support::traffic::{check_both_ways, datagram, frame, tcp_frame};
+use crate::support::{eventually, needs_root};
 
 /// A virtio header: flags, GSO type, header length, GSO size, where the checksum starts and lies.
 fn header(flags: u8, gso: u8, length: u16, size: u16, start: u16, offset: u16) -> Vec<u8> {
@@ -504,4 +506,26 @@ fn case_60_checksum_offload_rewrites_no_judged_header() {
     needs_root!("case_60_checksum_offload_rewrites_no_judged_header");
     checksum_offload(Scene::guarded_veth(60)).ends("D");
     checksum_offload(Scene::guarded_tap(60)).ends("D; honest TCP and UDP checksums are completed");
+}
+
+#[test]
+fn case_63_announcements_keep_to_filter_and_link() {
+    needs_root!("case_63_announcements_keep_to_filter_and_link");
+    let payload = [0x52, 0x54, 0, 0, 2, 1, 0, 0];
+    for (port, on) in [("tap = \"tap0\"", "TAP"), ("af-xdp = \"veth0\"", "AF_XDP")] {
+        for (setting, reason) in [
+            ("tx-filter = \"deny ethertype 0x8035; default allow\"", "tx filter denies the frame"),
+            ("tx-filter = \"default deny\"", "tx filter denies the frame"),
+            ("link = false", "the link is off"),
+        ] {
+            let wire = enter_namespace_for(port);
+            let daemon = Daemon::with_config(&named("vm", &format!("{port}\n{setting}\n")), "vm");
+            let mut card = Card::start(Frontend::new(daemon.connect_to("vm")), Options::default());
+            card.frontend.refused(FrontendReq::SEND_RARP, &payload, &[]);
+            eventually(reason, || daemon.log().contains(reason));
+            let sent = std::iter::from_fn(|| wire.receive_any(50));
+            assert_eq!(sent.filter(|frame| frame[12..14] == [0x80, 0x35]).count(), 0, "{on}");
+        }
+    }
+    note(63, "R: neither past a filter nor with the link off");
 }
