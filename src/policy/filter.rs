@@ -7,7 +7,7 @@
 //!
 //! Invariant: what can't be known of a frame (a port in a later fragment, what lies behind a
 //! header that is cut short) counts against it: it matches a rule that denies, and none that
-//! allows.
+//! allows. A frame that carries another one, which nobody looks at, matches every rule that denies.
 
 mod classic;
 mod extended;
@@ -72,6 +72,8 @@ pub enum Protocol {
     Icmp6,
     /// By the header of IPv4, or the last one of IPv6.
     Ip(u8),
+    /// Neither IPv4, IPv6 nor ARP.
+    Other,
 }
 
 /// Ports, both ends included.
@@ -104,6 +106,9 @@ impl Filter {
 impl Rule {
     fn decides(&self, facts: &Facts) -> bool {
         let unknown = self.action == Action::Deny;
+        if unknown && facts.carries {
+            return true;
+        }
         let address = |net: &Option<IpNet>, place: usize| {
             net.is_none_or(|net| facts.addresses.is(unknown, |pair| net.contains(&pair[place])))
         };
@@ -115,7 +120,14 @@ impl Rule {
         let is_ipv6 = || facts.addresses.is(unknown, |pair| pair[0].is_ipv6());
         let protocol = match self.protocol {
             None => true,
+            // RARP has ARP's packets.
+            Some(Protocol::Ethertype(facts::ARP)) if unknown => {
+                facts.ethertype.is(unknown, |it| [facts::ARP, facts::RARP].contains(&it))
+            }
             Some(Protocol::Ethertype(wanted)) => facts.ethertype.is(unknown, |it| it == wanted),
+            Some(Protocol::Other) => {
+                facts.ethertype.is(unknown, |it| !facts::UNDERSTOOD.contains(&it))
+            }
             Some(Protocol::Icmp) => is_ipv4() && facts.protocol.is(unknown, |it| it == facts::ICMP),
             Some(Protocol::Icmp6) => {
                 is_ipv6() && facts.protocol.is(unknown, |it| it == facts::ICMPV6)

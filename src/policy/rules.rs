@@ -75,6 +75,11 @@ impl<'a> Bytes<'a> {
         bytes.copied().ok_or(Drop::Forbidden)
     }
 
+    /// Up to an end that may lie behind what was copied.
+    fn up_to(self, end: usize) -> Bytes<'a> {
+        Bytes(self.0.get(..end).unwrap_or(self.0))
+    }
+
     fn from(self, at: usize) -> Result<Bytes<'a>, Drop> {
         self.0.get(at..).map(Bytes).ok_or(Drop::Forbidden)
     }
@@ -161,6 +166,12 @@ impl Rules {
         if first >> 4 != 4 || header_length < 20 {
             return Err(Drop::Forbidden);
         }
+        let length = usize::from(packet.u16(2)?);
+        if length < header_length {
+            return Err(Drop::Forbidden);
+        }
+        // Receivers cut off what follows the packet: padding holds no headers.
+        let packet = packet.up_to(length);
         let source = Ipv4Addr::from(packet.array::<4>(12)?);
         let is_first = packet.u16(6)? & 0x1fff == 0;
         if is_first && packet.u8(9)? == UDP {
@@ -180,6 +191,7 @@ impl Rules {
         if packet.u8(0)? >> 4 != 6 {
             return Err(Drop::Forbidden);
         }
+        let packet = packet.up_to(40 + usize::from(packet.u16(4)?));
         let source = Ipv6Addr::from(packet.array::<16>(8)?);
         let upper = skip_extensions(packet)?;
         let icmp = upper.payload.filter(|_| upper.protocol == ICMPV6);
@@ -221,9 +233,10 @@ impl Rules {
             self.check_address(Ipv6Addr::from(message.array::<16>(8)?).into())?;
         }
         // Link-layer addresses of source and target, up to the packet's end.
-        let before = packet.0.len() - message.0.len();
         let end = 40 + usize::from(packet.u16(4)?);
-        let message = Bytes(message.0.get(..end.saturating_sub(before)).ok_or(Drop::Forbidden)?);
+        if packet.0.len() < end {
+            return Err(Drop::Forbidden);
+        }
         let mut at = options;
         while at < message.0.len() {
             let length = usize::from(message.u8(at + 1)?) * 8;
@@ -374,6 +387,21 @@ mod tests {
         for (frame, reason) in frames {
             assert_eq!(strict().check(&frame), Err(reason), "{frame:x?}");
         }
+    }
+
+    #[test]
+    fn headers_in_padding_are_forbidden() {
+        let mut frame = ipv4([192, 0, 2, 5], UDP, &udp(9, 9));
+        frame[17] = 20;
+        assert_eq!(strict().check(&frame), Err(Drop::Forbidden));
+        frame[17] = 19;
+        assert_eq!(strict().check(&frame), Err(Drop::Forbidden));
+        // A first fragment that holds an extension header only, and a harmless message behind it.
+        let message = [&[60, 0, 0, 1, 0, 0, 0, 9], &[ICMPV6, 0, 1, 4, 0, 0, 0, 0], &[128; 16][..]];
+        let mut frame = ipv6("2001:db8::7", 44, &message.concat());
+        assert_eq!(strict().check(&frame), Ok(()));
+        frame[19] = 16;
+        assert_eq!(strict().check(&frame), Err(Drop::Forbidden));
     }
 
     #[test]

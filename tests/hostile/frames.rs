@@ -12,7 +12,7 @@ use crate::support::driver::{
 };
 use crate::support::frontend::Frontend;
 use crate::support::hostile::{Scene, note};
-use crate::support::network::{Wire, enter_namespace_for, ip, output};
+use crate::support::network::{Wire, enter_namespace_for, ip, output, wait_for_carrier};
 use crate::support::traffic::{check_both_ways, datagram, frame, tcp_frame};
 use crate::support::{eventually, needs_root};
 
@@ -528,4 +528,108 @@ fn case_63_announcements_keep_to_filter_and_link() {
         }
     }
     note(63, "R: neither past a filter nor with the link off");
+}
+
+/// Frames that carry an IPv4 packet to TCP port 25, each in another way that nobody looks into.
+fn carriers() -> Vec<Vec<u8>> {
+    let (_, good) = datagram(20);
+    let mut mail = tcp_frame(20, 1000).1;
+    mail[34..38].copy_from_slice(&[0, 9, 0, 25]);
+    let (ethernet, packet) = (&mail[..12], &mail[14..]);
+    let in_ip = |protocol: u8, before: &[u8]| {
+        let length = (20 + before.len() + packet.len()) as u8;
+        let outer = changed(&good[..34], &[(17, &[length]), (23, &[protocol])]);
+        [&outer, before, packet].concat()
+    };
+    let before: [&[u8]; 7] = [
+        // LLC and SNAP, a VLAN tag of old, MPLS, PPPoE, PBB, NSH.
+        &[0, 68, 0xaa, 0xaa, 3, 0, 0, 0, 8, 0],
+        &[0x92, 0, 0, 7, 8, 0],
+        &[0x88, 0x47, 0, 0, 1, 64],
+        &[0x88, 0x48, 0, 0, 1, 64],
+        &[0x88, 0x64, 0x11, 0, 0, 1, 0, 62, 0, 0x21],
+        &[0x88, 0xe7, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 8, 0],
+        &[0x89, 0x4f, 0x0f, 0xc2, 2, 1, 0, 0, 1, 0xff],
+    ];
+    let mut frames: Vec<_> = before.map(|before| [ethernet, before, packet].concat()).into();
+    let authentication = [4, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1];
+    frames.extend([in_ip(4, &[]), in_ip(47, &[0, 0, 8, 0]), in_ip(51, &authentication)]);
+    frames
+}
+
+/// A port with both filters in a fresh namespace: no frame passes either way, and the last one, which
+/// nothing denies, does.
+fn nothing_passes(port: &str, filter: &str, frames: &[Vec<u8>]) {
+    let wire = enter_namespace_for(port);
+    let filters = format!("{port}\ntx-filter = \"{filter}\"\nrx-filter = \"{filter}\"\n");
+    let daemon = Daemon::with_config(&named("vm", &filters), "vm");
+    let mut card = Card::start(Frontend::new(daemon.connect_to("vm")), Options::default());
+    card.send(0, &[0; 5]);
+    if port.contains("tap0") {
+        wait_for_carrier("tap0");
+    }
+    while wire.receive_any(20).is_some() {}
+    frames.iter().for_each(|frame| card.send(0, frame));
+    card.send(0, &frame(1, 100));
+    assert_eq!(wire.receive_any(1000), Some(frame(1, 100)), "{filter}: the first on the wire");
+    frames.iter().for_each(|frame| wire.send(frame));
+    wire.send(&frame(2, 100));
+    assert_eq!(card.receive(0)[HEADER..], frame(2, 100), "{filter}: the first that arrives");
+    drop(card);
+    let counted = format!("{} dropped (filtered)", frames.len());
+    eventually(&counted, || daemon.log().contains(&counted));
+}
+
+const PORTS: [&str; 2] = ["tap = \"tap0\"", "af-xdp = \"veth0\""];
+
+#[test]
+fn case_61_denied_packets_hide_in_no_carrier() {
+    needs_root!("case_61_denied_packets_hide_in_no_carrier");
+    for port in PORTS {
+        for filter in
+            ["deny ip; deny ip6; deny arp; default allow", "deny tcp dport 25; default allow"]
+        {
+            nothing_passes(port, filter, &carriers());
+        }
+        let (_, good) = datagram(60);
+        let rarp = changed(&good, &[(12, &[0x80, 0x35])]);
+        nothing_passes(port, "deny arp; default allow", &[rarp.clone()]);
+        let unknown = changed(&good, &[(12, &[0x88, 0xcc])]);
+        let filter = "allow ethertype 0x88b5; deny other; default allow";
+        nothing_passes(port, filter, &[rarp, unknown]);
+    }
+    note(61, "D, for the guest and from it: a carrier matches every rule that denies");
+}
+
+#[test]
+fn case_62_no_header_hides_in_padding() {
+    needs_root!("case_62_no_header_hides_in_padding");
+    const OWN: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
+    // Packets that end before their ports, which stand behind them: 80.
+    let mut web = tcp_frame(20, 1000).1;
+    web[34..38].copy_from_slice(&[0, 9, 0, 80]);
+    let ipv4 = changed(&web, &[(16, &[0, 20])]);
+    let (fragment, options) = ([60, 0, 0, 1, 0, 0, 0, 9], [6, 0, 1, 4, 0, 0, 0, 0]);
+    let whole = ipv6(&OWN, 44, &[&fragment, &options, &web[34..]].concat());
+    let ipv6_fragment = changed(&whole, &[(18, &[0, 16])]);
+    for port in PORTS {
+        nothing_passes(
+            port,
+            "deny tcp dport 25; default allow",
+            &[ipv4.clone(), ipv6_fragment.clone()],
+        );
+    }
+    // The same for rules: the guest must not seem to be no DHCP server.
+    let (_, good) = datagram(20);
+    let hidden = [changed(&good, &[(16, &[0, 20])]), changed(&good, &[(16, &[0, 10])])];
+    for scene in [Scene::guarded_veth(62), Scene::guarded_tap(62)] {
+        let mut card = scene.card();
+        while scene.wire().receive_any(20).is_some() {}
+        hidden.iter().for_each(|frame| card.send(0, frame));
+        card.send(0, &good);
+        assert_eq!(scene.wire().receive_any(1000), Some(good.clone()));
+        drop(card);
+        scene.says("2 dropped (forbidden)");
+        scene.ends("D");
+    }
 }

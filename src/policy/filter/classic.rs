@@ -80,32 +80,47 @@ impl Emitter {
         self.reversed.push(sock_filter { code, jt, jf, k });
     }
 
+    fn load(&mut self, width: Width, at: At) {
+        let (mode, offset) = match at {
+            At::Start(offset) => (0x20, offset),
+            At::Index(offset) => (0x40, offset),
+        };
+        let size = match width {
+            Width::Word => 0x00,
+            Width::Half => 0x08,
+            Width::Byte => 0x10,
+        };
+        self.push(mode | size, offset);
+    }
+
+    /// Goes to `beyond` if so many bytes at a place end behind the number that `code` and `k` load.
+    fn check(&mut self, bytes: u32, at: At, beyond: Label, code: u16, k: u32) {
+        self.places.push(self.reversed.len());
+        let inside = Label(self.places.len() - 1);
+        let (At::Start(offset) | At::Index(offset)) = at;
+        self.branch(IF_AT_LEAST, offset + bytes, inside, beyond);
+        if let At::Index(_) = at {
+            self.places.push(self.reversed.len());
+            let positive = Label(self.places.len() - 1);
+            self.branch(IF_ANY_BIT, 1 << 31, beyond, positive);
+            self.push(SUBTRACT_INDEX, 0);
+        }
+        self.push(code, k);
+    }
+
     fn emit(&mut self, step: Step) {
         let memory = |variable: Variable, word| (variable as usize + word) as u32;
         match step {
+            // A load beyond the end would end the program.
             Step::Load(width, at, beyond) => {
-                let (mode, offset) = match at {
-                    At::Start(offset) => (0x20, offset),
-                    At::Index(offset) => (0x40, offset),
-                };
-                let size = match width {
-                    Width::Word => 0x00,
-                    Width::Half => 0x08,
-                    Width::Byte => 0x10,
-                };
-                self.push(mode | size, offset);
-                // A load beyond the end would end the program.
-                self.places.push(self.reversed.len());
-                let inside = Label(self.places.len() - 1);
-                self.branch(IF_AT_LEAST, offset + width as u32, inside, beyond);
-                if let At::Index(_) = at {
-                    self.places.push(self.reversed.len());
-                    let positive = Label(self.places.len() - 1);
-                    self.branch(IF_ANY_BIT, 1 << 31, beyond, positive);
-                    self.push(SUBTRACT_INDEX, 0);
-                }
-                self.push(LOAD_LENGTH, 0);
+                self.load(width, at);
+                self.check(width as u32, at, beyond, LOAD_LENGTH, 0);
             }
+            Step::LoadInside(width, at, _) => self.load(width, at),
+            Step::InPacket(bytes, at, beyond) => {
+                self.check(bytes, at, beyond, LOAD_MEMORY, memory(Variable::End, 0));
+            }
+            Step::InFrame(bytes, at, beyond) => self.check(bytes, at, beyond, LOAD_LENGTH, 0),
             Step::Set(value) => self.push(LOAD_VALUE, value),
             Step::Get(variable, word) => self.push(LOAD_MEMORY, memory(variable, word)),
             Step::Put(variable, word) => self.push(STORE_MEMORY, memory(variable, word)),

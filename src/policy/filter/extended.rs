@@ -100,7 +100,10 @@ impl Emitter {
         let slot =
             |variable: Variable, word: usize| VARIABLES_AT - 4 * (variable as usize + word) as i16;
         match step {
-            Step::Load(width, At::Start(offset), beyond) => {
+            // The verifier wants it shown for each load.
+            Step::InFrame(..) => {}
+            Step::Load(width, At::Start(offset), beyond)
+            | Step::LoadInside(width, At::Start(offset), beyond) => {
                 self.code.extend([
                     load32(1, FRAME, 0),
                     load32(2, FRAME, 4),
@@ -110,7 +113,8 @@ impl Emitter {
                 self.to(beyond, if_greater(3, 2, 0));
                 self.take(width, 1, offset as i16);
             }
-            Step::Load(width, At::Index(offset), beyond) => {
+            Step::Load(width, At::Index(offset), beyond)
+            | Step::LoadInside(width, At::Index(offset), beyond) => {
                 self.code.extend([
                     copy(1, FRAME),
                     load32(2, 10, INDEX),
@@ -122,6 +126,16 @@ impl Emitter {
                 ]);
                 self.to(beyond, if_not_equal(0, 0, 0));
                 self.take(width, 10, LOADED);
+            }
+            Step::InPacket(bytes, at, beyond) => {
+                match at {
+                    At::Start(offset) => self.push(set32(1, (offset + bytes) as i32)),
+                    At::Index(offset) => {
+                        self.code.extend([load32(1, 10, INDEX), add32(1, (offset + bytes) as i32)]);
+                    }
+                }
+                self.push(load32(2, 10, slot(Variable::End, 0)));
+                self.to(beyond, if_greater(1, 2, 0));
             }
             Step::Set(value) => self.push(set32(A, value as i32)),
             Step::Get(variable, word) => self.push(load32(A, 10, slot(variable, word))),

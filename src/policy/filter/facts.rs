@@ -6,7 +6,11 @@ use super::Protocol;
 
 pub(super) const IPV4: u16 = 0x0800;
 pub(super) const ARP: u16 = 0x0806;
+/// Has the packets of [`ARP`], which bridges may learn from too.
+pub(super) const RARP: u16 = 0x8035;
 pub(super) const IPV6: u16 = 0x86dd;
+/// Ethertypes that rules have words for; `other` is all the rest.
+pub(super) const UNDERSTOOD: [u16; 3] = [IPV4, IPV6, ARP];
 pub(crate) const VLAN: [u16; 3] = [0x8100, 0x88a8, 0x9100];
 
 pub(super) const ICMP: u8 = 1;
@@ -22,6 +26,20 @@ pub(super) const WITH_PORTS: [u8; 5] = [TCP, UDP, 33, SCTP, 136];
 pub(super) const OPTIONS: [u8; 6] = [0, 43, 60, 135, 139, 140];
 pub(super) const FRAGMENT: u8 = 44;
 pub(super) const AUTHENTICATION: u8 = 51;
+
+/// Smallest ethertype. A smaller number is a length, and 802.2 LLC follows, which may carry any
+/// ethertype behind a SNAP header (IEEE 802.3, RFC 1042).
+pub(super) const MIN_ETHERTYPE: u16 = 0x0600;
+/// Ethertypes that another packet or frame follows, which nobody looks at: TRILL, B.A.T.M.A.N.,
+/// Ethernet in Ethernet, PPP, MPLS, PPPoE, LLC in jumbo frames, MACsec, PBB, Cisco's tags, HSR, the
+/// E-tag, NSH, and VLAN tags of old.
+pub(super) const CARRIERS: [u16; 18] = [
+    0x22f3, 0x4305, 0x6558, 0x880b, 0x8847, 0x8848, 0x8863, 0x8864, 0x8870, 0x88e5, 0x88e7, 0x8909,
+    0x892f, 0x893f, 0x894f, 0x9200, 0x9300, 0x9a22,
+];
+/// IP protocols that another packet or frame follows, which nobody looks at: IPv4, IPv6, GRE, AH (in
+/// IPv4), IP within IP, EtherIP, IPComp, L2TP and MPLS.
+pub(super) const IP_CARRIERS: [u8; 9] = [4, 41, 47, AUTHENTICATION, 94, 97, 108, 115, 137];
 
 /// VLAN tags that are looked behind.
 pub(super) const MAX_TAGS: usize = 2;
@@ -65,6 +83,8 @@ pub(super) struct Facts {
     pub(super) addresses: Fact<[IpAddr; 2]>,
     pub(super) protocol: Fact<u8>,
     pub(super) ports: Fact<[u16; 2]>,
+    /// Whether another packet or frame follows, which nobody looks at.
+    pub(super) carries: bool,
 }
 
 pub(super) fn is_extension(protocol: u8) -> bool {
@@ -108,6 +128,7 @@ impl Facts {
         addresses: Fact::Unknown,
         protocol: Fact::Unknown,
         ports: Fact::Unknown,
+        carries: false,
     };
 
     /// Reads the start of a frame.
@@ -125,26 +146,30 @@ impl Facts {
                 addresses: Fact::Absent,
                 protocol: Fact::Absent,
                 ports: Fact::Absent,
+                carries: ethertype < MIN_ETHERTYPE || CARRIERS.contains(&ethertype),
                 ..Facts::UNKNOWN
             },
         };
         Facts { ethertype: Fact::Known(ethertype), ..facts }
     }
 
-    /// Reads an IPv4 packet; nothing if its header is cut short, or none.
+    /// Reads an IPv4 packet; nothing if its header is cut short, longer than the packet, or none.
     fn of_ipv4(frame: &[u8], network: usize) -> Option<Facts> {
         let header: [u8; 20] = array(frame, network)?;
         let length = usize::from(header[0] & 0xf) * 4;
-        if header[0] >> 4 != 4 || length < 20 {
+        let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
+        if header[0] >> 4 != 4 || length < 20 || total < length {
             return None;
         }
+        let packet = up_to(frame, network + total);
         let address = |at| Some(IpAddr::from(Ipv4Addr::from(array::<4>(frame, network + at)?)));
         let is_first = u16::from_be_bytes([header[6], header[7]]) & 0x1fff == 0;
         let transport = is_first.then_some(network + length);
         Some(Facts {
             addresses: Fact::Known([address(12)?, address(16)?]),
             protocol: Fact::Known(header[9]),
-            ports: ports(frame, header[9], transport),
+            ports: ports(packet, header[9], transport),
+            carries: IP_CARRIERS.contains(&header[9]),
             ..Facts::UNKNOWN
         })
     }
@@ -157,15 +182,24 @@ impl Facts {
         }
         let address = |at| Some(IpAddr::from(Ipv6Addr::from(array::<16>(frame, network + at)?)));
         let addresses = Fact::Known([address(8)?, address(24)?]);
-        let upper = skip_extensions(frame, header[6], network + 40);
+        let length = usize::from(u16::from_be_bytes([header[4], header[5]]));
+        let packet = up_to(frame, network + 40 + length);
+        let upper = skip_extensions(packet, header[6], network + 40);
         let (protocol, ports) = match upper {
             Some((protocol, transport)) => {
-                (Fact::Known(protocol), ports(frame, protocol, transport))
+                (Fact::Known(protocol), ports(packet, protocol, transport))
             }
             None => (Fact::Unknown, Fact::Unknown),
         };
-        Some(Facts { addresses, protocol, ports, ..Facts::UNKNOWN })
+        let carries = protocol.is(false, |it| IP_CARRIERS.contains(&it));
+        Some(Facts { addresses, protocol, ports, carries, ..Facts::UNKNOWN })
     }
+}
+
+/// The part of a frame that ends with its IP packet, by the packet's own length. The receiver cuts off
+/// what follows: padding shows nothing.
+fn up_to(frame: &[u8], end: usize) -> &[u8] {
+    frame.get(..end).unwrap_or(frame)
 }
 
 /// The ports of a transport header at `at`, if it is not in another fragment.

@@ -8,11 +8,10 @@ use std::str::{FromStr, SplitWhitespace};
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::facts::{ARP, ICMP, ICMPV6, IPV4, IPV6, SCTP, TCP, UDP, VLAN, WITH_PORTS, is_extension};
+use super::facts::{
+    ARP, ICMP, ICMPV6, IPV4, IPV6, MIN_ETHERTYPE, SCTP, TCP, UDP, VLAN, WITH_PORTS, is_extension,
+};
 use super::{Action, Filter, MAX_RULES, Ports, Protocol, Rule};
-
-/// Smallest ethertype; what is less is a length (IEEE 802.3).
-const MIN_ETHERTYPE: u16 = 0x0600;
 
 /// A filter as a file has it: in one string, or in a list of parts.
 #[derive(Deserialize)]
@@ -110,8 +109,8 @@ fn rule(action: Action, words: SplitWhitespace<'_>) -> Result<Rule, String> {
                     "ethertype" => ethertype(value()?)?,
                     _ => by_name(word).ok_or_else(|| {
                         format!(
-                            "'{word}' is none of tcp, udp, icmp, icmp6, sctp, ip, ip6, arp, proto, \
-                             ethertype, from, to, sport and dport"
+                            "'{word}' is none of tcp, udp, icmp, icmp6, sctp, ip, ip6, arp, other, \
+                             proto, ethertype, from, to, sport and dport"
                         )
                     })?,
                 };
@@ -141,7 +140,7 @@ fn agrees(rule: &Rule, named: &str) -> Result<(), String> {
     let carrier = match rule.protocol {
         Some(Protocol::Ethertype(IPV4) | Protocol::Icmp) => Some("IPv4"),
         Some(Protocol::Ethertype(IPV6) | Protocol::Icmp6) => Some("IPv6"),
-        Some(Protocol::Ethertype(_)) => Some("not IP"),
+        Some(Protocol::Ethertype(_) | Protocol::Other) => Some("not IP"),
         Some(Protocol::Ip(_)) | None => rule.from.as_ref().map(version),
     };
     let mut nets = rule.from.iter().chain(&rule.to);
@@ -154,7 +153,7 @@ fn agrees(rule: &Rule, named: &str) -> Result<(), String> {
 }
 
 /// Protocols that have names.
-const NAMES: [(&str, Protocol); 8] = [
+const NAMES: [(&str, Protocol); 9] = [
     ("tcp", Protocol::Ip(TCP)),
     ("udp", Protocol::Ip(UDP)),
     ("sctp", Protocol::Ip(SCTP)),
@@ -163,6 +162,7 @@ const NAMES: [(&str, Protocol); 8] = [
     ("ip", Protocol::Ethertype(IPV4)),
     ("ip6", Protocol::Ethertype(IPV6)),
     ("arp", Protocol::Ethertype(ARP)),
+    ("other", Protocol::Other),
 ];
 
 fn by_name(word: &str) -> Option<Protocol> {
@@ -242,7 +242,7 @@ impl fmt::Display for Protocol {
             (Some((name, _)), _) => f.write_str(name),
             (None, Protocol::Ip(number)) => write!(f, "proto {number}"),
             (None, Protocol::Ethertype(number)) => write!(f, "ethertype 0x{number:04x}"),
-            (None, Protocol::Icmp | Protocol::Icmp6) => Ok(()),
+            (None, Protocol::Icmp | Protocol::Icmp6 | Protocol::Other) => Ok(()),
         }
     }
 }
@@ -294,6 +294,7 @@ mod tests {
             "default deny",
             "deny tcp dport 25; allow udp dport 1000-2000 from 192.0.2.0/24; deny icmp; \
              default allow",
+            "deny other; default allow",
             "allow ip6 from 2001:db8::/32 to ff00::/8; allow arp; allow proto 89 to 224.0.0.5; \
              deny ethertype 0x88cc; allow sport 53; deny sctp sport 1 dport 2; deny icmp6; \
              default deny",
@@ -342,6 +343,8 @@ mod tests {
             ("deny ethertype 0x8100; default allow", "'0x8100'"),
             ("deny from 192.0.2.0/33; default allow", "'192.0.2.0/33'"),
             ("deny arp from 192.0.2.0; default allow", "'192.0.2.0/32'"),
+            ("deny other to 192.0.2.0; default allow", "'192.0.2.0/32'"),
+            ("deny other dport 8; default allow", "'other'"),
             ("deny icmp from ::1; default allow", "'::1/128'"),
             ("deny from 192.0.2.0 to ::1; default allow", "'::1/128'"),
             ("default", "'default'"),

@@ -6,8 +6,8 @@
 use ipnet::IpNet;
 
 use super::facts::{
-    AUTHENTICATION, FRAGMENT, ICMP, ICMPV6, IPV4, IPV6, MAX_EXTENSIONS, MAX_OFFSET, MAX_TAGS,
-    OPTIONS, VLAN, WITH_PORTS, is_extension,
+    ARP, AUTHENTICATION, CARRIERS, FRAGMENT, ICMP, ICMPV6, IP_CARRIERS, IPV4, IPV6, MAX_EXTENSIONS,
+    MAX_OFFSET, MAX_TAGS, MIN_ETHERTYPE, OPTIONS, RARP, UNDERSTOOD, VLAN, WITH_PORTS, is_extension,
 };
 use super::{Action, Filter, Ports, Protocol, Rule};
 
@@ -28,10 +28,14 @@ pub(super) enum Variable {
     /// Four words of each address: IPv4 has one.
     Source,
     Destination = Variable::Source as usize + 4,
+    /// Where the IP packet ends by its own length, in bytes from the frame's start.
+    End = Variable::Destination as usize + 4,
+    /// 1 if another packet or frame follows, which nobody looks at, else 0.
+    Carries,
 }
 
 /// How many numbers there are.
-pub(super) const VARIABLES: usize = Variable::Destination as usize + 4;
+pub(super) const VARIABLES: usize = Variable::Carries as usize + 1;
 
 /// What stands in a variable that the frame has not, and that it may have, and does not show.
 pub(super) const ABSENT: u32 = 0x1_0000;
@@ -59,6 +63,14 @@ pub(super) enum At {
 pub(super) enum Step {
     /// A = the number at a place, if the frame has it.
     Load(Width, At, Label),
+    /// The same, where an earlier step has seen that the frame has it. The label is for programs
+    /// that must show that once more.
+    LoadInside(Width, At, Label),
+    /// Goes on if the packet has as many bytes at a place, by [`Variable::End`], else to the label.
+    /// It leaves any number in A.
+    InPacket(u32, At, Label),
+    /// The same of the frame. It leaves any number in A.
+    InFrame(u32, At, Label),
     Set(u32),
     /// A = a variable, and back. Addresses have four words.
     Get(Variable, usize),
@@ -89,12 +101,28 @@ impl Filter {
     pub(super) fn steps(&self) -> Steps {
         let mut steps = Steps::default();
         steps.read();
-        for rule in &self.rules {
-            steps.rule(rule);
+        let denies = self.rules.iter().position(|rule| rule.action == Action::Deny);
+        for (place, rule) in self.rules.iter().enumerate() {
+            // What carries another frame gets no further than the first rule that denies.
+            steps.rule(rule, denies == Some(place));
         }
         steps.add(Step::End(self.default));
         steps
     }
+}
+
+/// Places that several parts of [`Steps::read`] go to.
+#[derive(Debug, Clone, Copy)]
+struct Labels {
+    /// The index is that of a header that begins with ports.
+    behind_ipv4: Label,
+    /// The index is that of a header behind IPv6's own.
+    behind_ipv6: Label,
+    /// The ethertype is neither IPv4's nor IPv6's.
+    not_ip: Label,
+    /// The protocol has no ports.
+    no_ports: Label,
+    done: Label,
 }
 
 impl Steps {
@@ -154,102 +182,136 @@ impl Steps {
             self.add(Step::Put(Variable::Source, word));
             self.add(Step::Put(Variable::Destination, word));
         }
-        let [behind_ipv4, behind_ipv6, done] = [(); 3].map(|()| self.label());
+        self.put(Variable::End);
+        self.put(Variable::Carries);
+        let [behind_ipv4, behind_ipv6, not_ip, no_ports, done] = [(); 5].map(|()| self.label());
+        let labels = Labels { behind_ipv4, behind_ipv6, not_ip, no_ports, done };
         for tag in 0..=MAX_TAGS as u32 {
             let tagged = self.label();
             self.add(Step::Load(Width::Half, At::Start(12 + 4 * tag), done));
             self.if_one_of(VLAN.map(u32::from), tagged);
-            self.packet(14 + 4 * tag, behind_ipv4, behind_ipv6, done);
+            self.packet(14 + 4 * tag, labels);
             self.place(tagged);
         }
         self.add(Step::Jump(done));
         self.place(behind_ipv6);
-        self.extensions(behind_ipv4, done);
+        self.extensions(labels);
         self.place(behind_ipv4);
         self.ports(At::Index(0), At::Index(2), done);
+        self.without_ports(labels);
         self.place(done);
     }
 
+    /// What has no ports: something that is not IP, and an IP packet.
+    fn without_ports(&mut self, Labels { not_ip, no_ports, done, .. }: Labels) {
+        let [ethertype, carries, absent] = [(); 3].map(|()| self.label());
+        self.place(not_ip);
+        self.add(Step::Set(ABSENT));
+        self.put(Variable::Version);
+        self.put(Variable::Protocol);
+        self.get(Variable::Ethertype);
+        self.add(Step::IfAtLeast(MIN_ETHERTYPE.into(), ethertype, carries));
+        self.place(ethertype);
+        self.if_one_of(CARRIERS.map(u32::from), carries);
+        self.add(Step::Jump(absent));
+        self.place(no_ports);
+        self.get(Variable::Protocol);
+        self.if_one_of(IP_CARRIERS.map(u32::from), carries);
+        self.add(Step::Jump(absent));
+        self.place(carries);
+        self.add(Step::Set(1));
+        self.put(Variable::Carries);
+        self.place(absent);
+        self.add(Step::Set(ABSENT));
+        self.put(Variable::SourcePort);
+        self.put(Variable::DestinationPort);
+        self.add(Step::Jump(done));
+    }
+
     /// Reads the packet at `at`, whose ethertype is A.
-    fn packet(&mut self, at: u32, behind_ipv4: Label, behind_ipv6: Label, done: Label) {
+    fn packet(&mut self, at: u32, labels: Labels) {
         let [ipv4, ipv6] = [(); 2].map(|()| self.label());
         self.put(Variable::Ethertype);
         self.if_one_of([u32::from(IPV4)], ipv4);
         self.if_one_of([u32::from(IPV6)], ipv6);
-        self.add(Step::Set(ABSENT));
-        self.put(Variable::Version);
-        self.put(Variable::Protocol);
-        self.absent_ports(done);
+        self.add(Step::Jump(labels.not_ip));
         self.place(ipv4);
-        self.ipv4(at, behind_ipv4, done);
+        self.ipv4(at, labels);
         self.place(ipv6);
-        self.ipv6(at, behind_ipv6, done);
+        self.ipv6(at, labels);
     }
 
-    fn ipv4(&mut self, at: u32, transport: Label, done: Label) {
+    fn ipv4(&mut self, at: u32, Labels { behind_ipv4, no_ports, done, .. }: Labels) {
         let [long_enough, too_short, with_ports, first, plain, options] =
             [(); 6].map(|()| self.label());
         self.version_is(4, at, done);
-        self.add(Step::Load(Width::Byte, At::Start(at), done));
+        self.add(Step::LoadInside(Width::Byte, At::Start(at), done));
         self.add(Step::And(0xf));
         self.add(Step::IfAtLeast(5, long_enough, too_short));
         self.place(too_short);
         self.add(Step::Jump(done));
         self.place(long_enough);
-        // The last word first: all of the header is there.
+        self.add(Step::ShiftLeft(2));
+        self.add(Step::Add(at));
+        self.add(Step::ToIndex);
+        self.add(Step::InFrame(20, At::Start(at), done));
+        self.add(Step::LoadInside(Width::Half, At::Start(at + 2), done));
+        self.add(Step::Add(at));
+        self.put(Variable::End);
+        self.add(Step::InPacket(0, At::Index(0), done));
         for (offset, variable) in [(16, Variable::Destination), (12, Variable::Source)] {
-            self.add(Step::Load(Width::Word, At::Start(at + offset), done));
+            self.add(Step::LoadInside(Width::Word, At::Start(at + offset), done));
             self.put(variable);
         }
         self.add(Step::Set(4));
         self.put(Variable::Version);
-        self.add(Step::Load(Width::Byte, At::Start(at + 9), done));
+        self.add(Step::LoadInside(Width::Byte, At::Start(at + 9), done));
         self.put(Variable::Protocol);
         self.if_one_of(WITH_PORTS.map(u32::from), with_ports);
-        self.absent_ports(done);
+        self.add(Step::Jump(no_ports));
         self.place(with_ports);
-        self.add(Step::Load(Width::Half, At::Start(at + 6), done));
+        self.add(Step::LoadInside(Width::Half, At::Start(at + 6), done));
         self.add(Step::And(0x1fff));
         self.add(Step::IfEqual(0, first, done));
         self.place(first);
-        self.add(Step::Load(Width::Byte, At::Start(at), done));
+        self.add(Step::LoadInside(Width::Byte, At::Start(at), done));
         self.add(Step::And(0xf));
         self.add(Step::IfEqual(5, plain, options));
         self.place(options);
-        self.add(Step::ShiftLeft(2));
-        self.add(Step::Add(at));
-        self.add(Step::ToIndex);
-        self.add(Step::Jump(transport));
+        self.add(Step::Jump(behind_ipv4));
         self.place(plain);
         self.ports(At::Start(at + 20), At::Start(at + 22), done);
     }
 
-    fn ipv6(&mut self, at: u32, behind: Label, done: Label) {
+    fn ipv6(&mut self, at: u32, Labels { behind_ipv6, done, .. }: Labels) {
         let plain = self.label();
         self.version_is(6, at, done);
-        // The last word first: all of the header is there.
+        self.add(Step::InFrame(40, At::Start(at), done));
         for word in (0..4).rev() {
             for (offset, variable) in [(24, Variable::Destination), (8, Variable::Source)] {
                 let place = At::Start(at + offset + 4 * word);
-                self.add(Step::Load(Width::Word, place, done));
+                self.add(Step::LoadInside(Width::Word, place, done));
                 self.add(Step::Put(variable, word as usize));
             }
         }
         self.add(Step::Set(6));
         self.put(Variable::Version);
+        self.add(Step::LoadInside(Width::Half, At::Start(at + 4), done));
+        self.add(Step::Add(at + 40));
+        self.put(Variable::End);
         self.add(Step::Set(at + 40));
         self.add(Step::ToIndex);
-        self.add(Step::Load(Width::Byte, At::Start(at + 6), done));
+        self.add(Step::LoadInside(Width::Byte, At::Start(at + 6), done));
         self.put(Variable::Protocol);
         self.if_one_of(WITH_PORTS.map(u32::from), plain);
-        self.add(Step::Jump(behind));
+        self.add(Step::Jump(behind_ipv6));
         self.place(plain);
         self.ports(At::Start(at + 40), At::Start(at + 42), done);
     }
 
     /// Goes over the headers of an IPv6 packet that begin at the index, of which the first one's
     /// number stands for the protocol.
-    fn extensions(&mut self, transport: Label, done: Label) {
+    fn extensions(&mut self, Labels { behind_ipv4, no_ports, done, .. }: Labels) {
         let [last, fragment, unknown] = [(); 3].map(|()| self.label());
         for _ in 0..MAX_EXTENSIONS {
             self.extension(fragment, last, unknown);
@@ -258,16 +320,16 @@ impl Steps {
         self.place(last);
         self.get(Variable::Protocol);
         self.if_one_of((0..=u8::MAX).filter(|it| is_extension(*it)).map(u32::from), unknown);
-        self.if_one_of(WITH_PORTS.map(u32::from), transport);
-        self.absent_ports(done);
+        self.if_one_of(WITH_PORTS.map(u32::from), behind_ipv4);
+        self.add(Step::Jump(no_ports));
 
         // A later fragment: if it is of a protocol with ports, these stay unknown.
         self.place(fragment);
-        self.add(Step::Load(Width::Byte, At::Index(0), unknown));
+        self.add(Step::LoadInside(Width::Byte, At::Index(0), unknown));
         self.put(Variable::Protocol);
         self.if_one_of((0..=u8::MAX).filter(|it| is_extension(*it)).map(u32::from), unknown);
         self.if_one_of(WITH_PORTS.map(u32::from), done);
-        self.absent_ports(done);
+        self.add(Step::Jump(no_ports));
 
         self.place(unknown);
         self.add(Step::Set(UNKNOWN));
@@ -275,20 +337,20 @@ impl Steps {
         self.add(Step::Jump(done));
     }
 
-    fn absent_ports(&mut self, done: Label) {
-        self.add(Step::Set(ABSENT));
-        self.put(Variable::SourcePort);
+    /// Reads both ports, or neither.
+    fn ports(&mut self, source: At, destination: At, done: Label) {
+        self.within(2, destination, done);
+        self.add(Step::LoadInside(Width::Half, destination, done));
         self.put(Variable::DestinationPort);
+        self.add(Step::LoadInside(Width::Half, source, done));
+        self.put(Variable::SourcePort);
         self.add(Step::Jump(done));
     }
 
-    /// Reads both ports, or neither.
-    fn ports(&mut self, source: At, destination: At, done: Label) {
-        self.add(Step::Load(Width::Half, destination, done));
-        self.put(Variable::DestinationPort);
-        self.add(Step::Load(Width::Half, source, done));
-        self.put(Variable::SourcePort);
-        self.add(Step::Jump(done));
+    /// Goes on if both the packet and the frame have as many bytes at a place.
+    fn within(&mut self, bytes: u32, at: At, otherwise: Label) {
+        self.add(Step::InPacket(bytes, at, otherwise));
+        self.add(Step::InFrame(bytes, at, otherwise));
     }
 
     /// Goes on if the packet at `at` is of this version of IP.
@@ -308,21 +370,22 @@ impl Steps {
         self.if_one_of([u32::from(AUTHENTICATION)], authentication);
         self.add(Step::IfEqual(u32::from(FRAGMENT), is_fragment, last));
         self.place(is_fragment);
-        // All of it is there.
-        self.add(Step::Load(Width::Word, At::Index(4), unknown));
-        self.add(Step::Load(Width::Half, At::Index(2), unknown));
+        self.within(8, At::Index(0), unknown);
+        self.add(Step::LoadInside(Width::Word, At::Index(4), unknown));
+        self.add(Step::LoadInside(Width::Half, At::Index(2), unknown));
         self.add(Step::ShiftRight(3));
         self.add(Step::IfEqual(0, first, fragment));
         self.place(first);
-        self.add(Step::Load(Width::Byte, At::Index(0), unknown));
+        self.add(Step::LoadInside(Width::Byte, At::Index(0), unknown));
         self.put(Variable::Protocol);
         self.add(Step::Set(8));
         self.add(Step::Jump(skip));
         for (label, more, shift) in [(options, 1, 3), (authentication, 2, 2)] {
             self.place(label);
-            self.add(Step::Load(Width::Byte, At::Index(0), unknown));
+            self.within(2, At::Index(0), unknown);
+            self.add(Step::LoadInside(Width::Byte, At::Index(0), unknown));
             self.put(Variable::Protocol);
-            self.add(Step::Load(Width::Byte, At::Index(1), unknown));
+            self.add(Step::LoadInside(Width::Byte, At::Index(1), unknown));
             self.add(Step::Add(more));
             self.add(Step::ShiftLeft(shift));
             self.add(Step::Jump(skip));
@@ -332,13 +395,31 @@ impl Steps {
         self.set_index(unknown);
     }
 
-    /// Ends if the rule decides, else goes on.
-    fn rule(&mut self, rule: &Rule) {
-        let next = self.label();
+    /// Ends if the rule decides, else goes on. `carriers`: it decides on all that carries other frames.
+    fn rule(&mut self, rule: &Rule, carriers: bool) {
+        let [next, matched] = [(); 2].map(|()| self.label());
         let unknown = rule.action == Action::Deny;
         let ethertype = u32::from;
+        if carriers {
+            self.get(Variable::Carries);
+            self.if_one_of([1], matched);
+        }
         match rule.protocol {
             None => {}
+            Some(Protocol::Ethertype(ARP)) if unknown => {
+                let yes = self.label();
+                self.get(Variable::Ethertype);
+                self.if_one_of([UNKNOWN, ARP.into()], yes);
+                self.add(Step::IfEqual(RARP.into(), yes, next));
+                self.place(yes);
+            }
+            Some(Protocol::Other) => {
+                self.get(Variable::Ethertype);
+                self.if_one_of(UNDERSTOOD.map(u32::from), next);
+                if !unknown {
+                    self.if_one_of([UNKNOWN], next);
+                }
+            }
             Some(Protocol::Ethertype(wanted)) => {
                 self.require(Variable::Ethertype, ethertype(wanted), unknown, next);
             }
@@ -367,6 +448,7 @@ impl Steps {
                 self.require_port(ports, variable, unknown, next);
             }
         }
+        self.place(matched);
         self.add(Step::End(rule.action));
         self.place(next);
     }

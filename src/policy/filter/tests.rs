@@ -87,6 +87,8 @@ fn term() -> impl Strategy<Value = String> {
         "ip",
         "ip6",
         "arp",
+        "other",
+        "proto 47",
         "proto 50",
         "proto 89",
         "ethertype 0x88cc",
@@ -127,15 +129,18 @@ fn filters() -> impl Strategy<Value = Filter> {
 fn frames() -> impl Strategy<Value = Vec<u8>> {
     let tags = vec(select(vec![0x8100u16, 0x88a8, 0x9100]), 0..4);
     let ethertype = prop_oneof![
-        6 => Just(0x0800u16), 6 => Just(0x86dd), 1 => Just(0x0806), 1 => Just(0x88cc), 1 => Just(38),
+        8 => Just(0x0800u16), 8 => Just(0x86dd), 1 => Just(0x0806), 1 => Just(0x88cc), 1 => Just(38),
+        1 => Just(0x8035), 1 => Just(0x8847), 1 => Just(0x9200),
     ];
-    let protocol = select(vec![6u8, 17, 132, 33, 136, 1, 58, 50, 89, 59, 0, 44, 51, 60]);
+    let protocol = select(vec![6u8, 17, 132, 33, 136, 1, 58, 50, 89, 59, 0, 44, 51, 60, 4, 41, 47]);
     let extension = (select(vec![0u8, 43, 60, 135, 139, 140, 44, 51]), 0u8..4, any::<u16>());
     let version = prop_oneof![12 => Just(None), 1 => any::<u8>().prop_map(Some)];
     let fragment = prop_oneof![3 => Just(0u16), 1 => any::<u16>(), 1 => Just(0x2000)];
     let addresses = select(vec![0u8, 1, 2, 127, 128, 255]);
     let ports = select(vec![0u8, 1, 2, 3, 4, 255]);
     let cut = prop_oneof![2 => Just(None), 1 => any::<u16>().prop_map(Some)];
+    // How many bytes the IP packet is shorter than what follows, or any other length.
+    let lie = prop_oneof![4 => Just(0u16), 2 => Just(8), 2 => 0u16..80, 1 => any::<u16>()];
     (
         tags,
         ethertype,
@@ -145,10 +150,11 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
         (fragment, 5u8..16),
         [addresses.clone(), addresses],
         [ports.clone(), ports],
-        cut,
+        (cut, lie, 0usize..30),
     )
         .prop_map(
-            |(tags, ethertype, protocol, extensions, version, ip, addresses, ports, cut)| {
+            |(tags, ethertype, protocol, extensions, version, ip, addresses, ports, ends)| {
+                let (cut, lie, padding) = ends;
                 let mut frame = vec![2; 12];
                 for tag in tags {
                     frame.extend(tag.to_be_bytes());
@@ -202,6 +208,16 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
                     frame[network] = version;
                 }
                 frame.extend([0, ports[0], 0, ports[1], 0, 0, 0, 0]);
+                let length = (frame.len() - network) as u16;
+                let place = match ethertype {
+                    0x0800 => Some((network + 2, length)),
+                    0x86dd => Some((network + 4, length - 40)),
+                    _ => None,
+                };
+                if let Some((at, length)) = place {
+                    frame[at..at + 2].copy_from_slice(&length.wrapping_sub(lie).to_be_bytes());
+                }
+                frame.resize(frame.len() + padding, 1);
                 if let Some(cut) = cut {
                     frame.truncate((usize::from(cut) % (frame.len() + 1)).max(14));
                 }
@@ -210,8 +226,106 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
         )
 }
 
+/// What follows in the next fragment: ports 9 and 3, if the first one ends before its ports.
+const CONTINUATION: [u8; 16] = [0, 9, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// The transport protocol and the ports that a receiver comes to, which takes apart whatever it can
+/// and trims packets to their own length, as Linux does (`ip_rcv_core`, `ip6_rcv_core`); nothing if it
+/// drops the frame or sees no ports. A later fragment completes a first one by [`CONTINUATION`].
+fn receiver(ethertype: u16, packet: &[u8]) -> Option<(u8, [u16; 2])> {
+    let u16_of = |at: usize| Some(u16::from_be_bytes([*packet.get(at)?, *packet.get(at + 1)?]));
+    match ethertype {
+        0x8100 | 0x88a8 | 0x9100 | 0x9200 => receiver(u16_of(2)?, packet.get(4..)?),
+        // LLC and SNAP.
+        0..0x600 if packet.starts_with(&[0xaa, 0xaa, 3, 0, 0, 0]) => {
+            receiver(u16_of(6)?, packet.get(8..)?)
+        }
+        0x8847 | 0x8848 => {
+            let bottom = packet.chunks_exact(4).position(|label| label[2] & 1 != 0)?;
+            let inner = packet.get(4 * (bottom + 1)..)?;
+            receiver(if inner.first()? >> 4 == 4 { 0x0800 } else { 0x86dd }, inner)
+        }
+        // PPPoE, and in it PPP.
+        0x8864 => receiver(if u16_of(6)? == 0x21 { 0x0800 } else { 0x86dd }, packet.get(8..)?),
+        // NSH without metadata.
+        0x894f => receiver(if *packet.get(3)? == 1 { 0x0800 } else { 0x86dd }, packet.get(8..)?),
+        0x0800 => {
+            let (headers, total) = (usize::from(packet.first()? & 15) * 4, u16_of(2)?.into());
+            let packet = packet.get(..total).filter(|_| packet[0] >> 4 == 4 && headers >= 20)?;
+            let fragment = u16::from_be_bytes([*packet.get(6)?, *packet.get(7)?]);
+            let upper = packet.get(headers..).filter(|_| fragment & 0x1fff == 0)?;
+            let more = if fragment & 0x2000 != 0 { &CONTINUATION[..] } else { &[] };
+            let upper = &[upper, more].concat();
+            match packet.get(9)? {
+                51 => carried(*upper.first()?, upper.get((usize::from(*upper.get(1)?) + 2) * 4..)?),
+                protocol => carried(*protocol, upper),
+            }
+        }
+        0x86dd => {
+            let (mut next, length) = (*packet.get(6)?, usize::from(u16_of(4)?));
+            let upper = packet.get(40..40 + length).filter(|_| packet[0] >> 4 == 6)?;
+            let completed = [upper, &CONTINUATION].concat();
+            let (mut upper, mut completes) = (upper, false);
+            loop {
+                let header = match next {
+                    0 | 43 | 60 | 135 | 139 | 140 => (usize::from(*upper.get(1)?) + 1) * 8,
+                    51 => (usize::from(*upper.get(1)?) + 2) * 4,
+                    44 if *upper.get(2)? == 0 && upper.get(3)? & 0xf8 == 0 => 8,
+                    44 => return None,
+                    protocol => return carried(protocol, upper),
+                };
+                if next == 44 && upper[3] & 1 != 0 && !completes {
+                    completes = true;
+                    upper = &completed[length - upper.len()..];
+                }
+                (next, upper) = (*upper.first()?, upper.get(header..)?);
+            }
+        }
+        _ => None,
+    }
+}
+
+/// The same for what an IP packet carries.
+fn carried(protocol: u8, upper: &[u8]) -> Option<(u8, [u16; 2])> {
+    match (protocol, upper) {
+        (4, _) => receiver(0x0800, upper),
+        (41, _) => receiver(0x86dd, upper),
+        (47, [_, _, high, low, inner @ ..]) => receiver(u16::from_be_bytes([*high, *low]), inner),
+        (6 | 17 | 33 | 132 | 136, [a, b, c, d, ..]) => {
+            Some((protocol, [[*a, *b], [*c, *d]].map(u16::from_be_bytes)))
+        }
+        _ => None,
+    }
+}
+
+fn received(frame: &[u8]) -> Option<(u8, [u16; 2])> {
+    receiver(u16::from_be_bytes([*frame.get(12)?, *frame.get(13)?]), frame.get(14..)?)
+}
+
+/// What a receiver sees is denied where that is, and what is allowed is what a receiver sees.
+fn check_received(frame: &[u8]) {
+    let passes = |filter: &str| filter.parse::<Filter>().unwrap().judge(frame).is_ok();
+    let seen = received(frame);
+    if let Some((protocol, [source, destination])) = seen {
+        let denied = format!("deny proto {protocol} sport {source} dport {destination}");
+        assert!(!passes(&format!("{denied}; default allow")), "{denied}: {frame:02x?}");
+        let all = "deny ip; deny ip6; default allow";
+        assert!(!passes(all), "{all}: {frame:02x?}");
+    }
+    for (protocol, port) in [6, 17].into_iter().flat_map(|it| [0, 1, 3, 255].map(|to| (it, to))) {
+        let allowed = format!("allow proto {protocol} dport {port}; default deny");
+        let sees = |(is, [_, to]): (u8, [u16; 2])| is == protocol && to == port;
+        assert!(!passes(&allowed) || seen.is_none_or(sees), "{allowed}: {frame:02x?}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
+    #[test]
+    fn no_receiver_sees_what_was_denied(frames in vec(frames(), 1..20)) {
+        frames.iter().for_each(|frame| check_received(frame));
+    }
+
     #[test]
     fn the_judges_agree(filter in filters(), frames in vec(frames(), 1..20)) {
         prop_assert_eq!(filter.to_string().parse::<Filter>(), Ok(filter.clone()));
@@ -302,7 +416,8 @@ fn the_longest_filters_are_taken() {
         let filter = (rule.repeat(MAX_RULES) + "default allow").parse::<Filter>().unwrap();
         let program = classic(&filter);
         assert!(program.len() <= MAX_INSTRUCTIONS, "{} instructions", program.len());
-        assert_eq!(run(&program, &[0; 60]), u32::MAX);
+        // The ethertype is that of no rule, and carries nothing.
+        assert_eq!(run(&program, &[0x88; 60]), u32::MAX);
         if can_load() {
             load(&filter).unwrap_or_else(|error| panic!("{filter}: {error}"));
         }
@@ -313,7 +428,8 @@ fn the_longest_filters_are_taken() {
 /// the packet it is (in units of eight bytes).
 fn ipv4(protocol: u8, transport: &[u8], fragment: u8) -> Vec<u8> {
     let mut frame = vec![2; 12];
-    frame.extend([8, 0, 0x45, 0, 0, 0, 0, 0, 0, fragment, 64, protocol, 0, 0]);
+    let length = 20 + transport.len() as u8;
+    frame.extend([8, 0, 0x45, 0, 0, length, 0, 0, 0, fragment, 64, protocol, 0, 0]);
     frame.extend([192, 0, 2, 1, 198, 51, 100, 1]);
     frame.extend(transport);
     frame
@@ -347,6 +463,67 @@ fn what_can_t_be_known_counts_against_the_frame() {
     (0..2).for_each(|_| drop(twice.splice(12..12, [0x88, 0xa8, 0, 7])));
     assert!(!passes(deny, &twice));
     assert!(passes(allow, &twice));
+}
+
+#[test]
+fn carriers_match_every_rule_that_denies() {
+    let smtp = ipv4(6, &[0, 9, 0, 25, 0, 0, 0, 0], 0);
+    let (ethernet, packet) = (&smtp[..12], &smtp[14..]);
+    let in_ethernet = |before: &[u8]| [ethernet, before, packet].concat();
+    let in_ip = |protocol: u8, before: &[u8]| ipv4(protocol, &[before, packet].concat(), 0);
+    let carriers = [
+        in_ethernet(&[0, 36, 0xaa, 0xaa, 3, 0, 0, 0, 8, 0]),
+        in_ethernet(&[0x92, 0, 0, 7, 8, 0]),
+        in_ethernet(&[0x88, 0x47, 0, 0, 1, 64]),
+        in_ethernet(&[0x88, 0x48, 0, 0, 0, 64, 0, 0, 1, 64]),
+        in_ethernet(&[0x88, 0x64, 0x11, 0, 0, 1, 0, 30, 0, 0x21]),
+        in_ethernet(&[0x89, 0x4f, 0x0f, 1, 2, 1, 0, 0, 1, 0xff]),
+        in_ip(4, &[]),
+        in_ip(47, &[0, 0, 8, 0]),
+        ipv4(51, &[&[6, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &packet[20..]].concat(), 0),
+    ];
+    for frame in carriers {
+        assert_eq!(received(&frame), Some((6, [9, 25])), "{frame:02x?}");
+        for denied in ["deny tcp dport 25", "deny ip; deny ip6", "deny arp", "deny udp from ::1"] {
+            let filter: Filter = format!("{denied}; default allow").parse().unwrap();
+            assert_eq!(filter.judge(&frame), Err(Drop::Filtered), "{denied}: {frame:02x?}");
+            assert_eq!(run(&classic(&filter), &frame), 0, "{denied}: {frame:02x?}");
+        }
+        let filter: Filter = "allow tcp; allow arp; default deny".parse().unwrap();
+        assert_eq!(filter.judge(&frame), Err(Drop::Filtered), "{frame:02x?}");
+        // Who names the carrier means it.
+        let named = if frame[12..14] == [8, 0] { "ip" } else { "other" };
+        let filter: Filter = format!("allow {named}; deny tcp; default deny").parse().unwrap();
+        assert_eq!(filter.judge(&frame), Ok(()), "{frame:02x?}");
+    }
+    let passes =
+        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().judge(frame).is_ok();
+    let rarp = [&[2; 12][..], &[0x80, 0x35], &[0; 46]].concat();
+    assert!(!passes("deny arp; default allow", &rarp));
+    assert!(!passes("allow arp; default deny", &rarp));
+    assert!(passes("deny tcp; default allow", &rarp));
+    let lldp = [&[2; 12][..], &[0x88, 0xcc], &[0; 46]].concat();
+    assert!(passes("deny ip; deny tcp; default allow", &lldp));
+    assert!(!passes("deny other; default allow", &lldp));
+    assert!(passes("deny other; default allow", &smtp));
+}
+
+#[test]
+fn padding_shows_nothing() {
+    let passes =
+        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().judge(frame).is_ok();
+    let (deny, allow) = ("deny tcp dport 25; default allow", "allow tcp dport 80; default deny");
+    // The packet ends before the ports, which look as if they were 80.
+    let mut hidden = ipv4(6, &[0, 9, 0, 80, 0, 0, 0, 0], 0);
+    assert!(passes(deny, &hidden) && passes(allow, &hidden));
+    hidden[17] = 20;
+    assert!(!passes(deny, &hidden) && !passes(allow, &hidden));
+    // An IPv6 first fragment of eight bytes: an extension header, whose follower is in the next one.
+    let mut fragment = [&[2; 12][..], &[0x86, 0xdd, 0x60, 0, 0, 0, 0, 16, 44, 64]].concat();
+    fragment.extend([1; 32]);
+    fragment.extend([60, 0, 0, 1, 0, 0, 0, 9, 6, 0, 1, 4, 0, 0, 0, 0]);
+    fragment.extend([0, 9, 0, 80, 0, 0, 0, 0]);
+    assert!(!passes(deny, &fragment) && !passes(allow, &fragment));
 }
 
 #[test]
