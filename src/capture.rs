@@ -1,5 +1,8 @@
 //! A port's frames for an operator to look at, as pcapng.
 //!
+//! Invariant: of a frame from the guest a capture has the private start that was judged and sent, where
+//! there is one, and guest memory only for the rest.
+//!
 //! Workers put copies into a queue of bounded size and never wait: what finds no room is left out, and
 //! counted. A thread of the capture's own writes them to whoever has asked, and ends with them.
 
@@ -159,10 +162,16 @@ impl Capture {
         self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether there is a capture.
+    #[inline]
+    pub fn is_on(&self) -> bool {
+        self.on.load(Ordering::Relaxed)
+    }
+
     /// Where frames are to be put, if they are captured.
     #[inline]
     pub fn recorder(&self) -> Option<Arc<Recorder>> {
-        if self.on.load(Ordering::Relaxed) { self.lock().clone() } else { None }
+        if self.is_on() { self.lock().clone() } else { None }
     }
 
     /// Begins a capture of the port `name` with so many queue pairs. What is returned is to be

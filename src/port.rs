@@ -9,6 +9,7 @@ mod announcer;
 pub mod loopback;
 pub mod tap;
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
@@ -16,13 +17,14 @@ use std::time::Duration;
 
 pub use announcer::Announcer;
 
+use crate::capture::Capture;
 use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
 use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
 use crate::policy::{Filter, FilterView, Limits, LiveFilter, Rules};
 use crate::sandbox::Role;
 use crate::traffic::{Tally, Traffic};
-use crate::vnet_header::{Admission, Surplus};
+use crate::vnet_header::{Admission, PrivateStart, Surplus};
 
 /// One queue pair's way to the host's network, for one session.
 ///
@@ -160,10 +162,50 @@ pub struct Finished<'mem> {
     pub rx_copied: Vec<CopyReason>,
     /// The same for `tx`.
     pub tx_copied: Vec<CopyReason>,
+    /// While there is a capture: the private starts of frames that are in `tx`, or will be.
+    pub tx_starts: VecDeque<(u16, PrivateStart)>,
     /// Chains from the guest that were not looked at: only `recall` gives such back.
     pub unused_tx: Vec<Chain<'mem, Readable>>,
     /// Buffers that hold nothing: only `recall` gives such back.
     pub unused_rx: Vec<Chain<'mem, Writable>>,
+}
+
+/// Private starts of frames that a capture will want, each with its chain's head.
+#[derive(Debug)]
+pub struct KeptStarts {
+    capture: Arc<Capture>,
+    /// Whether there was a capture when the burst began.
+    pub wanted: bool,
+    starts: VecDeque<(u16, PrivateStart)>,
+}
+
+impl KeptStarts {
+    fn new(capture: Arc<Capture>) -> Self {
+        KeptStarts { capture, wanted: false, starts: VecDeque::new() }
+    }
+
+    /// Looks whether there is a capture: once a burst.
+    #[inline]
+    fn refresh(&mut self) {
+        self.wanted = self.capture.is_on();
+    }
+
+    /// Keeps the start that [`admit`](crate::vnet_header::admit) made of a chain's frame.
+    #[inline(never)]
+    fn keep(&mut self, head: u16, start: &PrivateStart, outcome: Outcome) {
+        // Of these nothing was copied.
+        if ![Drop::TooShort, Drop::TooLong].map(Outcome::Dropped).contains(&outcome) {
+            self.starts.push_back((head, start.clone()));
+        }
+    }
+
+    /// Gives them to the capture.
+    #[inline]
+    fn finish(&mut self, finished: &mut Finished<'_>) {
+        if !self.starts.is_empty() {
+            finished.tx_starts.append(&mut self.starts);
+        }
+    }
 }
 
 impl<'mem> Finished<'mem> {
@@ -351,6 +393,8 @@ pub struct Terms {
     pub tx_filter: Arc<LiveFilter>,
     /// Where frames are counted by whom they go to and come from.
     pub tally: Arc<Tally>,
+    /// Where frames are put for an operator to look at.
+    pub capture: Arc<Capture>,
 }
 
 impl Terms {

@@ -243,7 +243,8 @@ impl Admission {
 /// Checks a frame from the guest, and puts the start that is to be sent in its stead into `start`.
 ///
 /// # Errors
-/// Why the frame must be dropped.
+/// Why the frame must be dropped. Behind its virtio header `start` has what was judged then, unless the
+/// frame is too short or too long.
 #[inline(always)]
 pub fn admit(
     chain: &Chain<'_, Readable>,
@@ -269,6 +270,7 @@ pub fn admit(
         if small || admission.judges() || admission.peeks {
             copied = chain.read_start(&mut start.bytes);
         }
+        start.length = copied;
         let checked = check_plain(&header, frame_length, &admission.offloads)?;
         start.set_header(checked, header_length);
     } else {
@@ -276,11 +278,11 @@ pub fn admit(
             return Err(Drop::TooLong);
         }
         copied = chain.read_start(&mut start.bytes);
+        start.length = copied;
         let frame = &start.bytes[header_length..copied];
         let checked = check_segmented(&header, frame, frame_length, &admission.offloads)?;
         start.set_header(checked, header_length);
     }
-    start.length = copied;
     if admission.judges() {
         admission.judge(&start.header(), &start.bytes[header_length..copied])?;
     }

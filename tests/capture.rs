@@ -2,13 +2,15 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::daemon::{Daemon, port, program};
-use crate::support::driver::{Card, Options};
+use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
+use crate::support::hostile::note;
 use crate::support::network::{enter_namespace_for, wait_for_carrier};
 use crate::support::traffic::{datagram, frame};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
@@ -273,4 +275,60 @@ fn a_capture_ends_with_its_port_and_what_cant_be_captured_is_said() {
     assert_eq!(end(child), "one: capture ended\n");
     let bytes = std::fs::read(file).unwrap();
     assert!(bytes.len() > 10 * 60);
+}
+
+#[test]
+fn case_64_a_capture_has_the_headers_that_were_judged() {
+    needs_root!("case_64_a_capture_has_the_headers_that_were_judged");
+    needs_program!("case_64_a_capture_has_the_headers_that_were_judged", "tshark");
+    const SLOTS: u64 = 128;
+    for host in ["tap = \"tap0\"", "af-xdp = \"veth0\""] {
+        let _wire = enter_namespace_for(host);
+        let filter = "tx-filter = \"deny udp dport 53; default allow\"";
+        let (daemon, mut card) = capturing(&format!("{host}\n{filter}\n"));
+        if host.starts_with("tap") {
+            wait_for_carrier("tap0");
+        }
+        let file = daemon.path("capture");
+        let (_, mut web) = datagram(40);
+        web[36..38].copy_from_slice(&80_u16.to_be_bytes());
+        let area = card.tx[0].buffer_area();
+        for slot in 0..SLOTS {
+            card.queue_tx(0, slot, &[0; HEADER], &web);
+        }
+        let mut child = start(&daemon, &["--count=5000", "-w", file.to_str().unwrap()]);
+        card.tx[0].publish();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let place = |slot: u64| area + slot * 2048 + HEADER as u64 + 37;
+                for port in [80, 53].into_iter().cycle() {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    (0..SLOTS).for_each(|slot| card.ram.write(place(slot), &[port]));
+                }
+            });
+            let ring = &mut card.tx[0];
+            while child.try_wait().unwrap().is_none() {
+                if ring.recycle() > 0 {
+                    ring.publish();
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        end(child);
+        let mut counts = [0, 0];
+        for line in fields(&file, &[DIRECTION, "udp.dstport", "frame.comment"]) {
+            if is_inbound(&line[0]) {
+                continue;
+            }
+            let dropped = line[2].contains("filtered");
+            let expected = if dropped { "53" } else { "80" };
+            assert_eq!(line[1], expected, "{host}: {line:?}, {counts:?} before");
+            counts[usize::from(dropped)] += 1;
+        }
+        assert!(counts[0] > 100 && counts[1] > 100, "{host}: {counts:?}");
+    }
+    note(64, "D or sent, and captured as it was judged");
 }

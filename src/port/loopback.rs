@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Finished, Mode, Outcome, Port, Readiness, Terms};
+use super::{Finished, KeptStarts, Mode, Outcome, Port, Readiness, Terms};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
 use crate::guest::{Burst, Chain, Readable, Writable};
@@ -21,6 +21,7 @@ pub struct Loopback<'mem> {
     start: PrivateStart,
     posted: VecDeque<Chain<'mem, Writable>>,
     done: Finished<'mem>,
+    kept: KeptStarts,
     /// A frame waits for buffers.
     starved: bool,
     /// Frames that it delivers each time at the most.
@@ -38,6 +39,7 @@ impl Loopback<'_> {
             start: PrivateStart::default(),
             posted: VecDeque::new(),
             done: Finished::default(),
+            kept: KeptStarts::new(terms.capture.clone()),
             starved: false,
             rx_limit: usize::MAX,
         }
@@ -82,6 +84,7 @@ impl<'mem> Port<'mem> for Loopback<'mem> {
     fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
         self.starved = false;
         self.admission.filter.refresh();
+        self.kept.refresh();
         let before = self.done.rx_frames;
         while ((self.done.rx_frames - before) as usize) < self.rx_limit
             && let Some(frame) = burst.pop_front()
@@ -112,6 +115,9 @@ impl<'mem> Port<'mem> for Loopback<'mem> {
                     }
                 }
             };
+            if self.kept.wanted {
+                self.kept.keep(frame.head(), &self.start, outcome);
+            }
             self.done.tx.push((frame, outcome));
         }
     }
@@ -123,6 +129,7 @@ impl<'mem> Port<'mem> for Loopback<'mem> {
 
     fn reap(&mut self, finished: &mut Finished<'mem>) {
         finished.tx.append(&mut self.done.tx);
+        self.kept.finish(finished);
         finished.rx.append(&mut self.done.rx);
         finished.rx_frames += std::mem::take(&mut self.done.rx_frames);
         finished.rx_bytes += std::mem::take(&mut self.done.rx_bytes);

@@ -7,14 +7,29 @@ use crate::port::{Finished, Outcome};
 use crate::traffic::Way;
 
 /// Puts all frames that have finished into the capture. `header` is the length of the virtio header.
-pub(super) fn record(recorder: &Recorder, pair: u16, finished: &Finished<'_>, header: usize) {
-    for (chain, outcome) in &finished.tx {
-        let dropped = match outcome {
-            Outcome::Sent => None,
-            Outcome::Dropped(reason) => Some(*reason),
+///
+/// A frame from the guest begins with the private start that was judged and sent. One that was sent
+/// before there was a capture has none, and is left out: its memory may say anything by now.
+pub(super) fn record(recorder: &Recorder, pair: u16, finished: &mut Finished<'_>, header: usize) {
+    let Finished { tx, tx_starts, .. } = finished;
+    for (chain, outcome) in &*tx {
+        // Nearly always it is the first.
+        let place = tx_starts.iter().position(|(head, _)| *head == chain.head());
+        let start = place.and_then(|place| tx_starts.remove(place)).map(|(_, start)| start);
+        let dropped = match (outcome, &start) {
+            (Outcome::Sent, None) => continue,
+            (Outcome::Sent, Some(_)) => None,
+            (Outcome::Dropped(reason), _) => Some(*reason),
         };
+        let private = start.as_ref().and_then(|start| start.bytes().get(header..));
+        let private = private.unwrap_or_default();
         let length = chain.len().saturating_sub(header);
-        recorder.record(Way::Tx, pair, dropped, length, chain.segments_after(header));
+        let rest = (private.len() < length)
+            .then(|| chain.segments_after(header + private.len()))
+            .into_iter()
+            .flatten();
+        let segments = std::iter::once(Segment::of_bytes(private)).chain(rest);
+        recorder.record(Way::Tx, pair, dropped, length, segments);
     }
     let mut rest = &finished.rx[..];
     while let Some((first, written)) = rest.first() {

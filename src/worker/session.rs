@@ -131,6 +131,7 @@ pub(super) fn serve(
         rules: session.rules.clone(),
         tx_filter: options.tx_filter.clone(),
         tally: options.tally.clone(),
+        capture: options.capture.clone(),
     };
     let port = host.session(&session.memory, &terms);
     let header_length = session.negotiated.header_length();
@@ -310,6 +311,8 @@ impl Serving<'_> {
         let finished = &mut self.finished;
         if let Some(recorder) = self.capture.recorder() {
             record(&recorder, self.pair, finished, self.header_length);
+        } else if !finished.tx_starts.is_empty() {
+            finished.tx_starts.clear();
         }
         let mut moved = false;
         // First what a guest is given: what a loopback carries is rather sent twice than lost if the

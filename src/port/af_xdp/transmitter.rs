@@ -17,7 +17,7 @@ use super::segmentation::Segmentation;
 use super::umem::TX_SLOTS;
 use crate::counters::{CopyReason, Drop};
 use crate::guest::{Burst, Chain, Readable, Segment};
-use crate::port::{Finished, Outcome, Terms};
+use crate::port::{Finished, KeptStarts, Outcome, Terms};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor, checksum_request};
 use crate::traffic::{Notes, Way};
 use crate::vnet_header::{Admission, PrivateStart, Surplus, VnetHeader, admit};
@@ -41,6 +41,9 @@ pub(super) struct Transmitter<'mem> {
     pair: u16,
     admission: Admission,
     notes: Notes,
+    kept: KeptStarts,
+    /// Whether admitted frames are noted, or their starts kept.
+    watched: bool,
     /// The start of the frame that was admitted last.
     start: PrivateStart,
     /// How that frame is being cut, and where in its payload the next segment begins.
@@ -68,6 +71,8 @@ impl<'mem> Transmitter<'mem> {
             pair,
             admission: terms.admission(0),
             notes: Notes::new(terms.tally.clone()),
+            kept: KeptStarts::new(terms.capture.clone()),
+            watched: false,
             start: PrivateStart::default(),
             cut: None,
             in_flight: VecDeque::with_capacity(TX_SLOTS),
@@ -96,12 +101,18 @@ impl<'mem> Transmitter<'mem> {
     pub(super) fn transmit(&mut self, burst: &mut Burst<'mem, Readable>, open: &mut OpenSocket) {
         self.admission.filter.refresh();
         self.admission.peeks = self.notes.wanted();
+        self.kept.refresh();
+        self.watched = self.admission.peeks || self.kept.wanted;
         while self.in_flight.len() < TX_SLOTS && open.socket.tx.room() > 0 {
             let Some(chain) = burst.front() else { break };
             if self.cut.is_none()
                 && let Err(reason) = self.begin_frame(chain)
             {
-                let (chain, outcome) = (burst.pop_front(), Outcome::Dropped(reason));
+                let outcome = Outcome::Dropped(reason);
+                if self.kept.wanted {
+                    self.kept.keep(chain.head(), &self.start, outcome);
+                }
+                let chain = burst.pop_front();
                 self.in_flight.push_back(InFlight { chain, pending: false, outcome });
                 continue;
             }
@@ -130,8 +141,8 @@ impl<'mem> Transmitter<'mem> {
         if self.start.header().is_segmented() {
             self.begin_cut(chain)?;
         }
-        if self.admission.peeks {
-            self.peek(chain);
+        if self.watched {
+            self.watch(chain);
         }
         Ok(())
     }
@@ -153,9 +164,15 @@ impl<'mem> Transmitter<'mem> {
         Ok(())
     }
 
-    /// Notes who sends the frame that was just admitted.
+    /// Notes who sends the frame that was just admitted, and keeps its start for a capture.
     #[inline(never)]
-    fn peek(&mut self, chain: &Chain<'mem, Readable>) {
+    fn watch(&mut self, chain: &Chain<'mem, Readable>) {
+        if self.kept.wanted {
+            self.kept.keep(chain.head(), &self.start, Outcome::Sent);
+        }
+        if !self.admission.peeks {
+            return;
+        }
         let header_length = self.admission.header_length;
         let frame = &self.start.bytes()[header_length..];
         self.notes.note(Way::Tx, frame, chain.len() - header_length);
@@ -350,6 +367,7 @@ impl<'mem> Transmitter<'mem> {
     /// Gives back what has finished.
     pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
         finished.take_tx(&mut self.done);
+        self.kept.finish(finished);
         finished.tx_copied.append(&mut self.copied);
         finished.tx_surplus += std::mem::take(&mut self.surplus);
     }

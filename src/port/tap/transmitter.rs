@@ -8,7 +8,7 @@ use log::warn;
 use super::TapQueue;
 use crate::counters::Drop;
 use crate::guest::{Burst, Chain, Readable, Segment};
-use crate::port::{Finished, Outcome, Terms};
+use crate::port::{Finished, KeptStarts, Outcome, Terms};
 use crate::sys::uring::MAX_WRITES;
 use crate::traffic::{Notes, Way};
 use crate::vnet_header::{Admission, PrivateStart, Surplus, admit};
@@ -35,6 +35,7 @@ pub(super) struct Transmitter<'mem> {
     /// What the frames sent are on the wire beyond themselves.
     surplus: Surplus,
     notes: Notes,
+    kept: KeptStarts,
     /// The device had no room for the last frame.
     pub(super) blocked: bool,
 }
@@ -46,6 +47,7 @@ impl<'mem> Transmitter<'mem> {
             admission: Admission { copies_small: true, ..terms.admission(longest) },
             mtu: terms.mtu,
             notes: Notes::new(terms.tally.clone()),
+            kept: KeptStarts::new(terms.capture.clone()),
             starts: vec![PrivateStart::default(); MAX_WRITES],
             outcomes: Vec::new(),
             bounds: Vec::new(),
@@ -60,6 +62,7 @@ impl<'mem> Transmitter<'mem> {
         self.blocked = false;
         self.admission.filter.refresh();
         self.admission.peeks = self.notes.wanted();
+        self.kept.refresh();
         while !burst.is_empty() && !self.blocked {
             self.admit(burst, host);
             let dealt_with = self.write(burst, host);
@@ -90,6 +93,12 @@ impl<'mem> Transmitter<'mem> {
     /// Takes chains that are dealt with from the burst.
     fn take(&mut self, burst: &mut Burst<'mem, Readable>, count: usize) {
         let header_length = self.admission.header_length;
+        if self.kept.wanted {
+            let dealt_with = burst.iter().take(count).zip(&self.outcomes).zip(&self.starts);
+            for ((chain, outcome), start) in dealt_with {
+                self.kept.keep(chain.head(), start, *outcome);
+            }
+        }
         let dealt_with = burst.drain(..count).zip(&self.outcomes).zip(&self.starts);
         for ((chain, outcome), start) in dealt_with {
             if *outcome == Outcome::Sent {
@@ -106,6 +115,7 @@ impl<'mem> Transmitter<'mem> {
     /// Gives back what has finished.
     pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
         finished.take_tx(&mut self.done);
+        self.kept.finish(finished);
         finished.tx_surplus += std::mem::take(&mut self.surplus);
     }
 
