@@ -110,11 +110,20 @@ fn denied_frames_never_reach_the_wire() {
         let (gso, mut segmented) = tcp_frame(5000, 1448);
         segmented[36..38].copy_from_slice(&25_u16.to_be_bytes());
         card.send_with(0, &gso, &segmented);
+        // Nor behind IPv4 options that look like another port, nor behind the end of the packet.
+        let mut optioned = [&segmented[..34], &[0, 9, 0, 80], &segmented[34..]].concat();
+        optioned[14] = 0x46;
+        let behind_options = [&[1, 1, 58, 0][..], &gso[4..6], &[38, 0, 16, 0, 0, 0]].concat();
+        card.send_with(0, &behind_options, &optioned);
+        let mut short = tcp_frame(5000, 1448).1;
+        short[36..38].copy_from_slice(&80_u16.to_be_bytes());
+        short[16..18].copy_from_slice(&[0, 20]);
+        card.send_with(0, &gso, &short);
         let (open, _) = datagram(40);
         card.send_with(0, &open, &to_port(1, 53));
         assert_eq!(wire.receive_any(50), None);
         drop(card);
-        eventually("they are counted", || daemon.log().contains("252 dropped (filtered)"));
+        eventually("they are counted", || daemon.log().contains("254 dropped (filtered)"));
     }
 }
 

@@ -593,7 +593,7 @@ fn case_61_denied_packets_hide_in_no_carrier() {
         }
         let (_, good) = datagram(60);
         let rarp = changed(&good, &[(12, &[0x80, 0x35])]);
-        nothing_passes(port, "deny arp; default allow", &[rarp.clone()]);
+        nothing_passes(port, "deny arp; default allow", std::slice::from_ref(&rarp));
         let unknown = changed(&good, &[(12, &[0x88, 0xcc])]);
         let filter = "allow ethertype 0x88b5; deny other; default allow";
         nothing_passes(port, filter, &[rarp, unknown]);
