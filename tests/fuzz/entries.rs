@@ -338,6 +338,16 @@ fn filters(data: &[u8]) {
     }
 }
 
+/// What goes over the wire passes as what was judged did.
+fn check_judged(sent: &[u8], admission: &Admission) {
+    if let Some(rules) = &admission.rules {
+        assert_eq!(rules.check(sent), Ok(()), "what is sent is what was judged");
+    }
+    if let Some(filter) = admission.filter.current() {
+        assert_eq!(filter.judge(sent), Ok(()), "what is sent is what was judged");
+    }
+}
+
 /// What a frame may count on that was admitted.
 fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
     let header = start.header();
@@ -349,15 +359,16 @@ fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
     if !header.is_segmented() {
         assert!(length <= admission.max_frame);
     }
-    if let Some(rules) = &admission.rules {
-        let sent = &start.bytes()[admission.header_length..];
-        assert_eq!(rules.check(sent), Ok(()), "what is sent is what was judged");
-    }
-    if let Some(filter) = admission.filter.current() {
-        let sent = &start.bytes()[admission.header_length..];
-        assert_eq!(filter.judge(sent), Ok(()), "what is sent is what was judged");
-    }
     let whole = &start.bytes()[admission.header_length..];
+    check_judged(whole, admission);
+    if header.needs_checksum() && admission.judges() {
+        let at = usize::from(header.csum_start) + usize::from(header.csum_offset);
+        for value in [0, 0x19, 0xff] {
+            let mut completed = whole.to_vec();
+            completed.iter_mut().skip(at).take(2).for_each(|byte| *byte = value);
+            check_judged(&completed, admission);
+        }
+    }
     let Some(how) = Segmentation::of(&header, whole, length) else {
         assert!(!header.is_segmented(), "a frame that can't be cut: {header:?}");
         return;
@@ -368,6 +379,7 @@ fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
         let headers = how.headers_at(whole, offset);
         assert!(how.headers() + how.payload_at(offset) <= how.longest());
         assert_eq!(headers[..12], whole[..12], "the addresses stay");
+        check_judged(&headers[..how.headers()], admission);
         if how.is_last(offset) {
             break;
         }
