@@ -40,6 +40,9 @@ pub(super) struct Report {
     connected_seconds: Option<u64>,
     connections: u64,
     features: Option<String>,
+    /// Bytes of the VMM's files that are mapped, and how many can be.
+    mapped_bytes: u64,
+    max_memory: u64,
     queue_pairs: Vec<Pair>,
 }
 
@@ -184,6 +187,8 @@ pub(super) fn full(it: &Port) -> Report {
         connected_seconds: connection.since.map(|since| since.elapsed().as_secs()),
         connections: connection.connections,
         features: connection.features.map(|bits| format!("{bits:#x}")),
+        mapped_bytes: port.memory.mapped(),
+        max_memory: port.memory.limit(),
         queue_pairs: port.pairs.iter().map(|pair| self::pair(pair)).collect(),
     }
 }

@@ -7,6 +7,7 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::check;
@@ -252,6 +253,20 @@ pub fn sealed_memory(name: &std::ffi::CStr, length: u64) -> io::Result<File> {
         check(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals))?;
     }
     Ok(file)
+}
+
+/// RAM of the host in bytes, as it was when this was first called: a sandboxed thread may not ask.
+pub fn host_memory() -> u64 {
+    static BYTES: OnceLock<u64> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        // SAFETY: all zeros is a valid value, and the kernel fills it. If the call fails, it stays 0.
+        let facts = unsafe {
+            let mut facts: libc::sysinfo = mem::zeroed();
+            libc::sysinfo(&mut facts);
+            facts
+        };
+        facts.totalram.saturating_mul(facts.mem_unit.into())
+    })
 }
 
 /// The size of a page in bytes.

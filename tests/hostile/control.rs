@@ -1,4 +1,4 @@
-//! Cases 1 to 20: the VM's control socket.
+//! Cases 1 to 20, and 51 to 54: the VM's control socket.
 
 use std::fs::File;
 use std::io::Write;
@@ -717,4 +717,49 @@ fn hostile_20_messages_of_other_features_are_refused() {
     }
     scene.says("POSTCOPY_ADVISE: its protocol feature was not offered");
     scene.ends("R: refused, or closed where the answer could not say no");
+}
+
+/// Sparse memory: no page of it exists until somebody touches it.
+fn sparse(size: u64) -> File {
+    memfd(size)
+}
+
+#[test]
+fn hostile_51_sparse_files_do_not_fill_the_address_space() {
+    const TABLE: FrontendReq = FrontendReq::SET_MEM_TABLE;
+    let scene = Scene::limited(51, "max-memory = \"1g\"\n");
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let file = sparse(1 << 46);
+    let fd = [file.as_raw_fd()];
+    let table = |size: u64| [pair(1, 0), one_region(0, size, 0, 0)[8..].to_vec()].concat();
+    for size in [1 << 46, 1 << 40, (1 << 30) + 1] {
+        frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(0, size, 0, 0), &fd);
+        frontend.refused(TABLE, &table(size), &fd);
+        assert!(!frontend.set_log_base_or_close(size, &file));
+        frontend = scene.frontend();
+        frontend.begin();
+    }
+    // A table that fills the limit is replaced by another, again and again.
+    for _ in 0..5 {
+        frontend.ask(TABLE, &table(1 << 30), &fd);
+    }
+    frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(1 << 40, 1, 1 << 40, 0), &fd);
+    frontend.refused(TABLE, &table((1 << 30) + 1), &fd);
+    // What is unmapped can be mapped again: in this session, and by the next one.
+    frontend.ask(FrontendReq::REM_MEM_REG, &one_region(0, 1 << 30, 0, 0), &[]);
+    for region in 0..64 {
+        let place = one_region(region << 24, 1 << 24, region << 24, 0);
+        frontend.ask(FrontendReq::ADD_MEM_REG, &place, &fd);
+    }
+    frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(1 << 40, 1, 1 << 40, 0), &fd);
+    for _ in 0..5 {
+        drop(frontend);
+        frontend = scene.frontend();
+        frontend.begin();
+        frontend.ask(TABLE, &table(1 << 30), &fd);
+    }
+    scene.says("would exceed max-memory, 1073741824 bytes; raise max-memory");
+    drop(frontend);
+    scene.ends("R before it is mapped; by default at twice the host's RAM, and 64 GiB");
 }

@@ -199,6 +199,12 @@ impl Frontend {
         u64::from_ne_bytes(reply.try_into().unwrap()) == 0
     }
 
+    /// Gives it a dirty log; says whether it was taken. If not, the connection is closed.
+    pub(crate) fn set_log_base_or_close(&mut self, size: u64, file: &File) -> bool {
+        self.try_set_log_base(size, 0, file);
+        self.try_reply(FrontendReq::SET_LOG_BASE).is_some()
+    }
+
     pub(crate) fn add_mem_reg(&mut self, ram: &Ram) {
         let mut payload = vec![0; 8];
         payload.extend(region(ram));
