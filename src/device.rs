@@ -337,7 +337,7 @@ impl Device {
                 self.answerable(ProtocolFeatures::LOG_SHMFD)?;
                 self.set_log(file, offset, size)
                     .map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))?;
-                reply(0)
+                Ok(Some(Reply::Log { size, offset }))
             }
             Request::GetInflightFd { rings, size } => {
                 self.answerable(ProtocolFeatures::INFLIGHT_SHMFD)?;
