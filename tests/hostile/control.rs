@@ -18,7 +18,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::set_flags;
 use crate::support::SOON;
-use crate::support::driver::{HEADER, LOG_ALL, PROTOCOL, VERSION_1};
+use crate::support::driver::{Card, HEADER, LOG_ALL, Options, PROTOCOL, VERSION_1};
 use crate::support::eventually;
 use crate::support::frontend::{
     Frontend, NEED_REPLY, addresses, dev_null, header, inflight, pair, region,
@@ -762,4 +762,31 @@ fn hostile_51_sparse_files_do_not_fill_the_address_space() {
     scene.says("would exceed max-memory, 1073741824 bytes; raise max-memory");
     drop(frontend);
     scene.ends("R before it is mapped; by default at twice the host's RAM, and 64 GiB");
+}
+
+#[test]
+fn hostile_54_a_log_of_huge_buffers_does_not_delay_a_stop() {
+    const GIB: u64 = 1 << 30;
+    let scene = Scene::new(54);
+    let mut card = Card::prepare(scene.frontend(), Options::default());
+    let file = sparse(4 * GIB);
+    let (place, fd) = (one_region(4 * GIB, 4 * GIB, 1 << 40, 0), [file.as_raw_fd()]);
+    card.frontend.ask(FrontendReq::ADD_MEM_REG, &place, &fd);
+    for _ in 0..card.options.size {
+        card.post_pieces(0, &[(4 * GIB, u32::MAX)]);
+    }
+    card.rx[0].publish();
+    card.run();
+    let log = memfd(8 * GIB / 4096 / 8);
+    assert!(card.frontend.set_log_base(8 * GIB / 4096 / 8, 0, &log));
+    card.frontend.set_features(card.options.features | LOG_ALL);
+    // The worker takes all of the ring's buffers.
+    std::thread::sleep(Duration::from_millis(200));
+    let started = Instant::now();
+    card.frontend.get_vring_base(0);
+    card.frontend.get_vring_base(1);
+    let time = started.elapsed();
+    assert!(time < Duration::from_millis(500), "the stop took {time:?}");
+    drop(card);
+    scene.ends("a stop within half a second: at most 128 KiB of a chain are marked");
 }
