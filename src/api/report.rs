@@ -131,15 +131,17 @@ pub(super) fn summary(it: &Port) -> Summary {
     let port = it.status();
     let counters = || port.pairs.iter().map(|pair| &pair.counters);
     let dropped = |counters: &DirectionCounters| -> u64 {
-        Drop::ALL.iter().map(|reason| counters.drops(*reason)).sum()
+        Drop::ALL.iter().map(|reason| counters.drops(*reason)).fold(0, u64::saturating_add)
     };
     Summary {
         name: port.name.clone(),
         host: port.host.clone(),
         state: state(port).0,
-        rx_frames: counters().map(|pair| pair.rx.frames.get()).sum(),
-        tx_frames: counters().map(|pair| pair.tx.frames.get()).sum(),
-        dropped: counters().map(|pair| dropped(&pair.rx) + dropped(&pair.tx)).sum(),
+        rx_frames: counters().map(|pair| pair.rx.frames.get()).fold(0, u64::saturating_add),
+        tx_frames: counters().map(|pair| pair.tx.frames.get()).fold(0, u64::saturating_add),
+        dropped: counters()
+            .flat_map(|pair| [dropped(&pair.rx), dropped(&pair.tx)])
+            .fold(0, u64::saturating_add),
         rx_limit: port.limits.rx.limit().to_string(),
         tx_limit: port.limits.tx.limit().to_string(),
         link: if port.has_link() { "up" } else { "down" },

@@ -764,6 +764,48 @@ fn hostile_51_sparse_files_do_not_fill_the_address_space() {
     scene.ends("R before it is mapped; by default at twice the host's RAM, and 64 GiB");
 }
 
+/// Has the daemon load a state; says whether it does.
+fn load_state(frontend: &mut Frontend, state: &[u8]) -> bool {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let payload = [1_u32, 0].map(u32::to_ne_bytes).concat();
+    frontend.send_with(FrontendReq::SET_DEVICE_STATE_FD, 0, &payload, &[reader.as_raw_fd()]);
+    frontend.reply(FrontendReq::SET_DEVICE_STATE_FD);
+    drop(reader);
+    let state = state.to_vec();
+    // The daemon may stop reading before all of it is written.
+    let feeder = std::thread::spawn(move || drop(writer.write_all(&state)));
+    let loaded = frontend.get(FrontendReq::CHECK_DEVICE_STATE) == 0;
+    feeder.join().unwrap();
+    loaded
+}
+
+#[test]
+fn hostile_53_a_state_neither_fills_memory_nor_sets_counters_back() {
+    let scene = Scene::operated(53);
+    let frames = || scene.daemon.show("attacked")["tx_frames"].as_u64().unwrap();
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let sent = frames();
+    assert!(sent > 0);
+    let before = scene.daemon.resources().2;
+    let many = format!("{{\"version\":1,\"pairs\":[{}{{}}]}}", "{},".repeat(1_300_000));
+    assert!(!load_state(&mut frontend, many.as_bytes()));
+    let few = format!("{{\"version\":1,\"pairs\":[{}{{}}]}}", "{},".repeat(1000));
+    assert!(!load_state(&mut frontend, few.as_bytes()));
+    let after = scene.daemon.resources().2;
+    assert!(after < before + 8192, "{after} kB after {before}");
+    // A number that would wrap the counter round to 0, and one more: neither sets it back.
+    for told in [u64::MAX - sent + 1, u64::MAX] {
+        let state = format!("{{\"version\":1,\"pairs\":[{{\"tx\":{{\"frames\":{told}}}}}]}}");
+        assert!(load_state(&mut frontend, state.as_bytes()));
+        assert!(frames() >= sent && frames() <= 1 << 56, "{} frames", frames());
+    }
+    let owed = format!("{{\"version\":1,\"tx_debt\":{{\"bytes\":{0},\"packets\":{0}}}}}", u64::MAX);
+    assert!(load_state(&mut frontend, owed.as_bytes()));
+    drop(frontend);
+    scene.ends("R: at most 8 KiB for each queue pair; counters stay, and below 2^56");
+}
+
 #[test]
 fn hostile_54_a_log_of_huge_buffers_does_not_delay_a_stop() {
     const GIB: u64 = 1 << 30;
