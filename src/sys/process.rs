@@ -68,6 +68,20 @@ pub fn share_pool() {
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
+/// Raises the soft limit of open descriptors to the hard limit: what one VMM takes is missing for its
+/// neighbours. If the kernel refuses, the limit stays as it was.
+pub fn raise_descriptor_limit() {
+    // SAFETY: the kernel fills the structure, or it stays zeros and is not used; it lives through both
+    // calls.
+    unsafe {
+        let mut limit: libc::rlimit = mem::zeroed();
+        if check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit)).is_ok() {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
+}
+
 /// Takes over a descriptor that the process that started us left open for us.
 ///
 /// # Errors
