@@ -175,6 +175,8 @@ pub struct PortConfig {
     pub ring_reset: bool,
     /// Whether the guest's memory must not be truncatable.
     pub require_sealed_memory: bool,
+    /// Bytes of the VMM's files that can be mapped; if it is not said, by the host's RAM.
+    pub max_memory: Option<u64>,
     /// How long to look for work before going to sleep; if it is not said, for a guest's answers only.
     pub busy_poll: Option<Duration>,
     /// How bursts of frames are written to a TAP.

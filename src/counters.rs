@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+/// Highest value that a counter can be restored to: 2^56. In bytes, 10 Gbit/s take two years for it.
+const MAX_RESTORED: u64 = 1 << 56;
+
 /// A number that one thread adds to and others may read.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -18,6 +21,14 @@ impl Counter {
     #[inline]
     pub fn add(&self, amount: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    /// Adds what another daemon has counted, as a VMM tells it. The sum stays below [`MAX_RESTORED`], so
+    /// that no VMM can set its counters back by an overflow, or have sums of counters overflow.
+    fn restore(&self, told: &Self) {
+        let ours = self.get();
+        let sum = ours.saturating_add(told.get()).min(MAX_RESTORED);
+        self.0.store(ours.max(sum), Ordering::Relaxed);
     }
 
     /// The value at this moment.
@@ -79,10 +90,10 @@ impl<const N: usize> Histogram<N> {
         self.sum.add(value);
     }
 
-    fn add(&self, other: &Self) {
-        self.counts.iter().zip(&other.counts).for_each(|(ours, theirs)| ours.add(theirs.get()));
-        self.larger.add(other.larger.get());
-        self.sum.add(other.sum.get());
+    fn restore(&self, told: &Self) {
+        self.counts.iter().zip(&told.counts).for_each(|(ours, theirs)| ours.restore(theirs));
+        self.larger.restore(&told.larger);
+        self.sum.restore(&told.sum);
     }
 
     /// Bounds, and how many values were not above each; infinity, with all of them, comes last.
@@ -252,8 +263,8 @@ impl<R: Reason> Default for ByReason<R> {
 }
 
 impl<R> ByReason<R> {
-    fn add(&self, other: &Self) {
-        self.0.iter().zip(&other.0).for_each(|(ours, theirs)| ours.add(theirs.get()));
+    fn restore(&self, told: &Self) {
+        self.0.iter().zip(&told.0).for_each(|(ours, theirs)| ours.restore(theirs));
     }
 }
 
@@ -317,40 +328,41 @@ impl DirectionCounters {
         self.drops.0[reason as usize].get()
     }
 
-    fn add(&self, other: &Self) {
+    fn restore(&self, told: &Self) {
         for (ours, theirs) in [
-            (&self.frames, &other.frames),
-            (&self.bytes, &other.bytes),
-            (&self.calls, &other.calls),
-            (&self.calls_suppressed, &other.calls_suppressed),
-            (&self.kicks, &other.kicks),
-            (&self.limited, &other.limited),
+            (&self.frames, &told.frames),
+            (&self.bytes, &told.bytes),
+            (&self.calls, &told.calls),
+            (&self.calls_suppressed, &told.calls_suppressed),
+            (&self.kicks, &told.kicks),
+            (&self.limited, &told.limited),
         ] {
-            ours.add(theirs.get());
+            ours.restore(theirs);
         }
-        self.drops.add(&other.drops);
-        self.copies.add(&other.copies);
-        self.bursts.add(&other.bursts);
+        self.drops.restore(&told.drops);
+        self.copies.restore(&told.copies);
+        self.bursts.restore(&told.bursts);
     }
 }
 
 impl PairCounters {
-    /// Counts all that another has counted. Only while their one writer does not run.
-    pub fn add(&self, other: &Self) {
-        self.rx.add(&other.rx);
-        self.tx.add(&other.tx);
+    /// Adds all that another daemon has counted, as a VMM tells it; each counter stays below 2^56. Only
+    /// while their one writer does not run.
+    pub fn restore(&self, told: &Self) {
+        self.rx.restore(&told.rx);
+        self.tx.restore(&told.tx);
         for (ours, theirs) in [
-            (&self.sessions, &other.sessions),
-            (&self.turns, &other.turns),
-            (&self.looks, &other.looks),
-            (&self.replies, &other.replies),
-            (&self.naps, &other.naps),
-            (&self.sleeps, &other.sleeps),
-            (&self.starved, &other.starved),
+            (&self.sessions, &told.sessions),
+            (&self.turns, &told.turns),
+            (&self.looks, &told.looks),
+            (&self.replies, &told.replies),
+            (&self.naps, &told.naps),
+            (&self.sleeps, &told.sleeps),
+            (&self.starved, &told.starved),
         ] {
-            ours.add(theirs.get());
+            ours.restore(theirs);
         }
-        self.kick_to_used.add(&other.kick_to_used);
+        self.kick_to_used.restore(&told.kick_to_used);
     }
 }
 
@@ -424,6 +436,21 @@ mod tests {
         assert_eq!(histogram.sum(), 1015);
         assert_eq!(histogram.quantile(0.5), Some(4.0));
         assert_eq!(histogram.quantile(1.0), Some(f64::INFINITY));
+    }
+
+    #[test]
+    fn restored_counters_never_go_back_or_overflow() {
+        let (pair, told) = (PairCounters::default(), PairCounters::default());
+        pair.tx.frames.add(20);
+        for value in [5, u64::MAX - 24, u64::MAX] {
+            let before = pair.tx.frames.get();
+            told.tx.frames.0.store(value, Ordering::Relaxed);
+            pair.restore(&told);
+            assert!(pair.tx.frames.get() >= before && pair.tx.frames.get() <= MAX_RESTORED);
+        }
+        told.kick_to_used.counts.iter().for_each(|it| it.0.store(u64::MAX, Ordering::Relaxed));
+        pair.restore(&told);
+        assert_eq!(pair.kick_to_used.cumulated().last().unwrap().1, 16 * MAX_RESTORED);
     }
 
     #[test]

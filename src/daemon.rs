@@ -22,7 +22,7 @@ use crate::config::Config;
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::sandbox::{Role, Sandbox};
-use crate::sys::process::{Signals, share_pool};
+use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
 use handover::Predecessor;
 pub use handover::Told;
@@ -60,6 +60,7 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     // promised and did not get.
     let inherited = config.ports.iter().map(Descriptors::inherit).collect::<Result<Vec<_>, _>>()?;
     share_pool();
+    raise_descriptor_limit();
     contain_sigbus()
         .map_err(|error| StartError::new(format!("install a signal handler: {error}")))?;
     // Before any thread is started: they inherit the mask.

@@ -24,7 +24,7 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Proto
 use crate::features::{Negotiated, Offer, protocol_features};
 use crate::guest::layout::MAX_SIZE;
 use crate::guest::memory::MAX_SLOTS;
-use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError};
+use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError, MemoryQuota};
 use crate::net_config::{MIN_MTU, NetConfig};
 use crate::policy::{Limits, Rules};
 use crate::port::Announcer;
@@ -101,6 +101,7 @@ pub struct Device {
     rules: Option<Arc<Rules>>,
     announcer: Option<Announcer>,
     limits: Option<Arc<Limits>>,
+    quota: Arc<MemoryQuota>,
     workers: Vec<Worker>,
     told: Told,
 }
@@ -116,6 +117,7 @@ impl Device {
             rules: None,
             announcer: None,
             limits: None,
+            quota: Arc::default(),
             workers,
             told: Told::default(),
         };
@@ -126,6 +128,12 @@ impl Device {
     /// Has memory refused whose file could be truncated later.
     pub fn require_sealed_memory(&mut self, required: bool) {
         self.requires_sealed_memory = required;
+    }
+
+    /// Sets the limit on mapped bytes, before a frontend connects.
+    pub fn set_quota(&mut self, quota: Arc<MemoryQuota>) {
+        self.quota = quota;
+        self.forget();
     }
 
     /// Has the guest's frames judged by these rules from now on.
@@ -178,7 +186,9 @@ impl Device {
             worker.end();
         }
         let rings = (0..2 * self.workers.len()).map(|_| ToldRing::default()).collect();
-        self.told = Told { rings, ..Told::default() };
+        // Unmapped first, so that the next frontend has all of the port's limit.
+        let memory = Arc::new(GuestMemory::within(self.quota.clone()));
+        self.told = Told { rings, memory, ..Told::default() };
     }
 
     /// Carries a request out.
@@ -203,7 +213,7 @@ impl Device {
                 reply(self.told.rings.len() as u64)
             }
             Request::SetMemTable(regions) => {
-                let memory = GuestMemory::map(regions)?;
+                let memory = self.told.memory.replaced(regions)?;
                 self.replace_memory(memory)
             }
             Request::AddMemReg(region, file) => {
@@ -327,7 +337,7 @@ impl Device {
                 self.answerable(ProtocolFeatures::LOG_SHMFD)?;
                 self.set_log(file, offset, size)
                     .map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))?;
-                reply(0)
+                Ok(Some(Reply::Log { size, offset }))
             }
             Request::GetInflightFd { rings, size } => {
                 self.answerable(ProtocolFeatures::INFLIGHT_SHMFD)?;

@@ -15,6 +15,7 @@ pub mod layout;
 pub mod lost;
 pub mod memory;
 mod notify;
+pub mod quota;
 pub mod virtqueue;
 
 pub use chain::{Burst, Chain, Direction, Readable, Segment, Writable};
@@ -24,4 +25,5 @@ pub use inflight::Inflight;
 pub use layout::RingLayout;
 pub use lost::{Contained, contain_sigbus};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
+pub use quota::{Allowance, MemoryQuota, Reservation};
 pub use virtqueue::{Budget, Notification, Published, Virtqueue};

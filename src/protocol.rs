@@ -200,6 +200,14 @@ pub struct Message {
 pub enum Reply {
     /// One 64-bit number.
     U64(u64),
+    /// `VhostUserLog` of a dirty log that was taken: cloud-hypervisor waits for all of it, QEMU takes a
+    /// reply of any length.
+    Log {
+        /// The log's length in bytes.
+        size: u64,
+        /// Where it starts in its file.
+        offset: u64,
+    },
     /// Index and number of a ring.
     VringState {
         /// The ring.
@@ -234,7 +242,9 @@ impl Reply {
     pub fn into_file(self) -> Option<File> {
         match self {
             Reply::Inflight { file, .. } => Some(file),
-            Reply::U64(_) | Reply::VringState { .. } | Reply::Config { .. } => None,
+            Reply::U64(_) | Reply::Log { .. } | Reply::VringState { .. } | Reply::Config { .. } => {
+                None
+            }
         }
     }
 
@@ -243,6 +253,10 @@ impl Reply {
         let mut payload = Vec::with_capacity(32);
         match self {
             Reply::U64(value) => payload.extend(value.to_ne_bytes()),
+            Reply::Log { size, offset } => {
+                payload.extend(size.to_ne_bytes());
+                payload.extend(offset.to_ne_bytes());
+            }
             Reply::VringState { index, num } => {
                 payload.extend(index.to_ne_bytes());
                 payload.extend(num.to_ne_bytes());

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::Frontend;
 use crate::counters::PairCounters;
+use crate::guest::MemoryQuota;
 use crate::policy::{Limits, LiveFilter};
 use crate::port::{Mode, RxFilter};
 use crate::sys::eventfd::Waker;
@@ -131,6 +132,8 @@ pub struct PortStatus {
     pub filters: Filters,
     /// Whom its guest speaks to, while somebody asks.
     pub traffic: Traffic,
+    /// Its limit on mapped bytes, and how many are mapped.
+    pub memory: Arc<MemoryQuota>,
     /// Its queue pairs.
     pub pairs: Vec<Arc<PairStatus>>,
     connection: Mutex<FrontendStatus>,
@@ -140,6 +143,7 @@ pub struct PortStatus {
 
 impl PortStatus {
     /// A port without a frontend.
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         name: String,
         host: String,
@@ -147,6 +151,7 @@ impl PortStatus {
         limits: Arc<Limits>,
         filters: Filters,
         traffic: Traffic,
+        memory: Arc<MemoryQuota>,
         pairs: Vec<Arc<PairStatus>>,
     ) -> Self {
         let (connection, link_down, ended) = Default::default();
@@ -157,6 +162,7 @@ impl PortStatus {
             limits,
             filters,
             traffic,
+            memory,
             pairs,
             connection,
             link_down,

@@ -190,3 +190,13 @@ fn a_socket_that_systemd_listens_on_is_served() {
     assert_eq!(daemon.wait().code(), Some(0));
     assert!(daemon.socket().exists(), "it is the service manager's");
 }
+
+#[test]
+fn descriptor_limit_is_raised_to_the_hard_limit() {
+    let limited = "ulimit -S -n 64; ulimit -H -n 512; exec \"$0\" \"$@\"";
+    let daemon = Daemon::start_under(&["sh", "-c", limited], &["--loopback"]);
+    let limits = format!("/proc/{}/limits", daemon.process());
+    let limits = std::fs::read_to_string(limits).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(files.split_whitespace().nth(3), Some("512"), "{files}");
+}

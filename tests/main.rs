@@ -9,6 +9,7 @@ mod docs;
 mod doctor;
 mod echo;
 mod filter;
+mod frontend_messages;
 mod fuzzing;
 mod hostile;
 mod lifecycle;

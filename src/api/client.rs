@@ -378,6 +378,11 @@ fn show(report: &Value) -> String {
         let _ = writeln!(text, "  frontend   connected for {seconds} s, features {features}");
     }
     let _ = writeln!(text, "  connected  {} times so far", report["connections"]);
+    if let (Some(mapped), Some(most)) =
+        (report["mapped_bytes"].as_u64(), report["max_memory"].as_u64())
+    {
+        let _ = writeln!(text, "  mapped     {} of {} MiB", mapped >> 20, most >> 20);
+    }
     for (way, what) in [("rx", "limit"), ("tx", "limit"), ("rx", "filter"), ("tx", "filter")] {
         let value = plain(&report[format!("{way}_{what}")]);
         let _ = writeln!(text, "  {:<10} {value}", format!("{way} {what}"));

@@ -10,6 +10,7 @@ use super::report::state;
 use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, PairCounters};
 use crate::daemon::{Port, Ports};
+use crate::guest::MemoryQuota;
 use crate::status::{PairStatus, PortStatus};
 
 type PerDirection = (&'static str, &'static str, fn(&DirectionCounters) -> &Counter);
@@ -197,6 +198,19 @@ pub(super) fn text(ports: &Ports) -> String {
     });
     let help = "Whether an operator lets frames move";
     families.push(family("link_up", help, MetricType::GAUGE, links.collect()));
+    for (name, help, bytes) in [
+        (
+            "mapped_bytes",
+            "Bytes of guest memory, dirty log and inflight buffer that are mapped",
+            MemoryQuota::mapped as fn(&MemoryQuota) -> u64,
+        ),
+        ("max_mapped_bytes", "Bytes that can be mapped: the port's max-memory", MemoryQuota::limit),
+    ] {
+        let metrics = ports
+            .iter()
+            .map(|port| gauge(&vec![("port", port.name.as_str())], bytes(&port.memory) as f64));
+        families.push(family(name, help, MetricType::GAUGE, metrics.collect()));
+    }
     let build = gauge(&vec![("version", env!("CARGO_PKG_VERSION"))], 1.0);
     families.push(family("build_info", "The daemon's version", MetricType::GAUGE, vec![build]));
     let connections = ports

@@ -40,6 +40,9 @@ pub(super) struct Report {
     connected_seconds: Option<u64>,
     connections: u64,
     features: Option<String>,
+    /// Bytes of the VMM's files that are mapped, and how many can be.
+    mapped_bytes: u64,
+    max_memory: u64,
     queue_pairs: Vec<Pair>,
 }
 
@@ -128,15 +131,17 @@ pub(super) fn summary(it: &Port) -> Summary {
     let port = it.status();
     let counters = || port.pairs.iter().map(|pair| &pair.counters);
     let dropped = |counters: &DirectionCounters| -> u64 {
-        Drop::ALL.iter().map(|reason| counters.drops(*reason)).sum()
+        Drop::ALL.iter().map(|reason| counters.drops(*reason)).fold(0, u64::saturating_add)
     };
     Summary {
         name: port.name.clone(),
         host: port.host.clone(),
         state: state(port).0,
-        rx_frames: counters().map(|pair| pair.rx.frames.get()).sum(),
-        tx_frames: counters().map(|pair| pair.tx.frames.get()).sum(),
-        dropped: counters().map(|pair| dropped(&pair.rx) + dropped(&pair.tx)).sum(),
+        rx_frames: counters().map(|pair| pair.rx.frames.get()).fold(0, u64::saturating_add),
+        tx_frames: counters().map(|pair| pair.tx.frames.get()).fold(0, u64::saturating_add),
+        dropped: counters()
+            .flat_map(|pair| [dropped(&pair.rx), dropped(&pair.tx)])
+            .fold(0, u64::saturating_add),
         rx_limit: port.limits.rx.limit().to_string(),
         tx_limit: port.limits.tx.limit().to_string(),
         link: if port.has_link() { "up" } else { "down" },
@@ -184,6 +189,8 @@ pub(super) fn full(it: &Port) -> Report {
         connected_seconds: connection.since.map(|since| since.elapsed().as_secs()),
         connections: connection.connections,
         features: connection.features.map(|bits| format!("{bits:#x}")),
+        mapped_bytes: port.memory.mapped(),
+        max_memory: port.memory.limit(),
         queue_pairs: port.pairs.iter().map(|pair| self::pair(pair)).collect(),
     }
 }

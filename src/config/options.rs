@@ -123,6 +123,10 @@ pub struct PortOptions {
     /// memory-backend-memfd is sealed; files in a file system can't be.
     #[arg(long, num_args = 0..=1, default_missing_value = "on", value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
     require_sealed_memory: Option<bool>,
+    /// Map at most this many bytes of the VMM's memory: guest memory, dirty log and inflight buffer,
+    /// as 512m, 64g or 1t [default: twice the host's RAM, at least 64g].
+    #[arg(long, value_name = "SIZE")]
+    max_memory: Option<ByteSize>,
     /// Look for work this long before going to sleep, 0: not at all [default: for the guest's answers
     /// only, while they come within 100, and for a sixteenth of the time].
     #[arg(long, value_name = "MICROSECONDS")]
@@ -154,6 +158,7 @@ impl PortOptions {
             guest_tso: self.guest_tso.or(defaults.guest_tso),
             ring_reset: self.ring_reset.or(defaults.ring_reset),
             require_sealed_memory: self.require_sealed_memory.or(defaults.require_sealed_memory),
+            max_memory: self.max_memory.or(defaults.max_memory),
             busy_poll: self.busy_poll.or(defaults.busy_poll),
             tx_method: self.tx_method.or(defaults.tx_method),
             cpu_affinity: self.cpu_affinity.or_else(|| defaults.cpu_affinity.clone()),
@@ -273,6 +278,7 @@ impl PortOptions {
             guest_tso: self.guest_tso.unwrap_or(true),
             ring_reset: self.ring_reset.unwrap_or(false),
             require_sealed_memory: self.require_sealed_memory.unwrap_or(false),
+            max_memory: self.max_memory.map(|ByteSize(bytes)| bytes),
             busy_poll: self.busy_poll.map(|time| Duration::from_micros(time.into())),
             tx_method: self.tx_method.unwrap_or(TxMethod::Auto),
             cpu_affinity: self.cpu_affinity.map_or_else(Vec::new, |list| list.0),
@@ -396,6 +402,48 @@ impl FromStr for Prefix {
 }
 
 impl TryFrom<String> for Prefix {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// A number of bytes, as `512m`, `64g` or `1t`; the letters are powers of 1024.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+struct ByteSize(u64);
+
+/// Letters for powers of 1024, largest first, and how far each shifts.
+const BYTE_UNITS: [(char, u32); 4] = [('t', 40), ('g', 30), ('m', 20), ('k', 10)];
+
+impl From<ByteSize> for String {
+    fn from(ByteSize(bytes): ByteSize) -> Self {
+        let fits = |(_, shift): &&(char, u32)| bytes.is_multiple_of(1 << shift);
+        match BYTE_UNITS.iter().find(fits) {
+            Some((letter, shift)) => format!("{}{letter}", bytes >> shift),
+            None => bytes.to_string(),
+        }
+    }
+}
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let lower = text.to_ascii_lowercase();
+        let unit = BYTE_UNITS.iter().find(|(letter, _)| lower.ends_with(*letter));
+        let (digits, shift) =
+            unit.map_or((&lower[..], 0), |(_, shift)| (&lower[..lower.len() - 1], *shift));
+        let number = digits.parse::<u64>().ok().filter(|number| *number > 0);
+        number
+            .and_then(|number| number.checked_mul(1 << shift))
+            .map(ByteSize)
+            .ok_or_else(|| format!("'{text}' is no size in bytes: write 512m, 64g or 1t"))
+    }
+}
+
+impl TryFrom<String> for ByteSize {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {

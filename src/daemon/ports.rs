@@ -20,12 +20,14 @@ use crate::counters::PairCounters;
 use crate::device::Device;
 use crate::endpoint::Endpoint;
 use crate::features::{Offer, OfferOptions};
+use crate::guest::MemoryQuota;
 use crate::net_config::NetConfig;
 use crate::policy::{Limiter, Limits, LiveFilter, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::{Role, Sandbox};
 use crate::status::{Filters, PortStatus};
 use crate::sys::eventfd::Waker;
+use crate::sys::process::host_memory;
 use crate::traffic::Row;
 use crate::worker::{Worker, WorkerOptions};
 
@@ -153,6 +155,8 @@ pub struct Ports {
 impl Ports {
     /// None yet.
     pub(super) fn new(sandbox: Sandbox) -> Result<Self, StartError> {
+        // Not later: ports that are added to a sandboxed daemon need it too.
+        host_memory();
         let changed = Arc::new(Waker::new().map_err(no_descriptor)?);
         let running = Arc::new(Running { ports: AtomicUsize::new(0), changed });
         Ok(Ports { sandbox, running, ports: Vec::new() })
@@ -448,6 +452,12 @@ impl Drop for Port {
     }
 }
 
+/// The limit on a port's mapped bytes if none is given: twice the host's RAM, and 64 GiB at least.
+/// Guests can have more memory than the host, which swaps or shares pages.
+fn default_max_memory() -> u64 {
+    host_memory().saturating_mul(2).max(64 << 30)
+}
+
 /// Starts the workers of a port.
 fn prepare(
     opened: Opened,
@@ -500,6 +510,7 @@ fn prepare(
         limits,
         filters,
         traffic,
+        Arc::new(MemoryQuota::new(config.max_memory.unwrap_or_else(default_max_memory))),
         workers.iter().map(|worker| worker.status().clone()).collect(),
     ));
     status.set_link(config.link);
@@ -509,6 +520,7 @@ fn prepare(
     device.set_link(config.link);
     device.set_announcer(announcer);
     device.set_limits(status.limits.clone());
+    device.set_quota(status.memory.clone());
     device.require_sealed_memory(config.require_sealed_memory);
     let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
     let (orders, inbox) = channel();

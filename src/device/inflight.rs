@@ -4,8 +4,8 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::{Device, Refusal, refused};
-use crate::guest::Inflight;
 use crate::guest::layout::MAX_SIZE;
+use crate::guest::{Allowance, Inflight};
 use crate::protocol::Reply;
 use crate::sys::process::sealed_memory;
 
@@ -32,7 +32,9 @@ impl Device {
         if length < needed {
             return refused(format!("{length} bytes are too few for {rings} rings: {needed}"));
         }
-        let inflight = Arc::new(Inflight::map(file, offset, rings, size)?);
+        let replaced = self.told.inflight.as_ref().map_or(0, |it| it.mapped_bytes());
+        let allowance = Allowance::new(&self.quota, replaced);
+        let inflight = Arc::new(Inflight::map(file, offset, (rings, size), &allowance)?);
         self.end_all();
         self.told.inflight = Some(inflight.clone());
         self.told.memory = Arc::new(self.told.memory.recorded(Some(inflight)));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use log::info;
 
 use super::{Device, Refusal, refused};
-use crate::guest::DirtyLog;
+use crate::guest::{Allowance, DirtyLog};
 use crate::net_config::MacAddress;
 use crate::protocol::Reply;
 
@@ -15,7 +15,9 @@ impl Device {
     /// Takes another dirty log (SET_LOG_BASE). When this returns, the last one is not written to any
     /// more: cloud-hypervisor reads it then.
     pub(super) fn set_log(&mut self, file: File, offset: u64, size: u64) -> Result<(), Refusal> {
-        let log = Arc::new(DirtyLog::map(file, offset, size)?);
+        let replaced = self.told.log.as_ref().map_or(0, |it| it.mapped_bytes());
+        let allowance = Allowance::new(&self.quota, replaced);
+        let log = Arc::new(DirtyLog::map(file, offset, size, &allowance)?);
         let before = self.told.log.replace(log);
         self.log_memory().inspect_err(|_| self.told.log = before)
     }

@@ -1,15 +1,18 @@
 //! What moves with a guest beside its memory and rings: counters, and how far limits are used up
 //! (vhost-user specification, "Device state transfer"). Nothing that the guest could not do without.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use log::info;
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Device, Refusal, refused};
+use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::PairCounters;
 use crate::policy::limiter::Debt;
 use crate::protocol::Reply;
@@ -18,8 +21,10 @@ use crate::sys::socket::set_nonblocking;
 
 /// Changes when a state is not understood any more that was.
 const VERSION: u32 = 1;
-/// Longest state in bytes.
-const MAX_LENGTH: usize = 4 << 20;
+/// Longest state of a queue pair in bytes: some 2 KiB as a rule, 5 KiB if each number has 20 digits.
+const MAX_PAIR_LENGTH: usize = 8 << 10;
+/// Longest state in bytes, of a port with as many queue pairs as there can be.
+const MAX_LENGTH: usize = MAX_PAIR_LENGTH * (1 + MAX_QUEUE_PAIRS as usize);
 /// How long the frontend may take to send or to take it.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// A reply's flag that the frontend's own descriptor is used.
@@ -30,11 +35,69 @@ const NO_DESCRIPTOR: u64 = 0x100;
 struct State {
     version: u32,
     #[serde(default)]
-    pairs: Vec<PairCounters>,
+    pairs: Pairs,
     #[serde(default)]
     rx_debt: Debt,
     #[serde(default)]
     tx_debt: Debt,
+}
+
+/// Counters of queue pairs, of which no more are read than a port can have.
+#[derive(Debug, Default, Serialize)]
+#[serde(transparent)]
+struct Pairs(Vec<PairCounters>);
+
+impl<'de> Deserialize<'de> for Pairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Reader;
+
+        impl<'de> Visitor<'de> for Reader {
+            type Value = Pairs;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a list of at most {MAX_QUEUE_PAIRS} queue pairs")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Pairs, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = list.next_element()? {
+                    if pairs.len() >= usize::from(MAX_QUEUE_PAIRS) {
+                        return Err(A::Error::invalid_length(pairs.len() + 1, &self));
+                    }
+                    pairs.push(pair);
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+
+        deserializer.deserialize_seq(Reader)
+    }
+}
+
+/// Reads the state of a port with `pairs` queue pairs.
+///
+/// # Errors
+/// The text is no state, of another version, or of a port with more queue pairs.
+fn parse(text: &[u8], pairs: usize) -> Result<State, String> {
+    let most = MAX_PAIR_LENGTH * (1 + pairs);
+    if text.len() > most {
+        return Err(format!(
+            "cannot read a state of {} bytes: a port with {pairs} queue pairs has at most {most}",
+            text.len()
+        ));
+    }
+    let state: State = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+    if state.version != VERSION {
+        return Err(format!("version {} is not understood here, but {VERSION}", state.version));
+    }
+    let told = state.pairs.0.len();
+    if told > pairs {
+        return Err(format!(
+            "cannot take the state of {told} queue pairs: the port has {pairs}; start it with a larger \
+             --queue-pairs"
+        ));
+    }
+    Ok(state)
 }
 
 /// A transfer under way.
@@ -114,13 +177,10 @@ impl Device {
                 }
             }
         }
-        let state: State = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
-        if state.version != VERSION {
-            return Err(format!("version {} is not understood here, but {VERSION}", state.version));
-        }
-        for (worker, counters) in self.workers.iter().zip(&state.pairs) {
+        let state = parse(&text, self.workers.len())?;
+        for (worker, counters) in self.workers.iter().zip(&state.pairs.0) {
             // No session runs: its worker counts nothing meanwhile.
-            worker.status().counters.add(counters);
+            worker.status().counters.restore(counters);
         }
         if let Some(limits) = &self.limits {
             limits.rx.owe(&state.rx_debt);
@@ -142,4 +202,35 @@ fn wait(file: &File, events: libc::c_short, error: io::Error, end: Instant) -> i
         return Err(io::ErrorKind::TimedOut.into());
     }
     poll_two([(file.as_fd(), events), (file.as_fd(), events)], Some(time)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn state_is_bounded_by_the_ports_queue_pairs() {
+        let state = |pairs: usize| {
+            let pairs: Vec<PairCounters> = (0..pairs).map(|_| PairCounters::default()).collect();
+            serde_json::json!({"version": VERSION, "pairs": pairs}).to_string()
+        };
+        for pairs in [1, 2, 128] {
+            assert_eq!(parse(state(pairs).as_bytes(), pairs).unwrap().pairs.0.len(), pairs);
+        }
+        assert!(parse(state(3).as_bytes(), 2).unwrap_err().contains("the port has 2"));
+        let empty =
+            |count: usize| format!("{{\"version\":1,\"pairs\":[{}{{}}]}}", "{},".repeat(count));
+        assert!(parse(empty(4000).as_bytes(), 2).unwrap_err().contains("at most 128 queue pairs"));
+        assert!(parse(empty(400_000).as_bytes(), 2).unwrap_err().contains("1200"));
+        let unknown = format!("{{\"version\":1,\"x\":\"{}\"}}", "y".repeat(1000));
+        assert!(parse(unknown.as_bytes(), 1).is_ok());
+        assert!(parse(&b"[".repeat(10_000), 1).is_err());
+    }
+
+    #[test]
+    fn longest_state_of_a_queue_pair_fits() {
+        let text = serde_json::json!(PairCounters::default()).to_string();
+        let numbers = text.matches(['0']).count();
+        assert!(text.len() + 20 * numbers < MAX_PAIR_LENGTH, "{} bytes", text.len() + 20 * numbers);
+    }
 }

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::memory::{Mapping, MemoryError};
+use super::quota::Allowance;
 
 /// Bytes of guest memory for each bit, whatever the size of its pages.
 const PAGE: u64 = 4096;
@@ -25,14 +26,24 @@ impl DirtyLog {
     /// Maps `length` bytes of a file from `offset` on.
     ///
     /// # Errors
-    /// The file is no memory, or shorter than that.
-    pub fn map(file: File, offset: u64, length: u64) -> Result<Self, MemoryError> {
-        Ok(DirtyLog { mapping: Mapping::new(file, offset, length)?, length })
+    /// The file is no memory, or shorter than that, or the port's limit is reached.
+    pub fn map(
+        file: File,
+        offset: u64,
+        length: u64,
+        allowance: &Allowance,
+    ) -> Result<Self, MemoryError> {
+        Ok(DirtyLog { mapping: Mapping::new(file, offset, length, allowance)?, length })
     }
 
     /// First guest-physical address that it has no bit for.
     pub fn end(&self) -> u64 {
         self.length.saturating_mul(8 * PAGE)
+    }
+
+    /// Mapped bytes, with those that alignment adds.
+    pub fn mapped_bytes(&self) -> u64 {
+        self.mapping.bytes()
     }
 
     /// Its length in bytes.
@@ -73,16 +84,19 @@ impl DirtyLog {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::MemoryQuota;
     use std::os::fd::FromRawFd;
     use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
 
     #[test]
     fn pages_are_marked_by_their_bits_and_nothing_beyond_the_end() {
         // SAFETY: a fresh descriptor, owned by the File.
         let file = unsafe { File::from_raw_fd(libc::memfd_create(c"log".as_ptr(), 0)) };
         file.set_len(0x2000).unwrap();
+        let allowance = Allowance::new(&Arc::<MemoryQuota>::default(), 0);
         let other = file.try_clone().unwrap();
-        let log = DirtyLog::map(file, 0x800, 4).unwrap();
+        let log = DirtyLog::map(file, 0x800, 4, &allowance).unwrap();
         assert_eq!(log.end(), 32 * 4096);
         log.mark(0, 1);
         log.mark(4095, 2);
@@ -94,7 +108,7 @@ mod tests {
         let mut bytes = [0; 8];
         other.read_exact_at(&mut bytes, 0x7fe).unwrap();
         assert_eq!(bytes, [0, 0, 0b11, 0b1110, 0, 0x80, 0, 0]);
-        assert!(DirtyLog::map(other.try_clone().unwrap(), 0x1fff, 2).is_err());
-        assert!(DirtyLog::map(other, 0, 0).is_err());
+        assert!(DirtyLog::map(other.try_clone().unwrap(), 0x1fff, 2, &allowance).is_err());
+        assert!(DirtyLog::map(other, 0, 0, &allowance).is_err());
     }
 }

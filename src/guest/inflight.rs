@@ -10,6 +10,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use super::memory::{Mapping, MemoryError};
+use super::quota::Allowance;
 
 /// Bytes before a split ring's descriptors: features, version, their number, the last head of a batch,
 /// the used index.
@@ -50,13 +51,23 @@ impl Inflight {
     /// Maps the buffer from `offset` of a file on.
     ///
     /// # Errors
-    /// The file is no memory, too short, or not aligned.
-    pub fn map(file: File, offset: u64, rings: u16, size: u16) -> Result<Self, MemoryError> {
-        let mapping = Mapping::new(file, offset, Self::length(rings, size))?;
+    /// The file is no memory, too short, or not aligned, or the port's limit is reached.
+    pub fn map(
+        file: File,
+        offset: u64,
+        (rings, size): (u16, u16),
+        allowance: &Allowance,
+    ) -> Result<Self, MemoryError> {
+        let mapping = Mapping::new(file, offset, Self::length(rings, size), allowance)?;
         if !mapping.start().addr().get().is_multiple_of(ALIGNMENT) {
             return Err(MemoryError::Misaligned);
         }
         Ok(Inflight { mapping, rings, size })
+    }
+
+    /// Mapped bytes, with those that alignment adds.
+    pub fn mapped_bytes(&self) -> u64 {
+        self.mapping.bytes()
     }
 
     /// Rings that it is for, and descriptors of each at the most.

@@ -15,6 +15,7 @@ use vm_memory::{FileOffset, GuestAddress, MmapRegion};
 
 use super::dirty::DirtyLog;
 use super::inflight::Inflight;
+use super::quota::{Allowance, MemoryQuota, Reservation};
 use crate::sys::process::file_facts;
 
 /// Regions that a table can hold: what QEMU and cloud-hypervisor can use of the protocol's
@@ -65,6 +66,18 @@ pub enum MemoryError {
         /// First guest-physical address behind the memory.
         end: u64,
     },
+    /// The port's mapped bytes would exceed its limit.
+    OverLimit {
+        /// Bytes to be mapped.
+        bytes: u64,
+        /// The port's limit in bytes.
+        limit: u64,
+    },
+    /// The mapped bytes of all ports would exceed half of the address space.
+    ProcessFull {
+        /// Bytes to be mapped.
+        bytes: u64,
+    },
     /// The kernel refused to look at or to map the file.
     Map(std::io::Error),
 }
@@ -93,6 +106,16 @@ impl fmt::Display for MemoryError {
             MemoryError::LogTooShort { end } => {
                 write!(f, "the dirty log has no bits for all memory up to {end:#x}")
             }
+            MemoryError::OverLimit { bytes, limit } => write!(
+                f,
+                "cannot map {bytes} bytes more: the port's mapped memory would exceed max-memory, \
+                 {limit} bytes; raise max-memory"
+            ),
+            MemoryError::ProcessFull { bytes } => write!(
+                f,
+                "cannot map {bytes} bytes more: all ports together would exceed half of the daemon's \
+                 address space; lower max-memory of other ports, or run a daemon for each"
+            ),
             MemoryError::Map(error) => write!(f, "map its file: {error}"),
         }
     }
@@ -111,11 +134,18 @@ pub(super) struct Mapping {
     page: u64,
     /// The file can't be shrunk.
     sealed: bool,
+    /// Its bytes, as the port's limit counts them.
+    reserved: Reservation,
 }
 
 impl Mapping {
     /// Maps `size` bytes of `file` from `offset` on.
-    pub(super) fn new(file: File, offset: u64, size: u64) -> Result<Self, MemoryError> {
+    pub(super) fn new(
+        file: File,
+        offset: u64,
+        size: u64,
+        allowance: &Allowance,
+    ) -> Result<Self, MemoryError> {
         if size == 0 {
             return Err(MemoryError::Empty);
         }
@@ -128,15 +158,17 @@ impl Mapping {
             return Err(MemoryError::PastEndOfFile { end, file_size: facts.size });
         }
         let start = offset - offset % facts.alignment;
-        let length = (end - start).next_multiple_of(facts.alignment) as usize;
-        let region = MmapRegionBuilder::new(length)
+        let length =
+            (end - start).checked_next_multiple_of(facts.alignment).ok_or(MemoryError::Overflow)?;
+        let reserved = allowance.reserve(length)?;
+        let region = MmapRegionBuilder::new(length as usize)
             .with_file_offset(FileOffset::new(file, start))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .build()
             .map_err(|error| MemoryError::Map(std::io::Error::other(error)))?;
         let lead = (offset - start) as usize;
-        Ok(Mapping { region, lead, page: facts.alignment, sealed: facts.sealed })
+        Ok(Mapping { region, lead, page: facts.alignment, sealed: facts.sealed, reserved })
     }
 
     /// Where the part's first byte is mapped.
@@ -150,6 +182,11 @@ impl Mapping {
     pub(super) fn source(&self) -> (&File, u64) {
         let file = self.region.file_offset().expect("every part is mapped from a file");
         (file.file(), file.start() + self.lead as u64)
+    }
+
+    /// Mapped bytes, with those that alignment adds.
+    pub(super) fn bytes(&self) -> u64 {
+        self.reserved.bytes()
     }
 
     fn holds(&self, address: usize) -> bool {
@@ -180,13 +217,13 @@ pub struct Mapped<'a> {
 }
 
 impl Region {
-    fn map(request: RegionRequest, file: File) -> Result<Self, MemoryError> {
+    fn map(request: RegionRequest, file: File, allowance: &Allowance) -> Result<Self, MemoryError> {
         let RegionRequest { guest_address, size, frontend_address, file_offset } = request;
         let ends = [guest_address, frontend_address].map(|from| from.checked_add(size));
         if size > 0 && ends.contains(&None) {
             return Err(MemoryError::Overflow);
         }
-        Ok(Region { request, mapping: Mapping::new(file, file_offset, size)? })
+        Ok(Region { request, mapping: Mapping::new(file, file_offset, size, allowance)? })
     }
 
     fn overlaps(&self, other: &RegionRequest) -> bool {
@@ -235,26 +272,57 @@ pub struct GuestMemory {
     log: Option<Arc<DirtyLog>>,
     /// Where it is noted which chains are in flight.
     inflight: Option<Arc<Inflight>>,
+    /// The port's limit on mapped bytes.
+    quota: Arc<MemoryQuota>,
 }
 
 impl GuestMemory {
-    /// Makes a table of all `requests` at once (SET_MEM_TABLE).
+    /// An empty table whose mappings count towards a port's limit.
+    pub fn within(quota: Arc<MemoryQuota>) -> Self {
+        GuestMemory { quota, ..GuestMemory::default() }
+    }
+
+    /// Makes a table of all `requests` at once, with no limit but the process's.
     pub fn map(
         requests: impl IntoIterator<Item = (RegionRequest, File)>,
     ) -> Result<Self, MemoryError> {
-        let mut memory = GuestMemory::default();
+        GuestMemory::default().replaced(requests)
+    }
+
+    /// Makes a table of all `requests` in place of this one (SET_MEM_TABLE). The port's limit holds for
+    /// the new table alone, so that a table can always be replaced by one of its own size.
+    pub fn replaced(
+        &self,
+        requests: impl IntoIterator<Item = (RegionRequest, File)>,
+    ) -> Result<Self, MemoryError> {
+        let allowance = Allowance::new(&self.quota, self.bytes());
+        let mut memory = GuestMemory::within(self.quota.clone());
         for (request, file) in requests {
-            memory = memory.with(request, file)?;
+            memory = memory.with_charged(request, file, &allowance)?;
         }
         Ok(memory)
     }
 
+    /// Mapped bytes of all regions.
+    fn bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.mapping.bytes()).sum()
+    }
+
     /// This table and one more region (ADD_MEM_REG).
     pub fn with(&self, request: RegionRequest, file: File) -> Result<Self, MemoryError> {
+        self.with_charged(request, file, &Allowance::new(&self.quota, 0))
+    }
+
+    fn with_charged(
+        &self,
+        request: RegionRequest,
+        file: File,
+        allowance: &Allowance,
+    ) -> Result<Self, MemoryError> {
         if self.regions.len() >= MAX_SLOTS {
             return Err(MemoryError::NoSlot);
         }
-        let region = Region::map(request, file)?;
+        let region = Region::map(request, file, allowance)?;
         if self.regions.iter().any(|other| other.overlaps(&request)) {
             return Err(MemoryError::Overlap);
         }

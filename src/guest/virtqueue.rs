@@ -25,6 +25,10 @@ use super::notify::{LittleEndian, Shared, ask, look, show};
 /// our own. A frame of 64 KiB in pages has 18.
 pub const MAX_SEGMENTS: usize = 1022;
 
+/// Bytes of a chain that a port writes at most: a frame of 64 KiB with its headers, twice over. A TAP's
+/// largest frame is 64 KiB (`GSO_LEGACY_MAX_SIZE` of the kernel), and a page of AF_XDP is less.
+const MAX_WRITTEN: usize = 128 << 10;
+
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 
@@ -364,7 +368,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         }
         if self.log.is_some() {
             self.log_used(4 + 8 * slot, 8);
-            self.log_buffers(&segments);
+            self.log_buffers(&segments, written);
         }
         self.release(head, segments);
     }
@@ -377,17 +381,25 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         }
     }
 
-    /// Notes that buffers may have been written: all of them, for a port may have written more than
-    /// the guest is told.
+    /// Notes that the first bytes of a chain may have been written: as many as a port writes at most,
+    /// which can be more than the guest is told. A TAP's frame that is dropped after it was read was
+    /// written too, and to several chains if it needed them. So the work for a chain has a limit, and
+    /// does not grow with buffers of gigabytes.
     #[cold]
-    fn log_buffers(&self, segments: &Segments<'mem>) {
+    fn log_buffers(&self, segments: &Segments<'mem>, written: u32) {
         let Some((log, _)) = self.log.filter(|_| D::WRITABLE) else { return };
         let segments = match segments {
             Segments::One(only) => std::slice::from_ref(only),
             Segments::List(list) => list,
         };
+        let mut left = MAX_WRITTEN.max(written as usize);
         for segment in segments {
-            self.memory.mark(log, segment.address(), segment.len());
+            let length = segment.len().min(left);
+            self.memory.mark(log, segment.address(), length);
+            left -= length;
+            if left == 0 {
+                return;
+            }
         }
     }
 
@@ -398,7 +410,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             inflight.taken_back(head);
         }
         if self.log.is_some() {
-            self.log_buffers(&segments);
+            self.log_buffers(&segments, 0);
         }
         self.release(head, segments);
     }

@@ -7,6 +7,7 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::check;
@@ -65,6 +66,20 @@ impl AsFd for Signals {
 pub fn share_pool() {
     // SAFETY: sets a number of the allocator's. If it does not know it, all is as before.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// Raises the soft limit of open descriptors to the hard limit: what one VMM takes is missing for its
+/// neighbours. If the kernel refuses, the limit stays as it was.
+pub fn raise_descriptor_limit() {
+    // SAFETY: the kernel fills the structure, or it stays zeros and is not used; it lives through both
+    // calls.
+    unsafe {
+        let mut limit: libc::rlimit = mem::zeroed();
+        if check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit)).is_ok() {
+            limit.rlim_cur = limit.rlim_max;
+            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        }
+    }
 }
 
 /// Takes over a descriptor that the process that started us left open for us.
@@ -252,6 +267,20 @@ pub fn sealed_memory(name: &std::ffi::CStr, length: u64) -> io::Result<File> {
         check(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals))?;
     }
     Ok(file)
+}
+
+/// RAM of the host in bytes, as it was when this was first called: a sandboxed thread may not ask.
+pub fn host_memory() -> u64 {
+    static BYTES: OnceLock<u64> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        // SAFETY: all zeros is a valid value, and the kernel fills it. If the call fails, it stays 0.
+        let facts = unsafe {
+            let mut facts: libc::sysinfo = mem::zeroed();
+            libc::sysinfo(&mut facts);
+            facts
+        };
+        facts.totalram.saturating_mul(facts.mem_unit.into())
+    })
 }
 
 /// The size of a page in bytes.

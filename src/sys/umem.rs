@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 
-use crate::guest::Segment;
+use crate::guest::{Reservation, Segment};
 
 /// A part of a file that is mapped into the range.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +36,8 @@ pub struct Umem {
     length: usize,
     arena: usize,
     parts: Vec<Range<usize>>,
+    /// Its share of the address space of the process.
+    _reservation: Reservation,
 }
 
 // SAFETY: the value owns its mappings, and hands out only Segments, which are read and written by
@@ -50,7 +52,7 @@ impl Umem {
     /// lost between them.
     ///
     /// # Errors
-    /// Those of mmap.
+    /// Those of mmap, and the limit of the process on mapped bytes.
     pub fn new(arena: usize, parts: &[Part<'_>], pad: usize) -> io::Result<Self> {
         let largest = parts.iter().map(|part| part.alignment as usize).max().unwrap_or(PAGE);
         let arena = arena.next_multiple_of(PAGE);
@@ -65,6 +67,7 @@ impl Umem {
         }
         let length = (end - lead + pad).next_multiple_of(PAGE);
         let reserved = lead + length + largest;
+        let reservation = Reservation::of_process(reserved as u64).map_err(io::Error::other)?;
         // SAFETY: a new mapping anywhere; nothing else refers to it.
         let whole = unsafe {
             libc::mmap(
@@ -83,7 +86,9 @@ impl Umem {
         let skip = whole.addr().get().next_multiple_of(largest) - whole.addr().get();
         // SAFETY: skip is less than `largest`, and the reservation has that much to spare.
         let start = unsafe { whole.add(skip + lead) };
-        let umem = Umem { reserved: (whole, reserved), start, length, arena, parts: places };
+        let (reserved, parts_at) = ((whole, reserved), places);
+        let umem =
+            Umem { reserved, start, length, arena, parts: parts_at, _reservation: reservation };
         for (part, place) in parts.iter().zip(&umem.parts) {
             // SAFETY: MAP_FIXED replaces pages of the reservation, which is ours alone, and of
             // which `place` is a part. Whoever fails drops `umem`, which unmaps all of it.

@@ -1,4 +1,4 @@
-//! Cases 1 to 20: the VM's control socket.
+//! Cases 1 to 20, and 51 to 54: the VM's control socket.
 
 use std::fs::File;
 use std::io::Write;
@@ -18,7 +18,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::set_flags;
 use crate::support::SOON;
-use crate::support::driver::{HEADER, LOG_ALL, PROTOCOL, VERSION_1};
+use crate::support::driver::{Card, HEADER, LOG_ALL, Options, PROTOCOL, VERSION_1};
 use crate::support::eventually;
 use crate::support::frontend::{
     Frontend, NEED_REPLY, addresses, dev_null, header, inflight, pair, region,
@@ -717,4 +717,118 @@ fn hostile_20_messages_of_other_features_are_refused() {
     }
     scene.says("POSTCOPY_ADVISE: its protocol feature was not offered");
     scene.ends("R: refused, or closed where the answer could not say no");
+}
+
+/// Sparse memory: no page of it exists until somebody touches it.
+fn sparse(size: u64) -> File {
+    memfd(size)
+}
+
+#[test]
+fn hostile_51_sparse_files_do_not_fill_the_address_space() {
+    const TABLE: FrontendReq = FrontendReq::SET_MEM_TABLE;
+    let scene = Scene::limited(51, "max-memory = \"1g\"\n");
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let file = sparse(1 << 46);
+    let fd = [file.as_raw_fd()];
+    let table = |size: u64| [pair(1, 0), one_region(0, size, 0, 0)[8..].to_vec()].concat();
+    for size in [1 << 46, 1 << 40, (1 << 30) + 1] {
+        frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(0, size, 0, 0), &fd);
+        frontend.refused(TABLE, &table(size), &fd);
+        assert!(!frontend.set_log_base_or_close(size, &file));
+        frontend = scene.frontend();
+        frontend.begin();
+    }
+    // A table that fills the limit is replaced by another, again and again.
+    for _ in 0..5 {
+        frontend.ask(TABLE, &table(1 << 30), &fd);
+    }
+    frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(1 << 40, 1, 1 << 40, 0), &fd);
+    frontend.refused(TABLE, &table((1 << 30) + 1), &fd);
+    // What is unmapped can be mapped again: in this session, and by the next one.
+    frontend.ask(FrontendReq::REM_MEM_REG, &one_region(0, 1 << 30, 0, 0), &[]);
+    for region in 0..64 {
+        let place = one_region(region << 24, 1 << 24, region << 24, 0);
+        frontend.ask(FrontendReq::ADD_MEM_REG, &place, &fd);
+    }
+    frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(1 << 40, 1, 1 << 40, 0), &fd);
+    for _ in 0..5 {
+        drop(frontend);
+        frontend = scene.frontend();
+        frontend.begin();
+        frontend.ask(TABLE, &table(1 << 30), &fd);
+    }
+    scene.says("would exceed max-memory, 1073741824 bytes; raise max-memory");
+    drop(frontend);
+    scene.ends("R before it is mapped; by default at twice the host's RAM, and 64 GiB");
+}
+
+/// Has the daemon load a state; says whether it does.
+fn load_state(frontend: &mut Frontend, state: &[u8]) -> bool {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let payload = [1_u32, 0].map(u32::to_ne_bytes).concat();
+    frontend.send_with(FrontendReq::SET_DEVICE_STATE_FD, 0, &payload, &[reader.as_raw_fd()]);
+    frontend.reply(FrontendReq::SET_DEVICE_STATE_FD);
+    drop(reader);
+    let state = state.to_vec();
+    // The daemon may stop reading before all of it is written.
+    let feeder = std::thread::spawn(move || drop(writer.write_all(&state)));
+    let loaded = frontend.get(FrontendReq::CHECK_DEVICE_STATE) == 0;
+    feeder.join().unwrap();
+    loaded
+}
+
+#[test]
+fn hostile_53_a_state_neither_fills_memory_nor_sets_counters_back() {
+    let scene = Scene::operated(53);
+    let frames = || scene.daemon.show("attacked")["tx_frames"].as_u64().unwrap();
+    let mut frontend = scene.frontend();
+    frontend.begin();
+    let sent = frames();
+    assert!(sent > 0);
+    let before = scene.daemon.resources().2;
+    let many = format!("{{\"version\":1,\"pairs\":[{}{{}}]}}", "{},".repeat(1_300_000));
+    assert!(!load_state(&mut frontend, many.as_bytes()));
+    let few = format!("{{\"version\":1,\"pairs\":[{}{{}}]}}", "{},".repeat(1000));
+    assert!(!load_state(&mut frontend, few.as_bytes()));
+    let after = scene.daemon.resources().2;
+    assert!(after < before + 8192, "{after} kB after {before}");
+    // A number that would wrap the counter round to 0, and one more: neither sets it back.
+    for told in [u64::MAX - sent + 1, u64::MAX] {
+        let state = format!("{{\"version\":1,\"pairs\":[{{\"tx\":{{\"frames\":{told}}}}}]}}");
+        assert!(load_state(&mut frontend, state.as_bytes()));
+        assert!(frames() >= sent && frames() <= 1 << 56, "{} frames", frames());
+    }
+    let owed = format!("{{\"version\":1,\"tx_debt\":{{\"bytes\":{0},\"packets\":{0}}}}}", u64::MAX);
+    assert!(load_state(&mut frontend, owed.as_bytes()));
+    drop(frontend);
+    scene.ends("R: at most 8 KiB for each queue pair; counters stay, and below 2^56");
+}
+
+#[test]
+fn hostile_54_a_log_of_huge_buffers_does_not_delay_a_stop() {
+    const GIB: u64 = 1 << 30;
+    let scene = Scene::new(54);
+    let mut card = Card::prepare(scene.frontend(), Options::default());
+    let file = sparse(4 * GIB);
+    let (place, fd) = (one_region(4 * GIB, 4 * GIB, 1 << 40, 0), [file.as_raw_fd()]);
+    card.frontend.ask(FrontendReq::ADD_MEM_REG, &place, &fd);
+    for _ in 0..card.options.size {
+        card.post_pieces(0, &[(4 * GIB, u32::MAX)]);
+    }
+    card.rx[0].publish();
+    card.run();
+    let log = memfd(8 * GIB / 4096 / 8);
+    assert!(card.frontend.set_log_base(8 * GIB / 4096 / 8, 0, &log));
+    card.frontend.set_features(card.options.features | LOG_ALL);
+    // The worker takes all of the ring's buffers.
+    std::thread::sleep(Duration::from_millis(200));
+    let started = Instant::now();
+    card.frontend.get_vring_base(0);
+    card.frontend.get_vring_base(1);
+    let time = started.elapsed();
+    assert!(time < Duration::from_millis(500), "the stop took {time:?}");
+    drop(card);
+    scene.ends("a stop within half a second: at most 128 KiB of a chain are marked");
 }

@@ -196,7 +196,13 @@ impl Frontend {
     pub(crate) fn set_log_base(&mut self, size: u64, offset: u64, file: &File) -> bool {
         self.try_set_log_base(size, offset, file);
         let reply = self.reply(FrontendReq::SET_LOG_BASE);
-        u64::from_ne_bytes(reply.try_into().unwrap()) == 0
+        reply == [size, offset].map(u64::to_ne_bytes).concat()
+    }
+
+    /// Gives it a dirty log; says whether it was taken. If not, the connection is closed.
+    pub(crate) fn set_log_base_or_close(&mut self, size: u64, file: &File) -> bool {
+        self.try_set_log_base(size, 0, file);
+        self.try_reply(FrontendReq::SET_LOG_BASE).is_some()
     }
 
     pub(crate) fn add_mem_reg(&mut self, ram: &Ram) {

@@ -145,6 +145,11 @@ impl Scene {
         Self::between(case, "loopback = true\nqueue-pairs = 2\n", None)
     }
 
+    /// The same with further options of the attacked port.
+    pub(crate) fn limited(case: u8, options: &str) -> Self {
+        Self::between(case, &format!("loopback = true\nqueue-pairs = 2\n{options}"), None)
+    }
+
     /// The same with a control socket, `control`.
     pub(crate) fn operated(case: u8) -> Self {
         let control = "control = \"{}/control\"\n";
