@@ -3,6 +3,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::thread;
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
 
@@ -11,6 +13,9 @@ use crate::guest::Segment;
 /// Writes of one burst at the most.
 pub const MAX_WRITES: usize = 64;
 
+/// Pause before the completion queue is read again while `io_uring_enter` fails.
+const RETRY: Duration = Duration::from_micros(50);
+
 /// An io_uring instance for writes to one file.
 ///
 /// The file is registered with it, which saves looking it up for each write. The kernel lets go of
@@ -18,6 +23,19 @@ pub const MAX_WRITES: usize = 64;
 /// the next one; a process that ends by itself takes them back first.
 pub struct Writer {
     ring: IoUring,
+    /// What the next calls of `io_uring_enter` do instead.
+    #[cfg(test)]
+    script: std::collections::VecDeque<fn(&IoUring) -> io::Result<usize>>,
+}
+
+/// A burst that `io_uring_enter` failed to submit, or submitted in part.
+#[derive(Debug)]
+pub struct SubmitError {
+    /// Number of frames that the kernel took: the first of the burst. Each has its result; the
+    /// kernel did not see the others.
+    pub submitted: usize,
+    /// The error of `io_uring_enter`.
+    pub source: io::Error,
 }
 
 impl std::fmt::Debug for Writer {
@@ -41,7 +59,11 @@ impl Writer {
     pub fn new(target: impl AsFd) -> io::Result<Self> {
         let ring = IoUring::builder().setup_coop_taskrun().build(MAX_WRITES as u32)?;
         ring.submitter().register_files(&[target.as_fd().as_raw_fd()])?;
-        Ok(Writer { ring })
+        Ok(Writer {
+            ring,
+            #[cfg(test)]
+            script: Default::default(),
+        })
     }
 
     /// Writes each of `frames` in order and puts the outcome of the n-th into `results[n]`:
@@ -50,46 +72,149 @@ impl Writer {
     /// A TAP's write never waits, so every write has completed when this returns.
     ///
     /// # Errors
-    /// Those of `io_uring_enter`. The results are then void, and the instance must be dropped: it
-    /// may hold writes that were not submitted.
+    /// Those of `io_uring_enter`. Every frame that the kernel took has completed and has its
+    /// result. The instance must be dropped: it holds the frames that the kernel did not take.
     ///
     /// # Panics
-    /// If there are more than [`MAX_WRITES`] frames, or fewer results than frames.
+    /// If there are more than [`MAX_WRITES`] frames, or fewer results than frames, or an earlier
+    /// burst was not submitted whole.
     pub fn write_all<'a>(
         &mut self,
         frames: impl ExactSizeIterator<Item = &'a [Segment<'a>]>,
         results: &mut [i32],
-    ) -> io::Result<()> {
-        let count = frames.len();
-        assert!(count <= MAX_WRITES && count <= results.len(), "a burst has at most 64 frames");
+    ) -> Result<(), SubmitError> {
+        let most = frames.len();
+        assert!(most <= MAX_WRITES && most <= results.len(), "a burst has at most 64 frames");
         let target = types::Fixed(0);
         let mut queue = self.ring.submission();
-        for (index, segments) in frames.enumerate() {
+        // What is left of an earlier burst points to segments that may be gone.
+        assert!(queue.is_empty(), "an instance that failed is not used again");
+        let mut count = 0;
+        // No more than it has promised: each needs its place among the results.
+        for segments in frames.take(most) {
             let entry = match segments {
                 // Saves the kernel a copy of the list.
                 [only] => opcode::Write::new(target, only.start(), only.len() as u32).build(),
                 _ => opcode::Writev::new(target, segments.as_ptr().cast(), segments.len() as u32)
                     .build(),
             }
-            .user_data(index as u64);
+            .user_data(count as u64);
             // SAFETY: the segments live until this function returns, and it does not return
-            // before every submitted write has completed. What they point to is guest memory,
-            // mapped for their lifetime, or memory of our own.
+            // before every submitted write has completed; entries that were not submitted stay
+            // where they are (above). What the segments point to is guest memory, mapped for
+            // their lifetime, or memory of our own.
             unsafe { queue.push(&entry) }.expect("the queue was empty and holds a whole burst");
+            count += 1;
         }
         drop(queue);
         let mut pending = count;
         while pending > 0 {
-            match self.ring.submit_and_wait(pending) {
+            match self.submit_and_wait(pending) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(self.settle(count, pending, results, error)),
             }
-            for completion in self.ring.completion() {
-                results[completion.user_data() as usize] = completion.result();
-                pending -= 1;
-            }
+            pending -= self.reap(results);
         }
         Ok(())
+    }
+
+    /// Takes the completions that are there; returns how many.
+    fn reap(&mut self, results: &mut [i32]) -> usize {
+        let mut count = 0;
+        for completion in self.ring.completion() {
+            results[completion.user_data() as usize] = completion.result();
+            count += 1;
+        }
+        count
+    }
+
+    /// After an error: waits for all writes that the kernel took, since it may read their segments
+    /// until they complete. A write that was started completes whether or not anybody enters.
+    #[cold]
+    fn settle(
+        &mut self,
+        count: usize,
+        mut pending: usize,
+        results: &mut [i32],
+        source: io::Error,
+    ) -> SubmitError {
+        let unsubmitted = self.ring.submission().len();
+        loop {
+            pending -= self.reap(results);
+            if pending == unsubmitted {
+                return SubmitError { submitted: count - unsubmitted, source };
+            }
+            thread::sleep(RETRY);
+        }
+    }
+
+    fn submit_and_wait(&mut self, pending: usize) -> io::Result<usize> {
+        #[cfg(test)]
+        if let Some(step) = self.script.pop_front() {
+            return step(&self.ring);
+        }
+        self.ring.submit_and_wait(pending)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    /// Submits `N` entries and waits for none, as the kernel does when it is short of memory.
+    fn submit_only<const N: u32>(ring: &IoUring) -> io::Result<usize> {
+        // SAFETY: no argument; the entries are those of `write_all`, which waits for them.
+        unsafe { ring.submitter().enter::<libc::sigset_t>(N, 0, 0, None) }
+    }
+
+    fn fail(_: &IoUring) -> io::Result<usize> {
+        Err(io::Error::from_raw_os_error(libc::EBUSY))
+    }
+
+    #[test]
+    fn failed_submission_tells_which_frames_were_written() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        let Ok(mut writer) = Writer::new(&ours) else {
+            println!("skipped: io_uring is not permitted");
+            return;
+        };
+        let frames: Vec<[u8; 1]> = (0..16).map(|number| [number]).collect();
+        let segments: Vec<_> = frames.iter().map(|frame| [Segment::of_bytes(frame)]).collect();
+        let burst = || segments.iter().map(|segments| &segments[..]);
+        writer.script = [submit_only::<8>, fail].into();
+        let mut results = [0; 16];
+        let error = writer.write_all(burst(), &mut results).unwrap_err();
+        assert_eq!(error.submitted, 8);
+        assert_eq!(error.source.raw_os_error(), Some(libc::EBUSY));
+        assert_eq!(results, std::array::from_fn(|index| i32::from(index < 8)));
+        let mut byte = [0];
+        let arrived: Vec<u8> =
+            std::iter::from_fn(|| theirs.recv(&mut byte).ok().map(|_| byte[0])).collect();
+        assert_eq!(arrived, Vec::from_iter(0..8));
+        // What is left would be submitted with the next burst.
+        let again = catch_unwind(AssertUnwindSafe(|| writer.write_all(burst(), &mut results)));
+        assert!(again.is_err());
+        assert!(theirs.recv(&mut byte).is_err());
+    }
+
+    #[test]
+    fn partial_submission_is_completed() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let Ok(mut writer) = Writer::new(&ours) else { return };
+        let segments = [[Segment::of_bytes(b"a")], [Segment::of_bytes(b"b")]];
+        writer.script.push_back(submit_only::<1>);
+        let mut results = [0; 2];
+        writer.write_all(segments.iter().map(|segments| &segments[..]), &mut results).unwrap();
+        assert_eq!(results, [1, 1]);
+        for expected in [b"a", b"b"] {
+            let mut byte = [0];
+            theirs.recv(&mut byte).unwrap();
+            assert_eq!(&byte, expected);
+        }
     }
 }

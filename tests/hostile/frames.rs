@@ -14,7 +14,7 @@ use crate::support::frontend::Frontend;
 use crate::support::hostile::{Scene, note};
 use crate::support::network::{Wire, enter_namespace_for, ip, output, wait_for_carrier};
 use crate::support::traffic::{check_both_ways, datagram, frame, tcp_frame};
-use crate::support::{eventually, needs_root};
+use crate::support::{eventually, needs_root, skip};
 
 /// A virtio header: flags, GSO type, header length, GSO size, where the checksum starts and lies.
 fn header(flags: u8, gso: u8, length: u16, size: u16, start: u16, offset: u16) -> Vec<u8> {
@@ -632,4 +632,53 @@ fn case_62_no_header_hides_in_padding() {
         scene.says("2 dropped (forbidden)");
         scene.ends("D");
     }
+
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn hostile_65_partial_submission_sends_each_frame_once() {
+    use nix::libc::SYS_io_uring_enter;
+    use nix::sys::ptrace;
+    use nix::sys::wait::{WaitPidFlag, waitpid};
+    use nix::unistd::Pid;
+
+    needs_root!("hostile_65_partial_submission_sends_each_frame_once");
+    const FRAMES: u64 = 16;
+    let mut scene = Scene::on_tap(65);
+    let mut card = scene.card();
+    if !scene.daemon.log().contains("tx by io_uring") {
+        skip("hostile_65_partial_submission_sends_each_frame_once", "io_uring is not permitted");
+        return;
+    }
+    let worker = Pid::from_raw(scene.worker() as i32);
+    let stopped = || waitpid(worker, Some(WaitPidFlag::__WALL)).unwrap();
+    ptrace::attach(worker).unwrap();
+    stopped();
+    for number in 0..FRAMES {
+        card.queue_tx(0, number, &[0; HEADER], &frame(number as usize, 100));
+    }
+    card.tx[0].publish();
+    let mut calls = 0;
+    while calls < 2 {
+        ptrace::syscall(worker, None).unwrap();
+        stopped();
+        let mut registers = ptrace::getregs(worker).unwrap();
+        let enters = registers.rax as i64 == -i64::from(nix::libc::ENOSYS);
+        if enters && registers.orig_rax as i64 == SYS_io_uring_enter {
+            calls += 1;
+            // The kernel takes half of the burst, and then refuses the flags.
+            (registers.rsi, registers.r10) = (FRAMES / 2, if calls == 1 { 0 } else { 1 << 31 });
+            ptrace::setregs(worker, registers).unwrap();
+        }
+    }
+    ptrace::detach(worker, None).unwrap();
+    let wire = scene.wire();
+    let arrived: Vec<_> = std::iter::from_fn(|| wire.receive(300)).collect();
+    let sent: Vec<_> = (0..FRAMES).map(|number| frame(number as usize, 100)).collect();
+    assert_eq!(arrived.len(), sent.len());
+    assert!(arrived == sent, "each frame arrives once, in order");
+    scene.daemon_says("io_uring failed after 8 of 16 frames");
+    // Not `ends`: the daemon has a descriptor less, that of io_uring.
+    scene.check(&mut card);
+    scene.lives();
+    note(65, "each frame on the wire once; the port goes on without io_uring");
 }

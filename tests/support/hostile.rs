@@ -282,16 +282,23 @@ impl Scene {
         eventually(&format!("the log says {what:?}"), || self.daemon.log().contains(what));
     }
 
+    /// The thread of the attacked port's first worker.
+    pub(crate) fn worker(&self) -> u32 {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.daemon.process())).unwrap();
+        let number = |task: std::io::Result<fs::DirEntry>| {
+            let task = task.unwrap();
+            let name = fs::read_to_string(task.path().join("comm")).unwrap();
+            let number = task.file_name().to_str().unwrap().parse().unwrap();
+            (name.trim() == "attacked/0").then_some(number)
+        };
+        tasks.filter_map(number).next().expect("the worker's thread")
+    }
+
     /// On-CPU nanoseconds of the attacked port's first worker.
     pub(crate) fn worker_nanoseconds(&self) -> u64 {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.daemon.process())).unwrap();
-        let of_worker = |task: std::io::Result<fs::DirEntry>| {
-            let task = task.unwrap().path();
-            let name = fs::read_to_string(task.join("comm")).unwrap();
-            let used = fs::read_to_string(task.join("schedstat")).unwrap();
-            (name.trim() == "attacked/0").then(|| used.split(' ').next().unwrap().parse().unwrap())
-        };
-        tasks.filter_map(of_worker).next().expect("the worker's thread")
+        let path = format!("/proc/{}/task/{}/schedstat", self.daemon.process(), self.worker());
+        let used = fs::read_to_string(path).unwrap();
+        used.split(' ').next().unwrap().parse().unwrap()
     }
 
     /// The daemon lives, and the neighbour has missed nothing.

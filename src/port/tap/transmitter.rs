@@ -139,28 +139,30 @@ impl<'mem> Transmitter<'mem> {
             bounds.push((index, from..segments.len()));
         }
 
+        let mut unwritten = &bounds[..];
         if let Some(writer) = host.writer.as_mut().filter(|_| bounds.len() >= URING_FROM) {
             let mut results = [0; MAX_WRITES];
             let frames = bounds.iter().map(|(_, part)| &segments[part.clone()]);
-            match writer.write_all(frames, &mut results) {
-                Ok(()) => {
-                    for ((index, _), result) in bounds.iter().zip(results) {
-                        if result < 0 {
-                            outcomes[*index] = Outcome::Dropped(Drop::HostRefused);
-                        }
-                    }
-                    return outcomes.len();
-                }
-                Err(error) => {
-                    let name = &host.queue.identity().name;
-                    warn!(
-                        "tap {name}: io_uring failed, writing frame by frame from now on: {error}"
-                    );
-                    host.writer = None;
+            let written = writer.write_all(frames, &mut results);
+            let submitted =
+                written.as_ref().map_or_else(|error| error.submitted, |()| bounds.len());
+            for ((index, _), result) in bounds[..submitted].iter().zip(results) {
+                if result < 0 {
+                    outcomes[*index] = Outcome::Dropped(Drop::HostRefused);
                 }
             }
+            let Err(error) = written else { return outcomes.len() };
+            warn!(
+                "tap {}: io_uring failed after {submitted} of {} frames, writing frame by frame \
+                 from now on: {}",
+                host.queue.identity().name,
+                bounds.len(),
+                error.source
+            );
+            host.writer = None;
+            unwritten = &bounds[submitted..];
         }
-        for (index, part) in bounds {
+        for (index, part) in unwritten {
             match host.queue.write(&segments[part.clone()]) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
