@@ -23,7 +23,7 @@ pub use dirty::DirtyLog;
 pub use fault::Fault;
 pub use inflight::Inflight;
 pub use layout::RingLayout;
-pub use lost::{Contained, contain_sigbus};
+pub use lost::{contain_sigbus, contained};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
 pub use quota::{Allowance, MemoryQuota, Reservation};
 pub use virtqueue::{Budget, Notification, Published, Virtqueue};

@@ -12,8 +12,8 @@ use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
 use crate::counters::{DirectionCounters, Drop};
 use crate::guest::{
-    Budget, Burst, Contained, Direction, Fault, GuestMemory, Published, Readable, Virtqueue,
-    Writable,
+    Budget, Burst, Direction, Fault, GuestMemory, Published, Readable, Virtqueue, Writable,
+    contained,
 };
 use crate::policy::{Limiter, Limits};
 use crate::port::{Finished, HostQueue, Outcome, Port, Terms};
@@ -103,10 +103,20 @@ struct Serving<'s> {
     replies: Replies,
 }
 
-/// Serves a session until a command waits.
+/// Serves a session until a command waits. Guest memory that goes away meanwhile costs nothing else.
+pub(super) fn serve(
+    host: &mut HostQueue,
+    session: &Session,
+    options: &WorkerOptions,
+    mailbox: &Mailbox,
+    status: &PairStatus,
+) -> Ended {
+    contained(&session.memory, || serve_contained(host, session, options, mailbox, status))
+}
+
 // By itself: its instructions are counted (`cargo bench -- instructions`).
 #[inline(never)]
-pub(super) fn serve(
+fn serve_contained(
     host: &mut HostQueue,
     session: &Session,
     options: &WorkerOptions,
@@ -115,7 +125,6 @@ pub(super) fn serve(
 ) -> Ended {
     let counters = &status.counters;
     counters.sessions.add(1);
-    let _contained = Contained::new(&session.memory);
     let (name, first) = (&options.name, 2 * options.pair);
     let sides = Side::start(name, session, first, &session.rx, &counters.rx)
         .and_then(|rx| Ok((rx, Side::start(name, session, first + 1, &session.tx, &counters.tx)?)));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::sys::epoll::{Epoll, EpollCreateFlags};
+use nix::sys::signal::Signal;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 use vhost::vhost_user::message::FrontendReq;
 use vhost_user_net::sys::socket::connect_now;
@@ -831,4 +832,20 @@ fn hostile_54_a_log_of_huge_buffers_does_not_delay_a_stop() {
     assert!(time < Duration::from_millis(500), "the stop took {time:?}");
     drop(card);
     scene.ends("a stop within half a second: at most 128 KiB of a chain are marked");
+}
+
+#[test]
+fn hostile_66_sent_sigbus_leaves_truncation_contained() {
+    let scene = Scene::new(66);
+    for _ in 0..3 {
+        scene.daemon.signal(Signal::SIGBUS);
+        std::thread::sleep(Duration::from_millis(50));
+        let mut card = scene.card();
+        card.check_echo(10);
+        card.ram.file.set_len(0).unwrap();
+        card.tx[0].kick.write(1).unwrap();
+        scene.says("the guest's memory has gone");
+        drop(card);
+    }
+    scene.ends("a sent SIGBUS is ignored; truncated memory stops its own port only");
 }

@@ -632,6 +632,7 @@ fn case_62_no_header_hides_in_padding() {
         scene.says("2 dropped (forbidden)");
         scene.ends("D");
     }
+}
 
 #[cfg(target_arch = "x86_64")]
 #[test]
