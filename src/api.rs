@@ -222,6 +222,11 @@ impl Server {
         self.endpoint.as_ref().and_then(Endpoint::fd)
     }
 
+    /// Whether the daemon was started with a file, which SIGHUP has read again.
+    pub fn has_file(&self) -> bool {
+        self.house.about["file"].is_string()
+    }
+
     /// The opener's number and socket, if there is one.
     pub fn opener(&self) -> Option<(u32, &UnixStream)> {
         self.opener.as_ref().map(|opener| (opener.number, &opener.stream))

@@ -13,6 +13,7 @@ pub mod genetlink;
 pub mod link;
 pub mod process;
 pub mod socket;
+pub mod stream;
 pub mod tap;
 pub mod umem;
 pub mod uring;

@@ -1,5 +1,5 @@
 //! What tenants, frontends, the network and operators can throw at the daemon, and what must
-//! happen then: 50 cases, numbered as in docs/threat-model.md. Each leaves the daemon alive, its
+//! happen then, numbered as in docs/threat-model.md. Each leaves the daemon alive, its
 //! neighbour's traffic whole, and nothing behind (`support::hostile::Scene`).
 //!
 //! Outcomes: R, the request is refused or the connection closed; B, the queue pair is broken until
@@ -8,6 +8,7 @@
 
 mod control;
 mod frames;
+mod hold;
 mod life;
 mod rings;
 

@@ -109,6 +109,7 @@ struct Direction<'a> {
 
 /// The exposition of all ports' counters.
 pub(super) fn text(ports: &Ports) -> String {
+    let abandoned = ports.abandoned();
     let ports: Vec<&PortStatus> = ports.iter().map(Port::status).map(Arc::as_ref).collect();
     let numbers: Vec<String> = (0..usize::from(MAX_QUEUE_PAIRS)).map(|n| n.to_string()).collect();
     let pairs: Vec<(Labels<'_>, &PairStatus)> = ports
@@ -213,6 +214,9 @@ pub(super) fn text(ports: &Ports) -> String {
     }
     let build = gauge(&vec![("version", env!("CARGO_PKG_VERSION"))], 1.0);
     families.push(family("build_info", "The daemon's version", MetricType::GAUGE, vec![build]));
+    let help = "Ports that did not stop in time when they were removed";
+    let abandoned = vec![counted(&Vec::new(), abandoned as u64)];
+    families.push(family("abandoned_ports_total", help, MetricType::COUNTER, abandoned));
     let connections = ports
         .iter()
         .map(|port| counted(&vec![("port", &port.name)], port.connection().connections));

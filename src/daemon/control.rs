@@ -26,6 +26,8 @@ const MESSAGE_PATIENCE: Duration = Duration::from_millis(100);
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
 /// Messages handled before other descriptors are looked at again.
 const MESSAGES_PER_TURN: usize = 64;
+/// Time after which orders are looked at again, however many messages wait.
+const TURN: Duration = Duration::from_millis(50);
 
 /// What the control thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -301,6 +303,7 @@ impl Control {
 
     /// Handles what the frontend has sent.
     fn talk(&mut self) {
+        let end = Instant::now() + TURN;
         for _ in 0..MESSAGES_PER_TURN {
             let Some(connection) = &mut self.connection else { return };
             let ended = match connection.receive() {
@@ -316,6 +319,9 @@ impl Control {
             };
             if let Some(why) = ended {
                 self.disconnect(why.as_deref());
+            }
+            if Instant::now() > end {
+                return;
             }
         }
     }

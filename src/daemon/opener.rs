@@ -4,7 +4,7 @@
 //! It keeps what the daemon was started with, and takes nothing from it but the word to begin, and
 //! short replies: whoever has taken the daemon over gains no more than what the file names.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -13,6 +13,13 @@ use std::process::{Command, Stdio};
 
 use crate::api::client::{Connection, Wish};
 use crate::api::reload::{mend, reload};
+
+/// Writes a line to standard error. A pipe that nobody reads ends nothing: `eprintln!` would panic.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let _ = writeln!(io::stderr(), $($text)*);
+    }};
+}
 
 /// Starts it; returns the daemon's end of the connection with it. It ends when that is closed, and by no
 /// signal: it inherits our mask.
@@ -38,9 +45,11 @@ pub fn run(file: &Path) -> io::Result<()> {
         match wish {
             Wish::Reload => read_again(&mut daemon, file),
             Wish::Mend(port) => match mend(&mut daemon, file, &port) {
-                Ok(true) => eprintln!("vhost-user-net: {port}: its TAP is there again, and opened"),
+                Ok(true) => {
+                    say!("vhost-user-net: {port}: its TAP is there again, and opened");
+                }
                 Ok(false) => {}
-                Err(error) => eprintln!("vhost-user-net: {port}: open its TAP again: {error}"),
+                Err(error) => say!("vhost-user-net: {port}: open its TAP again: {error}"),
             },
         }
     }
@@ -51,15 +60,15 @@ fn read_again(daemon: &mut Connection, file: &Path) {
     match reload(daemon, file) {
         Ok(outcome) => {
             for line in outcome.done {
-                eprintln!("vhost-user-net: reload: {line}");
+                say!("vhost-user-net: reload: {line}");
             }
             for line in &outcome.failed {
-                eprintln!("vhost-user-net: reload: failed: {line}");
+                say!("vhost-user-net: reload: failed: {line}");
             }
             let shown = file.display();
             let failures = outcome.failed.len();
-            eprintln!("vhost-user-net: reload: {shown} read again, {failures} failures");
+            say!("vhost-user-net: reload: {shown} read again, {failures} failures");
         }
-        Err(error) => eprintln!("vhost-user-net: reload: {error}; nothing is changed"),
+        Err(error) => say!("vhost-user-net: reload: {error}; nothing is changed"),
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
@@ -33,6 +33,14 @@ use crate::worker::{Worker, WorkerOptions};
 
 /// How long a port's thread may take to carry an order out.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// Time that removed ports have to stop; one that takes longer is abandoned.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same for all ports together when the daemon ends: it must have ended within a second.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(700);
+/// Interval at which a port that stops is looked at.
+const STOP_POLL: Duration = Duration::from_millis(1);
+/// Ports that did not stop in time, since the daemon's start.
+static ABANDONED: AtomicUsize = AtomicUsize::new(0);
 
 /// What has been opened for a port, before anything is given up.
 pub(super) struct Opened {
@@ -288,9 +296,17 @@ impl Ports {
         found.into_iter().find(is_tap).map(Port::name)
     }
 
-    /// Has all end at once, so that none waits for another.
-    pub(super) fn stop(&self) {
+    /// Ports that were abandoned since the daemon's start: they did not stop in time.
+    pub fn abandoned(&self) -> usize {
+        ABANDONED.load(Ordering::Relaxed)
+    }
+
+    /// Stops all ports at once, so that none waits for another, and abandons those that have not
+    /// stopped after [`EXIT_TIMEOUT`].
+    pub(super) fn stop(&mut self) {
         self.ports.iter().for_each(Port::stop);
+        let deadline = Instant::now() + EXIT_TIMEOUT;
+        self.ports.drain(..).for_each(|mut port| port.finish(deadline));
     }
 }
 
@@ -442,13 +458,34 @@ impl Port {
     }
 }
 
-impl Drop for Port {
-    fn drop(&mut self) {
+impl Port {
+    /// Waits until the port's thread has ended, or abandons it: what a tenant holds must not hold up
+    /// whoever removes its port. The thread keeps the guest's memory mapped until it ends.
+    fn finish(&mut self, deadline: Instant) {
         self.stop_capture();
         self.stop();
-        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
-            error!("the thread of a port has panicked");
+        let Some(thread) = self.thread.take() else { return };
+        while !thread.is_finished() {
+            if Instant::now() > deadline {
+                ABANDONED.fetch_add(1, Ordering::Relaxed);
+                let name = self.name();
+                error!(
+                    "{name}: port did not stop in time and is abandoned; its threads and memory stay \
+                     until its VMM lets go or the daemon exits"
+                );
+                return;
+            }
+            thread::sleep(STOP_POLL);
         }
+        if thread.join().is_err() {
+            error!("{}: the port's thread has panicked", self.name());
+        }
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.finish(Instant::now() + STOP_TIMEOUT);
     }
 }
 

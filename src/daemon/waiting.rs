@@ -3,7 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{error, info, warn};
 
 use super::ports::Ports;
 use super::supervision::Supervisor;
@@ -79,6 +79,10 @@ impl<'a> Waiting<'a> {
                 match source {
                     Source::Signal => match self.signals.take() {
                         Some(Signal::Reload) if self.server.opener().is_some() => self.reload(),
+                        Some(Signal::Reload) if self.server.has_file() => error!(
+                            "daemon: reload refused: the helper process that reads the file has exited; \
+                             use 'vhost-user-net ctl reload', or restart the daemon"
+                        ),
                         Some(_) => return Ok(()),
                         None => {}
                     },

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use crate::counters::PairCounters;
 use crate::policy::limiter::Debt;
 use crate::protocol::Reply;
 use crate::sys::poll_two;
-use crate::sys::socket::set_nonblocking;
+use crate::sys::stream::ForeignStream;
 
 /// Changes when a state is not understood any more that was.
 const VERSION: u32 = 1;
@@ -26,7 +26,9 @@ const MAX_PAIR_LENGTH: usize = 8 << 10;
 /// Longest state in bytes, of a port with as many queue pairs as there can be.
 const MAX_LENGTH: usize = MAX_PAIR_LENGTH * (1 + MAX_QUEUE_PAIRS as usize);
 /// How long the frontend may take to send or to take it.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// The control thread waits for it: what a frontend has written or made room for before the request is
+/// there, and a pipe holds it all.
+const PATIENCE: Duration = Duration::from_millis(500);
 /// A reply's flag that the frontend's own descriptor is used.
 const NO_DESCRIPTOR: u64 = 0x100;
 
@@ -104,7 +106,7 @@ fn parse(text: &[u8], pairs: usize) -> Result<State, String> {
 #[derive(Debug)]
 pub(super) enum Transfer {
     /// The state comes by this.
-    Load(File),
+    Load(ForeignStream),
     /// It has been sent, or not.
     Saved(Result<(), String>),
 }
@@ -115,11 +117,12 @@ impl Device {
         if self.told.rings.iter().any(super::ToldRing::is_running) {
             return refused("the device's state was asked for while rings run");
         }
-        set_nonblocking(file.as_fd()).map_err(|error| Refusal::Refused(error.to_string()))?;
+        let stream = ForeignStream::new(file, MAX_LENGTH)
+            .map_err(|error| Refusal::Refused(error.to_string()))?;
         self.told.transfer = Some(if load {
-            Transfer::Load(file)
+            Transfer::Load(stream)
         } else {
-            Transfer::Saved(self.save(file).map_err(|error| format!("save: {error}")))
+            Transfer::Saved(self.save(stream).map_err(|error| format!("save: {error}")))
         });
         Ok(Reply::U64(NO_DESCRIPTOR))
     }
@@ -129,7 +132,7 @@ impl Device {
         let result = match self.told.transfer.take() {
             None => Err("no transfer has begun".to_owned()),
             Some(Transfer::Saved(result)) => result,
-            Some(Transfer::Load(file)) => self.load(file),
+            Some(Transfer::Load(stream)) => self.load(stream),
         };
         match result {
             Ok(()) => info!("{}: its counters and limits have moved", self.name),
@@ -141,7 +144,7 @@ impl Device {
         Ok(Reply::U64(0))
     }
 
-    fn save(&self, mut file: File) -> io::Result<()> {
+    fn save(&self, mut stream: ForeignStream) -> io::Result<()> {
         let pairs = self.workers.iter().map(|worker| &worker.status().counters);
         let (rx_debt, tx_debt) =
             self.limits.as_ref().map_or_else(Default::default, |it| (it.rx.debt(), it.tx.debt()));
@@ -153,27 +156,27 @@ impl Device {
         });
         let text = state.to_string();
         let (mut rest, end) = (text.as_bytes(), Instant::now() + PATIENCE);
-        while !rest.is_empty() {
-            match file.write(rest) {
+        while !rest.is_empty() || stream.has_unsent() {
+            match stream.write(rest) {
                 Ok(written) => rest = &rest[written..],
-                Err(error) => wait(&file, libc::POLLOUT, error, end)?,
+                Err(error) => wait(&stream, libc::POLLOUT, error, end)?,
             }
         }
         Ok(())
     }
 
-    fn load(&self, mut file: File) -> Result<(), String> {
+    fn load(&self, mut stream: ForeignStream) -> Result<(), String> {
         let (mut text, end) = (Vec::new(), Instant::now() + PATIENCE);
         let mut bytes = [0; 4096];
         loop {
-            match file.read(&mut bytes) {
+            match stream.read(&mut bytes) {
                 Ok(0) => break,
                 Ok(length) if text.len() + length > MAX_LENGTH => {
                     return Err(format!("it has more than {MAX_LENGTH} bytes"));
                 }
                 Ok(length) => text.extend(&bytes[..length]),
                 Err(error) => {
-                    wait(&file, libc::POLLIN, error, end).map_err(|it| format!("load: {it}"))?;
+                    wait(&stream, libc::POLLIN, error, end).map_err(|it| format!("load: {it}"))?;
                 }
             }
         }
@@ -191,7 +194,12 @@ impl Device {
 }
 
 /// Waits until a descriptor that would block may not any more.
-fn wait(file: &File, events: libc::c_short, error: io::Error, end: Instant) -> io::Result<()> {
+fn wait(
+    stream: &ForeignStream,
+    events: libc::c_short,
+    error: io::Error,
+    end: Instant,
+) -> io::Result<()> {
     match error.kind() {
         io::ErrorKind::Interrupted => return Ok(()),
         io::ErrorKind::WouldBlock => {}
@@ -201,7 +209,7 @@ fn wait(file: &File, events: libc::c_short, error: io::Error, end: Instant) -> i
     if time.is_zero() {
         return Err(io::ErrorKind::TimedOut.into());
     }
-    poll_two([(file.as_fd(), events), (file.as_fd(), events)], Some(time)).map(drop)
+    poll_two([(stream.as_fd(), events), (stream.as_fd(), events)], Some(time)).map(drop)
 }
 
 #[cfg(test)]

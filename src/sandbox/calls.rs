@@ -69,12 +69,14 @@ const CONTROL: &[c_long] = &[
     libc::SYS_lstat,
     libc::SYS_memfd_create,
     libc::SYS_newfstatat,
+    libc::SYS_pipe2,
     libc::SYS_readlink,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_sendto,
     libc::SYS_shutdown,
+    libc::SYS_splice,
     libc::SYS_stat,
     libc::SYS_statx,
     libc::SYS_unlink,
@@ -234,7 +236,11 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         }
         Role::Control => Allowed {
             calls: calls(&[WAIT, CONTROL]),
-            commands: [descriptors, vec![libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC]].concat(),
+            commands: [
+                descriptors,
+                vec![libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC, libc::F_SETPIPE_SZ],
+            ]
+            .concat(),
             // Of a TAP, to announce a card, and to change its filter.
             requests: [TAP_REQUESTS, &[FIONBIO, TUNGETVNETHDRSZ]].concat(),
             // To connect to a VMM.

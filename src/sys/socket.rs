@@ -173,16 +173,6 @@ pub fn listen(listener: &UnixListener) -> io::Result<()> {
     Ok(())
 }
 
-/// Has reads and writes of a descriptor fail rather than wait.
-pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: reads and sets flags of a descriptor that is open.
-    unsafe {
-        let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;
-        check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
-    }
-    Ok(())
-}
-
 /// What an inherited descriptor turned out to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inherited {

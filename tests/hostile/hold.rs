@@ -1,0 +1,104 @@
+//! Cases 55 to 59 and 67: what a tenant, a helper process or another daemon holds, and nobody waits for.
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::ptrace;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+use vhost::vhost_user::message::FrontendReq;
+
+use crate::support::hostile::{Scene, note};
+use crate::support::needs_root;
+
+/// A thread of the daemon's by its name.
+fn thread(scene: &Scene, name: &str) -> Pid {
+    let tasks = fs::read_dir(format!("/proc/{}/task", scene.daemon.process())).unwrap();
+    let mut numbers = tasks.map(|task| task.unwrap().file_name().into_string().unwrap());
+    let is_it = |number: &String| {
+        let comm = format!("/proc/{}/task/{number}/comm", scene.daemon.process());
+        fs::read_to_string(comm).unwrap().trim() == name
+    };
+    Pid::from_raw(numbers.find(is_it).expect("the thread runs").parse().unwrap())
+}
+
+#[test]
+fn hostile_55_blocking_state_pipe_holds_up_nobody() {
+    let scene = Scene::operated(55);
+    for load in [1_u32, 0] {
+        let mut frontend = scene.frontend();
+        frontend.begin();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let pipe = if load == 1 { reader.as_raw_fd() } else { writer.as_raw_fd() };
+        let payload = [load, 0].map(u32::to_ne_bytes).concat();
+        frontend.send_with(FrontendReq::SET_DEVICE_STATE_FD, 0, &payload, &[pipe]);
+        frontend.reply(FrontendReq::SET_DEVICE_STATE_FD);
+        // The flag is the open file's: the daemon's descriptor would block now.
+        for end in [&reader as &dyn std::os::fd::AsFd, &writer] {
+            fcntl(end.as_fd(), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        }
+        let asked = Instant::now();
+        let refused = frontend.get(FrontendReq::CHECK_DEVICE_STATE);
+        assert_eq!(refused, u64::from(load), "a state that does not come is refused");
+        assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+    }
+    assert!(scene.daemon.ask(&["list"]).contains("attacked"));
+    scene.ends("R after 0.5 s; nobody waits for the pipe");
+}
+
+#[test]
+fn hostile_56_stuck_port_is_abandoned() {
+    needs_root!("hostile_56_stuck_port_is_abandoned");
+    let mut scene = Scene::operated(56);
+    // As if a system call did not return: its control thread is stopped.
+    let control = thread(&scene, "attacked");
+    ptrace::attach(control).unwrap();
+    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
+    let asked = Instant::now();
+    assert!(scene.daemon.ask(&["remove", "attacked"]).contains("removed"));
+    assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
+    scene.daemon_says("attacked: port did not stop in time and is abandoned");
+    assert!(scene.daemon.ask(&["metrics"]).contains("vhost_user_net_abandoned_ports_total 1"));
+    scene.lives();
+    let asked = Instant::now();
+    scene.daemon.signal(Signal::SIGTERM);
+    // Whoever traces a thread must take note of its end, or the process does not end.
+    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
+    assert!(scene.daemon.wait().success());
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+
+    // One that is stuck when the daemon ends.
+    let mut scene = Scene::operated(56);
+    let control = thread(&scene, "attacked");
+    ptrace::attach(control).unwrap();
+    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
+    scene.lives();
+    let asked = Instant::now();
+    scene.daemon.signal(Signal::SIGTERM);
+    // Whoever traces a thread must take note of its end, or the process does not end.
+    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
+    assert!(scene.daemon.wait().success());
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    note(56, "C: abandoned after 2 s; SIGTERM ends the daemon within 1 s");
+}
+
+#[test]
+fn hostile_67_dead_helper_ends_no_port() {
+    let scene = Scene::operated(67);
+    let process = scene.daemon.process();
+    let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
+    for child in children.split_whitespace() {
+        kill(Pid::from_raw(child.parse().unwrap()), Signal::SIGKILL).unwrap();
+    }
+    scene.daemon_says("the process that reads the file again has ended");
+    scene.daemon.signal(Signal::SIGHUP);
+    scene.daemon_says("reload refused: the helper process that reads the file has exited");
+    // Not `ends`: the helper's socket is gone.
+    let mut scene = scene;
+    scene.check(&mut scene.card());
+    scene.lives();
+    note(67, "SIGHUP is refused with a log line; all ports go on");
+}
