@@ -26,7 +26,7 @@ use pcap_file::pcapng::blocks::interface_statistics::{
 use pcap_file::{DataLink, Endianness, PcapError, PcapResult};
 
 use crate::counters::Drop;
-use crate::guest::Segment;
+use crate::guest::ReadSegment;
 use crate::policy::Filter;
 use crate::sys::is_hung_up;
 use crate::traffic::Way;
@@ -100,7 +100,7 @@ impl Recorder {
         pair: u16,
         dropped: Option<Drop>,
         length: usize,
-        segments: impl Iterator<Item = Segment<'a>> + Clone,
+        segments: impl Iterator<Item = ReadSegment<'a>> + Clone,
     ) {
         if !self.filter.is_none() {
             let mut start = [0; FILTERED];
@@ -128,7 +128,7 @@ impl Recorder {
 }
 
 /// Fills `target` from segments; returns how many bytes there were.
-fn copy<'a>(segments: impl Iterator<Item = Segment<'a>>, target: &mut [u8]) -> usize {
+fn copy<'a>(segments: impl Iterator<Item = ReadSegment<'a>>, target: &mut [u8]) -> usize {
     let mut copied = 0;
     for segment in segments {
         if copied == target.len() {
@@ -348,7 +348,7 @@ mod tests {
     }
 
     fn put(recorder: &Recorder, bytes: &[u8]) {
-        let segments = [Segment::of_bytes(bytes)];
+        let segments = [ReadSegment::of_bytes(bytes)];
         recorder.record(Way::Tx, 1, None, bytes.len(), segments.into_iter());
     }
 

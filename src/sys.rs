@@ -23,7 +23,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-use crate::guest::Segment;
+use crate::guest::{ReadSegment, Segment};
 
 /// Turns the `-1` of a system call into the error behind it.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -31,16 +31,19 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 }
 
 /// Writes all segments with one call, as one frame.
-fn write_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
-    // SAFETY: a Segment is mapped guest memory or memory of our own, which its lifetime keeps; the
-    // kernel only reads it here.
-    unsafe { transfer([libc::SYS_write, libc::SYS_writev], fd, segments) }
+fn write_segments(fd: BorrowedFd<'_>, segments: &[ReadSegment<'_>]) -> io::Result<usize> {
+    let calls = [libc::SYS_write, libc::SYS_writev];
+    // SAFETY: a ReadSegment is an iovec of mapped guest memory or memory of our own, which its
+    // lifetime keeps; the kernel only reads it here.
+    unsafe {
+        transfer(calls, fd, std::slice::from_raw_parts(segments.as_ptr().cast(), segments.len()))
+    }
 }
 
 /// Reads one frame into the segments.
 fn read_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
-    // SAFETY: the same; guest memory may be written at any time by its own rules, and memory of our
-    // own is not looked at meanwhile.
+    // SAFETY: a Segment is mapped guest memory, which its lifetime keeps and which may be written at
+    // any time by its own rules, or memory of our own that is not looked at meanwhile.
     unsafe { transfer([libc::SYS_read, libc::SYS_readv], fd, segments) }
 }
 

@@ -35,8 +35,8 @@ impl Direction for Writable {
     const WRITABLE: bool = true;
 }
 
-/// A piece of memory that is contiguous for the host: guest memory, or memory of our own that
-/// goes into the same system call.
+/// A piece of shared memory that is contiguous for the host: guest memory, or a bounce buffer that
+/// the kernel writes too. It can be read and written.
 ///
 /// It has the layout of `iovec`, and no way to a slice: the guest may be writing there.
 #[repr(transparent)]
@@ -59,15 +59,6 @@ impl<'mem> Segment<'mem> {
     pub(crate) unsafe fn new(start: NonNull<u8>, length: usize) -> Self {
         Segment {
             iovec: libc::iovec { iov_base: start.as_ptr().cast(), iov_len: length },
-            memory: PhantomData,
-        }
-    }
-
-    /// Memory of our own that the kernel reads, such as a header put before a frame.
-    #[inline]
-    pub fn of_bytes(bytes: &'mem [u8]) -> Self {
-        Segment {
-            iovec: libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() },
             memory: PhantomData,
         }
     }
@@ -142,11 +133,12 @@ impl<'mem> Segment<'mem> {
 
     /// Copies from `source` as much as both have; returns the bytes copied.
     #[inline]
-    pub fn copy_from(&self, source: &Segment<'_>) -> usize {
+    pub fn copy_from<'a>(&self, source: impl Into<ReadSegment<'a>>) -> usize {
+        let source = source.into();
         let length = self.len().min(source.len());
-        // SAFETY: both are mapped for at least `length` bytes (`new`). A guest can make its
-        // buffers overlap; `copy` allows that, and the guest gets what it asked for. Neither
-        // range is ever seen as a Rust reference.
+        // SAFETY: both are mapped for at least `length` bytes (`new`, `of_bytes`). A guest can make
+        // its buffers overlap; `copy` allows that, and the guest gets what it asked for. This
+        // range is never seen as a Rust reference, so it is no part of a borrowed source.
         unsafe { std::ptr::copy(source.start(), self.start(), length) };
         length
     }
@@ -175,6 +167,73 @@ impl<'mem> Segment<'mem> {
 impl fmt::Debug for Segment<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:p}+{}", self.iovec.iov_base, self.iovec.iov_len)
+    }
+}
+
+/// A piece of memory that is only read: bytes of our own, such as a header put before a frame, or
+/// a [`Segment`] in the same system call.
+///
+/// ```compile_fail,E0599
+/// # use vhost_user_net::guest::ReadSegment;
+/// let bytes = [0u8; 4];
+/// // `bytes` is borrowed as constant: there is no way to write to it.
+/// ReadSegment::of_bytes(&bytes).write(&[1]);
+/// ```
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct ReadSegment<'mem>(Segment<'mem>);
+
+impl<'mem> ReadSegment<'mem> {
+    /// Memory of our own.
+    #[inline]
+    pub fn of_bytes(bytes: &'mem [u8]) -> Self {
+        let iov_base = bytes.as_ptr().cast_mut().cast();
+        ReadSegment(Segment {
+            iovec: libc::iovec { iov_base, iov_len: bytes.len() },
+            memory: PhantomData,
+        })
+    }
+
+    /// Length in bytes.
+    #[inline]
+    #[allow(clippy::len_without_is_empty)]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// This segment without its first `bytes`.
+    ///
+    /// # Panics
+    /// If it is shorter than that.
+    #[inline]
+    #[must_use]
+    pub fn skip(&self, bytes: usize) -> Self {
+        ReadSegment(self.0.skip(bytes))
+    }
+
+    /// Where it starts.
+    #[inline]
+    pub(crate) fn start(&self) -> *const u8 {
+        self.0.start()
+    }
+
+    /// Copies to `target` as much as both have; returns the bytes copied.
+    #[inline]
+    pub fn read(&self, target: &mut [u8]) -> usize {
+        self.0.read(target)
+    }
+}
+
+impl<'mem> From<Segment<'mem>> for ReadSegment<'mem> {
+    #[inline]
+    fn from(segment: Segment<'mem>) -> Self {
+        ReadSegment(segment)
+    }
+}
+
+impl fmt::Debug for ReadSegment<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 
@@ -374,7 +433,7 @@ impl Chain<'_, Writable> {
     pub fn copy_from(&self, source: &Chain<'_, Readable>, offset: usize) -> usize {
         let mut done = 0;
         for piece in source.segments_after(offset) {
-            let copied = self.copy_segment(done, &piece);
+            let copied = self.copy_segment(done, piece);
             done += copied;
             if copied < piece.len() {
                 break;
@@ -385,13 +444,14 @@ impl Chain<'_, Writable> {
 
     /// Copies `source` to `offset` and behind it, as far as the chain reaches; returns how many
     /// bytes it took.
-    pub fn copy_segment(&self, offset: usize, source: &Segment<'_>) -> usize {
+    pub fn copy_segment<'a>(&self, offset: usize, source: impl Into<ReadSegment<'a>>) -> usize {
+        let source = source.into();
         let mut done = 0;
         for target in self.segments_after(offset) {
             if done == source.len() {
                 break;
             }
-            done += target.copy_from(&source.skip(done));
+            done += target.copy_from(source.skip(done));
         }
         done
     }
@@ -407,7 +467,7 @@ impl Chain<'_, Readable> {
             if done == target.len() {
                 break;
             }
-            done += target.skip(done).copy_from(&source);
+            done += target.skip(done).copy_from(source);
         }
         done
     }

@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::ptr::NonNull;
 
 use super::check;
-use crate::guest::Segment;
+use crate::guest::{ReadSegment, Segment};
 
 pub use filter::ProgramMemory;
 
@@ -256,7 +256,7 @@ impl Queue {
         // SAFETY: TUNGETVNETHDRSZ writes one int.
         unsafe { check(libc::ioctl(self.file.as_raw_fd(), TUNGETVNETHDRSZ, &mut length))? };
         let header = vec![0; usize::try_from(length).unwrap_or(0)];
-        self.write(&[Segment::of_bytes(&header), Segment::of_bytes(frame)]).map(|_| ())
+        self.write(&[ReadSegment::of_bytes(&header), ReadSegment::of_bytes(frame)]).map(|_| ())
     }
 
     /// Whether a write can be refused because too much is under way. Without a limit (the
@@ -330,7 +330,7 @@ impl Queue {
     ///
     /// # Errors
     /// `WouldBlock` if a send limit is reached; otherwise those of the device.
-    pub fn write(&self, segments: &[Segment<'_>]) -> io::Result<usize> {
+    pub fn write(&self, segments: &[ReadSegment<'_>]) -> io::Result<usize> {
         super::write_segments(self.as_fd(), segments)
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
 
-use crate::guest::Segment;
+use crate::guest::ReadSegment;
 
 /// Writes of one burst at the most.
 pub const MAX_WRITES: usize = 64;
@@ -80,7 +80,7 @@ impl Writer {
     /// burst was not submitted whole.
     pub fn write_all<'a>(
         &mut self,
-        frames: impl ExactSizeIterator<Item = &'a [Segment<'a>]>,
+        frames: impl ExactSizeIterator<Item = &'a [ReadSegment<'a>]>,
         results: &mut [i32],
     ) -> Result<(), SubmitError> {
         let most = frames.len();
@@ -184,7 +184,7 @@ mod tests {
             return;
         };
         let frames: Vec<[u8; 1]> = (0..16).map(|number| [number]).collect();
-        let segments: Vec<_> = frames.iter().map(|frame| [Segment::of_bytes(frame)]).collect();
+        let segments: Vec<_> = frames.iter().map(|frame| [ReadSegment::of_bytes(frame)]).collect();
         let burst = || segments.iter().map(|segments| &segments[..]);
         writer.script = [submit_only::<8>, fail].into();
         let mut results = [0; 16];
@@ -206,7 +206,7 @@ mod tests {
     fn partial_submission_is_completed() {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         let Ok(mut writer) = Writer::new(&ours) else { return };
-        let segments = [[Segment::of_bytes(b"a")], [Segment::of_bytes(b"b")]];
+        let segments = [[ReadSegment::of_bytes(b"a")], [ReadSegment::of_bytes(b"b")]];
         writer.script.push_back(submit_only::<1>);
         let mut results = [0; 2];
         writer.write_all(segments.iter().map(|segments| &segments[..]), &mut results).unwrap();

@@ -2,7 +2,7 @@
 //! back to the guest.
 
 use crate::capture::Recorder;
-use crate::guest::{Chain, Direction, Segment};
+use crate::guest::{Chain, Direction, ReadSegment};
 use crate::port::{Finished, Outcome};
 use crate::traffic::Way;
 
@@ -27,8 +27,9 @@ pub(super) fn record(recorder: &Recorder, pair: u16, finished: &mut Finished<'_>
         let rest = (private.len() < length)
             .then(|| chain.segments_after(header + private.len()))
             .into_iter()
-            .flatten();
-        let segments = std::iter::once(Segment::of_bytes(private)).chain(rest);
+            .flatten()
+            .map(ReadSegment::from);
+        let segments = std::iter::once(ReadSegment::of_bytes(private)).chain(rest);
         recorder.record(Way::Tx, pair, dropped, length, segments);
     }
     let mut rest = &finished.rx[..];
@@ -62,11 +63,11 @@ fn limited<'m, D: Direction>(
     chain: &Chain<'m, D>,
     skip: usize,
     length: usize,
-) -> impl Iterator<Item = Segment<'m>> + Clone {
+) -> impl Iterator<Item = ReadSegment<'m>> + Clone {
     let mut rest = length;
     chain.segments_after(skip).map_while(move |segment| {
         let kept = segment.first(rest);
         rest -= kept.len();
-        (kept.len() > 0).then_some(kept)
+        (kept.len() > 0).then_some(kept.into())
     })
 }

@@ -102,12 +102,12 @@ impl Bare {
                 Place::There => socket.tx.stage(whole(at)),
                 Place::Copied => {
                     let from = self.umem.arena(at as usize, length);
-                    self.umem.arena(copy as usize, length).copy_from(&from);
+                    self.umem.arena(copy as usize, length).copy_from(from);
                     socket.tx.stage(whole(copy));
                 }
                 Place::TwoPieces => {
                     let from = self.umem.arena(at as usize, HEADERS);
-                    self.umem.arena(copy as usize, HEADERS).copy_from(&from);
+                    self.umem.arena(copy as usize, HEADERS).copy_from(from);
                     let options = Descriptor::CONTINUES;
                     socket.tx.stage(Descriptor { address: copy, length: HEADERS as u32, options });
                     let rest = HEADERS as u64;

@@ -18,7 +18,7 @@ use super::interface::OpenSocket;
 use super::umem::{GuestUmem, RX_SLOTS};
 use crate::counters::{CopyReason, Drop};
 use crate::features::{HEADER_LENGTH, Negotiated};
-use crate::guest::{Burst, Chain, Segment, Writable};
+use crate::guest::{Burst, Chain, ReadSegment, Writable};
 use crate::port::Finished;
 use crate::sys::xsk::{ADDRESS_BITS, RingSizes, Socket};
 
@@ -387,9 +387,9 @@ impl<'mem> Receiver<'mem> {
         while let Some(frame) = self.waiting.pop_front() {
             let served = match &frame {
                 Waiting::Slot { slot, length } => {
-                    self.spread(&umem.rx_frame(self.pair, *slot, *length), umem, finished)
+                    self.spread(umem.rx_frame(self.pair, *slot, *length).into(), umem, finished)
                 }
-                Waiting::Copy(bytes) => self.spread(&Segment::of_bytes(bytes), umem, finished),
+                Waiting::Copy(bytes) => self.spread(ReadSegment::of_bytes(bytes), umem, finished),
             };
             if !served {
                 self.waiting.push_front(frame);
@@ -404,7 +404,7 @@ impl<'mem> Receiver<'mem> {
     /// Copies a frame into the oldest parked buffers; says whether they were there.
     fn spread(
         &mut self,
-        frame: &Segment<'_>,
+        frame: ReadSegment<'_>,
         umem: &GuestUmem,
         finished: &mut Finished<'mem>,
     ) -> bool {
@@ -419,7 +419,7 @@ impl<'mem> Receiver<'mem> {
         for index in 0..buffers {
             let Some(chain) = self.parked.pop_front() else { break };
             let lead = if index == 0 { self.header_length } else { 0 };
-            let part = chain.copy_segment(lead, &frame.skip(copied));
+            let part = chain.copy_segment(lead, frame.skip(copied));
             copied += part;
             finished.rx.push((chain, (lead + part) as u32));
         }

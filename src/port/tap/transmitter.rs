@@ -7,7 +7,7 @@ use log::warn;
 
 use super::TapQueue;
 use crate::counters::Drop;
-use crate::guest::{Burst, Chain, Readable, Segment};
+use crate::guest::{Burst, Chain, ReadSegment, Readable};
 use crate::port::{Finished, KeptStarts, Outcome, Terms};
 use crate::sys::uring::MAX_WRITES;
 use crate::traffic::{Notes, Way};
@@ -124,7 +124,7 @@ impl<'mem> Transmitter<'mem> {
     fn write(&mut self, burst: &Burst<'mem, Readable>, host: &mut TapQueue) -> usize {
         let Transmitter { starts, outcomes, bounds, blocked, .. } = self;
         // The checked start of each frame, then its chain from there on.
-        let mut segments: Vec<Segment<'_>> = Vec::with_capacity(2 * outcomes.len());
+        let mut segments: Vec<ReadSegment<'_>> = Vec::with_capacity(2 * outcomes.len());
         bounds.clear();
         for (index, chain) in burst.iter().take(outcomes.len()).enumerate() {
             if outcomes[index] != Outcome::Sent {
@@ -132,9 +132,9 @@ impl<'mem> Transmitter<'mem> {
             }
             let start = starts[index].bytes();
             let from = segments.len();
-            segments.push(Segment::of_bytes(start));
+            segments.push(ReadSegment::of_bytes(start));
             if start.len() < chain.len() {
-                segments.extend(chain.segments_after(start.len()));
+                segments.extend(chain.segments_after(start.len()).map(ReadSegment::from));
             }
             bounds.push((index, from..segments.len()));
         }
