@@ -229,7 +229,7 @@ impl Admission {
         if header.needs_checksum() && !header.is_segmented() {
             let parsed = Headers::parse(headers).ok_or(Drop::BadHeader)?;
             let (start, offset) = (header.csum_start.into(), header.csum_offset.into());
-            if !parsed.own_checksum(start, offset) {
+            if !parsed.own_checksum(headers, start, offset) {
                 return Err(Drop::BadHeader);
             }
         }
@@ -349,7 +349,7 @@ fn check_segmented(
         },
     };
     if version.is_some_and(|version| version != headers.version)
-        || headers.is_later_fragment
+        || headers.is_later_fragment(copy)
         || i32::from(headers.protocol) != protocol
         || usize::from(header.csum_start) != transport
         || header.csum_offset != checksum_at
@@ -521,7 +521,7 @@ mod tests {
         let (_, mut frame) = tcp4();
         frame[16..18].copy_from_slice(&128_u16.to_be_bytes());
         let own = |frame: &[u8], start, offset| {
-            Headers::parse(frame).is_some_and(|headers| headers.own_checksum(start, offset))
+            Headers::parse(frame).is_some_and(|headers| headers.own_checksum(frame, start, offset))
         };
         assert!(own(&frame, 34, 16));
         for (start, offset) in [(34, 6), (34, 0), (20, 8), (14, 0), (32, 18), (36, 14)] {

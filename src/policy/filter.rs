@@ -25,7 +25,6 @@ use crate::counters::Drop;
 pub use classic::{MAX_INSTRUCTIONS, classic};
 pub use extended::{SEEN, SEEN_AT, extended, seen};
 use facts::Facts;
-pub(crate) use facts::VLAN;
 pub use facts::carried;
 
 /// Rules of a filter at the most.

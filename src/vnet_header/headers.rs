@@ -1,7 +1,6 @@
 //! Where the headers of a frame lie.
 
 use super::{VLAN_TAG_LENGTH, VLAN_TAGS};
-use crate::policy::filter::VLAN;
 
 /// What segmentation needs to know of a frame's headers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,25 +13,33 @@ pub struct Headers {
     pub network: usize,
     /// Offset of the transport header in the frame.
     pub transport: usize,
-    /// Offset at which the IP packet ends by its own length field. Ethernet padding follows.
-    pub end: usize,
-    /// Whether the packet is a later fragment, which has no transport header.
-    pub is_later_fragment: bool,
 }
 
 impl Headers {
-    /// Whether a checksum that starts at `start` and is stored `offset` bytes further is the
-    /// packet's own TCP or UDP checksum, and lies inside the packet.
-    pub fn own_checksum(&self, start: usize, offset: usize) -> bool {
+    /// Whether a checksum that starts at `start` and is stored `offset` bytes further is the own TCP or
+    /// UDP checksum of the packet in `frame`, and lies inside the packet.
+    pub fn own_checksum(&self, frame: &[u8], start: usize, offset: usize) -> bool {
         let own = match self.protocol.into() {
             libc::IPPROTO_TCP => 16,
             libc::IPPROTO_UDP => 6,
             _ => return false,
         };
+        let (at, before) = if self.version == 4 { (2, 0) } else { (4, 40) };
+        // Ethernet padding follows.
+        let end = u16_at(frame, self.network + at)
+            .map_or(0, |length| self.network + before + usize::from(length));
         start == self.transport
             && offset == own
-            && start + offset + 2 <= self.end
-            && !self.is_later_fragment
+            && start + offset + 2 <= end
+            && !self.is_later_fragment(frame)
+    }
+
+    /// Whether the packet in `frame` is a later fragment, which has no transport header. For IPv6 the
+    /// walk stops at a fragment header: its number is no transport protocol's.
+    #[inline]
+    pub fn is_later_fragment(&self, frame: &[u8]) -> bool {
+        self.version == 4
+            && u16_at(frame, self.network + 6).is_none_or(|offset| offset & 0x1fff != 0)
     }
 
     /// Reads Ethernet, VLAN tags and IP; nothing if they are malformed or reach beyond `frame`.
@@ -40,11 +47,11 @@ impl Headers {
     pub fn parse(frame: &[u8]) -> Option<Self> {
         const IPV4: u16 = 0x0800;
         const IPV6: u16 = 0x86dd;
-        let u16_at = |at: usize| Some(u16::from_be_bytes(*frame.get(at..)?.first_chunk()?));
+        let u16_at = |at: usize| u16_at(frame, at);
         let mut at = 12;
         let mut ethertype = u16_at(at)?;
         for _ in 0..VLAN_TAGS {
-            if VLAN.contains(&ethertype) {
+            if matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
                 at += VLAN_TAG_LENGTH;
                 ethertype = u16_at(at)?;
             }
@@ -57,19 +64,19 @@ impl Headers {
                 protocol: *frame.get(network + 9)?,
                 network,
                 transport: network + usize::from(first & 0xf) * 4,
-                end: network + usize::from(u16_at(network + 2)?),
-                is_later_fragment: u16_at(network + 6)? & 0x1fff != 0,
             }),
             (IPV6, 6) => {
                 let (protocol, transport) = skip_extensions(frame, network)?;
-                let end = network + 40 + usize::from(u16_at(network + 4)?);
-                // The walk stops at a fragment header: its number is no transport protocol's.
-                let is_later_fragment = false;
-                Some(Headers { version: 6, protocol, network, transport, end, is_later_fragment })
+                Some(Headers { version: 6, protocol, network, transport })
             }
             _ => None,
         }
     }
+}
+
+#[inline]
+fn u16_at(frame: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(*frame.get(at..)?.first_chunk()?))
 }
 
 /// Walks over IPv6 extension headers that may stand before a transport header (RFC 8200,
