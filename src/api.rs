@@ -222,7 +222,7 @@ impl Server {
         self.endpoint.as_ref().and_then(Endpoint::fd)
     }
 
-    /// Whether the daemon was started with a file, which SIGHUP has read again.
+    /// True if the daemon was started with a configuration file, which SIGHUP reloads.
     pub fn has_file(&self) -> bool {
         self.house.about["file"].is_string()
     }

@@ -162,7 +162,7 @@ impl Capture {
         self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether there is a capture.
+    /// True while a capture runs.
     #[inline]
     pub fn is_on(&self) -> bool {
         self.on.load(Ordering::Relaxed)

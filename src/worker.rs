@@ -22,7 +22,7 @@ use nix::sys::prctl;
 use crate::capture::Capture;
 use crate::counters::PairCounters;
 use crate::features::Negotiated;
-use crate::guest::{GuestMemory, RingLayout};
+use crate::guest::{GuestMemory, RingLayout, contained};
 use crate::policy::{Limits, LiveFilter, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
@@ -290,7 +290,10 @@ fn run(
             Command::Begin(session) => {
                 status.set_fault(None);
                 status.set_serving(true);
-                ended = session::serve(&mut host, &session, options, mailbox, status);
+                // Guest memory that goes away costs nothing but itself.
+                ended = contained(&session.memory, || {
+                    session::serve(&mut host, &session, options, mailbox, status)
+                });
                 status.set_fault(ended.fault.clone());
                 status.set_serving(false);
             }

@@ -12,7 +12,7 @@ use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
 use crate::support::hostile::note;
 use crate::support::network::{enter_namespace_for, wait_for_carrier};
-use crate::support::traffic::{datagram, frame};
+use crate::support::traffic::{datagram, flip_ports, frame};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
 fn capturing(rest: &str) -> (Daemon, Card) {
@@ -300,15 +300,7 @@ fn case_64_a_capture_has_the_headers_that_were_judged() {
         card.tx[0].publish();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let place = |slot: u64| area + slot * 2048 + HEADER as u64 + 37;
-                for port in [80, 53].into_iter().cycle() {
-                    if stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    (0..SLOTS).for_each(|slot| card.ram.write(place(slot), &[port]));
-                }
-            });
+            scope.spawn(|| flip_ports(&card.ram, area, SLOTS, &stop));
             let ring = &mut card.tx[0];
             while child.try_wait().unwrap().is_none() {
                 if ring.recycle() > 0 {

@@ -16,7 +16,7 @@ use crate::support::network::{
     Wire, enter_namespace_for, enter_namespace_with_tap, enter_namespace_with_veth,
     enter_quiet_namespace, ip, make_veth, output, wait_for_carrier,
 };
-use crate::support::traffic::{Flood, datagram, frame, tcp_frame};
+use crate::support::traffic::{Flood, datagram, flip_ports, frame, tcp_frame};
 use crate::support::{eventually, needs_root};
 
 /// Denies what [`denied`] makes.
@@ -142,15 +142,7 @@ fn whoever_changes_the_port_meanwhile_is_denied_all_the_same() {
         card.tx[0].publish();
         let (stop, mut sent, mut seen) = (AtomicBool::new(false), 0, 0);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let place = |slot: u64| area + slot * 2048 + HEADER as u64 + 37;
-                for port in [80, 53].into_iter().cycle() {
-                    if stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    (0..SLOTS).for_each(|slot| card.ram.write(place(slot), &[port]));
-                }
-            });
+            scope.spawn(|| flip_ports(&card.ram, area, SLOTS, &stop));
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     while let Some(frame) = wire.receive_any(0) {

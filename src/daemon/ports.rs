@@ -456,9 +456,7 @@ impl Port {
     fn stop(&self) {
         self.tell(Order::Stop);
     }
-}
 
-impl Port {
     /// Waits until the port's thread has ended, or abandons it: what a tenant holds must not hold up
     /// whoever removes its port. The thread keeps the guest's memory mapped until it ends.
     fn finish(&mut self, deadline: Instant) {

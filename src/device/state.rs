@@ -25,9 +25,8 @@ const VERSION: u32 = 1;
 const MAX_PAIR_LENGTH: usize = 8 << 10;
 /// Longest state in bytes, of a port with as many queue pairs as there can be.
 const MAX_LENGTH: usize = MAX_PAIR_LENGTH * (1 + MAX_QUEUE_PAIRS as usize);
-/// How long the frontend may take to send or to take it.
-/// The control thread waits for it: what a frontend has written or made room for before the request is
-/// there, and a pipe holds it all.
+/// Time in which the frontend must have sent or taken the state; the control thread waits meanwhile. A pipe
+/// holds a whole state, so a frontend that follows the protocol causes no wait.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// A reply's flag that the frontend's own descriptor is used.
 const NO_DESCRIPTOR: u64 = 0x100;

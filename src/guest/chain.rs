@@ -211,7 +211,7 @@ impl<'mem> ReadSegment<'mem> {
         ReadSegment(self.0.skip(bytes))
     }
 
-    /// Where it starts.
+    /// First address in this process.
     #[inline]
     pub(crate) fn start(&self) -> *const u8 {
         self.0.start()

@@ -35,7 +35,7 @@ impl ForeignStream {
         let kind = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         let kind = kind.to_string_lossy();
         let own = if kind.starts_with("pipe:[") {
-            // SAFETY: sets the size of a pipe that we hold. What it can't have, it has not.
+            // SAFETY: sets the size of a pipe that we hold. If the kernel refuses, the size stays.
             unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETPIPE_SZ, capacity as libc::c_int) };
             Some(io::pipe()?)
         } else if kind.starts_with("socket:[") {

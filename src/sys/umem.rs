@@ -86,9 +86,14 @@ impl Umem {
         let skip = whole.addr().get().next_multiple_of(largest) - whole.addr().get();
         // SAFETY: skip is less than `largest`, and the reservation has that much to spare.
         let start = unsafe { whole.add(skip + lead) };
-        let (reserved, parts_at) = ((whole, reserved), places);
-        let umem =
-            Umem { reserved, start, length, arena, parts: parts_at, _reservation: reservation };
+        let umem = Umem {
+            reserved: (whole, reserved),
+            start,
+            length,
+            arena,
+            parts: places,
+            _reservation: reservation,
+        };
         for (part, place) in parts.iter().zip(&umem.parts) {
             // SAFETY: MAP_FIXED replaces pages of the reservation, which is ours alone, and of
             // which `place` is a part. Whoever fails drops `umem`, which unmaps all of it.

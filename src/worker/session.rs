@@ -13,7 +13,6 @@ use crate::capture::Capture;
 use crate::counters::{DirectionCounters, Drop};
 use crate::guest::{
     Budget, Burst, Direction, Fault, GuestMemory, Published, Readable, Virtqueue, Writable,
-    contained,
 };
 use crate::policy::{Limiter, Limits};
 use crate::port::{Finished, HostQueue, Outcome, Port, Terms};
@@ -103,20 +102,10 @@ struct Serving<'s> {
     replies: Replies,
 }
 
-/// Serves a session until a command waits. Guest memory that goes away meanwhile costs nothing else.
-pub(super) fn serve(
-    host: &mut HostQueue,
-    session: &Session,
-    options: &WorkerOptions,
-    mailbox: &Mailbox,
-    status: &PairStatus,
-) -> Ended {
-    contained(&session.memory, || serve_contained(host, session, options, mailbox, status))
-}
-
+/// Serves a session until a command waits.
 // By itself: its instructions are counted (`cargo bench -- instructions`).
 #[inline(never)]
-fn serve_contained(
+pub(super) fn serve(
     host: &mut HostQueue,
     session: &Session,
     options: &WorkerOptions,

@@ -1,4 +1,4 @@
-//! Cases 55 to 59 and 67: what a tenant, a helper process or another daemon holds, and nobody waits for.
+//! Cases 55, 56 and 67: what a tenant or a helper process holds, and nobody waits for.
 
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -23,6 +23,24 @@ fn thread(scene: &Scene, name: &str) -> Pid {
         fs::read_to_string(comm).unwrap().trim() == name
     };
     Pid::from_raw(numbers.find(is_it).expect("the thread runs").parse().unwrap())
+}
+
+/// Stops a port's control thread, as if a system call of its did not return.
+fn stop_control_thread(scene: &Scene) -> Pid {
+    let control = thread(scene, "attacked");
+    ptrace::attach(control).unwrap();
+    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
+    control
+}
+
+/// Ends the daemon, one of whose threads is stopped.
+fn ends_within_a_second(scene: &mut Scene, stopped: Pid) {
+    let asked = Instant::now();
+    scene.daemon.signal(Signal::SIGTERM);
+    // Whoever traces a thread must take note of its end, or the process does not end.
+    waitpid(stopped, Some(WaitPidFlag::__WALL)).unwrap();
+    assert!(scene.daemon.wait().success());
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
 }
 
 #[test]
@@ -53,41 +71,26 @@ fn hostile_55_blocking_state_pipe_holds_up_nobody() {
 fn hostile_56_stuck_port_is_abandoned() {
     needs_root!("hostile_56_stuck_port_is_abandoned");
     let mut scene = Scene::operated(56);
-    // As if a system call did not return: its control thread is stopped.
-    let control = thread(&scene, "attacked");
-    ptrace::attach(control).unwrap();
-    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
+    let control = stop_control_thread(&scene);
     let asked = Instant::now();
     assert!(scene.daemon.ask(&["remove", "attacked"]).contains("removed"));
     assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
     scene.daemon_says("attacked: port did not stop in time and is abandoned");
     assert!(scene.daemon.ask(&["metrics"]).contains("vhost_user_net_abandoned_ports_total 1"));
     scene.lives();
-    let asked = Instant::now();
-    scene.daemon.signal(Signal::SIGTERM);
-    // Whoever traces a thread must take note of its end, or the process does not end.
-    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
-    assert!(scene.daemon.wait().success());
-    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    ends_within_a_second(&mut scene, control);
 
     // One that is stuck when the daemon ends.
     let mut scene = Scene::operated(56);
-    let control = thread(&scene, "attacked");
-    ptrace::attach(control).unwrap();
-    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
+    let control = stop_control_thread(&scene);
     scene.lives();
-    let asked = Instant::now();
-    scene.daemon.signal(Signal::SIGTERM);
-    // Whoever traces a thread must take note of its end, or the process does not end.
-    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
-    assert!(scene.daemon.wait().success());
-    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
+    ends_within_a_second(&mut scene, control);
     note(56, "C: abandoned after 2 s; SIGTERM ends the daemon within 1 s");
 }
 
 #[test]
 fn hostile_67_dead_helper_ends_no_port() {
-    let scene = Scene::operated(67);
+    let mut scene = Scene::operated(67);
     let process = scene.daemon.process();
     let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
     for child in children.split_whitespace() {
@@ -97,7 +100,6 @@ fn hostile_67_dead_helper_ends_no_port() {
     scene.daemon.signal(Signal::SIGHUP);
     scene.daemon_says("reload refused: the helper process that reads the file has exited");
     // Not `ends`: the helper's socket is gone.
-    let mut scene = scene;
     scene.check(&mut scene.card());
     scene.lives();
     note(67, "SIGHUP is refused with a log line; all ports go on");

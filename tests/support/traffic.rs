@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::driver::{Card, HEADER};
 use super::eventually;
+use super::guest::Ram;
 use super::network::{ETHERTYPE, Wire};
 
 /// A frame of the tests' ethertype that no two tests' numbers share.
@@ -252,4 +253,16 @@ pub(crate) fn tcp_frame(payload: usize, size: u16) -> (Vec<u8>, Vec<u8>) {
     header.extend(size.to_le_bytes());
     header.extend([34, 0, 16, 0, 0, 0]);
     (header, bytes)
+}
+
+/// Rewrites the destination port of the frames in a tx ring's first buffers, 80 to 53 and back, until it
+/// is told to stop: a guest that changes what was judged. The buffers begin at `area`.
+pub(crate) fn flip_ports(ram: &Ram, area: u64, slots: u64, stop: &AtomicBool) {
+    let place = |slot: u64| area + slot * 2048 + HEADER as u64 + 37;
+    for port in [80, 53].into_iter().cycle() {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        (0..slots).for_each(|slot| ram.write(place(slot), &[port]));
+    }
 }

@@ -6,12 +6,12 @@ use super::Protocol;
 
 pub(super) const IPV4: u16 = 0x0800;
 pub(super) const ARP: u16 = 0x0806;
-/// Has the packets of [`ARP`], which bridges may learn from too.
+/// RARP, whose packets have the layout of [`ARP`]. Bridges may learn from them too.
 pub(super) const RARP: u16 = 0x8035;
 pub(super) const IPV6: u16 = 0x86dd;
 /// Ethertypes that rules have words for; `other` is all the rest.
 pub(super) const UNDERSTOOD: [u16; 3] = [IPV4, IPV6, ARP];
-pub(crate) const VLAN: [u16; 3] = [0x8100, 0x88a8, 0x9100];
+pub(super) const VLAN: [u16; 3] = [0x8100, 0x88a8, 0x9100];
 
 pub(super) const ICMP: u8 = 1;
 pub(super) const TCP: u8 = 6;
@@ -83,7 +83,7 @@ pub(super) struct Facts {
     pub(super) addresses: Fact<[IpAddr; 2]>,
     pub(super) protocol: Fact<u8>,
     pub(super) ports: Fact<[u16; 2]>,
-    /// Whether another packet or frame follows, which nobody looks at.
+    /// True if the frame carries another packet or frame, which the filter does not parse.
     pub(super) carries: bool,
 }
 

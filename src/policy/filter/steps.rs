@@ -28,7 +28,7 @@ pub(super) enum Variable {
     /// Four words of each address: IPv4 has one.
     Source,
     Destination = Variable::Source as usize + 4,
-    /// Where the IP packet ends by its own length, in bytes from the frame's start.
+    /// End of the IP packet by its length field, in bytes from the frame's start.
     End = Variable::Destination as usize + 4,
     /// 1 if another packet or frame follows, which nobody looks at, else 0.
     Carries,
@@ -103,7 +103,7 @@ impl Filter {
         steps.read();
         let denies = self.rules.iter().position(|rule| rule.action == Action::Deny);
         for (place, rule) in self.rules.iter().enumerate() {
-            // What carries another frame gets no further than the first rule that denies.
+            // The first rule that denies drops every carrier, so only that rule tests for one.
             steps.rule(rule, denies == Some(place));
         }
         steps.add(Step::End(self.default));
@@ -202,7 +202,7 @@ impl Steps {
         self.place(done);
     }
 
-    /// What has no ports: something that is not IP, and an IP packet.
+    /// Handles frames without ports: first those that are not IP, then IP packets.
     fn without_ports(&mut self, Labels { not_ip, no_ports, done, .. }: Labels) {
         let [ethertype, carries, absent] = [(); 3].map(|()| self.label());
         self.place(not_ip);
@@ -395,7 +395,7 @@ impl Steps {
         self.set_index(unknown);
     }
 
-    /// Ends if the rule decides, else goes on. `carriers`: it decides on all that carries other frames.
+    /// Ends if the rule decides, else goes on. With `carriers` the rule also decides on every carrier.
     fn rule(&mut self, rule: &Rule, carriers: bool) {
         let [next, matched] = [(); 2].map(|()| self.label());
         let unknown = rule.action == Action::Deny;

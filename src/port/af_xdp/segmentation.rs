@@ -35,7 +35,7 @@ impl Segmentation {
         if !header.is_segmented() {
             return None;
         }
-        let Headers { version, protocol, network, transport, .. } = Headers::parse(start)?;
+        let Headers { version, protocol, network, transport } = Headers::parse(start)?;
         let headers = header.hdr_len.into();
         Some(Segmentation {
             network,
