@@ -95,9 +95,9 @@ impl Client {
     }
 
     /// Ends what was done for it.
-    fn leave(&self, ports: &Ports) {
+    fn leave(&self, ports: &mut Ports) {
         if self.has_ports {
-            ports.resume();
+            ports.abort_handover("the other daemon has gone");
         }
         let counted = self.counting.iter().filter_map(|name| ports.find(name).ok());
         for port in counted {
@@ -187,6 +187,14 @@ impl Server {
         }
     }
 
+    /// Tells a daemon that takes over that this one ends all ports, as if it had let go of none.
+    pub fn refuse_successor(&mut self) {
+        let refusal = failure("cannot-be-done", "the daemon was told to stop meanwhile");
+        for client in self.clients.iter_mut().filter(|client| client.has_ports) {
+            let _ = client.stream.write_all(refusal.as_bytes());
+        }
+    }
+
     /// Owns the socket's file, at `path`, from now on.
     pub fn own(&mut self, path: &Path) {
         self.endpoint.iter_mut().for_each(|endpoint| endpoint.own(path));
@@ -254,7 +262,7 @@ impl Server {
 
     /// Takes a client, if one has connected: its number and its socket, and the number of one that
     /// had to go for it.
-    pub fn accept(&mut self, ports: &Ports) -> Option<(u32, &UnixStream, Option<u32>)> {
+    pub fn accept(&mut self, ports: &mut Ports) -> Option<(u32, &UnixStream, Option<u32>)> {
         let stream = self.endpoint.as_mut()?.connection()?;
         if let Err(why) = self.check_peer(&stream) {
             info!("control socket: a client is turned away: {why}");
@@ -287,7 +295,7 @@ impl Server {
     }
 
     /// Disconnects a client.
-    pub fn hang_up(&mut self, number: u32, ports: &Ports) {
+    pub fn hang_up(&mut self, number: u32, ports: &mut Ports) {
         if let Some(client) = self.take(number) {
             client.leave(ports);
         }
@@ -397,8 +405,10 @@ fn answer(
     given_away: &mut bool,
 ) -> Result<Answer, Refused> {
     let bad = |message: &str| Refused { kind: "bad-request", message: message.into() };
+    if !command.only_asks() {
+        ports.check_present()?;
+    }
     match &command {
-        Command::HandOver {} if client.has_ports => return Err(bad("it has the ports already")),
         Command::LetGo {} if !client.has_ports => return Err(bad("it has no ports")),
         Command::Traffic { port } if client.counting.insert(port.clone()) => {
             if let Err(refusal) = ports.find(port).and_then(|it| it.count_traffic(true)) {

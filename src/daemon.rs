@@ -24,8 +24,8 @@ use crate::logging::Log;
 use crate::sandbox::{Role, Sandbox};
 use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
+pub use handover::PortHandover;
 use handover::Predecessor;
-pub use handover::Told;
 pub(crate) use opening::{Descriptors, open_queues};
 use ports::Opened;
 pub use ports::{Port, Ports, Refusal};
@@ -127,20 +127,14 @@ fn serve(
     }
     let role = if server.is_open() { Role::Operated } else { Role::Main };
     sandbox.confine(role).map_err(no_thread)?;
-    let takes_over = predecessor.is_some();
-    let mut scrape = scrape;
-    if let Some(predecessor) = predecessor {
-        predecessor.succeed(&mut ports)?;
-        config.control.iter().for_each(|path| server.own(path));
-        if let (Some(scrape), Some(address)) = (&mut scrape, &config.metrics) {
-            scrape.own(address);
-        }
+    if let Some(predecessor) = &mut predecessor {
+        predecessor.take_over(&mut ports)?;
     }
     let mut waiting =
         Waiting::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;
-    if takes_over && config.file.is_some() {
-        // What the file says by now.
-        waiting.reload();
+    if let Some(predecessor) = predecessor {
+        predecessor.let_go()?;
+        waiting.succeed(config);
     }
     let ended = waiting.until_the_end();
     waiting.stop();

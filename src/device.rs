@@ -103,6 +103,8 @@ pub struct Device {
     limits: Option<Arc<Limits>>,
     quota: Arc<MemoryQuota>,
     workers: Vec<Worker>,
+    /// No session begins: another daemon serves the guest, or may do so soon.
+    suspended: bool,
     told: Told,
 }
 
@@ -119,6 +121,7 @@ impl Device {
             limits: None,
             quota: Arc::default(),
             workers,
+            suspended: false,
             told: Told::default(),
         };
         device.forget();
@@ -549,7 +552,7 @@ impl Device {
 
     /// Begins the session that the state asks for, if any ring of the pair is to run.
     fn begin(&mut self, pair: usize) {
-        let Some(negotiated) = self.told.features else { return };
+        let Some(negotiated) = self.told.features.filter(|_| !self.suspended) else { return };
         let rings = &mut self.told.rings[2 * pair..2 * pair + 2];
         let [rx, tx] = [0, 1].map(|side| {
             let ring = &mut rings[side];

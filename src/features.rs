@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1,
@@ -119,8 +120,9 @@ pub fn names(bits: u64) -> Vec<&'static str> {
     NAMES.iter().filter(|(number, _)| bits & bit(*number) != 0).map(|(_, name)| *name).collect()
 }
 
-/// What a port can do with the offloads of a frame.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// What a port can do with the offloads of a frame. A daemon that takes over is told these: no name
+/// changes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortOffloads {
     /// It completes checksums for the guest.
     pub checksum: bool,

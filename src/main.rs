@@ -34,7 +34,7 @@ fn main() -> ExitCode {
                     eprintln!("vhost-user-net: {why}");
                     ExitCode::FAILURE
                 }
-                Err(Failure::Unreachable(why)) => {
+                Err(Failure::Unreachable(why) | Failure::Gone(why)) => {
                     eprintln!("vhost-user-net: {why}");
                     ExitCode::from(3)
                 }

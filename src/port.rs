@@ -16,6 +16,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub use announcer::Announcer;
+pub use tap::TapState;
 
 use crate::capture::Capture;
 use crate::counters::{CopyReason, Drop};
@@ -274,6 +275,14 @@ impl HostQueue {
         })
     }
 
+    /// What a successor needs beside [`handle`](Self::handle); `None` if the queue has none.
+    pub fn tap_state(&self) -> Option<TapState> {
+        match self {
+            HostQueue::Tap(queue) => Some(queue.state()),
+            HostQueue::AfXdp(_) | HostQueue::Loopback => None,
+        }
+    }
+
     /// What a thread that serves it does.
     pub fn role(&self) -> Role {
         match self {
@@ -365,6 +374,18 @@ impl RxFilter {
         }
         self.current.set(filter.clone());
         Ok(())
+    }
+
+    /// Sets a TAP's filter, header, offloads, carrier and steering again, the latter when the next session
+    /// begins: another daemon may have set them.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn reassert(&self) -> io::Result<()> {
+        match &self.judge {
+            Judge::Tap(tap) => tap.upgrade().map_or(Ok(()), |tap| tap.reassert()),
+            Judge::AfXdp(_) | Judge::Nobody => Ok(()),
+        }
     }
 
     /// What a thread does that may change it.

@@ -8,6 +8,7 @@
 
 mod control;
 mod frames;
+mod handover;
 mod hold;
 mod life;
 mod rings;

@@ -1,17 +1,20 @@
 //! A daemon that goes on where another stops, under traffic.
 
-use std::os::fd::AsRawFd;
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use vhost_user_net::sys::socket::{receive, send_message};
 
 use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, LOG_ALL, Options};
 use crate::support::frontend::Frontend;
 use crate::support::guest::memfd;
 use crate::support::network::{
-    Wire, enter_namespace_with_tap, enter_namespace_with_veth, wait_for_carrier,
+    Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip, wait_for_carrier,
 };
 use crate::support::traffic::check_both_ways;
 use crate::support::{eventually, needs_root, one_at_a_time};
@@ -26,7 +29,7 @@ fn card(daemon: &Daemon, port: &str, options: Options) -> Card {
 /// How long ports stood still each time, by the log.
 fn gaps(daemon: &Daemon) -> Vec<Duration> {
     let log = daemon.log();
-    let times = log.lines().filter_map(|line| line.split_once("which stood still for "));
+    let times = log.lines().filter_map(|line| line.split_once("ports stood still for "));
     let parse = |text: &str| {
         let number = text.split(' ').next().unwrap();
         let (digits, unit) =
@@ -213,4 +216,122 @@ fn a_successor_that_fails_or_dies_leaves_all_to_its_predecessor() {
     assert!(nobody.log().contains("take over from the daemon at "), "{}", nobody.log());
     nobody.write_config(&ports);
     assert_eq!(nobody.start_successor().wait().unwrap().code(), Some(2));
+}
+
+#[test]
+fn takeover_keeps_renamed_and_deleted_taps() {
+    needs_root!("takeover_keeps_renamed_and_deleted_taps");
+    enter_namespace_with_tap(false);
+    ip("tuntap add dev tap1 mode tap vnet_hdr");
+    let ports = port("renamed", "tap = \"tap0\"") + &port("deleted", "tap = \"tap1\"");
+    let mut daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "deleted");
+    let mut renamed = card(&daemon, "renamed", Options::default());
+    let mut deleted = card(&daemon, "deleted", Options::default());
+    wait_for_carrier("tap0");
+    ip("link set tap0 down");
+    ip("link set tap0 name other");
+    ip("link set other up");
+    ip("link delete tap1");
+    daemon.upgrade();
+    check_both_ways(&Wire::open("other"), &mut renamed, 20);
+    deleted.send(0, &[0; 60]);
+    eventually("its frames are dropped", || {
+        daemon.show("deleted")["queue_pairs"][0]["mode"] == "gone"
+    });
+}
+
+/// A predecessor's answer to a request: its value, and descriptors.
+fn ask(socket: &UnixStream, command: &str) -> (serde_json::Value, Vec<OwnedFd>) {
+    let request = serde_json::json!({"version": 1, "command": command}).to_string() + "\n";
+    (&*socket).write_all(request.as_bytes()).unwrap();
+    let (bytes, files) = read_until(socket, |bytes| bytes.last() == Some(&b'\n'));
+    (serde_json::from_slice(&bytes).unwrap(), files)
+}
+
+/// Reads until `done`, or to the end.
+fn read_until(socket: &UnixStream, done: impl Fn(&[u8]) -> bool) -> (Vec<u8>, Vec<OwnedFd>) {
+    let (mut bytes, mut files) = (Vec::new(), Vec::new());
+    while !done(&bytes) {
+        let mut buffer = [0; 4096];
+        let received = receive(socket, &mut buffer).unwrap();
+        if received.bytes == 0 {
+            break;
+        }
+        bytes.extend(&buffer[..received.bytes]);
+        files.extend(received.files.into_iter().map(OwnedFd::from));
+    }
+    (bytes, files)
+}
+
+/// Sends bytes, and descriptors with the first.
+fn give(socket: &UnixStream, bytes: &[u8], files: &[OwnedFd]) {
+    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    send_message(socket, bytes, &files).unwrap();
+}
+
+#[test]
+fn takeover_refuses_an_incomplete_replay() {
+    let real = Daemon::with_config(&(CONTROL.to_owned() + &port("one", "loopback = true")), "one");
+    let mut card = card(&real, "one", Options::default());
+    let socket = UnixStream::connect(real.path("control")).unwrap();
+    let (listeners, sockets) = ask(&socket, "listeners");
+    let (told, mut files) = ask(&socket, "hand-over");
+    let replay = UnixStream::from(files.pop().unwrap());
+    // Each message for itself: its descriptors come with it.
+    let mut messages = Vec::new();
+    loop {
+        let whole = |bytes: &[u8]| {
+            bytes.len() >= 12
+                && bytes.len() == 12 + u32::from_ne_bytes(bytes[8..12].try_into().unwrap()) as usize
+        };
+        let (mut bytes, mut with) = (Vec::new(), Vec::new());
+        while !whole(&bytes) {
+            let wanted = if bytes.len() < 12 { 12 } else { 12 + usize::from(bytes[8]) };
+            let mut buffer = vec![0; wanted - bytes.len()];
+            let received = receive(&replay, &mut buffer).unwrap();
+            if received.bytes == 0 {
+                break;
+            }
+            bytes.extend(&buffer[..received.bytes]);
+            with.extend(received.files.into_iter().map(OwnedFd::from));
+        }
+        if bytes.is_empty() {
+            break;
+        }
+        messages.push((bytes, with));
+    }
+    assert_eq!(told["ok"][0]["messages"], messages.len());
+    drop(socket);
+    // A predecessor that gives up in the middle: after a whole message, within one, before the first.
+    let whole = messages.len();
+    for (count, cut) in [(whole - 1, 0), (1, 0), (0, 0), (whole - 1, 1), (3, 11), (5, 13)] {
+        let mut fake =
+            Daemon::with_config(&(CONTROL.to_owned() + &port("x", "loopback = true")), "x");
+        fake.kill();
+        std::fs::remove_file(fake.path("control")).unwrap();
+        let listener = UnixListener::bind(fake.path("control")).unwrap();
+        let mut successor = fake.start_successor();
+        let (client, _) = listener.accept().unwrap();
+        let line = |bytes: &[u8]| bytes.last() == Some(&b'\n');
+        read_until(&client, line);
+        give(&client, b" ", &sockets);
+        give(&client, (listeners.to_string() + "\n").as_bytes(), &[]);
+        read_until(&client, line);
+        let (ours, its) = UnixStream::pair().unwrap();
+        let passed: Vec<OwnedFd> =
+            files.iter().map(|file| file.try_clone().unwrap()).chain([its.into()]).collect();
+        give(&client, b" ", &passed);
+        drop(passed);
+        give(&client, (told.to_string() + "\n").as_bytes(), &[]);
+        messages[..count].iter().for_each(|(bytes, files)| give(&ours, bytes, files));
+        if cut > 0 {
+            give(&ours, &messages[count].0[..cut], &messages[count].1);
+        }
+        drop(ours);
+        // It asks for nothing more, and ends.
+        assert_eq!(read_until(&client, line).0, b"", "{count} messages, {cut} bytes");
+        assert_eq!(successor.wait().unwrap().code(), Some(1));
+        assert!(fake.log().contains("take one over: "), "{}", fake.log());
+    }
+    card.check_echo(20);
 }

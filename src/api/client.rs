@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
 use std::io::{self, BufRead, BufReader, Read};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -80,6 +80,8 @@ pub struct Question {
 pub enum Failure {
     /// The daemon can't be asked.
     Unreachable(String),
+    /// The daemon has closed the connection instead of a reply, as when it has died.
+    Gone(String),
     /// It says no.
     Refused(String),
     /// It would have to start a port anew for that.
@@ -88,7 +90,10 @@ pub enum Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (Failure::Unreachable(why) | Failure::Refused(why) | Failure::NeedsRestart(why)) = self;
+        let (Failure::Unreachable(why)
+        | Failure::Gone(why)
+        | Failure::Refused(why)
+        | Failure::NeedsRestart(why)) = self;
         f.write_str(why)
     }
 }
@@ -127,8 +132,15 @@ impl Connection {
         Connection { reader: BufReader::new(stream), daemon, wishes: VecDeque::new() }
     }
 
-    fn unreachable(&self, error: &dyn fmt::Display) -> Failure {
-        Failure::Unreachable(format!("ask the daemon at {}: {error}", self.daemon))
+    fn unreachable(&self, error: impl Into<io::Error>) -> Failure {
+        let error = error.into();
+        let why = format!("ask the daemon at {}: {error}", self.daemon);
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset => Failure::Gone(why),
+            _ => Failure::Unreachable(why),
+        }
     }
 
     /// Sends a request, with descriptors.
@@ -183,7 +195,7 @@ impl Connection {
                 },
                 Err(error) => {
                     let error = sent.err().unwrap_or(error);
-                    return Err(self.unreachable(&error));
+                    return Err(self.unreachable(error));
                 }
             }
         };
@@ -213,10 +225,16 @@ impl Connection {
             }
             Ok((bytes, files))
         };
-        let (bytes, files) = exchange().map_err(|error| self.unreachable(&error))?;
+        let (bytes, files) = exchange().map_err(|error| self.unreachable(error))?;
         let reply: Value =
-            serde_json::from_slice(&bytes).map_err(|error| self.unreachable(&error))?;
+            serde_json::from_slice(&bytes).map_err(|error| self.unreachable(error))?;
         result(&reply).map(|value| (value, files))
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.reader.get_ref().as_fd()
     }
 }
 

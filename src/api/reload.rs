@@ -82,7 +82,7 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
         match add(daemon, port, true) {
             Ok(_) if running.contains(name) => {}
             Ok(_) => outcome.done.push(format!("{name}: added")),
-            Err(Failure::Unreachable(why)) => return Err(Failure::Unreachable(why)),
+            Err(gone @ (Failure::Unreachable(_) | Failure::Gone(_))) => return Err(gone),
             Err(failure) => outcome.failed.push(format!("{name}: not added: {failure}")),
         }
     }

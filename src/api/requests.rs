@@ -90,6 +90,28 @@ pub enum Command {
     Features {},
 }
 
+impl Command {
+    /// Whether the ports' threads are not needed for it.
+    pub(super) fn only_asks(&self) -> bool {
+        match self {
+            Command::List {}
+            | Command::Show { .. }
+            | Command::Metrics {}
+            | Command::Features {}
+            | Command::Listeners {}
+            | Command::LetGo {} => true,
+            Command::Set { .. }
+            | Command::Add { .. }
+            | Command::Change { .. }
+            | Command::Remove { .. }
+            | Command::Capture { .. }
+            | Command::CaptureStop { .. }
+            | Command::Traffic { .. }
+            | Command::HandOver {} => false,
+        }
+    }
+}
+
 /// What is to be captured.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 pub struct Wanted {
@@ -148,7 +170,7 @@ pub(super) fn carry_out(
             return Ok(Answer { value: json!(names), files });
         }
         Command::HandOver {} => {
-            let (told, files) = ports.hand_over()?;
+            let (told, files) = ports.prepare_handover()?;
             return Ok(Answer { value: json!(told), files });
         }
         command => answer(command, files, ports, &house.about)?,
@@ -167,7 +189,7 @@ fn answer(
             Ok(ports.find(&port)?.traffic()?.iter().map(report::traffic).collect())
         }
         Command::LetGo {} => {
-            ports.give_away();
+            ports.commit_handover()?;
             Ok(json!({"gone": true}))
         }
         Command::Listeners {} | Command::HandOver {} => unreachable!("carried out before"),

@@ -1,29 +1,32 @@
 //! The control thread of a port: connections, and their messages.
 
 use std::io;
+use std::iter::Peekable;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
+use crate::config::Frontend;
 use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
 use crate::policy::{Filter, Rules};
-use crate::protocol::{Connection, Event, Message, Reply, Retold};
+use crate::protocol::{self, Connection, Event, Message, Reply, Retold};
 use crate::sandbox::Role;
 use crate::status::PortStatus;
 use crate::sys::eventfd::Waker;
 use crate::traffic::Row;
 
-/// How long a message that has begun may take when another daemon waits.
-const MESSAGE_PATIENCE: Duration = Duration::from_millis(100);
-/// How long the other daemon may take.
-const HAND_OVER_PATIENCE: Duration = Duration::from_secs(2);
+/// Time for a message that has begun to come in to end when another daemon waits.
+const MESSAGE_TIMEOUT: Duration = Duration::from_millis(100);
+/// Time for the whole replay of a port to come.
+const REPLAY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time that one message of a replay may block before orders are looked at again.
+const REPLAY_TURN: Duration = Duration::from_millis(20);
 /// Messages handled before other descriptors are looked at again.
 const MESSAGES_PER_TURN: usize = 64;
 /// Time after which orders are looked at again, however many messages wait.
@@ -51,22 +54,56 @@ pub(super) enum Order {
     CountTraffic(bool, Sender<io::Result<()>>),
     /// To tell what was counted.
     Traffic(Sender<io::Result<Vec<Row>>>),
-    /// To stop where it stands, and to have another daemon go on.
-    HandOver(Sender<Result<Handed, String>>),
-    /// To go on after all.
+    /// To suspend the port and pass it on to another daemon. One of the next three orders follows.
+    PrepareHandover(Sender<Result<HandoverFds, String>>),
+    /// To serve the guest, or to serve it again.
     Resume,
-    /// To end: another daemon has gone on.
-    GiveAway,
+    /// To end: another daemon serves the guest.
+    CommitHandover,
 }
 
-/// What another daemon needs of a port to go on.
-pub(super) struct Handed {
+/// A suspended port's descriptors, for another daemon.
+pub(super) struct HandoverFds {
     /// The socket on which frontends connect.
     pub(super) listener: Option<OwnedFd>,
-    /// The frontend's connection.
+    /// The frontend's connection, unless the frontend prevents that it is passed on.
     pub(super) connection: Option<OwnedFd>,
-    /// Where all is told again that it has told.
-    pub(super) told: UnixStream,
+    /// Where the replay of what the frontend has told is read from.
+    pub(super) replay: UnixStream,
+    /// Messages of the replay.
+    pub(super) messages: usize,
+}
+
+/// What another daemon has passed on of a port, as far as the control thread takes it.
+pub(super) struct Predecessor {
+    /// Where the replay of what the frontend has told is read from.
+    pub(super) replay: UnixStream,
+    /// Messages of the replay, if the predecessor counts them.
+    pub(super) messages: Option<usize>,
+    /// The frontend's connection.
+    pub(super) connection: Option<UnixStream>,
+    /// Hears whether the port can be resumed.
+    pub(super) done: Sender<Result<(), String>>,
+}
+
+/// What is still to be told of a replay.
+struct Replay {
+    socket: UnixStream,
+    messages: Peekable<std::vec::IntoIter<Retold>>,
+}
+
+impl Replay {
+    /// Sends a message, if there is room; says whether any is left.
+    fn send_next(&mut self) -> bool {
+        let Some(message) = self.messages.peek() else { return false };
+        match message.send(&self.socket) {
+            Ok(()) => drop(self.messages.next()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            // Whoever reads has gone, or notices by the number of messages.
+            Err(_) => return false,
+        }
+        true
+    }
 }
 
 /// A port's device, and whoever speaks to it.
@@ -79,8 +116,8 @@ pub(super) struct Control {
     device: Device,
     endpoint: Endpoint,
     connection: Option<Connection>,
-    /// Another daemon goes on with it.
-    given_away: bool,
+    /// Another daemon serves the guest: it has not let go yet, or it has taken over.
+    is_anothers: bool,
 }
 
 impl Control {
@@ -97,13 +134,8 @@ impl Control {
         if let Some(fd) = endpoint.fd() {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
-        let (connection, given_away) = Default::default();
-        Ok(Control { poller, wake, orders, status, device, endpoint, connection, given_away })
-    }
-
-    /// Has the socket's file, at `path`, removed at the end.
-    pub(super) fn own_socket(&mut self, path: &Path) {
-        self.endpoint.own(path);
+        let (connection, is_anothers) = Default::default();
+        Ok(Control { poller, wake, orders, status, device, endpoint, connection, is_anothers })
     }
 
     /// What its thread does.
@@ -180,14 +212,14 @@ impl Control {
                     let _ = reply.send(self.status.traffic.snapshot());
                     continue;
                 }
-                Ok(Order::HandOver(reply)) => {
-                    if self.hand_over(&reply) {
+                Ok(Order::PrepareHandover(reply)) => {
+                    if self.prepare_handover(&reply) {
                         return true;
                     }
                     continue;
                 }
-                // There is nothing to go on with, or to give away.
-                Ok(Order::Resume | Order::GiveAway) => continue,
+                // The port is not suspended.
+                Ok(Order::Resume | Order::CommitHandover) => continue,
                 Err(TryRecvError::Empty) => return false,
                 Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return true,
             };
@@ -196,82 +228,169 @@ impl Control {
         }
     }
 
-    /// Stops, and tells another daemon what it has to know; says whether that one has gone on.
-    fn hand_over(&mut self, reply: &Sender<Result<Handed, String>>) -> bool {
-        let name = self.device.name().to_owned();
-        // A message that has begun to come is for us.
-        let end = Instant::now() + MESSAGE_PATIENCE;
+    /// Suspends the port, passes it on, and waits for what comes of that; says whether the thread is to
+    /// end.
+    fn prepare_handover(&mut self, reply: &Sender<Result<HandoverFds, String>>) -> bool {
+        let can_be_passed = self.bring_connection_to_rest();
+        self.device.suspend();
+        let replay = match self.handover_fds(can_be_passed) {
+            Ok((fds, replay)) => {
+                let _ = reply.send(Ok(fds));
+                Some(replay)
+            }
+            Err(error) => {
+                let _ = reply.send(Err(error.to_string()));
+                None
+            }
+        };
+        self.stand_still(replay)
+    }
+
+    /// Lets a message that has begun to come in come to its end. Says whether the connection can be
+    /// passed on, which a frontend can prevent: with half a message, by reading no replies, and with
+    /// sockets in flight.
+    fn bring_connection_to_rest(&mut self) -> bool {
+        let end = Instant::now() + MESSAGE_TIMEOUT;
         while self.connection.as_ref().is_some_and(|connection| !connection.is_at_rest()) {
             if Instant::now() > end {
-                let _ =
-                    reply.send(Err(format!("{name}: its frontend is in the middle of a message")));
+                warn!("{}: frontend is in the middle of a message", self.device.name());
                 return false;
             }
             std::thread::sleep(Duration::from_micros(100));
             self.talk();
         }
-        self.device.suspend();
-        match self.handed() {
-            Ok((handed, messages, told)) => {
-                let _ = reply.send(Ok(handed));
-                if let Err(error) = messages.iter().try_for_each(|message| message.send(&told)) {
-                    warn!("{name}: tell another daemon what to do: {error}");
-                }
-            }
-            Err(error) => drop(reply.send(Err(format!("{name}: hand it over: {error}")))),
-        }
+        true
+    }
+
+    /// Waits until the port resumes or ends, and sends the rest of the replay meanwhile; says whether the
+    /// thread is to end.
+    fn stand_still(&mut self, mut replay: Option<Replay>) -> bool {
         loop {
-            match self.orders.recv() {
-                Ok(Order::GiveAway) => {
-                    info!("{name}: another daemon goes on");
+            let order = if replay.as_mut().is_some_and(Replay::send_next) {
+                match self.orders.try_recv() {
+                    Err(TryRecvError::Empty) => continue,
+                    order => order.ok(),
+                }
+            } else {
+                // The end of the socket is the end of the replay.
+                replay = None;
+                self.orders.recv().ok()
+            };
+            match order {
+                Some(Order::CommitHandover) => {
+                    info!("{}: handed over", self.device.name());
                     let gone = Endpoint::Connected(None);
                     std::mem::replace(&mut self.endpoint, gone).give_away();
                     self.connection = None;
-                    self.given_away = true;
+                    self.is_anothers = true;
                     return true;
                 }
-                Ok(Order::Resume) => {
-                    info!("{name}: goes on");
-                    self.device.resume();
+                Some(Order::Resume) => {
+                    self.resume();
                     return false;
                 }
-                Ok(Order::Stop) | Err(_) => return true,
-                // Whoever waits for others is told that nobody answers.
-                Ok(_) => {}
+                Some(Order::Stop) | None => return true,
+                // The sender is dropped: whoever waits is told that nobody answers.
+                Some(_) => {}
             }
         }
     }
 
-    fn handed(&self) -> io::Result<(Handed, Vec<Retold>, UnixStream)> {
-        let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned();
-        let (ours, told) = UnixStream::pair()?;
-        ours.set_write_timeout(Some(HAND_OVER_PATIENCE))?;
-        let connection = self.connection.as_ref().map(|it| duplicate(it.as_fd())).transpose()?;
-        let listener = self.endpoint.fd().map(duplicate).transpose()?;
-        Ok((Handed { listener, connection, told }, self.device.retell()?, ours))
+    /// Serves the guest: again, after a take-over that failed, or for the first time, after one that
+    /// did not.
+    fn resume(&mut self) {
+        let name = self.device.name();
+        if std::mem::take(&mut self.is_anothers)
+            && let Frontend::Listen(path) = &self.status.frontend
+        {
+            self.endpoint.own(path);
+        }
+        if let Err(error) = self.status.filters.rx.reassert() {
+            warn!("{name}: cannot set its rx filter again: {error}");
+        }
+        self.device.resume();
+        info!("{}: resumed", self.device.name());
     }
 
-    /// Goes on with what another daemon was told, over its frontend's connection.
+    fn handover_fds(&self, can_be_passed: bool) -> io::Result<(HandoverFds, Replay)> {
+        let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned();
+        let (ours, replay) = UnixStream::pair()?;
+        ours.set_write_timeout(Some(REPLAY_TURN))?;
+        let listener = self.endpoint.fd().map(duplicate).transpose()?;
+        let mut connection = self.connection.as_ref().filter(|_| can_be_passed);
+        if let Some(it) = connection
+            && !protocol::can_be_passed(it)?
+        {
+            connection = None;
+        }
+        if connection.is_none() && self.connection.is_some() {
+            warn!("{}: frontend will be disconnected by a take-over", self.device.name());
+        }
+        let connection = connection.map(|it| duplicate(it.as_fd())).transpose()?;
+        let messages = if connection.is_some() { self.device.retell()? } else { Vec::new() };
+        let fds = HandoverFds { listener, connection, replay, messages: messages.len() };
+        Ok((fds, Replay { socket: ours, messages: messages.into_iter().peekable() }))
+    }
+
+    /// Takes the frontend over that another daemon serves, and waits until the port may resume; says
+    /// whether it is to serve.
+    pub(super) fn take_over(&mut self, predecessor: Predecessor) -> bool {
+        self.is_anothers = true;
+        self.device.suspend();
+        let done = predecessor.done.clone();
+        let taken = self.restore(predecessor);
+        let failed = taken.is_err();
+        let _ = done.send(taken.map_err(|error| error.to_string()));
+        !failed && !self.stand_still(None)
+    }
+
+    /// Hears what the frontend has told its last backend. If that can't be carried out any more, since
+    /// the frontend has taken away what it is about, the frontend is disconnected: nobody else pays.
     ///
     /// # Errors
-    /// What can't be told again.
-    pub(super) fn adopt(&mut self, told: UnixStream, stream: Option<UnixStream>) -> io::Result<()> {
-        let mut told = Connection::new(told)?;
+    /// Part of the replay is missing, or there is no descriptor to be had.
+    fn restore(&mut self, predecessor: Predecessor) -> io::Result<()> {
+        let Predecessor { replay, messages, connection, .. } = predecessor;
+        let mut replay = Connection::new(replay)?;
         let mut poller = Poller::new()?;
-        poller.add(&told, Interest::Read, ())?;
+        poller.add(&replay, Interest::Read, ())?;
+        let deadline = Instant::now() + REPLAY_TIMEOUT;
+        let (mut received, mut refusal) = (0, None);
         loop {
-            match told.receive()? {
+            match replay.receive()? {
                 Event::Message(message) => {
+                    received += 1;
                     let code = message.code;
-                    self.device.handle(message).map_err(|refusal| {
-                        io::Error::other(format!("{code:?} is refused: {refusal}"))
-                    })?;
+                    if refusal.is_none()
+                        && let Err(why) = self.device.handle(message)
+                    {
+                        // Not for want of a descriptor: the frontend is not to pay for that.
+                        replay.as_fd().try_clone_to_owned()?;
+                        refusal = Some(format!("{code:?} is refused: {why}"));
+                    }
                 }
-                Event::Pending => poller.wait(Some(HAND_OVER_PATIENCE), |()| {})?,
+                Event::Pending if Instant::now() > deadline => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::TimedOut,
+                        "the replay takes too long",
+                    ));
+                }
+                Event::Pending => poller.wait(until(Some(deadline)), |()| {})?,
+                Event::Closed if !replay.is_at_rest() => {
+                    return Err(io::Error::other("the replay ends in the middle of a message"));
+                }
                 Event::Closed => break,
             }
         }
-        let Some(stream) = stream else { return Ok(()) };
+        if let Some(sent) = messages.filter(|sent| *sent != received) {
+            return Err(io::Error::other(format!("{received} of {sent} replay messages came")));
+        }
+        if let Some(why) = refusal {
+            warn!("{}: frontend disconnected: its state cannot be taken over: {why}", self.name());
+            self.device.forget();
+            return Ok(());
+        }
+        let Some(stream) = connection else { return Ok(()) };
         let connection = Connection::new(stream)?;
         self.poller.add(&connection, Interest::Read, Source::Connection)?;
         let _ = self.poller.remove(Source::Endpoint);
@@ -381,12 +500,14 @@ impl Control {
     /// Stops in the order in which nothing is left half done: rings first, then the connection,
     /// then the socket's file (all when `self` is dropped).
     pub(super) fn finish(mut self) {
+        if self.is_anothers {
+            return;
+        }
         if self.connection.is_some() {
             self.disconnect(Some("the daemon stops"));
         }
-        // Whoever uses the device next would not know of it, but for a daemon that has taken it over.
-        if !self.given_away
-            && !self.status.filters.rx.get().is_none()
+        // Whoever uses the device next would not know of it.
+        if !self.status.filters.rx.get().is_none()
             && let Err(error) = self.status.filters.rx.set(&Filter::default())
         {
             debug!("{}: take its filter off: {error}", self.device.name());

@@ -9,9 +9,9 @@ use log::info;
 
 use super::StartError;
 use crate::config::{Frontend, Host, PortConfig};
-use crate::port::HostQueue;
 use crate::port::af_xdp::Interface;
 use crate::port::tap::TapQueue;
+use crate::port::{HostQueue, TapState};
 use crate::sys::process::inherit;
 use crate::sys::tap::{Queue, device_exists};
 
@@ -147,6 +147,17 @@ pub(super) fn open_host(
         );
     }
     Ok((name, queues))
+}
+
+/// The host side of a port on a TAP that another daemon serves. Nothing of the device is set.
+pub(super) fn adopt_tap(
+    config: &PortConfig,
+    queues: Vec<OwnedFd>,
+    state: &TapState,
+) -> Result<Vec<HostQueue>, StartError> {
+    let queues = TapQueue::of_predecessor(queues, state, config.tx_method, &config.rx_filter)
+        .map_err(|error| StartError::new(format!("set up tap {}: {error}", state.name)))?;
+    Ok(queues.into_iter().map(|queue| HostQueue::Tap(Box::new(queue))).collect())
 }
 
 /// Opens `pairs` queues of the TAP `name`, which is made if it is missing.

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use super::control::{Control, Order};
-use super::opening::{Descriptors, open_host};
+use super::control::{Control, Order, Predecessor};
+use super::opening::{Descriptors, adopt_tap, open_host};
 use super::{StartError, no_descriptor, no_thread};
 use crate::capture::{self, Capture};
-use crate::config::{Frontend, Host, PortConfig, PortOptions, check_claims};
+use crate::config::{Host, PortConfig, PortOptions, check_claims};
 use crate::counters::PairCounters;
 use crate::device::Device;
 use crate::endpoint::Endpoint;
@@ -23,7 +23,7 @@ use crate::features::{Offer, OfferOptions};
 use crate::guest::MemoryQuota;
 use crate::net_config::NetConfig;
 use crate::policy::{Limiter, Limits, LiveFilter, Rules};
-use crate::port::HostQueue;
+use crate::port::{HostQueue, TapState};
 use crate::sandbox::{Role, Sandbox};
 use crate::status::{Filters, PortStatus};
 use crate::sys::eventfd::Waker;
@@ -68,15 +68,19 @@ impl Opened {
         Ok(Opened { name, config, from_file, queues, endpoint })
     }
 
-    /// Opens the host side only, of a port that another daemon has had.
-    pub(super) fn adopted(
+    /// Opens the host side only, of a port that another daemon serves. `tap` is its TAP's state, which
+    /// is left as it is; daemons up to version 0.1.0 do not tell it, and their TAPs are set up anew.
+    pub(super) fn of_predecessor(
         name: String,
         config: PortConfig,
         from_file: bool,
-        brought: Descriptors,
+        (tap_queues, tap): (Vec<OwnedFd>, Option<TapState>),
         endpoint: Endpoint,
     ) -> Result<Self, StartError> {
-        let (_, queues) = open_host(&config, brought.tap_queues)?;
+        let queues = match tap {
+            Some(tap) => adopt_tap(&config, tap_queues, &tap)?,
+            None => open_host(&config, tap_queues)?.1,
+        };
         Ok(Opened { name, config, from_file, queues, endpoint })
     }
 
@@ -90,22 +94,18 @@ pub(super) struct Prepared {
     control: Control,
     /// What it will be, without its thread.
     port: Port,
+    /// The daemon that the port is taken over from.
+    predecessor: Option<Predecessor>,
 }
 
 impl Prepared {
-    pub(super) fn control(&mut self) -> &mut Control {
-        &mut self.control
-    }
-
     pub(super) fn status(&self) -> &PortStatus {
         &self.port.status
     }
 
-    /// Has the socket's file removed at the end.
-    pub(super) fn own_socket(&mut self) {
-        if let Frontend::Listen(path) = &self.port.config.frontend {
-            self.control.own_socket(path);
-        }
+    /// Takes the port over from another daemon: started, it stands still until it is resumed.
+    pub(super) fn succeed(&mut self, predecessor: Predecessor) {
+        self.predecessor = Some(predecessor);
     }
 }
 
@@ -158,6 +158,8 @@ pub struct Ports {
     sandbox: Sandbox,
     running: Arc<Running>,
     ports: Vec<Port>,
+    /// When the ports resume that another daemon was given, if that does not take them.
+    handover_deadline: Option<Instant>,
 }
 
 impl Ports {
@@ -167,7 +169,7 @@ impl Ports {
         host_memory();
         let changed = Arc::new(Waker::new().map_err(no_descriptor)?);
         let running = Arc::new(Running { ports: AtomicUsize::new(0), changed });
-        Ok(Ports { sandbox, running, ports: Vec::new() })
+        Ok(Ports { sandbox, running, ports: Vec::new(), handover_deadline: None })
     }
 
     pub(super) fn running(&self) -> &Arc<Running> {
@@ -193,9 +195,12 @@ impl Ports {
         prepare(opened, counters, self.sandbox)
     }
 
-    /// Forgets all ports.
-    pub(super) fn clear(&mut self) {
-        self.ports.clear();
+    pub(super) fn handover_deadline(&self) -> Option<Instant> {
+        self.handover_deadline
+    }
+
+    pub(super) fn set_handover_deadline(&mut self, deadline: Option<Instant>) {
+        self.handover_deadline = deadline;
     }
 
     /// Lets frontends connect to a port.
@@ -318,8 +323,10 @@ pub struct Port {
     from_file: bool,
     offered: u64,
     capture: Arc<Capture>,
-    /// Its TAP's, for another daemon.
+    /// Its socket for frontends, its TAP's queues and their state, for another daemon.
+    listener: Option<OwnedFd>,
     queues: Vec<OwnedFd>,
+    tap: Option<TapState>,
     orders: Sender<Order>,
     wake: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
@@ -331,7 +338,7 @@ impl Port {
         sandbox: Sandbox,
         running: &Arc<Running>,
     ) -> Result<Self, StartError> {
-        let Prepared { mut control, mut port } = prepared;
+        let Prepared { mut control, mut port, predecessor } = prepared;
         let name = control.name().to_owned();
         control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
         let alive = Alive::new(running, &port.status);
@@ -339,7 +346,11 @@ impl Port {
         let thread = thread::Builder::new().name(name).spawn(move || {
             let _alive = alive;
             match sandbox.confine(control.role()) {
-                Ok(()) => control.serve(),
+                Ok(()) => {
+                    if predecessor.is_none_or(|predecessor| control.take_over(predecessor)) {
+                        control.serve();
+                    }
+                }
                 Err(error) => error!("{}: filter its system calls: {error}", control.name()),
             }
             control.finish();
@@ -380,6 +391,16 @@ impl Port {
     /// Its TAP's queues, by other descriptors.
     pub(super) fn queues(&self) -> io::Result<Vec<OwnedFd>> {
         self.queues.iter().map(OwnedFd::try_clone).collect()
+    }
+
+    /// Its socket for frontends, by another descriptor.
+    pub(super) fn listener(&self) -> io::Result<Option<OwnedFd>> {
+        self.listener.as_ref().map(OwnedFd::try_clone).transpose()
+    }
+
+    /// Its TAP's state, for a successor.
+    pub(super) fn tap(&self) -> Option<&TapState> {
+        self.tap.as_ref()
     }
 
     /// Gives its thread an order, and does not wait.
@@ -502,6 +523,9 @@ fn prepare(
     let Opened { name, config, from_file, queues, endpoint } = opened;
     let handles = queues.iter().map(HostQueue::handle).collect::<io::Result<Vec<_>>>();
     let handles = handles.map_err(no_descriptor)?.into_iter().flatten().collect();
+    let tap = queues[0].tap_state();
+    let listener = endpoint.fd().map(|fd| fd.try_clone_to_owned()).transpose();
+    let listener = listener.map_err(no_descriptor)?;
     let options = OfferOptions {
         guest_segmentation: config.guest_tso,
         mac: config.mac.is_some(),
@@ -562,8 +586,20 @@ fn prepare(
     let control = Control::new(device, endpoint, status.clone(), wake.clone(), inbox);
     let control = control.map_err(no_descriptor)?;
     let (offered, queues, thread) = (offer.bits(), handles, None);
-    let port = Port { status, config, from_file, offered, capture, queues, orders, wake, thread };
-    Ok(Prepared { control, port })
+    let port = Port {
+        status,
+        config,
+        from_file,
+        offered,
+        capture,
+        listener,
+        queues,
+        tap,
+        orders,
+        wake,
+        thread,
+    };
+    Ok(Prepared { control, port, predecessor: None })
 }
 
 /// Starts a worker for each queue, with options that differ by its place only.

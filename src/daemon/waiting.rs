@@ -9,6 +9,7 @@ use super::ports::Ports;
 use super::supervision::Supervisor;
 use crate::api::scrape::Scrape;
 use crate::api::{Server, Wanted};
+use crate::config::Config;
 use crate::event::{Interest, Poller};
 use crate::sys::process::{Signal, Signals};
 
@@ -73,7 +74,8 @@ impl<'a> Waiting<'a> {
         self.supervisor.ready(self.ports.iter().count());
         while !self.server.has_given_away() && (self.server.is_open() || self.ports.any_runs()) {
             let time = self.supervisor.report(self.ports.iter().count());
-            let time = time.into_iter().chain(self.mend()).min();
+            let overdue = self.ports.end_overdue_handover();
+            let time = time.into_iter().chain(self.mend()).chain(overdue).min();
             self.poller.wait(time, |source| happened.push(source))?;
             for source in happened.drain(..) {
                 match source {
@@ -105,19 +107,33 @@ impl<'a> Waiting<'a> {
     /// Ends all ports.
     pub(super) fn stop(mut self) {
         if self.server.has_given_away() {
-            info!("another daemon goes on: this one ends");
-            // It has heard of that.
+            info!("daemon: exits; another daemon serves its ports");
             self.server.flush(&mut self.ports);
             self.server.leave();
             self.scrape.into_iter().for_each(Scrape::leave);
+            self.ports.stop();
             return;
         }
+        self.server.refuse_successor();
         self.supervisor.stopping();
         self.ports.stop();
     }
 
+    /// Serves the ports that another daemon has let go of.
+    pub(super) fn succeed(&mut self, config: &Config) {
+        self.ports.resume();
+        config.control.iter().for_each(|path| self.server.own(path));
+        if let (Some(scrape), Some(address)) = (&mut self.scrape, &config.metrics) {
+            scrape.own(address);
+        }
+        if config.file.is_some() {
+            // What it says by now.
+            self.reload();
+        }
+    }
+
     /// Has the file read again.
-    pub(super) fn reload(&mut self) {
+    fn reload(&mut self) {
         info!("the file is read again");
         let Some(number) = self.server.ask_for_reload() else { return };
         self.serve_client(number);
@@ -139,7 +155,7 @@ impl<'a> Waiting<'a> {
 
     /// Takes whoever has connected to the control socket.
     fn take_client(&mut self) {
-        let Some((number, stream, gone)) = self.server.accept(&self.ports) else { return };
+        let Some((number, stream, gone)) = self.server.accept(&mut self.ports) else { return };
         let watched = self.poller.add(stream, Interest::Read, Source::Client(number));
         if let Some(gone) = gone {
             self.poller.forget(Source::Client(gone));
@@ -180,7 +196,7 @@ impl<'a> Waiting<'a> {
         let Err(error) = watched else { return };
         warn!("control socket: wait for a client: {error}");
         match (source, &mut self.scrape) {
-            (Source::Client(number), _) => self.server.hang_up(number, &self.ports),
+            (Source::Client(number), _) => self.server.hang_up(number, &mut self.ports),
             (Source::Visitor(number), Some(scrape)) => scrape.hang_up(number),
             _ => {}
         }

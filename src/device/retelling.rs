@@ -3,22 +3,42 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as ProtocolFeatures};
 
 use super::Device;
 use super::ring::{Kick, ToldRing};
 use crate::guest::Inflight;
-use crate::protocol::{MAX_TABLE_REGIONS, Retold};
+use crate::protocol::{MAX_TABLE_REGIONS, Retold, can_be_passed};
 
 impl Device {
-    /// Ends all sessions, and stays as it is: nothing is moved until it is [resumed](Self::resume).
+    /// Ends all sessions. None begins before [`resume`](Self::resume), whatever the frontend says.
     pub fn suspend(&mut self) {
+        self.suspended = true;
         self.end_all();
     }
 
-    /// Goes on.
+    /// Begins the sessions that the frontend's state asks for.
     pub fn resume(&mut self) {
+        self.suspended = false;
         self.restart_all();
+    }
+
+    /// The protocol features that the frontend's state needs, whether or not they are negotiated still: a
+    /// frontend may negotiate again after it has used one.
+    fn needed_protocol_features(&self) -> ProtocolFeatures {
+        let told = &self.told;
+        let mut needed = ProtocolFeatures::empty();
+        for (is_needed, feature) in [
+            (told.log.is_some(), ProtocolFeatures::LOG_SHMFD),
+            (told.memory.len() > MAX_TABLE_REGIONS, ProtocolFeatures::CONFIGURE_MEM_SLOTS),
+            (told.inflight.is_some(), ProtocolFeatures::INFLIGHT_SHMFD),
+            (told.backend_requests.is_some(), ProtocolFeatures::BACKEND_REQ),
+            (told.mtu.is_some(), ProtocolFeatures::MTU),
+            (told.status != 0, ProtocolFeatures::STATUS),
+        ] {
+            needed.set(feature, is_needed);
+        }
+        needed
     }
 
     /// All that the frontend has told, in an order in which it can be told again.
@@ -28,8 +48,10 @@ impl Device {
     pub fn retell(&self) -> io::Result<Vec<Retold>> {
         let told = &self.told;
         let mut messages = Vec::new();
-        if let Some(features) = told.protocol_features {
-            messages.push(Retold::number(FrontendReq::SET_PROTOCOL_FEATURES, features.bits()));
+        let needed = self.needed_protocol_features();
+        let negotiated = told.protocol_features.unwrap_or(ProtocolFeatures::empty());
+        if told.protocol_features.is_some() || !needed.is_empty() {
+            messages.push(protocol_features(negotiated | needed));
         }
         // Before features that ask for it.
         if let Some(log) = &told.log {
@@ -53,7 +75,10 @@ impl Device {
             let length = Inflight::length(rings, size);
             messages.push(Retold::inflight(length, offset, rings, size, duplicate(file)?));
         }
-        if let Some(file) = &told.backend_requests {
+        if let Some(file) = &told.backend_requests
+            && can_be_passed(file)?
+        {
+            // Else it stays behind: nothing is sent by it.
             messages.push(Retold::backend_requests(duplicate(file)?));
         }
         if let Some(mtu) = told.mtu {
@@ -64,6 +89,9 @@ impl Device {
         }
         if told.status != 0 {
             messages.push(Retold::number(FrontendReq::SET_STATUS, told.status.into()));
+        }
+        if !negotiated.contains(needed) {
+            messages.push(protocol_features(negotiated));
         }
         Ok(messages)
     }
@@ -96,6 +124,10 @@ fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::R
         messages.push(Retold::event(FrontendReq::SET_VRING_KICK, index, file));
     }
     Ok(())
+}
+
+fn protocol_features(features: ProtocolFeatures) -> Retold {
+    Retold::number(FrontendReq::SET_PROTOCOL_FEATURES, features.bits())
 }
 
 fn duplicate(file: &impl AsFd) -> io::Result<OwnedFd> {

@@ -9,11 +9,12 @@ mod receiver;
 mod transmitter;
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use log::warn;
+use serde::{Deserialize, Serialize};
 
 use super::{Finished, Mode, Port, Readiness, Terms};
 use crate::config::TxMethod;
@@ -21,7 +22,7 @@ use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
 use crate::guest::{Burst, Readable, Writable};
 use crate::policy::Filter;
-use crate::sys::tap::{Queue, offload};
+use crate::sys::tap::{Identity, Queue, offload};
 use crate::sys::uring::Writer;
 use crate::vnet_header::LINK_OVERHEAD;
 
@@ -45,10 +46,22 @@ pub struct TapQueue {
     offloads: PortOffloads,
     /// What the device was last set to by this queue: header length and `TUN_F_*`.
     applied: Option<(usize, u32)>,
-    /// Whether the device's link is up, as far as this queue has set it.
-    link: bool,
-    /// Whether the kernel steers frames here. Nothing for a device that has one queue only.
+    /// Whether the device's link is up; `None` if another daemon may have set it.
+    link: Option<bool>,
+    /// Whether the kernel steers frames here; `None` for a device that has one queue only.
     attached: Option<bool>,
+    /// The filter's [generation](TapFilter::generation) when `applied`, `link` and `attached` were valid.
+    generation: u64,
+}
+
+/// A TAP as a predecessor has opened it: what its successor cannot ask of the kernel without changing
+/// the device. Part of the take-over's messages: no name changes.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TapState {
+    /// The device's name when it was opened.
+    pub name: String,
+    multi_queue: bool,
+    offloads: PortOffloads,
 }
 
 impl TapQueue {
@@ -88,9 +101,49 @@ impl TapQueue {
                 both_ways: segmentation,
             },
             applied: None,
-            link: true,
+            link: Some(true),
             attached: multi_queue.then_some(false),
+            generation: filter.generation(),
         })
+    }
+
+    /// Prepares the queues of a device that another daemon serves. Nothing is set: the predecessor must
+    /// find its device unchanged if the take-over fails. The first session after
+    /// [`TapFilter::reassert`] sets everything.
+    ///
+    /// # Errors
+    /// Those of io_uring if `method` demands it.
+    pub fn of_predecessor(
+        queues: Vec<OwnedFd>,
+        state: &TapState,
+        method: TxMethod,
+        filter: &Filter,
+    ) -> io::Result<Vec<Self>> {
+        let identity = Identity { name: state.name.clone(), multi_queue: state.multi_queue };
+        let queues = queues.into_iter().map(|fd| Arc::new(Queue::identified_as(fd, &identity)));
+        let queues: Vec<Arc<Queue>> = queues.collect();
+        let filter = Arc::new(TapFilter::of_predecessor(queues.clone(), filter));
+        let adopt = |queue: Arc<Queue>| {
+            let (writer, reason) = choose_writer(&queue, method)?;
+            Ok(TapQueue {
+                filter: filter.clone(),
+                writer,
+                reason,
+                offloads: state.offloads,
+                applied: None,
+                link: None,
+                attached: attached(&queue),
+                generation: filter.generation(),
+                queue,
+            })
+        };
+        queues.into_iter().map(adopt).collect()
+    }
+
+    /// What a successor needs beside the queues' descriptors.
+    pub fn state(&self) -> TapState {
+        let Identity { name, multi_queue } = self.queue.identity().clone();
+        TapState { name, multi_queue, offloads: self.offloads }
     }
 
     /// How bursts are written, and why so.
@@ -122,6 +175,12 @@ impl TapQueue {
     /// Begins a session: the device leaves to the guest what the guest has accepted, and no more.
     pub fn session<'mem>(&'mem mut self, terms: &Terms) -> TapPort<'mem> {
         let Terms { negotiated, mtu, link, receives, .. } = *terms;
+        let generation = self.filter.generation();
+        if self.generation != generation {
+            self.generation = generation;
+            (self.applied, self.link) = (None, None);
+            self.attached = attached(&self.queue);
+        }
         let accepted = negotiated.guest();
         let header_length = negotiated.header_length();
         let prepared = self
@@ -165,9 +224,9 @@ impl TapQueue {
     /// Sets the device's link, if it is not so already. While it is down the host sends it nothing:
     /// what piled up meanwhile would be late.
     fn set_link(&mut self, up: bool) -> io::Result<()> {
-        if self.link != up {
+        if self.link != Some(up) {
             self.queue.set_carrier(up)?;
-            self.link = up;
+            self.link = Some(up);
         }
         Ok(())
     }
@@ -180,6 +239,12 @@ impl TapQueue {
         }
         Ok(())
     }
+}
+
+/// Whether the kernel steers frames to a queue; `None` for a device that has one queue only. A queue
+/// of a device that is gone counts as detached.
+fn attached(queue: &Queue) -> Option<bool> {
+    queue.identity().multi_queue.then(|| queue.is_attached().unwrap_or(false))
 }
 
 /// An io_uring instance if bursts are to be written with one, and the reason.

@@ -11,8 +11,8 @@ use super::{NO_DESCRIPTOR, VERSION};
 use crate::guest::RegionRequest;
 use crate::sys::socket::send_message;
 
-/// For how long the kernel may have too many descriptors under way.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Time for which the kernel may refuse a descriptor because too many are in flight.
+const IN_FLIGHT_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// A message, and the descriptors that go with it.
 #[derive(Debug)]
@@ -83,23 +83,36 @@ impl Retold {
         Self::new(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![file])
     }
 
-    /// Sends it.
+    /// Sends the message whole, or not at all.
     ///
     /// # Errors
-    /// Those of `sendmsg`.
+    /// `WouldBlock` if the other side has to read first; otherwise those of `sendmsg`.
     pub fn send(&self, socket: &UnixStream) -> io::Result<()> {
         let files: Vec<BorrowedFd<'_>> = self.files.iter().map(AsFd::as_fd).collect();
-        let end = Instant::now() + PATIENCE;
-        loop {
-            match send_message(socket, &self.bytes, &files) {
-                // Too many are on their way: until the other side takes some.
-                Err(error)
-                    if error.raw_os_error() == Some(libc::ETOOMANYREFS) && Instant::now() < end =>
-                {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                sent => return sent,
+        match send_message(socket, &self.bytes, &files) {
+            // Too many descriptors are in flight.
+            Err(error) if error.raw_os_error() == Some(libc::ETOOMANYREFS) => {
+                std::thread::sleep(Duration::from_millis(1));
+                Err(io::ErrorKind::WouldBlock.into())
             }
+            sent => sent,
+        }
+    }
+}
+
+/// Whether the kernel passes a descriptor to another process. It refuses a unix socket that has sockets
+/// in flight that have sockets in flight, and so on: whoever holds the other end can bring that about.
+///
+/// # Errors
+/// No socket pair can be made.
+pub fn can_be_passed(file: &impl AsFd) -> io::Result<bool> {
+    let (ours, _theirs) = UnixStream::pair()?;
+    let end = Instant::now() + IN_FLIGHT_TIMEOUT;
+    loop {
+        match send_message(&ours, &[0], &[file.as_fd()]) {
+            Ok(()) => return Ok(true),
+            Err(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(1)),
+            Err(_) => return Ok(false),
         }
     }
 }

@@ -142,6 +142,12 @@ impl Queue {
         queue.identified()
     }
 
+    /// Takes over a queue that another daemon has opened. The kernel is not asked for the device, which
+    /// may be renamed or gone by now.
+    pub fn identified_as(fd: OwnedFd, identity: &Identity) -> Self {
+        Queue { file: File::from(fd), identity: identity.clone() }
+    }
+
     /// Asks the kernel which device this queue belongs to now, and how it was opened.
     fn ask(&self) -> io::Result<(String, libc::c_int)> {
         // SAFETY: ifreq is plain old data; TUNGETIFF fills one.

@@ -14,20 +14,9 @@ use vhost::vhost_user::message::FrontendReq;
 use crate::support::hostile::{Scene, note};
 use crate::support::needs_root;
 
-/// A thread of the daemon's by its name.
-fn thread(scene: &Scene, name: &str) -> Pid {
-    let tasks = fs::read_dir(format!("/proc/{}/task", scene.daemon.process())).unwrap();
-    let mut numbers = tasks.map(|task| task.unwrap().file_name().into_string().unwrap());
-    let is_it = |number: &String| {
-        let comm = format!("/proc/{}/task/{number}/comm", scene.daemon.process());
-        fs::read_to_string(comm).unwrap().trim() == name
-    };
-    Pid::from_raw(numbers.find(is_it).expect("the thread runs").parse().unwrap())
-}
-
 /// Stops a port's control thread, as if a system call of its did not return.
 fn stop_control_thread(scene: &Scene) -> Pid {
-    let control = thread(scene, "attacked");
+    let control = scene.daemon.thread("attacked");
     ptrace::attach(control).unwrap();
     waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
     control

@@ -84,9 +84,20 @@ impl Daemon {
 
     /// Starts another one with its file, to take over from it.
     pub(crate) fn start_successor(&self) -> Child {
+        self.successor().stderr(self.open_log()).spawn().unwrap()
+    }
+
+    /// The command that takes over from it, with its file.
+    pub(crate) fn successor(&self) -> Command {
         let mut command = program();
         command.arg("run").arg("--config").arg(self.path("config")).arg("--take-over");
-        command.stderr(self.open_log()).spawn().unwrap()
+        command
+    }
+
+    /// Waits for its end, and goes on as another process, which has taken over from it.
+    pub(crate) fn become_successor(&mut self, successor: Child) {
+        assert!(self.wait().success());
+        self.child = successor;
     }
 
     /// What `vhost-user-net ctl` says of it, by a control socket called `control`.
@@ -115,6 +126,17 @@ impl Daemon {
     pub(crate) fn write_config(&self, contents: &str) {
         let directory = self.directory().to_str().unwrap();
         fs::write(self.path("config"), contents.replace("{}", directory)).unwrap();
+    }
+
+    /// A thread by its name.
+    pub(crate) fn thread(&self, name: &str) -> Pid {
+        let tasks = PathBuf::from(format!("/proc/{}/task", self.process()));
+        let mut numbers = fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().file_name());
+        let is_it = |number: &std::ffi::OsString| {
+            fs::read_to_string(tasks.join(number).join("comm")).unwrap().trim() == name
+        };
+        let number = numbers.find(is_it).expect("the thread runs");
+        Pid::from_raw(number.to_str().unwrap().parse().unwrap())
     }
 
     /// Its process.
@@ -199,7 +221,7 @@ impl Daemon {
         Daemon { child, directory }
     }
 
-    fn open_log(&self) -> fs::File {
+    pub(crate) fn open_log(&self) -> fs::File {
         fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap()
     }
 

@@ -375,6 +375,11 @@ impl Card {
         self.rx[pair].publish();
     }
 
+    /// Address of an rx head's buffer.
+    pub(crate) fn rx_buffer(&self, pair: usize, head: u16) -> u64 {
+        self.rx_buffers[pair][usize::from(head)]
+    }
+
     /// Adds one rx buffer at `address`; `publish` shows it.
     pub(crate) fn post(&mut self, pair: usize, address: u64) {
         self.post_pieces(pair, &[(address, self.options.buffer)]);

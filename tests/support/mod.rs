@@ -10,6 +10,7 @@ pub(crate) mod hostile;
 pub(crate) mod network;
 pub(crate) mod rings;
 pub(crate) mod testpmd;
+pub(crate) mod tracer;
 pub(crate) mod traffic;
 pub(crate) mod vm;
 

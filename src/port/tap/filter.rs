@@ -3,6 +3,7 @@
 //! Invariant: each queue has the filter that was set last, whether frames are steered to it or not.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::policy::Filter;
@@ -18,6 +19,8 @@ const MAX_WAITING: usize = 1 << 20;
 pub struct TapFilter {
     queues: Vec<Arc<Queue>>,
     state: Mutex<State>,
+    /// Counts how often another daemon may have set the device.
+    generation: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -35,7 +38,7 @@ impl TapFilter {
     /// Those of the device, which names what can be done.
     pub fn new(queues: Vec<Arc<Queue>>, filter: &Filter) -> io::Result<Self> {
         let state = Mutex::new(State { filter: Filter::default(), memory: None });
-        let tap = TapFilter { queues, state };
+        let tap = TapFilter { queues, state, generation: AtomicU64::new(0) };
         tap.queues[0].clear_filter()?;
         tap.set(filter)?;
         if !filter.is_none() {
@@ -44,6 +47,29 @@ impl TapFilter {
             }
         }
         Ok(tap)
+    }
+
+    /// The filter of a TAP that another daemon serves. The device is not touched before
+    /// [`reassert`](Self::reassert).
+    pub fn of_predecessor(queues: Vec<Arc<Queue>>, filter: &Filter) -> Self {
+        let state = Mutex::new(State { filter: filter.clone(), memory: None });
+        TapFilter { queues, state, generation: AtomicU64::new(0) }
+    }
+
+    /// Sets the filter again, and has every queue set its device again when its next session begins:
+    /// another daemon may have set them.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn reassert(&self) -> io::Result<()> {
+        self.generation.fetch_add(1, Ordering::Release);
+        let filter = self.get();
+        if filter.is_none() { Ok(()) } else { self.set(&filter) }
+    }
+
+    /// Changes whenever another daemon may have set the device.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
