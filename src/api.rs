@@ -435,8 +435,11 @@ fn pass(stream: &UnixStream, line: &str, files: &[OwnedFd]) -> io::Result<()> {
     stream.set_nonblocking(true)
 }
 
-/// A request, or the reply to what is none.
-fn parse(line: &[u8]) -> Result<Command, String> {
+/// Reads a request.
+///
+/// # Errors
+/// The reply to a line that is no request, or is of another [`VERSION`].
+pub fn parse(line: &[u8]) -> Result<Command, String> {
     let request: Request =
         serde_json::from_slice(line).map_err(|error| failure("bad-request", &error.to_string()))?;
     if request.version != VERSION {

@@ -314,6 +314,22 @@ fn test_modules() -> BTreeSet<String> {
     names.map(str::to_owned).collect()
 }
 
+/// Whether there is such a path of modules and items in a directory of source.
+fn has_item(directory: &Path, parts: &[&str]) -> bool {
+    let mut place = directory.to_owned();
+    let depth = parts.iter().take_while(|part| {
+        let below = place.join(part);
+        let is_there = below.with_extension("rs").exists() || below.is_dir();
+        if is_there {
+            place = below;
+        }
+        is_there
+    });
+    let depth = depth.count();
+    let text = fs::read_to_string(place.with_extension("rs")).unwrap_or_default();
+    parts[depth..].iter().all(|item| text.contains(item))
+}
+
 /// What is wrong with the modules and items of the source that a page names, as `guest::notify`.
 fn wrong_modules(page: &Page) -> Vec<String> {
     let mut wrong = Vec::new();
@@ -325,22 +341,12 @@ fn wrong_modules(page: &Page) -> Vec<String> {
         let parts: Vec<&str> = span.split("::").collect();
         let root = Path::new(ROOT);
         let homes = [root.join("src"), root.join("tests")];
-        let home = homes.iter().find(|home| {
+        let of_ours = homes.iter().filter(|home| {
             home.join(parts[0]).with_extension("rs").exists() || home.join(parts[0]).is_dir()
         });
-        // Another crate's.
-        let Some(mut place) = home.cloned() else { continue };
-        let depth = parts.iter().take_while(|part| {
-            let below = place.join(part);
-            let is_there = below.with_extension("rs").exists() || below.is_dir();
-            if is_there {
-                place = below;
-            }
-            is_there
-        });
-        let depth = depth.count();
-        let text = fs::read_to_string(place.with_extension("rs")).unwrap_or_default();
-        if parts[depth..].iter().any(|item| !text.contains(item)) {
+        let of_ours: Vec<&PathBuf> = of_ours.collect();
+        // Of another crate, if there are none.
+        if !of_ours.is_empty() && !of_ours.iter().any(|home| has_item(home, &parts)) {
             wrong.push(format!("there is no {span}"));
         }
     }
@@ -603,4 +609,96 @@ fn messages_are_those_of_the_source() {
         }
     }
     assert!(missing.is_empty(), "docs/troubleshooting.md lacks:\n{}", missing.join("\n"));
+}
+
+/// The numbered items of a section, and the rows of the table under a head.
+fn promises() -> Vec<(String, String)> {
+    let threats = Page::read("docs/threat-model.md").text;
+    let section =
+        threats.split("## What is promised").nth(1).unwrap().split("\n## ").next().unwrap();
+    let mut promises: Vec<(String, String)> = Vec::new();
+    for line in section.lines() {
+        if line.starts_with(|first: char| first.is_ascii_digit()) {
+            promises.push(("docs/threat-model.md".into(), String::new()));
+        }
+        if let Some((_, promise)) = promises.last_mut() {
+            *promise += line.trim();
+            promise.push(' ');
+        }
+    }
+    assert!(promises.len() >= 6);
+    let survival = Page::read("docs/survival.md").text;
+    let rows = survival.lines().skip_while(|line| !line.starts_with("| what happens")).skip(2);
+    let rows = rows.take_while(|line| line.starts_with('|'));
+    promises.extend(rows.map(|row| ("docs/survival.md".into(), row.to_owned())));
+    assert!(promises.len() >= 15);
+    promises
+}
+
+/// What is wrong with the tests that a promise names: a case by its number, after "case", or a test by
+/// its path.
+fn wrong_tests(promise: &str, sources: &[(String, String)]) -> Vec<String> {
+    let is_test = |path: &str, name: &str| {
+        sources.iter().any(|(module, source)| {
+            module.ends_with(path) && source.contains(&format!("\nfn {name}("))
+        })
+    };
+    let (mut named, mut wrong) = (0, Vec::new());
+    let shown = promise.rsplit_once("Shown by").map_or(promise, |(_, shown)| shown);
+    for word in shown.split('`').skip(1).step_by(2) {
+        if let Some((path, name)) = word.rsplit_once("::") {
+            named += 1;
+            if !is_test(path, name) {
+                wrong.push(format!("there is no test {word}"));
+            }
+        }
+    }
+    if let Some((_, cases)) = shown.split_once("cases ") {
+        let numbers = cases.split(|it: char| !it.is_ascii_digit()).filter_map(|it| it.parse().ok());
+        for case in numbers.collect::<Vec<u8>>() {
+            named += 1;
+            let shown =
+                [format!("fn hostile_{case:02}_"), format!("({case})"), format!("note({case},")];
+            let is_shown = |source: &String| shown.iter().any(|it| source.contains(it));
+            if !sources.iter().any(|(_, source)| is_shown(source)) {
+                wrong.push(format!("there is no hostile case {case}"));
+            }
+        }
+    }
+    if named == 0 {
+        wrong.push("names no test".into());
+    }
+    wrong
+}
+
+#[test]
+fn promises_name_their_tests() {
+    let mut sources = Vec::new();
+    let tests = Path::new(ROOT).join("tests");
+    for directory in [tests.clone(), tests.join("hostile")] {
+        for file in fs::read_dir(&directory).unwrap().map(|file| file.unwrap().path()) {
+            if file.extension().is_some_and(|it| it == "rs") {
+                let module = file.strip_prefix(&tests).unwrap().with_extension("");
+                let module = module.to_str().unwrap().replace('/', "::");
+                sources.push((module, fs::read_to_string(&file).unwrap()));
+            }
+        }
+    }
+    let complaints: Vec<String> = promises()
+        .iter()
+        .flat_map(|(page, promise)| {
+            let wrong = wrong_tests(promise, &sources);
+            wrong.into_iter().map(move |what| format!("{page}: {what}: {promise:.60}"))
+        })
+        .collect();
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+    // What it is to find.
+    for (promise, complaint) in [
+        ("1. Nothing.", "names no test"),
+        ("1. Shown by cases 10 and 199.", "no hostile case 199"),
+        ("1. Shown by `takeover::nothing`.", "no test takeover::nothing"),
+    ] {
+        let found = wrong_tests(promise, &sources);
+        assert!(found.len() == 1 && found[0].contains(complaint), "{promise}: {found:?}");
+    }
 }

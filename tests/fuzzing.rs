@@ -76,3 +76,18 @@ fn rings_that_change_meanwhile_are_survived() {
 fn headers_of_any_kind_are_survived() {
     replay("headers", entries::headers);
 }
+
+#[test]
+fn judges_agree_with_a_receiver() {
+    replay("judges", entries::judges);
+}
+
+#[test]
+fn requests_of_any_kind_are_survived() {
+    replay("requests", entries::requests);
+}
+
+#[test]
+fn device_states_of_any_kind_are_survived() {
+    replay("states", entries::states);
+}

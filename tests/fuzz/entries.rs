@@ -1,8 +1,12 @@
 //! What the fuzzer calls with its bytes, and the ordinary tests with seeded ones. They assert what
 //! must hold whatever the bytes are; memory errors are for the sanitizer to find.
 
+#[path = "receiver.rs"]
+mod receiver;
+
 use std::cell::RefCell;
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -12,9 +16,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use vhost_user_net::api::{self, Command};
+use vhost_user_net::config::PortOptions;
 use vhost_user_net::counters::Drop;
 use vhost_user_net::device::{Device, Refusal};
-use vhost_user_net::features::{Negotiated, Offer, OfferOptions, PortOffloads};
+use vhost_user_net::features::{Negotiated, Offer, OfferOptions, PortOffloads, protocol_features};
 use vhost_user_net::guest::{
     Budget, Burst, Chain, Direction, GuestMemory, Notification, Readable, RegionRequest,
     RingLayout, Virtqueue, Writable,
@@ -491,6 +497,10 @@ impl Served {
         }
     }
 
+    fn counters(&self) -> serde_json::Value {
+        serde_json::to_value(&self.device.workers()[0].status().counters).unwrap()
+    }
+
     fn descriptor(&self, kind: u8) -> RawFd {
         match kind % 4 {
             0 => self.memory.as_raw_fd(),
@@ -563,5 +573,110 @@ fn drain(connection: &mut Connection, device: &mut Device) -> bool {
             Ok(_) | Err(Refusal::Refused(_)) => {}
             Err(Refusal::Unanswerable(_)) => return false,
         }
+    }
+}
+
+/// Bytes as a filter's text, up to the first line feed, and a frame: the classic program agrees with the
+/// judge in user space, and both with what a receiver sees.
+pub fn judges(data: &[u8]) {
+    const FILTER: &str = "deny tcp dport 0-3 from 192.0.2.0/24; allow udp sport 1-9; deny other; \
+        allow proto 41; deny arp; allow ip6 to 2001:db8::/33; default allow";
+    let (text, frame) = match data.iter().position(|byte| *byte == b'\n') {
+        Some(end) => (&data[..end], &data[end + 1..]),
+        None => (&data[..0], data),
+    };
+    let given = std::str::from_utf8(text).ok().and_then(|text| text.parse::<Filter>().ok());
+    let filter = given.unwrap_or_else(|| FILTER.parse().unwrap());
+    let passes = |text: &str, frame: &[u8]| text.parse::<Filter>().unwrap().judge(frame).is_ok();
+    // The kernel has no shorter frames.
+    if frame.len() >= 14 {
+        let classic = receiver::run(&classic(&filter), frame) != 0;
+        assert_eq!(classic, filter.judge(frame).is_ok(), "{filter} of {frame:02x?}");
+        receiver::check_received(frame, passes);
+    }
+}
+
+/// Bytes as a line from a client of the control socket.
+pub fn requests(line: &[u8]) {
+    let Ok(command) = api::parse(line) else { return };
+    // What was understood is understood again, and is the same.
+    let mut again = serde_json::to_value(&command).unwrap();
+    again["version"] = api::VERSION.into();
+    assert_eq!(api::parse(again.to_string().as_bytes()), Ok(command.clone()));
+    match command {
+        Command::Add { port, .. } | Command::Change { port, .. } => check_options(*port),
+        Command::Set { changes, .. } => check_options(PortOptions::default().with(*changes)),
+        _ => {}
+    }
+}
+
+/// Options are refused, or make sense.
+fn check_options(options: PortOptions) {
+    let Ok(config) = options.absolute().check() else { return };
+    assert!(
+        config.queue_pairs > 0 && config.queue_pairs <= vhost_user_net::config::MAX_QUEUE_PAIRS
+    );
+    assert_eq!(
+        config.options.clone().check().as_ref(),
+        Ok(&config),
+        "it is the same when told again"
+    );
+}
+
+/// Bytes as a device's state: whatever it is, counters are not set back, and a state that is saved
+/// afterwards can be loaded.
+pub fn states(state: &[u8]) {
+    SERVED.with_borrow_mut(|served| {
+        let before = served.counters();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let mut connection = Connection::new(ours).unwrap();
+        let ask = |connection: &mut Connection, device: &mut Device, code: u32, payload: &[u8]| {
+            let mut bytes = [code, 1, payload.len() as u32].map(u32::to_ne_bytes).concat();
+            bytes.extend(payload);
+            (&theirs).write_all(&bytes).unwrap();
+            drain(connection, device)
+        };
+        // SET_PROTOCOL_FEATURES.
+        let features = protocol_features().bits().to_ne_bytes();
+        assert!(ask(&mut connection, &mut served.device, 16, &features));
+        let transfer = |connection: &mut Connection, device: &mut Device, load: u32, fd: RawFd| {
+            let bytes = [42, 1, 8, load, 0].map(u32::to_ne_bytes).concat();
+            theirs.send_with_fds(&[&bytes[..]], &[fd]).unwrap();
+            drain(connection, device)
+        };
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        // A pipe takes that much at once.
+        writer.write_all(&state[..state.len().min(60_000)]).unwrap();
+        drop(writer);
+        assert!(transfer(&mut connection, &mut served.device, 1, reader.as_raw_fd()));
+        // CHECK_DEVICE_STATE.
+        assert!(ask(&mut connection, &mut served.device, 43, &[]));
+        let after = served.counters();
+        let (mut numbers, mut earlier) = (Vec::new(), Vec::new());
+        collect(&after, &mut numbers);
+        collect(&before, &mut earlier);
+        assert_eq!(numbers.len(), earlier.len());
+        for (now, before) in numbers.iter().zip(earlier) {
+            assert!(*now >= before && *now < 1 << 57, "{before} became {now}: {before:?}");
+        }
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        assert!(transfer(&mut connection, &mut served.device, 0, writer.as_raw_fd()));
+        drop(writer);
+        let mut saved = Vec::new();
+        reader.read_to_end(&mut saved).unwrap();
+        let saved: serde_json::Value = serde_json::from_slice(&saved).unwrap();
+        assert_eq!(saved["pairs"][0], after);
+        served.device.forget();
+    });
+}
+
+/// All numbers of a value, in order.
+fn collect(value: &serde_json::Value, numbers: &mut Vec<u64>) {
+    match value {
+        serde_json::Value::Number(number) => numbers.extend(number.as_u64()),
+        serde_json::Value::Array(list) => list.iter().for_each(|it| collect(it, numbers)),
+        serde_json::Value::Object(map) => map.values().for_each(|it| collect(it, numbers)),
+        _ => {}
     }
 }
