@@ -349,7 +349,6 @@ fn check_segmented(
         },
     };
     if version.is_some_and(|version| version != headers.version)
-        || headers.is_later_fragment(copy)
         || i32::from(headers.protocol) != protocol
         || usize::from(header.csum_start) != transport
         || header.csum_offset != checksum_at

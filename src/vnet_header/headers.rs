@@ -28,21 +28,12 @@ impl Headers {
         // Ethernet padding follows.
         let end = u16_at(frame, self.network + at)
             .map_or(0, |length| self.network + before + usize::from(length));
-        start == self.transport
-            && offset == own
-            && start + offset + 2 <= end
-            && !self.is_later_fragment(frame)
+        start == self.transport && offset == own && start + offset + 2 <= end
     }
 
-    /// Whether the packet in `frame` is a later fragment, which has no transport header. For IPv6 the
-    /// walk stops at a fragment header: its number is no transport protocol's.
-    #[inline]
-    pub fn is_later_fragment(&self, frame: &[u8]) -> bool {
-        self.version == 4
-            && u16_at(frame, self.network + 6).is_none_or(|offset| offset & 0x1fff != 0)
-    }
-
-    /// Reads Ethernet, VLAN tags and IP; nothing if they are malformed or reach beyond `frame`.
+    /// Reads Ethernet, VLAN tags and IP. Returns `None` if they are malformed or reach beyond `frame`, and
+    /// for a later fragment, which has no transport header. (For IPv6 the protocol is that of the fragment
+    /// header then, which is no transport protocol's.)
     #[inline]
     pub fn parse(frame: &[u8]) -> Option<Self> {
         const IPV4: u16 = 0x0800;
@@ -51,21 +42,25 @@ impl Headers {
         let mut at = 12;
         let mut ethertype = u16_at(at)?;
         for _ in 0..VLAN_TAGS {
-            if matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
-                at += VLAN_TAG_LENGTH;
-                ethertype = u16_at(at)?;
+            if !matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
+                break;
             }
+            at += VLAN_TAG_LENGTH;
+            ethertype = u16_at(at)?;
         }
         let network = at + 2;
-        let first = *frame.get(network)?;
-        match (ethertype, first >> 4) {
-            (IPV4, 4) if first & 0xf >= 5 => Some(Headers {
-                version: 4,
-                protocol: *frame.get(network + 9)?,
-                network,
-                transport: network + usize::from(first & 0xf) * 4,
-            }),
-            (IPV6, 6) => {
+        match ethertype {
+            IPV4 => {
+                let header: &[u8; 20] = frame.get(network..)?.first_chunk()?;
+                let offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+                // Version 4, and a header of 20 bytes or more.
+                if !(0x45..=0x4f).contains(&header[0]) || offset != 0 {
+                    return None;
+                }
+                let transport = network + usize::from(header[0] & 0xf) * 4;
+                Some(Headers { version: 4, protocol: header[9], network, transport })
+            }
+            IPV6 if frame.get(network)? >> 4 == 6 => {
                 let (protocol, transport) = skip_extensions(frame, network)?;
                 Some(Headers { version: 6, protocol, network, transport })
             }
