@@ -40,6 +40,8 @@ pub mod device;
 pub mod doctor;
 pub mod endpoint;
 pub mod event;
+#[cfg(debug_assertions)]
+mod fault_point;
 pub mod features;
 pub mod guest;
 pub mod logging;

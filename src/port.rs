@@ -314,6 +314,15 @@ impl HostQueue {
         Traffic::new(tally, interface)
     }
 
+    /// Puts right what a session that panicked may have left half done.
+    pub fn recover(&mut self) {
+        match self {
+            HostQueue::Tap(queue) => queue.recover(),
+            // The session's end has closed the socket.
+            HostQueue::AfXdp(_) | HostQueue::Loopback => {}
+        }
+    }
+
     /// Begins a session.
     pub fn session<'mem>(
         &'mem mut self,

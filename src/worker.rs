@@ -1,7 +1,8 @@
 //! The story, running: one thread per queue pair, asleep while there is nothing to do.
 //!
 //! Invariant: rings, chains and the port's session live on the worker's stack and end with the
-//! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more.
+//! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more. That holds
+//! for a session that panics too: unwinding drops it, and the thread serves the next one.
 
 mod naps;
 mod recording;
@@ -10,13 +11,14 @@ mod session;
 mod sleeper;
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use log::warn;
+use log::error;
 use nix::sys::prctl;
 
 use crate::capture::Capture;
@@ -34,6 +36,8 @@ use crate::traffic::Tally;
 /// How long a worker may take to end its session before the system call that it is in is
 /// interrupted.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// Fault of a queue pair that has no thread any more.
+const EXITED: &str = "worker thread exited (bug)";
 
 /// What is to be done with a ring that was started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,8 +236,11 @@ impl Worker {
             match self.replies.recv_timeout(PATIENCE) {
                 Ok(ended) => return ended,
                 Err(RecvTimeoutError::Timeout) => self.interrupt(),
-                // The thread has panicked: it holds nothing any more.
-                Err(RecvTimeoutError::Disconnected) => return Ended::default(),
+                // The thread has ended for a panic outside a session: it holds nothing any more.
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.status.set_serving(false);
+                    return Ended { fault: Some(EXITED.into()), ..Ended::default() };
+                }
             }
         }
     }
@@ -255,7 +262,12 @@ impl Worker {
         // Counted before it can be taken, or the thread would count below zero.
         self.mailbox.waiting.fetch_add(1, Ordering::Release);
         if self.commands.send(command).is_err() {
-            warn!("a worker thread has ended; its queue pair is dead until the daemon restarts");
+            let name = self.thread.as_ref().and_then(|thread| thread.thread().name());
+            error!(
+                "{}: {EXITED}; queue pair down until the port is added again",
+                name.unwrap_or("?")
+            );
+            self.status.set_fault(Some(EXITED.into()));
         }
         self.mailbox.wake.wake();
     }
@@ -292,7 +304,12 @@ fn run(
                 status.set_serving(true);
                 // Guest memory that goes away costs nothing but itself.
                 ended = contained(&session.memory, || {
-                    session::serve(&mut host, &session, options, mailbox, status)
+                    let serve = || session::serve(&mut host, &session, options, mailbox, status);
+                    // A panic drops all of the session before it is caught; the host side outlives it.
+                    catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| {
+                        host.recover();
+                        session::panicked(&session, options)
+                    })
                 });
                 status.set_fault(ended.fault.clone());
                 status.set_serving(false);

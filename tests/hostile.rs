@@ -11,6 +11,7 @@ mod frames;
 mod handover;
 mod hold;
 mod life;
+mod panics;
 mod rings;
 
 use std::os::fd::{AsRawFd, BorrowedFd};

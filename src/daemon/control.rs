@@ -451,6 +451,8 @@ impl Control {
     /// Why the connection has to be closed; nothing if the frontend has gone.
     fn answer(&mut self, message: Message) -> Result<(), Option<String>> {
         let (code, need_reply) = (message.code, message.need_reply);
+        #[cfg(debug_assertions)]
+        crate::fault_point::panic_if("control", |number| u64::from(u32::from(code)) == number);
         // SET_PROTOCOL_FEATURES itself may switch acknowledgements on: they count from then on.
         let handled = self.device.handle(message);
         let acknowledge = need_reply && self.device.acknowledges();

@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -113,6 +114,8 @@ impl Prepared {
 #[derive(Debug)]
 pub(super) struct Running {
     ports: AtomicUsize,
+    /// The control thread of one has panicked.
+    panicked: AtomicBool,
     /// Woken when a port has ended, or its device does not work.
     pub(super) changed: Arc<Waker>,
 }
@@ -168,7 +171,11 @@ impl Ports {
         // Not later: ports that are added to a sandboxed daemon need it too.
         host_memory();
         let changed = Arc::new(Waker::new().map_err(no_descriptor)?);
-        let running = Arc::new(Running { ports: AtomicUsize::new(0), changed });
+        let running = Arc::new(Running {
+            ports: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            changed,
+        });
         Ok(Ports { sandbox, running, ports: Vec::new(), handover_deadline: None })
     }
 
@@ -179,6 +186,11 @@ impl Ports {
     /// Whether any port's thread runs.
     pub(super) fn any_runs(&self) -> bool {
         self.running.ports.load(Ordering::Acquire) > 0
+    }
+
+    /// Whether the control thread of a port has panicked since the daemon's start.
+    pub(super) fn any_panicked(&self) -> bool {
+        self.running.panicked.load(Ordering::Relaxed)
     }
 
     /// The ports, in the order in which they were added.
@@ -344,11 +356,22 @@ impl Port {
         let alive = Alive::new(running, &port.status);
         port.status.pairs.iter().for_each(|pair| pair.tell_of_trouble(running.changed.clone()));
         let thread = thread::Builder::new().name(name).spawn(move || {
-            let _alive = alive;
+            let alive = alive;
             match sandbox.confine(control.role()) {
                 Ok(()) => {
-                    if predecessor.is_none_or(|predecessor| control.take_over(predecessor)) {
-                        control.serve();
+                    // A panic costs this port, and the rest of the thread ends it as an order would.
+                    let serve = || {
+                        if predecessor.is_none_or(|predecessor| control.take_over(predecessor)) {
+                            control.serve();
+                        }
+                    };
+                    if catch_unwind(AssertUnwindSafe(serve)).is_err() {
+                        alive.0.panicked.store(true, Ordering::Relaxed);
+                        error!(
+                            "{}: control thread panicked (bug); the port has ended: remove it and add it \
+                             again",
+                            control.name()
+                        );
                     }
                 }
                 Err(error) => error!("{}: filter its system calls: {error}", control.name()),

@@ -69,6 +69,10 @@ impl<'a> Waiting<'a> {
 
     /// Waits for a signal that ends the daemon, or until no port runs and none can be added, and
     /// serves operators meanwhile.
+    ///
+    /// # Errors
+    /// Waiting fails, or no port runs any more and one has panicked: a service manager is to start the
+    /// daemon again.
     pub(super) fn until_the_end(&mut self) -> io::Result<()> {
         let mut happened = Vec::new();
         self.supervisor.ready(self.ports.iter().count());
@@ -100,6 +104,11 @@ impl<'a> Waiting<'a> {
                     }
                 }
             }
+        }
+        if !self.server.has_given_away() && self.ports.any_panicked() {
+            return Err(io::Error::other(
+                "the control thread of a port panicked, and no port runs",
+            ));
         }
         Ok(())
     }

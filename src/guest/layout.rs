@@ -1,6 +1,7 @@
 //! Where a ring lies, checked before it is used.
 
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU16, Ordering};
 
 use virtio_queue::{Queue, QueueState};
 use vm_memory::GuestAddress;
@@ -32,6 +33,18 @@ impl RingLayout {
     /// A [`Fault`] that names what is wrong.
     pub fn check(&self, memory: &GuestMemory) -> Result<(), Fault> {
         self.resolve(memory).map(|_| ())
+    }
+
+    /// The used index in guest memory. Callers are inside [`contained`](super::contained).
+    ///
+    /// # Errors
+    /// A [`Fault`] that names what is wrong with the layout.
+    pub fn used_index(&self, memory: &GuestMemory) -> Result<u16, Fault> {
+        let [.., used] = self.resolve(memory)?;
+        // SAFETY: `resolve` vouches for the used ring, which is mapped as long as `memory` lives, and for
+        // its alignment.
+        let index = unsafe { AtomicU16::from_ptr(used.add(2).cast().as_ptr()) };
+        Ok(u16::from_le(index.load(Ordering::Relaxed)))
     }
 
     /// Where descriptor table, avail and used ring are mapped.

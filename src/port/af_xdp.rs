@@ -292,6 +292,18 @@ impl<'mem> XdpPort<'mem> {
     }
 }
 
+impl std::ops::Drop for XdpPort<'_> {
+    /// Closes the socket of a session that panicked: else the kernel would write to the guest's memory
+    /// after the session's end. Every other session has closed it in `recall`.
+    fn drop(&mut self) {
+        let closed = State::Closed { since: None, retry: Instant::now() };
+        if let State::Open(open) = std::mem::replace(&mut self.state, closed) {
+            self.host.interface.stop_receiving(self.host.pair);
+            self.host.interface.close(self.host.pair, *open);
+        }
+    }
+}
+
 impl<'mem> Port<'mem> for XdpPort<'mem> {
     fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
         self.open();

@@ -203,6 +203,14 @@ impl TapQueue {
         port
     }
 
+    /// Forgets what a session that panicked may have set without noting it, and an io_uring instance that
+    /// holds frames of that session.
+    pub(super) fn recover(&mut self) {
+        self.writer.take_if(|writer| !writer.is_idle());
+        (self.applied, self.link) = (None, None);
+        self.attached = attached(&self.queue);
+    }
+
     /// Longest frame in bytes that is not to be segmented: by the device's MTU, which can be
     /// changed at any time, or the card's.
     fn longest_frame(&self, mtu: u16) -> usize {

@@ -119,6 +119,11 @@ impl Writer {
         Ok(())
     }
 
+    /// Whether it holds no frames: false after [`write_all`](Self::write_all) has failed or panicked.
+    pub fn is_idle(&mut self) -> bool {
+        self.ring.submission().is_empty() && self.ring.completion().is_empty()
+    }
+
     /// Takes the completions that are there; returns how many.
     fn reap(&mut self, results: &mut [i32]) -> usize {
         let mut count = 0;

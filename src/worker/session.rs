@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use log::{debug, info, warn};
+use log::{debug, error, info, warn};
 
 use super::naps::Naps;
 use super::recording::record;
@@ -173,10 +173,28 @@ fn stopped(session: &Session, options: &WorkerOptions, fault: &Fault, ended: End
     // Zeros where memory was may look like any fault.
     let fault = if session.memory.is_lost() { &Fault::MemoryLost } else { fault };
     warn!("{}: stopped until the guest resets: {fault}", options.name);
+    tell_frontend(session);
+    Ended { fault: Some(fault.to_string()), ..ended }
+}
+
+/// Tells the log and the frontend that the session has panicked, which dropped all of it. Chains that
+/// were in flight are not used: the rings resume at the used index in guest memory.
+pub(super) fn panicked(session: &Session, options: &WorkerOptions) -> Ended {
+    const FAULT: &str = "worker thread panicked (bug); the log has its message";
+    error!(
+        "{}: worker thread panicked (bug); queue pair stopped until the guest resets or the VMM reconnects",
+        options.name
+    );
+    tell_frontend(session);
+    let used = |ring: &Option<Ring>| ring.as_ref()?.layout.used_index(&session.memory).ok();
+    Ended { rx: used(&session.rx), tx: used(&session.tx), fault: Some(FAULT.into()) }
+}
+
+/// Signals the error descriptors of the session's rings.
+fn tell_frontend(session: &Session) {
     for ring in [&session.rx, &session.tx].into_iter().flatten() {
         ring.error.signal();
     }
-    Ended { fault: Some(fault.to_string()), ..ended }
 }
 
 impl Serving<'_> {
@@ -243,6 +261,10 @@ impl Serving<'_> {
                 if tx.is_enabled() {
                     let mtu = usize::from(self.mtu);
                     transmit(&mut *self.port, tx, &self.limits.tx, self.header_length, mtu);
+                    #[cfg(debug_assertions)]
+                    crate::fault_point::panic_if("worker", |frames| {
+                        tx.counters.frames.get() >= frames
+                    });
                 } else {
                     let reason = if tx.link { Drop::Disabled } else { Drop::LinkDown };
                     let dropped = Outcome::Dropped(reason);

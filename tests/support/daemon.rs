@@ -47,9 +47,14 @@ impl Daemon {
     /// Starts it with a file that describes its ports, and waits until the port `last` listens.
     /// `{}` in the file stands for its directory.
     pub(crate) fn with_config(contents: &str, last: &str) -> Self {
+        Self::failing(contents, last, "")
+    }
+
+    /// The same with a fault point of `src/fault_point.rs`, if `fault` names one.
+    pub(crate) fn failing(contents: &str, last: &str, fault: &str) -> Self {
         let mut daemon = Self::nobody();
         daemon.write_config(contents);
-        daemon.run_config();
+        daemon.run_config_failing(fault);
         eventually("the daemon listens", || UnixStream::connect(daemon.path(last)).is_ok());
         daemon
     }
@@ -66,8 +71,13 @@ impl Daemon {
 
     /// Starts it with the file that is there, after it has ended.
     pub(crate) fn run_config(&mut self) {
+        self.run_config_failing("");
+    }
+
+    fn run_config_failing(&mut self, fault: &str) {
         let mut command = program();
         command.arg("run").arg("--config").arg(self.path("config"));
+        command.env("VHOST_USER_NET_FAULT", fault);
         self.child = command.stderr(self.open_log()).spawn().unwrap();
     }
 
@@ -320,9 +330,13 @@ impl Daemon {
         let process = PathBuf::from(format!("/proc/{}", self.child.id()));
         let count = |what: &str| fs::read_dir(process.join(what)).unwrap().count();
         let status = fs::read_to_string(process.join("status")).unwrap();
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        let kilobytes = resident.trim().trim_end_matches(" kB").parse().unwrap();
-        (count("fd"), count("task"), kilobytes)
+        let kilobytes = |what: &str| -> usize {
+            let line = status.lines().find_map(|line| line.strip_prefix(what)).unwrap();
+            line.trim().trim_end_matches(" kB").parse().unwrap()
+        };
+        // Without the program's own pages: those for unwinding are read at the first panic.
+        let resident = kilobytes("RssAnon:") + kilobytes("RssShmem:");
+        (count("fd"), count("task"), resident)
     }
 }
 

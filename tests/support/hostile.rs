@@ -156,6 +156,11 @@ impl Scene {
         Self::described(case, control, "loopback = true\n", None)
     }
 
+    /// The same, with a fault point of `src/fault_point.rs`, and the attacked port as given.
+    pub(crate) fn failing(case: u8, fault: &str, attacked: &str, wire: Option<Wire>) -> Self {
+        Self::with_fault(case, "control = \"{}/control\"\n", attacked, wire, fault)
+    }
+
     /// The same on a TAP, in a fresh namespace.
     pub(crate) fn on_tap(case: u8) -> Self {
         enter_namespace_with_tap(false);
@@ -200,9 +205,13 @@ impl Scene {
     }
 
     fn described(case: u8, daemon: &str, attacked: &str, wire: Option<Wire>) -> Self {
+        Self::with_fault(case, daemon, attacked, wire, "")
+    }
+
+    fn with_fault(case: u8, daemon: &str, attacked: &str, wire: Option<Wire>, fault: &str) -> Self {
         let ports = port("attacked", attacked) + &port("quiet", "loopback = true\n");
         let contents = daemon.to_owned() + &ports;
-        let daemon = Daemon::with_config(&contents, "quiet");
+        let daemon = Daemon::failing(&contents, "quiet", fault);
         if attacked.starts_with("tap") {
             wait_for_carrier("tap0");
         }
@@ -232,6 +241,11 @@ impl Scene {
     /// The host's end of the attacked port.
     pub(crate) fn wire(&self) -> &Wire {
         self.wire.as_ref().expect("not a loopback")
+    }
+
+    /// Whether the attacked port is a loopback.
+    pub(crate) fn has_no_host(&self) -> bool {
+        self.wire.is_none()
     }
 
     /// Checks that the attacked port moves frames.
