@@ -6,6 +6,7 @@
 //! the guest resets or reconnects; D, the frame is dropped and counted, and its chain used; C,
 //! only this tenant's port suffers.
 
+mod calls;
 mod control;
 mod frames;
 mod handover;

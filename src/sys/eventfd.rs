@@ -10,6 +10,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ use super::check;
 
 /// How soon to look again whether a descriptor can be replaced.
 const RETRY: Duration = Duration::from_millis(1);
+/// How long whoever signals a descriptor sleeps at a time while somebody replaces it.
+const GIVE_WAY: Duration = Duration::from_micros(50);
 
 /// A descriptor that was checked to be an eventfd.
 ///
@@ -74,11 +77,19 @@ impl AsFd for ForeignEventFd {
 
 /// The place of a descriptor that the frontend may change at any time, or take away.
 #[derive(Debug, Default)]
-pub struct ForeignEvent(Mutex<Option<ForeignEventFd>>);
+pub struct ForeignEvent {
+    place: Mutex<Option<ForeignEventFd>>,
+    /// Somebody waits to replace it: whoever signals it lets them go first. Else a thread that is stuck
+    /// in one signal after the other would hardly ever leave the place free.
+    replacing: AtomicBool,
+}
 
 impl ForeignEvent {
     /// Signals it, if there is one; says whether there was.
     pub fn signal(&self) -> bool {
+        while self.replacing.load(Ordering::Acquire) {
+            std::thread::sleep(GIVE_WAY);
+        }
         let event = self.lock();
         // A full counter means that a signal is pending anyway.
         event.as_ref().map(ForeignEventFd::signal).is_some()
@@ -87,22 +98,19 @@ impl ForeignEvent {
     /// Puts another descriptor in its place, or none. While somebody signals it, `interrupt` is
     /// called again and again: it must get them out of the system call that they may be stuck in.
     pub fn replace(&self, event: Option<ForeignEventFd>, interrupt: impl Fn()) {
-        loop {
-            match self.0.try_lock() {
-                Ok(mut place) => {
-                    *place = event;
-                    return;
-                }
-                Err(TryLockError::Poisoned(poisoned)) => {
-                    *poisoned.into_inner() = event;
-                    return;
-                }
+        self.replacing.store(true, Ordering::Release);
+        let mut place = loop {
+            match self.place.try_lock() {
+                Ok(place) => break place,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
                 Err(TryLockError::WouldBlock) => {
                     interrupt();
                     std::thread::sleep(RETRY);
                 }
             }
-        }
+        };
+        *place = event;
+        self.replacing.store(false, Ordering::Release);
     }
 
     /// The same eventfd by another descriptor, if there is one.
@@ -111,7 +119,7 @@ impl ForeignEvent {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<ForeignEventFd>> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.place.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
