@@ -29,7 +29,7 @@ use crate::net_config::{MIN_MTU, NetConfig};
 use crate::policy::{Limits, Rules};
 use crate::port::Announcer;
 use crate::protocol::{Message, Reply, Request};
-use crate::worker::{Session, Worker};
+use crate::worker::{self, Ended, Session, Worker};
 
 use ring::{Kick, ToldRing};
 use state::Transfer;
@@ -185,9 +185,7 @@ impl Device {
 
     /// The frontend has gone: ends all sessions and forgets all that it said.
     pub fn forget(&mut self) {
-        for worker in &mut self.workers {
-            worker.end();
-        }
+        worker::end_all(&mut self.workers);
         let rings = (0..2 * self.workers.len()).map(|_| ToldRing::default()).collect();
         // Unmapped first, so that the next frontend has all of the port's limit.
         let memory = Arc::new(GuestMemory::within(self.quota.clone()));
@@ -520,16 +518,15 @@ impl Device {
         Ok(None)
     }
 
-    /// Ends all sessions.
+    /// Ends all sessions, and notes where their rings stand.
     fn end_all(&mut self) {
-        (0..self.workers.len()).for_each(|pair| self.end(pair));
+        let ended = worker::end_all(&mut self.workers);
+        ended.into_iter().enumerate().for_each(|(pair, ended)| self.note(pair, ended));
     }
 
     fn restart_all(&mut self) {
-        for pair in 0..self.workers.len() {
-            self.end(pair);
-            self.begin(pair);
-        }
+        self.end_all();
+        (0..self.workers.len()).for_each(|pair| self.begin(pair));
     }
 
     fn restart(&mut self, index: u32) {
@@ -540,6 +537,10 @@ impl Device {
     /// Ends the session of a queue pair, and notes where its rings stand.
     fn end(&mut self, pair: usize) {
         let ended = self.workers[pair].end();
+        self.note(pair, ended);
+    }
+
+    fn note(&mut self, pair: usize, ended: Ended) {
         let (rx, tx) = (2 * pair, 2 * pair + 1);
         for (index, next) in [(rx, ended.rx), (tx, ended.tx)] {
             let ring = &mut self.told.rings[index];

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::error;
 use nix::sys::prctl;
@@ -33,9 +33,11 @@ use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
 use crate::sys::process::{Interruptible, ThreadClock, pin_this_thread};
 use crate::traffic::Tally;
 
-/// How long a worker may take to end its session before the system call that it is in is
+/// How long workers may take to end their sessions before the system calls that they are in are
 /// interrupted.
 const PATIENCE: Duration = Duration::from_millis(100);
+/// How often they are interrupted then.
+const INTERRUPTIONS: Duration = Duration::from_millis(1);
 /// Fault of a queue pair that has no thread any more.
 const EXITED: &str = "worker thread exited (bug)";
 
@@ -227,22 +229,7 @@ impl Worker {
     /// Ends the session, if one is running. When this returns, each of its chains has been retired
     /// or taken back, and its memory is touched no more.
     pub fn end(&mut self) -> Ended {
-        if !self.running {
-            return Ended::default();
-        }
-        self.running = false;
-        self.send(Command::End);
-        loop {
-            match self.replies.recv_timeout(PATIENCE) {
-                Ok(ended) => return ended,
-                Err(RecvTimeoutError::Timeout) => self.interrupt(),
-                // The thread has ended for a panic outside a session: it holds nothing any more.
-                Err(RecvTimeoutError::Disconnected) => {
-                    self.status.set_serving(false);
-                    return Ended { fault: Some(EXITED.into()), ..Ended::default() };
-                }
-            }
-        }
+        end_all(std::slice::from_mut(self)).remove(0)
     }
 
     /// Has the drivers called, whether or not there is anything new for them.
@@ -271,6 +258,39 @@ impl Worker {
         }
         self.mailbox.wake.wake();
     }
+}
+
+/// Ends the sessions of all workers as [`Worker::end`] does, and waits for them together. Those that take
+/// longer than [`PATIENCE`] are interrupted again and again: a frontend can have each of a session's last
+/// calls block.
+pub fn end_all(workers: &mut [Worker]) -> Vec<Ended> {
+    for worker in workers.iter().filter(|worker| worker.running) {
+        worker.send(Command::End);
+    }
+    let patient_until = Instant::now() + PATIENCE;
+    let mut ended = Vec::with_capacity(workers.len());
+    while let Some(worker) = workers.get_mut(ended.len()) {
+        if !worker.running {
+            ended.push(Ended::default());
+            continue;
+        }
+        let patience = patient_until.saturating_duration_since(Instant::now());
+        match worker.replies.recv_timeout(patience.max(INTERRUPTIONS)) {
+            Ok(reply) => ended.push(reply),
+            Err(RecvTimeoutError::Timeout) => {
+                let late = workers[ended.len()..].iter().filter(|worker| worker.running);
+                late.for_each(Worker::interrupt);
+                continue;
+            }
+            // The thread has ended for a panic outside a session: it holds nothing any more.
+            Err(RecvTimeoutError::Disconnected) => {
+                worker.status.set_serving(false);
+                ended.push(Ended { fault: Some(EXITED.into()), ..Ended::default() });
+            }
+        }
+        worker.running = false;
+    }
+    ended
 }
 
 impl Drop for Worker {

@@ -145,6 +145,11 @@ impl Scene {
         Self::between(case, "loopback = true\nqueue-pairs = 2\n", None)
     }
 
+    /// The same with another number of queue pairs.
+    pub(crate) fn of_pairs(case: u8, pairs: u32) -> Self {
+        Self::between(case, &format!("loopback = true\nqueue-pairs = {pairs}\n"), None)
+    }
+
     /// The same with further options of the attacked port.
     pub(crate) fn limited(case: u8, options: &str) -> Self {
         Self::between(case, &format!("loopback = true\nqueue-pairs = 2\n{options}"), None)
