@@ -59,8 +59,9 @@ impl Log {
             .filter_level(level)
             .target(Target::Pipe(Box::new(lines.clone())))
             .format(move |line, record| {
-                let mut throttle = throttle.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                // Before the lock, which the panic hook takes too.
                 let text = plain(&record.args().to_string());
+                let mut throttle = throttle.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 let Some(left_out) = throttle.admit(record, &text, Instant::now()) else {
                     return Ok(());
                 };

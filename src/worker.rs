@@ -251,7 +251,7 @@ impl Worker {
         if self.commands.send(command).is_err() {
             let name = self.thread.as_ref().and_then(|thread| thread.thread().name());
             error!(
-                "{}: {EXITED}; queue pair down until the port is added again",
+                "{}: worker thread exited (bug); queue pair down until the port is added again",
                 name.unwrap_or("?")
             );
             self.status.set_fault(Some(EXITED.into()));

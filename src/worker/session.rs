@@ -25,7 +25,7 @@ const TX_BUDGET: Budget = Budget { chains: 64, bytes: 1 << 20 };
 const RX_BUDGET: Budget = Budget { chains: 64, bytes: usize::MAX };
 /// How long a limit is waited for at the most, since it may be changed meanwhile.
 const LIMIT_CHANGES: Duration = Duration::from_millis(100);
-/// How long a worker whose waiting failed does nothing, so that it does not spin.
+/// How long a worker that cannot wait does nothing, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// One direction of the pair: its ring, and what was popped from it and not yet lent.
@@ -206,11 +206,18 @@ impl Serving<'_> {
         mailbox: &Mailbox,
     ) -> Result<(), Fault> {
         let rings = (self.rx.as_ref().map(|rx| rx.ring), self.tx.as_ref().map(|tx| tx.ring));
-        let mut sleeper = match Sleeper::new(rings, self.port.events(), mailbox) {
-            Ok(sleeper) => sleeper,
-            Err(error) => {
-                warn!("{}: can't wait for its descriptors: {error}", options.name);
-                return Ok(());
+        let mut complained = false;
+        let mut sleeper = loop {
+            match Sleeper::new(rings, self.port.events(), mailbox) {
+                Ok(sleeper) => break sleeper,
+                Err(_) if mailbox.has_command() => return Ok(()),
+                // The process may be out of descriptors for a while: no fault of the guest's.
+                Err(error) if !std::mem::replace(&mut complained, true) => warn!(
+                    "{}: cannot wait for its descriptors: {error}; tried every {} ms",
+                    options.name,
+                    PAUSE.as_millis()
+                ),
+                Err(_) => std::thread::sleep(PAUSE),
             }
         };
         while !mailbox.has_command() {

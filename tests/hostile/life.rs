@@ -183,6 +183,15 @@ fn hostile_45_what_the_host_runs_out_of_costs_one_port() {
     scene.daemon_says("accept a frontend: Too many open files");
     limit("--nofile=1024:".into());
     assert_ne!(Frontend::new(waiting).get(FrontendReq::GET_FEATURES), 0);
+    // A session that begins without a descriptor for its waiting begins when there is one.
+    let mut card = scene.card();
+    limit("--nofile=4:".into());
+    card.frontend.enable(1, false);
+    scene.says("cannot wait for its descriptors: Too many open files");
+    card.frontend.enable(1, true);
+    limit("--nofile=1024:".into());
+    card.check_echo(100);
+    drop(card);
     // Address space.
     let mut frontend = scene.frontend();
     frontend.begin();
