@@ -1,14 +1,11 @@
 //! Case 68: a bug makes a thread of one port panic, by a fault point of debug builds
 //! (`src/fault_point.rs`).
 
-use std::os::unix::net::UnixStream;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::FrontendReq;
-use vmm_sys_util::tempdir::TempDir;
 
-use crate::support::daemon::program;
+use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, HEADER};
 use crate::support::frontend::Frontend;
 use crate::support::hostile::Scene;
@@ -152,15 +149,10 @@ fn hostile_68_control_panic_ends_one_port() {
     scene.ends("B: a worker serves the next session; C: a control thread's port has ended");
 
     // A service manager starts a daemon again whose last port has ended so.
-    let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
-    let socket = directory.as_path().join("only");
-    let mut command = program();
-    command.arg("--loopback").arg("--name=only").arg(format!("--socket-path={}", socket.display()));
-    command.env("VHOST_USER_NET_FAULT", "control:only:19").stderr(Stdio::null());
-    let mut daemon = command.spawn().unwrap();
-    eventually("the daemon listens", || UnixStream::connect(&socket).is_ok());
-    let mut frontend = Frontend::new(UnixStream::connect(socket).unwrap());
+    let mut daemon =
+        Daemon::failing_without_file(&["--loopback", "--name=only"], "control:only:19");
+    let mut frontend = Frontend::new(daemon.connect());
     frontend.begin();
     assert_eq!(frontend.try_ask(FrontendReq::SEND_RARP, &[0; 8], &[]), None, "disconnected");
-    assert_eq!(daemon.wait().unwrap().code(), Some(1));
+    assert_eq!(daemon.wait().code(), Some(1));
 }

@@ -50,7 +50,18 @@ impl Daemon {
         Self::failing(contents, last, "")
     }
 
-    /// The same with a fault point of `src/fault_point.rs`, if `fault` names one.
+    /// Starts it on a socket with a fault point of `src/fault_point.rs`, and waits until it listens.
+    pub(crate) fn failing_without_file(options: &[&str], fault: &str) -> Self {
+        let mut daemon = Self::nobody();
+        let mut command = program();
+        command.arg(format!("--socket-path={}", daemon.socket().display())).args(options);
+        command.env("VHOST_USER_NET_FAULT", fault);
+        daemon.child = command.stderr(daemon.open_log()).spawn().unwrap();
+        daemon.wait_until_it_listens();
+        daemon
+    }
+
+    /// Starts it with a file, and with a fault point if `fault` names one.
     pub(crate) fn failing(contents: &str, last: &str, fault: &str) -> Self {
         let mut daemon = Self::nobody();
         daemon.write_config(contents);
