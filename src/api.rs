@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use log::{info, warn};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -230,6 +230,11 @@ impl Server {
         self.endpoint.as_ref().and_then(Endpoint::fd)
     }
 
+    /// When to accept again, after an accept that failed.
+    pub fn retry(&self) -> Option<Instant> {
+        self.endpoint.as_ref().and_then(Endpoint::deadline)
+    }
+
     /// True if the daemon was started with a configuration file, which SIGHUP reloads.
     pub fn has_file(&self) -> bool {
         self.house.about["file"].is_string()
@@ -263,7 +268,7 @@ impl Server {
     /// Takes a client, if one has connected: its number and its socket, and the number of one that
     /// had to go for it.
     pub fn accept(&mut self, ports: &mut Ports) -> Option<(u32, &UnixStream, Option<u32>)> {
-        let stream = self.endpoint.as_mut()?.connection()?;
+        let stream = self.endpoint.as_mut()?.connection("control socket")?;
         if let Err(why) = self.check_peer(&stream) {
             info!("control socket: a client is turned away: {why}");
             let mut stream = stream;

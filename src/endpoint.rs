@@ -16,6 +16,7 @@ use log::{info, warn};
 
 use crate::config::Frontend;
 use crate::daemon::StartError;
+use crate::event::Interest;
 use crate::sandbox::find_group;
 use crate::sys::socket::{Inherited, bind, classify, connect_now, listen};
 
@@ -23,14 +24,56 @@ use crate::sys::socket::{Inherited, bind, classify, connect_now, listen};
 const FIRST_RETRY: Duration = Duration::from_millis(5);
 const LAST_RETRY: Duration = Duration::from_millis(500);
 
-/// How long a failing accept is left alone.
+/// Time for which a listener is left alone after an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Whether a listener accepts, or pauses: a connection that waits makes it readable all the time, and the
+/// process may be out of descriptors. Nobody sleeps meanwhile.
+#[derive(Debug, Default)]
+pub struct Accepting {
+    /// When to try again, after an accept that failed.
+    retry: Option<Instant>,
+}
+
+impl Accepting {
+    /// What an accept has brought. One that fails begins a pause, or prolongs it. `name` is the
+    /// listener's, for the log.
+    pub fn connection<T>(&mut self, name: &str, accepted: io::Result<T>) -> Option<T> {
+        let accepted = match accepted {
+            Ok(stream) => Some(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            // This one has gone; the next may be there.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => return None,
+            Err(error) => {
+                if self.retry.replace(Instant::now() + ACCEPT_PAUSE).is_none() {
+                    let wait = ACCEPT_PAUSE.as_millis();
+                    warn!("{name}: cannot accept a connection: {error}; tried every {wait} ms");
+                }
+                return None;
+            }
+        };
+        if self.retry.take().is_some() {
+            info!("{name}: accepts connections again");
+        }
+        accepted
+    }
+
+    /// When to try again, while it pauses.
+    pub fn retry(&self) -> Option<Instant> {
+        self.retry
+    }
+
+    /// What its listener is waited on for.
+    pub fn interest(&self) -> Interest {
+        if self.retry.is_some() { Interest::Nothing } else { Interest::Read }
+    }
+}
 
 /// Source of connections.
 #[derive(Debug)]
 pub enum Endpoint {
     /// A listening socket, and the file that we made for it, if we did.
-    Listener(UnixListener, Option<SocketFile>),
+    Listener(UnixListener, Option<SocketFile>, Accepting),
     /// A connection that we were given: there will be no other.
     Connected(Option<UnixStream>),
     /// A socket to connect to.
@@ -67,7 +110,7 @@ impl Endpoint {
                 if let Err(error) = &file {
                     info!("{shown}: {error}: the socket will be left there");
                 }
-                Ok(Endpoint::Listener(listener, file.ok()))
+                Ok(Endpoint::Listener(listener, file.ok(), Accepting::default()))
             }
             (Frontend::Listen(path), None) => make_listener(path),
             (Frontend::Connect(path), _) => Ok(Endpoint::Connect {
@@ -85,7 +128,7 @@ impl Endpoint {
             Inherited::Listener => {
                 let listener = UnixListener::from(fd);
                 listener.set_nonblocking(true).map_err(failed)?;
-                Ok(Endpoint::Listener(listener, None))
+                Ok(Endpoint::Listener(listener, None, Accepting::default()))
             }
         }
     }
@@ -95,12 +138,12 @@ impl Endpoint {
     /// # Errors
     /// The descriptor can't be made non-blocking.
     pub fn taken(fd: OwnedFd) -> io::Result<Self> {
-        Ok(Endpoint::Listener(take_listener(fd)?, None))
+        Ok(Endpoint::Listener(take_listener(fd)?, None, Accepting::default()))
     }
 
     /// Has the socket's file, at `path`, removed when we go.
     pub fn own(&mut self, path: &Path) {
-        if let Endpoint::Listener(_, file) = self {
+        if let Endpoint::Listener(_, file, _) = self {
             *file = SocketFile::of(path).ok();
         }
     }
@@ -110,7 +153,7 @@ impl Endpoint {
     /// # Errors
     /// There is no such group, or we may not give it anything.
     pub fn share_with(&self, group: &str) -> Result<(), StartError> {
-        let Endpoint::Listener(_, Some(SocketFile { path, .. })) = self else { return Ok(()) };
+        let Endpoint::Listener(_, Some(SocketFile { path, .. }), _) = self else { return Ok(()) };
         let shown = path.display();
         let gid = find_group(group)
             .ok_or_else(|| StartError::new(format!("{shown}: there is no group {group}")))?;
@@ -125,7 +168,7 @@ impl Endpoint {
 
     /// Lets go of the socket without removing its file, which is another's from now on.
     pub fn give_away(self) {
-        if let Endpoint::Listener(_, Some(file)) = self {
+        if let Endpoint::Listener(_, Some(file), _) = self {
             std::mem::forget(file);
         }
     }
@@ -136,7 +179,7 @@ impl Endpoint {
     /// Those of `listen`.
     pub fn start(&self) -> io::Result<()> {
         match self {
-            Endpoint::Listener(listener, _) => listen(listener),
+            Endpoint::Listener(listener, ..) => listen(listener),
             Endpoint::Connected(_) | Endpoint::Connect { .. } => Ok(()),
         }
     }
@@ -144,7 +187,7 @@ impl Endpoint {
     /// The descriptor that becomes readable when a frontend connects.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Endpoint::Listener(listener, _) => Some(listener.as_fd()),
+            Endpoint::Listener(listener, ..) => Some(listener.as_fd()),
             Endpoint::Connected(_) | Endpoint::Connect { .. } => None,
         }
     }
@@ -152,7 +195,7 @@ impl Endpoint {
     /// What another process needs to take it over, if it needs anything.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Endpoint::Listener(listener, _) => Some(listener.as_fd()),
+            Endpoint::Listener(listener, ..) => Some(listener.as_fd()),
             Endpoint::Connected(stream) => stream.as_ref().map(AsFd::as_fd),
             Endpoint::Connect { .. } => None,
         }
@@ -162,7 +205,8 @@ impl Endpoint {
     pub fn deadline(&self) -> Option<Instant> {
         match self {
             Endpoint::Connect { next, .. } => Some(*next),
-            Endpoint::Listener(..) | Endpoint::Connected(_) => None,
+            Endpoint::Listener(.., accepting) => accepting.retry(),
+            Endpoint::Connected(_) => None,
         }
     }
 
@@ -171,19 +215,24 @@ impl Endpoint {
         matches!(self, Endpoint::Connected(None))
     }
 
-    /// A new connection, if there is one now.
-    pub fn connection(&mut self) -> Option<UnixStream> {
+    /// What its [descriptor](Self::fd) is waited on for.
+    pub fn interest(&self) -> Interest {
         match self {
-            Endpoint::Listener(listener, _) => match listener.accept() {
-                Ok((stream, _)) => Some(stream),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-                Err(error) => {
-                    // Most likely out of descriptors; the connection waits, and so do we.
-                    warn!("accept a frontend: {error}");
-                    std::thread::sleep(ACCEPT_PAUSE);
-                    None
+            Endpoint::Listener(.., accepting) => accepting.interest(),
+            Endpoint::Connected(_) | Endpoint::Connect { .. } => Interest::Nothing,
+        }
+    }
+
+    /// A new connection, if there is one now. `name` is for the log.
+    pub fn connection(&mut self, name: &str) -> Option<UnixStream> {
+        match self {
+            Endpoint::Listener(listener, _, accepting) => {
+                if accepting.retry().is_some_and(|retry| Instant::now() < retry) {
+                    return None;
                 }
-            },
+                let accepted = listener.accept().map(|(stream, _)| stream);
+                accepting.connection(name, accepted)
+            }
             Endpoint::Connected(stream) => stream.take(),
             Endpoint::Connect { path, next, wait } => {
                 if Instant::now() < *next {
@@ -257,7 +306,7 @@ fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
     remove_stale(path)?;
     let listener = bind(path).map_err(failed)?;
     let file = SocketFile::of(path).map_err(failed)?;
-    Ok(Endpoint::Listener(listener, Some(file)))
+    Ok(Endpoint::Listener(listener, Some(file), Accepting::default()))
 }
 
 /// Removes a socket that nobody listens on any more: a killed process has left it behind, or one that

@@ -8,6 +8,7 @@
 
 mod calls;
 mod control;
+mod descriptors;
 mod frames;
 mod handover;
 mod hold;

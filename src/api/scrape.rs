@@ -8,14 +8,17 @@ use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use log::warn;
 
 use super::{Wanted, metrics};
 use crate::config::{Frontend, MetricsAddress};
 use crate::daemon::{Ports, StartError};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Accepting, Endpoint};
 
+/// The socket's name in the log.
+const NAME: &str = "metrics";
 /// Longest request in bytes: Prometheus sends some hundreds.
 const MAX_REQUEST: usize = 8 << 10;
 /// Headers of a request at the most.
@@ -26,7 +29,7 @@ const MAX_VISITORS: usize = 8;
 #[derive(Debug)]
 enum Listener {
     Unix(Endpoint),
-    Tcp(TcpListener),
+    Tcp(TcpListener, Accepting),
 }
 
 #[derive(Debug)]
@@ -93,7 +96,7 @@ impl Scrape {
                 let given = given.map(|fd| Ok(TcpListener::from(fd)));
                 let listener = given.unwrap_or_else(bind).map_err(failed)?;
                 listener.set_nonblocking(true).map_err(failed)?;
-                Listener::Tcp(listener)
+                Listener::Tcp(listener, Accepting::default())
             }
         };
         Ok(Scrape { listener, visitors: Vec::new(), next: 0 })
@@ -119,15 +122,26 @@ impl Scrape {
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.listener {
             Listener::Unix(endpoint) => endpoint.fd(),
-            Listener::Tcp(listener) => Some(listener.as_fd()),
+            Listener::Tcp(listener, _) => Some(listener.as_fd()),
+        }
+    }
+
+    /// When to accept again, after an accept that failed.
+    pub fn retry(&self) -> Option<Instant> {
+        match &self.listener {
+            Listener::Unix(endpoint) => endpoint.deadline(),
+            Listener::Tcp(_, accepting) => accepting.retry(),
         }
     }
 
     /// Takes whoever has connected: their number and socket, and the number of one who had to go.
     pub fn accept(&mut self) -> Option<(u32, BorrowedFd<'_>, Option<u32>)> {
         let stream = match &mut self.listener {
-            Listener::Unix(endpoint) => Stream::Unix(endpoint.connection()?),
-            Listener::Tcp(listener) => Stream::Tcp(listener.accept().ok()?.0),
+            Listener::Unix(endpoint) => Stream::Unix(endpoint.connection(NAME)?),
+            Listener::Tcp(listener, accepting) => {
+                let accepted = listener.accept().map(|(stream, _)| stream);
+                Stream::Tcp(accepting.connection(NAME, accepted)?)
+            }
         };
         let prepared = match &stream {
             Stream::Unix(stream) => stream.set_nonblocking(true),

@@ -393,7 +393,7 @@ impl Control {
         let Some(stream) = connection else { return Ok(()) };
         let connection = Connection::new(stream)?;
         self.poller.add(&connection, Interest::Read, Source::Connection)?;
-        let _ = self.poller.remove(Source::Endpoint);
+        let _ = self.poller.modify(Source::Endpoint, Interest::Nothing);
         self.status.connected();
         self.status.set_features(self.device.features());
         self.connection = Some(connection);
@@ -402,17 +402,20 @@ impl Control {
 
     /// Takes a new connection, if there is one.
     fn connect(&mut self) {
-        let Some(stream) = self.endpoint.connection() else { return };
         let name = self.device.name();
+        let stream = self.endpoint.connection(name);
+        // An accept that fails is tried again later, however readable the listener is.
+        let _ = self.poller.modify(Source::Endpoint, self.endpoint.interest());
+        let Some(stream) = stream else { return };
         let watched = Connection::new(stream).and_then(|connection| {
             self.poller.add(&connection, Interest::Read, Source::Connection)?;
-            // The next frontend waits until this one has gone.
-            self.poller.remove(Source::Endpoint)?;
             Ok(connection)
         });
         match watched {
             Ok(connection) => {
                 info!("{name}: frontend connected");
+                // The next frontend waits until this one has gone.
+                let _ = self.poller.modify(Source::Endpoint, Interest::Nothing);
                 self.status.connected();
                 self.connection = Some(connection);
             }
@@ -491,11 +494,8 @@ impl Control {
         debug!("{}: stopped in {:?}", self.device.name(), started.elapsed());
         let _ = self.poller.remove(Source::Connection);
         self.connection = None;
-        if let Some(fd) = self.endpoint.fd()
-            && let Err(error) = self.poller.add(fd, Interest::Read, Source::Endpoint)
-        {
-            warn!("{}: wait for the next frontend: {error}", self.device.name());
-        }
+        // Not added again, which the kernel may refuse: nobody could connect any more.
+        let _ = self.poller.modify(Source::Endpoint, self.endpoint.interest());
         self.log_counters();
     }
 

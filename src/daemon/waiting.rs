@@ -10,7 +10,7 @@ use super::supervision::Supervisor;
 use crate::api::scrape::Scrape;
 use crate::api::{Server, Wanted};
 use crate::config::Config;
-use crate::event::{Interest, Poller};
+use crate::event::{Interest, Poller, until};
 use crate::sys::process::{Signal, Signals};
 
 /// What the main thread waits for.
@@ -79,7 +79,8 @@ impl<'a> Waiting<'a> {
         while !self.server.has_given_away() && (self.server.is_open() || self.ports.any_runs()) {
             let time = self.supervisor.report(self.ports.iter().count());
             let overdue = self.ports.end_overdue_handover();
-            let time = time.into_iter().chain(self.mend()).chain(overdue).min();
+            let accept = self.wait_for_connections();
+            let time = time.into_iter().chain(self.mend()).chain(overdue).chain(accept).min();
             self.poller.wait(time, |source| happened.push(source))?;
             for source in happened.drain(..) {
                 match source {
@@ -160,6 +161,20 @@ impl<'a> Waiting<'a> {
         self.mended = Some(Instant::now());
         self.serve_client(number);
         Some(MEND)
+    }
+
+    /// Waits on the listeners but those whose accept has just failed; returns when to look again.
+    fn wait_for_connections(&mut self) -> Option<Duration> {
+        let scrape = self.scrape.as_ref().and_then(Scrape::retry);
+        let mut soonest = None;
+        for (source, retry) in [(Source::Operators, self.server.retry()), (Source::Scrape, scrape)]
+        {
+            let Some(left) = until(retry) else { continue };
+            let interest = if left.is_zero() { Interest::Read } else { Interest::Nothing };
+            let _ = self.poller.modify(source, interest);
+            soonest = soonest.into_iter().chain((!left.is_zero()).then_some(left)).min();
+        }
+        soonest
     }
 
     /// Takes whoever has connected to the control socket.

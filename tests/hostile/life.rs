@@ -180,7 +180,7 @@ fn hostile_45_what_the_host_runs_out_of_costs_one_port() {
     limit(format!("--nofile={}:", scene.daemon.lowest_free_descriptor()));
     let waiting = scene.daemon.connect_to("attacked");
     std::thread::sleep(Duration::from_millis(300));
-    scene.daemon_says("accept a frontend: Too many open files");
+    scene.daemon_says("cannot accept a connection: Too many open files");
     limit("--nofile=1024:".into());
     assert_ne!(Frontend::new(waiting).get(FrontendReq::GET_FEATURES), 0);
     // A session that begins without a descriptor for its waiting begins when there is one.
