@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 use crate::config::{Config, Frontend, MAX_QUEUE_PAIRS};
 use crate::daemon::{Ports, StartError};
 use crate::endpoint::Endpoint;
-use crate::sys::socket::{receive, send_with_files};
+use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
 pub use requests::Command;
 use requests::{Answer, Refused, carry_out};
@@ -349,7 +349,7 @@ fn talk(
 ) -> io::Result<()> {
     if client.output.is_empty() && !client.input.contains(&b'\n') {
         let mut bytes = [0; 4096];
-        match receive(&client.stream, &mut bytes) {
+        match receive(&client.stream, &mut bytes, MAX_DESCRIPTORS) {
             Ok(received) if received.bytes == 0 => {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }

@@ -16,9 +16,12 @@ mod waiting;
 use std::fmt;
 use std::io;
 
+use log::warn;
+
 use crate::api::Server;
 use crate::api::scrape::Scrape;
 use crate::config::Config;
+use crate::descriptors;
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::sandbox::{Role, Sandbox};
@@ -60,7 +63,7 @@ pub fn run(config: &Config) -> Result<(), StartError> {
     // promised and did not get.
     let inherited = config.ports.iter().map(Descriptors::inherit).collect::<Result<Vec<_>, _>>()?;
     share_pool();
-    raise_descriptor_limit();
+    raise_descriptor_limit().into_iter().for_each(descriptors::set_limit);
     contain_sigbus()
         .map_err(|error| StartError::new(format!("install a signal handler: {error}")))?;
     // Before any thread is started: they inherit the mask.
@@ -129,6 +132,14 @@ fn serve(
     sandbox.confine(role).map_err(no_thread)?;
     if let Some(predecessor) = &mut predecessor {
         predecessor.take_over(&mut ports)?;
+    }
+    if let Some(need) = descriptors::shortage() {
+        let limit = descriptors::limit();
+        warn!(
+            "daemon: {limit} descriptors may be open, and the ports can need {need}; requests of VMMs \
+             that share many memory regions are refused; set LimitNOFILE={need} in the unit, or \
+             ulimit -n {need}"
+        );
     }
     let mut waiting =
         Waiting::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use log::{debug, info, warn};
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as ProtocolFeatures};
 
+use crate::descriptors::{DescriptorQuota, STATE};
 use crate::features::{Negotiated, Offer, protocol_features};
 use crate::guest::layout::MAX_SIZE;
 use crate::guest::memory::MAX_SLOTS;
@@ -88,7 +89,7 @@ struct Told {
     transfer: Option<Transfer>,
     rings: Vec<ToldRing>,
     /// The channel for requests of ours, of which there are none yet.
-    backend_requests: Option<File>,
+    backend_requests: Option<Arc<File>>,
 }
 
 /// One port's device: its workers, and what a frontend has told about them.
@@ -102,6 +103,7 @@ pub struct Device {
     announcer: Option<Announcer>,
     limits: Option<Arc<Limits>>,
     quota: Arc<MemoryQuota>,
+    descriptors: Option<Arc<DescriptorQuota>>,
     workers: Vec<Worker>,
     /// No session begins: another daemon serves the guest, or may do so soon.
     suspended: bool,
@@ -120,6 +122,7 @@ impl Device {
             announcer: None,
             limits: None,
             quota: Arc::default(),
+            descriptors: None,
             workers,
             suspended: false,
             told: Told::default(),
@@ -137,6 +140,11 @@ impl Device {
     pub fn set_quota(&mut self, quota: Arc<MemoryQuota>) {
         self.quota = quota;
         self.forget();
+    }
+
+    /// Has what is kept for the frontend counted.
+    pub fn set_descriptor_quota(&mut self, quota: Arc<DescriptorQuota>) {
+        self.descriptors = Some(quota);
     }
 
     /// Has the guest's frames judged by these rules from now on.
@@ -190,6 +198,51 @@ impl Device {
         // Unmapped first, so that the next frontend has all of the port's limit.
         let memory = Arc::new(GuestMemory::within(self.quota.clone()));
         self.told = Told { rings, memory, ..Told::default() };
+        self.count_descriptors();
+    }
+
+    /// Descriptors that are kept for the frontend, but for its connection.
+    fn kept_descriptors(&self) -> usize {
+        let Told { memory, log, inflight, transfer, backend_requests, .. } = &self.told;
+        let few = [log.is_some(), inflight.is_some(), backend_requests.is_some()];
+        let transfer = if matches!(transfer, Some(Transfer::Load(_))) { STATE } else { 0 };
+        let rings: usize = self.told.rings.iter().map(ToldRing::descriptors).sum();
+        memory.len() + few.into_iter().filter(|is| *is).count() + transfer + rings
+    }
+
+    /// The most of them that there are after a request.
+    fn descriptors_after(&self, request: &Request) -> usize {
+        let kept = self.kept_descriptors();
+        let instead_of = |replaced: bool| kept + usize::from(!replaced);
+        let of_ring = |index: &u32, file: &Option<File>, has: fn(&ToldRing) -> bool| {
+            let ring = self.told.rings.get(*index as usize);
+            ring.map_or(kept, |ring| instead_of(file.is_none() || has(ring)))
+        };
+        match request {
+            Request::SetMemTable(regions) => {
+                (kept + regions.len()).saturating_sub(self.told.memory.len())
+            }
+            Request::AddMemReg(..) => kept + 1,
+            Request::SetVringKick { index, file } => of_ring(index, file, ToldRing::has_kick),
+            Request::SetVringCall { index, file } => {
+                of_ring(index, file, |ring| ring.call.is_set())
+            }
+            Request::SetVringErr { index, file } => {
+                of_ring(index, file, |ring| ring.error.is_set())
+            }
+            Request::SetBackendReqFd(_) => instead_of(self.told.backend_requests.is_some()),
+            Request::SetLogBase { .. } => instead_of(self.told.log.is_some()),
+            Request::SetInflightFd { .. } => instead_of(self.told.inflight.is_some()),
+            Request::SetDeviceStateFd { .. } => kept + STATE,
+            _ => kept,
+        }
+    }
+
+    fn count_descriptors(&self) {
+        if let Some(quota) = &self.descriptors {
+            // Not more than before, or than was permitted before the request.
+            let _ = quota.keep(self.kept_descriptors());
+        }
     }
 
     /// Carries a request out.
@@ -197,10 +250,24 @@ impl Device {
     /// # Errors
     /// A [`Refusal`]; the device is as it was before.
     pub fn handle(&mut self, message: Message) -> Result<Option<Reply>, Refusal> {
-        let code = message.code;
-        debug!("{}: {code:?}", self.name);
+        debug!("{}: {:?}", self.name, message.code);
+        let after = self.descriptors_after(&message.request);
+        if let Some(quota) = self.descriptors.as_ref().filter(|_| after > self.kept_descriptors()) {
+            quota.keep(after).map_err(|why| match message.request {
+                Request::SetLogBase { .. } | Request::SetDeviceStateFd { .. } => {
+                    Refusal::Unanswerable(why)
+                }
+                _ => Refusal::Refused(why),
+            })?;
+        }
+        let handled = self.carry_out(message.request);
+        self.count_descriptors();
+        handled
+    }
+
+    fn carry_out(&mut self, request: Request) -> Result<Option<Reply>, Refusal> {
         let reply = |value: u64| Ok(Some(Reply::U64(value)));
-        match message.request {
+        match request {
             Request::GetFeatures => reply(self.offer.bits()),
             Request::SetFeatures(bits) => self.set_features(bits),
             Request::SetOwner => Ok(None),
@@ -297,7 +364,7 @@ impl Device {
             }
             Request::SetBackendReqFd(file) => {
                 self.requires(ProtocolFeatures::BACKEND_REQ)?;
-                self.told.backend_requests = Some(file);
+                self.told.backend_requests = Some(Arc::new(file));
                 Ok(None)
             }
             Request::GetConfig { offset, size, flags } => {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::config::Frontend;
 use crate::counters::PairCounters;
+use crate::descriptors::DescriptorQuota;
 use crate::guest::MemoryQuota;
 use crate::policy::{Limits, LiveFilter};
 use crate::port::{Mode, RxFilter};
@@ -134,6 +135,8 @@ pub struct PortStatus {
     pub traffic: Traffic,
     /// Its limit on mapped bytes, and how many are mapped.
     pub memory: Arc<MemoryQuota>,
+    /// Its part of the budget of descriptors.
+    pub descriptors: Arc<DescriptorQuota>,
     /// Its queue pairs.
     pub pairs: Vec<Arc<PairStatus>>,
     connection: Mutex<FrontendStatus>,
@@ -152,6 +155,7 @@ impl PortStatus {
         filters: Filters,
         traffic: Traffic,
         memory: Arc<MemoryQuota>,
+        descriptors: Arc<DescriptorQuota>,
         pairs: Vec<Arc<PairStatus>>,
     ) -> Self {
         let (connection, link_down, ended) = Default::default();
@@ -163,6 +167,7 @@ impl PortStatus {
             filters,
             traffic,
             memory,
+            descriptors,
             pairs,
             connection,
             link_down,

@@ -16,7 +16,7 @@ use super::requests::Wanted;
 use super::stats::rates;
 use super::top::{Look, top};
 use super::{Command, Request, VERSION};
-use crate::sys::socket::{receive, send_with_files};
+use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
 /// How long a daemon may take to reply.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -213,7 +213,7 @@ impl Connection {
             self.send(command, &[])?;
             let mut buffer = vec![0; 64 << 10];
             while bytes.last() != Some(&b'\n') {
-                let received = match receive(stream, &mut buffer) {
+                let received = match receive(stream, &mut buffer, MAX_DESCRIPTORS) {
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                     received => received?,
                 };

@@ -10,6 +10,7 @@ use super::report::state;
 use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, PairCounters};
 use crate::daemon::{Port, Ports};
+use crate::descriptors;
 use crate::guest::MemoryQuota;
 use crate::status::{PairStatus, PortStatus};
 
@@ -212,6 +213,24 @@ pub(super) fn text(ports: &Ports) -> String {
             .map(|port| gauge(&vec![("port", port.name.as_str())], bytes(&port.memory) as f64));
         families.push(family(name, help, MetricType::GAUGE, metrics.collect()));
     }
+    let metrics = ports
+        .iter()
+        .map(|port| gauge(&vec![("port", port.name.as_str())], port.descriptors.kept() as f64));
+    let help = "Descriptors that are kept for the VMM: of memory, rings, dirty log and the like";
+    families.push(family("vmm_descriptors", help, MetricType::GAUGE, metrics.collect()));
+    let metrics = ports
+        .iter()
+        .map(|port| counted(&vec![("port", port.name.as_str())], port.descriptors.refused()));
+    let help = "Requests of the VMM refused because too few descriptors may be open";
+    families.push(family(
+        "descriptors_refused_total",
+        help,
+        MetricType::COUNTER,
+        metrics.collect(),
+    ));
+    let most = vec![gauge(&Vec::new(), descriptors::limit() as f64)];
+    let help = "Descriptors that the daemon may open (RLIMIT_NOFILE)";
+    families.push(family("max_descriptors", help, MetricType::GAUGE, most));
     let build = gauge(&vec![("version", env!("CARGO_PKG_VERSION"))], 1.0);
     families.push(family("build_info", "The daemon's version", MetricType::GAUGE, vec![build]));
     let help = "Ports that did not stop in time when they were removed";

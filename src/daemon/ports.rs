@@ -18,6 +18,7 @@ use super::{StartError, no_descriptor, no_thread};
 use crate::capture::{self, Capture};
 use crate::config::{Host, PortConfig, PortOptions, check_claims};
 use crate::counters::PairCounters;
+use crate::descriptors::{self, DescriptorQuota};
 use crate::device::Device;
 use crate::endpoint::Endpoint;
 use crate::features::{Offer, OfferOptions};
@@ -240,6 +241,9 @@ impl Ports {
         let all: Vec<&PortConfig> = running.map(|port| &port.config).chain([&config]).collect();
         check_claims(&all, std::iter::empty())
             .map_err(|claim| Refusal::CannotBeDone(format!("{claim} is another port's")))?;
+        let pairs = usize::from(config.queue_pairs);
+        descriptors::check_room(pairs, matches!(config.host, Host::AfXdp(_)))
+            .map_err(|why| Refusal::CannotBeDone(why.to_string()))?;
         let opened = Opened::new(config, from_file, brought)?;
         if self.ports.iter().any(|port| port.name() == opened.name) {
             let why = format!("there is a port {} already: remove it first", opened.name);
@@ -593,6 +597,10 @@ fn prepare(
         filters,
         traffic,
         Arc::new(MemoryQuota::new(config.max_memory.unwrap_or_else(default_max_memory))),
+        Arc::new(DescriptorQuota::new(
+            usize::from(config.queue_pairs),
+            matches!(config.host, Host::AfXdp(_)),
+        )),
         workers.iter().map(|worker| worker.status().clone()).collect(),
     ));
     status.set_link(config.link);
@@ -603,6 +611,7 @@ fn prepare(
     device.set_announcer(announcer);
     device.set_limits(status.limits.clone());
     device.set_quota(status.memory.clone());
+    device.set_descriptor_quota(status.descriptors.clone());
     device.require_sealed_memory(config.require_sealed_memory);
     let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
     let (orders, inbox) = channel();

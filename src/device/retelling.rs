@@ -1,7 +1,6 @@
 //! What a device was told, to be told to another daemon's.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as ProtocolFeatures};
 
@@ -44,7 +43,7 @@ impl Device {
     /// All that the frontend has told, in an order in which it can be told again.
     ///
     /// # Errors
-    /// A descriptor can't be duplicated.
+    /// No socket pair can be made.
     pub fn retell(&self) -> io::Result<Vec<Retold>> {
         let told = &self.told;
         let mut messages = Vec::new();
@@ -56,13 +55,13 @@ impl Device {
         // Before features that ask for it.
         if let Some(log) = &told.log {
             let (file, offset) = log.source();
-            messages.push(Retold::log(log.length(), offset, duplicate(file)?));
+            messages.push(Retold::log(log.length(), offset, file.clone()));
         }
         if let Some(features) = told.features {
             messages.push(Retold::number(FrontendReq::SET_FEATURES, features.bits()));
         }
-        let regions = told.memory.regions().map(|(region, file)| Ok((region, duplicate(file)?)));
-        let regions = regions.collect::<io::Result<Vec<_>>>()?;
+        let regions = told.memory.regions().map(|(region, file)| (region, file.clone()));
+        let regions: Vec<_> = regions.collect();
         if regions.len() <= MAX_TABLE_REGIONS {
             messages.push(Retold::memory(regions));
         } else {
@@ -73,19 +72,19 @@ impl Device {
             let (file, offset) = inflight.source();
             let (rings, size) = inflight.shape();
             let length = Inflight::length(rings, size);
-            messages.push(Retold::inflight(length, offset, rings, size, duplicate(file)?));
+            messages.push(Retold::inflight(length, offset, rings, size, file.clone()));
         }
         if let Some(file) = &told.backend_requests
             && can_be_passed(file)?
         {
             // Else it stays behind: nothing is sent by it.
-            messages.push(Retold::backend_requests(duplicate(file)?));
+            messages.push(Retold::backend_requests(file.clone()));
         }
         if let Some(mtu) = told.mtu {
             messages.push(Retold::number(FrontendReq::NET_SET_MTU, mtu.into()));
         }
         for (index, ring) in (0..).zip(&told.rings) {
-            retell_ring(index, ring, &mut messages)?;
+            retell_ring(index, ring, &mut messages);
         }
         if told.status != 0 {
             messages.push(Retold::number(FrontendReq::SET_STATUS, told.status.into()));
@@ -97,7 +96,7 @@ impl Device {
     }
 }
 
-fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::Result<()> {
+fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) {
     if ring.size > 0 {
         messages.push(Retold::ring(FrontendReq::SET_VRING_NUM, index, ring.size.into()));
     }
@@ -109,7 +108,7 @@ fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::R
     for (code, event) in
         [(FrontendReq::SET_VRING_CALL, &ring.call), (FrontendReq::SET_VRING_ERR, &ring.error)]
     {
-        if let Some(file) = event.duplicate()? {
+        if let Some(file) = event.file() {
             messages.push(Retold::event(code, index, Some(file)));
         }
     }
@@ -120,16 +119,11 @@ fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::R
     if let Kick::Given(kick) = &ring.kick
         && ring.fault.is_none()
     {
-        let file = kick.as_ref().map(duplicate).transpose()?;
+        let file = kick.as_ref().map(|event| event.file());
         messages.push(Retold::event(FrontendReq::SET_VRING_KICK, index, file));
     }
-    Ok(())
 }
 
 fn protocol_features(features: ProtocolFeatures) -> Retold {
     Retold::number(FrontendReq::SET_PROTOCOL_FEATURES, features.bits())
-}
-
-fn duplicate(file: &impl AsFd) -> io::Result<OwnedFd> {
-    file.as_fd().try_clone_to_owned()
 }

@@ -66,6 +66,16 @@ impl ToldRing {
         matches!(self.kick, Kick::Given(_)) && self.fault.is_none()
     }
 
+    pub(super) fn has_kick(&self) -> bool {
+        matches!(self.kick, Kick::Given(Some(_)))
+    }
+
+    /// Descriptors that are kept for it.
+    pub(super) fn descriptors(&self) -> usize {
+        let kept = [self.has_kick(), self.call.is_set(), self.error.is_set()];
+        kept.into_iter().filter(|is| *is).count()
+    }
+
     /// Stops the ring; size, addresses and descriptors for call and error stay, as QEMU expects
     /// over a reset.
     pub(super) fn stop(&mut self) {

@@ -6,6 +6,7 @@
 //! was written could be copied in between, and the write be lost.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use super::memory::{Mapping, MemoryError};
@@ -52,7 +53,7 @@ impl DirtyLog {
     }
 
     /// The file, and where in it the log starts.
-    pub fn source(&self) -> (&File, u64) {
+    pub fn source(&self) -> (&Arc<File>, u64) {
         self.mapping.source()
     }
 

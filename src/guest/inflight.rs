@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use super::memory::{Mapping, MemoryError};
@@ -76,7 +77,7 @@ impl Inflight {
     }
 
     /// The file, and where in it the buffer starts.
-    pub fn source(&self) -> (&File, u64) {
+    pub fn source(&self) -> (&Arc<File>, u64) {
         self.mapping.source()
     }
 

@@ -179,9 +179,9 @@ impl Mapping {
     }
 
     /// The file, and where in it the part starts.
-    pub(super) fn source(&self) -> (&File, u64) {
+    pub(super) fn source(&self) -> (&Arc<File>, u64) {
         let file = self.region.file_offset().expect("every part is mapped from a file");
-        (file.file(), file.start() + self.lead as u64)
+        (file.arc(), file.start() + self.lead as u64)
     }
 
     /// Mapped bytes, with those that alignment adds.
@@ -432,7 +432,7 @@ impl GuestMemory {
     }
 
     /// Each region as the frontend has described it, and its file.
-    pub fn regions(&self) -> impl Iterator<Item = (RegionRequest, &File)> {
+    pub fn regions(&self) -> impl Iterator<Item = (RegionRequest, &Arc<File>)> {
         self.regions.iter().map(|region| (region.request, region.mapping.source().0))
     }
 

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use super::{HEADER_LENGTH, Header, MAX_PAYLOAD, Message, Reply};
-use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_some};
+use super::{HEADER_LENGTH, Header, MAX_PAYLOAD, MAX_TABLE_REGIONS, Message, Reply};
+use crate::sys::socket::{receive, send_some};
 
 /// How long a frontend may take over the rest of a message that it has begun, or over reading a
 /// reply.
@@ -31,6 +31,7 @@ pub struct Connection {
     /// The message under way: its header's bytes, then its payload's.
     buffer: Vec<u8>,
     header: Option<Header>,
+    /// What came with it: no request has more than one for each region of a table.
     files: Vec<File>,
     /// Replies that the socket had no room for yet.
     unsent: Vec<u8>,
@@ -106,13 +107,11 @@ impl Connection {
             }
             let have = self.buffer.len();
             self.buffer.resize(wanted, 0);
-            let received = receive(&self.socket, &mut self.buffer[have..]);
+            let room = MAX_TABLE_REGIONS - self.files.len();
+            let received = receive(&self.socket, &mut self.buffer[have..], room);
             self.buffer.truncate(have + received.as_ref().map_or(0, |received| received.bytes));
             match received {
                 Ok(received) if received.bytes == 0 => return Ok(Event::Closed),
-                Ok(received) if self.files.len() + received.files.len() > MAX_DESCRIPTORS => {
-                    return Err(io::Error::other("too many descriptors with one message"));
-                }
                 Ok(received) => self.files.extend(received.files),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return self.pending(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -9,9 +9,9 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -28,7 +28,7 @@ const GIVE_WAY: Duration = Duration::from_micros(50);
 /// It is the frontend's open file description: the other side may read it, fill it or change its
 /// flags at any time, and nothing here depends on its counter.
 #[derive(Debug)]
-pub struct ForeignEventFd(OwnedFd);
+pub struct ForeignEventFd(Arc<File>);
 
 impl ForeignEventFd {
     /// Checks that `file` is an eventfd and makes it non-blocking.
@@ -51,7 +51,7 @@ impl ForeignEventFd {
             let flags = check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))?;
             check(libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
         }
-        Ok(ForeignEventFd(OwnedFd::from(file)))
+        Ok(ForeignEventFd(Arc::new(file)))
     }
 
     /// Adds one to the counter, which wakes whoever waits for it.
@@ -69,6 +69,13 @@ impl ForeignEventFd {
     }
 }
 
+impl ForeignEventFd {
+    /// Its file.
+    pub fn file(&self) -> Arc<File> {
+        self.0.clone()
+    }
+}
+
 impl AsFd for ForeignEventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -82,6 +89,8 @@ pub struct ForeignEvent {
     /// Somebody waits to replace it: whoever signals it lets them go first. Else a thread that is stuck
     /// in one signal after the other would hardly ever leave the place free.
     replacing: AtomicBool,
+    /// Whether there is one, without a wait for whoever signals it.
+    is_set: AtomicBool,
 }
 
 impl ForeignEvent {
@@ -98,6 +107,7 @@ impl ForeignEvent {
     /// Puts another descriptor in its place, or none. While somebody signals it, `interrupt` is
     /// called again and again: it must get them out of the system call that they may be stuck in.
     pub fn replace(&self, event: Option<ForeignEventFd>, interrupt: impl Fn()) {
+        self.is_set.store(event.is_some(), Ordering::Relaxed);
         self.replacing.store(true, Ordering::Release);
         let mut place = loop {
             match self.place.try_lock() {
@@ -113,9 +123,14 @@ impl ForeignEvent {
         self.replacing.store(false, Ordering::Release);
     }
 
-    /// The same eventfd by another descriptor, if there is one.
-    pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
-        self.lock().as_ref().map(|event| event.as_fd().try_clone_to_owned()).transpose()
+    /// Whether there is one.
+    pub fn is_set(&self) -> bool {
+        self.is_set.load(Ordering::Relaxed)
+    }
+
+    /// Its file, if there is one.
+    pub fn file(&self) -> Option<Arc<File>> {
+        self.lock().as_ref().map(ForeignEventFd::file)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<ForeignEventFd>> {
@@ -156,7 +171,7 @@ impl AsFd for Waker {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::FromRawFd;
+    use std::os::fd::{FromRawFd, OwnedFd};
 
     fn foreign(event: &EventFd) -> ForeignEventFd {
         let duplicate = event.try_clone().unwrap();

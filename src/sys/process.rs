@@ -69,16 +69,16 @@ pub fn share_pool() {
 }
 
 /// Raises the soft limit of open descriptors to the hard limit: what one VMM takes is missing for its
-/// neighbours. If the kernel refuses, the limit stays as it was.
-pub fn raise_descriptor_limit() {
+/// neighbours. If the kernel refuses, the limit stays as it was. Returns the limit, if it can be read.
+pub fn raise_descriptor_limit() -> Option<u64> {
     // SAFETY: the kernel fills the structure, or it stays zeros and is not used; it lives through both
     // calls.
     unsafe {
         let mut limit: libc::rlimit = mem::zeroed();
-        if check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit)).is_ok() {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
-        }
+        check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit)).ok()?;
+        let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+        let result = check(libc::setrlimit(libc::RLIMIT_NOFILE, &raised));
+        Some(if result.is_ok() { raised.rlim_cur } else { limit.rlim_cur })
     }
 }
 

@@ -13,9 +13,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::check;
 
-/// Descriptors that are taken from one read at the most. The specification's largest number is
-/// 8 (one for each region of SET_MEM_TABLE); with more than this the read fails and the kernel's
-/// surplus is closed.
+/// Descriptors that are taken from one read at the most, whatever the caller permits.
 pub const MAX_DESCRIPTORS: usize = 32;
 
 /// Longest path of a unix socket in bytes (`sun_path` less its nul).
@@ -30,18 +28,25 @@ pub struct Received {
     pub files: Vec<File>,
 }
 
-/// Reads once, without blocking if the socket is non-blocking.
+/// Reads once, without blocking if the socket is non-blocking, and takes `most` descriptors at the most.
 ///
 /// # Errors
-/// `WouldBlock` if nothing is there, `ConnectionReset`-like errors of the socket, and ENOBUFS
-/// when more than [`MAX_DESCRIPTORS`] descriptors came (none of them stays open).
-pub fn receive(socket: &UnixStream, buffer: &mut [u8]) -> io::Result<Received> {
+/// `WouldBlock` if nothing is there, `ConnectionReset`-like errors of the socket, and others when
+/// descriptors that came are lost: more than `most`, or no more can be open. None of them stays open.
+pub fn receive(socket: &UnixStream, buffer: &mut [u8], most: usize) -> io::Result<Received> {
     let mut descriptors: [RawFd; MAX_DESCRIPTORS] = [-1; MAX_DESCRIPTORS];
     let mut iovec = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
     // SAFETY: the iovec describes `buffer`, which lives through the call and to which any bytes
     // may be written.
-    let (bytes, count) = unsafe { socket.recv_with_fds(&mut iovec, &mut descriptors) }
-        .map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    let received = unsafe { socket.recv_with_fds(&mut iovec, &mut descriptors[..most]) };
+    let (bytes, count) = received.map_err(|error| match error.errno() {
+        // The kernel has cut them off (MSG_CTRUNC), and does not say why.
+        libc::ENOBUFS => io::Error::other(match socket.try_clone() {
+            Ok(_) => "too many descriptors with one message".to_owned(),
+            Err(error) => format!("descriptors of a message are lost: {error}"),
+        }),
+        number => io::Error::from_raw_os_error(number),
+    })?;
     // SAFETY: the kernel has just made these descriptors for us; each is owned once.
     let files = descriptors[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) }).collect();
     Ok(Received { bytes, files })
@@ -252,7 +257,7 @@ mod tests {
         let many = vec![write_end.as_raw_fd(); 200];
         theirs.send_with_fds(&[&b"x"[..]], &many).unwrap();
         drop(write_end);
-        assert!(receive(&ours, &mut [0; 16]).is_err());
+        assert!(receive(&ours, &mut [0; 16], 8).is_err());
         // End of file: no copy of the write end is left.
         assert_eq!(io::Read::read(&mut read_end, &mut [0]).unwrap(), 0);
     }

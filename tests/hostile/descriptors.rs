@@ -2,13 +2,17 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::Duration;
 
 use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::support::daemon::{Daemon, port};
-use crate::support::frontend::Frontend;
+use crate::support::driver::{Card, Options};
+use crate::support::frontend::{Frontend, region};
+use crate::support::guest::Ram;
 use crate::support::hostile::note;
 use crate::support::network::enter_new_namespace;
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
@@ -69,4 +73,96 @@ fn hostile_75_failing_accept_neither_spins_nor_sleeps() {
     scrape.read_to_string(&mut reply).unwrap();
     assert!(reply.starts_with("HTTP/1.1 200 OK"), "{reply}");
     note(75, "tried every 200 ms; idle meanwhile, and nobody else waits");
+}
+
+/// A VMM that shares as many memory regions, each of its own file, as the daemon takes; returns how many
+/// that were.
+fn hog(daemon: &Daemon, port: &str) -> (Frontend, usize) {
+    let mut frontend = Frontend::new(daemon.connect_to(port));
+    frontend.begin();
+    for number in 0..509 {
+        let ram = Ram::new(number << 20, 0x1000);
+        let payload = [vec![0; 8], region(&ram)].concat();
+        match frontend.try_ask(FrontendReq::ADD_MEM_REG, &payload, &[ram.file.as_raw_fd()]) {
+            Some(true) => {}
+            Some(false) => return (frontend, number as usize),
+            None => panic!("{port} was disconnected after {number} regions"),
+        }
+    }
+    (frontend, 509)
+}
+
+/// The value of a metric of a port's.
+fn metric(daemon: &Daemon, name: &str, port: &str) -> usize {
+    let start = format!("vhost_user_net_{name}{{port=\"{port}\"}} ");
+    let metrics = daemon.ask(&["metrics"]);
+    let found = metrics.lines().find_map(|line| line.strip_prefix(&start));
+    found.unwrap_or_else(|| panic!("{start} is not in {metrics}")).parse().unwrap()
+}
+
+#[test]
+fn hostile_52_no_vmm_takes_its_neighbours_descriptors() {
+    needs_program!("hostile_52_no_vmm_takes_its_neighbours_descriptors", "prlimit");
+    let ports = ["one", "two", "quiet"].map(|name| port(name, "loopback = true")).concat();
+    let file = "control = \"{}/control\"\n".to_owned() + &ports;
+    let limited = |most: usize| ["prlimit".to_owned(), format!("--nofile={most}:{most}")];
+    let start = |most: usize| {
+        let wrapper = limited(most);
+        Daemon::with_config_under(&[&wrapper[0], &wrapper[1]], &file, "quiet")
+    };
+    let mut daemon = start(512);
+    let quiet = || Card::start(Frontend::new(daemon.connect_to("quiet")), Options::default());
+    let mut card = quiet();
+    card.check_echo(100);
+    let (one, first) = hog(&daemon, "one");
+    let (two, second) = hog(&daemon, "two");
+    assert!(first > 200 && second >= 8, "{first} and {second} regions were taken");
+    assert_eq!(metric(&daemon, "vmm_descriptors", "one"), first);
+    assert_eq!(metric(&daemon, "descriptors_refused_total", "one"), 1);
+    assert!(daemon.log().contains("one: ADD_MEM_REG refused: the port would keep"));
+
+    // The neighbour has its share, and the daemon its reserve.
+    card.check_echo(100);
+    drop(card);
+    let mut card = quiet();
+    let events: Vec<_> = (0..4).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
+    for (event, code) in events
+        .iter()
+        .zip([FrontendReq::SET_VRING_CALL, FrontendReq::SET_VRING_ERR].into_iter().cycle())
+    {
+        (0..50).for_each(|_| card.frontend.event(code, 1, Some(event)));
+    }
+    card.check_echo(100);
+    let clients: Vec<_> = (0..30).map(|_| daemon.connect_to("control")).collect();
+    assert!(daemon.ask(&["list"]).contains("quiet"));
+    drop(clients);
+    let add = |daemon: &Daemon| {
+        let socket = daemon.path("three");
+        let socket = format!("--socket-path={}", socket.display());
+        daemon.ctl(&["add", "--name=three", &socket, "--loopback"])
+    };
+    let refused = String::from_utf8(add(&daemon).stderr).unwrap();
+    assert!(refused.contains("512 descriptors may be open, and the ports need"), "{refused}");
+
+    // What a replay of all that takes is there too.
+    daemon.upgrade();
+    card.check_echo(100);
+    drop((card, one, two));
+    eventually("nothing is kept", || metric(&daemon, "vmm_descriptors", "one") == 0);
+    assert!(add(&daemon).status.success());
+
+    // There is not enough for every port's share, and the daemon says so; ordinary guests are served.
+    let daemon = start(100);
+    eventually("it warns", || {
+        daemon.log().contains("daemon: 100 descriptors may be open, and the ports can need 208")
+    });
+    let (_one, _) = hog(&daemon, "one");
+    let (_two, _) = hog(&daemon, "two");
+    let quiet = Frontend::new(daemon.connect_to("quiet"));
+    Card::start(quiet, Options::default()).check_echo(100);
+    assert!(daemon.ask(&["list"]).contains("quiet"));
+    note(
+        52,
+        "R beyond what other ports' shares leave; a neighbour and operators always have theirs",
+    );
 }

@@ -70,6 +70,18 @@ impl Daemon {
         daemon
     }
 
+    /// The same by another program, which limits it.
+    pub(crate) fn with_config_under(wrapper: &[&str], contents: &str, last: &str) -> Self {
+        let mut daemon = Self::nobody();
+        daemon.write_config(contents);
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(program().get_program()).stdin(Stdio::null());
+        command.arg("run").arg("--config").arg(daemon.path("config"));
+        daemon.child = command.stderr(daemon.open_log()).spawn().unwrap();
+        eventually("the daemon listens", || UnixStream::connect(daemon.path(last)).is_ok());
+        daemon
+    }
+
     /// Starts it with somewhere else for what it logs, and waits until it listens.
     pub(crate) fn start_with_stderr(stderr: Stdio, options: &[&str]) -> Self {
         let mut daemon = Self::nobody();
