@@ -25,5 +25,5 @@ pub use inflight::Inflight;
 pub use layout::RingLayout;
 pub use lost::{contain_sigbus, contained};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
-pub use quota::{Allowance, MemoryQuota, Reservation};
+pub use quota::{Allowance, MemoryQuota, Pinned, Reservation};
 pub use virtqueue::{Budget, Notification, Published, Virtqueue};

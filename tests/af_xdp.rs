@@ -3,7 +3,7 @@
 
 use std::os::fd::AsFd;
 
-use crate::support::daemon::{Daemon, program};
+use crate::support::daemon::{Daemon, port, program};
 use crate::support::driver::{
     CSUM, Card, EVENT_IDX, HEADER, HOST_TSO, MRG_RXBUF, Options, PROTOCOL, VERSION_1,
 };
@@ -505,6 +505,30 @@ fn too_little_locked_memory_is_said_with_the_number_needed() {
     assert!(log.contains("needs that much locked memory") && log.contains("ulimit -l"), "{log}");
     assert_eq!(log.matches("does not work").count(), 1, "once: {log}");
     assert!(daemon.is_alive());
+}
+
+#[test]
+fn pinned_memory_is_counted() {
+    needs_root!("pinned_memory_is_counted");
+    enter_namespace_with_veth(2);
+    let file = "control = \"{}/control\"\n".to_owned()
+        + &port("one", "af-xdp = \"veth0\"\nqueue-pairs = 2");
+    let daemon = Daemon::with_config(&file, "one");
+    let pinned = || {
+        let metrics = daemon.ask(&["metrics"]);
+        let start = "vhost_user_net_pinned_bytes{port=\"one\"} ";
+        let found = metrics.lines().find_map(|line| line.strip_prefix(start)).unwrap();
+        found.parse::<u64>().unwrap()
+    };
+    assert_eq!(pinned(), 0);
+    let options = Options { pairs: 2, ..Options::default() };
+    let card = Card::start(Frontend::new(daemon.connect_to("one")), options);
+    // Once, however many queue pairs there are.
+    let (guest, arenas) = (card.ram.size, 2 << 20);
+    eventually("it is pinned", || pinned() > guest);
+    assert!(pinned() < guest + arenas, "{} of {guest}", pinned());
+    drop(card);
+    eventually("nothing is pinned", || pinned() == 0);
 }
 
 #[test]

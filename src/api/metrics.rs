@@ -206,6 +206,11 @@ pub(super) fn text(ports: &Ports) -> String {
             "Bytes of guest memory, dirty log and inflight buffer that are mapped",
             MemoryQuota::mapped as fn(&MemoryQuota) -> u64,
         ),
+        (
+            "pinned_bytes",
+            "Bytes of guest memory and bounce buffers that the kernel keeps in memory for AF_XDP",
+            MemoryQuota::pinned,
+        ),
         ("max_mapped_bytes", "Bytes that can be mapped: the port's max-memory", MemoryQuota::limit),
     ] {
         let metrics = ports

@@ -303,6 +303,11 @@ impl GuestMemory {
         Ok(memory)
     }
 
+    /// The port's limit on mapped bytes.
+    pub fn quota(&self) -> &Arc<MemoryQuota> {
+        &self.quota
+    }
+
     /// Mapped bytes of all regions.
     fn bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.mapping.bytes()).sum()

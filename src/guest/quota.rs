@@ -19,6 +19,7 @@ static PROCESS: AtomicU64 = AtomicU64::new(0);
 pub struct MemoryQuota {
     limit: u64,
     mapped: AtomicU64,
+    pinned: AtomicU64,
 }
 
 impl Default for MemoryQuota {
@@ -31,7 +32,7 @@ impl Default for MemoryQuota {
 impl MemoryQuota {
     /// A limit in bytes.
     pub fn new(limit: u64) -> Self {
-        MemoryQuota { limit, mapped: AtomicU64::new(0) }
+        MemoryQuota { limit, mapped: AtomicU64::new(0), pinned: AtomicU64::new(0) }
     }
 
     /// The limit in bytes.
@@ -42,6 +43,32 @@ impl MemoryQuota {
     /// Bytes mapped now.
     pub fn mapped(&self) -> u64 {
         self.mapped.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that the kernel keeps in memory for AF_XDP sockets.
+    pub fn pinned(&self) -> u64 {
+        self.pinned.load(Ordering::Relaxed)
+    }
+}
+
+/// Bytes that are counted as pinned as long as the value lives.
+#[derive(Debug)]
+pub struct Pinned {
+    quota: Arc<MemoryQuota>,
+    bytes: u64,
+}
+
+impl Pinned {
+    /// Counts them.
+    pub fn new(quota: &Arc<MemoryQuota>, bytes: u64) -> Self {
+        quota.pinned.fetch_add(bytes, Ordering::Relaxed);
+        Pinned { quota: quota.clone(), bytes }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        self.quota.pinned.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -64,7 +91,7 @@ impl Allowance {
     /// # Errors
     /// [`MemoryError::OverLimit`] or [`MemoryError::ProcessFull`].
     pub fn reserve(&self, bytes: u64) -> Result<Reservation, MemoryError> {
-        let MemoryQuota { limit, mapped } = &*self.quota;
+        let MemoryQuota { limit, mapped, .. } = &*self.quota;
         let most = limit.saturating_add(self.replaced);
         add(mapped, bytes, most).ok_or(MemoryError::OverLimit { bytes, limit: *limit })?;
         let mut reservation = Reservation::of_process(bytes).inspect_err(|_| {

@@ -12,7 +12,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::guest::{Chain, GuestMemory, Segment, Writable};
+use crate::guest::{Chain, GuestMemory, Pinned, Segment, Writable};
 use crate::sys::umem::{Part, Umem};
 use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, TX_METADATA};
 
@@ -102,6 +102,8 @@ pub(super) struct GuestUmem {
     /// In the order of their mappings.
     regions: Vec<Region>,
     pub(super) layout: FrameLayout,
+    /// From the registration on the kernel keeps all of it in memory.
+    _pinned: Pinned,
 }
 
 impl GuestUmem {
@@ -130,7 +132,8 @@ impl GuestUmem {
         };
         let mut regions: Vec<_> = mappings.iter().zip(memory.parts()).map(place).collect();
         regions.sort_by_key(|region| region.mapped.start);
-        Ok(GuestUmem { memory: Arc::new(memory), regions, layout })
+        let pinned = Pinned::new(guest.quota(), memory.length() as u64);
+        Ok(GuestUmem { memory: Arc::new(memory), regions, layout, _pinned: pinned })
     }
 
     /// The memory itself.
