@@ -331,7 +331,8 @@ impl Server {
                 client.leave(ports);
                 if number == 0 {
                     warn!("the process that reads the file again has ended: {error}");
-                } else if error.kind() == io::ErrorKind::InvalidData {
+                } else if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::Other)
+                {
                     warn!("control socket: a client is disconnected: {error}");
                 }
                 Wanted::Nothing
@@ -358,7 +359,17 @@ fn talk(
                 client.files.extend(received.files.into_iter().map(OwnedFd::from));
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+            // Only blanks came with them: the opener's request is refused, since it lacks them.
+            Err(error) if error.kind() == io::ErrorKind::Other && client.number == 0 => {
+                warn!("daemon: the helper process cannot pass descriptors: {error}");
+            }
+            Err(error) => {
+                if error.kind() == io::ErrorKind::Other {
+                    let why = failure("cannot-be-done", &error.to_string());
+                    let _ = client.stream.write_all(why.as_bytes());
+                }
+                return Err(error);
+            }
         }
     }
     loop {

@@ -133,7 +133,7 @@ fn serve(
     if let Some(predecessor) = &mut predecessor {
         predecessor.take_over(&mut ports)?;
     }
-    if let Some(need) = descriptors::shortage() {
+    if let Some(need) = descriptors::started() {
         let limit = descriptors::limit();
         warn!(
             "daemon: {limit} descriptors may be open, and the ports can need {need}; requests of VMMs \

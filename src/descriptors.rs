@@ -42,6 +42,9 @@ struct Budget(Mutex<State>);
 struct State {
     /// Descriptors that may be open.
     limit: usize,
+    /// What the ports needed that the daemon was started with: one that is removed and added again finds
+    /// its part, whatever the others have asked for meanwhile.
+    started: usize,
     ports: BTreeMap<u64, Needs>,
     next: u64,
 }
@@ -65,7 +68,8 @@ impl Needs {
 
 impl Budget {
     const fn new() -> Self {
-        Budget(Mutex::new(State { limit: usize::MAX, ports: BTreeMap::new(), next: 0 }))
+        let ports = BTreeMap::new();
+        Budget(Mutex::new(State { limit: usize::MAX, started: 0, ports, next: 0 }))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -94,10 +98,11 @@ impl State {
         (port.share * room / shares).max(port.least)
     }
 
-    /// What ports keep or may keep by their shares, but for one.
+    /// What ports keep or may keep by their shares, but for one, and what removed ports will need.
     fn promised_to_others(&self, port: u64) -> usize {
         let others = self.ports.iter().filter(|(number, _)| **number != port);
-        others.map(|(_, port)| port.kept.max(self.share(port))).sum()
+        let removed = self.started.saturating_sub(self.need());
+        others.map(|(_, port)| port.kept.max(self.share(port))).sum::<usize>() + removed
     }
 
     fn need(&self) -> usize {
@@ -116,11 +121,12 @@ pub fn limit() -> usize {
     PROCESS.lock().limit
 }
 
-/// The number of descriptors that all ports need for their shares, and the daemon, if that is more than
-/// may be open.
-pub fn shortage() -> Option<usize> {
-    let state = PROCESS.lock();
-    Some(state.need()).filter(|need| *need > state.limit)
+/// Notes that all ports are there that the daemon was started with. Returns the number of descriptors that
+/// they and the daemon need, if that is more than may be open.
+pub fn started() -> Option<usize> {
+    let mut state = PROCESS.lock();
+    state.started = state.need();
+    Some(state.started).filter(|need| *need > state.limit)
 }
 
 /// Says whether there is room for another port and its share.
@@ -136,7 +142,8 @@ impl State {
         let kept: usize = self.ports.values().map(|it| it.kept.max(it.share)).sum();
         let own: usize = self.ports.values().map(|it| it.own).sum();
         let need = RESERVE + own + kept + port.own + port.share;
-        if need <= self.limit { Ok(()) } else { Err(TooMany { limit: self.limit, need }) }
+        let most = self.limit.max(self.started);
+        if need <= most { Ok(()) } else { Err(TooMany { limit: self.limit, need }) }
     }
 }
 
@@ -258,5 +265,20 @@ mod tests {
         let state = budget.lock();
         assert!(state.need() > state.limit);
         assert!(state.check_room(Needs::of(1, false)).is_err());
+    }
+
+    #[test]
+    fn a_port_that_is_added_again_finds_its_part() {
+        for limit in [300, 1024] {
+            let budget = budget(limit);
+            let (greedy, quiet, _third) = (port(budget), port(budget), port(budget));
+            let started = budget.lock().need();
+            budget.lock().started = started;
+            drop(quiet);
+            (0..limit).for_each(|descriptors| drop(greedy.keep(descriptors)));
+            assert_eq!(budget.lock().check_room(Needs::of(1, false)), Ok(()));
+            let _quiet = port(budget);
+            assert!(budget.lock().check_room(Needs::of(1, false)).is_err());
+        }
     }
 }

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -165,4 +166,66 @@ fn hostile_52_no_vmm_takes_its_neighbours_descriptors() {
         52,
         "R beyond what other ports' shares leave; a neighbour and operators always have theirs",
     );
+}
+
+#[test]
+fn hostile_76_lost_descriptors_are_refused_not_misread() {
+    needs_program!("hostile_76_lost_descriptors_are_refused_not_misread", "prlimit");
+    let file = "control = \"{}/control\"\n".to_owned()
+        + &["one", "two"].map(|name| port(name, "loopback = true")).concat();
+    let daemon = Daemon::with_config(&file, "two");
+    let mut card = Card::start(Frontend::new(daemon.connect_to("two")), Options::default());
+    let says = |what: &str| eventually(what, || daemon.log().contains(what));
+    let without_any = |attack: &mut dyn FnMut()| {
+        limit(&daemon, daemon.lowest_free_descriptor());
+        attack();
+        limit(&daemon, 1024);
+    };
+
+    let mut frontend = Frontend::new(daemon.connect_to("one"));
+    frontend.begin();
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    without_any(&mut || {
+        let ring = 0u64.to_ne_bytes();
+        let answer = frontend.try_ask(FrontendReq::SET_VRING_CALL, &ring, &[event.as_raw_fd()]);
+        assert_eq!(answer, None, "the connection is closed");
+    });
+    says("one: connection closed: descriptors of a message are lost: Too many open files");
+    let mut frontend = Frontend::new(daemon.connect_to("one"));
+    frontend.begin();
+    without_any(&mut || assert!(frontend.get_inflight_fd(2, 256).is_none()));
+    says("one: connection closed: GET_INFLIGHT_FD: make an inflight buffer: Too many open files");
+    card.check_echo(100);
+
+    // A take-over is refused, and changes nothing.
+    let mut client = daemon.connect_to("control");
+    let mut ask = |request: &str| {
+        client
+            .write_all(format!("{{\"version\":1,\"command\":\"{request}\"}}\n").as_bytes())
+            .unwrap();
+        let (mut line, mut byte) = (Vec::new(), [0]);
+        while byte != *b"\n" {
+            client.read_exact(&mut byte).unwrap();
+            line.extend(byte);
+        }
+        String::from_utf8(line).unwrap()
+    };
+    assert!(ask("list").contains("two"));
+    without_any(&mut || {
+        let refused = ask("hand-over");
+        assert!(refused.contains("Too many open files"), "{refused}");
+    });
+    card.check_echo(100);
+
+    // The helper process can't pass a new port's socket on. It can later.
+    daemon.write_config(&(file.clone() + &port("three", "loopback = true")));
+    without_any(&mut || {
+        daemon.signal(Signal::SIGHUP);
+        says("the helper process cannot pass descriptors: descriptors of a message are lost");
+        says("read again, 1 failures");
+    });
+    daemon.signal(Signal::SIGHUP);
+    eventually("the port is added", || daemon.ask(&["list"]).contains("three"));
+    card.check_echo(100);
+    note(76, "R: the sender is disconnected, a take-over or reload refused; all others run on");
 }
