@@ -29,8 +29,8 @@ pub const STATE: usize = 3;
 /// A queue pair's share: kick, call and error of two rings.
 const PAIR_SHARE: usize = 6;
 /// What a port may keep in any case, and a queue pair: all that an ordinary guest needs.
-const LEAST: usize = 6;
-const PAIR_LEAST: usize = 4;
+const LEAST: usize = 8;
+const PAIR_LEAST: usize = 6;
 
 static PROCESS: Budget = Budget::new();
 
@@ -127,6 +127,13 @@ pub fn started() -> Option<usize> {
     let mut state = PROCESS.lock();
     state.started = state.need();
     Some(state.started).filter(|need| *need > state.limit)
+}
+
+/// The number of descriptors that the daemon needs for ports with their shares, each with so many queue
+/// pairs, and on AF_XDP or not.
+pub fn need(ports: impl Iterator<Item = (usize, bool)>) -> usize {
+    let each = ports.map(|(pairs, af_xdp)| Needs::of(pairs, af_xdp));
+    RESERVE + each.map(|needs| needs.own + needs.share).sum::<usize>()
 }
 
 /// Says whether there is room for another port and its share.
@@ -261,7 +268,7 @@ mod tests {
         let budget = budget(RESERVE + 10 * (PORT + PAIR) + 100);
         let ports: Vec<_> = (0..10).map(|_| port(budget)).collect();
         assert!(ports.iter().all(|port| port.keep(LEAST + PAIR_LEAST).is_ok()));
-        assert!(ports.iter().all(|port| port.keep(SHARE).is_err()));
+        assert!(ports.iter().all(|port| port.keep(LEAST + PAIR_LEAST + 1).is_err()));
         let state = budget.lock();
         assert!(state.need() > state.limit);
         assert!(state.check_room(Needs::of(1, false)).is_err());

@@ -2,7 +2,9 @@
 
 use super::finding::Finding;
 use super::host::{Host, Myself, capability};
-use super::options::Wishes;
+use super::options::{Port, Wishes};
+use crate::config;
+use crate::descriptors::need;
 
 /// Descriptors of the process with a file, a control socket and metrics, of a port and of a queue pair
 /// before a frontend has come: 17 with two loopback ports of one pair, counted. A TAP has one more to
@@ -14,24 +16,27 @@ const PAIR: u64 = 3;
 /// of two rings for each pair.
 const FRONTEND: u64 = 2;
 const SERVED_PAIR: u64 = 4;
-/// What there may be besides: up to 32 regions, error descriptors, a socket or an io_uring.
-const MORE_REGIONS: u64 = 31;
-const MORE_PAIR: u64 = 3;
 
 /// Checks both.
 pub(super) fn check(host: &Host, myself: &Myself, wishes: &Wishes) -> Vec<Finding> {
-    let ports = wishes.ports.iter().filter(|port| port.named).count().max(1) as u64;
     let named = wishes.ports.iter().filter(|port| port.named);
-    let pairs = named.map(|port| u64::from(port.pairs)).sum::<u64>().max(1);
-    let mut found = vec![descriptors(host.limit("Max open files"), ports, pairs)];
+    let of_port =
+        |port: &Port| (usize::from(port.pairs), matches!(port.host, config::Host::AfXdp(_)));
+    let mut ports: Vec<_> = named.map(of_port).collect();
+    if ports.is_empty() {
+        ports.push((1, false));
+    }
+    let mut found = vec![descriptors(host.limit("Max open files"), &ports)];
     found.extend(wishes.names_af_xdp().then(|| capabilities(myself)));
     found
 }
 
-fn descriptors(limit: Option<u64>, ports: u64, pairs: u64) -> Finding {
+fn descriptors(limit: Option<u64>, ports: &[(usize, bool)]) -> Finding {
     let what = "open descriptors";
-    let least = PROCESS + ports * (PORT + FRONTEND) + pairs * (PAIR + SERVED_PAIR);
-    let most = least + ports * MORE_REGIONS + pairs * MORE_PAIR;
+    let pairs: u64 = ports.iter().map(|(pairs, _)| *pairs as u64).sum();
+    let least = PROCESS + ports.len() as u64 * (PORT + FRONTEND) + pairs * (PAIR + SERVED_PAIR);
+    // With what each port may keep, and the daemon's reserve.
+    let most = need(ports.iter().copied()) as u64;
     let Some(limit) = limit else {
         return Finding::warn("descriptors", what, "the limit is not known (/proc/self/limits)");
     };
@@ -78,11 +83,14 @@ mod tests {
 
     #[test]
     fn descriptors_are_enough_or_few_or_too_few() {
-        let status = |limit| descriptors(limit, 1, 1).status;
+        let status = |limit| descriptors(limit, &[(1, false)]).status;
         assert_eq!(status(Some(1024)), Status::Pass);
         assert_eq!(status(Some(32)), Status::Warn);
         assert_eq!(status(Some(12)), Status::Fail);
         assert_eq!(status(None), Status::Warn);
-        assert!(descriptors(Some(1024), 40, 40).cure.is_some(), "for 40 ports they are few");
+        assert!(
+            descriptors(Some(1024), &[(1, false); 40]).cure.is_some(),
+            "for 40 ports they are few"
+        );
     }
 }
