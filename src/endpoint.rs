@@ -338,3 +338,25 @@ pub fn remove_stale(path: &Path) -> Result<(), StartError> {
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accept_pauses_after_errors_that_stay() {
+        let error = |number| Err::<(), _>(io::Error::from_raw_os_error(number));
+        let mut accepting = Accepting::default();
+        for number in [libc::EAGAIN, libc::ECONNABORTED] {
+            assert_eq!(accepting.connection("vm1", error(number)), None);
+            assert_eq!(accepting.interest(), Interest::Read);
+        }
+        for number in [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EPERM] {
+            assert_eq!(accepting.connection("vm1", error(number)), None);
+            assert_eq!(accepting.interest(), Interest::Nothing);
+            assert!(accepting.retry().is_some_and(|retry| retry > Instant::now()));
+        }
+        assert_eq!(accepting.connection("vm1", Ok(())), Some(()));
+        assert_eq!((accepting.retry(), accepting.interest()), (None, Interest::Read));
+    }
+}
