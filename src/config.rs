@@ -21,6 +21,7 @@ use crate::api::client::Question;
 use crate::doctor::Examination;
 use crate::net_config::MacAddress;
 use crate::policy::{Filter, Identity, Limit};
+use crate::sys::process::host_memory;
 
 pub use arguments::{command, parse};
 pub use file::read as read_file;
@@ -270,6 +271,29 @@ impl fmt::Display for Host {
     }
 }
 
+impl Frontend {
+    /// The option that names it.
+    fn key(&self) -> &'static str {
+        match self {
+            Frontend::Listen(_) => "socket-path",
+            Frontend::Inherited(_) => "fd",
+            Frontend::Connect(_) => "connect",
+        }
+    }
+}
+
+impl Host {
+    /// The option that names it.
+    fn key(&self) -> &'static str {
+        match self {
+            Host::Tap(_) => "tap",
+            Host::TapDescriptors(_) => "tap-fd",
+            Host::AfXdp(_) => "af-xdp",
+            Host::Loopback => "loopback",
+        }
+    }
+}
+
 impl Config {
     /// What was said about the daemon itself, which can't change while it runs: keys and values.
     pub fn settings(&self) -> BTreeMap<&'static str, String> {
@@ -297,6 +321,47 @@ impl PortConfig {
             Host::Loopback => Some("loopback"),
             Host::TapDescriptors(_) => None,
         })
+    }
+
+    /// Keys whose meaning differs, and cannot change while the port runs. Values that are written out
+    /// and equal to the defaults make no difference, nor does the order of a list that has none.
+    pub fn fixed_differences(&self, other: &Self) -> Vec<&'static str> {
+        let mut keys = Vec::new();
+        let mut differ = |key, differs: bool| keys.extend(differs.then_some(key));
+        differ("name", self.known_name() != other.known_name());
+        let frontends = self.frontend != other.frontend;
+        differ(self.frontend.key(), frontends);
+        differ(other.frontend.key(), frontends && self.frontend.key() != other.frontend.key());
+        differ("socket-group", self.socket_group != other.socket_group);
+        let hosts = self.host != other.host;
+        differ(self.host.key(), hosts);
+        differ(other.host.key(), hosts && self.host.key() != other.host.key());
+        differ("queue-pairs", self.queue_pairs != other.queue_pairs);
+        differ("mac", self.mac != other.mac);
+        differ("mtu", self.mtu != other.mtu);
+        differ("guest-tso", self.guest_tso != other.guest_tso);
+        differ("ring-reset", self.ring_reset != other.ring_reset);
+        let sealed = self.require_sealed_memory != other.require_sealed_memory;
+        differ("require-sealed-memory", sealed);
+        differ("max-memory", self.memory_limit() != other.memory_limit());
+        differ("busy-poll", self.busy_poll != other.busy_poll);
+        differ("tx-method", self.tx_method != other.tx_method);
+        differ("cpu-affinity", self.cpu_affinity != other.cpu_affinity);
+        keys
+    }
+
+    /// True if what can change while the port runs is the same.
+    pub fn is_live_equal(&self, other: &Self) -> bool {
+        let live = |it: &Self| (it.identity.clone(), it.link, it.rx_limit, it.tx_limit);
+        live(self) == live(other)
+            && self.tx_filter == other.tx_filter
+            && self.rx_filter == other.rx_filter
+    }
+
+    /// Limit on the port's mapped bytes [default: twice the host's RAM, at least 64 GiB]. Guests can
+    /// have more memory than the host, which swaps or shares pages.
+    pub fn memory_limit(&self) -> u64 {
+        self.max_memory.unwrap_or_else(|| host_memory().saturating_mul(2).max(64 << 30))
     }
 
     /// What only one port can have: each socket, name and host queue, as text.

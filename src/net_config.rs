@@ -20,7 +20,7 @@ const UNKNOWN_SPEED: u32 = u32::MAX;
 const UNKNOWN_DUPLEX: u8 = u8::MAX;
 
 /// An Ethernet address.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
 

@@ -127,6 +127,54 @@ fn reading_the_file_again_touches_only_what_has_changed() {
     assert_eq!(daemon.ask(&["reload"]), "", "nothing has changed");
 }
 
+/// Every option whose default can be written out.
+const DEFAULTS: [&str; 16] = [
+    "queue-pairs = 1",
+    "mtu = 1500",
+    "anti-spoofing = false",
+    "source-mac = []",
+    "source-ip = []",
+    "vlan = []",
+    "tx-filter = \"none\"",
+    "rx-filter = \"none\"",
+    "tx-limit = \"none\"",
+    "rx-limit = \"none\"",
+    "link = true",
+    "guest-tso = true",
+    "ring-reset = false",
+    "require-sealed-memory = false",
+    "tx-method = \"auto\"",
+    "tap-fd = []",
+];
+
+#[test]
+fn defaults_that_are_written_out_change_nothing() {
+    let daemon = operated(&loopback("one"), "one");
+    let mut card = card(&daemon, "one");
+    card.check_echo(20);
+    let limit = daemon.show("one")["max_memory"].clone();
+    let limit = format!("max-memory = \"{limit}\"");
+    let lines = DEFAULTS.into_iter().chain([&*limit]);
+    let all: Vec<&str> = lines.clone().collect();
+    for line in lines.chain([&*all.join("\n")]) {
+        let port = port("one", &format!("loopback = true\n{line}"));
+        daemon.write_config(&(CONTROL.to_owned() + &port));
+        assert_eq!(daemon.ask(&["reload"]), "", "{line}");
+    }
+    card.check_echo(20);
+    // Nor does another way to write what is not the default.
+    let written = [
+        "cpu-affinity = \"0-1\"\nmax-memory = \"64g\"\ntx-limit = \"10mbit\"\nvlan = [7, 5]",
+        "cpu-affinity = \"0,1\"\nmax-memory = \"65536m\"\ntx-limit = \"10mbit,burst=16384\"\nvlan = [5, 7, 5]",
+    ];
+    let rest = "loopback = true\nmac = \"52:54:00:00:00:0A\"\nanti-spoofing = true";
+    let forms = written.map(|form| port("two", &format!("{rest}\n{form}")));
+    for (form, said) in forms.iter().zip(["two: added\n", ""]) {
+        daemon.write_config(&(CONTROL.to_owned() + &loopback("one") + form));
+        assert_eq!(daemon.ask(&["reload"]), said, "{form}");
+    }
+}
+
 #[test]
 fn a_file_that_is_wrong_changes_nothing() {
     let daemon = operated(&loopback("one"), "one");
@@ -237,6 +285,36 @@ fn rules_change_under_traffic() {
     daemon.ask(&["set", "one", "--source-mac=none", "--anti-spoofing=off"]);
     card.recycle(0);
     card.check_echo(20);
+}
+
+#[test]
+fn a_set_that_is_refused_changes_nothing() {
+    needs_root!("a_set_that_is_refused_changes_nothing");
+    enter_namespace_with_tap(false);
+    let daemon = operated(&port("one", "tap = \"tap0\"\nmac = \"52:54:00:00:00:01\""), "one");
+    let before = daemon.show("one");
+    // Without its device no filter can be set.
+    ip("link delete tap0");
+    let words = [
+        "set",
+        "one",
+        "--anti-spoofing=on",
+        "--link=off",
+        "--tx-filter=deny arp; default allow",
+        "--tx-limit=10mbit",
+        "--rx-filter=deny udp; default allow",
+    ];
+    let refused = daemon.ctl(&words);
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1), "{text}");
+    assert!(text.contains("set its rx filter"), "{text}");
+    assert!(text.contains("nothing is changed"), "{text}");
+    let after = daemon.show("one");
+    for key in ["link", "tx_filter", "rx_filter", "tx_limit", "options"] {
+        assert_eq!(after[key], before[key], "{key}");
+    }
+    assert!(!daemon.log().contains("other rules for what the guest sends"));
+    assert!(!daemon.log().contains("link down"));
 }
 
 #[test]

@@ -251,7 +251,11 @@ impl PortOptions {
             return Err(format!("vlan={vlan} is not between 1 and {MAX_VLAN}"));
         }
         let addresses = self.source_ip.into_iter().map(|Prefix(net)| net).collect();
-        let identity = anti_spoofing.then_some(Identity { macs, addresses, vlans: self.vlan });
+        let identity = anti_spoofing.then(|| Identity {
+            macs: set_of(macs),
+            addresses: set_of(addresses),
+            vlans: set_of(self.vlan),
+        });
         let rx_filter = self.rx_filter.unwrap_or_default();
         if host == Host::Loopback && !rx_filter.is_none() {
             return Err("rx-filter does not go with loopback: use tx-filter".into());
@@ -285,19 +289,6 @@ impl PortOptions {
         })
     }
 }
-
-/// Keys whose values can change while the port runs.
-const LIVE: [&str; 9] = [
-    "tx-limit",
-    "rx-limit",
-    "tx-filter",
-    "rx-filter",
-    "anti-spoofing",
-    "source-mac",
-    "source-ip",
-    "vlan",
-    "link",
-];
 
 /// What may be changed about a port while it runs, and what is to be changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
@@ -349,17 +340,13 @@ impl PortOptions {
             ..self
         }
     }
+}
 
-    /// Keys whose values differ, and can't change while the port runs.
-    pub fn fixed_differences(&self, other: &Self) -> Vec<String> {
-        let values = |options: &Self| match serde_json::to_value(options) {
-            Ok(serde_json::Value::Object(values)) => values,
-            other => unreachable!("options are a table of keys: {other:?}"),
-        };
-        let (ours, theirs) = (values(self), values(other));
-        let differ = ours.into_iter().filter(|(key, value)| theirs.get(key) != Some(value));
-        differ.map(|(key, _)| key).filter(|key| !LIVE.contains(&key.as_str())).collect()
-    }
+/// A list whose order says nothing, in one order and without repetitions.
+fn set_of<T: Ord>(mut list: Vec<T>) -> Vec<T> {
+    list.sort_unstable();
+    list.dedup();
+    list
 }
 
 /// A list as one word of the command line: `a,b`, or `none`.

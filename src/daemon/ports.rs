@@ -147,7 +147,7 @@ pub enum Refusal {
     /// It can't be done.
     CannotBeDone(String),
     /// These keys can't change while the port runs: it has to be removed and added again.
-    NeedsRestart(Vec<String>),
+    NeedsRestart(Vec<&'static str>),
 }
 
 impl From<StartError> for Refusal {
@@ -442,30 +442,29 @@ impl Port {
         self.capture.stop()
     }
 
+    /// Changes all that differs, or nothing.
     fn change(&mut self, options: PortOptions) -> Result<bool, Refusal> {
-        if options == self.config.options {
-            return Ok(false);
-        }
-        let fixed = self.config.options.fixed_differences(&options);
+        let config = options.check().map_err(Refusal::CannotBeDone)?;
+        let fixed = self.config.fixed_differences(&config);
         if !fixed.is_empty() {
             return Err(Refusal::NeedsRestart(fixed));
         }
-        let config = options.check().map_err(Refusal::CannotBeDone)?;
-        if config.identity != self.config.identity {
-            let rules = config.identity.clone().map(|identity| Arc::new(Rules::new(identity)));
-            self.order(|done| Order::Rules(rules, done))?;
+        if config.is_live_equal(&self.config) {
+            return Ok(false);
         }
-        if config.link != self.config.link {
-            self.order(|done| Order::Link(config.link, done))?;
+        match self.order_change(&config) {
+            Ok(set) => set.map_err(|error| {
+                Refusal::CannotBeDone(format!("set its rx filter: {error}; nothing is changed"))
+            })?,
+            Err(refusal) => {
+                self.undo_change(&config);
+                return Err(refusal);
+            }
         }
+        // Nothing of this can fail.
         if config.tx_filter != self.config.tx_filter {
             info!("{}: tx filter {}, by an operator", self.name(), config.tx_filter);
             self.status.filters.tx.set(config.tx_filter.clone());
-        }
-        if config.rx_filter != self.config.rx_filter {
-            let filter = config.rx_filter.clone();
-            let set: io::Result<()> = self.order(|done| Order::RxFilter(filter, done))?;
-            set.map_err(|error| Refusal::CannotBeDone(format!("set its rx filter: {error}")))?;
         }
         let limits = &self.status.limits;
         for (way, limiter, limit) in
@@ -478,6 +477,42 @@ impl Port {
         }
         self.config = config;
         Ok(true)
+    }
+
+    /// Has the port's thread change what it has to. The rx filter comes first: the device may refuse it,
+    /// and nothing is changed then.
+    fn order_change(&self, config: &PortConfig) -> Result<io::Result<()>, Refusal> {
+        if config.rx_filter != self.config.rx_filter {
+            let filter = config.rx_filter.clone();
+            let set: io::Result<()> = self.order(|done| Order::RxFilter(filter, done))?;
+            if set.is_err() {
+                return Ok(set);
+            }
+        }
+        if config.identity != self.config.identity {
+            let rules = config.identity.clone().map(|identity| Arc::new(Rules::new(identity)));
+            self.order(|done| Order::Rules(rules, done))?;
+        }
+        if config.link != self.config.link {
+            self.order(|done| Order::Link(config.link, done))?;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Takes back what the port's thread, which does not answer in time, may still change: it finds these
+    /// orders behind those.
+    fn undo_change(&self, config: &PortConfig) {
+        let old = &self.config;
+        if config.rx_filter != old.rx_filter {
+            self.tell(Order::RxFilter(old.rx_filter.clone(), channel().0));
+        }
+        if config.identity != old.identity {
+            let rules = old.identity.clone().map(|identity| Arc::new(Rules::new(identity)));
+            self.tell(Order::Rules(rules, channel().0));
+        }
+        if config.link != old.link {
+            self.tell(Order::Link(old.link, channel().0));
+        }
     }
 
     /// Has its traffic counted by protocol and peer, or not any more.
@@ -535,12 +570,6 @@ impl Drop for Port {
     }
 }
 
-/// The limit on a port's mapped bytes if none is given: twice the host's RAM, and 64 GiB at least.
-/// Guests can have more memory than the host, which swaps or shares pages.
-fn default_max_memory() -> u64 {
-    host_memory().saturating_mul(2).max(64 << 30)
-}
-
 /// Starts the workers of a port.
 fn prepare(
     opened: Opened,
@@ -596,7 +625,7 @@ fn prepare(
         limits,
         filters,
         traffic,
-        Arc::new(MemoryQuota::new(config.max_memory.unwrap_or_else(default_max_memory))),
+        Arc::new(MemoryQuota::new(config.memory_limit())),
         Arc::new(DescriptorQuota::new(
             usize::from(config.queue_pairs),
             matches!(config.host, Host::AfXdp(_)),
