@@ -10,6 +10,7 @@ mod handover;
 pub mod opener;
 mod opening;
 mod ports;
+mod replacing;
 mod supervision;
 mod waiting;
 

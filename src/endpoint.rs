@@ -13,11 +13,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
+use nix::unistd::getegid;
 
 use crate::config::Frontend;
 use crate::daemon::StartError;
 use crate::event::Interest;
 use crate::sandbox::find_group;
+use crate::sys::process::file_mode_mask;
 use crate::sys::socket::{Inherited, bind, classify, connect_now, listen};
 
 /// Time between two attempts to connect: the first, and the longest, up to which it doubles.
@@ -154,16 +156,7 @@ impl Endpoint {
     /// There is no such group, or we may not give it anything.
     pub fn share_with(&self, group: &str) -> Result<(), StartError> {
         let Endpoint::Listener(_, Some(SocketFile { path, .. }), _) = self else { return Ok(()) };
-        let shown = path.display();
-        let gid = find_group(group)
-            .ok_or_else(|| StartError::new(format!("{shown}: there is no group {group}")))?;
-        std::os::unix::fs::lchown(path, None, Some(gid.as_raw()))
-            .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(0o660)))
-            .map_err(|error| {
-                StartError::new(format!(
-                    "give {shown} to group {group}: {error}; its owner must be a member"
-                ))
-            })
+        share(path, Some(group))
     }
 
     /// Lets go of the socket without removing its file, which is another's from now on.
@@ -257,6 +250,31 @@ impl Endpoint {
             }
         }
     }
+}
+
+/// Lets members of a group connect to the socket at `path`, and nobody else but its owner; without a
+/// group, whoever may by the umask.
+///
+/// # Errors
+/// There is no such group, or we may not give it anything.
+pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
+    let shown = path.display();
+    let (gid, mode) = match group {
+        Some(name) => {
+            let gid = find_group(name)
+                .ok_or_else(|| StartError::new(format!("{shown}: there is no group {name}")))?;
+            (gid, 0o660)
+        }
+        None => (getegid(), 0o777 & !file_mode_mask()),
+    };
+    let group = group.map_or_else(|| gid.to_string(), str::to_owned);
+    std::os::unix::fs::lchown(path, None, Some(gid.as_raw()))
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
+        .map_err(|error| {
+            StartError::new(format!(
+                "give {shown} to group {group}: {error}; its owner must be a member"
+            ))
+        })
 }
 
 /// The file of a socket that we made: it is removed when we go, unless another has taken its

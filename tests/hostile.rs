@@ -14,6 +14,7 @@ mod handover;
 mod hold;
 mod life;
 mod panics;
+mod reload;
 mod rings;
 
 use std::os::fd::{AsRawFd, BorrowedFd};

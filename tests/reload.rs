@@ -120,7 +120,7 @@ fn reading_the_file_again_touches_only_what_has_changed() {
     // What needs a restart of the port gets one, and nobody else does.
     let mtu = port("slows", "loopback = true\nmtu = 1400");
     daemon.write_config(&(CONTROL.to_owned() + &loopback("stays") + &mtu));
-    assert!(daemon.ask(&["reload"]).contains("slows: removed and added again, since mtu"));
+    assert!(daemon.ask(&["reload"]).contains("slows: replaced, since mtu"));
     assert!(slows.frontend.is_closed());
     stays.check_echo(50);
     card(&daemon, "slows").check_echo(50);
@@ -359,7 +359,7 @@ fn a_tap_that_has_gone_is_opened_again_when_it_is_there_again() {
         ip("tuntap add dev tap0 mode tap vnet_hdr");
         ip("link set tap0 up");
         eventually("its frontend is let go of", || one.frontend.is_closed());
-        let added = || daemon.log().matches("one: added by an operator").count() == round;
+        let added = || daemon.log().matches("one: replaced by an operator").count() == round;
         eventually("it listens again", added);
         one = card(&daemon, "one");
         check_both_ways(&Wire::open("tap0"), &mut one, 50);

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use vhost_user_net::sys::socket::{receive, send_message};
+use vhost_user_net::sys::socket::{MAX_DESCRIPTORS, receive, send_message};
 
 use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, LOG_ALL, Options};
@@ -253,7 +253,7 @@ fn read_until(socket: &UnixStream, done: impl Fn(&[u8]) -> bool) -> (Vec<u8>, Ve
     let (mut bytes, mut files) = (Vec::new(), Vec::new());
     while !done(&bytes) {
         let mut buffer = [0; 4096];
-        let received = receive(socket, &mut buffer).unwrap();
+        let received = receive(socket, &mut buffer, MAX_DESCRIPTORS).unwrap();
         if received.bytes == 0 {
             break;
         }
@@ -288,7 +288,7 @@ fn takeover_refuses_an_incomplete_replay() {
         while !whole(&bytes) {
             let wanted = if bytes.len() < 12 { 12 } else { 12 + usize::from(bytes[8]) };
             let mut buffer = vec![0; wanted - bytes.len()];
-            let received = receive(&replay, &mut buffer).unwrap();
+            let received = receive(&replay, &mut buffer, MAX_DESCRIPTORS).unwrap();
             if received.bytes == 0 {
                 break;
             }

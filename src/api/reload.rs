@@ -8,10 +8,13 @@ use serde_json::Value;
 
 use super::Command;
 use super::client::{Connection, Failure};
-use crate::config::{Host, PortConfig, PortOptions, read_file};
-use crate::daemon::{Descriptors, open_queues};
-use crate::endpoint::Endpoint;
-use crate::sys::tap::device_exists;
+use crate::config::{Frontend, Host, PortConfig, PortOptions, read_file};
+use crate::daemon::{Descriptors, StartError, open_queues};
+use crate::endpoint::{Endpoint, share};
+use crate::sandbox::find_group;
+use crate::sys::link::find;
+use crate::sys::process::check_cpus;
+use crate::sys::tap::{device_exists, set_mtu};
 
 /// What became of a port, or of the daemon's own settings: a line each.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -22,10 +25,19 @@ pub struct Outcome {
     pub failed: Vec<String>,
 }
 
-/// Reads `file` and has the daemon's ports be as it says: those that it does not describe any more
-/// are removed, those that are new are added, and those that are different are changed, which a port
-/// that has to be removed and added again for it does not survive. Ports that an operator has added
-/// stay.
+/// A port of the file that is to be started: instead of `old`, which runs, if it has one.
+struct Start<'a> {
+    name: &'a str,
+    config: &'a PortConfig,
+    old: Option<String>,
+    /// Why it is started.
+    why: String,
+}
+
+/// Reads `file` and has the daemon's ports be as it says. Ports that the file does not describe any more
+/// are removed, those that are new are added, and those that are different are changed. A port that
+/// cannot change while it runs is replaced, and goes on as it is if the new one cannot start. Ports that
+/// an operator has added stay.
 ///
 /// # Errors
 /// The file is wrong, or the daemon can't be asked. Nothing has been done then.
@@ -41,18 +53,28 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
     let list = daemon.ask(&Command::List {}, &[])?;
     let ports = list.as_array().map_or(&[][..], Vec::as_slice);
     let running: BTreeSet<&str> = ports.iter().filter_map(|port| port["name"].as_str()).collect();
-    let mut described = BTreeSet::new();
-    // What has to go, before anything can take its place.
-    let (mut gone, mut wanted) = (Vec::new(), Vec::new());
+    let described: BTreeSet<&str> =
+        config.ports.iter().filter_map(PortConfig::known_name).collect();
+    let from_file = ports.iter().filter(|port| port["from_file"] == true);
+    let mut gone: Vec<(&str, PortConfig)> = Vec::new();
+    for name in from_file.filter_map(|port| port["name"].as_str()) {
+        if !described.contains(name) {
+            gone.push((name, running_config(daemon, name)?.1));
+        }
+    }
+    let mut starts = Vec::new();
     for port in &config.ports {
         let Some(name) = port.known_name() else {
             let why = "a port with tap-fd can be added only when the daemon starts".to_owned();
             outcome.failed.push(why);
             continue;
         };
-        described.insert(name);
         if !running.contains(name) {
-            wanted.push((name, port));
+            // Under another name, it may run already.
+            let is_it = |(_, old): &(&str, PortConfig)| old.frontend == port.frontend;
+            let old = gone.iter().position(is_it).map(|place| gone.remove(place).0.to_owned());
+            let why = old.as_ref().map_or(String::new(), |old| format!("it was called {old}"));
+            starts.push(Start { name, config: port, old, why });
             continue;
         }
         let options = Box::new(port.options.clone());
@@ -60,37 +82,139 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
             Ok(reply) if reply["changed"] == true => outcome.done.push(format!("{name}: changed")),
             Ok(_) => {}
             Err(Failure::NeedsRestart(why)) => {
-                outcome.done.push(format!("{name}: removed and added again, since {why}"));
-                gone.push(name);
-                wanted.push((name, port));
+                starts.push(Start { name, config: port, old: Some(name.to_owned()), why });
             }
-            Err(Failure::Refused(why)) => outcome.failed.push(format!("{name}: {why}")),
+            Err(Failure::Refused(why)) => outcome.failed.push(keeps(name, &why)),
             Err(failure) => return Err(failure),
         }
     }
-    let from_file = ports.iter().filter(|port| port["from_file"] == true);
-    for name in from_file.filter_map(|port| port["name"].as_str()) {
-        if !described.contains(name) {
-            outcome.done.push(format!("{name}: removed"));
-            gone.push(name);
-        }
-    }
-    for name in gone {
+    for (name, _) in gone {
         daemon.ask(&Command::Remove { port: name.to_owned() }, &[])?;
+        outcome.done.push(format!("{name}: removed"));
     }
-    for (name, port) in wanted {
-        match add(daemon, port, true) {
-            Ok(_) if running.contains(name) => {}
-            Ok(_) => outcome.done.push(format!("{name}: added")),
-            Err(gone @ (Failure::Unreachable(_) | Failure::Gone(_))) => return Err(gone),
-            Err(failure) => outcome.failed.push(format!("{name}: not added: {failure}")),
+    // One may need what another gives up.
+    loop {
+        let (before, mut failures) = (starts.len(), Vec::new());
+        let mut left = Vec::new();
+        for start in starts {
+            match begin(daemon, &start, &mut outcome) {
+                Ok(()) => {}
+                Err(gone @ (Failure::Unreachable(_) | Failure::Gone(_))) => return Err(gone),
+                Err(failure) => {
+                    failures.push(match &start.old {
+                        Some(old) => keeps(old, &failure.to_string()),
+                        None => format!("{}: not added: {failure}", start.name),
+                    });
+                    left.push(start);
+                }
+            }
         }
+        if left.is_empty() || left.len() == before {
+            outcome.failed.extend(failures);
+            return Ok(outcome);
+        }
+        starts = left;
     }
-    Ok(outcome)
 }
 
-/// Opens a port's TAP again, which had gone, if there is one of its name again: the port is removed, and
-/// added as `file` describes it. Says whether that was done.
+/// What is said of a port that goes on as it was.
+fn keeps(name: &str, why: &str) -> String {
+    format!("{name}: keeps the options it has: {why}")
+}
+
+/// Starts a port, instead of another if that runs.
+fn begin(daemon: &mut Connection, start: &Start<'_>, outcome: &mut Outcome) -> Result<(), Failure> {
+    let Start { name, config, old, why } = start;
+    match old {
+        Some(old) => {
+            outcome.failed.extend(replace(daemon, old, config)?);
+            outcome.done.push(format!("{name}: replaced, since {why}"));
+        }
+        None => {
+            add(daemon, config, true)?;
+            outcome.done.push(format!("{name}: added"));
+        }
+    }
+    Ok(())
+}
+
+/// A port's state, and what it was described as.
+fn running_config(daemon: &mut Connection, name: &str) -> Result<(Value, PortConfig), Failure> {
+    let mut report = daemon.ask(&Command::Show { port: name.to_owned() }, &[])?;
+    let options = serde_json::from_value::<PortOptions>(report["options"].take());
+    let options = options.map_err(|error| Failure::Refused(format!("{name}: {error}")))?;
+    Ok((report["state"].take(), options.check().map_err(Failure::Refused)?))
+}
+
+/// Has a port take the place of the port `name`: opens what a daemon that has given up its rights can't
+/// open and the old port does not have, and passes it on. Returns what could not be done afterwards.
+///
+/// # Errors
+/// What can't be opened, or why the daemon does not take it. The old port goes on.
+fn replace(
+    daemon: &mut Connection,
+    name: &str,
+    config: &PortConfig,
+) -> Result<Option<String>, Failure> {
+    let refused = |error: StartError| Failure::Refused(error.to_string());
+    let (state, old) = running_config(daemon, name)?;
+    if state == "ended" {
+        // It has nothing that would be lost.
+        daemon.ask(&Command::Remove { port: name.to_owned() }, &[])?;
+        return add(daemon, config, true).map(|_| None);
+    }
+    let group = config.socket_group.as_deref();
+    if let Some(group) = group.filter(|group| find_group(group).is_none()) {
+        return Err(Failure::Refused(format!("socket-group: there is no group {group}")));
+    }
+    check_cpus(&config.cpu_affinity).map_err(Failure::Refused)?;
+    let endpoint = if config.frontend == old.frontend {
+        None
+    } else {
+        let inherited = Descriptors::inherit(config).map_err(refused)?;
+        let endpoint = Endpoint::open(&config.frontend, inherited.frontend).map_err(refused)?;
+        group.map_or(Ok(()), |group| endpoint.share_with(group)).map_err(refused)?;
+        Some(endpoint)
+    };
+    let is_same_tap = config.host == old.host && state != "degraded";
+    let queues = if is_same_tap && config.queue_pairs <= old.queue_pairs {
+        Vec::new()
+    } else {
+        open_queues(config).map_err(refused)?
+    };
+    let socket = endpoint.as_ref().and_then(Endpoint::descriptor);
+    let files: Vec<BorrowedFd<'_>> =
+        socket.into_iter().chain(queues.iter().map(AsFd::as_fd)).collect();
+    let port = Box::new(config.options.clone());
+    daemon.ask(&Command::Replace { name: name.to_owned(), port }, &files)?;
+    let mut failed = None;
+    match (endpoint, &config.frontend) {
+        (Some(endpoint), _) => endpoint.give_away(),
+        (None, Frontend::Listen(path)) if config.socket_group != old.socket_group => {
+            failed = share(path, group).err();
+        }
+        (None, _) => {}
+    }
+    if let Host::Tap(tap) = &config.host
+        && is_same_tap
+        && config.mtu != old.mtu
+        && !is_persistent(tap)
+    {
+        // The daemon has made it, with the MTU that it had then.
+        let set = set_mtu(tap, config.mtu.into());
+        let failure = |error| StartError::new(format!("set the MTU of tap {tap}: {error}"));
+        failed = failed.or(set.map_err(failure).err());
+    }
+    Ok(failed.map(|error| format!("{name}: replaced, but: {error}")))
+}
+
+/// Whether a TAP outlives whoever has made it. If that is not known, it is left as it is.
+fn is_persistent(tap: &str) -> bool {
+    find(tap).ok().and_then(|link| link.tun).is_none_or(|tun| tun.persistent)
+}
+
+/// Opens a port's TAP again, which had gone, if there is one of its name again: the port is replaced by
+/// the one that `file` describes. Says whether that was done.
 ///
 /// # Errors
 /// The file is wrong, the daemon can't be asked, or the TAP can't be opened.
@@ -102,8 +226,7 @@ pub fn mend(daemon: &mut Connection, file: &Path, name: &str) -> Result<bool, Fa
         Host::TapDescriptors(_) | Host::AfXdp(_) | Host::Loopback => false,
     };
     let Some(port) = port.filter(there) else { return Ok(false) };
-    daemon.ask(&Command::Remove { port: name.to_owned() }, &[])?;
-    add(daemon, port, true).map(|_| true)
+    replace(daemon, name, port).map(|_| true)
 }
 
 /// Adds a port: opens what a daemon that has given up its rights can't open, and passes it on.
@@ -115,7 +238,7 @@ pub(super) fn add(
     config: &PortConfig,
     from_file: bool,
 ) -> Result<Value, Failure> {
-    let refused = |error: crate::daemon::StartError| Failure::Refused(error.to_string());
+    let refused = |error: StartError| Failure::Refused(error.to_string());
     let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config).map_err(refused)?;
     tap_queues.extend(open_queues(config).map_err(refused)?);
     let endpoint = Endpoint::open(&config.frontend, frontend).map_err(refused)?;

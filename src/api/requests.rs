@@ -50,6 +50,15 @@ pub enum Command {
         /// The port.
         port: Box<PortOptions>,
     },
+    /// Put a port that the daemon's file describes in the place of that one, which goes on if the new one
+    /// cannot start. What the new one needs and the old one does not have comes with the request.
+    #[command(skip)]
+    Replace {
+        /// The old port's name.
+        name: String,
+        /// The new port.
+        port: Box<PortOptions>,
+    },
     /// Remove a port: its rings stop, and its frontend is disconnected.
     Remove {
         /// The port's name.
@@ -103,6 +112,7 @@ impl Command {
             Command::Set { .. }
             | Command::Add { .. }
             | Command::Change { .. }
+            | Command::Replace { .. }
             | Command::Remove { .. }
             | Command::Capture { .. }
             | Command::CaptureStop { .. }
@@ -205,6 +215,9 @@ fn answer(
             Ok(json!(report::summary(ports.add(*port, files, from_file)?)))
         }
         Command::Change { name, port } => Ok(json!({"changed": ports.change(&name, *port)?})),
+        Command::Replace { name, port } => {
+            Ok(json!(report::summary(ports.replace(&name, *port, files)?)))
+        }
         Command::Remove { port } => {
             ports.remove(&port)?;
             Ok(json!({"removed": port}))

@@ -180,6 +180,12 @@ fn open_tap(name: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>, StartError> 
         };
         StartError::new(format!("open tap {name}: {error}{hint}"))
     };
+    let one_queue = || {
+        StartError::new(format!(
+            "tap {name} has one queue, and --queue-pairs={pairs}: make it again with \
+             'ip link delete {name} && {make}'"
+        ))
+    };
     let until = Instant::now() + BUSY_PATIENCE;
     let (is_new, opened) = loop {
         let is_new = !device_exists(name).map_err(failed)?;
@@ -195,11 +201,10 @@ fn open_tap(name: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>, StartError> 
         (Err(error), _) if !is_new && error.raw_os_error() == Some(libc::EINVAL) => {
             match (Queue::open(name, pairs == 1), pairs) {
                 (Ok(queue), 1) => queue,
-                (Ok(_), _) => {
-                    return Err(StartError::new(format!(
-                        "tap {name} has one queue, and --queue-pairs={pairs}: make it again with \
-                         'ip link delete {name} && {make}'"
-                    )));
+                (Ok(_), _) => return Err(one_queue()),
+                // A port has the one queue.
+                (Err(error), 2..) if error.raw_os_error() == Some(libc::EBUSY) => {
+                    return Err(one_queue());
                 }
                 (Err(error), _) if error.raw_os_error() == Some(libc::EINVAL) => {
                     return Err(StartError::new(format!(

@@ -21,7 +21,7 @@ use crate::counters::PairCounters;
 use crate::descriptors::{self, DescriptorQuota};
 use crate::device::Device;
 use crate::endpoint::Endpoint;
-use crate::features::{Offer, OfferOptions};
+use crate::features::{Offer, OfferOptions, PortOffloads};
 use crate::guest::MemoryQuota;
 use crate::net_config::NetConfig;
 use crate::policy::{Limiter, Limits, LiveFilter, Rules};
@@ -88,6 +88,11 @@ impl Opened {
 
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What its device can do with a frame's offloads.
+    pub(super) fn offloads(&self) -> PortOffloads {
+        self.queues[0].offloads()
     }
 }
 
@@ -231,16 +236,8 @@ impl Ports {
         from_file: bool,
     ) -> Result<&Port, Refusal> {
         let config = options.check().map_err(Refusal::CannotBeDone)?;
-        if matches!(config.host, Host::AfXdp(_)) && !self.sandbox.has_af_xdp() {
-            let why = "this daemon has given up what AF_XDP needs, since it was started without such \
-                       a port: put the port into its file and restart it, or start another daemon";
-            return Err(Refusal::CannotBeDone(why.into()));
-        }
+        self.check_addition(&config, None)?;
         let brought = Descriptors::brought(&config, files)?;
-        let running = self.ports.iter().filter(|port| !port.status.has_ended());
-        let all: Vec<&PortConfig> = running.map(|port| &port.config).chain([&config]).collect();
-        check_claims(&all, std::iter::empty())
-            .map_err(|claim| Refusal::CannotBeDone(format!("{claim} is another port's")))?;
         let pairs = usize::from(config.queue_pairs);
         descriptors::check_room(pairs, matches!(config.host, Host::AfXdp(_)))
             .map_err(|why| Refusal::CannotBeDone(why.to_string()))?;
@@ -253,6 +250,34 @@ impl Ports {
         let port = self.start(prepared)?;
         info!("{}: added by an operator", port.name());
         Ok(port)
+    }
+
+    /// Checks that a port can be had beside all that run, but for `replaced`.
+    pub(super) fn check_addition(
+        &self,
+        config: &PortConfig,
+        replaced: Option<&str>,
+    ) -> Result<(), Refusal> {
+        if matches!(config.host, Host::AfXdp(_)) && !self.sandbox.has_af_xdp() {
+            let why = "this daemon has given up what AF_XDP needs, since it was started without such \
+                       a port: put the port into its file and restart it, or start another daemon";
+            return Err(Refusal::CannotBeDone(why.into()));
+        }
+        let others = self.ports.iter().filter(|port| Some(port.name()) != replaced);
+        let running = others.filter(|port| !port.status.has_ended());
+        let all: Vec<&PortConfig> = running.map(|port| &port.config).chain([config]).collect();
+        check_claims(&all, std::iter::empty())
+            .map_err(|claim| Refusal::CannotBeDone(format!("{claim} is another port's")))
+    }
+
+    /// Takes a port out, the oldest of that name.
+    pub(super) fn take(&mut self, name: &str) -> Option<Port> {
+        self.place(name).ok().map(|place| self.ports.remove(place))
+    }
+
+    /// Takes the port out that was started last.
+    pub(super) fn take_last(&mut self) -> Option<Port> {
+        self.ports.pop()
     }
 
     /// Stops a port: its rings first, then its frontend's connection.
@@ -338,6 +363,7 @@ pub struct Port {
     config: PortConfig,
     from_file: bool,
     offered: u64,
+    offloads: PortOffloads,
     capture: Arc<Capture>,
     /// Its socket for frontends, its TAP's queues and their state, for another daemon.
     listener: Option<OwnedFd>,
@@ -428,6 +454,11 @@ impl Port {
     /// Its TAP's state, for a successor.
     pub(super) fn tap(&self) -> Option<&TapState> {
         self.tap.as_ref()
+    }
+
+    /// What its device can do with a frame's offloads.
+    pub(super) fn offloads(&self) -> PortOffloads {
+        self.offloads
     }
 
     /// Gives its thread an order, and does not wait.
@@ -528,7 +559,7 @@ impl Port {
     }
 
     /// Has the port's thread do something, and waits until it has.
-    fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, Refusal> {
+    pub(super) fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, Refusal> {
         let (done, finished) = channel();
         self.tell(order(done));
         finished.recv_timeout(PATIENCE).map_err(|_| {
@@ -570,6 +601,16 @@ impl Drop for Port {
     }
 }
 
+/// What a port offers on a device with these offloads.
+pub(super) fn offer(config: &PortConfig, offloads: PortOffloads) -> Offer {
+    let options = OfferOptions {
+        guest_segmentation: config.guest_tso,
+        mac: config.mac.is_some(),
+        ring_reset: config.ring_reset,
+    };
+    Offer::new(offloads, options)
+}
+
 /// Starts the workers of a port.
 fn prepare(
     opened: Opened,
@@ -582,12 +623,8 @@ fn prepare(
     let tap = queues[0].tap_state();
     let listener = endpoint.fd().map(|fd| fd.try_clone_to_owned()).transpose();
     let listener = listener.map_err(no_descriptor)?;
-    let options = OfferOptions {
-        guest_segmentation: config.guest_tso,
-        mac: config.mac.is_some(),
-        ring_reset: config.ring_reset,
-    };
-    let offer = Offer::new(queues[0].offloads(), options);
+    let offloads = queues[0].offloads();
+    let offer = offer(&config, offloads);
     let net_config = NetConfig {
         mac: config.mac.unwrap_or_default(),
         queue_pairs: config.queue_pairs,
@@ -652,6 +689,7 @@ fn prepare(
         config,
         from_file,
         offered,
+        offloads,
         capture,
         listener,
         queues,

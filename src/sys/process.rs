@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::OnceLock;
+use std::thread;
 use std::time::Duration;
 
 use super::check;
@@ -116,6 +117,31 @@ pub fn pin_this_thread(cpu: usize) -> io::Result<()> {
         check(libc::sched_setaffinity(0, mem::size_of_val(&set), &set))?;
     }
     Ok(())
+}
+
+/// Permissions that new files do not get (umask). For a process with one thread: others would make files
+/// without it for a moment.
+pub fn file_mode_mask() -> u32 {
+    // SAFETY: umask has no preconditions, and cannot fail.
+    unsafe {
+        let mask = libc::umask(0o777);
+        libc::umask(mask);
+        mask
+    }
+}
+
+/// Checks that threads of this process may run on these CPUs, by a thread that does.
+///
+/// # Errors
+/// With the first CPU that does not exist, or that this process may not use.
+pub fn check_cpus(cpus: &[usize]) -> Result<(), String> {
+    let refused = |(cpu, error): (&usize, io::Error)| format!("run on processor {cpu}: {error}");
+    thread::scope(|scope| {
+        let tried = scope.spawn(|| {
+            cpus.iter().try_for_each(|cpu| pin_this_thread(*cpu).map_err(|error| (cpu, error)))
+        });
+        tried.join().map_err(|_| "cannot start a thread".to_owned())?.map_err(refused)
+    })
 }
 
 /// The clock of a thread: how long it has run on a processor.

@@ -70,6 +70,20 @@ pub fn device_exists(name: &str) -> io::Result<bool> {
     Ok(result >= 0)
 }
 
+/// Sets the MTU of the network device `name` in bytes.
+///
+/// # Errors
+/// There is no such device, or we may not set it.
+pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_mtu = mtu as libc::c_int;
+    // SAFETY: SIOCSIFMTU reads one ifreq.
+    unsafe {
+        check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCSIFMTU, &mut request))?;
+    }
+    Ok(())
+}
+
 /// The flags (`IFF_*` of `linux/if_tun.h`) that the kernel knows for TUN and TAP devices.
 ///
 /// # Errors
@@ -286,13 +300,7 @@ impl Queue {
 
     /// Sets the device's MTU in bytes.
     pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
-        let mut request = request(&self.identity.name)?;
-        request.ifr_ifru.ifru_mtu = mtu as libc::c_int;
-        // SAFETY: SIOCSIFMTU reads one ifreq.
-        unsafe {
-            check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCSIFMTU, &mut request))?;
-        }
-        Ok(())
+        set_mtu(&self.identity.name, mtu)
     }
 
     /// Sets the device up, as `ip link set NAME up` does.

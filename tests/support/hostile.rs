@@ -166,6 +166,11 @@ impl Scene {
         Self::with_fault(case, "control = \"{}/control\"\n", attacked, wire, fault)
     }
 
+    /// The same on `attacked`, whose host's end is `wire`.
+    pub(crate) fn operated_on(case: u8, attacked: &str, wire: Option<Wire>) -> Self {
+        Self::described(case, "control = \"{}/control\"\n", attacked, wire)
+    }
+
     /// The same on a TAP, in a fresh namespace.
     pub(crate) fn on_tap(case: u8) -> Self {
         enter_namespace_with_tap(false);

@@ -1,0 +1,348 @@
+//! Putting a port in the place of one that runs: the new port is built beside the old one, which goes on
+//! if that fails.
+//!
+//! What both need is duplicated: the listening socket, and a TAP's queues. The old port stands still
+//! while the new one starts, as in a take-over by another daemon, and resumes if the new one does not.
+//! Queues of a network device that AF_XDP binds to cannot be duplicated. There the old port ends first,
+//! and is started again if the new one cannot be.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use log::{error, info, warn};
+
+use super::control::{Order, Predecessor};
+use super::ports::{Opened, Port, Ports, Refusal, offer};
+use super::{StartError, no_descriptor};
+use crate::config::{Frontend, Host, PortConfig, PortOptions};
+use crate::endpoint::Endpoint;
+use crate::features::{PortOffloads, names};
+use crate::policy::Filter;
+use crate::port::TapState;
+use crate::sys::process::check_cpus;
+
+/// Time that a new port's thread may take to be ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time that the kernel may take to free the queues of an AF_XDP socket that was closed.
+const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
+/// Time between two attempts.
+const RELEASE_POLL: Duration = Duration::from_millis(5);
+
+/// What a port is built on.
+struct Base {
+    endpoint: Endpoint,
+    queues: Vec<OwnedFd>,
+    /// The state of a TAP that another port has set up.
+    tap: Option<TapState>,
+}
+
+impl Ports {
+    /// Puts the port that `options` describe in the place of the port `name`. `files` are its new
+    /// listening socket, if it has another one, and its TAP's queues, unless it has those of the old port.
+    ///
+    /// # Errors
+    /// Why the new port cannot be had; the old one goes on.
+    pub fn replace(
+        &mut self,
+        name: &str,
+        options: PortOptions,
+        files: Vec<OwnedFd>,
+    ) -> Result<&Port, Refusal> {
+        let config = options.check().map_err(Refusal::CannotBeDone)?;
+        let old = self.find(name)?;
+        if old.status().has_ended() {
+            let why = format!("port {name} has ended; remove it first");
+            return Err(Refusal::CannotBeDone(why));
+        }
+        self.check_addition(&config, Some(name))?;
+        let new_name = config.known_name().unwrap_or(name).to_owned();
+        if new_name != name && self.find(&new_name).is_ok() {
+            let why = format!("there is a port {new_name} already: remove it first");
+            return Err(Refusal::CannotBeDone(why));
+        }
+        old.check_frontend(&config)?;
+        if shares_host(old.config(), &config) || is_on_same_device(old.config(), &config) {
+            old.check_features(&config, old.offloads())?;
+        }
+        let base = old.base_of(&config, files)?;
+        if is_on_same_device(old.config(), &config) {
+            self.replace_exclusively(name, &new_name, config, base)?;
+        } else {
+            self.replace_beside(name, &new_name, config, base)?;
+        }
+        info!("{new_name}: replaced by an operator");
+        self.find(&new_name)
+    }
+
+    /// Builds the new port while the old one runs, and has it take the place of that in one moment.
+    fn replace_beside(
+        &mut self,
+        name: &str,
+        new_name: &str,
+        config: PortConfig,
+        base: Base,
+    ) -> Result<(), Refusal> {
+        let old = self.find(name)?;
+        let Base { endpoint, queues, tap } = base;
+        let opened =
+            Opened::of_predecessor(new_name.into(), config.clone(), true, (queues, tap), endpoint)?;
+        old.check_features(&config, opened.offloads())?;
+        let mut prepared = self.prepare(opened, Vec::new())?;
+        let (done, ready) = channel();
+        prepared.succeed(nobodys(done)?);
+        // From here on the old port stands still.
+        let suspended = old.suspend();
+        let started = suspended.and_then(|()| {
+            self.start(prepared)?;
+            let started = ready.recv_timeout(READY_TIMEOUT);
+            started.unwrap_or_else(|_| Err("its thread does not answer".into())).map_err(|why| {
+                self.take_last();
+                Refusal::CannotBeDone(format!("start it: {why}"))
+            })
+        });
+        let old = self.find(name)?;
+        if let Err(refusal) = started {
+            old.tell(Order::Resume);
+            return Err(refusal);
+        }
+        old.end(&config);
+        drop(self.take(name));
+        self.find(new_name)?.tell(Order::Resume);
+        Ok(())
+    }
+
+    /// Ends the old port, and starts the new one then, or else the old one again.
+    fn replace_exclusively(
+        &mut self,
+        name: &str,
+        new_name: &str,
+        config: PortConfig,
+        base: Base,
+    ) -> Result<(), Refusal> {
+        let old = self.find(name)?;
+        check_cpus(&config.cpu_affinity).map_err(Refusal::CannotBeDone)?;
+        let (old_config, from_file) = (old.config().clone(), old.is_from_file());
+        let again = old.listener().map_err(no_descriptor)?;
+        let again = match again {
+            Some(listener) => Endpoint::taken(listener).map_err(no_descriptor)?,
+            None => Endpoint::open(&old_config.frontend, None)?,
+        };
+        if let Err(refusal) = old.suspend() {
+            old.tell(Order::Resume);
+            return Err(refusal);
+        }
+        old.tell(Order::CommitHandover);
+        drop(self.take(name));
+        let failed = match self.start_anew(new_name, &config, true, base.endpoint) {
+            Ok(()) => {
+                if config.frontend != old_config.frontend {
+                    remove_socket(again, &old_config.frontend);
+                }
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        warn!("{name}: not changed: {failed}; starting it again with its old options");
+        match self.start_anew(name, &old_config, from_file, again) {
+            Ok(()) => {
+                Err(Refusal::CannotBeDone(format!("{failed}; it was started again as it was")))
+            }
+            Err(why) => {
+                error!("{name}: cannot start it again: {why}");
+                let why = format!("{failed}; cannot start it again as it was: {why}");
+                Err(Refusal::CannotBeDone(why))
+            }
+        }
+    }
+
+    /// Starts a port on a device whose queues become free in a moment.
+    fn start_anew(
+        &mut self,
+        name: &str,
+        config: &PortConfig,
+        from_file: bool,
+        endpoint: Endpoint,
+    ) -> Result<(), StartError> {
+        let end = Instant::now() + RELEASE_TIMEOUT;
+        let listener = endpoint.fd().map(|fd| fd.try_clone_to_owned()).transpose();
+        let listener = listener.map_err(no_descriptor)?;
+        let prepared = loop {
+            let endpoint = match &listener {
+                Some(fd) => {
+                    let fd = fd.try_clone().map_err(no_descriptor)?;
+                    Endpoint::taken(fd).map_err(no_descriptor)?
+                }
+                None => Endpoint::open(&config.frontend, None)?,
+            };
+            let host = (Vec::new(), None);
+            let opened =
+                Opened::of_predecessor(name.into(), config.clone(), from_file, host, endpoint);
+            match opened.and_then(|opened| self.prepare(opened, Vec::new())) {
+                Err(_) if Instant::now() < end => thread::sleep(RELEASE_POLL),
+                prepared => break prepared,
+            }
+        };
+        let mut prepared = prepared?;
+        let (done, ready) = channel();
+        prepared.succeed(nobodys(done)?);
+        self.start(prepared)?;
+        let ready = ready.recv_timeout(READY_TIMEOUT);
+        if let Err(why) = ready.unwrap_or_else(|_| Err("its thread does not answer".into())) {
+            self.take_last();
+            return Err(StartError::new(why));
+        }
+        if let Ok(port) = self.find(name) {
+            port.tell(Order::Resume);
+        }
+        Ok(())
+    }
+}
+
+impl Port {
+    /// Checks that a VMM that is connected finds all that it has with another configuration, but for
+    /// the features that follow from the device.
+    fn check_frontend(&self, config: &PortConfig) -> Result<(), Refusal> {
+        let old = self.config();
+        let inherited = matches!(config.frontend, Frontend::Inherited(_));
+        if inherited && !matches!(self.listener(), Ok(Some(_))) {
+            return Err(Refusal::CannotBeDone(
+                "its inherited connection cannot be made again".into(),
+            ));
+        }
+        if self.status().connection().since.is_none() {
+            return Ok(());
+        }
+        if config.frontend != old.frontend {
+            return Err(lost("the socket", "its VMM would look for it at the old place"));
+        }
+        if config.queue_pairs < old.queue_pairs {
+            return Err(lost("queue-pairs", &format!("it was offered {}", old.queue_pairs)));
+        }
+        let mapped = self.status().memory.mapped();
+        if config.memory_limit() < mapped {
+            return Err(lost("max-memory", &format!("it has {mapped} bytes mapped")));
+        }
+        if config.require_sealed_memory && !old.require_sealed_memory && mapped > 0 {
+            return Err(lost("require-sealed-memory", "its memory may not be sealed"));
+        }
+        Ok(())
+    }
+
+    /// Checks that a VMM that is connected finds all features that it has accepted on another device.
+    fn check_features(&self, config: &PortConfig, offloads: PortOffloads) -> Result<(), Refusal> {
+        const KEYS: [&str; 7] =
+            ["tap", "tap-fd", "af-xdp", "loopback", "guest-tso", "ring-reset", "mac"];
+        let accepted = self.status().connection().features.unwrap_or_default();
+        let missing = accepted & !offer(config, offloads).bits();
+        if missing == 0 {
+            return Ok(());
+        }
+        let keys = self.config().fixed_differences(config);
+        let keys: Vec<&str> = keys.into_iter().filter(|key| KEYS.contains(key)).collect();
+        let features = names(missing).join(", ");
+        Err(lost(&keys.join(", "), &format!("it has accepted {features}")))
+    }
+
+    /// What a port with another configuration is built on: `files`, and what this port has already.
+    fn base_of(&self, config: &PortConfig, files: Vec<OwnedFd>) -> Result<Base, Refusal> {
+        let old = self.config();
+        let failed = |error| Refusal::from(no_descriptor(error));
+        let mut files = files.into_iter();
+        let has_listener = config.frontend == old.frontend;
+        let endpoint = match config.frontend {
+            Frontend::Connect(_) => Endpoint::open(&config.frontend, None)?,
+            _ if has_listener => {
+                let listener = self.listener().map_err(failed)?.ok_or_else(|| {
+                    Refusal::CannotBeDone("its inherited connection cannot be made again".into())
+                })?;
+                Endpoint::taken(listener).map_err(failed)?
+            }
+            _ => {
+                let fd = files.next().ok_or_else(|| {
+                    Refusal::CannotBeDone("its listening socket did not come".into())
+                })?;
+                Endpoint::taken(fd).map_err(failed)?
+            }
+        };
+        let mut queues: Vec<OwnedFd> = files.collect();
+        let pairs = usize::from(config.queue_pairs);
+        let is_tap = matches!(config.host, Host::Tap(_) | Host::TapDescriptors(_));
+        let is_same = shares_host(old, config) && !self.status().is_degraded();
+        if is_tap && is_same && queues.is_empty() {
+            queues = self.queues().map_err(failed)?.into_iter().take(pairs).collect();
+        }
+        let needed = if is_tap { pairs } else { 0 };
+        if queues.len() != needed {
+            let why = format!("it needs {needed} descriptors of queues, and {} came", queues.len());
+            return Err(Refusal::CannotBeDone(why));
+        }
+        let tap = self.tap().filter(|_| is_same).cloned();
+        Ok(Base { endpoint, queues, tap })
+    }
+
+    /// Has its thread stand still until it hears of what has become of the new port.
+    fn suspend(&self) -> Result<(), Refusal> {
+        let suspended: Result<_, String> = self.order(Order::PrepareHandover)?;
+        suspended.map(drop).map_err(Refusal::CannotBeDone)
+    }
+
+    /// Ends it, which stands still, and leaves to the new port what both have.
+    fn end(&self, new: &PortConfig) {
+        let old = self.config();
+        let filter = &self.status().filters.rx;
+        if !shares_host(old, new)
+            && !filter.get().is_none()
+            && let Err(error) = filter.set(&Filter::default())
+        {
+            warn!("{}: cannot remove its rx filter: {error}", self.name());
+        }
+        if old.frontend == new.frontend {
+            self.tell(Order::CommitHandover);
+        } else if shares_host(old, new) {
+            if let Ok(Some(Ok(endpoint))) = self.listener().map(|fd| fd.map(Endpoint::taken)) {
+                remove_socket(endpoint, &old.frontend);
+            }
+            self.tell(Order::CommitHandover);
+        } else {
+            self.tell(Order::Stop);
+        }
+    }
+}
+
+/// Whether two ports have the same TAP.
+fn shares_host(old: &PortConfig, new: &PortConfig) -> bool {
+    old.host == new.host && matches!(old.host, Host::Tap(_) | Host::TapDescriptors(_))
+}
+
+/// Whether two ports have queues of one device by AF_XDP, which only one can have at a time.
+fn is_on_same_device(old: &PortConfig, new: &PortConfig) -> bool {
+    match (&old.host, &new.host) {
+        (Host::AfXdp(old), Host::AfXdp(new)) => old.name == new.name,
+        _ => false,
+    }
+}
+
+/// Removes the file of a socket that no port has any more.
+fn remove_socket(mut endpoint: Endpoint, frontend: &Frontend) {
+    if let Frontend::Listen(path) = frontend {
+        // It goes with its owner.
+        endpoint.own(path);
+    }
+}
+
+/// Why a key does not change while a VMM is connected.
+fn lost(key: &str, why: &str) -> Refusal {
+    Refusal::CannotBeDone(format!(
+        "{key} not changed while its VMM is connected: {why}; stop the VMM and reload, or remove and add \
+         the port"
+    ))
+}
+
+/// What a port begins with that takes nobody's frontend over: it waits until it may resume.
+fn nobodys(done: Sender<Result<(), String>>) -> Result<Predecessor, StartError> {
+    let (replay, _) = UnixStream::pair().map_err(no_descriptor)?;
+    Ok(Predecessor { replay, messages: Some(0), connection: None, done })
+}

@@ -1,0 +1,163 @@
+//! Cases 69 to 71: an operator whose file asks for what there is not.
+
+use nix::sys::signal::Signal;
+
+use crate::support::daemon::port;
+use crate::support::driver::{
+    CSUM, Card, GUEST_CSUM, GUEST_TSO, HOST_TSO, MRG_RXBUF, Options, PROTOCOL, VERSION_1,
+};
+use crate::support::frontend::Frontend;
+use crate::support::hostile::{Scene, note};
+use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip};
+use crate::support::traffic::check_both_ways;
+use crate::support::{eventually, needs_root};
+
+/// Describes the attacked port in another way.
+fn describe(scene: &Scene, attacked: &str) {
+    let ports = port("attacked", attacked) + &port("quiet", "loopback = true\n");
+    scene.daemon.write_config(&("control = \"{}/control\"\n".to_owned() + &ports));
+}
+
+/// Reloads; returns what was refused.
+#[track_caller]
+fn refused(scene: &Scene) -> String {
+    let output = scene.daemon.ctl(&["reload"]);
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    text
+}
+
+#[test]
+fn hostile_69_reload_that_fails_keeps_the_port() {
+    needs_root!("hostile_69_reload_that_fails_keeps_the_port");
+    enter_namespace_with_tap(false);
+    let tap = "tap = \"tap0\"\n";
+    let scene = Scene::operated_on(69, tap, Some(Wire::open("tap0")));
+    let mut card = scene.card();
+    scene.check(&mut card);
+    let wrong = [
+        ("tap = \"tap0\"\ncpu-affinity = \"999\"", "run on processor 999"),
+        ("tap = \"tap0\"\nsocket-group = \"nobody-s\"", "there is no group nobody-s"),
+        ("tap = \"lo\"", "no TAP"),
+        ("tap = \"tap0\"\nqueue-pairs = 2", "one queue"),
+        ("af-xdp = \"lo\"", "has given up what AF_XDP needs"),
+    ];
+    for (rest, why) in wrong {
+        describe(&scene, rest);
+        let text = refused(&scene);
+        assert!(text.contains("attacked: keeps the options it has: "), "{text}");
+        assert!(text.contains(why), "{rest}: {text}");
+        // Its VMM has noticed nothing.
+        scene.check(&mut card);
+    }
+    // SIGHUP says so in the log.
+    scene.daemon.signal(Signal::SIGHUP);
+    scene.daemon_says("reload: failed: attacked: keeps the options it has: ");
+    scene.check(&mut card);
+    drop(card);
+    // Nobody is connected: the socket may move, if there is a directory for it.
+    let elsewhere = "[[port]]\nname = \"attacked\"\nsocket-path = \"{}/none/socket\"\n";
+    let quiet = port("quiet", "loopback = true\n");
+    let file = |port: String| "control = \"{}/control\"\n".to_owned() + &port + &quiet;
+    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    scene.daemon.write_config(&file(elsewhere.to_owned() + tap));
+    assert!(refused(&scene).contains("make its directory first"));
+    scene.check(&mut scene.card());
+    // What can be had takes its place, and has its TAP.
+    let moved = "[[port]]\nname = \"attacked\"\nsocket-path = \"{}/moved\"\nmtu = 1400\n";
+    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    scene.daemon.write_config(&file(moved.to_owned() + tap));
+    assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced, since socket-path, mtu"));
+    assert!(!scene.daemon.path("attacked").exists(), "a socket is left behind");
+    let moved = Frontend::new(scene.daemon.connect_to("moved"));
+    check_both_ways(scene.wire(), &mut Card::start(moved, Default::default()), 100);
+    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    describe(&scene, tap);
+    assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced"));
+    assert!(!scene.daemon.path("moved").exists(), "a socket is left behind");
+    scene.ends("R: the port keeps its VMM and its options, and says why");
+}
+
+#[test]
+fn hostile_69_af_xdp_port_is_started_again_as_it_was() {
+    needs_root!("hostile_69_af_xdp_port_is_started_again_as_it_was");
+    enter_namespace_with_veth(1);
+    let scene = Scene::operated_on(69, "af-xdp = \"veth0\"\n", Some(Wire::open("veth1")));
+    scene.check(&mut scene.card());
+    // The queue is the old port's until it ends; only then can be seen that the driver can't.
+    describe(&scene, "af-xdp = \"veth0,queue=7\"");
+    let text = refused(&scene);
+    assert!(text.contains("attacked: keeps the options it has: "), "{text}");
+    assert!(text.contains("it was started again as it was"), "{text}");
+    scene.check(&mut scene.card());
+    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    describe(&scene, "af-xdp = \"veth0,mode=copy\"");
+    assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced, since af-xdp"));
+    scene.check(&mut scene.card());
+    scene.ends("R: the port is started again as it was; its VMM reconnects");
+}
+
+#[test]
+fn hostile_70_change_that_a_vmm_cannot_survive_is_refused() {
+    needs_root!("hostile_70_change_that_a_vmm_cannot_survive_is_refused");
+    enter_namespace_with_tap(true);
+    let rest = "tap = \"tap0\"\nqueue-pairs = 2\nmac = \"52:54:00:00:00:01\"\n";
+    let scene = Scene::operated_on(70, rest, Some(Wire::open("tap0")));
+    let features = VERSION_1 | PROTOCOL | MRG_RXBUF | CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
+    let mut card = scene.card_with(Options { features, ..Options::default() });
+    scene.check(&mut card);
+    let tap = "tap = \"tap0\"\n";
+    let pairs = "queue-pairs = 2\n";
+    let wrong = [
+        (tap.to_owned(), "queue-pairs not changed while its VMM is connected"),
+        (
+            format!("{tap}{pairs}guest-tso = false"),
+            "guest-tso not changed while its VMM is connected: it has accepted GUEST_TSO4",
+        ),
+        (format!("{tap}{pairs}max-memory = \"1m\""), "max-memory not changed"),
+        (format!("{tap}{pairs}require-sealed-memory = true"), "require-sealed-memory not changed"),
+    ];
+    for (rest, why) in &wrong {
+        describe(&scene, rest);
+        let text = refused(&scene);
+        assert!(text.contains("attacked: keeps the options it has: "), "{text}");
+        assert!(text.contains(why), "{rest}: {text}");
+        scene.check(&mut card);
+    }
+    // Without a VMM all of that can be.
+    drop(card);
+    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    for (rest, _) in &wrong {
+        describe(&scene, rest);
+        assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced"), "{rest}");
+    }
+    describe(&scene, rest);
+    assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced"));
+    scene.ends("R while a VMM is connected, with the key and the feature");
+}
+
+#[test]
+fn hostile_70_af_xdp_in_place_of_a_tap_is_refused() {
+    needs_root!("hostile_70_af_xdp_in_place_of_a_tap_is_refused");
+    enter_namespace_with_veth(1);
+    ip("tuntap add dev tap0 mode tap vnet_hdr");
+    ip("link set tap0 up");
+    // A daemon that has AF_XDP.
+    let attacked = "tap = \"tap0\"\n".to_owned();
+    let other = port("other", "af-xdp = \"veth0\"\n");
+    let mut scene = Scene::operated_on(70, &(attacked + &other), Some(Wire::open("tap0")));
+    let features = VERSION_1 | PROTOCOL | MRG_RXBUF | GUEST_CSUM | GUEST_TSO;
+    let mut card = scene.card_with(Options { features, ..Options::default() });
+    scene.check(&mut card);
+    describe(&scene, "af-xdp = \"veth0\"\n");
+    let text = refused(&scene);
+    let why = "tap, af-xdp not changed while its VMM is connected: it has accepted GUEST_CSUM";
+    assert!(text.contains(why), "{text}");
+    scene.check(&mut card);
+    drop(card);
+    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced, since tap, af-xdp"));
+    check_both_ways(&Wire::open("veth1"), &mut scene.card(), 100);
+    scene.lives();
+    note(70, "R while a VMM is connected, with the key and the feature");
+}
