@@ -3,6 +3,7 @@
 
 mod arguments;
 mod file;
+mod host;
 mod net_backend;
 mod options;
 

@@ -158,7 +158,7 @@ fn become_user(confinement: &Confinement, keep: bool) -> Result<String, StartErr
 }
 
 /// A user by name or number, with their group.
-fn find_user(name: &str) -> nix::Result<Option<(Uid, Gid)>> {
+pub(crate) fn find_user(name: &str) -> nix::Result<Option<(Uid, Gid)>> {
     let found = match name.parse() {
         Ok(number) => {
             let uid = Uid::from_raw(number);

@@ -60,7 +60,7 @@ fn what_is_wrong_with_a_file_is_said_with_its_place() {
     let file = daemon.path("wrong");
     let cases = [
         ("[[port]]\nsocket-path = \"x\"\ntup = \"y\"\n", ":3:1: unknown field `tup`"),
-        ("[defaults]\ntap = \"y\"\n", ": [defaults] can't name"),
+        ("[defaults]\ntap = \"y\"\n", ":1:2: [defaults] can't name"),
         ("", ": it describes no port"),
     ];
     for (contents, said) in cases {

@@ -69,7 +69,8 @@ enum Command {
         #[arg(long)]
         take_over: bool,
     },
-    /// Read such a file, and say what is wrong with it.
+    /// Read such a file, look at what of it can be checked on this host, and say all that is wrong, a line
+    /// each. Exits with 0, or with 2 if something is wrong.
     CheckConfig {
         /// The file.
         #[arg(value_name = "FILE")]
@@ -150,9 +151,10 @@ pub fn parse(
             Ok(Invocation::Run(Config { take_over, ..config }))
         }
         Some(Command::CheckConfig { config }) => {
-            let ports = file::read(&config)?.ports.len();
-            let file = config.display();
-            Ok(Invocation::Print(format!("{file}: {ports} ports, nothing wrong\n")))
+            let (checked, notes) = file::check(&config)?;
+            let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();
+            let (file, ports) = (config.display(), checked.ports.len());
+            Ok(Invocation::Print(format!("{notes}{file}: {ports} ports, nothing wrong\n")))
         }
         Some(Command::Ctl { control: socket, json, verb }) => {
             Ok(Invocation::Ask(Question { socket, json, verb }))

@@ -1,15 +1,23 @@
 //! A file that describes several ports, in TOML: `[defaults]`, and a `[[port]]` for each. The keys
 //! are the command line's options.
 
-use std::fs;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use log::LevelFilter;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use toml::Spanned;
+use toml::de::{DeArray, DeTable, DeValue, Deserializer};
 
+use super::host::{Finding, check_host};
 use super::options::socket_path;
 use super::{Config, Confinement, MetricsAddress, PortConfig, PortOptions, Seccomp, check_start};
+
+/// Longest file in bytes: 128 bytes a line, that is some hundred ports with all options.
+const MAX_FILE: u64 = 1 << 20;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -32,53 +40,205 @@ fn info() -> LevelFilter {
     LevelFilter::Info
 }
 
+/// What a file says, and where each of its ports begins.
+#[derive(Debug)]
+struct Parsed {
+    config: Config,
+    places: Vec<usize>,
+}
+
 /// Reads a file.
 ///
 /// # Errors
-/// One line: the file, line and column, and what is wrong there.
+/// One line: the file, line and column, what is wrong there, and how many more mistakes there are.
 pub fn read(path: &Path) -> Result<Config, String> {
-    let shown = path.display();
-    let text = fs::read_to_string(path).map_err(|error| format!("read {shown}: {error}"))?;
-    let config = parse(&text).map_err(|(offset, what)| match offset {
-        Some(offset) => {
-            let (line, column) = position(&text, offset);
-            format!("{shown}:{line}:{column}: {what}")
+    let text = read_text(path)?;
+    let Parsed { config, .. } = parse(&text).map_err(|wrong| {
+        let first = located(path, &text, &wrong[0]);
+        match wrong.len() - 1 {
+            0 => first,
+            more => {
+                format!("{first}; {more} more mistakes: 'vhost-user-net check-config' names all")
+            }
         }
-        None => format!("{shown}: {what}"),
     })?;
-    let file = std::path::absolute(path).map_err(|error| format!("find {shown}: {error}"))?;
+    named(config, path)
+}
+
+/// Reads a file, and looks at what of it can be checked on this host. Returns the configuration, and what
+/// may be wrong with it, a line each.
+///
+/// # Errors
+/// What is wrong, a line each: the file, line and column, and the mistake.
+pub(super) fn check(path: &Path) -> Result<(Config, Vec<String>), String> {
+    let text = read_text(path)?;
+    let lines = |wrong: &[Wrong]| -> Vec<String> {
+        wrong.iter().map(|wrong| located(path, &text, wrong)).collect()
+    };
+    let Parsed { config, places } = parse(&text).map_err(|wrong| lines(&wrong).join("\n"))?;
+    let (mut wrong, mut notes) = (Vec::new(), Vec::new());
+    for Finding { port, certain, what } in check_host(&config) {
+        let found = (port.map(|port| places[port]), what);
+        if certain { wrong.push(found) } else { notes.push(found) }
+    }
+    if wrong.is_empty() {
+        return Ok((named(config, path)?, lines(&notes)));
+    }
+    Err(lines(&wrong).join("\n"))
+}
+
+fn named(config: Config, path: &Path) -> Result<Config, String> {
+    let file =
+        std::path::absolute(path).map_err(|error| format!("find {}: {error}", path.display()))?;
     Ok(Config { file: Some(file), ..config })
+}
+
+/// Reads a regular file of at most [`MAX_FILE`] bytes. Nothing else is waited for.
+fn read_text(path: &Path) -> Result<String, String> {
+    let shown = path.display();
+    let failed = |error: io::Error| format!("read {shown}: {error}");
+    let irregular = || Err(format!("read {shown}: not a regular file; name a file in TOML"));
+    // Before it is opened: to open a device can do something.
+    if !fs::metadata(path).map_err(failed)?.is_file() {
+        return irregular();
+    }
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file: File =
+        OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return irregular();
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(format!(
+            "read {shown}: longer than {MAX_FILE} bytes; is it the configuration file?"
+        ));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let place = error.utf8_error().valid_up_to();
+        format!("read {shown}: byte {place} is not UTF-8; write the file in UTF-8")
+    })
 }
 
 /// What is wrong, and how many bytes stand before it.
 type Wrong = (Option<usize>, String);
 
-fn parse(text: &str) -> Result<Config, Wrong> {
-    let contents: Contents = toml::from_str(text).map_err(|error| {
-        let lines: Vec<&str> = error.message().lines().collect();
-        (error.span().map(|span| span.start), lines.join(", "))
-    })?;
+/// A mistake with its place.
+fn located(path: &Path, text: &str, (offset, what): &Wrong) -> String {
+    let shown = path.display();
+    match offset {
+        Some(offset) => {
+            let (line, column) = position(text, *offset);
+            format!("{shown}:{line}:{column}: {what}")
+        }
+        None => format!("{shown}: {what}"),
+    }
+}
+
+fn wrong(error: &toml::de::Error) -> Wrong {
+    let lines: Vec<&str> = error.message().lines().collect();
+    (error.span().map(|span| span.start), lines.join(", "))
+}
+
+/// Has a table's keys and values be what `T` has, each for itself; takes out those that are not.
+fn check_keys<T: DeserializeOwned>(table: &mut DeTable<'_>, mistakes: &mut Vec<Wrong>) {
+    for (key, value) in std::mem::take(table) {
+        let one = DeTable::from_iter([(key.clone(), value.clone())]);
+        let one = Deserializer::from(Spanned::new(value.span(), one));
+        match T::deserialize(one) {
+            Ok(_) => drop(table.insert(key, value)),
+            Err(error) => {
+                let (place, what) = wrong(&error);
+                let is_key = what.starts_with("unknown field");
+                let what = if is_key { what } else { format!("{}: {what}", key.get_ref()) };
+                mistakes.push((place.or(Some(key.span().start)), what));
+            }
+        }
+    }
+}
+
+/// Checks the keys of each `[[port]]`; takes out the ports with mistakes.
+fn check_ports(ports: &mut DeValue<'_>, mistakes: &mut Vec<Wrong>) {
+    let DeValue::Array(ports) = ports else { return };
+    for port in std::mem::replace(ports, DeArray::new()).iter() {
+        let mut port = port.clone();
+        let before = mistakes.len();
+        if let DeValue::Table(table) = port.get_mut() {
+            check_keys::<PortOptions>(table, mistakes);
+        }
+        if mistakes.len() == before {
+            ports.push(port);
+        }
+    }
+}
+
+/// Finds all mistakes, as far as one does not hide another.
+fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
+    let (mut root, errors) = DeTable::parse_recoverable(text);
+    if !errors.is_empty() {
+        return Err(errors.iter().map(wrong).collect());
+    }
+    let mut mistakes = Vec::new();
+    let mut defaults_place = None;
+    for (key, value) in root.get_mut().iter_mut() {
+        match (key.get_ref().as_ref(), value.get_mut()) {
+            ("defaults", DeValue::Table(table)) => {
+                defaults_place = Some(key.span().start);
+                check_keys::<PortOptions>(table, &mut mistakes);
+            }
+            ("port", ports) => check_ports(ports, &mut mistakes),
+            _ => {}
+        }
+    }
+    let described = root.get_ref().get("port").is_some();
+    check_keys::<Contents>(root.get_mut(), &mut mistakes);
+    let contents = match Contents::deserialize(Deserializer::from(root)) {
+        Ok(contents) => contents,
+        Err(error) => {
+            mistakes.push(wrong(&error));
+            return Err(mistakes);
+        }
+    };
     let Contents { log_level, control, metrics, seccomp, user, group, defaults, port } = contents;
-    let control = control.map(socket_path).transpose().map_err(|what| (None, what))?;
+    let control = control.map(socket_path).transpose().unwrap_or_else(|what| {
+        mistakes.push((None, format!("control: {what}")));
+        None
+    });
     // Whatever has no default is gone after this.
     if PortOptions::default().or(&defaults) != defaults {
         let what = "[defaults] can't name a port, its frontend, its host side or its MAC address";
-        return Err((None, what.into()));
+        mistakes.push((defaults_place, what.into()));
     }
-    if port.is_empty() && control.is_none() {
+    if !described && control.is_none() && mistakes.is_empty() {
         let what = "it describes no port, and no control socket to add one by: write a [[port]]";
-        return Err((None, what.into()));
+        mistakes.push((None, what.into()));
     }
-    let ports = port
-        .into_iter()
-        .map(|options| {
-            let place = Some(options.span().start);
-            options.into_inner().or(&defaults).absolute().check().map_err(|what| (place, what))
-        })
-        .collect::<Result<Vec<PortConfig>, Wrong>>()?;
-    check_start(&ports, control.as_deref()).map_err(|what| (None, what))?;
+    let (mut ports, mut places): (Vec<PortConfig>, Vec<usize>) = Default::default();
+    for options in port {
+        let place = options.span().start;
+        match options.into_inner().or(&defaults).absolute().check() {
+            Ok(port) => {
+                ports.push(port);
+                places.push(place);
+                // One that takes what another has counts no more.
+                if let Err(what) = check_start(&ports, control.as_deref()) {
+                    mistakes.push((Some(place), what));
+                    ports.pop();
+                    places.pop();
+                }
+            }
+            Err(what) => mistakes.push((Some(place), what)),
+        }
+    }
+    if !mistakes.is_empty() {
+        mistakes.sort_by_key(|(place, _)| *place);
+        return Err(mistakes);
+    }
     let confinement = Confinement { seccomp, user, group };
-    Ok(Config { log_level, file: None, take_over: false, control, metrics, confinement, ports })
+    let (file, take_over) = (None, false);
+    let config = Config { log_level, file, take_over, control, metrics, confinement, ports };
+    Ok(Parsed { config, places })
 }
 
 /// Line and column, counted from 1, of a byte.
@@ -124,7 +284,8 @@ mod tests {
             rx-filter = "none"
             "#,
         )
-        .unwrap();
+        .unwrap()
+        .config;
         assert_eq!(config.log_level, LevelFilter::Debug);
         let [a, b] = config.ports.try_into().unwrap();
         assert_eq!((a.mtu, a.guest_tso, a.queue_pairs, a.name), (9000, false, 1, None));
@@ -179,16 +340,38 @@ mod tests {
             (&format!("{port}rx-filter = \"default deny\"\n"), (Some((1, 1)), "loopback")),
             (&format!("{port}mtu = 67\n"), (Some((1, 1)), "67")),
             (&format!("{port}name = \"a b\"\n"), (Some((1, 1)), "a b")),
-            (&format!("[defaults]\ntap = \"a\"\n{port}"), (None, "[defaults]")),
-            (&format!("{port}{port}"), (None, "socket /a is named twice")),
-            (&format!("control = \"/a\"\n{port}"), (None, "socket /a is named twice")),
+            (&format!("[defaults]\ntap = \"a\"\n{port}"), (Some((1, 2)), "[defaults]")),
+            (&format!("{port}{port}"), (Some((4, 1)), "socket /a is named twice")),
+            (&format!("control = \"/a\"\n{port}"), (Some((2, 1)), "socket /a is named twice")),
             ("[[port]\n", (Some((1, 8)), "")),
         ];
         for (text, (place, named)) in cases {
-            let (offset, what) = parse(text).unwrap_err();
+            let (offset, what) = parse(text).unwrap_err().remove(0);
             assert_eq!(offset.map(|offset| position(text, offset)), place, "{text}: {what}");
             assert!(what.contains(named), "{text}: {what}");
             assert_eq!(what.lines().count().max(1), 1, "{what}");
         }
+    }
+
+    #[test]
+    fn all_mistakes_are_said_at_once() {
+        let text = "log-level = \"loud\"\nusr = \"x\"\n[defaults]\nmtu = 70000\n\
+                    [[port]]\nsocket-path = \"/a\"\ntap = \"far/too\"\n\
+                    [[port]]\nsocket-path = \"/b\"\ntup = \"\"\"\na\nb\"\"\"\nlink = \"on\"\n\
+                    [[port]]\nsocket-path = \"/c\"\nloopback = true\n\
+                    [[port]]\nsocket-path = \"/c\"\nloopback = true\n";
+        let wrong = parse(text).unwrap_err();
+        let lines: Vec<usize> =
+            wrong.iter().filter_map(|(place, _)| Some(position(text, (*place)?).0)).collect();
+        assert_eq!(lines, [1, 2, 4, 5, 10, 13, 17], "{wrong:?}");
+        for (named, (_, what)) in
+            ["log-level: ", "usr", "mtu: ", "far/too", "tup", "link: ", "named twice"]
+                .iter()
+                .zip(&wrong)
+        {
+            assert!(what.contains(named), "{what}");
+        }
+        // What is no TOML may hide the rest.
+        assert_eq!(parse("a = \nb = ]\n[[port\n").unwrap_err().len(), 3);
     }
 }

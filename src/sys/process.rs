@@ -119,6 +119,18 @@ pub fn pin_this_thread(cpu: usize) -> io::Result<()> {
     Ok(())
 }
 
+/// Checks that this process may make files in a directory.
+///
+/// # Errors
+/// EACCES, or EROFS, or why the directory cannot be looked at.
+pub fn check_writable(directory: &Path) -> io::Result<()> {
+    let path = CString::new(directory.as_os_str().as_bytes())?;
+    let (how, by) = (libc::W_OK | libc::X_OK, libc::AT_EACCESS);
+    // SAFETY: the path ends with a nul, and lives through the call.
+    unsafe { check(libc::faccessat(libc::AT_FDCWD, path.as_ptr(), how, by))? };
+    Ok(())
+}
+
 /// Permissions that new files do not get (umask). For a process with one thread: others would make files
 /// without it for a moment.
 pub fn file_mode_mask() -> u32 {

@@ -1,8 +1,12 @@
 //! Cases 69 to 71: an operator whose file asks for what there is not.
 
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
 use nix::sys::signal::Signal;
 
-use crate::support::daemon::port;
+use crate::support::daemon::{port, program};
 use crate::support::driver::{
     CSUM, Card, GUEST_CSUM, GUEST_TSO, HOST_TSO, MRG_RXBUF, Options, PROTOCOL, VERSION_1,
 };
@@ -160,4 +164,100 @@ fn hostile_70_af_xdp_in_place_of_a_tap_is_refused() {
     check_both_ways(&Wire::open("veth1"), &mut scene.card(), 100);
     scene.lives();
     note(70, "R while a VMM is connected, with the key and the feature");
+}
+
+/// What the program says of a file; it may take 5 s and 1 GB.
+fn said_of(verb: &[&str], file: &Path) -> String {
+    let script = "ulimit -v 1000000; exec timeout 5 \"$0\" \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(program().get_program()).args(verb).arg(file);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{verb:?} {file:?}: {output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn hostile_71_file_that_is_no_file_takes_no_memory() {
+    let mut scene = Scene::operated(71);
+    let (sparse, fifo) = (scene.daemon.path("sparse"), scene.daemon.path("fifo"));
+    fs::File::create(&sparse).unwrap().set_len(20 << 30).unwrap();
+    assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    let directory = scene.daemon.directory().to_owned();
+    for (file, why) in [
+        (sparse.as_path(), "longer than 1048576 bytes"),
+        (&fifo, "not a regular file"),
+        (Path::new("/dev/zero"), "not a regular file"),
+        (&directory, "not a regular file"),
+    ] {
+        for verb in [&["check-config"][..], &["run", "--config"], &["doctor", "--config"]] {
+            assert!(said_of(verb, file).contains(why), "{verb:?} {file:?}");
+        }
+    }
+    // The helper process of the daemon reads such files no more than others do.
+    for replaced in [&sparse, &fifo] {
+        fs::rename(replaced, scene.daemon.path("config")).unwrap();
+        let before = scene.daemon.log().matches("nothing is changed").count();
+        scene.daemon.signal(Signal::SIGHUP);
+        eventually("the reload is refused", || {
+            scene.daemon.log().matches("nothing is changed").count() > before
+        });
+    }
+    scene.check(&mut scene.card());
+    scene.lives();
+    note(71, "R: only regular files of up to 1 MiB are read");
+}
+
+#[test]
+fn hostile_71_all_mistakes_of_a_file_are_said() {
+    let mut scene = Scene::operated(71);
+    let file = scene.daemon.path("wrong");
+    let directory = scene.daemon.directory().display().to_string();
+    fs::write(&file, "mtu = 1\n[[port]]\ntup = 1\nmtu = \"x\"\n[[port]]\nloopback = true\n")
+        .unwrap();
+    let text = said_of(&["check-config"], &file);
+    for said in [":1:1: unknown field `mtu`", ":3:1: unknown field `tup`", ":4:7: mtu: ", ":5:1: "]
+    {
+        assert!(text.contains(said), "{said}: {text}");
+    }
+    assert_eq!(text.lines().count(), 4, "{text}");
+    let text = said_of(&["run", "--config"], &file);
+    assert!(text.contains("3 more mistakes: 'vhost-user-net check-config' names all"), "{text}");
+    assert_eq!(text.lines().count(), 1, "{text}");
+
+    // What this host does not have.
+    let port = |rest: &str| format!("[[port]]\n{rest}\n");
+    let contents = "user = \"no-such-user\"\ngroup = \"no-such-group\"\n".to_owned()
+        + &port(&format!("socket-path = \"{directory}/a\"\ntap = \"lo\""))
+        + &port(&format!("socket-path = \"{directory}/none/b\"\nloopback = true"))
+        + &port(&format!("socket-path = \"{directory}/config\"\nloopback = true"))
+        + &port("name = \"d\"\nsocket-path = \"/sys/d\"\nloopback = true\ncpu-affinity = \"999\"")
+        + &port(&format!(
+            "name = \"e\"\nsocket-path = \"{directory}/e\"\nsocket-group = \"no-such-group\"\n\
+             af-xdp = \"none9\""
+        ));
+    fs::write(&file, contents).unwrap();
+    let text = said_of(&["check-config"], &file);
+    for said in [
+        "user: there is no user no-such-user",
+        "group: there is no group no-such-group",
+        ":3:1: tap: lo is a network device, but no TAP",
+        ":6:1: socket-path: directory ",
+        ":9:1: name: two ports are called loopback",
+        ":9:1: socket-path: ",
+        ":12:1: cpu-affinity: run on processor 999",
+        ":17:1: socket-group: there is no group no-such-group",
+        ":17:1: af-xdp: there is no network device none9",
+    ] {
+        assert!(text.contains(said), "{said}: {text}");
+    }
+    // A directory that a service makes at its start, and a TAP that the daemon makes.
+    let later = port("socket-path = \"/run/none-yet/a\"\ntap = \"none9\"");
+    fs::write(&file, later).unwrap();
+    let output = program().arg("check-config").arg(&file).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains(":1:1: socket-path: directory /run/none-yet: "), "{text}");
+    assert!(text.contains("1 ports, nothing wrong"), "{text}");
+    scene.lives();
+    note(71, "all mistakes at once, with their lines, and what the host does not have");
 }
