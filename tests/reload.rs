@@ -1,5 +1,6 @@
 //! Ports that are added, changed and removed while others carry traffic.
 
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::Signal;
@@ -8,7 +9,7 @@ use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{
-    Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip, output,
+    Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip, output, wait_for_carrier,
 };
 use crate::support::traffic::{check_both_ways, frame};
 use crate::support::{eventually, needs_root, one_at_a_time};
@@ -397,4 +398,70 @@ fn a_tap_may_go_down_and_up_get_another_name_and_move_elsewhere() {
     check_both_ways(&Wire::open("other"), &mut card, 50);
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+#[test]
+fn a_replaced_port_has_what_its_options_say() {
+    needs_root!("a_replaced_port_has_what_its_options_say");
+    enter_namespace_with_tap(true);
+    ip("tuntap add dev tap1 mode tap vnet_hdr");
+    ip("link set tap1 up");
+    let one = |rest: &str| CONTROL.to_owned() + &port("one", rest);
+    let daemon = operated(&port("one", "tap = \"made0\""), "one");
+    let change = |file: &str| {
+        eventually("nobody is connected", || daemon.show("one")["state"] == "waiting");
+        daemon.write_config(file);
+        daemon.ask(&["reload"])
+    };
+    let check = |tap: &str| {
+        // One that the daemon has made has its carrier from the start.
+        if tap != "made0" {
+            wait_for_carrier(tap);
+        }
+        check_both_ways(&Wire::open(tap), &mut card(&daemon, "one"), 50);
+    };
+    // A TAP that the daemon has made gets the new MTU.
+    change(&one("tap = \"made0\"\nmtu = 9000"));
+    assert!(output("ip", "link show made0").contains("mtu 9000"));
+    check("made0");
+    let filter = "rx-filter = \"deny udp; default allow\"";
+    change(&one(&format!("tap = \"tap0\"\n{filter}")));
+    assert!(output("ip", "link show made0").contains("does not exist"));
+    check("tap0");
+    // More pairs than before, and fewer; the socket's group.
+    let socket = || std::fs::metadata(daemon.path("one")).unwrap();
+    let before = (socket().gid(), socket().mode());
+    change(&one(&format!("tap = \"tap0\"\nqueue-pairs = 2\n{filter}\nsocket-group = \"1\"")));
+    assert_eq!((socket().gid(), socket().mode() & 0o777), (1, 0o660));
+    check("tap0");
+    let resources = daemon.resources();
+    change(&one(&format!("tap = \"tap0\"\n{filter}")));
+    assert_eq!((socket().gid(), socket().mode()), before);
+    check("tap0");
+    eventually("nobody is connected", || daemon.show("one")["state"] == "waiting");
+    assert_eq!(daemon.resources().1 + 1, resources.1, "a thread is left");
+    // Another name, on the same socket, while a VMM is connected.
+    let mut vmm = card(&daemon, "one");
+    check_both_ways(&Wire::open("tap0"), &mut vmm, 50);
+    let socket = daemon.path("one").display().to_string();
+    let named = |name: &str, rest: &str| {
+        format!("{CONTROL}[[port]]\nname = \"{name}\"\nsocket-path = \"{socket}\"\n{rest}\n")
+    };
+    daemon.write_config(&named("two", &format!("tap = \"tap0\"\n{filter}")));
+    assert_eq!(daemon.ask(&["reload"]), "two: replaced, since it was called one\n");
+    assert!(vmm.frontend.is_closed());
+    check("tap0");
+    daemon.write_config(&one(&format!("tap = \"tap0\"\n{filter}")));
+    eventually("nobody is connected", || daemon.show("two")["state"] == "waiting");
+    daemon.ask(&["reload"]);
+    // One port gets what another gives up, in whatever order they stand.
+    change(&(one("tap = \"tap0\"") + &port("three", "tap = \"tap1\"")));
+    let said = change(&(one("tap = \"tap1\"") + &port("three", "loopback = true")));
+    assert!(said.contains("one: replaced") && said.contains("three: replaced"), "{said}");
+    check("tap1");
+    // Nothing is judged any more on the TAP that was given up.
+    change(&(one("tap = \"tap1\"") + &port("three", "tap = \"tap0\"")));
+    wait_for_carrier("tap0");
+    check_both_ways(&Wire::open("tap0"), &mut card(&daemon, "three"), 50);
+    check("tap1");
 }

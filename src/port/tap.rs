@@ -48,6 +48,8 @@ pub struct TapQueue {
     applied: Option<(usize, u32)>,
     /// Whether the device's link is up; `None` if another daemon may have set it.
     link: Option<bool>,
+    /// Whether it is to be up.
+    wanted_link: bool,
     /// Whether the kernel steers frames here; `None` for a device that has one queue only.
     attached: Option<bool>,
     /// The filter's [generation](TapFilter::generation) when `applied`, `link` and `attached` were valid.
@@ -102,6 +104,7 @@ impl TapQueue {
             },
             applied: None,
             link: Some(true),
+            wanted_link: true,
             attached: multi_queue.then_some(false),
             generation: filter.generation(),
         })
@@ -132,6 +135,7 @@ impl TapQueue {
                 offloads: state.offloads,
                 applied: None,
                 link: None,
+                wanted_link: true,
                 attached: attached(&queue),
                 generation: filter.generation(),
                 queue,
@@ -230,9 +234,12 @@ impl TapQueue {
     }
 
     /// Sets the device's link, if it is not so already. While it is down the host sends it nothing:
-    /// what piled up meanwhile would be late.
+    /// what piled up meanwhile would be late. The kernel (`tun_net_change_carrier`) sets no link up of a
+    /// device without attached queues: the first one that is attached does.
     fn set_link(&mut self, up: bool) -> io::Result<()> {
-        if self.link != Some(up) {
+        self.wanted_link = up;
+        let too_early = up && self.attached == Some(false);
+        if self.link != Some(up) && !too_early {
             self.queue.set_carrier(up)?;
             self.link = Some(up);
         }
@@ -244,6 +251,9 @@ impl TapQueue {
         if self.attached == Some(!attached) {
             self.filter.set_attached(&self.queue, attached)?;
             self.attached = Some(attached);
+            if attached {
+                self.set_link(self.wanted_link)?;
+            }
         }
         Ok(())
     }
