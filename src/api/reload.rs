@@ -13,7 +13,6 @@ use crate::daemon::{Descriptors, StartError, open_queues};
 use crate::endpoint::{Endpoint, share};
 use crate::sandbox::find_group;
 use crate::sys::link::find;
-use crate::sys::process::check_cpus;
 use crate::sys::tap::{device_exists, set_mtu};
 
 /// What became of a port, or of the daemon's own settings: a line each.
@@ -167,7 +166,6 @@ fn replace(
     if let Some(group) = group.filter(|group| find_group(group).is_none()) {
         return Err(Failure::Refused(format!("socket-group: there is no group {group}")));
     }
-    check_cpus(&config.cpu_affinity).map_err(Failure::Refused)?;
     let endpoint = if config.frontend == old.frontend {
         None
     } else {
