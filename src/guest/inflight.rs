@@ -6,6 +6,7 @@
 //! asks for the buffer (cloud-hypervisor) may hand it to another backend, so it is kept true.
 
 use std::fs::File;
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
@@ -92,7 +93,7 @@ impl Inflight {
         }
         // SAFETY: `map` has mapped a part for each ring.
         let start = unsafe { self.mapping.start().add(usize::from(index) * part(self.size)) };
-        let ring = InflightRing { start, size, batch: Vec::new(), counter: 0, buffer: self };
+        let ring = InflightRing { start, size, batch: Vec::new(), counter: 0, buffer: PhantomData };
         ring.u16(AT_VERSION).store(VERSION, Ordering::Relaxed);
         ring.u16(AT_NUMBER).store(size, Ordering::Relaxed);
         Some(ring)
@@ -107,13 +108,12 @@ pub(super) struct InflightRing<'mem> {
     /// Heads that were retired, and not published yet.
     batch: Vec<u16>,
     counter: u64,
-    buffer: &'mem Inflight,
+    buffer: PhantomData<&'mem Inflight>,
 }
 
 impl InflightRing<'_> {
     /// Begins anew: nothing is in flight.
     pub(super) fn clear(&mut self, used_index: u16) {
-        debug_assert!(self.size <= self.buffer.size);
         (0..self.size).for_each(|head| self.state(head).store(0, Ordering::Relaxed));
         self.u16(AT_USED_INDEX).store(used_index, Ordering::Release);
     }
@@ -121,9 +121,8 @@ impl InflightRing<'_> {
     /// A chain is taken.
     pub(super) fn popped(&mut self, head: u16) {
         self.counter += 1;
-        let at = HEADER + STATE * usize::from(head) + IN_STATE_COUNTER;
-        // SAFETY: the part has a state for each head, which is below its size; its counter is aligned
-        // to 8, as the part is to 64.
+        let at = self.at_state(head) + IN_STATE_COUNTER;
+        // SAFETY: the counter is in the head's state, and aligned to 8, as the part is to 64.
         let counter = unsafe { AtomicU64::from_ptr(self.start.add(at).cast().as_ptr()) };
         counter.store(self.counter, Ordering::Relaxed);
         self.state(head).store(1, Ordering::Release);
@@ -132,7 +131,7 @@ impl InflightRing<'_> {
     /// Its used entry is written.
     pub(super) fn retired(&mut self, head: u16) {
         let last = self.u16(AT_LAST_BATCH_HEAD);
-        let next = self.u16(HEADER + STATE * usize::from(head) + IN_STATE_NEXT);
+        let next = self.u16(self.at_state(head) + IN_STATE_NEXT);
         next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
         last.store(head, Ordering::Release);
         self.batch.push(head);
@@ -151,17 +150,58 @@ impl InflightRing<'_> {
         self.state(head).store(0, Ordering::Release);
     }
 
-    /// Whether a head is in flight. Callers stay below the ring's size.
-    fn state(&self, head: u16) -> &AtomicU8 {
-        debug_assert!(head < self.size);
-        // SAFETY: the part has a state for each head.
-        unsafe { AtomicU8::from_ptr(self.start.add(HEADER + STATE * usize::from(head)).as_ptr()) }
+    /// Offset of a head's state in the part.
+    ///
+    /// # Panics
+    /// If the ring has no such head: a chain of another ring went back to this one.
+    fn at_state(&self, head: u16) -> usize {
+        assert!(head < self.size, "head {head} is not below the ring's size, {}", self.size);
+        HEADER + STATE * usize::from(head)
     }
 
-    /// A field of two bytes. Callers stay within the part, at even offsets.
+    /// Whether a head is in flight.
+    fn state(&self, head: u16) -> &AtomicU8 {
+        // SAFETY: the part is mapped, and the head's state is in it (`at_state`).
+        unsafe { AtomicU8::from_ptr(self.start.add(self.at_state(head)).as_ptr()) }
+    }
+
+    /// A field of two bytes.
+    ///
+    /// # Panics
+    /// If it is not wholly in the part, at an even offset.
     fn u16(&self, at: usize) -> &AtomicU16 {
-        debug_assert!(at + 2 <= part(self.size));
-        // SAFETY: the part is mapped and aligned.
+        assert!(at + 2 <= part(self.size) && at.is_multiple_of(2), "no field is at {at}");
+        // SAFETY: the part is mapped and aligned, and the field is in it.
         unsafe { AtomicU16::from_ptr(self.start.add(at).cast().as_ptr()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::MemoryQuota;
+    use crate::sys::process::sealed_memory;
+    use std::os::unix::fs::FileExt;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::Arc;
+
+    #[test]
+    fn heads_of_larger_rings_are_refused() {
+        let file = sealed_memory(c"inflight", Inflight::length(2, 4)).unwrap();
+        let other = file.try_clone().unwrap();
+        let allowance = Allowance::new(&Arc::<MemoryQuota>::default(), 0);
+        let inflight = Inflight::map(file, 0, (2, 4), &allowance).unwrap();
+        let mut ring = inflight.ring(0, 4).unwrap();
+        ring.clear(0);
+        for head in [4, 8, u16::MAX] {
+            for note in [InflightRing::popped, InflightRing::retired, InflightRing::taken_back] {
+                let noted = catch_unwind(AssertUnwindSafe(|| note(&mut ring, head)));
+                assert!(noted.is_err(), "head {head}");
+            }
+        }
+        // Nothing was written to the next ring's part.
+        let mut bytes = vec![0; part(4)];
+        other.read_exact_at(&mut bytes, part(4) as u64).unwrap();
+        assert!(bytes.iter().all(|byte| *byte == 0));
     }
 }
