@@ -51,6 +51,12 @@ pub struct Segment<'mem> {
 unsafe impl Send for Segment<'_> {}
 
 impl<'mem> Segment<'mem> {
+    /// No bytes.
+    pub(super) const EMPTY: Self = Segment {
+        iovec: libc::iovec { iov_base: NonNull::<libc::c_void>::dangling().as_ptr(), iov_len: 0 },
+        memory: PhantomData,
+    };
+
     /// The `length` bytes from `start`.
     ///
     /// # Safety

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
 
+use super::chain::Segment;
 use super::dirty::DirtyLog;
 use super::inflight::Inflight;
 use super::quota::{Allowance, MemoryQuota, Reservation};
@@ -232,32 +233,30 @@ impl Region {
             || meet(self.request.frontend_address, other.frontend_address)
     }
 
-    fn window(&self) -> Window {
+    fn window(&self) -> Window<'_> {
         let RegionRequest { guest_address, size, .. } = self.request;
-        Window { guest_address, size, mapped: self.mapping.start() }
+        // SAFETY: the mapping holds `size` bytes from its start on, for as long as it lives.
+        let mapped = unsafe { Segment::new(self.mapping.start(), size as usize) };
+        Window { guest_address, mapped }
     }
 }
 
 /// A region as look-ups need it, to be kept at hand: nearly all of a guest's buffers lie in one.
-/// It is no longer than the table that it is from.
+/// It borrows the table that it is from.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Window {
+pub(super) struct Window<'mem> {
     guest_address: u64,
-    size: u64,
-    mapped: NonNull<u8>,
+    mapped: Segment<'mem>,
 }
 
-impl Window {
+impl<'mem> Window<'mem> {
     /// No region.
-    pub(super) const EMPTY: Self =
-        Window { guest_address: 0, size: 0, mapped: NonNull::dangling() };
+    pub(super) const EMPTY: Self = Window { guest_address: 0, mapped: Segment::EMPTY };
 
     #[inline]
-    fn at(&self, address: u64) -> Option<(NonNull<u8>, u64)> {
-        let offset = address.wrapping_sub(self.guest_address);
-        // SAFETY: `size` bytes are mapped.
-        (offset < self.size)
-            .then(|| (unsafe { self.mapped.add(offset as usize) }, self.size - offset))
+    fn at(&self, address: u64) -> Option<Segment<'mem>> {
+        let offset = address.wrapping_sub(self.guest_address) as usize;
+        (offset < self.mapped.len()).then(|| self.mapped.skip(offset))
     }
 }
 
@@ -467,14 +466,18 @@ impl GuestMemory {
 
     /// Where the `length` bytes from `address` are mapped, if one region holds them all.
     pub(super) fn resolve(&self, address: GuestAddress, length: u64) -> Option<NonNull<u8>> {
-        let (pointer, room) = self.at(address.0, &mut { Window::EMPTY })?;
-        (length <= room).then_some(pointer)
+        let found = self.at(address.0, &mut { Window::EMPTY })?;
+        (length <= found.len() as u64).then(|| NonNull::new(found.start())).flatten()
     }
 
-    /// Where `address` is mapped, and how many bytes of its region follow it. `last` keeps the
-    /// region of the last look-up in this table.
+    /// The memory from `address` to the end of its region. `last` keeps the region of the last
+    /// look-up.
     #[inline]
-    pub(super) fn at(&self, address: u64, last: &mut Window) -> Option<(NonNull<u8>, u64)> {
+    pub(super) fn at<'mem>(
+        &'mem self,
+        address: u64,
+        last: &mut Window<'mem>,
+    ) -> Option<Segment<'mem>> {
         last.at(address).or_else(|| {
             let behind =
                 self.regions.partition_point(|region| region.request.guest_address <= address);
@@ -513,8 +516,8 @@ mod tests {
         ])
         .unwrap();
         let mut last = Window::EMPTY;
-        assert_eq!(memory.at(0x1fff, &mut last).unwrap().1, 1);
-        assert_eq!(memory.at(0x10_0000, &mut last).unwrap().1, 0x1000);
+        assert_eq!(memory.at(0x1fff, &mut last).unwrap().len(), 1);
+        assert_eq!(memory.at(0x10_0000, &mut last).unwrap().len(), 0x1000);
         for gap in [0x2000, 0xf_ffff, 0x10_1000, u64::MAX] {
             assert!(memory.at(gap, &mut last).is_none());
         }

@@ -88,7 +88,7 @@ pub struct Virtqueue<'mem, D: Direction> {
     /// Segment lists of chains that went back, for chains to come: no allocation per frame.
     spare: Vec<Vec<Segment<'mem>>>,
     /// The region of the last buffer.
-    region: Window,
+    region: Window<'mem>,
     /// Where it is noted what is written, and the guest's address of the used ring.
     log: Option<(&'mem DirtyLog, u64)>,
     /// Where it is noted which chains are in flight.
@@ -227,11 +227,10 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         // Nearly always: one descriptor, in one region.
         if first.flags() == D::FLAGS
             && length > 0
-            && let Some((start, room)) = self.memory.at(first.addr().0, &mut self.region)
-            && u64::from(length) <= room
+            && let Some(found) = self.memory.at(first.addr().0, &mut self.region)
+            && length as usize <= found.len()
         {
-            // SAFETY: as in `map`.
-            let segment = unsafe { Segment::new(start, length as usize) };
+            let segment = found.first(length as usize);
             if !D::WRITABLE {
                 segment.prefetch();
             }
@@ -311,22 +310,20 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         descriptor: Descriptor,
         segments: &mut Vec<Segment<'mem>>,
     ) -> Result<(), Fault> {
-        let (mut address, mut left) = (descriptor.addr().0, u64::from(descriptor.len()));
+        let (mut address, mut left) = (descriptor.addr().0, descriptor.len() as usize);
         let unmapped =
             Fault::BufferUnmapped { address: descriptor.addr().0, length: descriptor.len() };
         while left > 0 {
-            let Some((start, room)) = self.memory.at(address, &mut self.region) else {
+            let Some(found) = self.memory.at(address, &mut self.region) else {
                 return Err(unmapped);
             };
             if segments.len() == MAX_SEGMENTS {
                 return Err(Fault::ChainTooLong { head });
             }
-            let length = left.min(room);
-            // SAFETY: `at` vouches for `room` mapped bytes, and the table that holds the mapping
-            // is borrowed for 'mem.
-            segments.push(unsafe { Segment::new(start, length as usize) });
-            left -= length;
-            address = address.wrapping_add(length);
+            let segment = found.first(left);
+            segments.push(segment);
+            left -= segment.len();
+            address = address.wrapping_add(segment.len() as u64);
         }
         Ok(())
     }
