@@ -30,7 +30,7 @@ use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
 use crate::status::PairStatus;
 use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
-use crate::sys::process::{Interruptible, ThreadClock, pin_this_thread};
+use crate::sys::process::{ThreadClock, interrupt, permit_interrupts, pin_this_thread};
 use crate::traffic::Tally;
 
 /// How long workers may take to end their sessions before the system calls that they are in are
@@ -159,7 +159,6 @@ pub struct Worker {
     replies: Receiver<Ended>,
     mailbox: Arc<Mailbox>,
     thread: Option<JoinHandle<()>>,
-    interruptible: Interruptible,
     status: Arc<PairStatus>,
     running: bool,
 }
@@ -190,25 +189,16 @@ impl Worker {
             let prepared = prepared.and_then(|()| {
                 // Naps are as long as they say: the kernel may add 50 µs to all sleeps, if nobody objects.
                 prctl::set_timerslack(1)?;
-                let interruptible = Interruptible::this_thread()?;
-                options.sandbox.confine(host.role())?;
-                Ok(interruptible)
+                permit_interrupts()?;
+                options.sandbox.confine(host.role())
             });
             let failed = prepared.is_err();
             if started.send(prepared).is_ok() && !failed {
                 run(host, &options, &its_mailbox, &its_status, &inbox, &outbox);
             }
         })?;
-        let interruptible = ready.recv().map_err(io::Error::other)??;
-        Ok(Worker {
-            commands,
-            replies,
-            mailbox,
-            thread: Some(thread),
-            interruptible,
-            status,
-            running: false,
-        })
+        ready.recv().map_err(io::Error::other)??;
+        Ok(Worker { commands, replies, mailbox, thread: Some(thread), status, running: false })
     }
 
     /// What the worker does, and has counted.
@@ -241,7 +231,7 @@ impl Worker {
     /// Gets the thread out of a system call that it is stuck in.
     pub fn interrupt(&self) {
         if let Some(thread) = &self.thread {
-            self.interruptible.interrupt(thread);
+            interrupt(thread);
         }
     }
 

@@ -6,9 +6,10 @@ use std::io::{self, Read};
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::thread::JoinHandleExt;
 use std::path::Path;
 use std::sync::OnceLock;
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::check;
@@ -178,29 +179,19 @@ impl ThreadClock {
     }
 }
 
-/// A thread that can be got out of a system call it is stuck in.
-#[derive(Debug, Clone, Copy)]
-pub struct Interruptible(libc::pthread_t);
+/// Lets threads of this process be [interrupted](interrupt): installs a handler for SIGURG, which does
+/// nothing, without SA_RESTART. The signal's one effect is then that a blocked system call returns
+/// `EINTR`.
+pub fn permit_interrupts() -> io::Result<()> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    vmm_sys_util::signal::register_signal_handler(libc::SIGURG, nothing).map_err(io::Error::from)
+}
 
-impl Interruptible {
-    /// The calling thread. Its handler for SIGURG, which does nothing, is installed without
-    /// SA_RESTART: the signal's one effect is that a blocked system call returns `EINTR`.
-    pub fn this_thread() -> io::Result<Self> {
-        extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        vmm_sys_util::signal::register_signal_handler(libc::SIGURG, nothing)
-            .map_err(io::Error::from)?;
-        // SAFETY: the call has no preconditions.
-        Ok(Interruptible(unsafe { libc::pthread_self() }))
-    }
-
-    /// Interrupts the thread's current system call.
-    ///
-    /// `alive` stands for the thread: it is borrowed so that the thread has not been joined.
-    pub fn interrupt<T>(&self, alive: &std::thread::JoinHandle<T>) {
-        let _ = alive;
-        // SAFETY: the thread has not been joined (its handle is borrowed), so its id is valid.
-        unsafe { libc::pthread_kill(self.0, libc::SIGURG) };
-    }
+/// Gets a thread out of the system call that it is stuck in, if interrupts are
+/// [permitted](permit_interrupts).
+pub fn interrupt<T>(thread: &JoinHandle<T>) {
+    // SAFETY: the thread's id is its handle's own, and is valid until the handle is joined or dropped.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGURG) };
 }
 
 /// Whether a user, with these groups, may do with a file what `mode` says (`R_OK`, `W_OK`, `X_OK`),
@@ -332,4 +323,22 @@ pub fn describe(fd: BorrowedFd<'_>) -> String {
     std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .map(|path| path.display().to_string())
         .unwrap_or_else(|_| format!("descriptor {}", fd.as_raw_fd()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interrupt_ends_a_system_call_and_spares_an_ended_thread() {
+        permit_interrupts().unwrap();
+        let (reader, _writer) = io::pipe().unwrap();
+        let thread = std::thread::spawn(move || (&reader).read(&mut [0]));
+        while !thread.is_finished() {
+            interrupt(&thread);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        interrupt(&thread);
+        assert_eq!(thread.join().unwrap().unwrap_err().kind(), io::ErrorKind::Interrupted);
+    }
 }
