@@ -25,6 +25,27 @@ use std::time::Duration;
 
 use crate::guest::{ReadSegment, Segment};
 
+/// Plain old data: what the kernel may fill with any bytes, and read all bytes of.
+///
+/// # Safety
+/// Every pattern of bits must be a value of the type, and the type must have no padding.
+pub unsafe trait Plain: Copy + 'static {}
+
+// SAFETY: integers, and arrays of such, have all bit patterns and no padding.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for u64 {}
+// SAFETY: as above.
+unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
+
+/// The value whose bytes are all zero.
+fn zeros<T: Plain>() -> T {
+    // SAFETY: every pattern of bits is a value.
+    unsafe { std::mem::zeroed() }
+}
+
 /// Turns the `-1` of a system call into the error behind it.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }

@@ -13,8 +13,8 @@ use std::time::Duration;
 use rings::Mapped;
 pub use rings::{Consumer, Producer};
 
-use super::check;
 use super::umem::Umem;
+use super::{Plain, check, zeros};
 
 /// The kernel reads or writes this many bytes at the most for one address: it is a page, which
 /// costs the least of its memory for each byte of guest memory registered.
@@ -42,6 +42,17 @@ pub struct Descriptor {
     /// `XDP_TX_METADATA`, `XDP_PKT_CONTD`.
     pub options: u32,
 }
+
+// SAFETY: 8, 4 and 4 bytes of integers.
+unsafe impl Plain for Descriptor {}
+// SAFETY: structures of integers, as the kernel has them, without padding.
+unsafe impl Plain for libc::xdp_umem_reg {}
+// SAFETY: as above.
+unsafe impl Plain for libc::xdp_mmap_offsets {}
+// SAFETY: as above.
+unsafe impl Plain for libc::xdp_options {}
+// SAFETY: as above.
+unsafe impl Plain for libc::xdp_statistics {}
 
 impl Descriptor {
     /// Says that [`TX_METADATA`] bytes of metadata stand before the frame.
@@ -170,25 +181,13 @@ impl Socket {
         let _ = set_option(&fd, libc::SOL_XDP, XDP_MAX_TX_SKB_BUDGET, &sizes.tx);
         let offsets: libc::xdp_mmap_offsets =
             get_option(&fd, libc::SOL_XDP, libc::XDP_MMAP_OFFSETS)?;
-        let map = |offsets: &libc::xdp_ring_offset, size, entry, page| {
-            Mapped::new(&fd, offsets, size, entry, page)
-        };
-        let (descriptor, address) = (mem::size_of::<Descriptor>(), mem::size_of::<u64>());
+        let fill = libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t;
+        let completion = libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t;
         Ok(Socket {
-            rx: Consumer::new(map(&offsets.rx, sizes.rx, descriptor, libc::XDP_PGOFF_RX_RING)?),
-            tx: Producer::new(map(&offsets.tx, sizes.tx, descriptor, libc::XDP_PGOFF_TX_RING)?),
-            fill: Producer::new(map(
-                &offsets.fr,
-                sizes.rx,
-                address,
-                libc::XDP_UMEM_PGOFF_FILL_RING as libc::off_t,
-            )?),
-            completion: Consumer::new(map(
-                &offsets.cr,
-                sizes.tx,
-                address,
-                libc::XDP_UMEM_PGOFF_COMPLETION_RING as libc::off_t,
-            )?),
+            rx: Consumer::new(Mapped::new(&fd, &offsets.rx, sizes.rx, libc::XDP_PGOFF_RX_RING)?),
+            tx: Producer::new(Mapped::new(&fd, &offsets.tx, sizes.tx, libc::XDP_PGOFF_TX_RING)?),
+            fill: Producer::new(Mapped::new(&fd, &offsets.fr, sizes.rx, fill)?),
+            completion: Consumer::new(Mapped::new(&fd, &offsets.cr, sizes.tx, completion)?),
             fd: Arc::new(fd),
             umem: umem.clone(),
         })
@@ -314,7 +313,7 @@ impl AsFd for Socket {
     }
 }
 
-fn set_option<T>(
+fn set_option<T: Plain>(
     fd: &OwnedFd,
     level: libc::c_int,
     option: libc::c_int,
@@ -329,14 +328,11 @@ fn set_option<T>(
 }
 
 /// Reads an option that is plain numbers; a kernel that knows fewer of them leaves zeros.
-fn get_option<T>(fd: &OwnedFd, level: libc::c_int, option: libc::c_int) -> io::Result<T> {
+fn get_option<T: Plain>(fd: &OwnedFd, level: libc::c_int, option: libc::c_int) -> io::Result<T> {
+    let mut value: T = zeros();
     let mut length = mem::size_of::<T>() as libc::socklen_t;
-    // SAFETY: `T` is a structure of integers, for which all zeros is a value, and the kernel
-    // writes `length` bytes of it at the most.
-    unsafe {
-        let mut value: T = mem::zeroed();
-        let place = (&raw mut value).cast();
-        check(libc::getsockopt(fd.as_raw_fd(), level, option, place, &mut length))?;
-        Ok(value)
-    }
+    let place = (&raw mut value).cast();
+    // SAFETY: the kernel writes `length` bytes at the most, which may be any.
+    unsafe { check(libc::getsockopt(fd.as_raw_fd(), level, option, place, &mut length))? };
+    Ok(value)
 }

@@ -5,37 +5,56 @@
 //! the port's business, which finds it in a table of its own before it believes it.
 
 use std::io;
-use std::marker::PhantomData;
+use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::sys::Plain;
+
 /// A ring's memory: two indices, flags, and a power of two of entries.
 #[derive(Debug)]
-pub(super) struct Mapped {
+pub(super) struct Mapped<T> {
     start: NonNull<u8>,
     length: usize,
     producer: NonNull<AtomicU32>,
     consumer: NonNull<AtomicU32>,
     flags: NonNull<AtomicU32>,
-    entries: NonNull<u8>,
+    entries: NonNull<T>,
     mask: u32,
 }
 
 // SAFETY: the pointers are into a mapping that the value owns, and all of it that the kernel
 // writes is read by atomic or volatile access.
-unsafe impl Send for Mapped {}
+unsafe impl<T: Plain> Send for Mapped<T> {}
 
-impl Mapped {
-    /// Maps the ring of a socket's at `page`, of `size` entries of `entry` bytes.
+/// Length in bytes of the mapping of a ring of `size` entries; nothing if the size is no power of two,
+/// or part of the ring is not aligned, or not in the mapping.
+fn mapping_length<T>(offsets: &libc::xdp_ring_offset, size: u32) -> Option<usize> {
+    let end = (size as usize)
+        .checked_mul(mem::size_of::<T>())
+        .and_then(|entries| entries.checked_add(usize::try_from(offsets.desc).ok()?))?;
+    let word = mem::size_of::<u32>() as u64;
+    let is_inside = |offset: u64| {
+        offset.is_multiple_of(word) && offset.checked_add(word).is_some_and(|it| it <= end as u64)
+    };
+    let are_inside = [offsets.producer, offsets.consumer, offsets.flags].into_iter().all(is_inside);
+    let is_aligned = offsets.desc.is_multiple_of(mem::align_of::<T>() as u64);
+    (size.is_power_of_two() && are_inside && is_aligned).then_some(end)
+}
+
+impl<T: Plain> Mapped<T> {
+    /// Maps the ring of a socket's at `page`, of `size` entries.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the size is no power of two; those of mmap, which knows how long a ring is.
     pub(super) fn new(
         fd: &OwnedFd,
         offsets: &libc::xdp_ring_offset,
         size: u32,
-        entry: usize,
         page: libc::off_t,
     ) -> io::Result<Self> {
-        let length = offsets.desc as usize + size as usize * entry;
+        let length = mapping_length::<T>(offsets, size).ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: a new mapping anywhere, owned by the value made below.
         let start = unsafe {
             libc::mmap(
@@ -51,22 +70,21 @@ impl Mapped {
             return Err(io::Error::last_os_error());
         }
         let start = NonNull::new(start.cast::<u8>()).expect("mmap does not map at address 0");
-        let place = |offset: u64| {
-            assert!(offset as usize + 4 <= length, "the kernel's ring offsets lie in its mapping");
-            // SAFETY: inside the mapping, as was just checked.
-            unsafe { start.add(offset as usize) }
-        };
+        // SAFETY: inside the mapping, says `mapping_length`.
+        let place = |offset: u64| unsafe { start.add(offset as usize) };
         Ok(Mapped {
             start,
             length,
             producer: place(offsets.producer).cast(),
             consumer: place(offsets.consumer).cast(),
             flags: place(offsets.flags).cast(),
-            entries: place(offsets.desc),
+            entries: place(offsets.desc).cast(),
             mask: size - 1,
         })
     }
+}
 
+impl<T> Mapped<T> {
     fn producer(&self) -> &AtomicU32 {
         // SAFETY: an aligned word of the mapping, which `self` keeps.
         unsafe { self.producer.as_ref() }
@@ -83,15 +101,14 @@ impl Mapped {
         flags & libc::XDP_RING_NEED_WAKEUP != 0
     }
 
-    /// Where the entry of that index is, for entries of type `T`.
-    fn entry<T>(&self, index: u32) -> *mut T {
-        // SAFETY: `mask` keeps the index inside the ring that `new` mapped for entries of this
-        // size: only Producer<T> and Consumer<T> of one T are made from it.
-        unsafe { self.entries.cast::<T>().add((index & self.mask) as usize).as_ptr() }
+    /// Where the entry of that index is.
+    fn entry(&self, index: u32) -> *mut T {
+        // SAFETY: `mask` keeps the index inside the ring that `new` mapped.
+        unsafe { self.entries.add((index & self.mask) as usize).as_ptr() }
     }
 }
 
-impl Drop for Mapped {
+impl<T> Drop for Mapped<T> {
     fn drop(&mut self) {
         // SAFETY: `new` mapped it, and nothing refers to it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
@@ -101,17 +118,16 @@ impl Drop for Mapped {
 /// A ring that we fill: entries are staged, then shown to the kernel all at once.
 #[derive(Debug)]
 pub struct Producer<T> {
-    ring: Mapped,
+    ring: Mapped<T>,
     /// Index of the entry to stage next.
     staged: u32,
     /// The kernel's index as it was last read.
     consumed: u32,
-    entries: PhantomData<T>,
 }
 
-impl<T: Copy> Producer<T> {
-    pub(super) fn new(ring: Mapped) -> Self {
-        Producer { ring, staged: 0, consumed: 0, entries: PhantomData }
+impl<T: Plain> Producer<T> {
+    pub(super) fn new(ring: Mapped<T>) -> Self {
+        Producer { ring, staged: 0, consumed: 0 }
     }
 
     /// Entries that can be staged now.
@@ -135,7 +151,7 @@ impl<T: Copy> Producer<T> {
     pub fn stage(&mut self, entry: T) {
         assert!(self.room() > 0, "an entry is staged only where there is room");
         // SAFETY: inside the ring; the kernel does not read it before `submit`.
-        unsafe { self.ring.entry::<T>(self.staged).write_volatile(entry) };
+        unsafe { self.ring.entry(self.staged).write_volatile(entry) };
         self.staged = self.staged.wrapping_add(1);
     }
 
@@ -164,17 +180,16 @@ impl<T: Copy> Producer<T> {
 /// A ring that the kernel fills: entries are taken, then given back all at once.
 #[derive(Debug)]
 pub struct Consumer<T> {
-    ring: Mapped,
+    ring: Mapped<T>,
     /// Index of the entry to take next.
     taken: u32,
     /// The kernel's index as it was last read.
     produced: u32,
-    entries: PhantomData<T>,
 }
 
-impl<T: Copy> Consumer<T> {
-    pub(super) fn new(ring: Mapped) -> Self {
-        Consumer { ring, taken: 0, produced: 0, entries: PhantomData }
+impl<T: Plain> Consumer<T> {
+    pub(super) fn new(ring: Mapped<T>) -> Self {
+        Consumer { ring, taken: 0, produced: 0 }
     }
 
     /// The next entry, if there is one.
@@ -188,7 +203,7 @@ impl<T: Copy> Consumer<T> {
             }
         }
         // SAFETY: inside the ring, whatever the index. Read once, as a value.
-        let entry = unsafe { self.ring.entry::<T>(self.taken).read_volatile() };
+        let entry = unsafe { self.ring.entry(self.taken).read_volatile() };
         self.taken = self.taken.wrapping_add(1);
         Some(entry)
     }
@@ -198,5 +213,34 @@ impl<T: Copy> Consumer<T> {
     pub fn release(&mut self) {
         // Release: they were read before (barrier D in net/xdp/xsk_queue.h).
         self.ring.consumer().store(self.taken, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ring_parts_outside_the_mapping_are_refused() {
+        let offsets = |producer, consumer, flags, desc| libc::xdp_ring_offset {
+            producer,
+            consumer,
+            desc,
+            flags,
+        };
+        let usual = offsets(0, 64, 68, 128);
+        assert_eq!(mapping_length::<u64>(&usual, 16), Some(128 + 16 * 8));
+        for size in [0, 3, u32::MAX] {
+            assert_eq!(mapping_length::<u64>(&usual, size), None, "{size} entries");
+        }
+        for wrong in [
+            offsets(u64::MAX - 1, 64, 68, 128),
+            offsets(0, 256, 68, 128),
+            offsets(0, 64, 66, 128),
+            offsets(0, 64, 68, 132),
+            offsets(0, 64, 68, u64::MAX),
+        ] {
+            assert_eq!(mapping_length::<u64>(&wrong, 16), None, "{wrong:?}");
+        }
     }
 }
