@@ -202,19 +202,34 @@ struct Region {
     mapping: Mapping,
 }
 
-/// Where a region is mapped, and what of: to map the same memory once more elsewhere.
+/// A region's mapping: to map the same memory once more elsewhere. All of it lies in its file, which
+/// was memory when it was mapped.
 #[derive(Debug, Clone, Copy)]
 pub struct Mapped<'a> {
+    mapping: &'a Mapping,
+}
+
+impl<'a> Mapped<'a> {
     /// First address of the mapping in this process.
-    pub start: usize,
-    /// Its length in bytes, a multiple of `page`.
-    pub length: usize,
-    /// The file.
-    pub file: &'a File,
-    /// Where in the file the mapping starts, a multiple of `page`.
-    pub offset: u64,
+    pub fn start(&self) -> usize {
+        self.mapping.region.as_ptr() as usize
+    }
+
+    /// Its length in bytes, a multiple of [`page`](Self::page).
+    pub fn length(&self) -> usize {
+        self.mapping.region.size()
+    }
+
+    /// The file, and where in it the mapping starts, a multiple of [`page`](Self::page).
+    pub fn source(&self) -> (&'a File, u64) {
+        let file = self.mapping.region.file_offset().expect("every region is mapped from a file");
+        (file.file(), file.start())
+    }
+
     /// Size in bytes of the pages that the file consists of.
-    pub page: u64,
+    pub fn page(&self) -> u64 {
+        self.mapping.page
+    }
 }
 
 impl Region {
@@ -442,17 +457,7 @@ impl GuestMemory {
 
     /// The mapping of each region.
     pub fn mappings(&self) -> impl Iterator<Item = Mapped<'_>> {
-        self.regions.iter().map(|region| {
-            let Mapping { region, page, .. } = &region.mapping;
-            let file = region.file_offset().expect("every region is mapped from a file");
-            Mapped {
-                start: region.as_ptr() as usize,
-                length: region.size(),
-                file: file.file(),
-                offset: file.start(),
-                page: *page,
-            }
-        })
+        self.regions.iter().map(|region| Mapped { mapping: &region.mapping })
     }
 
     /// Turns an address of the frontend's into the guest's.

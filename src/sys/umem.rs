@@ -5,26 +5,13 @@
 //! is in it is shared with the kernel, and the files' part with the guest: it is reached as
 //! [`Segment`]s, by copying.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 
+use crate::guest::memory::Mapped;
 use crate::guest::{Reservation, Segment};
-
-/// A part of a file that is mapped into the range.
-#[derive(Debug, Clone, Copy)]
-pub struct Part<'a> {
-    /// The file, open for reading and writing.
-    pub file: &'a File,
-    /// Where its part starts in bytes, a multiple of `alignment`.
-    pub offset: u64,
-    /// Length of the part in bytes, a multiple of `alignment`.
-    pub length: usize,
-    /// Size of the file's pages in bytes.
-    pub alignment: u64,
-}
 
 /// A range of memory for AF_XDP sockets.
 #[derive(Debug)]
@@ -47,26 +34,18 @@ unsafe impl Send for Umem {}
 unsafe impl Sync for Umem {}
 
 impl Umem {
-    /// Maps an arena of at least `arena` bytes, `parts` behind it in the order given, and `pad`
-    /// bytes behind them. The parts should come with the largest pages first, so that little is
-    /// lost between them.
+    /// Maps an arena of at least `arena` bytes, what `parts` map behind it in the order given, and
+    /// `pad` bytes behind them. The parts should come with the largest pages first, so that little
+    /// is lost between them.
     ///
     /// # Errors
-    /// Those of mmap, and the limit of the process on mapped bytes.
-    pub fn new(arena: usize, parts: &[Part<'_>], pad: usize) -> io::Result<Self> {
-        let largest = parts.iter().map(|part| part.alignment as usize).max().unwrap_or(PAGE);
-        let arena = arena.next_multiple_of(PAGE);
-        let mut end = arena.next_multiple_of(largest);
-        // What the arena leaves of the first large page is not part of the range.
-        let lead = end - arena;
-        let mut places = Vec::new();
-        for part in parts {
-            let start = end.next_multiple_of(part.alignment as usize);
-            end = start + part.length;
-            places.push(start - lead..end - lead);
-        }
-        let length = (end - lead + pad).next_multiple_of(PAGE);
-        let reserved = lead + length + largest;
+    /// Those of mmap, and the limit of the process on mapped bytes; `InvalidInput` if the range
+    /// would be longer than an address space.
+    pub fn new(arena: usize, parts: &[Mapped<'_>], pad: usize) -> io::Result<Self> {
+        let largest = parts.iter().map(|part| part.page() as usize).max().unwrap_or(PAGE);
+        let Plan { arena, lead, places, length, reserved } =
+            Plan::new(arena, parts.iter().map(|part| (part.length(), part.page() as usize)), pad)
+                .ok_or(io::ErrorKind::InvalidInput)?;
         let reservation = Reservation::of_process(reserved as u64).map_err(io::Error::other)?;
         // SAFETY: a new mapping anywhere; nothing else refers to it.
         let whole = unsafe {
@@ -95,16 +74,18 @@ impl Umem {
             _reservation: reservation,
         };
         for (part, place) in parts.iter().zip(&umem.parts) {
+            let (file, offset) = part.source();
             // SAFETY: MAP_FIXED replaces pages of the reservation, which is ours alone, and of
-            // which `place` is a part. Whoever fails drops `umem`, which unmaps all of it.
+            // which `place` is a part: the length is a multiple of the file's pages, and the kernel
+            // rounds it up no further. Whoever fails drops `umem`, which unmaps all of it.
             let mapped = unsafe {
                 libc::mmap(
                     umem.start.add(place.start).as_ptr().cast(),
-                    part.length,
+                    part.length(),
                     libc::PROT_READ | libc::PROT_WRITE,
                     libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                    part.file.as_raw_fd(),
-                    part.offset as libc::off_t,
+                    file.as_raw_fd(),
+                    offset as libc::off_t,
                 )
             };
             if mapped == libc::MAP_FAILED {
@@ -135,7 +116,8 @@ impl Umem {
     /// If they are not in the arena.
     #[inline]
     pub fn arena(&self, offset: usize, length: usize) -> Segment<'_> {
-        assert!(offset + length <= self.arena, "the arena has {} bytes", self.arena);
+        let fits = offset.checked_add(length).is_some_and(|end| end <= self.arena);
+        assert!(fits, "the arena has {} bytes", self.arena);
         // SAFETY: inside the mapping, which lives as long as `self`.
         unsafe { Segment::new(self.start.add(offset), length) }
     }
@@ -144,9 +126,74 @@ impl Umem {
 /// Size of a page that an arena consists of, in bytes.
 const PAGE: usize = 4096;
 
+/// Where everything lies in a range, in bytes from its start.
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    arena: usize,
+    /// What the arena leaves of the first large page, which is not part of the range.
+    lead: usize,
+    places: Vec<Range<usize>>,
+    length: usize,
+    /// Bytes to be mapped, such that the lead can begin a large page.
+    reserved: usize,
+}
+
+impl Plan {
+    /// For parts of these lengths and page sizes; nothing if there is no such range.
+    fn new(
+        arena: usize,
+        parts: impl Iterator<Item = (usize, usize)> + Clone,
+        pad: usize,
+    ) -> Option<Self> {
+        let largest = parts.clone().map(|(_, page)| page).max().unwrap_or(PAGE);
+        let arena = arena.checked_next_multiple_of(PAGE)?;
+        let mut end = arena.checked_next_multiple_of(largest)?;
+        let lead = end - arena;
+        let mut places = Vec::new();
+        for (length, page) in parts {
+            let start = end.checked_next_multiple_of(page)?;
+            end = start.checked_add(length)?;
+            places.push(start - lead..end - lead);
+        }
+        let length = (end - lead).checked_add(pad)?.checked_next_multiple_of(PAGE)?;
+        let reserved = lead.checked_add(length)?.checked_add(largest)?;
+        Some(Plan { arena, lead, places, length, reserved })
+    }
+}
+
 impl Drop for Umem {
     fn drop(&mut self) {
         // SAFETY: `new` mapped it, and every Segment that refers to it borrowed `self`.
         unsafe { libc::munmap(self.reserved.0.as_ptr().cast(), self.reserved.1) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::catch_unwind;
+
+    #[test]
+    fn arena_ends_where_its_segments_must() {
+        let umem = Umem::new(2 * PAGE, &[], PAGE).unwrap();
+        assert_eq!(umem.arena(PAGE, PAGE).len(), PAGE);
+        for (offset, length) in [(PAGE, PAGE + 1), (2 * PAGE, 1), (usize::MAX, 2), (1, usize::MAX)]
+        {
+            assert!(catch_unwind(|| umem.arena(offset, length).len()).is_err());
+        }
+    }
+
+    #[test]
+    fn ranges_beyond_the_address_space_are_refused() {
+        for (arena, pad) in [(usize::MAX, 0), (usize::MAX - 4095, PAGE), (PAGE, usize::MAX)] {
+            assert!(Umem::new(arena, &[], pad).is_err(), "{arena} and {pad}");
+        }
+        let large = 2 << 20;
+        let parts = [(large, large), (PAGE, PAGE)].into_iter();
+        let plan = Plan::new(PAGE, parts, 1).unwrap();
+        assert_eq!(plan.lead, large - PAGE);
+        assert_eq!(plan.places, [PAGE..PAGE + large, PAGE + large..2 * PAGE + large]);
+        assert_eq!((plan.length, plan.reserved), (3 * PAGE + large, 2 * PAGE + 3 * large));
+        assert_eq!(Plan::new(PAGE, [(usize::MAX, PAGE)].into_iter(), 0), None);
     }
 }

@@ -108,7 +108,7 @@ impl Guest {
             let inside = |start: usize, length: usize| {
                 segment.address() >= start && segment.address() + segment.len() <= start + length
             };
-            assert!(self.memory.mappings().any(|region| inside(region.start, region.length)));
+            assert!(self.memory.mappings().any(|region| inside(region.start(), region.length())));
             total += segment.len();
         }
         assert_eq!(total, chain.len());

@@ -12,8 +12,9 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::guest::memory::Mapped;
 use crate::guest::{Chain, GuestMemory, Pinned, Segment, Writable};
-use crate::sys::umem::{Part, Umem};
+use crate::sys::umem::Umem;
 use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, TX_METADATA};
 
 /// Frames from the guest that a queue pair has under way at the most. Each has a place in the
@@ -113,22 +114,13 @@ impl GuestUmem {
     /// Those of mmap.
     pub(super) fn new(guest: &GuestMemory, pairs: u16, layout: FrameLayout) -> io::Result<Self> {
         let mut mappings: Vec<_> = guest.mappings().collect();
-        mappings.sort_by_key(|mapped| std::cmp::Reverse(mapped.page));
-        let parts: Vec<_> = mappings
-            .iter()
-            .map(|mapped| Part {
-                file: mapped.file,
-                offset: mapped.offset,
-                length: mapped.length,
-                alignment: mapped.page,
-            })
-            .collect();
+        mappings.sort_by_key(|mapped| std::cmp::Reverse(mapped.page()));
         // The chunk of the last buffer ends behind the guest's memory.
-        let memory = Umem::new(layout.arena() * usize::from(pairs), &parts, CHUNK as usize)?;
-        let place = |(mapped, part): (&crate::guest::memory::Mapped<'_>, &Range<usize>)| Region {
-            mapped: mapped.start..mapped.start + mapped.length,
+        let memory = Umem::new(layout.arena() * usize::from(pairs), &mappings, CHUNK as usize)?;
+        let place = |(mapped, part): (&Mapped<'_>, &Range<usize>)| Region {
+            mapped: mapped.start()..mapped.start() + mapped.length(),
             offset: part.start as u64,
-            page: mapped.page,
+            page: mapped.page(),
         };
         let mut regions: Vec<_> = mappings.iter().zip(memory.parts()).map(place).collect();
         regions.sort_by_key(|region| region.mapped.start);
