@@ -28,7 +28,9 @@ use super::OpenError;
 use crate::config::Attach;
 use crate::policy::Filter;
 use crate::policy::filter::SEEN;
-use crate::sys::bpf::{Hook, Link, Map, MapKind, Program, ProgramInfo};
+use crate::sys::bpf::{
+    Counters, FoundMap, Hook, Link, Map, Numbers, Program, ProgramInfo, Programs, Recent, Sockets,
+};
 use crate::sys::link;
 use crate::traffic::MAX_ROWS;
 
@@ -90,54 +92,53 @@ pub struct Own<'a> {
     /// What they are judged by.
     pub filter: &'a Filter,
     /// Where those that pass are counted by who sends them.
-    pub peers: Option<&'a Map>,
+    pub peers: Option<&'a Peers>,
 }
+
+/// Frames and bytes by what the filter has seen of a frame: protocol and sender.
+pub type Peers = Map<Recent<SEEN>>;
 
 /// A map for [`Own::peers`].
 ///
 /// # Errors
 /// EPERM without CAP_BPF.
-pub fn peers() -> io::Result<Map> {
-    Map::new(MapKind::Recent(SEEN), PEERS, MAX_ROWS as u32)
+pub fn peers() -> io::Result<Peers> {
+    Map::new(PEERS, MAX_ROWS as u32)
 }
 
 /// What the program and those who use it share, by queue.
 #[derive(Debug)]
 struct Maps {
-    sockets: Map,
-    counters: Map,
+    sockets: Map<Sockets>,
+    counters: Map<Counters<COUNTED>>,
     /// What is done with a frame: [`HEADER_LENGTH`], [`OWN_PROGRAM`].
-    queues: Map,
+    queues: Map<Numbers>,
     /// The queues' own programs.
-    programs: Map,
+    programs: Map<Programs>,
 }
 
 impl Maps {
     fn new() -> io::Result<Self> {
         Ok(Maps {
-            sockets: Map::new(MapKind::Sockets, SOCKETS, QUEUES)?,
-            counters: Map::new(MapKind::Counters(COUNTED), COUNTERS, QUEUES)?,
-            queues: Map::new(MapKind::Numbers, QUEUE_SETTINGS, QUEUES)?,
-            programs: Map::new(MapKind::Programs, PROGRAMS, QUEUES)?,
+            sockets: Map::new(SOCKETS, QUEUES)?,
+            counters: Map::new(COUNTERS, QUEUES)?,
+            queues: Map::new(QUEUE_SETTINGS, QUEUES)?,
+            programs: Map::new(PROGRAMS, QUEUES)?,
         })
     }
 
     /// Those of a program that is loaded; nothing if it has others.
     fn of(info: &ProgramInfo) -> io::Result<Option<Self>> {
-        let maps = info.maps.iter().map(|id| Map::by_id(*id)).collect::<io::Result<Vec<_>>>()?;
-        let mut named = maps
-            .into_iter()
-            .map(|map| Ok((map.name_and_size()?, map)))
-            .collect::<io::Result<HashMap<(String, u32), Map>>>()?;
-        let mut take = |name: &str, size| named.remove(&(name.to_owned(), size));
-        let (sockets, counters) = (take(SOCKETS, 4), take(COUNTERS, 8 * COUNTED as u32));
-        let (queues, programs) = (take(QUEUE_SETTINGS, 4), take(PROGRAMS, 4));
+        let maps =
+            info.maps.iter().map(|id| FoundMap::by_id(*id)).collect::<io::Result<Vec<_>>>()?;
+        let mut named: HashMap<String, FoundMap> =
+            maps.into_iter().map(|map| (map.name(), map)).collect();
         Ok((|| {
             Some(Maps {
-                sockets: sockets?,
-                counters: counters?,
-                queues: queues?,
-                programs: programs?,
+                sockets: named.remove(SOCKETS)?.into_map(QUEUES)?,
+                counters: named.remove(COUNTERS)?.into_map(QUEUES)?,
+                queues: named.remove(QUEUE_SETTINGS)?.into_map(QUEUES)?,
+                programs: named.remove(PROGRAMS)?.into_map(QUEUES)?,
             })
         })())
     }
@@ -263,8 +264,8 @@ impl Attachment {
 
     /// What the program has counted on a queue.
     pub fn counters(&self, queue: u32) -> io::Result<QueueCounters> {
-        let counters: [u64; COUNTED] = self.maps.counters.counters(queue)?;
-        let [passed, passed_bytes, filtered, filtered_bytes] = counters;
+        let [passed, passed_bytes, filtered, filtered_bytes] =
+            self.maps.counters.counters(queue)?;
         Ok(QueueCounters { passed, passed_bytes, filtered, filtered_bytes })
     }
 }

@@ -8,8 +8,7 @@ use super::Interface;
 use crate::policy::Filter;
 use crate::policy::filter::seen;
 use crate::port::af_xdp::OpenError;
-use crate::port::af_xdp::program::{self, Attachment, Own};
-use crate::sys::bpf::Map;
+use crate::port::af_xdp::program::{self, Attachment, Own, Peers};
 use crate::sys::link::Link;
 use crate::traffic::{Key, MAX_ROWS, Volume, Way};
 
@@ -18,7 +17,7 @@ use crate::traffic::{Key, MAX_ROWS, Volume, Way};
 pub(super) struct Wanted {
     pub(super) filter: Filter,
     /// Where frames are counted by who sends them.
-    peers: Option<Arc<Map>>,
+    peers: Option<Arc<Peers>>,
 }
 
 impl Interface {

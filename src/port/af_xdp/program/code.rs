@@ -1,15 +1,15 @@
 //! The program's instructions. For a queue whose frames are filtered, or counted by who sends them,
 //! there is a program of its own, to which the device's goes on: the same, with that in it.
 
-use super::{COUNTED, HEADER_LENGTH, Maps, OWN_PROGRAM, Own};
+use super::{COUNTED, HEADER_LENGTH, Maps, OWN_PROGRAM, Own, Peers};
 use crate::policy::filter::{SEEN_AT, extended};
-use crate::sys::bpf::Map;
 use crate::sys::bpf::assembly::{Assembly, Label};
 use crate::sys::bpf::instructions::{
     add, add_atomic64, add_register, and32, call, copy, exit, if_any_bit32, if_equal, if_greater,
     if_not_equal, instruction, jump, load32, load64, put16, put32, put64, set, store32, store64,
     subtract_register,
 };
+use crate::sys::bpf::{Map, MapKind};
 
 // Helpers of linux/bpf.h.
 const MAP_LOOKUP_ELEM: i32 = 1;
@@ -45,13 +45,13 @@ enum Count {
 const _: () = assert!(COUNTED == 2 * (Count::Filtered as usize + 1));
 
 /// Puts the map's address into a register.
-fn map(target: u8, map: &Map) -> [u64; 2] {
+fn map(target: u8, map: &Map<impl MapKind>) -> [u64; 2] {
     // BPF_PSEUDO_MAP_FD
     [instruction(0x18, target, 1, 0, map.descriptor()), 0]
 }
 
 /// Looks the queue up in a map; nothing is there beyond its end.
-fn look_up(code: &mut Assembly, of: &Map, nothing: Label) {
+fn look_up(code: &mut Assembly, of: &Map<impl MapKind>, nothing: Label) {
     code.extend(map(1, of));
     code.extend([copy(2, 10), add(2, KEY.into()), call(MAP_LOOKUP_ELEM)]);
     code.jump(nothing, if_equal(0, 0, 0));
@@ -81,7 +81,7 @@ fn count(code: &mut Assembly, maps: &Maps, what: Count) {
 }
 
 /// Counts the frame with those of the same protocol and sender, by what the filter has seen of it.
-fn count_peer(code: &mut Assembly, peers: &Map) {
+fn count_peer(code: &mut Assembly, peers: &Peers) {
     /// Where a row's frames and bytes are on the stack.
     const ROW: i16 = -88;
     /// Where the frame's ports are, in what was seen of it: they make no difference.
