@@ -29,7 +29,7 @@
 //! doing is in their [`status`], which the [`api`] shows to operators; a [`capture`] is a copy of what
 //! they move. [`descriptors`] is how many may be open. [`logging`] writes lines that nobody waits for, and the [`sandbox`] is what all of
 //! this runs in. The [`doctor`] looks at a host before any of it does. Unsafe code is in [`guest`]
-//! and [`sys`] only.
+//! and [`sys`] only, but for the first statement of `main`.
 
 pub mod api;
 pub mod capture;

@@ -6,8 +6,14 @@ use std::process::ExitCode;
 use vhost_user_net::api::client::Failure;
 use vhost_user_net::config::{self, Invocation};
 use vhost_user_net::daemon;
+use vhost_user_net::sys::process::note_inherited;
 
 fn main() -> ExitCode {
+    // SAFETY: nothing was opened yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        note_inherited();
+    }
     let config = match config::parse(std::env::args_os()) {
         Ok(Invocation::Run(config)) => config,
         Ok(Invocation::Print(text)) => {

@@ -93,6 +93,25 @@ fn sixty_four_ports_live_in_one_daemon_and_others_come_and_go_under_their_traffi
 }
 
 #[test]
+fn reload_takes_no_descriptor_of_the_opener_s_own() {
+    let file = CONTROL.to_owned() + &loopback("stays");
+    let daemon = Daemon::with_config(&file, "stays");
+    let mut stays = card(&daemon, "stays");
+    let odd = |fd| format!("[[port]]\nname = \"odd\"\nfd = {fd}\nloopback = true\n");
+    // Its connection to the daemon is among them.
+    for fd in 3..6 {
+        daemon.write_config(&(file.clone() + &odd(fd)));
+        reload(&daemon, fd - 2);
+        let failed = daemon.log().matches("odd: not added: use descriptor").count();
+        assert_eq!(failed, fd - 2, "{}", daemon.log());
+    }
+    daemon.write_config(&(file + &loopback("new")));
+    reload(&daemon, 4);
+    card(&daemon, "new").check_echo(10);
+    stays.check_echo(10);
+}
+
+#[test]
 fn reading_the_file_again_touches_only_what_has_changed() {
     let file = CONTROL.to_owned() + &loopback("stays") + &loopback("goes") + &loopback("slows");
     let daemon = Daemon::with_config(&file, "slows");

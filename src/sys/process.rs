@@ -1,5 +1,6 @@
 //! Signals, threads and inherited descriptors of this process.
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
@@ -8,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -84,22 +85,51 @@ pub fn raise_descriptor_limit() -> Option<u64> {
     }
 }
 
-/// Takes over a descriptor that the process that started us left open for us.
+/// Descriptors that this process was started with, and that nobody has taken yet.
+static INHERITED: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
+
+/// Notes the descriptors that this process was started with, for [`inherit`] to take. Those have no
+/// close-on-exec flag.
+///
+/// # Safety
+/// No descriptor without that flag may have an owner in this process, but the standard streams: to be
+/// called before anything is opened.
+pub unsafe fn note_inherited() {
+    let numbers = std::fs::read_dir("/proc/self/fd").into_iter().flatten().filter_map(|entry| {
+        let number: RawFd = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        (number > 2 && descriptor_flags(number).ok()? & libc::FD_CLOEXEC == 0).then_some(number)
+    });
+    INHERITED.lock().unwrap_or_else(PoisonError::into_inner).extend(numbers);
+}
+
+/// Flags of a descriptor (`F_GETFD`).
+fn descriptor_flags(number: RawFd) -> io::Result<libc::c_int> {
+    // SAFETY: fcntl with this command on any number is harmless: it fails where nothing is open.
+    unsafe { check(libc::fcntl(number, libc::F_GETFD)) }
+}
+
+/// Takes over a descriptor that the process that started us left open for us: once.
 ///
 /// # Errors
-/// If the number is not an open descriptor, or is one of the standard streams.
+/// If the number is not an open descriptor, is one of the standard streams, or was not among those that
+/// [`note_inherited`] found, or was taken already.
 pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
+    let invalid = |text| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     if number <= 2 {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("descriptor {number} is a standard stream"),
+        return invalid(format!("descriptor {number} is a standard stream"));
+    }
+    let flags = descriptor_flags(number)?;
+    if !INHERITED.lock().unwrap_or_else(PoisonError::into_inner).remove(&number) {
+        return invalid(format!(
+            "descriptor {number} is this process's own; name one that it was started with, once"
         ));
     }
-    // SAFETY: fcntl on any number is harmless: it fails where nothing is open.
-    unsafe { check(libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC))? };
-    // SAFETY: the descriptor is open (above), and the command line names it as handed over to
-    // us; nothing else in this process refers to a descriptor by number.
-    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    // SAFETY: the descriptor was open before anything had an owner (`note_inherited`), and its number
+    // has just been taken out of the set: nobody else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    // SAFETY: sets a flag of a descriptor that we own.
+    unsafe { check(libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC))? };
+    Ok(fd)
 }
 
 /// Binds the calling thread to one processor.
@@ -328,6 +358,15 @@ pub fn describe(fd: BorrowedFd<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn descriptors_of_our_own_are_not_inherited() {
+        let file = File::open("/").unwrap();
+        let error = inherit(file.as_raw_fd()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
+        assert!(file.metadata().is_ok(), "it is open still");
+        assert_eq!(inherit(RawFd::MAX).unwrap_err().raw_os_error(), Some(libc::EBADF));
+    }
 
     #[test]
     fn interrupt_ends_a_system_call_and_spares_an_ended_thread() {
