@@ -251,7 +251,7 @@ impl Worker {
 }
 
 /// Ends the sessions of all workers as [`Worker::end`] does, and waits for them together. Those that take
-/// longer than [`PATIENCE`] are interrupted again and again: a frontend can have each of a session's last
+/// longer than 100 ms are interrupted again and again: a frontend can have each of a session's last
 /// calls block.
 pub fn end_all(workers: &mut [Worker]) -> Vec<Ended> {
     for worker in workers.iter().filter(|worker| worker.running) {

@@ -8,7 +8,7 @@
 //!    exits.
 //!
 //! Until step 3 the predecessor can resume, and does so when the successor fails, dies, or takes longer
-//! than [`TAKE_OVER_TIMEOUT`]. No frontend can prevent a take-over: one that holds up its own port is
+//! than 2 s. No frontend can prevent a take-over: one that holds up its own port is
 //! disconnected.
 
 use std::fmt;
@@ -167,7 +167,7 @@ fn failed(error: &dyn fmt::Display) -> StartError {
 
 impl Ports {
     /// Suspends all ports that run, and passes them on: what they are, and their descriptors. They
-    /// resume after [`TAKE_OVER_TIMEOUT`], unless they are [aborted](Self::abort_handover) or
+    /// resume after 2 s, unless they are [aborted](Self::abort_handover) or
     /// [committed](Self::commit_handover) before.
     ///
     /// # Errors
