@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::config::{Config, Frontend, MAX_QUEUE_PAIRS};
-use crate::daemon::{Ports, StartError};
+use crate::daemon::{Ports, StartError, too_late};
 use crate::endpoint::Endpoint;
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
@@ -64,13 +64,14 @@ struct House {
     /// How it was started.
     about: Value,
     /// Sockets that clients connect to, by what they are for.
-    listeners: Vec<(&'static str, OwnedFd)>,
+    listeners: Vec<(String, OwnedFd)>,
 }
 
 impl House {
-    fn listeners(&self) -> io::Result<(Vec<&'static str>, Vec<OwnedFd>)> {
-        let duplicate = |(name, fd): &(&'static str, OwnedFd)| Ok((*name, fd.try_clone()?));
-        self.listeners.iter().map(duplicate).collect()
+    fn listeners(&self) -> io::Result<(Vec<&str>, Vec<OwnedFd>)> {
+        let names = self.listeners.iter().map(|(name, _)| name.as_str()).collect();
+        let files = self.listeners.iter().map(|(_, fd)| fd.try_clone());
+        Ok((names, files.collect::<io::Result<_>>()?))
     }
 }
 
@@ -82,8 +83,8 @@ struct Client {
     input: Vec<u8>,
     files: Vec<OwnedFd>,
     output: Vec<u8>,
-    /// It has the daemon's ports, which are to go on if it goes.
-    has_ports: bool,
+    /// The deadline of the hand-over that it has asked for last, by which that is told from others.
+    handover: Option<Instant>,
     /// Ports whose traffic is counted for it, by name.
     counting: BTreeSet<String>,
 }
@@ -91,12 +92,17 @@ struct Client {
 impl Client {
     fn new(number: u32, stream: UnixStream) -> Self {
         let (input, files, output, counting) = Default::default();
-        Client { number, stream, input, files, output, has_ports: false, counting }
+        Client { number, stream, input, files, output, handover: None, counting }
+    }
+
+    /// Whether it has the daemon's ports, which resume if it goes.
+    fn has_ports(&self, ports: &Ports) -> bool {
+        self.handover.is_some() && self.handover == ports.handover_deadline()
     }
 
     /// Ends what was done for it.
     fn leave(&self, ports: &mut Ports) {
-        if self.has_ports {
+        if self.has_ports(ports) {
             ports.abort_handover("the other daemon has gone");
         }
         let counted = self.counting.iter().filter_map(|name| ports.find(name).ok());
@@ -170,8 +176,8 @@ impl Server {
     }
 
     /// Passes a socket that clients connect to on to the next daemon.
-    pub fn pass_on(&mut self, name: &'static str, listener: OwnedFd) {
-        self.house.listeners.push((name, listener));
+    pub fn pass_on(&mut self, name: &str, listener: OwnedFd) {
+        self.house.listeners.push((name.to_owned(), listener));
     }
 
     /// Whether another daemon goes on with the ports.
@@ -188,9 +194,9 @@ impl Server {
     }
 
     /// Tells a daemon that takes over that this one ends all ports, as if it had let go of none.
-    pub fn refuse_successor(&mut self) {
+    pub fn refuse_successor(&mut self, ports: &Ports) {
         let refusal = failure("cannot-be-done", "the daemon was told to stop meanwhile");
-        for client in self.clients.iter_mut().filter(|client| client.has_ports) {
+        for client in self.clients.iter_mut().filter(|client| client.has_ports(ports)) {
             let _ = client.stream.write_all(refusal.as_bytes());
         }
     }
@@ -276,7 +282,7 @@ impl Server {
             return None;
         }
         // Not the one that has the ports.
-        let first = self.clients.iter().position(|client| !client.has_ports);
+        let first = self.clients.iter().position(|client| !client.has_ports(ports));
         let full = self.clients.len() >= MAX_CLIENTS;
         let gone = first.filter(|_| full).map(|place| {
             let client = self.clients.remove(place);
@@ -425,7 +431,8 @@ fn answer(
         ports.check_present()?;
     }
     match &command {
-        Command::LetGo {} if !client.has_ports => return Err(bad("it has no ports")),
+        Command::LetGo {} if client.handover.is_none() => return Err(bad("it has no ports")),
+        Command::LetGo {} if !client.has_ports(ports) => return Err(too_late().into()),
         Command::Traffic { port } if client.counting.insert(port.clone()) => {
             if let Err(refusal) = ports.find(port).and_then(|it| it.count_traffic(true)) {
                 client.counting.remove(port);
@@ -437,7 +444,9 @@ fn answer(
     let takes = matches!(command, Command::HandOver {});
     let lets_go = matches!(command, Command::LetGo {});
     let answer = carry_out(command, files, ports, house)?;
-    client.has_ports = (client.has_ports || takes) && !lets_go;
+    if takes {
+        client.handover = ports.handover_deadline();
+    }
     *given_away |= lets_go;
     Ok(answer)
 }

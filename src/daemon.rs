@@ -28,8 +28,8 @@ use crate::logging::Log;
 use crate::sandbox::{Role, Sandbox};
 use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
-pub use handover::PortHandover;
 use handover::Predecessor;
+pub use handover::{PortHandover, too_late};
 pub(crate) use opening::{Descriptors, open_queues};
 use ports::Opened;
 pub use ports::{Port, Ports, Refusal};
@@ -101,7 +101,10 @@ fn serve(
         return Err(StartError::new(format!("two ports are called {name}: give one a name")));
     }
     let mut listener = |name: &str| predecessor.as_mut().and_then(|it| it.listener(name));
-    let (control, metrics) = (listener("control"), listener("metrics"));
+    let control = listener("control");
+    // Another address has another socket.
+    let metrics_name = config.metrics.as_ref().map(|address| format!("metrics {address}"));
+    let metrics = metrics_name.as_deref().and_then(&mut listener);
     let mut server = Server::open(config, control)?;
     if let Some(file) = &config.file {
         let opener = opener::start(file)
@@ -110,8 +113,8 @@ fn serve(
     }
     let scrape =
         config.metrics.as_ref().map(|address| Scrape::open(address, metrics)).transpose()?;
-    if let Some(fd) = scrape.as_ref().and_then(Scrape::fd) {
-        server.pass_on("metrics", fd.try_clone_to_owned().map_err(no_descriptor)?);
+    if let (Some(name), Some(fd)) = (&metrics_name, scrape.as_ref().and_then(Scrape::fd)) {
+        server.pass_on(name, fd.try_clone_to_owned().map_err(no_descriptor)?);
     }
     let supervisor = Supervisor::connect();
     let sandbox = Sandbox::enter(config)?;

@@ -141,13 +141,18 @@ pub fn need(ports: impl Iterator<Item = (usize, bool)>) -> usize {
 /// # Errors
 /// [`TooMany`].
 pub fn check_room(pairs: usize, af_xdp: bool) -> Result<(), TooMany> {
-    PROCESS.lock().check_room(Needs::of(pairs, af_xdp))
+    PROCESS.lock().check_room(Needs::of(pairs, af_xdp), None)
 }
 
 impl State {
-    fn check_room(&self, port: Needs) -> Result<(), TooMany> {
-        let kept: usize = self.ports.values().map(|it| it.kept.max(it.share)).sum();
-        let own: usize = self.ports.values().map(|it| it.own).sum();
+    /// As [`check_room`], for a port that takes the place of `replaced`, if that is given.
+    fn check_room(&self, port: Needs, replaced: Option<u64>) -> Result<(), TooMany> {
+        let others = || {
+            let others = self.ports.iter().filter(|(number, _)| Some(**number) != replaced);
+            others.map(|(_, port)| port)
+        };
+        let kept: usize = others().map(|it| it.kept.max(it.share)).sum();
+        let own: usize = others().map(|it| it.own).sum();
         let need = RESERVE + own + kept + port.own + port.share;
         let most = self.limit.max(self.started);
         if need <= most { Ok(()) } else { Err(TooMany { limit: self.limit, need }) }
@@ -192,6 +197,14 @@ impl DescriptorQuota {
         state.next += 1;
         state.ports.insert(number, needs);
         DescriptorQuota { budget, number, refused: AtomicU64::new(0) }
+    }
+
+    /// As [`check_room`], for a port that takes this one's place.
+    ///
+    /// # Errors
+    /// [`TooMany`].
+    pub fn check_replacement(&self, pairs: usize, af_xdp: bool) -> Result<(), TooMany> {
+        self.budget.lock().check_room(Needs::of(pairs, af_xdp), Some(self.number))
     }
 
     /// Has the port keep so many descriptors for its frontend.
@@ -271,7 +284,7 @@ mod tests {
         assert!(ports.iter().all(|port| port.keep(LEAST + PAIR_LEAST + 1).is_err()));
         let state = budget.lock();
         assert!(state.need() > state.limit);
-        assert!(state.check_room(Needs::of(1, false)).is_err());
+        assert!(state.check_room(Needs::of(1, false), None).is_err());
     }
 
     #[test]
@@ -283,9 +296,9 @@ mod tests {
             budget.lock().started = started;
             drop(quiet);
             (0..limit).for_each(|descriptors| drop(greedy.keep(descriptors)));
-            assert_eq!(budget.lock().check_room(Needs::of(1, false)), Ok(()));
+            assert_eq!(budget.lock().check_room(Needs::of(1, false), None), Ok(()));
             let _quiet = port(budget);
-            assert!(budget.lock().check_room(Needs::of(1, false)).is_err());
+            assert!(budget.lock().check_room(Needs::of(1, false), None).is_err());
         }
     }
 }

@@ -145,7 +145,8 @@ impl Endpoint {
 
     /// Has the socket's file, at `path`, removed when we go.
     pub fn own(&mut self, path: &Path) {
-        if let Endpoint::Listener(_, file, _) = self {
+        // One that is ours already would be removed by this.
+        if let Endpoint::Listener(_, file @ None, _) = self {
             *file = SocketFile::of(path).ok();
         }
     }

@@ -11,7 +11,7 @@ use crate::support::frontend::Frontend;
 use crate::support::network::{
     Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip, output, wait_for_carrier,
 };
-use crate::support::traffic::{check_both_ways, frame};
+use crate::support::traffic::{check_both_ways, frame, tcp_frame};
 use crate::support::{eventually, needs_root, one_at_a_time};
 
 const CONTROL: &str = "control = \"{}/control\"\n";
@@ -483,4 +483,54 @@ fn a_replaced_port_has_what_its_options_say() {
     wait_for_carrier("tap0");
     check_both_ways(&Wire::open("tap0"), &mut card(&daemon, "three"), 50);
     check("tap1");
+}
+
+#[test]
+fn replaced_tap_port_has_its_own_filter_and_queues() {
+    needs_root!("replaced_tap_port_has_its_own_filter_and_queues");
+    crate::support::network::enter_quiet_namespace();
+    ip("tuntap add dev tap0 mode tap vnet_hdr multi_queue");
+    ip("link set tap0 up");
+    let one = |rest: &str| CONTROL.to_owned() + &port("one", &format!("tap = \"tap0\"\n{rest}"));
+    let filter = "rx-filter = \"deny tcp dport 7; default allow\"";
+    let daemon =
+        Daemon::with_config(&one(&format!("queue-pairs = 2\nbusy-poll = 0\n{filter}")), "one");
+    let wire = Wire::open("tap0");
+    let flow = |source: u16, destination: u16| {
+        let (_, mut bytes) = tcp_frame(100, 1448);
+        bytes[34..36].copy_from_slice(&source.to_be_bytes());
+        bytes[36..38].copy_from_slice(&destination.to_be_bytes());
+        bytes
+    };
+    // Frames for the guest before it has spoken: the kernel has steered no flow yet.
+    let received = |denied: usize| {
+        let frontend = Frontend::new(daemon.connect_to("one"));
+        let mut vmm = Card::start(frontend, Options { pairs: 2, ..Options::default() });
+        wait_for_carrier("tap0");
+        (0..32).for_each(|source| wire.send(&flow(1000 + source, 9)));
+        (0..8).for_each(|source| wire.send(&flow(1000 + source, 7)));
+        let mut count = 0;
+        eventually("all flows reach the guest", || {
+            for pair in 0..2 {
+                while vmm.try_receive(pair).is_some() {
+                    count += 1;
+                }
+            }
+            count >= 40 - denied
+        });
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        assert!((0..2).all(|pair| vmm.try_receive(pair).is_none()), "denied frames came");
+        assert_eq!(count, 40 - denied);
+    };
+    received(8);
+    let change = |rest: &str| {
+        eventually("nobody is connected", || daemon.show("one")["state"] == "waiting");
+        daemon.write_config(&one(rest));
+        assert!(daemon.ask(&["reload"]).starts_with("one: replaced, since "));
+    };
+    // Queues that this guest does not use.
+    change(&format!("queue-pairs = 4\nbusy-poll = 0\n{filter}"));
+    received(8);
+    change("queue-pairs = 4\nbusy-poll = 5");
+    received(0);
 }

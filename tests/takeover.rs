@@ -335,3 +335,43 @@ fn takeover_refuses_an_incomplete_replay() {
     }
     card.check_echo(20);
 }
+
+#[test]
+fn late_successor_does_not_end_anothers_takeover() {
+    let mut daemon =
+        Daemon::with_config(&(CONTROL.to_owned() + &port("one", "loopback = true")), "one");
+    let mut card = card(&daemon, "one", Options::default());
+    let connect = || UnixStream::connect(daemon.path("control")).unwrap();
+    let (late, gone, next) = (connect(), connect(), connect());
+    for successor in [&late, &gone] {
+        assert!(ask(successor, "hand-over").0["ok"].is_array());
+        // Nobody else has the ports meanwhile.
+        let refusal = ask(&next, "hand-over").0["error"]["message"].to_string();
+        assert!(refusal.contains("another daemon is taking the ports over"), "{refusal}");
+        card.check_echo(20);
+    }
+    let (_told, _files) = ask(&next, "hand-over");
+    // The late one is told so, and neither its request nor another's end changes anything.
+    let refusal = ask(&late, "let-go").0["error"]["message"].to_string();
+    assert!(refusal.contains("the ports are resumed already"), "{refusal}");
+    drop((late, gone));
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(!daemon.log().contains("the other daemon has gone"), "{}", daemon.log());
+    assert_eq!(ask(&next, "let-go").0["ok"]["gone"], true);
+    assert!(daemon.wait().success());
+}
+
+#[test]
+fn takeover_with_other_metrics_address_makes_its_socket() {
+    let contents = |metrics: &str| {
+        let settings = format!("control = \"{{}}/control\"\nmetrics = \"{{}}/{metrics}\"\n");
+        settings + &port("one", "loopback = true")
+    };
+    let mut daemon = Daemon::with_config(&contents("before"), "one");
+    daemon.upgrade();
+    assert!(UnixStream::connect(daemon.path("before")).is_ok());
+    daemon.write_config(&contents("after"));
+    daemon.upgrade();
+    assert!(UnixStream::connect(daemon.path("after")).is_ok());
+    eventually("nobody listens there", || UnixStream::connect(daemon.path("before")).is_err());
+}

@@ -290,6 +290,9 @@ impl Control {
                     return false;
                 }
                 Some(Order::Stop) | None => return true,
+                Some(Order::CountTraffic(enable, done)) => {
+                    let _ = done.send(self.status.traffic.enable(enable));
+                }
                 // The sender is dropped: whoever waits is told that nobody answers.
                 Some(_) => {}
             }

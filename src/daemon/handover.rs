@@ -165,6 +165,14 @@ fn failed(error: &dyn fmt::Display) -> StartError {
     StartError::new(format!("take over: {error}"))
 }
 
+/// Why a successor does not get ports that are resumed.
+pub fn too_late() -> Refusal {
+    Refusal::CannotBeDone(format!(
+        "the ports are resumed already: a take-over may take {} s",
+        TAKE_OVER_TIMEOUT.as_secs()
+    ))
+}
+
 impl Ports {
     /// Suspends all ports that run, and passes them on: what they are, and their descriptors. They
     /// resume after 2 s, unless they are [aborted](Self::abort_handover) or
@@ -221,18 +229,15 @@ impl Ports {
         self.iter().for_each(|port| port.tell(Order::Resume));
     }
 
-    /// Lets go of all ports: another daemon serves them.
+    /// Lets go of all ports: another daemon serves them. They stay handed over.
     ///
     /// # Errors
-    /// They were resumed before.
+    /// It is too late: they are resumed.
     pub fn commit_handover(&mut self) -> Result<(), Refusal> {
         let deadline = self.handover_deadline();
         if deadline.is_none_or(|deadline| Instant::now() > deadline) {
             self.abort_handover("it took too long");
-            return Err(Refusal::CannotBeDone(format!(
-                "the ports are resumed already: a take-over may take {} s",
-                TAKE_OVER_TIMEOUT.as_secs()
-            )));
+            return Err(too_late());
         }
         self.iter().for_each(|port| port.tell(Order::CommitHandover));
         Ok(())

@@ -82,6 +82,12 @@ pub(crate) fn open_queues(config: &PortConfig) -> Result<Vec<OwnedFd>, StartErro
     match &config.host {
         Host::Tap(name) => {
             let queues = open_tap(name, config.queue_pairs, config.mtu)?;
+            for queue in queues.iter().filter(|queue| queue.identity().multi_queue) {
+                // Until a guest has buffers, frames are for the queues that are served already.
+                queue.set_attached(false).map_err(|error| {
+                    StartError::new(format!("detach a queue of tap {name}: {error}"))
+                })?;
+            }
             Ok(queues.into_iter().map(OwnedFd::from).collect())
         }
         Host::TapDescriptors(_) | Host::AfXdp(_) | Host::Loopback => Ok(Vec::new()),

@@ -213,7 +213,16 @@ impl Ports {
         prepare(opened, counters, self.sandbox)
     }
 
-    pub(super) fn handover_deadline(&self) -> Option<Instant> {
+    /// Closes what ports that have ended kept for a successor: else VMMs could still connect, to nobody.
+    pub(super) fn close_ended(&mut self) {
+        for port in self.ports.iter_mut().filter(|port| port.status.has_ended()) {
+            port.listener = None;
+            port.queues.clear();
+        }
+    }
+
+    /// The deadline of the hand-over under way, by which it is told from others.
+    pub fn handover_deadline(&self) -> Option<Instant> {
         self.handover_deadline
     }
 

@@ -64,6 +64,11 @@ impl Ports {
             return Err(Refusal::CannotBeDone(why));
         }
         old.check_frontend(&config)?;
+        let is_af_xdp = matches!(config.host, Host::AfXdp(_));
+        let descriptors = &old.status().descriptors;
+        descriptors
+            .check_replacement(usize::from(config.queue_pairs), is_af_xdp)
+            .map_err(|why| Refusal::CannotBeDone(why.to_string()))?;
         if shares_host(old.config(), &config) || is_on_same_device(old.config(), &config) {
             old.check_features(&config, old.offloads())?;
         }
@@ -271,6 +276,10 @@ impl Port {
         let pairs = usize::from(config.queue_pairs);
         let is_tap = matches!(config.host, Host::Tap(_) | Host::TapDescriptors(_));
         let is_same = shares_host(old, config) && !self.status().is_degraded();
+        if is_same && let Some(tap) = self.tap() {
+            // No frame is steered to them before a session has buffers for it, and a filter.
+            queues = tap.detach(queues).map_err(failed)?;
+        }
         if is_tap && is_same && queues.is_empty() {
             queues = self.queues().map_err(failed)?.into_iter().take(pairs).collect();
         }
@@ -293,7 +302,7 @@ impl Port {
     fn end(&self, new: &PortConfig) {
         let old = self.config();
         let filter = &self.status().filters.rx;
-        if !shares_host(old, new)
+        if (!shares_host(old, new) || new.rx_filter.is_none())
             && !filter.get().is_none()
             && let Err(error) = filter.set(&Filter::default())
         {

@@ -93,7 +93,10 @@ impl<'a> Waiting<'a> {
                         Some(_) => return Ok(()),
                         None => {}
                     },
-                    Source::Changed => self.ports.running().changed.clear(),
+                    Source::Changed => {
+                        self.ports.running().changed.clear();
+                        self.ports.close_ended();
+                    }
                     Source::Operators => self.take_client(),
                     Source::Client(number) => self.serve_client(number),
                     Source::Scrape => self.take_visitor(),
@@ -121,10 +124,11 @@ impl<'a> Waiting<'a> {
             self.server.flush(&mut self.ports);
             self.server.leave();
             self.scrape.into_iter().for_each(Scrape::leave);
-            self.ports.stop();
+            // A thread that has not suspended yet ends with the process, which is now.
+            std::mem::forget(self.ports);
             return;
         }
-        self.server.refuse_successor();
+        self.server.refuse_successor(&self.ports);
         self.supervisor.stopping();
         self.ports.stop();
     }

@@ -193,14 +193,17 @@ impl<'mem> XdpPort<'mem> {
             self.receiver.withdraw();
         }
         match opened {
-            Ok(mut socket) => {
+            Ok(socket) => {
                 if std::mem::take(&mut self.host.reported) {
                     info!("af_xdp {}: works again", self.host.interface.name());
                 }
-                self.transmitter.begin(&socket);
                 self.filtered.counted = interface.filtered(pair);
-                self.receiver.post(&mut socket);
+                // Kept first: whatever happens from here on, the socket is closed at the end.
                 self.state = State::Open(Box::new(socket));
+                if let State::Open(socket) = &mut self.state {
+                    self.transmitter.begin(socket);
+                    self.receiver.post(socket);
+                }
             }
             Err(Failure::Busy(error)) => {
                 let since = since.unwrap_or(Closed { at: now, gone: false });
@@ -247,22 +250,23 @@ impl<'mem> XdpPort<'mem> {
 
     /// Closes the socket: what was sent is finished, what was posted is ours again.
     fn close(&mut self, finished: &mut Finished<'mem>) {
-        let closed = State::Closed { since: None, retry: Instant::now() };
-        let State::Open(mut open) = std::mem::replace(&mut self.state, closed) else { return };
+        let State::Open(open) = &mut self.state else { return };
         let pair = self.host.pair;
         self.host.interface.stop_receiving(pair);
         // What the kernel has not sent at once is under way, or never will be.
         let deadline = Instant::now() + LAST_FRAMES;
         loop {
-            self.receiver.reap(&mut open, usize::MAX, finished);
-            self.transmitter.reap(&mut open);
-            if !self.transmitter.is_waiting(&mut open) || Instant::now() > deadline {
+            self.receiver.reap(open, usize::MAX, finished);
+            self.transmitter.reap(open);
+            if !self.transmitter.is_waiting(open) || Instant::now() > deadline {
                 break;
             }
             std::thread::sleep(Duration::from_micros(100));
         }
-        self.transmitter.stop(&mut open);
+        self.transmitter.stop(open);
         self.count_filtered(finished);
+        let closed = State::Closed { since: None, retry: Instant::now() };
+        let State::Open(open) = std::mem::replace(&mut self.state, closed) else { return };
         let unreceived = self.host.interface.close(pair, *open);
         // Not before here: the kernel writes no more.
         let lost = unreceived + self.receiver.withdraw();

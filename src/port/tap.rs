@@ -56,6 +56,24 @@ pub struct TapQueue {
     generation: u64,
 }
 
+impl TapState {
+    /// Has the kernel steer no frames to further queues of the device, as it does from their opening on.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn detach(&self, queues: Vec<OwnedFd>) -> io::Result<Vec<OwnedFd>> {
+        let identity = Identity { name: self.name.clone(), multi_queue: self.multi_queue };
+        let detach = |fd| {
+            let queue = Queue::identified_as(fd, &identity);
+            if self.multi_queue {
+                queue.set_attached(false)?;
+            }
+            Ok(queue.into())
+        };
+        queues.into_iter().map(detach).collect()
+    }
+}
+
 /// A TAP as a predecessor has opened it: what its successor cannot ask of the kernel without changing
 /// the device. Part of the take-over's messages: no name changes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
