@@ -41,12 +41,13 @@ impl Headers {
         let u16_at = |at: usize| u16_at(frame, at);
         let mut at = 12;
         let mut ethertype = u16_at(at)?;
-        for _ in 0..VLAN_TAGS {
-            if !matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
-                break;
+        if ethertype != IPV4 {
+            for _ in 0..VLAN_TAGS {
+                if matches!(ethertype, 0x8100 | 0x88a8 | 0x9100) {
+                    at += VLAN_TAG_LENGTH;
+                    ethertype = u16_at(at)?;
+                }
             }
-            at += VLAN_TAG_LENGTH;
-            ethertype = u16_at(at)?;
         }
         let network = at + 2;
         match ethertype {
