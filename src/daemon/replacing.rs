@@ -8,14 +8,14 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
 use super::control::{Order, Predecessor};
-use super::ports::{Opened, Port, Ports, Refusal, offer};
+use super::ports::{Opened, Port, Ports, Prepared, Refusal, offer};
 use super::{StartError, no_descriptor};
 use crate::config::{Frontend, Host, PortConfig, PortOptions};
 use crate::endpoint::Endpoint;
@@ -95,18 +95,12 @@ impl Ports {
         let opened =
             Opened::of_predecessor(new_name.into(), config.clone(), true, (queues, tap), endpoint)?;
         old.check_features(&config, opened.offloads())?;
-        let mut prepared = self.prepare(opened, Vec::new())?;
-        let (done, ready) = channel();
-        prepared.succeed(nobodys(done)?);
+        let prepared = self.prepare(opened, Vec::new())?;
         // From here on the old port stands still.
         let suspended = old.suspend();
         let started = suspended.and_then(|()| {
-            self.start(prepared)?;
-            let started = ready.recv_timeout(READY_TIMEOUT);
-            started.unwrap_or_else(|_| Err("its thread does not answer".into())).map_err(|why| {
-                self.take_last();
-                Refusal::CannotBeDone(format!("start it: {why}"))
-            })
+            let started = self.start_suspended(prepared)?;
+            started.map_err(|why| Refusal::CannotBeDone(format!("start it: {why}")))
         });
         let old = self.find(name)?;
         if let Err(refusal) = started {
@@ -190,19 +184,33 @@ impl Ports {
                 prepared => break prepared,
             }
         };
-        let mut prepared = prepared?;
-        let (done, ready) = channel();
-        prepared.succeed(nobodys(done)?);
-        self.start(prepared)?;
-        let ready = ready.recv_timeout(READY_TIMEOUT);
-        if let Err(why) = ready.unwrap_or_else(|_| Err("its thread does not answer".into())) {
-            self.take_last();
-            return Err(StartError::new(why));
-        }
+        self.start_suspended(prepared?)?.map_err(StartError::new)?;
         if let Ok(port) = self.find(name) {
             port.tell(Order::Resume);
         }
         Ok(())
+    }
+
+    /// Starts a port's thread, which stands still until it may resume. The inner error is the thread's: the
+    /// port is taken out again then.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    fn start_suspended(
+        &mut self,
+        mut prepared: Prepared,
+    ) -> Result<Result<(), String>, StartError> {
+        let (done, ready) = channel();
+        // It takes nobody's frontend over.
+        let (replay, _) = UnixStream::pair().map_err(no_descriptor)?;
+        prepared.succeed(Predecessor { replay, messages: Some(0), connection: None, done });
+        self.start(prepared)?;
+        let ready = ready.recv_timeout(READY_TIMEOUT);
+        let ready = ready.unwrap_or_else(|_| Err("its thread does not answer".into()));
+        if ready.is_err() {
+            self.take_last();
+        }
+        Ok(ready)
     }
 }
 
@@ -348,10 +356,4 @@ fn lost(key: &str, why: &str) -> Refusal {
         "{key} not changed while its VMM is connected: {why}; stop the VMM and reload, or remove and add \
          the port"
     ))
-}
-
-/// What a port begins with that takes nobody's frontend over: it waits until it may resume.
-fn nobodys(done: Sender<Result<(), String>>) -> Result<Predecessor, StartError> {
-    let (replay, _) = UnixStream::pair().map_err(no_descriptor)?;
-    Ok(Predecessor { replay, messages: Some(0), connection: None, done })
 }

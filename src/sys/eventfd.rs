@@ -67,9 +67,7 @@ impl ForeignEventFd {
         }
         Ok(())
     }
-}
 
-impl ForeignEventFd {
     /// Its file.
     pub fn file(&self) -> Arc<File> {
         self.0.clone()
