@@ -90,9 +90,6 @@ impl Predecessor {
         if names.len() != files.len() {
             return Err(failed(&format!("{} of {} sockets came", files.len(), names.len())));
         }
-        // Duplicates are closed in the helper process, which is started later: received ones are not.
-        let files = files.iter().map(OwnedFd::try_clone).collect::<io::Result<Vec<_>>>();
-        let files = files.map_err(|error| failed(&error))?;
         let listeners = names.into_iter().zip(files).collect();
         Ok(Predecessor { connection, listeners, suspended: Instant::now() })
     }

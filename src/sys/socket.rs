@@ -38,7 +38,8 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8], most: usize) -> io::Resul
     let mut iovec = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
     // SAFETY: the iovec describes `buffer`, which lives through the call and to which any bytes
     // may be written.
-    let received = unsafe { socket.recv_with_fds(&mut iovec, &mut descriptors[..most]) };
+    let received =
+        unsafe { socket.recv_with_fds(&mut iovec, &mut descriptors[..most.min(MAX_DESCRIPTORS)]) };
     let (bytes, count) = received.map_err(|error| match error.errno() {
         // The kernel has cut them off (MSG_CTRUNC), and does not say why.
         libc::ENOBUFS => io::Error::other(match socket.try_clone() {
@@ -48,7 +49,13 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8], most: usize) -> io::Resul
         number => io::Error::from_raw_os_error(number),
     })?;
     // SAFETY: the kernel has just made these descriptors for us; each is owned once.
-    let files = descriptors[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) }).collect();
+    let files = descriptors[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) });
+    let files: Vec<File> = files.collect();
+    for file in &files {
+        // The helper process, which is started later, would have them too.
+        // SAFETY: sets a flag of a descriptor that we own.
+        unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC))? };
+    }
     Ok(Received { bytes, files })
 }
 
@@ -248,6 +255,20 @@ mod tests {
         assert!(classify(datagram.as_fd()).unwrap_err().to_string().contains("stream"));
         let file = File::open("/").unwrap();
         assert!(classify(file.as_fd()).unwrap_err().to_string().contains("no socket"));
+    }
+
+    #[test]
+    fn received_descriptors_are_closed_on_exec() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = File::open("/").unwrap();
+        send_message(&theirs, b"x", &[file.as_fd(), file.as_fd()]).unwrap();
+        let received = receive(&ours, &mut [0; 16], MAX_DESCRIPTORS).unwrap();
+        assert_eq!(received.files.len(), 2);
+        for file in received.files {
+            // SAFETY: reads a flag of a descriptor that is open.
+            let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFD) };
+            assert_eq!(flags, libc::FD_CLOEXEC);
+        }
     }
 
     #[test]
