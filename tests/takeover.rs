@@ -105,6 +105,7 @@ fn fifty_upgrades_under_traffic_cost_no_frame_and_no_connection() {
     // Nobody was disconnected, and what was counted is counted on.
     // (Each was, once, by whoever waited for it to listen.)
     assert!(daemon.log().matches("one: frontend disconnected").count() <= 1, "{}", daemon.log());
+    assert!(!daemon.log().contains("take-over aborted"), "{}", daemon.log());
     let report = daemon.show("one");
     assert_eq!(report["tx_frames"], echoed);
     assert_eq!(report["connections"], 1, "{report}");

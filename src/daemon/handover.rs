@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::StartError;
 use super::control::{self, HandoverFds, Order};
-use super::ports::{Opened, Port, Ports, Refusal};
+use super::ports::{Handover, Opened, Port, Ports, Refusal};
 use crate::api::Command;
 use crate::api::client::{Connection, Failure};
 use crate::config::{Frontend, Host, PortOptions};
@@ -206,7 +206,7 @@ impl Ports {
             }
             Ok::<(), String>(())
         });
-        self.set_handover_deadline(Some(now + TAKE_OVER_TIMEOUT));
+        self.set_handover(Handover::Until(now + TAKE_OVER_TIMEOUT));
         if let Err(why) = passed {
             self.abort_handover("a port can't be passed on");
             return Err(Refusal::CannotBeDone(why));
@@ -225,7 +225,7 @@ impl Ports {
 
     /// Resumes all ports.
     pub(super) fn resume(&mut self) {
-        self.set_handover_deadline(None);
+        self.set_handover(Handover::None);
         self.iter().for_each(|port| port.tell(Order::Resume));
     }
 
@@ -239,15 +239,16 @@ impl Ports {
             self.abort_handover("it took too long");
             return Err(too_late());
         }
+        self.set_handover(Handover::Committed);
         self.iter().for_each(|port| port.tell(Order::CommitHandover));
         Ok(())
     }
 
     /// Refuses what can't be done while another daemon has the ports.
     pub fn check_present(&self) -> Result<(), Refusal> {
-        match self.handover_deadline() {
-            None => Ok(()),
-            Some(_) => Err(Refusal::CannotBeDone(
+        match self.handover() {
+            Handover::None => Ok(()),
+            Handover::Until(_) | Handover::Committed => Err(Refusal::CannotBeDone(
                 "another daemon is taking the ports over: try again in a few seconds".into(),
             )),
         }

@@ -167,8 +167,18 @@ pub struct Ports {
     sandbox: Sandbox,
     running: Arc<Running>,
     ports: Vec<Port>,
-    /// When the ports resume that another daemon was given, if that does not take them.
-    handover_deadline: Option<Instant>,
+    handover: Handover,
+}
+
+/// Who has the ports.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Handover {
+    /// This daemon.
+    None,
+    /// Nobody yet: another daemon is taking them over, and they resume here at this time.
+    Until(Instant),
+    /// Another daemon, for good.
+    Committed,
 }
 
 impl Ports {
@@ -182,7 +192,7 @@ impl Ports {
             panicked: AtomicBool::new(false),
             changed,
         });
-        Ok(Ports { sandbox, running, ports: Vec::new(), handover_deadline: None })
+        Ok(Ports { sandbox, running, ports: Vec::new(), handover: Handover::None })
     }
 
     pub(super) fn running(&self) -> &Arc<Running> {
@@ -223,11 +233,18 @@ impl Ports {
 
     /// The deadline of the hand-over under way, by which it is told from others.
     pub fn handover_deadline(&self) -> Option<Instant> {
-        self.handover_deadline
+        match self.handover {
+            Handover::Until(deadline) => Some(deadline),
+            Handover::None | Handover::Committed => None,
+        }
     }
 
-    pub(super) fn set_handover_deadline(&mut self, deadline: Option<Instant>) {
-        self.handover_deadline = deadline;
+    pub(super) fn handover(&self) -> Handover {
+        self.handover
+    }
+
+    pub(super) fn set_handover(&mut self, handover: Handover) {
+        self.handover = handover;
     }
 
     /// Lets frontends connect to a port.
