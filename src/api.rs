@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use log::{info, warn};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -45,8 +45,6 @@ const MAX_LINE: usize = 16 << 10;
 const MAX_CLIENTS: usize = 32;
 /// Descriptors with a request at the most: a port's frontend, and the queues of its TAP.
 const MAX_FILES: usize = 1 + MAX_QUEUE_PAIRS as usize;
-/// How long a client may take to take descriptors.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// What the opener is told.
 const RELOAD: &str = "{\"reload\":true}\n";
 
@@ -393,12 +391,14 @@ fn talk(
             .map(|command| answer(client, command, files, ports, house, given_away));
         match result {
             Ok(Ok(Answer { value, files })) => {
-                let line = json!({"version": VERSION, "ok": value}).to_string() + "\n";
-                if files.is_empty() {
-                    client.output = line.into_bytes();
-                } else {
-                    pass(&client.stream, &line, &files)?;
-                }
+                let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+                // Each message takes a kilobyte of the socket's buffer, which holds 200: there is no room
+                // only if the client has not read what came before.
+                send_with_files(&client.stream, &[], &files, b' ').map_err(|error| {
+                    io::Error::other(format!("cannot pass descriptors: {error}"))
+                })?;
+                client.output =
+                    (json!({"version": VERSION, "ok": value}).to_string() + "\n").into_bytes();
             }
             Ok(Err(Refused { kind, message })) => {
                 client.output = failure(kind, &message).into_bytes();
@@ -449,15 +449,6 @@ fn answer(
     }
     *given_away |= lets_go;
     Ok(answer)
-}
-
-/// Sends a line with descriptors; unlike other replies it is waited for, but not for long.
-fn pass(stream: &UnixStream, line: &str, files: &[OwnedFd]) -> io::Result<()> {
-    let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-    stream.set_nonblocking(false)?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    send_with_files(stream, line.as_bytes(), &files, b' ')?;
-    stream.set_nonblocking(true)
 }
 
 /// Reads a request.

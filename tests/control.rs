@@ -1,6 +1,8 @@
 //! The control socket, and `vhost-user-net ctl` on it.
 
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -106,4 +108,21 @@ fn what_cant_be_done_is_said_with_an_exit_code() {
         assert_eq!(output.status.into_raw() >> 8, code, "{words:?}: {text}");
         assert!(text.contains(said) && text.lines().count() == 1, "{words:?}: {text}");
     }
+}
+
+#[test]
+fn client_that_reads_no_descriptors_delays_nobody() {
+    let daemon = operated();
+    let mut flood = daemon.connect_to("control");
+    // More replies with descriptors than a socket holds.
+    let requests = "{\"version\": 1, \"command\": \"listeners\"}\n".repeat(2000);
+    flood.set_nonblocking(true).unwrap();
+    let _ = flood.write(requests.as_bytes());
+    let start = Instant::now();
+    assert!(daemon.ask(&["list"]).contains("two"));
+    // The daemon waited for two seconds.
+    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
+    eventually("it is disconnected", || {
+        daemon.log().contains("client is disconnected: cannot pass descriptors")
+    });
 }
