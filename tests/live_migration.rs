@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, port};
 use crate::support::network::{enter_new_namespace, ip};
 use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, needs_guest};
 use crate::support::{eventually, one_at_a_time};
@@ -120,7 +120,10 @@ fn a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right() {
     needs_guest!("a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right");
     let _alone = one_at_a_time();
     enter_new_namespace();
-    let daemons = ["tap0", "tap1"].map(|tap| Daemon::start(&[&format!("--tap={tap}")]));
+    let daemons = ["tap0", "tap1"].map(|tap| {
+        let port = port("card", &format!("tap = \"{tap}\"\ntx-limit = \"10gbit\""));
+        Daemon::with_config(&("control = \"{}/control\"\n".to_owned() + &port), "card")
+    });
     ip("link add br0 type bridge");
     for tap in ["tap0", "tap1"] {
         ip(&format!("link set {tap} master br0"));
@@ -128,7 +131,7 @@ fn a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right() {
     ip(&format!("address add {HOST_ADDRESS}/24 dev br0"));
     ip("link set br0 up");
     let environment = [("MEMORY", "192")];
-    let mut vm = Vm::start(&daemons[0].socket(), &environment);
+    let mut vm = Vm::start(&daemons[0].path("card"), &environment);
     vm.wait_ready();
     check_ping();
     let data = Arc::new(data());
@@ -159,7 +162,9 @@ fn a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right() {
     let (mut downtimes, mut gaps) = (Vec::new(), Vec::new());
     for round in 1..=MIGRATIONS {
         let incoming = format!("unix:{}", stream.display());
-        let socket = daemons[round % 2].socket();
+        let (source, target) = (&daemons[(round + 1) % 2], &daemons[round % 2]);
+        let socket = target.path("card");
+        let sent = source.show("card")["tx_frames"].as_u64().unwrap();
         let mut next = Vm::start_with(&socket, &environment, &["-incoming", &incoming]);
         eventually("it waits for the guest", || stream.exists());
         traffic.gap.store(0, Ordering::Relaxed);
@@ -175,6 +180,10 @@ fn a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right() {
             std::thread::sleep(Duration::from_millis(20));
         }
         vm.kill();
+        // QEMU carries the device's state: what was counted, and how far limits are used up.
+        let moved = "card: its counters and limits have moved";
+        daemons.iter().for_each(|daemon| says(daemon, moved, round));
+        assert!(target.show("card")["tx_frames"].as_u64().unwrap() >= sent);
         // The guest goes on where it has arrived.
         traffic.wait(SET);
         downtimes.push(last["downtime"].as_u64().unwrap());

@@ -6,11 +6,13 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, LOG_ALL, Options};
-use crate::support::frontend::Frontend;
+use crate::support::frontend::{Frontend, pair};
 use crate::support::guest::memfd;
 use crate::support::network::{enter_namespace_for, wait_for_carrier};
 use crate::support::traffic::{check_both_ways, frame};
@@ -260,4 +262,25 @@ fn counters_and_limits_move_with_the_guest() {
     let spared = started.elapsed().as_millis();
     assert!(spared >= 200, "60 frames took {spared} ms: the bucket was full");
     assert_eq!(there.show("one")["tx_frames"], 150);
+}
+
+#[test]
+fn ring_whose_memory_has_not_arrived_stays_stopped() {
+    let daemon = Daemon::with_config(&port("one", "loopback = true"), "one");
+    let frontend = Frontend::new(daemon.connect_to("one"));
+    let mut card = Card::prepare(frontend, Options::default());
+    card.rx[0].start(&mut card.frontend, 0);
+    card.frontend.get_vring_base(0);
+    // As after a post-copy migration: the ring has been used, and its pages are still elsewhere.
+    let table = 16 * i64::from(card.options.size);
+    assert_eq!((card.rx[0].descriptors, table), (0, PAGE as i64));
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&card.ram.file, hole, 0, table).unwrap();
+    card.frontend.ask(FrontendReq::SET_VRING_BASE, &pair(0, 7), &[]);
+    let kick = card.rx[0].kick.as_raw_fd();
+    card.frontend.refused(FrontendReq::SET_VRING_KICK, &0_u64.to_ne_bytes(), &[kick]);
+    assert!(daemon.log().contains("post-copy migration is not supported"));
+    // Whoever touches a page makes it, and it never arrives from the source.
+    let data = lseek(&card.ram.file, 0, Whence::SeekData).unwrap();
+    assert_eq!(data, table);
 }

@@ -104,6 +104,15 @@ impl ToldRing {
             used: find(addresses.used, "used ring")?,
         };
         layout.check(memory).map_err(|fault| fault.to_string())?;
+        // With post-copy migration, a page arrives when the guest touches it, and only at the VMM. The
+        // daemon would read zeros, and the page would never arrive.
+        if self.base != 0 && memory.is_blank(layout.descriptors, 16 * u64::from(layout.size)) {
+            return Err(format!(
+                "its descriptor table is missing from guest memory at index {}: post-copy migration is \
+                 not supported; migrate with pre-copy",
+                self.base
+            ));
+        }
         Ok(layout)
     }
 

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -466,6 +467,21 @@ impl GuestMemory {
             let offset = frontend_address.wrapping_sub(region.request.frontend_address);
             (offset < region.request.size)
                 .then(|| GuestAddress(region.request.guest_address + offset))
+        })
+    }
+
+    /// Whether the `length` bytes from `address` are all zeros in the region's file, or missing there. They
+    /// are read from the file: a touch of the mapping would make pages that are missing.
+    pub fn is_blank(&self, address: GuestAddress, length: u64) -> bool {
+        let behind = self.regions.partition_point(|it| it.request.guest_address <= address.0);
+        let Some(region) = self.regions[..behind].last() else { return false };
+        let (file, start) = region.mapping.source();
+        let first = start + (address.0 - region.request.guest_address);
+        let mut page = [0; 4096];
+        (0..length).step_by(page.len()).all(|done| {
+            let part = &mut page[..(length - done).min(4096) as usize];
+            let read = file.read_at(part, first + done).unwrap_or(0);
+            part[..read].iter().all(|byte| *byte == 0)
         })
     }
 

@@ -70,6 +70,7 @@ const CONTROL: &[c_long] = &[
     libc::SYS_memfd_create,
     libc::SYS_newfstatat,
     libc::SYS_pipe2,
+    libc::SYS_pread64,
     libc::SYS_readlink,
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
