@@ -29,6 +29,9 @@ const TOLERANCE: f64 = 1.03;
 const ADMISSIONS: usize = 10_000;
 /// Chains of a ring, which are all made available at once.
 const LAP: u16 = 256;
+/// Functions of a daemon whose instructions are counted: a worker's session, and the C library's allocation.
+const SESSION: &str = "*worker*session*serve*";
+const ALLOCATION: &str = "malloc";
 /// How often that is, in a short run and in a long one: what they have in common does not count.
 const LAPS: [usize; 2] = [8, 40];
 
@@ -91,12 +94,19 @@ fn count_all() -> Counts {
             ("worker-loopback", "--loopback", worker_tx),
         ] {
             // In a thread, for it moves into a network namespace.
-            let measure =
-                |laps| std::thread::spawn(move || of_a_worker(port, way, laps)).join().unwrap();
+            let measure = |function, laps| {
+                let run = move || of_a_worker(port, way, function, laps);
+                std::thread::spawn(run).join().unwrap()
+            };
             let frames = (LAPS[1] - LAPS[0]) * usize::from(LAP);
-            let [short, long] =
-                LAPS.map(|laps| (0..RUNS).map(|_| measure(laps)).fold(f64::MAX, f64::min));
+            let [short, long] = LAPS.map(|laps| {
+                (0..RUNS).map(|_| measure(SESSION, laps)).fold(f64::MAX, f64::min)
+            });
             note(name, (long - short) / frames as f64);
+            // Ports share the C library's arena, and its lock: no burst allocates memory.
+            let [short, long] = LAPS.map(|laps| measure(ALLOCATION, laps));
+            assert!(short > 0.0, "{ALLOCATION} is not counted");
+            assert_eq!(long - short, 0.0, "{name} allocates memory");
         }
     } else {
         crate::support::skip("instructions of workers", "needs root for network namespaces");
@@ -184,15 +194,15 @@ fn frames() -> [(&'static str, Frame); 4] {
 /// Moves so many laps of frames, and waits for each.
 type Way = fn(&mut Card, &Wire, usize);
 
-/// Instructions of a worker's session.
-fn of_a_worker(port: &str, way: Way, laps: usize) -> f64 {
+/// Instructions of `function` in a daemon with one worker.
+fn of_a_worker(port: &str, way: Way, function: &str, laps: usize) -> f64 {
     let wire = if port == "--loopback" {
         enter_new_namespace();
         Wire::open("lo")
     } else {
         enter_namespace_for(port)
     };
-    let log_is_stderr = callgrind("*worker*session*serve*");
+    let log_is_stderr = callgrind(function);
     let mut wrapper = vec!["valgrind"];
     wrapper.extend(log_is_stderr.iter().map(|option| &**option));
     // Valgrind makes calls of its own, and knows no io_uring; and how often a worker looks for frames

@@ -1,6 +1,7 @@
 //! Chains on their way out: checked, and written a burst at a time.
 
 use std::io;
+use std::mem;
 use std::ops::Range;
 
 use log::warn;
@@ -30,6 +31,8 @@ pub(super) struct Transmitter<'mem> {
     /// Each frame to be written: its chain's place in the burst, and its part of the list of
     /// segments.
     bounds: Vec<(usize, Range<usize>)>,
+    /// Room for the segments of a burst's frames.
+    segments: Vec<ReadSegment<'static>>,
     /// What is to be given back.
     done: Vec<(Chain<'mem, Readable>, Outcome)>,
     /// What the frames sent are on the wire beyond themselves.
@@ -51,6 +54,7 @@ impl<'mem> Transmitter<'mem> {
             starts: vec![PrivateStart::default(); MAX_WRITES],
             outcomes: Vec::new(),
             bounds: Vec::new(),
+            segments: Vec::new(),
             done: Vec::new(),
             surplus: Surplus::default(),
             blocked: false,
@@ -116,15 +120,29 @@ impl<'mem> Transmitter<'mem> {
     pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
         finished.take_tx(&mut self.done);
         self.kept.finish(finished);
-        finished.tx_surplus += std::mem::take(&mut self.surplus);
+        finished.tx_surplus += mem::take(&mut self.surplus);
     }
 
     /// Writes the frames that were admitted, and notes what became of each. Returns how many chains
     /// are dealt with; the rest wait for room.
     fn write(&mut self, burst: &Burst<'mem, Readable>, host: &mut TapQueue) -> usize {
-        let Transmitter { starts, outcomes, bounds, blocked, .. } = self;
+        let mut segments = emptied(mem::take(&mut self.segments));
+        let starts = mem::take(&mut self.starts);
+        let dealt_with = self.write_segments(burst, host, &starts, &mut segments);
+        self.segments = emptied(segments);
+        self.starts = starts;
+        dealt_with
+    }
+
+    fn write_segments<'a>(
+        &mut self,
+        burst: &'a Burst<'mem, Readable>,
+        host: &mut TapQueue,
+        starts: &'a [PrivateStart],
+        segments: &mut Vec<ReadSegment<'a>>,
+    ) -> usize {
+        let Transmitter { outcomes, bounds, blocked, .. } = self;
         // The checked start of each frame, then its chain from there on.
-        let mut segments: Vec<ReadSegment<'_>> = Vec::with_capacity(2 * outcomes.len());
         bounds.clear();
         for (index, chain) in burst.iter().take(outcomes.len()).enumerate() {
             if outcomes[index] != Outcome::Sent {
@@ -174,4 +192,10 @@ impl<'mem> Transmitter<'mem> {
         }
         outcomes.len()
     }
+}
+
+/// The same memory for segments of other memory.
+fn emptied<'to>(mut segments: Vec<ReadSegment<'_>>) -> Vec<ReadSegment<'to>> {
+    segments.clear();
+    segments.into_iter().map(|_| unreachable!("it is empty")).collect()
 }
