@@ -15,24 +15,22 @@ fn features(network: &Network, link: &Link) -> Option<Features> {
     network.ethtool.as_ref()?.features(link.index).ok()
 }
 
-/// Offloads of a TAP that somebody turned off: the daemon asks for them with TUNSETOFFLOAD, and gets
-/// those only that are wanted as well (`tun_net_fix_features` of drivers/net/tun.c).
+/// Offloads of a TAP that somebody turned off. Only one is somebody's choice: without scatter-gather the
+/// kernel segments (`netdev_fix_features` of net/core/dev.c). Whoever has a queue sets all others by
+/// TUNSETOFFLOAD, as wanted ones too (`set_offload` of drivers/net/tun.c), and last to none.
 pub(super) fn of_tap(network: &Network, link: &Link, what: &str) -> Option<Finding> {
     let features = features(network, link)?;
-    let off: Vec<&str> = [CHECKSUMS[0], "tx-scatter-gather", SEGMENTATION, "tx-tcp6-segmentation"]
-        .into_iter()
-        .filter(|name| features.possible.contains(*name) && !features.wanted.contains(*name))
-        .collect();
-    if off.is_empty() {
+    const SCATTER_GATHER: &str = "tx-scatter-gather";
+    let is_on = features.wanted.contains(SCATTER_GATHER);
+    if is_on || !features.possible.contains(SCATTER_GATHER) {
         let why = "checksums and TCP segmentation may be left to the guest";
         return Some(Finding::pass(CHECK, what, why));
     }
     let why = format!(
-        "somebody turned off {}: the host cuts and sums each frame for the guest, which costs its \
-         processors more",
-        off.join(", ")
+        "somebody turned off {SCATTER_GATHER}: the host cuts and sums each frame for the guest, which \
+         costs its processors more"
     );
-    let command = format!("ethtool -K {} tx on sg on tso on", quoted(&link.name));
+    let command = format!("ethtool -K {} sg on", quoted(&link.name));
     Some(Finding::warn(CHECK, what, why).cure(command))
 }
 
