@@ -6,6 +6,7 @@
 //! the `opener`, a process that reads the file again when it is told to.
 
 mod control;
+mod devices;
 mod handover;
 pub mod opener;
 mod opening;
@@ -30,7 +31,7 @@ use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
 use handover::Predecessor;
 pub use handover::{PortHandover, too_late};
-pub(crate) use opening::{Descriptors, open_queues};
+pub(crate) use opening::{Descriptors, no_tap, open_queues};
 use ports::Opened;
 pub use ports::{Port, Ports, Refusal};
 use supervision::Supervisor;
@@ -100,6 +101,7 @@ fn serve(
         let name = pair[0];
         return Err(StartError::new(format!("two ports are called {name}: give one a name")));
     }
+    ports::check_devices(opened.iter().map(Opened::claim))?;
     let mut listener = |name: &str| predecessor.as_mut().and_then(|it| it.listener(name));
     let control = listener("control");
     // Another address has another socket.

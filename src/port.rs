@@ -12,6 +12,7 @@ pub mod tap;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -280,6 +281,15 @@ impl HostQueue {
         match self {
             HostQueue::Tap(queue) => Some(queue.state()),
             HostQueue::AfXdp(_) | HostQueue::Loopback => None,
+        }
+    }
+
+    /// Index of its device at any time; 0 for none, and for one in another network namespace.
+    pub fn device(&self) -> Arc<AtomicU32> {
+        match self {
+            HostQueue::Tap(queue) => Arc::new(queue.state().index.unwrap_or(0).into()),
+            HostQueue::AfXdp(queue) => queue.interface().device().clone(),
+            HostQueue::Loopback => Arc::default(),
         }
     }
 

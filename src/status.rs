@@ -1,6 +1,6 @@
 //! What may be known of a port from outside while it runs: its threads tell, whoever asks reads.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -125,6 +125,8 @@ pub struct PortStatus {
     pub name: String,
     /// Where frames go, in words.
     pub host: String,
+    /// Index of its network device; 0 for none, and for one in another network namespace.
+    pub device: Arc<AtomicU32>,
     /// Where its frontend comes from.
     pub frontend: Frontend,
     /// How much it may move.
@@ -150,6 +152,7 @@ impl PortStatus {
     pub fn new(
         name: String,
         host: String,
+        device: Arc<AtomicU32>,
         frontend: Frontend,
         limits: Arc<Limits>,
         filters: Filters,
@@ -162,6 +165,7 @@ impl PortStatus {
         PortStatus {
             name,
             host,
+            device,
             frontend,
             limits,
             filters,

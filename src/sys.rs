@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 pub mod bpf;
+pub mod device;
 pub mod ethtool;
 pub mod eventfd;
 pub mod flow;

@@ -11,6 +11,7 @@ mod echo;
 mod filter;
 mod frontend_messages;
 mod fuzzing;
+mod host_devices;
 mod hostile;
 mod lifecycle;
 mod live;

@@ -365,12 +365,13 @@ fn table(ports: &[Value]) -> String {
 
 /// What ports move each second, a line each.
 fn show_rates(rates: &[Value]) -> String {
-    const COLUMNS: [(&str, &str); 8] = [
+    const COLUMNS: [(&str, &str); 9] = [
         ("RX-FRAMES/s", "rx_frames_per_second"),
         ("RX-BIT/s", "rx_bits_per_second"),
         ("TX-FRAMES/s", "tx_frames_per_second"),
         ("TX-BIT/s", "tx_bits_per_second"),
         ("DROPPED/s", "dropped_per_second"),
+        ("DEVICE-DROPS/s", "device_drops_per_second"),
         ("KICKS/s", "kicks_per_second"),
         ("CALLS/s", "calls_per_second"),
         ("BUSY", "busy"),
@@ -391,6 +392,12 @@ fn show_rates(rates: &[Value]) -> String {
 fn show(report: &Value) -> String {
     let mut text = format!("{}: {}\n", plain(&report["name"]), plain(&report["explanation"]));
     let _ = writeln!(text, "  host       {}", plain(&report["host"]));
+    if let Some(device) = report["device"].as_object() {
+        let (rx, tx) = (&device["rx_drops"], &device["tx_drops"]);
+        let name = plain(&device["name"]);
+        let _ =
+            writeln!(text, "  device     {name}, in which the kernel dropped {rx} rx and {tx} tx");
+    }
     if let Some(seconds) = report["connected_seconds"].as_u64() {
         let features = plain(&report["features"]);
         let _ = writeln!(text, "  frontend   connected for {seconds} s, features {features}");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use prometheus::proto::{Counter as Count, Gauge, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder, TextEncoder};
 
-use super::report::state;
+use super::report::{device_drops, state};
 use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, PairCounters};
 use crate::daemon::{Port, Ports};
@@ -111,6 +111,16 @@ struct Direction<'a> {
 /// The exposition of all ports' counters.
 pub(super) fn text(ports: &Ports) -> String {
     let abandoned = ports.abandoned();
+    let device_drops = ports.iter().filter_map(|port| match ports.device(port) {
+        Some(link) => Some((port.name(), device_drops(port, &link))),
+        None if port.status().host == "loopback" => Some((port.name(), [0, 0])),
+        None => None,
+    });
+    let device_drops: Vec<(&str, [u64; 2])> = device_drops.collect();
+    let foreign = ports
+        .iter()
+        .map(|port| gauge(&vec![("port", port.name())], ports.foreign_queues(port).into()));
+    let foreign: Vec<Metric> = foreign.collect();
     let ports: Vec<&PortStatus> = ports.iter().map(Port::status).map(Arc::as_ref).collect();
     let numbers: Vec<String> = (0..usize::from(MAX_QUEUE_PAIRS)).map(|n| n.to_string()).collect();
     let pairs: Vec<(Labels<'_>, &PairStatus)> = ports
@@ -186,6 +196,16 @@ pub(super) fn text(ports: &Ports) -> String {
     });
     let help = "Frames moved whose payload was copied in user space, by reason";
     families.push(family("copies_total", help, MetricType::COUNTER, copies));
+    let drops = device_drops.iter().flat_map(|(port, [rx, tx])| {
+        [("rx", *rx), ("tx", *tx)].map(|(direction, drops)| {
+            counted(&vec![("port", *port), ("direction", direction)], drops)
+        })
+    });
+    let help =
+        "Frames that the kernel has dropped in the port's network device; rx is to the guest";
+    families.push(family("device_drops_total", help, MetricType::COUNTER, drops.collect()));
+    let help = "Queues of the port's TAP that other processes have";
+    families.push(family("foreign_queues", help, MetricType::GAUGE, foreign));
     let states = ports.iter().flat_map(|port| {
         let now = state(port).0;
         STATES.map(|state| {

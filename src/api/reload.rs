@@ -12,8 +12,8 @@ use crate::config::{Frontend, Host, PortConfig, PortOptions, read_file};
 use crate::daemon::{Descriptors, StartError, open_queues};
 use crate::endpoint::{Endpoint, share};
 use crate::sandbox::find_group;
+use crate::sys::device;
 use crate::sys::link::find;
-use crate::sys::tap::{device_exists, set_mtu};
 
 /// What became of a port, or of the daemon's own settings: a line each.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -137,12 +137,12 @@ fn begin(daemon: &mut Connection, start: &Start<'_>, outcome: &mut Outcome) -> R
     Ok(())
 }
 
-/// A port's state, and what it was described as.
+/// A port's report, and what it was described as.
 fn running_config(daemon: &mut Connection, name: &str) -> Result<(Value, PortConfig), Failure> {
     let mut report = daemon.ask(&Command::Show { port: name.to_owned() }, &[])?;
     let options = serde_json::from_value::<PortOptions>(report["options"].take());
     let options = options.map_err(|error| Failure::Refused(format!("{name}: {error}")))?;
-    Ok((report["state"].take(), options.check().map_err(Failure::Refused)?))
+    Ok((report, options.check().map_err(Failure::Refused)?))
 }
 
 /// Has a port take the place of the port `name`: opens what a daemon that has given up its rights can't
@@ -156,7 +156,8 @@ fn replace(
     config: &PortConfig,
 ) -> Result<Option<String>, Failure> {
     let refused = |error: StartError| Failure::Refused(error.to_string());
-    let (state, old) = running_config(daemon, name)?;
+    let (report, old) = running_config(daemon, name)?;
+    let state = &report["state"];
     if state == "ended" {
         // It has nothing that would be lost.
         daemon.ask(&Command::Remove { port: name.to_owned() }, &[])?;
@@ -175,10 +176,12 @@ fn replace(
         Some(endpoint)
     };
     let is_same_tap = config.host == old.host && state != "degraded";
+    // It may be called otherwise than in the file by now.
+    let device = report["device"]["name"].as_str().filter(|_| is_same_tap);
     let queues = if is_same_tap && config.queue_pairs <= old.queue_pairs {
         Vec::new()
     } else {
-        open_queues(config).map_err(refused)?
+        open_queues(config, device).map_err(refused)?
     };
     let socket = endpoint.as_ref().and_then(Endpoint::descriptor);
     let files: Vec<BorrowedFd<'_>> =
@@ -196,10 +199,11 @@ fn replace(
     if let Host::Tap(tap) = &config.host
         && is_same_tap
         && config.mtu != old.mtu
+        && let tap = device.unwrap_or(tap)
         && !is_persistent(tap)
     {
         // The daemon has made it, with the MTU that it had then.
-        let set = set_mtu(tap, config.mtu.into());
+        let set = device::set_mtu(tap, config.mtu.into());
         let failure = |error| StartError::new(format!("set the MTU of tap {tap}: {error}"));
         failed = failed.or(set.map_err(failure).err());
     }
@@ -220,7 +224,7 @@ pub fn mend(daemon: &mut Connection, file: &Path, name: &str) -> Result<bool, Fa
     let config = read_file(file).map_err(Failure::Refused)?;
     let port = config.ports.iter().find(|port| port.known_name() == Some(name));
     let there = |port: &&PortConfig| match &port.host {
-        Host::Tap(tap) => device_exists(tap).unwrap_or(false),
+        Host::Tap(tap) => device::index(tap).is_ok_and(|index| index.is_some()),
         Host::TapDescriptors(_) | Host::AfXdp(_) | Host::Loopback => false,
     };
     let Some(port) = port.filter(there) else { return Ok(false) };
@@ -238,7 +242,7 @@ pub(super) fn add(
 ) -> Result<Value, Failure> {
     let refused = |error: StartError| Failure::Refused(error.to_string());
     let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config).map_err(refused)?;
-    tap_queues.extend(open_queues(config).map_err(refused)?);
+    tap_queues.extend(open_queues(config, None).map_err(refused)?);
     let endpoint = Endpoint::open(&config.frontend, frontend).map_err(refused)?;
     if let Some(group) = &config.socket_group {
         endpoint.share_with(group).map_err(refused)?;

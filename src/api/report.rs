@@ -6,9 +6,10 @@ use serde::Serialize;
 
 use crate::config::Frontend;
 use crate::counters::{CopyReason, DirectionCounters, Drop};
-use crate::daemon::Port;
+use crate::daemon::{Port, Ports};
 use crate::features;
 use crate::status::{PairStatus, PortStatus};
+use crate::sys::link::{Drops, Link};
 use crate::traffic::{Row, Way};
 
 /// A port in a list.
@@ -35,6 +36,8 @@ pub(super) struct Report {
     summary: Summary,
     /// The state in words, and what has to happen next.
     explanation: String,
+    /// Its network device, as far as the kernel tells.
+    device: Option<DeviceReport>,
     /// What was said about it.
     options: serde_json::Map<String, serde_json::Value>,
     connected_seconds: Option<u64>,
@@ -44,6 +47,26 @@ pub(super) struct Report {
     mapped_bytes: u64,
     max_memory: u64,
     queue_pairs: Vec<Pair>,
+}
+
+/// A port's network device.
+#[derive(Debug, Serialize)]
+struct DeviceReport {
+    /// What it is called now.
+    name: String,
+    index: u32,
+    /// Frames that it has dropped, for the guest and from it.
+    rx_drops: u64,
+    tx_drops: u64,
+    /// Queues of it that other processes have.
+    foreign_queues: u32,
+}
+
+/// Frames that a port's device has dropped, in the guest's directions: for the guest, and from it.
+pub(super) fn device_drops(port: &Port, link: &Link) -> [u64; 2] {
+    let Drops { rx, tx } = link.drops;
+    // A TAP sends what the guest receives.
+    if port.is_on_tap() { [tx, rx] } else { [rx, tx] }
 }
 
 #[derive(Debug, Serialize)]
@@ -172,7 +195,12 @@ pub(super) fn traffic(row: &Row) -> serde_json::Value {
     })
 }
 
-pub(super) fn full(it: &Port) -> Report {
+pub(super) fn full(ports: &Ports, it: &Port) -> Report {
+    let device = ports.device(it).map(|link| {
+        let [rx_drops, tx_drops] = device_drops(it, &link);
+        let (name, index, foreign_queues) = (link.name, link.index, ports.foreign_queues(it));
+        DeviceReport { name, index, rx_drops, tx_drops, foreign_queues }
+    });
     let port = it.status();
     let connection = port.connection();
     let said = match serde_json::to_value(it.options()) {
@@ -184,6 +212,7 @@ pub(super) fn full(it: &Port) -> Report {
     };
     Report {
         summary: summary(it),
+        device,
         options: said.into_iter().filter(|(_, value)| is_said(value)).collect(),
         explanation: state(port).1,
         connected_seconds: connection.since.map(|since| since.elapsed().as_secs()),

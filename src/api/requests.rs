@@ -204,7 +204,7 @@ fn answer(
         }
         Command::Listeners {} | Command::HandOver {} => unreachable!("carried out before"),
         Command::List {} => Ok(ports.iter().map(|port| json!(report::summary(port))).collect()),
-        Command::Show { port } => Ok(json!(report::full(ports.find(&port)?))),
+        Command::Show { port } => Ok(json!(report::full(ports, ports.find(&port)?))),
         Command::Metrics {} => Ok(json!(metrics::text(ports))),
         Command::Set { port, changes } => {
             let options = ports.find(&port)?.options().clone().with(*changes);

@@ -40,6 +40,10 @@ pub(super) fn rates(
         let seconds = (*now - *then).as_secs_f64();
         let rate = |path: &str| ((sum(after, path) - sum(before, path)) / seconds).max(0.0);
         let dropped = |report: &Value| report["dropped"].as_f64().unwrap_or(0.0);
+        let in_device = |report: &Value| {
+            let drops = |way: &str| report["device"][way].as_f64().unwrap_or(0.0);
+            drops("rx_drops") + drops("tx_drops")
+        };
         json!({
             "name": after["name"],
             "rx_frames_per_second": rate("/rx/frames").round(),
@@ -47,6 +51,7 @@ pub(super) fn rates(
             "tx_frames_per_second": rate("/tx/frames").round(),
             "tx_bits_per_second": (8.0 * rate("/tx/bytes")).round(),
             "dropped_per_second": ((dropped(after) - dropped(before)) / seconds).max(0.0).round(),
+            "device_drops_per_second": ((in_device(after) - in_device(before)) / seconds).max(0.0).round(),
             "kicks_per_second": (rate("/rx/kicks") + rate("/tx/kicks")).round(),
             "calls_per_second": (rate("/rx/calls") + rate("/tx/calls")).round(),
             // Of one processor; with several queue pairs it may be more than 1.

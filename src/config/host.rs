@@ -7,6 +7,7 @@ use std::path::Path;
 use nix::unistd::geteuid;
 
 use super::{Config, Frontend, Host, MetricsAddress, PortConfig};
+use crate::daemon::no_tap;
 use crate::sandbox::{find_group, find_user};
 use crate::sys::link;
 use crate::sys::process::{check_cpus, check_writable};
@@ -132,9 +133,7 @@ fn check_device(port: &PortConfig) -> Result<(), Found> {
                     ))
                 }
                 Some(tun) if tun.is_tap => Ok(()),
-                _ => wrong(format!(
-                    "tap: {name} is a network device, but no TAP; choose another name"
-                )),
+                _ => wrong(format!("tap: {}", no_tap(name))),
             }
         }
         Host::AfXdp(af_xdp) => match link::find(&af_xdp.name) {

@@ -15,8 +15,8 @@ use super::net_backend::NetBackend;
 use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
 use crate::net_config::{MIN_MTU, MacAddress};
 use crate::policy::{Filter, Identity, Limit};
+use crate::sys::device::MAX_ALTERNATIVE_NAME as MAX_NAME;
 use crate::sys::socket::MAX_PATH;
-use crate::sys::tap::MAX_NAME;
 
 /// Longest name of a port in bytes.
 const MAX_PORT_NAME: usize = 63;

@@ -1,9 +1,8 @@
 //! What a port needs from the host: descriptors that it was promised, and its device's queues.
 
-use std::io;
+mod tap;
+
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use log::info;
 
@@ -12,14 +11,12 @@ use crate::config::{Frontend, Host, PortConfig};
 use crate::port::af_xdp::Interface;
 use crate::port::tap::TapQueue;
 use crate::port::{HostQueue, TapState};
+use crate::sys::device;
 use crate::sys::process::inherit;
-use crate::sys::tap::{Queue, device_exists};
+use crate::sys::tap::Queue;
 
-/// How long a TAP may be busy: the kernel keeps one for a while whose daemon was killed (see
-/// [`Writer`](crate::sys::uring::Writer)).
-const BUSY_PATIENCE: Duration = Duration::from_secs(1);
-/// How long it is left alone between attempts.
-const BUSY_RETRY: Duration = Duration::from_millis(1);
+pub(crate) use tap::no_tap;
+use tap::open_tap;
 
 /// Descriptors that a port stands on: inherited, brought by an operator, or opened.
 #[derive(Debug, Default)]
@@ -77,10 +74,15 @@ impl Descriptors {
     }
 }
 
-/// Opens the queues of a port's TAP, if it has one that is not open.
-pub(crate) fn open_queues(config: &PortConfig) -> Result<Vec<OwnedFd>, StartError> {
+/// Opens the queues of a port's TAP, if it has one that is not open. `now` is what the device is called
+/// by now, if a port that runs has it.
+pub(crate) fn open_queues(
+    config: &PortConfig,
+    now: Option<&str>,
+) -> Result<Vec<OwnedFd>, StartError> {
     match &config.host {
         Host::Tap(name) => {
+            let name = now.unwrap_or(name);
             let queues = open_tap(name, config.queue_pairs, config.mtu)?;
             for queue in queues.iter().filter(|queue| queue.identity().multi_queue) {
                 // Until a guest has buffers, frames are for the queues that are served already.
@@ -131,10 +133,15 @@ pub(super) fn open_host(
     let name = queues[0].identity().name.clone();
     if let Host::Tap(wanted) = &config.host
         && *wanted != name
+        && !device::index(wanted).is_ok_and(|it| it.is_some() && it == queues[0].identity().index)
     {
         return Err(StartError::new(format!("queues of tap {name} were passed for tap {wanted}")));
     }
-    if let Some(other) = queues.iter().find(|queue| queue.identity().name != name) {
+    let is_another = |queue: &&Queue| {
+        let (it, first) = (queue.identity(), queues[0].identity());
+        it.name != first.name || it.index != first.index
+    };
+    if let Some(other) = queues.iter().find(is_another) {
         let other = &other.identity().name;
         return Err(StartError::new(format!(
             "--tap-fd names queues of {name} and of {other}: all must be of one device"
@@ -164,72 +171,4 @@ pub(super) fn adopt_tap(
     let queues = TapQueue::of_predecessor(queues, state, config.tx_method, &config.rx_filter)
         .map_err(|error| StartError::new(format!("set up tap {}: {error}", state.name)))?;
     Ok(queues.into_iter().map(|queue| HostQueue::Tap(Box::new(queue))).collect())
-}
-
-/// Opens `pairs` queues of the TAP `name`, which is made if it is missing.
-fn open_tap(name: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>, StartError> {
-    let several = if pairs > 1 { " multi_queue" } else { "" };
-    let make = format!("ip tuntap add dev {name} mode tap vnet_hdr{several}");
-    let failed = |error: io::Error| {
-        let hint = match error.raw_os_error() {
-            Some(libc::EBUSY) => "; is another process using it?".into(),
-            Some(libc::EPERM) => {
-                format!(
-                    "; run with CAP_NET_ADMIN, or make it for this user with '{make} user NAME'"
-                )
-            }
-            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-                "; is the kernel module tun loaded, and /dev/net/tun there?".into()
-            }
-            Some(libc::E2BIG) => "; other processes have queues of it open".into(),
-            _ => String::new(),
-        };
-        StartError::new(format!("open tap {name}: {error}{hint}"))
-    };
-    let one_queue = || {
-        StartError::new(format!(
-            "tap {name} has one queue, and --queue-pairs={pairs}: make it again with \
-             'ip link delete {name} && {make}'"
-        ))
-    };
-    let until = Instant::now() + BUSY_PATIENCE;
-    let (is_new, opened) = loop {
-        let is_new = !device_exists(name).map_err(failed)?;
-        match Queue::open(name, pairs > 1) {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
-                thread::sleep(BUSY_RETRY);
-            }
-            opened => break (is_new, opened),
-        }
-    };
-    let first = match (opened, pairs) {
-        // The kernel says EINVAL when IFF_MULTI_QUEUE is not what the device has.
-        (Err(error), _) if !is_new && error.raw_os_error() == Some(libc::EINVAL) => {
-            match (Queue::open(name, pairs == 1), pairs) {
-                (Ok(queue), 1) => queue,
-                (Ok(_), _) => return Err(one_queue()),
-                // A port has the one queue.
-                (Err(error), 2..) if error.raw_os_error() == Some(libc::EBUSY) => {
-                    return Err(one_queue());
-                }
-                (Err(error), _) if error.raw_os_error() == Some(libc::EINVAL) => {
-                    return Err(StartError::new(format!(
-                        "{name} is a network device, but no TAP; choose another name"
-                    )));
-                }
-                (Err(error), _) => return Err(failed(error)),
-            }
-        }
-        (opened, _) => opened.map_err(failed)?,
-    };
-    let multi_queue = first.identity().multi_queue;
-    let mut queues = vec![first];
-    for _ in 1..pairs {
-        queues.push(Queue::open(name, multi_queue).map_err(failed)?);
-    }
-    if is_new {
-        info!("tap {name}: made, for as long as this process runs");
-        queues[0].set_mtu(mtu.into()).and_then(|()| queues[0].set_up()).map_err(failed)?;
-    }
-    Ok(queues)
 }

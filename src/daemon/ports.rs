@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use super::control::{Control, Order, Predecessor};
+use super::devices::Devices;
 use super::opening::{Descriptors, adopt_tap, open_host};
 use super::{StartError, no_descriptor, no_thread};
 use crate::capture::{self, Capture};
@@ -61,7 +63,7 @@ impl Opened {
         brought: Descriptors,
     ) -> Result<Self, StartError> {
         let (device, queues) = open_host(&config, brought.tap_queues)?;
-        let name = config.name.clone().unwrap_or(device);
+        let name = config.known_name().map_or(device, str::to_owned);
         let was_brought = brought.frontend.is_some();
         let endpoint = Endpoint::open(&config.frontend, brought.frontend)?;
         if let Some(group) = config.socket_group.as_ref().filter(|_| !was_brought) {
@@ -94,6 +96,47 @@ impl Opened {
     pub(super) fn offloads(&self) -> PortOffloads {
         self.queues[0].offloads()
     }
+
+    /// The queues of a device that it takes for itself.
+    pub(super) fn claim(&self) -> Claim<'_> {
+        let device = self.queues[0].device().load(Ordering::Relaxed);
+        Claim { port: &self.name, device, queues: host_queues(&self.config) }
+    }
+}
+
+/// Queues of a device that only one port can have.
+pub(super) struct Claim<'a> {
+    port: &'a str,
+    /// The device's index; 0 if it is not known.
+    device: u32,
+    queues: Range<u16>,
+}
+
+fn host_queues(config: &PortConfig) -> Range<u16> {
+    match &config.host {
+        Host::AfXdp(af_xdp) => af_xdp.queue..af_xdp.queue + config.queue_pairs,
+        Host::Tap(_) | Host::TapDescriptors(_) | Host::Loopback => 0..u16::MAX,
+    }
+}
+
+/// Checks that no two ports have queues of one device, whatever names it has.
+pub(super) fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), StartError> {
+    let mut before: Vec<Claim<'_>> = Vec::new();
+    for claim in claims.filter(|claim| claim.device != 0) {
+        let overlaps = |other: &&Claim<'_>| {
+            other.device == claim.device
+                && other.queues.start < claim.queues.end
+                && claim.queues.start < other.queues.end
+        };
+        if let Some(other) = before.iter().find(overlaps) {
+            return Err(StartError::new(format!(
+                "cannot start port {}: port {} has its device under another name; name another device",
+                claim.port, other.port
+            )));
+        }
+        before.push(claim);
+    }
+    Ok(())
 }
 
 /// A port whose workers run, and which nobody can connect to yet.
@@ -168,6 +211,7 @@ pub struct Ports {
     running: Arc<Running>,
     ports: Vec<Port>,
     handover: Handover,
+    devices: Devices,
 }
 
 /// Who has the ports.
@@ -192,7 +236,16 @@ impl Ports {
             panicked: AtomicBool::new(false),
             changed,
         });
-        Ok(Ports { sandbox, running, ports: Vec::new(), handover: Handover::None })
+        let devices = Devices::new();
+        Ok(Ports { sandbox, running, ports: Vec::new(), handover: Handover::None, devices })
+    }
+
+    pub(super) fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    pub(super) fn devices_mut(&mut self) -> &mut Devices {
+        &mut self.devices
     }
 
     pub(super) fn running(&self) -> &Arc<Running> {
@@ -268,6 +321,8 @@ impl Ports {
         descriptors::check_room(pairs, matches!(config.host, Host::AfXdp(_)))
             .map_err(|why| Refusal::CannotBeDone(why.to_string()))?;
         let opened = Opened::new(config, from_file, brought)?;
+        let others = self.ports.iter().filter(|port| !port.status.has_ended());
+        check_devices(others.map(|port| port.claim()).chain([opened.claim()]))?;
         if self.ports.iter().any(|port| port.name() == opened.name) {
             let why = format!("there is a port {} already: remove it first", opened.name);
             return Err(Refusal::CannotBeDone(why));
@@ -448,6 +503,11 @@ impl Port {
         &self.status
     }
 
+    fn claim(&self) -> Claim<'_> {
+        let device = self.status.device.load(Ordering::Relaxed);
+        Claim { port: self.name(), device, queues: host_queues(&self.config) }
+    }
+
     /// What was said about it.
     pub fn options(&self) -> &PortOptions {
         &self.config.options
@@ -456,6 +516,11 @@ impl Port {
     /// Whether the daemon's file describes it.
     pub fn is_from_file(&self) -> bool {
         self.from_file
+    }
+
+    /// Whether its host side is a TAP.
+    pub fn is_on_tap(&self) -> bool {
+        self.tap.is_some()
     }
 
     /// The feature bits that it offers.
@@ -675,6 +740,7 @@ fn prepare(
         sandbox,
     };
     let traffic = queues[0].traffic(shared.tally.clone());
+    let device = queues[0].device();
     let announcer = queues[0].announcer(&limits, &filters.tx).map_err(no_descriptor)?;
     let queues = queues
         .into_iter()
@@ -684,6 +750,7 @@ fn prepare(
     let status = Arc::new(PortStatus::new(
         name.clone(),
         config.host.to_string(),
+        device,
         config.frontend.clone(),
         limits,
         filters,

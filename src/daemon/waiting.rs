@@ -19,6 +19,8 @@ enum Source {
     Signal,
     /// A port has ended, or its device does not work.
     Changed,
+    /// A network device has changed.
+    Devices,
     /// Somebody connects to the control socket.
     Operators,
     /// A client, by its number.
@@ -55,6 +57,9 @@ impl<'a> Waiting<'a> {
         let mut poller = Poller::new()?;
         poller.add(signals, Interest::Read, Source::Signal)?;
         poller.add(&*ports.running().changed, Interest::Read, Source::Changed)?;
+        if let Some(fd) = ports.device_changes() {
+            poller.add(fd, Interest::Read, Source::Devices)?;
+        }
         if let Some(fd) = server.fd() {
             poller.add(fd, Interest::Read, Source::Operators)?;
         }
@@ -80,7 +85,9 @@ impl<'a> Waiting<'a> {
             let time = self.supervisor.report(self.ports.iter().count());
             let overdue = self.ports.end_overdue_handover();
             let accept = self.wait_for_connections();
-            let time = time.into_iter().chain(self.mend()).chain(overdue).chain(accept).min();
+            let devices = self.ports.look_at_devices();
+            let times = [time, self.mend(), overdue, accept, devices];
+            let time = times.into_iter().flatten().min();
             self.poller.wait(time, |source| happened.push(source))?;
             for source in happened.drain(..) {
                 match source {
@@ -97,6 +104,7 @@ impl<'a> Waiting<'a> {
                         self.ports.running().changed.clear();
                         self.ports.close_ended();
                     }
+                    Source::Devices => self.ports.note_device_changes(),
                     Source::Operators => self.take_client(),
                     Source::Client(number) => self.serve_client(number),
                     Source::Scrape => self.take_visitor(),

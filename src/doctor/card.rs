@@ -47,7 +47,7 @@ pub(super) fn check(
     }
     let filters =
         ethtool.features(link.index).is_ok_and(|it| it.active.contains("rx-ntuple-filter"));
-    let rules = Rules::of(&link.name).and_then(|rules| rules.list());
+    let rules = Rules::of(link.index).and_then(|rules| rules.list());
     found.push(steering(rules, filters, port.mac.filter(|_| af_xdp.steer), af_xdp, &name, what));
     found
 }

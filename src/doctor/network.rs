@@ -22,9 +22,9 @@ impl Network {
         Ok(Network { links: link::all()?, ethtool: Ethtool::open().ok() })
     }
 
-    /// The device of that name.
+    /// The device of that name, primary or alternative.
     pub(super) fn find(&self, name: &str) -> Option<&Link> {
-        self.links.iter().find(|link| link.name == name)
+        self.links.iter().find(|link| link.is_called(name))
     }
 
     /// The device of that index.

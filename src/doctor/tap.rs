@@ -5,6 +5,7 @@ use super::host::{Host, Myself, capability};
 use super::network::Network;
 use super::offloads;
 use super::options::Port;
+use crate::daemon::no_tap;
 use crate::sys::link::{Link, Tun};
 
 const CHECK: &str = "tap";
@@ -22,6 +23,9 @@ pub(super) fn check(
     };
     let what = format!("tap {name}");
     let Some(tun) = link.tun.as_ref().filter(|tun| tun.is_tap) else {
+        if link.is_macvtap() {
+            return vec![Finding::fail(CHECK, what, no_tap(name))];
+        }
         let kind = if link.kind.is_empty() { "card" } else { &link.kind };
         let why = format!("it is a {kind}, not a TAP: choose another name, or --af-xdp={name}");
         return vec![Finding::fail(CHECK, what, why)];
@@ -29,12 +33,13 @@ pub(super) fn check(
     let bridge = network.bridge_of(link).map(|bridge| bridge.name.as_str());
     let mut found = vec![
         owner(myself, tun, &what, || remake(link, tun, port, bridge, myself)),
+        advertisements(link, &what),
         queues(tun, port, &what, || remake(link, tun, port, bridge, myself)),
         header(tun, &what, || remake(link, tun, port, bridge, myself)),
         state(link, &what),
         mtu(link, port, bridge, &what),
     ];
-    found.extend(users(host, tun, name, &what));
+    found.extend(users(host, tun, &link.name, &what));
     found.extend(offloads::of_tap(network, link, &what));
     found
 }
@@ -43,7 +48,7 @@ fn missing(myself: &Myself, port: &Port, name: &str) -> Finding {
     let what = format!("tap {name}");
     let several = if port.pairs > 1 { " multi_queue" } else { "" };
     let name = quoted(name);
-    let make = format!("ip tuntap add dev {name} mode tap vnet_hdr{several}");
+    let make = format!("ip tuntap add dev {name} mode tap vnet_hdr{several} user {}", myself.user);
     let up = format!("ip link set {name} mtu {} up", port.mtu);
     if myself.can(capability::NET_ADMIN) {
         let why = "it is not there: the daemon makes it, for as long as it runs and in no bridge; \
@@ -52,7 +57,7 @@ fn missing(myself: &Myself, port: &Port, name: &str) -> Finding {
     } else {
         let why = "it is not there, and to make it takes CAP_NET_ADMIN: make it for this user, as \
                    root";
-        Finding::fail(CHECK, what, why).cure(format!("{make} user {} && {up}", myself.user))
+        Finding::fail(CHECK, what, why).cure(format!("{make} && {up}"))
     }
 }
 
@@ -64,8 +69,12 @@ fn remake(link: &Link, tun: &Tun, port: &Port, bridge: Option<&str>, myself: &My
         words += " multi_queue";
     }
     // Root opens it whosever it is, and so leaves it to whom it belongs.
-    let (owner, group) =
-        if myself.user == 0 { (tun.owner, tun.group) } else { (Some(myself.user), None) };
+    let is_owned = tun.owner.is_some() || tun.group.is_some();
+    let (owner, group) = if myself.user == 0 && is_owned {
+        (tun.owner, tun.group)
+    } else {
+        (Some(myself.user), None)
+    };
     words += &owner.map_or(String::new(), |owner| format!(" user {owner}"));
     words += &group.map_or(String::new(), |group| format!(" group {group}"));
     let bridge = bridge.map_or(String::new(), |bridge| format!(" master {}", quoted(bridge)));
@@ -81,9 +90,14 @@ fn owner(myself: &Myself, tun: &Tun, what: &str, remake: impl FnOnce() -> String
         (Some(owner), Some(group)) => format!("user {owner} in group {group}"),
         (Some(owner), None) => format!("user {owner}"),
         (None, Some(group)) => format!("group {group}"),
-        (None, None) => "nobody in particular".into(),
+        (None, None) => "everybody".into(),
     };
-    if is_ours {
+    if (tun.owner, tun.group) == (None, None) {
+        let why = "it has no owner: whoever may open /dev/net/tun can have its frames, while no daemon \
+                   has it or it has several queues; make it again with 'user NAME' of the daemon's user, \
+                   or 'group NAME'";
+        Finding::warn("tap-owner", what, why).cure(remake())
+    } else if is_ours {
         Finding::pass("tap-owner", what, format!("this user ({}) may open it", myself.user))
     } else if myself.can(capability::NET_ADMIN) {
         let why = format!("it is for {theirs}, and CAP_NET_ADMIN opens it too");
@@ -125,6 +139,27 @@ fn state(link: &Link, what: &str) -> Finding {
     }
     let why = "it is down: no frame goes through it";
     Finding::fail("tap-state", what, why).cure(format!("ip link set {} up", quoted(&link.name)))
+}
+
+/// What a guest that plays the router can do to the host.
+fn advertisements(link: &Link, what: &str) -> Finding {
+    const CHECK: &str = "tap-advertisements";
+    if link.master.is_some() {
+        return Finding::pass(
+            CHECK,
+            what,
+            "a bridge has its frames: the host takes no routes there",
+        );
+    }
+    if !link.takes_advertisements {
+        let why = "the host takes no router advertisements from its guest";
+        return Finding::pass(CHECK, what, why);
+    }
+    let why = "it is in no bridge, and the host takes router advertisements from its guest, which so \
+               gives the host addresses and a default route";
+    let command =
+        format!("sysctl -qw {}=0", quoted(&format!("net/ipv6/conf/{}/accept_ra", link.name)));
+    Finding::warn(CHECK, what, why).cure(command)
 }
 
 fn mtu(link: &Link, port: &Port, bridge: Option<&str>, what: &str) -> Finding {
@@ -212,6 +247,8 @@ mod tests {
              ip link set t mtu 1400 master br0 up"
         );
         assert!(remade(1, 1000).contains("vnet_hdr user 1000 &&"), "it is this user's then");
+        let nobody_s = remake(&link, &Tun::default(), &port(1), None, &Myself::default());
+        assert!(nobody_s.contains("vnet_hdr user 0 &&"), "it is no longer everybody's: {nobody_s}");
     }
 
     #[test]
@@ -224,7 +261,7 @@ mod tests {
         fn owner_status(myself: &Myself, tun: &Tun) -> Status {
             owner(myself, tun, "tap t", || "again".into()).status
         }
-        assert_eq!(judged(None, None), Status::Pass);
+        assert_eq!(judged(None, None), Status::Warn, "anybody's");
         assert_eq!(judged(None, Some(7)), Status::Pass);
         assert_eq!(judged(Some(1000), Some(7)), Status::Pass);
         assert_eq!(judged(Some(1000), Some(8)), Status::Fail);

@@ -62,9 +62,15 @@ impl TapState {
     /// # Errors
     /// Those of the device.
     pub fn detach(&self, queues: Vec<OwnedFd>) -> io::Result<Vec<OwnedFd>> {
-        let identity = Identity { name: self.name.clone(), multi_queue: self.multi_queue };
         let detach = |fd| {
-            let queue = Queue::identified_as(fd, &identity);
+            let queue = Queue::inherit(fd)?;
+            let index = queue.identity().index;
+            if self.index.is_some() && index != self.index {
+                let other = &queue.identity().name;
+                return Err(io::Error::other(format!(
+                    "a queue of {other} came, which is another device than the port's"
+                )));
+            }
             if self.multi_queue {
                 queue.set_attached(false)?;
             }
@@ -80,7 +86,12 @@ impl TapState {
 pub struct TapState {
     /// The device's name when it was opened.
     pub name: String,
+    /// The device's index.
+    #[serde(default)]
+    pub index: Option<u32>,
     multi_queue: bool,
+    #[serde(default)]
+    is_macvtap: bool,
     offloads: PortOffloads,
 }
 
@@ -140,7 +151,8 @@ impl TapQueue {
         method: TxMethod,
         filter: &Filter,
     ) -> io::Result<Vec<Self>> {
-        let identity = Identity { name: state.name.clone(), multi_queue: state.multi_queue };
+        let TapState { name, index, multi_queue, is_macvtap, .. } = state.clone();
+        let identity = Identity { name, index, multi_queue, is_macvtap };
         let queues = queues.into_iter().map(|fd| Arc::new(Queue::identified_as(fd, &identity)));
         let queues: Vec<Arc<Queue>> = queues.collect();
         let filter = Arc::new(TapFilter::of_predecessor(queues.clone(), filter));
@@ -164,8 +176,8 @@ impl TapQueue {
 
     /// What a successor needs beside the queues' descriptors.
     pub fn state(&self) -> TapState {
-        let Identity { name, multi_queue } = self.queue.identity().clone();
-        TapState { name, multi_queue, offloads: self.offloads }
+        let Identity { name, index, multi_queue, is_macvtap } = self.queue.identity().clone();
+        TapState { name, index, multi_queue, is_macvtap, offloads: self.offloads }
     }
 
     /// How bursts are written, and why so.
@@ -256,6 +268,14 @@ impl TapQueue {
     /// device without attached queues: the first one that is attached does.
     fn set_link(&mut self, up: bool) -> io::Result<()> {
         self.wanted_link = up;
+        if self.queue.identity().is_macvtap {
+            // Its carrier is that of the device below. Frames that came meanwhile would be late.
+            if up && self.link == Some(false) {
+                self.queue.drain();
+            }
+            self.link = Some(up);
+            return Ok(());
+        }
         let too_early = up && self.attached == Some(false);
         if self.link != Some(up) && !too_early {
             self.queue.set_carrier(up)?;

@@ -89,6 +89,8 @@ const MAIN: &[c_long] = &[
     libc::SYS_geteuid,
     libc::SYS_getsockopt,
     libc::SYS_lstat,
+    // Of netlink.
+    libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendto,
     libc::SYS_statx,
@@ -166,8 +168,15 @@ const TAP_REQUESTS: &[c_int] = &[
     0x4010_54d6,              // TUNDETACHFILTER
     0x4004_54dc_u32 as c_int, // TUNSETVNETLE
     0x4004_54e2_u32 as c_int, // TUNSETCARRIER
+    0x8910,                   // SIOCGIFNAME
     0x8921,                   // SIOCGIFMTU
 ];
+/// Requests by which a TAP's device is found.
+const LOOK_UP_REQUESTS: &[c_int] = &[
+    0x8927, // SIOCGIFHWADDR
+    0x8933, // SIOCGIFINDEX
+];
+const SIOCGIFNAME: c_int = 0x8910;
 const TUNGETVNETHDRSZ: c_int = 0x8004_54d7_u32 as c_int;
 const SIOCETHTOOL: c_int = 0x8946;
 
@@ -224,6 +233,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
             let commands = vec![libc::F_DUPFD_CLOEXEC];
             let mut all =
                 Allowed { calls: calls(&[START]), commands, options, ..Allowed::default() };
+            all.requests = LOOK_UP_REQUESTS.to_vec();
             let threads = [Role::Main, Role::Control, Role::Worker];
             let threads = threads.into_iter().chain(af_xdp.then_some(Role::XdpWorker));
             threads.for_each(|role| all.extend(allowed(role, af_xdp)));
@@ -258,7 +268,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         Role::XdpWorker => Allowed {
             calls: calls(&[WAIT, WORKER, XDP]),
             commands: descriptors,
-            requests: vec![FIONBIO, SIOCETHTOOL],
+            requests: vec![FIONBIO, SIOCETHTOOL, SIOCGIFNAME],
             // AF_XDP itself, netlink, and an address to listen to.
             families: vec![libc::AF_XDP, libc::AF_NETLINK, libc::AF_PACKET],
             datagrams: true,

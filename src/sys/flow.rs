@@ -6,7 +6,7 @@ use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use super::check;
-use super::tap::request;
+use super::device;
 
 const ETHTOOL_GRXCLSRLCNT: u32 = 0x2e;
 const ETHTOOL_GRXCLSRULE: u32 = 0x2f;
@@ -72,22 +72,17 @@ pub struct Rule {
 #[derive(Debug)]
 pub struct Rules {
     socket: OwnedFd,
-    name: String,
+    device: u32,
 }
 
 impl Rules {
-    /// Those of the device `name`.
-    pub fn of(name: &str) -> io::Result<Self> {
-        // SAFETY: the descriptor is fresh and has no other owner.
-        let socket = unsafe {
-            let flags = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
-            OwnedFd::from_raw_fd(check(libc::socket(libc::AF_INET, flags, 0))?)
-        };
-        Ok(Rules { socket, name: name.to_owned() })
+    /// Those of the device of that index.
+    pub fn of(device: u32) -> io::Result<Self> {
+        Ok(Rules { socket: device::control_socket()?, device })
     }
 
     fn ask(&self, question: &mut Request) -> io::Result<()> {
-        let mut named = request(&self.name)?;
+        let mut named = device::request(&device::name(self.device)?)?;
         named.ifr_ifru.ifru_data = (&raw mut *question).cast();
         // SAFETY: SIOCETHTOOL reads and writes an `ethtool_rxnfc`, and behind it as many places as
         // `count` says, which is MOST at the most.

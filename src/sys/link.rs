@@ -1,21 +1,27 @@
 //! Network devices as rtnetlink shows them: what one is like now, and that some have changed.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla,
+    DefaultNla, NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, Nla,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoTun, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
-    LinkXdp,
+    AfSpecInet6, AfSpecUnspec, InfoData, InfoKind, InfoTun, InfoVxlan, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage, LinkXdp, Prop,
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
+use super::device::MAX_NAME;
+
 /// `RTNLGRP_LINK` of `linux/rtnetlink.h`.
 const LINK_GROUP: u32 = 1;
+/// `IFLA_ALT_IFNAME` of `linux/if_link.h`.
+const ALTERNATIVE_NAME: u16 = 53;
 
 /// A network device as it is at the moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -46,6 +52,33 @@ pub struct Link {
     pub lower: Option<u32>,
     /// What there is to know of it as TUN or TAP.
     pub tun: Option<Tun>,
+    /// Its other names.
+    pub alternative_names: Vec<String>,
+    /// Whether the host takes addresses and routes from router advertisements that it receives.
+    pub takes_advertisements: bool,
+    /// What it has dropped.
+    pub drops: Drops,
+}
+
+impl Link {
+    /// Whether this is its name, or another of its names.
+    pub fn is_called(&self, name: &str) -> bool {
+        self.name == name || self.alternative_names.iter().any(|it| it == name)
+    }
+
+    /// Whether it is a macvtap or an ipvtap, whose queues are opened by a file of its own.
+    pub fn is_macvtap(&self) -> bool {
+        ["macvtap", "ipvtap"].contains(&&*self.kind)
+    }
+}
+
+/// Frames that a device has dropped since it was made, in its own directions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Drops {
+    /// Of those that it received, for whatever reason.
+    pub rx: u64,
+    /// Of those that it was to send. A TAP sends to its reader.
+    pub tx: u64,
 }
 
 /// A TUN or TAP device, as `IFLA_TUN_*` of `linux/if_link.h` tell of it.
@@ -67,14 +100,20 @@ pub struct Tun {
     pub queues: u32,
 }
 
-/// Looks a device up by name.
+/// Looks a device up by its name, or another of its names.
 ///
 /// # Errors
 /// ENODEV if there is none.
 pub fn find(name: &str) -> io::Result<Link> {
     let mut message = LinkMessage::default();
-    message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-    ask(message)
+    message.attributes.push(if name.len() > MAX_NAME {
+        let text = [name.as_bytes(), &[0]].concat();
+        LinkAttribute::Other(DefaultNla::new(ALTERNATIVE_NAME, text))
+    } else {
+        // The kernel looks among all names.
+        LinkAttribute::IfName(name.to_owned())
+    });
+    Questions::open()?.ask(message)
 }
 
 /// Looks a device up by index.
@@ -82,9 +121,7 @@ pub fn find(name: &str) -> io::Result<Link> {
 /// # Errors
 /// ENODEV if there is none.
 pub fn at(index: u32) -> io::Result<Link> {
-    let mut message = LinkMessage::default();
-    message.header.index = index;
-    ask(message)
+    Questions::open()?.at(index)
 }
 
 /// All devices of this network namespace.
@@ -92,7 +129,8 @@ pub fn at(index: u32) -> io::Result<Link> {
 /// # Errors
 /// Those of netlink.
 pub fn all() -> io::Result<Vec<Link>> {
-    let socket = send(LinkMessage::default(), NLM_F_REQUEST | NLM_F_DUMP)?;
+    let Questions(socket) = Questions::open()?;
+    send(&socket, LinkMessage::default(), NLM_F_REQUEST | NLM_F_DUMP)?;
     let mut links = Vec::new();
     loop {
         let (answer, _) = socket.recv_from_full()?;
@@ -111,15 +149,48 @@ pub fn all() -> io::Result<Vec<Link>> {
     }
 }
 
-fn ask(message: LinkMessage) -> io::Result<Link> {
-    let (answer, _) = send(message, NLM_F_REQUEST)?.recv_from_full()?;
-    match parse(&answer)? {
-        Some(link) => Ok(read(&link)),
-        None => Err(malformed(&"it ends early")),
+/// A socket to look devices up by, again and again.
+pub struct Questions(Socket);
+
+impl std::fmt::Debug for Questions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Questions")
     }
 }
 
-fn send(message: LinkMessage, flags: u16) -> io::Result<Socket> {
+impl Questions {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// EAFNOSUPPORT where netlink is not permitted.
+    pub fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        Ok(Questions(socket))
+    }
+
+    /// Looks a device up by index.
+    ///
+    /// # Errors
+    /// ENODEV if there is none.
+    pub fn at(&self, index: u32) -> io::Result<Link> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        self.ask(message)
+    }
+
+    fn ask(&self, message: LinkMessage) -> io::Result<Link> {
+        send(&self.0, message, NLM_F_REQUEST)?;
+        let (answer, _) = self.0.recv_from_full()?;
+        match parse(&answer)? {
+            Some(link) => Ok(read(&link)),
+            None => Err(malformed(&"it ends early")),
+        }
+    }
+}
+
+fn send(socket: &Socket, message: LinkMessage, flags: u16) -> io::Result<()> {
     let mut header = NetlinkHeader::default();
     header.flags = flags;
     let payload = NetlinkPayload::from(RouteNetlinkMessage::GetLink(message));
@@ -127,11 +198,7 @@ fn send(message: LinkMessage, flags: u16) -> io::Result<Socket> {
     request.finalize();
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    socket.send(&bytes, 0)?;
-    Ok(socket)
+    socket.send(&bytes, 0).map(drop)
 }
 
 fn malformed(error: &dyn std::fmt::Display) -> io::Error {
@@ -168,6 +235,19 @@ fn read(message: &LinkMessage) -> Link {
             LinkAttribute::Link(index) => other_end = Some(*index),
             LinkAttribute::LinkNetNsId(_) => elsewhere = true,
             LinkAttribute::Controller(index) => link.master = Some(*index),
+            LinkAttribute::PropList(all) => {
+                let names = all.iter().filter_map(|it| match it {
+                    Prop::AltIfName(name) => Some(name.clone()),
+                    _ => None,
+                });
+                link.alternative_names.extend(names);
+            }
+            LinkAttribute::Stats64(it) => {
+                link.drops = Drops { rx: it.rx_dropped + it.rx_missed_errors, tx: it.tx_dropped };
+            }
+            LinkAttribute::AfSpecUnspec(all) => {
+                link.takes_advertisements = all.iter().any(takes_advertisements);
+            }
             LinkAttribute::ParentDevName(name) => parent.1.clone_from(name),
             LinkAttribute::ParentDevBusName(bus) => parent.0.clone_from(bus),
             LinkAttribute::LinkInfo(infos) => {
@@ -189,6 +269,17 @@ fn read(message: &LinkMessage) -> Link {
     link.lower = vxlan_lower.or(other_end).filter(|_| !link.is_veth && !elsewhere);
     link.parent = Some(parent).filter(|(bus, name)| !bus.is_empty() && !name.is_empty());
     link
+}
+
+/// `ipv6_accept_ra` of include/net/ipv6.h.
+fn takes_advertisements(family: &AfSpecUnspec) -> bool {
+    let AfSpecUnspec::Inet6(facts) = family else { return false };
+    facts.iter().any(|fact| match fact {
+        AfSpecInet6::DevConf(it) if it.disable_ipv6 != 0 => false,
+        AfSpecInet6::DevConf(it) if it.forwarding != 0 => it.accept_ra == 2,
+        AfSpecInet6::DevConf(it) => it.accept_ra != 0,
+        _ => false,
+    })
 }
 
 /// Reads what is particular to a kind of device.
@@ -251,16 +342,23 @@ impl Watch {
         Ok(Watch(socket))
     }
 
-    /// Forgets what it was told; it becomes readable with the next change.
-    pub fn clear(&self) {
+    /// Forgets what it was told; it becomes readable with the next change. Returns the indexes of the
+    /// devices that have changed; `None` if more came than it could keep.
+    pub fn clear(&self) -> Option<BTreeSet<u32>> {
+        let mut changed = Some(BTreeSet::new());
         let mut buffer = Vec::with_capacity(4096);
         loop {
             buffer.clear();
             match self.0.recv(&mut buffer, libc::MSG_TRUNC) {
-                Ok(_) => {}
-                // More came than it could keep: something has changed, which is all we ask.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
-                Err(_) => return,
+                // An `nlmsghdr`, and the index in the `ifinfomsg` behind it.
+                Ok(_) => match (&mut changed, buffer.get(20..24)) {
+                    (Some(changed), Some(&[a, b, c, d])) => {
+                        changed.insert(u32::from_ne_bytes([a, b, c, d]));
+                    }
+                    _ => changed = None,
+                },
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => changed = None,
+                Err(_) => return changed,
             }
         }
     }

@@ -2,23 +2,20 @@
 
 mod filter;
 
-use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::ptr::NonNull;
 
-use super::check;
+use super::{check, device};
 use crate::guest::{ReadSegment, Segment};
 
 pub use filter::ProgramMemory;
 
-/// Longest name of a network device in bytes, as the kernel has it (`IFNAMSIZ` less its nul).
-pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
-
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETOWNER: libc::c_ulong = 0x4004_54cc;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNGETFEATURES: libc::c_ulong = 0x8004_54cf;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
@@ -48,10 +45,15 @@ pub mod offload {
 /// How a TAP's queue was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// The device's name.
+    /// The device's primary name when the queue was opened.
     pub name: String,
-    /// Whether the device has `IFF_MULTI_QUEUE`.
+    /// The device's index; `None` if the device is in another network namespace.
+    pub index: Option<u32>,
+    /// Whether the device has `IFF_MULTI_QUEUE`, and the kernel can leave a queue out. A macvtap's
+    /// queues count as all it has.
     pub multi_queue: bool,
+    /// Whether the device is a macvtap or an ipvtap, which has neither filters nor a carrier to set.
+    pub is_macvtap: bool,
 }
 
 /// One queue of a TAP device, non-blocking, with a virtio header before each frame.
@@ -59,29 +61,6 @@ pub struct Identity {
 pub struct Queue {
     file: File,
     identity: Identity,
-}
-
-/// Whether a network device of that name is there, of whatever kind.
-pub fn device_exists(name: &str) -> io::Result<bool> {
-    let mut request = request(name)?;
-    // SAFETY: SIOCGIFINDEX reads and writes one ifreq.
-    let result =
-        unsafe { libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCGIFINDEX, &mut request) };
-    Ok(result >= 0)
-}
-
-/// Sets the MTU of the network device `name` in bytes.
-///
-/// # Errors
-/// There is no such device, or we may not set it.
-pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
-    let mut request = request(name)?;
-    request.ifr_ifru.ifru_mtu = mtu as libc::c_int;
-    // SAFETY: SIOCSIFMTU reads one ifreq.
-    unsafe {
-        check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCSIFMTU, &mut request))?;
-    }
-    Ok(())
 }
 
 /// The flags (`IFF_*` of `linux/if_tun.h`) that the kernel knows for TUN and TAP devices.
@@ -96,23 +75,6 @@ pub fn features() -> io::Result<u32> {
     Ok(flags)
 }
 
-/// An `ifreq` with the given name in it and all else zero.
-pub(super) fn request(name: &str) -> io::Result<libc::ifreq> {
-    let text = CString::new(name)?;
-    if name.is_empty() || name.len() > MAX_NAME {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("a network device's name has 1 to {MAX_NAME} bytes"),
-        ));
-    }
-    // SAFETY: ifreq is plain old data, and all zeros is a valid one.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(text.as_bytes()) {
-        *to = *from as libc::c_char;
-    }
-    Ok(request)
-}
-
 impl Queue {
     /// Opens one more queue of the TAP `name`, which is made if it is missing.
     ///
@@ -120,7 +82,7 @@ impl Queue {
     /// Those of `/dev/net/tun` and TUNSETIFF: EBUSY if the device has another user, EINVAL if
     /// `multi_queue` is not what the device has, EPERM without the right to open it.
     pub fn open(name: &str, multi_queue: bool) -> io::Result<Self> {
-        let mut request = request(name)?;
+        let mut request = device::request(name)?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -133,7 +95,7 @@ impl Queue {
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: TUNSETIFF reads and writes one ifreq.
         unsafe { check(libc::ioctl(file.as_raw_fd(), TUNSETIFF, &mut request))? };
-        Queue { file, identity: Identity { name: String::new(), multi_queue } }.identified()
+        Self::unidentified(file).identified()
     }
 
     /// Takes over a TAP queue that another process opened for us.
@@ -146,8 +108,7 @@ impl Queue {
             let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;
             check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
         }
-        let unknown = Identity { name: String::new(), multi_queue: false };
-        let queue = Queue { file: File::from(fd), identity: unknown };
+        let queue = Self::unidentified(File::from(fd));
         if let Err(error) = queue.ask() {
             let name = super::process::describe(queue.as_fd());
             let text = format!("{name} is no TAP queue: {error}");
@@ -162,6 +123,12 @@ impl Queue {
         Queue { file: File::from(fd), identity: identity.clone() }
     }
 
+    fn unidentified(file: File) -> Self {
+        let identity =
+            Identity { name: String::new(), index: None, multi_queue: false, is_macvtap: false };
+        Queue { file, identity }
+    }
+
     /// Asks the kernel which device this queue belongs to now, and how it was opened.
     fn ask(&self) -> io::Result<(String, libc::c_int)> {
         // SAFETY: ifreq is plain old data; TUNGETIFF fills one.
@@ -172,16 +139,19 @@ impl Queue {
         };
         // SAFETY: TUNGETIFF has just set the flags; every bit pattern of them is valid.
         let flags = i32::from(unsafe { answer.ifr_ifru.ifru_flags }) & 0xffff;
-        let name: Vec<u8> =
-            answer.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
-        Ok((String::from_utf8_lossy(&name).into_owned(), flags))
+        Ok((device::name_in(&answer), flags))
     }
 
     /// Fills in which device this queue belongs to.
     fn identified(mut self) -> io::Result<Self> {
         let (name, flags) = self.ask()?;
-        self.identity.name = name;
-        self.identity.multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
+        let is_macvtap = !is_tun(&self.file)?;
+        self.identity = Identity {
+            index: device::index_of_queue(self.file.as_fd(), &name),
+            multi_queue: flags & libc::IFF_MULTI_QUEUE != 0 && !is_macvtap,
+            is_macvtap,
+            name,
+        };
         let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         if flags & wanted != wanted {
             return Err(io::Error::new(
@@ -257,6 +227,21 @@ impl Queue {
         (&self.file).read(&mut start).is_ok()
     }
 
+    /// Takes all frames that wait, at most 2^20, and throws them away.
+    pub fn drain(&self) {
+        (0..1 << 20).find(|_| !self.discard());
+    }
+
+    /// Sets the user that can open the device without CAP_NET_ADMIN. Everybody can open a device
+    /// without owner and group.
+    pub fn set_owner(&self, user: u32) -> io::Result<()> {
+        // SAFETY: TUNSETOWNER takes its argument by value.
+        unsafe {
+            check(libc::ioctl(self.file.as_raw_fd(), TUNSETOWNER, libc::c_ulong::from(user)))?
+        };
+        Ok(())
+    }
+
     /// Sets the device's link up or down, as the host sees it.
     pub fn set_carrier(&self, up: bool) -> io::Result<()> {
         let up = libc::c_int::from(up);
@@ -290,30 +275,8 @@ impl Queue {
 
     /// The device's MTU in bytes, whatever its name is by now.
     pub fn mtu(&self) -> io::Result<u32> {
-        let mut request = request(&self.ask()?.0)?;
-        // SAFETY: SIOCGIFMTU reads and writes one ifreq, and sets its MTU.
-        unsafe {
-            check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCGIFMTU, &mut request))?;
-            Ok(request.ifr_ifru.ifru_mtu as u32)
-        }
-    }
-
-    /// Sets the device's MTU in bytes.
-    pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
-        set_mtu(&self.identity.name, mtu)
-    }
-
-    /// Sets the device up, as `ip link set NAME up` does.
-    pub fn set_up(&self) -> io::Result<()> {
-        let mut request = request(&self.identity.name)?;
-        let socket = control_socket()?;
-        // SAFETY: SIOCGIFFLAGS fills the flags of one ifreq, SIOCSIFFLAGS reads them.
-        unsafe {
-            check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request))?;
-            request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
-            check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &mut request))?;
-        }
-        Ok(())
+        let elsewhere = || io::Error::other("the device is in another network namespace");
+        device::mtu(&device::name(self.identity.index.ok_or_else(elsewhere)?)?)
     }
 
     /// Reads one frame, header first, into `window`.
@@ -361,11 +324,9 @@ impl AsFd for Queue {
     }
 }
 
-/// A socket for the interface ioctls that do not go through the TAP's own descriptor.
-fn control_socket() -> io::Result<OwnedFd> {
-    // SAFETY: a fresh descriptor, owned from here on.
-    unsafe {
-        let fd = check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?;
-        Ok(OwnedFd::from_raw_fd(fd))
-    }
+/// Whether a descriptor is of `/dev/net/tun` (Documentation/networking/tuntap.rst: character device 10,
+/// 200), and not of a macvtap's device file, which knows fewer requests.
+fn is_tun(file: &File) -> io::Result<bool> {
+    let metadata = file.metadata()?;
+    Ok(metadata.file_type().is_char_device() && metadata.rdev() == libc::makedev(10, 200))
 }

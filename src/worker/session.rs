@@ -290,7 +290,11 @@ impl Serving<'_> {
         }
         let limited = self.limits.rx.is_limited();
         if limited || self.rx_allowance != usize::MAX {
+            let before = self.rx_allowance;
             self.rx_allowance = if limited { self.limits.rx.allowance() } else { usize::MAX };
+            if self.rx_allowance == 0 && before > 0 {
+                self.status.counters.rx.limited.add(1);
+            }
             self.port.limit_rx(self.rx_allowance);
         }
         self.port.reap(&mut self.finished);

@@ -116,7 +116,57 @@ fn offloads_that_were_turned_off_are_turned_on_by_the_command_that_is_printed() 
     line(&lines, "offloads", "PASS");
     shell("ethtool -K tap0 tx off tso off sg off");
     let wrong = is_mended("offloads", "WARN", &["--tap=tap0"]);
-    assert!(wrong.why.contains("tx-tcp-segmentation"), "{wrong:?}");
+    assert!(wrong.why.contains("tx-scatter-gather"), "{wrong:?}");
+}
+
+#[test]
+fn offloads_that_a_daemon_left_off_are_nobodys_choice() {
+    needs_root!("offloads_that_a_daemon_left_off_are_nobodys_choice");
+    enter_new_namespace();
+    ip("tuntap add dev tap0 mode tap vnet_hdr");
+    drop(Daemon::start(&["--tap=tap0"]));
+    line(&examine(&["--tap=tap0"]), "offloads", "PASS");
+}
+
+#[test]
+fn ownerless_tap_is_mended_by_the_command_that_is_printed() {
+    needs_root!("ownerless_tap_is_mended_by_the_command_that_is_printed");
+    enter_new_namespace();
+    ip("tuntap add dev tap0 mode tap vnet_hdr");
+    is_mended("tap-owner", "WARN", &["--tap=tap0"]);
+    assert!(output("ip", "-d link show tap0").contains("user root"));
+}
+
+#[test]
+fn router_advertisements_are_refused_by_the_command_printed() {
+    needs_root!("router_advertisements_are_refused_by_the_command_printed");
+    enter_new_namespace();
+    ip("tuntap add dev tap0 mode tap vnet_hdr");
+    ip("link add br0 type bridge");
+    ip("link set tap0 up");
+    is_mended("tap-advertisements", "WARN", &["--tap=tap0"]);
+    shell("sysctl -qw net.ipv6.conf.tap0.accept_ra=1; ip link set tap0 master br0");
+    line(&examine(&["--tap=tap0"]), "tap-advertisements", "PASS");
+}
+
+#[test]
+fn tap_is_found_by_its_alternative_name() {
+    needs_root!("tap_is_found_by_its_alternative_name");
+    enter_new_namespace();
+    ip("tuntap add dev tap0 mode tap vnet_hdr user root");
+    ip("link property add dev tap0 altname vm-net0");
+    is_mended("tap-state", "FAIL", &["--tap=vm-net0"]);
+    let _daemon = Daemon::start(&["--tap=vm-net0"]);
+    line(&examine(&["--tap=vm-net0"]), "tap-use", "PASS");
+}
+
+#[test]
+fn macvtap_by_name_is_told_how_to_be_passed() {
+    needs_root!("macvtap_by_name_is_told_how_to_be_passed");
+    enter_new_namespace();
+    ip("link add veth0 type veth peer name veth1");
+    ip("link add link veth0 name macvtap0 type macvtap");
+    assert!(line(&examine(&["--tap=macvtap0"]), "tap", "FAIL").why.contains("--tap-fd=3"));
 }
 
 #[test]

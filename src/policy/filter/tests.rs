@@ -240,7 +240,7 @@ fn tap() -> (Queue, OwnedFd) {
     // The host's own frames would come between.
     std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
     let queue = Queue::open("tap0", false).unwrap();
-    queue.set_up().unwrap();
+    crate::sys::device::set_up(&queue.identity().name).unwrap();
     let protocol = Some(SockProtocol::EthAll);
     let wire =
         socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol).unwrap();

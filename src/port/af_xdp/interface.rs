@@ -5,7 +5,7 @@ mod wanted;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -99,6 +99,8 @@ pub struct Interface {
     shared: Mutex<Shared>,
     /// Whether there is a filter.
     filters: AtomicBool,
+    /// Index of the device that it is attached to; 0 for none.
+    device: Arc<AtomicU32>,
 }
 
 impl Interface {
@@ -122,6 +124,7 @@ impl Interface {
             steer_for: mac.filter(|_| options.steer),
             shared: Mutex::default(),
             filters: AtomicBool::new(!filter.is_none()),
+            device: Arc::default(),
         });
         let link = interface.find()?;
         if !link.is_up {
@@ -156,9 +159,15 @@ impl Interface {
         &self.options.name
     }
 
+    /// Index of the device, as it is known at any time; 0 for none.
+    pub fn device(&self) -> &Arc<AtomicU32> {
+        &self.device
+    }
+
     /// A socket for frames beside those of the queues.
     pub(super) fn packet_socket(&self) -> io::Result<OwnedFd> {
-        socket::packet_socket(link::find(self.name())?.index)
+        let device = self.find().map_err(|error| io::Error::other(error.to_string()))?;
+        socket::packet_socket(device.index)
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {
@@ -170,6 +179,10 @@ impl Interface {
     }
 
     fn find(&self) -> Result<Link, OpenError> {
+        // Whatever it is called by now: another device may have its name.
+        if let Ok(link) = link::at(self.device.load(Ordering::Relaxed)) {
+            return Ok(link);
+        }
         let name = self.name();
         link::find(name).map_err(|error| match error.raw_os_error() {
             Some(libc::ENODEV) => OpenError(format!(
@@ -195,7 +208,7 @@ impl Interface {
 
     /// Brings the guest's frames to the queue, if that was asked for.
     fn steer(&self, link: &Link) -> Result<Option<Steering>, OpenError> {
-        let steer = |address| Steering::new(self.name(), link.index, address, self.queue(0));
+        let steer = |address| Steering::new(&link.name, link.index, address, self.queue(0));
         self.steer_for.map(steer).transpose()
     }
 
@@ -217,7 +230,7 @@ impl Interface {
     ) -> Result<OpenSocket, Failure> {
         let link = self.find().map_err(Failure::Gone)?;
         if !link.is_up {
-            let why = format!("it is down; set it up with 'ip link set {} up'", self.name());
+            let why = format!("it is down; set it up with 'ip link set {} up'", link.name);
             return Err(Failure::Gone(OpenError(why)));
         }
         let mut shared = self.lock();

@@ -48,7 +48,7 @@ impl Steering {
             ))
         };
         let filter = AddressFilter::new(device, address.0).map_err(failed)?;
-        let rules = Rules::of(name).map_err(failed)?;
+        let rules = Rules::of(device).map_err(failed)?;
         let present = rules.list().map_err(failed)?;
         let rule = match present.iter().find(|rule| rule.address == address.0) {
             Some(rule) if rule.queue == u64::from(queue) => *rule,

@@ -10,10 +10,6 @@ use crate::policy::Filter;
 use crate::policy::filter::classic;
 use crate::sys::tap::{ProgramMemory, Queue};
 
-/// Frames that are taken from a queue at the most when it gets its first filter: more than a queue
-/// holds.
-const MAX_WAITING: usize = 1 << 20;
-
 /// The filter of a TAP, for all of its queues.
 #[derive(Debug)]
 pub struct TapFilter {
@@ -42,9 +38,7 @@ impl TapFilter {
         tap.queues[0].clear_filter()?;
         tap.set(filter)?;
         if !filter.is_none() {
-            for queue in &tap.queues {
-                (0..MAX_WAITING).find(|_| !queue.discard());
-            }
+            tap.queues.iter().for_each(|queue| queue.drain());
         }
         Ok(tap)
     }
@@ -117,6 +111,11 @@ impl State {
     fn put(&mut self, queue: &Queue, filter: &Filter) -> io::Result<()> {
         if filter.is_none() {
             queue.clear_filter()?;
+        } else if queue.identity().is_macvtap {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "cannot set rx-filter: a macvtap takes no filter; remove rx-filter, or use a TAP",
+            ));
         } else {
             if self.memory.is_none() {
                 self.memory = Some(ProgramMemory::new()?);

@@ -30,6 +30,7 @@ impl Interface {
     ) -> Result<Arc<Attachment>, OpenError> {
         let attachment = Attachment::new(self.name(), link.index, self.options.attach)?;
         self.put(&attachment, wanted)?;
+        self.device.store(link.index, Ordering::Relaxed);
         Ok(attachment)
     }
 

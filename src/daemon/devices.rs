@@ -1,0 +1,141 @@
+//! The network devices that ports are on: what the kernel drops there, who else has queues, and who can
+//! have some. Nothing here is on a frame's way.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+
+use super::ports::{Port, Ports};
+use crate::event::until;
+use crate::sys::link::{Link, Questions, Watch};
+
+/// Time from a change of a device until its queues are counted: our own may come and go meanwhile, and the
+/// kernel keeps those of a process that was killed for a moment.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// What is known of a device.
+#[derive(Debug, Default)]
+struct Known {
+    /// When its queues are to be counted.
+    due: Option<Instant>,
+    /// Queues that other processes had then.
+    foreign_queues: u32,
+}
+
+/// Asks the kernel about devices, as far as netlink is permitted.
+#[derive(Debug)]
+pub(super) struct Devices {
+    questions: Option<Questions>,
+    watch: Option<Watch>,
+    known: HashMap<u32, Known>,
+}
+
+impl Devices {
+    /// Before the main thread's system calls are filtered.
+    pub(super) fn new() -> Self {
+        let (questions, watch) = (Questions::open().ok(), Watch::new().ok());
+        Devices { questions, watch, known: HashMap::new() }
+    }
+
+    fn at(&self, index: u32) -> io::Result<Link> {
+        self.questions.as_ref().ok_or(io::ErrorKind::Unsupported)?.at(index)
+    }
+}
+
+impl Port {
+    fn device_index(&self) -> u32 {
+        self.status().device.load(Ordering::Relaxed)
+    }
+}
+
+impl Ports {
+    /// A port's device as it is now; `None` if the kernel does not tell.
+    pub fn device(&self, port: &Port) -> Option<Link> {
+        let index = port.device_index();
+        (index != 0).then(|| self.devices().at(index).ok()).flatten()
+    }
+
+    /// Queues of a port's TAP that other processes had when they were counted last.
+    pub fn foreign_queues(&self, port: &Port) -> u32 {
+        self.devices().known.get(&port.device_index()).map_or(0, |known| known.foreign_queues)
+    }
+
+    /// Becomes readable when some network device has changed.
+    pub(super) fn device_changes(&self) -> Option<BorrowedFd<'_>> {
+        use std::os::fd::AsFd;
+        self.devices().watch.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Notes which devices have changed.
+    pub(super) fn note_device_changes(&mut self) {
+        let devices = self.devices_mut();
+        let Some(changed) = devices.watch.as_ref().map(Watch::clear) else { return };
+        let due = Instant::now() + SETTLE;
+        for (index, known) in &mut devices.known {
+            if changed.as_ref().is_none_or(|changed| changed.contains(index)) {
+                known.due.get_or_insert(due);
+            }
+        }
+    }
+
+    /// Looks at the devices of new ports, and counts the queues of those that have changed; returns when to
+    /// look again.
+    pub(super) fn look_at_devices(&mut self) -> Option<Duration> {
+        let mut known = std::mem::take(&mut self.devices_mut().known);
+        let mut next = HashMap::new();
+        for port in self.iter().filter(|port| port.tap().is_some() && port.device_index() != 0) {
+            let index = port.device_index();
+            let state = known.remove(&index).unwrap_or_else(|| {
+                if let Ok(link) = self.devices().at(index) {
+                    warn_of_missing_owner(port, &link);
+                }
+                Known { due: Some(Instant::now() + SETTLE), foreign_queues: 0 }
+            });
+            next.insert(index, self.count_queues(port, state));
+        }
+        let due = next.values().filter_map(|known| known.due).min();
+        self.devices_mut().known = next;
+        until(due)
+    }
+
+    /// Counts a TAP's queues if that is due.
+    fn count_queues(&self, port: &Port, known: Known) -> Known {
+        if known.due.is_none_or(|due| due > Instant::now()) {
+            return known;
+        }
+        let Ok(link) = self.devices().at(port.device_index()) else {
+            return Known { due: None, ..known };
+        };
+        let (name, device) = (port.name(), &link.name);
+        let open = link.tun.as_ref().map_or(0, |tun| tun.queues);
+        let foreign_queues = open.saturating_sub(u32::from(port.config().queue_pairs));
+        if foreign_queues > known.foreign_queues {
+            warn!(
+                "{name}: other processes have {foreign_queues} queues of tap {device}; frames that the kernel \
+                 steers there do not reach the guest; 'vhost-user-net doctor --tap={device}' names the \
+                 processes"
+            );
+        } else if foreign_queues == 0 && known.foreign_queues > 0 {
+            info!("{name}: other processes have no queues of tap {device} any more");
+        }
+        Known { due: None, foreign_queues }
+    }
+}
+
+/// `tun_not_capable` of drivers/net/tun.c: without owner and group, whoever may open /dev/net/tun may have
+/// the device.
+fn warn_of_missing_owner(port: &Port, link: &Link) {
+    let ownerless = |tun: &crate::sys::link::Tun| tun.owner.is_none() && tun.group.is_none();
+    if link.tun.as_ref().is_some_and(ownerless) {
+        let device = &link.name;
+        warn!(
+            "{}: tap {device} has no owner; every user of this host can attach to it and have its frames; \
+             make it with 'ip tuntap add dev {device} … user NAME'",
+            port.name()
+        );
+    }
+}

@@ -1,0 +1,152 @@
+//! Network devices through the ioctls of netdevice(7).
+//!
+//! A device is its index. Its name can change, another device can take the name, and alternative names
+//! lead to the device too.
+
+use std::ffi::CString;
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use super::{check, link};
+
+/// Longest primary name of a network device in bytes (`IFNAMSIZ` less its nul).
+pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
+/// Longest alternative name of a network device in bytes (`ALTIFNAMSIZ` less its nul).
+pub const MAX_ALTERNATIVE_NAME: usize = 127;
+
+const SIOCGIFNAME: libc::c_ulong = 0x8910;
+
+/// An `ifreq` with the given name in it and all else zero.
+pub(super) fn request(name: &str) -> io::Result<libc::ifreq> {
+    let text = CString::new(name)?;
+    if name.is_empty() || name.len() > MAX_NAME {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a network device's name has 1 to {MAX_NAME} bytes"),
+        ));
+    }
+    // SAFETY: ifreq is plain old data, and all zeros is a valid one.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(text.as_bytes()) {
+        *to = *from as libc::c_char;
+    }
+    Ok(request)
+}
+
+/// The name in an `ifreq`.
+pub(super) fn name_in(request: &libc::ifreq) -> String {
+    let bytes = request.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0);
+    String::from_utf8_lossy(&bytes.collect::<Vec<_>>()).into_owned()
+}
+
+/// A socket for requests to network devices.
+pub(super) fn control_socket() -> io::Result<OwnedFd> {
+    // SAFETY: a fresh descriptor, owned from here on.
+    unsafe {
+        let fd = check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+/// Index of the device that `name` leads to, as its primary or an alternative name; `None` if there is
+/// no such device.
+///
+/// # Errors
+/// Those of netlink, which longer names than [`MAX_NAME`] take, and those of making a socket.
+pub fn index(name: &str) -> io::Result<Option<u32>> {
+    let found = if name.len() > MAX_NAME {
+        link::find(name).map(|link| link.index)
+    } else {
+        let mut request = request(name)?;
+        let socket = control_socket()?;
+        // SAFETY: SIOCGIFINDEX reads the name in one ifreq, and writes its index.
+        unsafe {
+            check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFINDEX, &mut request))
+                .map(|_| request.ifr_ifru.ifru_ifindex as u32)
+        }
+    };
+    match found {
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+/// Primary name of the device of that index.
+///
+/// # Errors
+/// ENODEV if there is none.
+pub fn name(index: u32) -> io::Result<String> {
+    // SAFETY: ifreq is plain old data, and all zeros is a valid one. SIOCGIFNAME reads the index in it,
+    // and writes the name.
+    unsafe {
+        let mut request: libc::ifreq = mem::zeroed();
+        request.ifr_ifru.ifru_ifindex = index as libc::c_int;
+        check(libc::ioctl(control_socket()?.as_raw_fd(), SIOCGIFNAME, &mut request))?;
+        Ok(name_in(&request))
+    }
+}
+
+/// Hardware address of the device `name`; with a TAP's queue as `fd`, of the queue's own device.
+pub(super) fn hardware_address(fd: BorrowedFd<'_>, name: &str) -> io::Result<[libc::c_char; 6]> {
+    let mut request = request(name)?;
+    // SAFETY: SIOCGIFHWADDR reads the name in one ifreq, and writes its address.
+    let data = unsafe {
+        check(libc::ioctl(fd.as_raw_fd(), libc::SIOCGIFHWADDR, &mut request))?;
+        request.ifr_ifru.ifru_hwaddr.sa_data
+    };
+    Ok([data[0], data[1], data[2], data[3], data[4], data[5]])
+}
+
+/// Index of the device of a TAP's queue, which is called `name`; `None` if the device is in another
+/// network namespace.
+pub(super) fn index_of_queue(queue: BorrowedFd<'_>, name: &str) -> Option<u32> {
+    let socket = control_socket().ok()?;
+    let here = hardware_address(socket.as_fd(), name).ok()?;
+    // There may be another device of that name in the queue's namespace.
+    let is_here = here == hardware_address(queue, name).ok()?;
+    index(name).ok()?.filter(|_| is_here)
+}
+
+/// MTU of the device `name` in bytes.
+///
+/// # Errors
+/// There is no such device.
+pub fn mtu(name: &str) -> io::Result<u32> {
+    let mut request = request(name)?;
+    // SAFETY: SIOCGIFMTU reads and writes one ifreq, and sets its MTU.
+    unsafe {
+        check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCGIFMTU, &mut request))?;
+        Ok(request.ifr_ifru.ifru_mtu as u32)
+    }
+}
+
+/// Sets the MTU of the device `name` in bytes.
+///
+/// # Errors
+/// There is no such device, or we may not set it.
+pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_mtu = mtu as libc::c_int;
+    // SAFETY: SIOCSIFMTU reads one ifreq.
+    unsafe {
+        check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCSIFMTU, &mut request))?;
+    }
+    Ok(())
+}
+
+/// Sets the device `name` up, as `ip link set NAME up` does.
+///
+/// # Errors
+/// There is no such device, or we may not set it up.
+pub fn set_up(name: &str) -> io::Result<()> {
+    let mut request = request(name)?;
+    let socket = control_socket()?;
+    // SAFETY: SIOCGIFFLAGS fills the flags of one ifreq, SIOCSIFFLAGS reads them.
+    unsafe {
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &mut request))?;
+        request.ifr_ifru.ifru_flags |= libc::IFF_UP as libc::c_short;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &mut request))?;
+    }
+    Ok(())
+}
