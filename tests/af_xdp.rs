@@ -438,7 +438,7 @@ fn frames_pass_to_the_host_while_there_is_no_guest() {
 
 /// Runs a daemon that must not start; returns its one line.
 #[track_caller]
-fn refused(options: &[&str]) -> String {
+pub(crate) fn refused(options: &[&str]) -> String {
     let output = program()
         .args(["--socket-path=/tmp/vhost-user-net-never", "--log-level=error"])
         .args(options)

@@ -1,6 +1,7 @@
 //! The integration tests: one program, a module per use.
 
 mod af_xdp;
+mod af_xdp_devices;
 mod af_xdp_survival;
 mod capture;
 mod cli;

@@ -26,7 +26,8 @@ pub(super) fn check(host: &Host, network: &Network, port: &Port, af_xdp: &AfXdp)
         let mtu = port.mtu;
         let command = format!(
             "ip link add {name} mtu {mtu} type veth peer name {peer} mtu {mtu} && ip link set {name} up \
-             && ip link set {peer} up && ethtool -K {peer} tx off"
+             && ip link set {peer} up && ethtool -K {peer} tx off txvlan off \
+             tx-vlan-stag-hw-insert off"
         );
         return vec![Finding::fail("device", what, why).cure(command)];
     };
@@ -35,7 +36,8 @@ pub(super) fn check(host: &Host, network: &Network, port: &Port, af_xdp: &AfXdp)
     found.extend(known_to_be_wrong(host, link, af_xdp, &what));
     found.push(foreign(host, link, &what, |id| Ok(Program::by_id(id)?.info()?.name)));
     found.extend(card::check(network, link, port, af_xdp, &what));
-    found.extend(offloads::of_device(network, link, &what));
+    let generic = af_xdp.attach == Attach::Generic;
+    found.extend(offloads::of_device(network, link, generic, &what));
     found.extend(placement::of_device(host, link, port, &what));
     found
 }

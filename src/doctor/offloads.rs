@@ -3,6 +3,8 @@
 
 use super::finding::{Finding, quoted};
 use super::network::Network;
+use crate::port::af_xdp::program;
+use crate::port::af_xdp::tags::Tags;
 use crate::sys::ethtool::Features;
 use crate::sys::link::Link;
 
@@ -35,30 +37,46 @@ pub(super) fn of_tap(network: &Network, link: &Link, what: &str) -> Option<Findi
 }
 
 /// What a device for AF_XDP, or its other end, must leave alone: an XDP program sees frames as they
-/// are, without what the kernel or the card knows of them.
-pub(super) fn of_device(network: &Network, link: &Link, what: &str) -> Vec<Finding> {
-    let mut found = Vec::new();
+/// are, without what the kernel or the card knows of them. `generic`: it is to run in the kernel's
+/// generic code.
+pub(super) fn of_device(network: &Network, link: &Link, generic: bool, what: &str) -> Vec<Finding> {
+    let mut found = vec![vlan_tags(link, generic, what)];
     if link.is_veth {
         found.push(other_end(network, link, what));
         return found;
     }
     let Some(features) = features(network, link) else { return found };
     let name = quoted(&link.name);
-    if features.active.contains("rx-lro") {
+    found.push(if features.active.contains("rx-lro") {
         let why =
             "it joins received frames (LRO): drivers refuse XDP then, or frames come too long";
-        found.push(Finding::warn(CHECK, what, why).cure(format!("ethtool -K {name} lro off")));
-    }
-    if features.active.contains("rx-vlan-hw-parse") {
-        let why = "it takes VLAN tags out of received frames, and an XDP program does not get them: \
-                   a guest that uses VLANs sees untagged frames";
-        found.push(Finding::warn(CHECK, what, why).cure(format!("ethtool -K {name} rxvlan off")));
-    }
-    if found.is_empty() {
-        let why = "it neither joins received frames nor takes VLAN tags out of them";
-        found.push(Finding::pass(CHECK, what, why));
-    }
+        Finding::warn(CHECK, what, why).cure(format!("ethtool -K {name} lro off"))
+    } else {
+        Finding::pass(CHECK, what, "it does not join received frames (LRO)")
+    });
     found
+}
+
+/// Whether VLAN tags of frames to the guest are in the frames, or can be put back.
+fn vlan_tags(link: &Link, generic: bool, what: &str) -> Finding {
+    const CHECK: &str = "vlan-tags";
+    if !generic && program::can_restore_tags(link.index).unwrap_or(false) {
+        let why = "the daemon's program puts VLAN tags into frames to the guest";
+        return Finding::pass(CHECK, what, why);
+    }
+    let tags = Tags::of(link);
+    let why = format!("VLAN tags get lost on the way to the guest: {tags}");
+    match &tags {
+        Tags::Kept => Finding::pass(CHECK, what, tags.to_string()),
+        Tags::Unknown(_) => Finding::warn(CHECK, what, tags.to_string()),
+        Tags::Beside { offloads, .. } if offloads.is_empty() => Finding::warn(CHECK, what, why),
+        Tags::Beside { device, offloads } => {
+            let command = format!("ethtool -K {} {offloads}", quoted(device));
+            // Cards do so by themselves, and not every guest uses VLANs.
+            let wrong = if link.is_veth { Finding::fail } else { Finding::warn };
+            wrong(CHECK, what, why).cure(command)
+        }
+    }
 }
 
 fn other_end(network: &Network, link: &Link, what: &str) -> Finding {

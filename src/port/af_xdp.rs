@@ -14,6 +14,7 @@ pub mod program;
 mod receiver;
 pub mod segmentation;
 mod steering;
+pub mod tags;
 mod transmitter;
 mod umem;
 

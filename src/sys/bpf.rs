@@ -5,6 +5,7 @@
 //! ended.
 
 pub mod assembly;
+pub mod btf;
 pub mod instructions;
 
 use std::ffi::CStr;
@@ -438,6 +439,16 @@ impl Program {
     /// EPERM without CAP_BPF and CAP_NET_ADMIN; EINVAL or EACCES if the verifier refuses it, with
     /// the end of what it said.
     pub fn load(name: &str, instructions: &[u64]) -> io::Result<Self> {
+        Self::load_for(name, instructions, 0)
+    }
+
+    /// Loads an XDP program that runs on this device only, in its driver: it may ask the driver what
+    /// it knows of a frame (`BPF_F_XDP_DEV_BOUND_ONLY`). For any device if that is 0.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); EINVAL before Linux 6.3, and before 6.16 if it uses other programs.
+    pub fn load_for(name: &str, instructions: &[u64], device: u32) -> io::Result<Self> {
+        const DEVICE_BOUND: u32 = 1 << 6;
         #[repr(C)]
         struct Attributes {
             kind: u32,
@@ -450,6 +461,8 @@ impl Program {
             kernel_version: u32,
             flags: u32,
             name: [u8; MAX_NAME + 1],
+            device: u32,
+            attach: u32,
         }
         let load = |log: &mut [u8]| {
             let mut attributes = Attributes {
@@ -461,8 +474,10 @@ impl Program {
                 log_size: log.len() as u32,
                 log: if log.is_empty() { 0 } else { log.as_mut_ptr() as u64 },
                 kernel_version: 0,
-                flags: 0,
+                flags: if device == 0 { 0 } else { DEVICE_BOUND },
                 name: name_bytes(name),
+                device,
+                attach: 0,
             };
             // SAFETY: instructions, licence and log live through the call, with the lengths given.
             unsafe { bpf_open(command::PROG_LOAD, &mut attributes) }

@@ -18,6 +18,7 @@ const ETHTOOL_DEVICE_INDEX: u16 = 1;
 const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
+const NETDEV_A_DEV_XDP_RX_METADATA_FEATURES: u16 = 5;
 
 /// `enum netdev_xdp_act` of `linux/netdev.h`: what a driver can do with XDP.
 pub mod xdp {
@@ -27,6 +28,9 @@ pub mod xdp {
     pub const REDIRECT: u64 = 2;
     /// Have the device read and write an AF_XDP socket's memory.
     pub const ZERO_COPY: u64 = 8;
+    /// Tell a program of a frame's VLAN tag (`NETDEV_XDP_RX_METADATA_VLAN_TAG`): of what a driver
+    /// tells programs, not of what it does.
+    pub const TELLS_VLAN_TAG: u64 = 4;
 }
 
 /// Offloads by the kernel's names for them (`net/ethtool/common.c`).
@@ -146,10 +150,23 @@ fn names(set: &Attributes) -> BTreeSet<String> {
 /// # Errors
 /// ENOENT if the kernel can't tell (before Linux 6.3), ENODEV without such a device.
 pub fn xdp_features(device: u32) -> io::Result<u64> {
+    driver_features(device, NETDEV_A_DEV_XDP_FEATURES)
+}
+
+/// Whether its driver tells an XDP program of VLAN tags that it keeps beside frames.
+///
+/// # Errors
+/// As [`xdp_features`]; `InvalidData` before Linux 6.7.
+pub fn tells_vlan_tags(device: u32) -> io::Result<bool> {
+    let told = driver_features(device, NETDEV_A_DEV_XDP_RX_METADATA_FEATURES)?;
+    Ok(told & xdp::TELLS_VLAN_TAG != 0)
+}
+
+fn driver_features(device: u32, attribute: u16) -> io::Result<u64> {
     let answer =
         Family::open("netdev")?.ask(NETDEV_CMD_DEV_GET, &[number(NETDEV_A_DEV_IFINDEX, device)])?;
     answer
-        .long(NETDEV_A_DEV_XDP_FEATURES)
+        .long(attribute)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the kernel does not say"))
 }
 

@@ -85,6 +85,22 @@ fn open_checksums_at_the_other_end_are_mended_by_the_command_that_is_printed() {
 }
 
 #[test]
+fn lost_vlan_tags_are_mended_by_the_command_that_is_printed() {
+    needs_root!("lost_vlan_tags_are_mended_by_the_command_that_is_printed");
+    needs_program!("lost_vlan_tags_are_mended_by_the_command_that_is_printed", "ethtool");
+    enter_namespace_with_good_veth();
+    // In the driver the tags are put back, by a program of which nothing is left.
+    line(&examine(&["--af-xdp=veth0"]), "vlan-tags", "PASS");
+    assert!(!output("ip", "-d link show veth0").contains("prog/xdp"));
+    let wrong = is_mended("vlan-tags", "FAIL", &["--af-xdp=veth0,attach=generic"]);
+    let cure = "ethtool -K veth1 txvlan off tx-vlan-stag-hw-insert off";
+    assert_eq!(wrong.cure.as_deref(), Some(cure));
+    ip("link add mv0 link veth1 type macvlan mode bridge");
+    let lines = examine(&["--af-xdp=mv0,attach=generic"]);
+    assert_eq!(line(&lines, "vlan-tags", "WARN").cure, None, "the kernel does it itself");
+}
+
+#[test]
 fn missing_queues_are_made_by_the_command_that_is_printed() {
     needs_root!("missing_queues_are_made_by_the_command_that_is_printed");
     needs_program!("missing_queues_are_made_by_the_command_that_is_printed", "ethtool");

@@ -15,6 +15,7 @@ use super::abilities::{Abilities, refused, wait_for_device};
 use super::program::Attachment;
 use super::receiver::RING_SIZES;
 use super::steering::Steering;
+use super::tags::Tags;
 use super::umem::{FrameLayout, GuestUmem};
 use super::{OpenError, XdpQueue};
 use crate::config::AfXdp;
@@ -84,6 +85,8 @@ struct Shared {
     wanted: Wanted,
     attachment: Option<Arc<Attachment>>,
     steering: Option<Steering>,
+    /// What becomes of VLAN tags of frames to the guest, when that was looked up last.
+    tags: Tags,
     abilities: Abilities,
     registered: Option<Registered>,
 }
@@ -142,6 +145,7 @@ impl Interface {
         let mut shared = interface.lock();
         shared.wanted.filter = filter.clone();
         shared.attachment = Some(interface.attach(&link, &shared.wanted)?);
+        interface.look_for_tags(&link, &mut shared);
         shared.abilities = interface.find_abilities(&link)?;
         shared.steering = interface.steer(&link)?;
         drop(shared);
@@ -212,6 +216,18 @@ impl Interface {
         self.steer_for.map(steer).transpose()
     }
 
+    /// Looks what becomes of VLAN tags of frames to the guest, and says so where they are lost.
+    fn look_for_tags(&self, link: &Link, shared: &mut Shared) {
+        let restored = shared.attachment.as_ref().is_some_and(|it| it.restores_tags);
+        let tags = if restored { Tags::Kept } else { Tags::of(link) };
+        if tags != shared.tags
+            && let Some(warning) = tags.warning()
+        {
+            warn!("af_xdp {}: {warning}", self.name());
+        }
+        shared.tags = tags;
+    }
+
     fn find_abilities(&self, link: &Link) -> Result<Abilities, OpenError> {
         let queues = self.queue(0)..self.queue(self.pairs);
         Abilities::find(self.name(), link.index, queues, self.options.mode)
@@ -242,6 +258,7 @@ impl Interface {
             shared.attachment = Some(attached.map_err(Failure::Gone)?);
             shared.abilities = self.find_abilities(&link).map_err(Failure::Gone)?;
         }
+        self.look_for_tags(&link, shared);
         if !shared.steering.as_ref().is_some_and(|steering| steering.is_on(link.index)) {
             shared.steering = None;
             shared.steering = self.steer(&link).map_err(Failure::Gone)?;

@@ -20,9 +20,9 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-use log::info;
+use log::{debug, info};
 
 use super::OpenError;
 use crate::config::Attach;
@@ -30,8 +30,9 @@ use crate::policy::Filter;
 use crate::policy::filter::SEEN;
 use crate::sys::bpf::{
     Counters, FoundMap, Hook, Link, Map, Numbers, Program, ProgramInfo, Programs, Recent, Sockets,
+    btf,
 };
-use crate::sys::link;
+use crate::sys::{ethtool, link};
 use crate::traffic::MAX_ROWS;
 
 /// The program's name, by which another daemon knows it.
@@ -47,6 +48,8 @@ const PEERS: &str = "vun_peers";
 const HEADER_LENGTH: u32 = 0xffff;
 /// Frames are seen to by a program of the queue's own.
 const OWN_PROGRAM: u32 = 1 << 16;
+/// Of the first queue's settings: the device's program puts VLAN tags back into frames.
+const RESTORES_TAGS: u32 = 1 << 17;
 /// Numbers that are counted for a queue.
 const COUNTED: usize = 4;
 /// Queues of a device at the most that can have a socket.
@@ -84,6 +87,8 @@ pub struct Attachment {
     link: Link,
     maps: Maps,
     device: u32,
+    /// Whether it puts VLAN tags back that the kernel, or the driver, keeps beside frames.
+    pub restores_tags: bool,
 }
 
 /// What a port wants done with frames for its queues.
@@ -186,22 +191,34 @@ impl Attachment {
 
     fn load(name: &str, device: u32, attach: Attach) -> io::Result<Self> {
         let maps = Maps::new()?;
-        let program = Program::load(NAME, &code::assemble(&maps, None))?;
-        let hooks: &[Hook] = match attach {
-            Attach::Auto => &[Hook::Native, Hook::Generic],
-            Attach::Native => &[Hook::Native],
-            Attach::Generic => &[Hook::Generic],
+        let restoring = match attach {
+            Attach::Generic => None,
+            Attach::Auto | Attach::Native => load_restoring(&maps, device),
+        };
+        let plain = Program::load(NAME, &code::assemble(&maps, None, None))?;
+        let native = restoring.iter().map(|program| (program, Hook::Native, true));
+        let native = native.chain([(&plain, Hook::Native, false)]);
+        let generic = [(&plain, Hook::Generic, false)];
+        let attempts: Vec<_> = match attach {
+            Attach::Auto => native.chain(generic).collect(),
+            Attach::Native => native.collect(),
+            Attach::Generic => generic.into(),
         };
         let mut last = None;
-        for hook in hooks {
-            match Link::attach(&program, device, *hook) {
+        for (program, hook, restores_tags) in attempts {
+            match Link::attach(program, device, hook) {
                 Ok(link) => {
                     let why = match &last {
-                        Some(error) => format!(", since its driver refused it: {error}"),
-                        None => String::new(),
+                        Some(error) if hook == Hook::Generic => {
+                            format!(", since its driver refused it: {error}")
+                        }
+                        _ => String::new(),
                     };
                     info!("af_xdp {name}: XDP program attached, {hook}{why}");
-                    return Ok(Attachment { link, maps, device });
+                    if restores_tags {
+                        maps.queues.set_number(0, maps.queues.number(0)? | RESTORES_TAGS)?;
+                    }
+                    return Ok(Attachment { link, maps, device, restores_tags });
                 }
                 Err(error) => last = Some(error),
             }
@@ -221,7 +238,8 @@ impl Attachment {
         }
         let Some(maps) = Maps::of(&info)? else { return Err(foreign()) };
         let link = Link::of_program(id)?;
-        Ok(Attachment { link, maps, device })
+        let restores_tags = maps.queues.number(0)? & RESTORES_TAGS != 0;
+        Ok(Attachment { link, maps, device, restores_tags })
     }
 
     /// Whether it is still attached to the device of that index.
@@ -255,7 +273,7 @@ impl Attachment {
                 settings.set_number(queue, settings.number(queue)? & !OWN_PROGRAM)
             });
         }
-        let program = Program::load(OWN_NAME, &code::assemble(&self.maps, Some(own)))?;
+        let program = Program::load(OWN_NAME, &code::assemble(&self.maps, Some(own), None))?;
         queues.try_for_each(|queue| {
             programs.set_program(queue, &program)?;
             settings.set_number(queue, settings.number(queue)? | OWN_PROGRAM)
@@ -268,6 +286,29 @@ impl Attachment {
             self.maps.counters.counters(queue)?;
         Ok(QueueCounters { passed, passed_bytes, filtered, filtered_bytes })
     }
+}
+
+/// The kernel's function that tells an XDP program of a frame's VLAN tag (Linux 6.8).
+fn tag_function() -> Option<i32> {
+    static NUMBER: OnceLock<Option<i32>> = OnceLock::new();
+    *NUMBER.get_or_init(|| btf::function("bpf_xdp_metadata_rx_vlan_tag"))
+}
+
+/// The device's program with VLAN tags put back; nothing where the driver does not tell of them, or
+/// the kernel does not load it.
+fn load_restoring(maps: &Maps, device: u32) -> Option<Program> {
+    let function = tag_function().filter(|_| ethtool::tells_vlan_tags(device).unwrap_or(false))?;
+    let program = Program::load_for(NAME, &code::assemble(maps, None, Some(function)), device);
+    program.inspect_err(|error| debug!("VLAN tags are not put back: {error}")).ok()
+}
+
+/// Whether VLAN tags that are beside frames can be put back on a device, where the program runs in
+/// its driver.
+///
+/// # Errors
+/// EPERM without CAP_BPF and CAP_NET_ADMIN.
+pub fn can_restore_tags(device: u32) -> io::Result<bool> {
+    Ok(load_restoring(&Maps::new()?, device).is_some())
 }
 
 impl fmt::Display for Hook {

@@ -54,6 +54,8 @@ instructions! {
     load32(target: u8, source: u8, offset: i16) = instruction(0x61, target, source, offset, 0);
     /// target = *(u64 *)(source + offset)
     load64(target: u8, source: u8, offset: i16) = instruction(0x79, target, source, offset, 0);
+    /// *(u16 *)(target + offset) = source
+    store16(target: u8, source: u8, offset: i16) = instruction(0x6b, target, source, offset, 0);
     /// *(u32 *)(target + offset) = source
     store32(target: u8, source: u8, offset: i16) = instruction(0x63, target, source, offset, 0);
     /// *(u64 *)(target + offset) = source
@@ -68,6 +70,8 @@ instructions! {
     put64(target: u8, offset: i16, value: i32) = instruction(0x7a, target, 0, offset, value);
     /// Calls a helper: its arguments are in 1 to 5, which are lost, its result in 0.
     call(helper: i32) = instruction(0x85, 0, 0, 0, helper);
+    /// Calls a function of the kernel, by its number there, like a helper.
+    call_kernel(function: i32) = instruction(0x85, 0, 2, 0, function);
     /// Goes on elsewhere.
     jump(skip: i16) = instruction(0x05, 0, 0, skip, 0);
     /// If register == value
@@ -78,6 +82,9 @@ instructions! {
     if_greater(register: u8, than: u8, skip: i16) = instruction(0x2d, register, than, skip, 0);
     /// If register == value, of 32 bits
     if_equal32(register: u8, value: i32, skip: i16) = instruction(0x16, register, 0, skip, value);
+    /// If register != value, of 32 bits
+    if_not_equal32(register: u8, value: i32, skip: i16) =
+        instruction(0x56, register, 0, skip, value);
     /// If register >= value, of 32 bits, without a sign
     if_at_least32(register: u8, value: i32, skip: i16) =
         instruction(0x36, register, 0, skip, value);

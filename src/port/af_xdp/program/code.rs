@@ -5,9 +5,9 @@ use super::{COUNTED, HEADER_LENGTH, Maps, OWN_PROGRAM, Own, Peers};
 use crate::policy::filter::{SEEN_AT, extended};
 use crate::sys::bpf::assembly::{Assembly, Label};
 use crate::sys::bpf::instructions::{
-    add, add_atomic64, add_register, and32, call, copy, exit, if_any_bit32, if_equal, if_greater,
-    if_not_equal, instruction, jump, load32, load64, put16, put32, put64, set, store32, store64,
-    subtract_register,
+    add, add_atomic64, add_register, and32, call, call_kernel, copy, exit, from_network,
+    if_any_bit32, if_equal, if_greater, if_not_equal, if_not_equal32, instruction, jump, load16,
+    load32, load64, put16, put32, put64, set, store16, store32, store64, subtract_register,
 };
 use crate::sys::bpf::{Map, MapKind};
 
@@ -108,8 +108,43 @@ fn count_peer(code: &mut Assembly, peers: &Peers) {
     code.place(done);
 }
 
-/// Assembles the device's program, or a queue's own.
-pub(super) fn assemble(maps: &Maps, own: Option<&Own<'_>>) -> Vec<u64> {
+/// Puts the VLAN tag that the driver keeps beside the frame back into it, by the number of the
+/// kernel's function that tells of the tag (`bpf_xdp_metadata_rx_vlan_tag`).
+fn restore_tag(code: &mut Assembly, function: i32, lost: Label) {
+    /// Where the tag is on the stack: its protocol, in the network's order, and what it says.
+    const TAG: i16 = -16;
+    let untagged = code.label();
+    code.extend([
+        put64(10, TAG, 0),
+        copy(1, FRAME),
+        copy(2, 10),
+        add(2, TAG.into()),
+        copy(3, 10),
+        add(3, (TAG + 2).into()),
+        call_kernel(function),
+    ]);
+    code.jump(untagged, if_not_equal32(0, 0, 0));
+    code.extend([copy(1, FRAME), set(2, -4), call(XDP_ADJUST_HEAD)]);
+    code.jump(lost, if_not_equal(0, 0, 0)); // no room
+    code.extend([load32(1, FRAME, DATA), load32(2, FRAME, DATA_END), copy(3, 1), add(3, 16)]);
+    code.jump(lost, if_greater(3, 2, 0));
+    code.extend([
+        load64(2, 1, 4),
+        store64(1, 2, 0),
+        load32(2, 1, 12),
+        store32(1, 2, 8),
+        load16(2, 10, TAG),
+        store16(1, 2, 12),
+        load16(2, 10, TAG + 2),
+        from_network(2, 16), // and to it
+        store16(1, 2, 14),
+    ]);
+    code.place(untagged);
+}
+
+/// Assembles the device's program, which puts tags back if it is given the function for that, or a
+/// queue's own.
+pub(super) fn assemble(maps: &Maps, own: Option<&Own<'_>>, tags: Option<i32>) -> Vec<u64> {
     let mut code = Assembly::default();
     let [passed, plain, unheaded, lost] = [(); 4].map(|()| code.label());
     code.extend([copy(FRAME, 1), load32(QUEUE, 1, RX_QUEUE_INDEX), store32(10, QUEUE, KEY)]);
@@ -120,6 +155,9 @@ pub(super) fn assemble(maps: &Maps, own: Option<&Own<'_>>) -> Vec<u64> {
         call(REDIRECT_MAP),
     ]);
     code.jump(passed, if_not_equal(0, REDIRECT, 0));
+    if let Some(function) = tags {
+        restore_tag(&mut code, function, lost);
+    }
 
     look_up(&mut code, &maps.queues, plain);
     code.push(load32(SETTINGS, 0, 0));
