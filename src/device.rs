@@ -98,6 +98,8 @@ pub struct Device {
     name: String,
     offer: Offer,
     config: NetConfig,
+    /// Largest MTU in bytes that the host side carries.
+    largest_mtu: u16,
     requires_sealed_memory: bool,
     rules: Option<Arc<Rules>>,
     announcer: Option<Announcer>,
@@ -117,6 +119,7 @@ impl Device {
             name,
             offer,
             config,
+            largest_mtu: u16::MAX,
             requires_sealed_memory: false,
             rules: None,
             announcer: None,
@@ -134,6 +137,11 @@ impl Device {
     /// Has memory refused whose file could be truncated later.
     pub fn require_sealed_memory(&mut self, required: bool) {
         self.requires_sealed_memory = required;
+    }
+
+    /// Sets the largest MTU in bytes that the frontend can ask for.
+    pub fn set_largest_mtu(&mut self, mtu: u16) {
+        self.largest_mtu = mtu;
     }
 
     /// Sets the limit on mapped bytes, before a frontend connects.
@@ -355,9 +363,15 @@ impl Device {
             }
             Request::NetSetMtu(mtu) => {
                 self.requires(ProtocolFeatures::MTU)?;
+                let most = self.largest_mtu;
                 match u16::try_from(mtu) {
-                    Ok(mtu) if mtu >= MIN_MTU => self.told.mtu = Some(mtu),
-                    _ => return refused(format!("MTU {mtu} is not between {MIN_MTU} and 65535")),
+                    Ok(mtu) if (MIN_MTU..=most).contains(&mtu) => self.told.mtu = Some(mtu),
+                    _ => {
+                        return refused(format!(
+                            "cannot set MTU {mtu}: the port carries {MIN_MTU} to {most}; change the \
+                             VMM's host_mtu="
+                        ));
+                    }
                 }
                 self.restart_all();
                 Ok(None)

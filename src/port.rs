@@ -7,6 +7,7 @@
 pub mod af_xdp;
 mod announcer;
 pub mod loopback;
+mod mtu;
 pub mod tap;
 
 use std::collections::VecDeque;
@@ -290,6 +291,14 @@ impl HostQueue {
             HostQueue::Tap(queue) => Arc::new(queue.state().index.unwrap_or(0).into()),
             HostQueue::AfXdp(queue) => queue.interface().device().clone(),
             HostQueue::Loopback => Arc::default(),
+        }
+    }
+
+    /// Largest MTU in bytes of a card on it.
+    pub fn largest_mtu(&self) -> u16 {
+        match self {
+            HostQueue::AfXdp(_) => af_xdp::MAX_MTU as u16,
+            HostQueue::Tap(_) | HostQueue::Loopback => u16::MAX,
         }
     }
 

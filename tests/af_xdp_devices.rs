@@ -1,10 +1,12 @@
 //! AF_XDP on devices as hosts have them: what the kernel and other devices do to frames on the way to
 //! the program, and what of that the guest is spared.
 
+use vhost::vhost_user::message::FrontendReq;
+
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
-use crate::support::network::{Wire, enter_quiet_namespace, ip, output};
+use crate::support::network::{Wire, enter_namespace_for, enter_quiet_namespace, ip, output};
 use crate::support::traffic::{datagram, frame};
 use crate::support::{eventually, needs_program, needs_root};
 
@@ -125,4 +127,102 @@ fn vlan_tags_that_nobody_can_keep_are_warned_of() {
     ip("link set mv0 up");
     let daemon = Daemon::start(&["--af-xdp=mv0,attach=generic"]);
     assert!(daemon.log().contains("the tags of mv0 beside frames; use a veth"), "{}", daemon.log());
+}
+
+/// Has the VMM ask for an MTU; says whether the daemon agreed.
+fn ask_for_mtu(frontend: &mut Frontend, mtu: u64) -> bool {
+    frontend.try_ask(FrontendReq::NET_SET_MTU, &mtu.to_ne_bytes(), &[]).unwrap()
+}
+
+/// Bytes 10 and 11 of the configuration space.
+fn configured_mtu(frontend: &mut Frontend) -> u16 {
+    let request = [10_u32, 2, 0].map(u32::to_ne_bytes).concat();
+    frontend.send(FrontendReq::GET_CONFIG, &[&request[..], &[0; 2]].concat());
+    let reply = frontend.reply(FrontendReq::GET_CONFIG);
+    u16::from_le_bytes(reply[12..14].try_into().unwrap())
+}
+
+#[test]
+fn mtu_beyond_af_xdp_is_refused_and_the_guest_is_served() {
+    needs_root!("mtu_beyond_af_xdp_is_refused_and_the_guest_is_served");
+    let wire = enter_namespace_for("--af-xdp=veth0");
+    let daemon = Daemon::start(&["--af-xdp=veth0"]);
+    let mut guest = Card::prepare(Frontend::new(daemon.connect()), Options::default());
+    for mtu in [9000, 3807, 65535, 65536, 67, u64::MAX] {
+        assert!(!ask_for_mtu(&mut guest.frontend, mtu), "{mtu}");
+        let why = format!("cannot set MTU {mtu}: the port carries 68 to 3806; change the VMM's");
+        assert!(daemon.log().contains(&why), "{}", daemon.log());
+        assert_eq!(configured_mtu(&mut guest.frontend), 1500);
+    }
+    guest.fill();
+    guest.run();
+    guest.send(0, &frame(1, 1400));
+    assert_eq!(wire.receive(1000).unwrap(), frame(1, 1400));
+    // Under way too; and what the port can carry, it does, though the device must be told.
+    assert!(!ask_for_mtu(&mut guest.frontend, 9000));
+    assert!(ask_for_mtu(&mut guest.frontend, 3806));
+    assert_eq!(configured_mtu(&mut guest.frontend), 3806);
+    guest.send(0, &frame(2, 1400));
+    assert_eq!(wire.receive(1000).unwrap(), frame(2, 1400));
+    let log = daemon.log();
+    assert!(log.contains("af_xdp veth0: MTU differs device=1500 card=3806"), "{log}");
+    drop((guest, daemon));
+    let refused = crate::af_xdp::refused(&["--af-xdp=veth0", "--mtu=9000"]);
+    assert!(refused.contains("cannot carry the card's MTU of 9000 on veth0"), "{refused}");
+}
+
+#[test]
+fn any_mtu_of_a_vmm_goes_on_a_tap() {
+    needs_root!("any_mtu_of_a_vmm_goes_on_a_tap");
+    let _wire = enter_namespace_for("--tap=tap0");
+    let daemon = Daemon::start(&["--tap=tap0"]);
+    let mut frontend = Frontend::new(daemon.connect());
+    frontend.begin();
+    assert!([68, 9000, 65535].iter().all(|mtu| ask_for_mtu(&mut frontend, *mtu)));
+    assert!([0, 67, 65536].iter().all(|mtu| !ask_for_mtu(&mut frontend, *mtu)));
+    assert_eq!(configured_mtu(&mut frontend), 65535);
+}
+
+#[test]
+fn mtu_that_differs_from_the_device_is_said_once() {
+    needs_root!("mtu_that_differs_from_the_device_is_said_once");
+    for (port, kind, device) in
+        [("--tap=tap0", "tap", "tap0"), ("--af-xdp=veth0", "af_xdp", "veth0")]
+    {
+        let _wire = enter_namespace_for(port);
+        let daemon = Daemon::start(&[port]);
+        let mut said = Vec::new();
+        for (mtu, what) in [(1500, ""), (1400, "differs"), (1500, "agrees"), (2000, "differs")] {
+            ip(&format!("link set {device} mtu {mtu}"));
+            (0..2).for_each(|_| drop(card(&daemon)));
+            if !what.is_empty() {
+                said.push(format!("{kind} {device}: MTU {what} device={mtu} card=1500"));
+            }
+            eventually("it is said", || said.iter().all(|line| daemon.log().contains(line)));
+            assert_eq!(daemon.log().matches(": MTU ").count(), said.len(), "{}", daemon.log());
+        }
+    }
+}
+
+#[test]
+fn mtu_of_an_af_xdp_device_that_changes_under_way_is_followed() {
+    needs_root!("mtu_of_an_af_xdp_device_that_changes_under_way_is_followed");
+    let wire = enter_namespace_for("--af-xdp=veth0");
+    let daemon = Daemon::start(&["--af-xdp=veth0"]);
+    let mut guest = card(&daemon);
+    for mtu in [1500, 3000, 1200, 2000] {
+        ["veth0", "veth1"].iter().for_each(|name| ip(&format!("link set {name} mtu {mtu}")));
+        let said = format!("device={mtu} card=1500");
+        eventually("it is said", || mtu == 1500 || daemon.log().contains(&said));
+        // Both ways, as long as the device takes them.
+        eventually("frames come", || {
+            wire.send(&frame(mtu, mtu));
+            guest.try_receive(0).is_some_and(|received| received[HEADER..] == frame(mtu, mtu))
+        });
+        eventually("frames go", || {
+            guest.send(0, &frame(mtu, mtu));
+            wire.receive(10).is_some_and(|received| received == frame(mtu, mtu))
+        });
+    }
+    assert!(!daemon.log().contains("does not work"), "{}", daemon.log());
 }

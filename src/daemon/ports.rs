@@ -714,6 +714,7 @@ fn prepare(
     let tap = queues[0].tap_state();
     let listener = endpoint.fd().map(|fd| fd.try_clone_to_owned()).transpose();
     let listener = listener.map_err(no_descriptor)?;
+    let largest_mtu = queues[0].largest_mtu();
     let offloads = queues[0].offloads();
     let offer = offer(&config, offloads);
     let net_config = NetConfig {
@@ -771,6 +772,7 @@ fn prepare(
     device.set_limits(status.limits.clone());
     device.set_quota(status.memory.clone());
     device.set_descriptor_quota(status.descriptors.clone());
+    device.set_largest_mtu(largest_mtu);
     device.require_sealed_memory(config.require_sealed_memory);
     let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
     let (orders, inbox) = channel();

@@ -109,6 +109,7 @@ impl XdpQueue {
             rx_limit: usize::MAX,
             left_behind: false,
             failed: None,
+            changed: None,
             opened_anew: None,
             filtered: Filtered { counted: None, at: Instant::now() },
             state: State::Closed { since: None, retry: Instant::now() },
@@ -159,6 +160,8 @@ pub struct XdpPort<'mem> {
     left_behind: bool,
     /// The device was heard to work no more.
     failed: Option<OpenError>,
+    /// The device has changed so that the socket is to be opened again.
+    changed: Option<&'static str>,
     /// When the socket was opened anew for a fault.
     opened_anew: Option<Instant>,
     filtered: Filtered,
@@ -282,8 +285,13 @@ impl<'mem> XdpPort<'mem> {
             self.fail(&why, finished);
             return;
         }
-        warn!("af_xdp {}: opens its socket anew: {why}", self.host.interface.name());
         self.opened_anew = Some(Instant::now());
+        self.reopen(why, finished);
+    }
+
+    /// Closes the socket, and opens another.
+    fn reopen(&mut self, why: &'static str, finished: &mut Finished<'mem>) {
+        warn!("af_xdp {}: opens its socket anew: {why}", self.host.interface.name());
         self.close(finished);
         self.transmitter.drop_unsent();
         self.open();
@@ -347,6 +355,8 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
                 self.fail(&error, finished);
             } else if let Err(error) = kicked {
                 self.fail(&error, finished);
+            } else if let Some(why) = self.changed.take() {
+                self.reopen(why, finished);
             } else if let Some(fault) = self.receiver.fault() {
                 self.open_anew(fault, finished);
             }
@@ -412,9 +422,10 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
     fn host_changed(&mut self) {
         self.host.watch.clear();
         match &mut self.state {
-            State::Open(open) => {
-                self.failed = self.host.interface.check(open).err();
-            }
+            State::Open(open) => match self.host.interface.check(open) {
+                Ok(changed) => self.changed = changed,
+                Err(error) => self.failed = Some(error),
+            },
             State::Closed { retry, .. } => *retry = Instant::now(),
         }
     }

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use serde::{Deserialize, Serialize};
 
+use super::mtu::MtuComparison;
 use super::{Finished, Mode, Port, Readiness, Terms};
 use crate::config::TxMethod;
 use crate::counters::Drop;
@@ -52,6 +53,8 @@ pub struct TapQueue {
     wanted_link: bool,
     /// Whether the kernel steers frames here; `None` for a device that has one queue only.
     attached: Option<bool>,
+    /// For all queues of the device.
+    mtu: Arc<MtuComparison>,
     /// The filter's [generation](TapFilter::generation) when `applied`, `link` and `attached` were valid.
     generation: u64,
 }
@@ -104,10 +107,16 @@ impl TapQueue {
     pub fn prepare(queues: Vec<Queue>, method: TxMethod, filter: &Filter) -> io::Result<Vec<Self>> {
         let queues: Vec<Arc<Queue>> = queues.into_iter().map(Arc::new).collect();
         let filter = Arc::new(TapFilter::new(queues.clone(), filter)?);
-        queues.into_iter().map(|queue| Self::new(queue, method, &filter)).collect()
+        let mtu = Arc::default();
+        queues.into_iter().map(|queue| Self::new(queue, method, &filter, &mtu)).collect()
     }
 
-    fn new(queue: Arc<Queue>, method: TxMethod, filter: &Arc<TapFilter>) -> io::Result<Self> {
+    fn new(
+        queue: Arc<Queue>,
+        method: TxMethod,
+        filter: &Arc<TapFilter>,
+        mtu: &Arc<MtuComparison>,
+    ) -> io::Result<Self> {
         use offload::{CSUM, TSO_ECN, TSO4, TSO6, USO4, USO6};
         queue.set_header_length(HEADER_LENGTH)?;
         let tcp = CSUM | TSO4 | TSO6 | TSO_ECN;
@@ -135,6 +144,7 @@ impl TapQueue {
             link: Some(true),
             wanted_link: true,
             attached: multi_queue.then_some(false),
+            mtu: mtu.clone(),
             generation: filter.generation(),
         })
     }
@@ -156,6 +166,7 @@ impl TapQueue {
         let queues = queues.into_iter().map(|fd| Arc::new(Queue::identified_as(fd, &identity)));
         let queues: Vec<Arc<Queue>> = queues.collect();
         let filter = Arc::new(TapFilter::of_predecessor(queues.clone(), filter));
+        let mtu = Arc::<MtuComparison>::default();
         let adopt = |queue: Arc<Queue>| {
             let (writer, reason) = choose_writer(&queue, method)?;
             Ok(TapQueue {
@@ -167,6 +178,7 @@ impl TapQueue {
                 link: None,
                 wanted_link: true,
                 attached: attached(&queue),
+                mtu: mtu.clone(),
                 generation: filter.generation(),
                 queue,
             })
@@ -248,8 +260,11 @@ impl TapQueue {
     /// Longest frame in bytes that is not to be segmented: by the device's MTU, which can be
     /// changed at any time, or the card's.
     fn longest_frame(&self, mtu: u16) -> usize {
-        let device = self.queue.mtu().unwrap_or(0) as usize;
-        device.max(usize::from(mtu)) + LINK_OVERHEAD
+        let device = self.queue.mtu().unwrap_or(0);
+        if device > 0 {
+            self.mtu.compare("tap", self.name(), device, mtu);
+        }
+        (device as usize).max(usize::from(mtu)) + LINK_OVERHEAD
     }
 
     /// Sets what applies to the whole device, if this queue has not done so already.

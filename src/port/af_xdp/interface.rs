@@ -17,12 +17,13 @@ use super::receiver::RING_SIZES;
 use super::steering::Steering;
 use super::tags::Tags;
 use super::umem::{FrameLayout, GuestUmem};
-use super::{OpenError, XdpQueue};
+use super::{MAX_MTU, OpenError, XdpQueue};
 use crate::config::AfXdp;
 use crate::features::HEADER_LENGTH;
 use crate::guest::GuestMemory;
 use crate::net_config::MacAddress;
 use crate::policy::Filter;
+use crate::port::mtu::MtuComparison;
 use crate::sys::link::{self, Link, Watch};
 use crate::sys::socket;
 use crate::sys::xsk::{Binding, Registration, Socket};
@@ -57,6 +58,8 @@ pub(super) struct OpenSocket {
     /// Whether the kernel is to be asked for frames, rather than waited for.
     pub(super) busy_poll: bool,
     binding: Binding,
+    /// MTU of the device in bytes, when it was opened.
+    device_mtu: u32,
 }
 
 impl OpenSocket {
@@ -104,6 +107,7 @@ pub struct Interface {
     filters: AtomicBool,
     /// Index of the device that it is attached to; 0 for none.
     device: Arc<AtomicU32>,
+    mtu: MtuComparison,
 }
 
 impl Interface {
@@ -128,6 +132,7 @@ impl Interface {
             shared: Mutex::default(),
             filters: AtomicBool::new(!filter.is_none()),
             device: Arc::default(),
+            mtu: MtuComparison::default(),
         });
         let link = interface.find()?;
         if !link.is_up {
@@ -205,8 +210,20 @@ impl Interface {
         zero_copy: bool,
     ) -> Result<FrameLayout, OpenError> {
         let longest = link.mtu.max(mtu.into()) as usize + OVERHEAD;
-        FrameLayout::new(longest, header_length, zero_copy).map_err(|error| {
-            OpenError(format!("{} has an MTU of {}: {error}", self.name(), link.mtu))
+        FrameLayout::new(longest, header_length, zero_copy).map_err(|_| {
+            let name = self.name();
+            OpenError(if u32::from(mtu) > link.mtu {
+                format!(
+                    "cannot carry the card's MTU of {mtu} on {name}: AF_XDP takes an MTU up to \
+                     {MAX_MTU} bytes; lower --mtu and the VMM's host_mtu="
+                )
+            } else {
+                format!(
+                    "{name} has an MTU of {}: AF_XDP takes an MTU up to {MAX_MTU} bytes; lower that \
+                     of the device",
+                    link.mtu
+                )
+            })
         })
     }
 
@@ -339,7 +356,15 @@ impl Interface {
             umem.memory().length() >> 20,
             started.elapsed(),
         );
-        Ok(OpenSocket { socket, umem, metadata: abilities.metadata, busy_poll, binding })
+        self.mtu.compare("af_xdp", self.name(), link.mtu, mtu);
+        Ok(OpenSocket {
+            socket,
+            umem,
+            metadata: abilities.metadata,
+            busy_poll,
+            binding,
+            device_mtu: link.mtu,
+        })
     }
 
     /// Has frames of a queue pair's passed to the host.
@@ -385,13 +410,15 @@ impl Interface {
         statistics.rx_dropped + statistics.rx_ring_full
     }
 
-    /// Whether a socket still can work, after its device has changed.
+    /// Whether a socket still can work, after its device has changed; or why it is to be opened again.
     ///
     /// # Errors
     /// Why it can't.
-    pub(super) fn check(&self, open: &OpenSocket) -> Result<(), OpenError> {
+    pub(super) fn check(&self, open: &OpenSocket) -> Result<Option<&'static str>, OpenError> {
         match link::at(open.binding.device) {
-            Ok(link) if link.is_up => Ok(()),
+            Ok(link) if link.is_up => {
+                Ok((link.mtu != open.device_mtu).then_some("the device's MTU has changed"))
+            }
             Ok(_) => Err(OpenError("it is down".into())),
             Err(error) => Err(OpenError(format!("look it up: {error}"))),
         }

@@ -55,7 +55,7 @@ impl FrameLayout {
             let most = super::MAX_MTU;
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("AF_XDP takes an MTU up to {most} bytes; lower that of the device"),
+                format!("AF_XDP takes an MTU up to {most} bytes"),
             ));
         }
         let unit = if zero_copy { ZERO_COPY_UNIT } else { 1 };
