@@ -24,7 +24,7 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Proto
 use crate::descriptors::{DescriptorQuota, STATE};
 use crate::features::{Negotiated, Offer, protocol_features};
 use crate::guest::layout::MAX_SIZE;
-use crate::guest::memory::MAX_SLOTS;
+use crate::guest::memory::{MAX_SLOTS, Unmapped};
 use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError, MemoryQuota};
 use crate::net_config::{MIN_MTU, NetConfig};
 use crate::policy::{Limits, Rules};
@@ -577,6 +577,16 @@ impl Device {
         }
         self.end_all();
         debug!("{}: {} memory regions", self.name, memory.len());
+        let known = self.told.memory.unmapped();
+        for Unmapped { request, .. } in memory.unmapped() {
+            if !known.iter().any(|region| region.request == *request) {
+                info!(
+                    "{}: memory region not mapped address={:#x} bytes={}; its file is on a disk or \
+                     read-only, and no ring or buffer can lie there",
+                    self.name, request.guest_address, request.size,
+                );
+            }
+        }
         if !memory.is_sealed() && self.told.memory.is_sealed() {
             info!(
                 "{}: guest memory is not sealed: whoever can truncate its file can stop this port",

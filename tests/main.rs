@@ -17,6 +17,7 @@ mod hostile;
 mod lifecycle;
 mod live;
 mod live_migration;
+mod memory_table;
 mod metrics;
 mod migration;
 mod oracle;

@@ -1,13 +1,15 @@
 //! What a device was told, to be told to another daemon's.
 
 use std::io;
+use std::sync::Arc;
 
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as ProtocolFeatures};
 
 use super::Device;
 use super::ring::{Kick, ToldRing};
-use crate::guest::Inflight;
+use crate::guest::{GuestMemory, Inflight};
 use crate::protocol::{MAX_TABLE_REGIONS, Retold, can_be_passed};
+use crate::sys::process::unwritable_memory;
 
 impl Device {
     /// Ends all sessions. None begins before [`resume`](Self::resume), whatever the frontend says.
@@ -29,7 +31,7 @@ impl Device {
         let mut needed = ProtocolFeatures::empty();
         for (is_needed, feature) in [
             (told.log.is_some(), ProtocolFeatures::LOG_SHMFD),
-            (told.memory.len() > MAX_TABLE_REGIONS, ProtocolFeatures::CONFIGURE_MEM_SLOTS),
+            (needs_slots(&told.memory), ProtocolFeatures::CONFIGURE_MEM_SLOTS),
             (told.inflight.is_some(), ProtocolFeatures::INFLIGHT_SHMFD),
             (told.backend_requests.is_some(), ProtocolFeatures::BACKEND_REQ),
             (told.mtu.is_some(), ProtocolFeatures::MTU),
@@ -61,8 +63,14 @@ impl Device {
             messages.push(Retold::number(FrontendReq::SET_FEATURES, features.bits()));
         }
         let regions = told.memory.regions().map(|(region, file)| (region, file.clone()));
-        let regions: Vec<_> = regions.collect();
-        if regions.len() <= MAX_TABLE_REGIONS {
+        let mut regions: Vec<_> = regions.collect();
+        if !told.memory.unmapped().is_empty() {
+            // Their files were not kept; this is not mapped either.
+            let file = Arc::new(unwritable_memory(c"not mapped")?);
+            let unmapped = told.memory.unmapped().iter();
+            regions.extend(unmapped.map(|region| (region.request, file.clone())));
+        }
+        if !needs_slots(&told.memory) {
             messages.push(Retold::memory(regions));
         } else {
             messages
@@ -94,6 +102,13 @@ impl Device {
         }
         Ok(messages)
     }
+}
+
+/// Whether the table can be told region by region only: it is too long for one message, or has nothing
+/// mapped yet, which one message must have.
+fn needs_slots(memory: &GuestMemory) -> bool {
+    let is_unmapped = memory.unmapped().len() == memory.len() && !memory.is_empty();
+    memory.len() > MAX_TABLE_REGIONS || is_unmapped
 }
 
 fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) {

@@ -93,9 +93,17 @@ impl ToldRing {
             return Err("it was started before SET_VRING_NUM".into());
         }
         let find = |address: u64, part: &str| {
-            memory
-                .guest_address(address)
-                .ok_or(format!("its {part} at {address:#x} is in no memory region"))
+            memory.guest_address(address).ok_or_else(|| {
+                let mut unmapped = memory.unmapped().iter();
+                let is_there = unmapped.any(|region| region.holds(address));
+                let region = if is_there {
+                    "a memory region that is not mapped; give the guest memory from \
+                     memory-backend-memfd, with share=on"
+                } else {
+                    "no memory region"
+                };
+                format!("its {part} at {address:#x} is in {region}")
+            })
         };
         let layout = RingLayout {
             size: self.size,

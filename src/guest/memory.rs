@@ -3,6 +3,10 @@
 //! Invariant: a region in the table lies wholly inside its file as of the time it was mapped, and
 //! overlaps no other region, neither in the guest's nor in the frontend's address space. A table
 //! is never changed: adding or removing a region makes a new one that shares the mappings.
+//!
+//! A region in a file on a disk (nvdimm, virtio-pmem, ivshmem), or in one that can't be written to, is in
+//! the table, but is not mapped: a touched page could wait for a disk, or for the frontend itself (FUSE).
+//! No ring and no buffer can lie there. Its file is not kept.
 
 use std::fmt;
 use std::fs::File;
@@ -18,7 +22,7 @@ use super::chain::Segment;
 use super::dirty::DirtyLog;
 use super::inflight::Inflight;
 use super::quota::{Allowance, MemoryQuota, Reservation};
-use crate::sys::process::file_facts;
+use crate::sys::process::{file_facts, holds_data};
 
 /// Regions that a table can hold: what QEMU and cloud-hypervisor can use of the protocol's
 /// CONFIGURE_MEM_SLOTS.
@@ -35,6 +39,19 @@ pub struct RegionRequest {
     pub frontend_address: u64,
     /// Where in the file the region starts, in bytes.
     pub file_offset: u64,
+}
+
+impl RegionRequest {
+    fn overlaps(&self, other: &RegionRequest) -> bool {
+        let meet = |a: u64, b: u64| a < b + other.size && b < a + self.size;
+        meet(self.guest_address, other.guest_address)
+            || meet(self.frontend_address, other.frontend_address)
+    }
+
+    /// Whether it is the same region. The file offset does not count: frontends may leave it out.
+    fn is(&self, other: &RegionRequest) -> bool {
+        RegionRequest { file_offset: other.file_offset, ..*self } == *other
+    }
 }
 
 /// Why a memory region was refused.
@@ -196,6 +213,40 @@ impl Mapping {
     }
 }
 
+/// A region that is not mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unmapped {
+    /// The region.
+    pub request: RegionRequest,
+    /// Whether its file is memory, which can't be written to; else it is on a disk.
+    pub read_only: bool,
+}
+
+impl Unmapped {
+    /// The region as one that is not mapped, if its file asks for that.
+    fn of(request: RegionRequest, file: &File) -> Result<Option<Self>, MemoryError> {
+        let read_only = match file_facts(file).map_err(MemoryError::Map)? {
+            Some(facts) if facts.writable => return Ok(None),
+            Some(_) => true,
+            None if holds_data(file).map_err(MemoryError::Map)? => false,
+            None => return Err(MemoryError::NotMemory),
+        };
+        if request.size == 0 {
+            return Err(MemoryError::Empty);
+        }
+        let ends = [request.guest_address, request.frontend_address, request.file_offset];
+        if ends.map(|from| from.checked_add(request.size)).contains(&None) {
+            return Err(MemoryError::Overflow);
+        }
+        Ok(Some(Unmapped { request, read_only }))
+    }
+
+    /// Whether an address of the frontend's lies there.
+    pub fn holds(&self, frontend_address: u64) -> bool {
+        frontend_address.wrapping_sub(self.request.frontend_address) < self.request.size
+    }
+}
+
 /// One mapped region.
 #[derive(Debug)]
 struct Region {
@@ -243,12 +294,6 @@ impl Region {
         Ok(Region { request, mapping: Mapping::new(file, file_offset, size, allowance)? })
     }
 
-    fn overlaps(&self, other: &RegionRequest) -> bool {
-        let meet = |a: u64, b: u64| a < b + other.size && b < a + self.request.size;
-        meet(self.request.guest_address, other.guest_address)
-            || meet(self.request.frontend_address, other.frontend_address)
-    }
-
     fn window(&self) -> Window<'_> {
         let RegionRequest { guest_address, size, .. } = self.request;
         // SAFETY: the mapping holds `size` bytes from its start on, for as long as it lives.
@@ -281,6 +326,7 @@ impl<'mem> Window<'mem> {
 pub struct GuestMemory {
     /// In the order of their guest addresses.
     regions: Vec<Arc<Region>>,
+    unmapped: Vec<Unmapped>,
     /// Some of it has gone. Tables that share regions share this.
     lost: Arc<AtomicBool>,
     /// Where it is noted what is written.
@@ -315,7 +361,13 @@ impl GuestMemory {
         for (request, file) in requests {
             memory = memory.with_charged(request, file, &allowance)?;
         }
-        Ok(memory)
+        match memory.unmapped[..] {
+            // Nothing could ever run there.
+            [Unmapped { read_only, .. }, ..] if memory.regions.is_empty() => {
+                Err(if read_only { MemoryError::ReadOnly } else { MemoryError::NotMemory })
+            }
+            _ => Ok(memory),
+        }
     }
 
     /// The port's limit on mapped bytes.
@@ -339,12 +391,20 @@ impl GuestMemory {
         file: File,
         allowance: &Allowance,
     ) -> Result<Self, MemoryError> {
-        if self.regions.len() >= MAX_SLOTS {
+        if self.len() >= MAX_SLOTS {
             return Err(MemoryError::NoSlot);
         }
+        let overlaps = || {
+            let mut others = self.requests();
+            others.any(|other| other.overlaps(&request)).then_some(MemoryError::Overlap)
+        };
+        if let Some(region) = Unmapped::of(request, &file)? {
+            let unmapped = [&self.unmapped[..], &[region]].concat();
+            return overlaps().map_or(Ok(GuestMemory { unmapped, ..self.clone() }), Err);
+        }
         let region = Region::map(request, file, allowance)?;
-        if self.regions.iter().any(|other| other.overlaps(&request)) {
-            return Err(MemoryError::Overlap);
+        if let Some(error) = overlaps() {
+            return Err(error);
         }
         let mut regions = self.regions.clone();
         let place =
@@ -353,18 +413,15 @@ impl GuestMemory {
         Ok(GuestMemory { regions, ..self.clone() })
     }
 
-    /// This table without one region (REM_MEM_REG). The file offset does not count: frontends
-    /// may leave it out.
+    /// This table without one region (REM_MEM_REG).
     pub fn without(&self, request: RegionRequest) -> Result<Self, MemoryError> {
-        let same = |region: &Arc<Region>| {
-            region.request.guest_address == request.guest_address
-                && region.request.size == request.size
-                && region.request.frontend_address == request.frontend_address
-        };
-        let place = self.regions.iter().position(same).ok_or(MemoryError::Unknown)?;
-        let mut regions = self.regions.clone();
-        regions.remove(place);
-        Ok(GuestMemory { regions, ..self.clone() })
+        let mut without = self.clone();
+        without.regions.retain(|region| !region.request.is(&request));
+        without.unmapped.retain(|region| !region.request.is(&request));
+        if without.len() == self.len() {
+            return Err(MemoryError::Unknown);
+        }
+        Ok(without)
     }
 
     /// This table, with a log of what is written to it, or with none.
@@ -407,12 +464,23 @@ impl GuestMemory {
 
     /// Number of regions.
     pub fn len(&self) -> usize {
-        self.regions.len()
+        self.regions.len() + self.unmapped.len()
     }
 
     /// Whether there is no region.
     pub fn is_empty(&self) -> bool {
-        self.regions.is_empty()
+        self.len() == 0
+    }
+
+    /// Each region as the frontend has described it.
+    fn requests(&self) -> impl Iterator<Item = RegionRequest> {
+        let mapped = self.regions.iter().map(|region| region.request);
+        mapped.chain(self.unmapped.iter().map(|region| region.request))
+    }
+
+    /// The regions that are not mapped.
+    pub fn unmapped(&self) -> &[Unmapped] {
+        &self.unmapped
     }
 
     /// Whether nobody can shrink the files of all regions, as their seals say: then no memory can
@@ -451,12 +519,12 @@ impl GuestMemory {
         replaced != libc::MAP_FAILED
     }
 
-    /// Each region as the frontend has described it, and its file.
+    /// Each mapped region as the frontend has described it, and its file.
     pub fn regions(&self) -> impl Iterator<Item = (RegionRequest, &Arc<File>)> {
         self.regions.iter().map(|region| (region.request, region.mapping.source().0))
     }
 
-    /// The mapping of each region.
+    /// The mapping of each mapped region.
     pub fn mappings(&self) -> impl Iterator<Item = Mapped<'_>> {
         self.regions.iter().map(|region| Mapped { mapping: &region.mapping })
     }

@@ -306,25 +306,48 @@ pub fn file_facts(file: &File) -> io::Result<Option<FileFacts>> {
     // SAFETY: reads the flags of a descriptor that we own.
     let flags = unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))? };
     let page = page_size();
+    let unwritable = libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE;
     Ok(Some(FileFacts {
-        writable: flags & libc::O_ACCMODE == libc::O_RDWR,
+        writable: flags & libc::O_ACCMODE == libc::O_RDWR && seals & unwritable == 0,
         size: stat.st_size as u64,
         sealed: seals & libc::F_SEAL_SHRINK != 0,
         alignment: if fs.f_type == HUGETLBFS_MAGIC { page.max(fs.f_bsize as u64) } else { page },
     }))
 }
 
+/// Whether it is a file or a device, as its file system remembers it: nobody is asked, who could hold us
+/// up.
+pub fn holds_data(file: &File) -> io::Result<bool> {
+    let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
+    // SAFETY: all zeros is a valid value, and the kernel fills it; the path is an empty string.
+    let facts = unsafe {
+        let mut facts: libc::statx = mem::zeroed();
+        let path = c"".as_ptr();
+        check(libc::statx(file.as_raw_fd(), path, flags, libc::STATX_TYPE, &mut facts))?;
+        facts
+    };
+    let kind = libc::mode_t::from(facts.stx_mode) & libc::S_IFMT;
+    Ok([libc::S_IFREG, libc::S_IFCHR, libc::S_IFBLK].contains(&kind))
+}
+
 /// Memory of our own to be shared, that nobody can cut short: zeros, as long as was asked for.
 pub fn sealed_memory(name: &std::ffi::CStr, length: u64) -> io::Result<File> {
+    memory_with_seals(name, length, 0)
+}
+
+/// Memory of our own that nobody can write to, without a byte: in the place of a file that is not kept.
+pub fn unwritable_memory(name: &std::ffi::CStr) -> io::Result<File> {
+    memory_with_seals(name, 0, libc::F_SEAL_WRITE)
+}
+
+fn memory_with_seals(name: &std::ffi::CStr, length: u64, seals: libc::c_int) -> io::Result<File> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     // SAFETY: the name is a string; the descriptor is fresh and becomes owned here.
     let file = unsafe { File::from_raw_fd(check(libc::memfd_create(name.as_ptr(), flags))?) };
     file.set_len(length)?;
+    let seals = seals | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
     // SAFETY: sets seals of a descriptor that we own.
-    unsafe {
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        check(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals))?;
-    }
+    unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals))? };
     Ok(file)
 }
 

@@ -338,24 +338,34 @@ fn hostile_11_memory_that_is_no_memory_is_refused_and_a_cut_file_costs_its_port_
     frontend.begin();
     let (reader, _writer) = std::io::pipe().unwrap();
     let ram = Ram::new(0, 0x1000);
-    let read_only = File::open(format!("/proc/self/fd/{}", ram.file.as_raw_fd())).unwrap();
-    // An ordinary file may be on a file system of the VMM's own, which answers when it likes.
-    let ordinary = concat!(env!("CARGO_TARGET_TMPDIR"), "/ordinary");
-    let options = File::options().read(true).write(true).create(true).truncate(true).to_owned();
-    let ordinary = options.open(ordinary).unwrap();
-    ordinary.set_len(0x1000).unwrap();
-    let wrong: [OwnedFd; 7] = [
-        ordinary.into(),
-        File::open("/dev/zero").unwrap().into(),
+    let wrong: [OwnedFd; 4] = [
         File::open("/").unwrap().into(),
         reader.into(),
         UnixStream::pair().unwrap().0.into(),
-        read_only.into(),
         Epoll::new(EpollCreateFlags::empty()).unwrap().0,
     ];
     for descriptor in &wrong {
         let payload = one_region(0, 0x1000, 0, 0);
         frontend.refused(FrontendReq::ADD_MEM_REG, &payload, &[descriptor.as_raw_fd()]);
+    }
+    // An ordinary file may be on a file system of the VMM's own, which answers when it likes: nobody
+    // looks into it.
+    let ordinary = concat!(env!("CARGO_TARGET_TMPDIR"), "/ordinary");
+    let options = File::options().read(true).write(true).create(true).truncate(true).to_owned();
+    let ordinary = options.open(ordinary).unwrap();
+    let read_only = File::open(format!("/proc/self/fd/{}", ram.file.as_raw_fd())).unwrap();
+    let unread = [ordinary, read_only, File::open("/dev/zero").unwrap()];
+    for (number, file) in (1..).zip(&unread) {
+        for size in [0, u64::MAX] {
+            let payload = one_region(number << 20, size, number << 20, 0);
+            frontend.refused(FrontendReq::ADD_MEM_REG, &payload, &[file.as_raw_fd()]);
+        }
+        let payload = one_region(number << 20, 0x1000, FRONTEND_BASE + (number << 20), 0);
+        frontend.ask(FrontendReq::ADD_MEM_REG, &payload, &[file.as_raw_fd()]);
+        frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 16), &[]);
+        let ring = addresses(0, 0, number << 20, number << 20, number << 20);
+        frontend.ask(FrontendReq::SET_VRING_ADDR, &ring, &[]);
+        frontend.refused(FrontendReq::SET_VRING_KICK, &[0; 8], &[event().as_raw_fd()]);
     }
     drop(frontend);
 
