@@ -436,6 +436,8 @@ pub struct Terms {
     pub link: bool,
     /// Whether the guest has an rx ring.
     pub receives: bool,
+    /// Descriptors of that ring.
+    pub rx_size: u16,
     /// What the guest may send.
     pub rules: Option<Arc<Rules>>,
     /// What of it is denied.

@@ -27,7 +27,8 @@ const GSO_TCPV6: u8 = 4;
 const GSO_UDP_L4: u8 = 5;
 const GSO_ECN: u8 = 0x80;
 
-const ETHERNET_LENGTH: usize = 14;
+/// Length in bytes of a frame's header without VLAN tags.
+pub const ETHERNET_LENGTH: usize = 14;
 const VLAN_TAG_LENGTH: usize = 4;
 /// Tags of one frame at the most: a provider's around a customer's.
 const VLAN_TAGS: usize = 2;

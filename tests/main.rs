@@ -11,6 +11,7 @@ mod doctor;
 mod echo;
 mod filter;
 mod frontend_messages;
+mod frontends;
 mod fuzzing;
 mod host_devices;
 mod hostile;

@@ -10,10 +10,11 @@ mod transmitter;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use log::warn;
+use log::{info, warn};
 use serde::{Deserialize, Serialize};
 
 use super::mtu::MtuComparison;
@@ -45,18 +46,35 @@ pub struct TapQueue {
     /// Why bursts are written that way.
     reason: String,
     offloads: PortOffloads,
-    /// What the device was last set to by this queue: header length and `TUN_F_*`.
-    applied: Option<(usize, u32)>,
+    settings: Arc<Settings>,
+    /// Whether it counts among the [small rings](Settings::small).
+    is_small: bool,
     /// Whether the device's link is up; `None` if another daemon may have set it.
     link: Option<bool>,
     /// Whether it is to be up.
     wanted_link: bool,
     /// Whether the kernel steers frames here; `None` for a device that has one queue only.
     attached: Option<bool>,
-    /// For all queues of the device.
-    mtu: Arc<MtuComparison>,
-    /// The filter's [generation](TapFilter::generation) when `applied`, `link` and `attached` were valid.
+    /// The filter's [generation](TapFilter::generation) when the device's settings, `link` and `attached` were
+    /// valid.
     generation: u64,
+}
+
+/// What is set for all queues of a device.
+#[derive(Debug, Default)]
+struct Settings {
+    /// What the device was last set to: header length and `TUN_F_*`.
+    applied: Mutex<Option<(usize, u32)>>,
+    /// Rx rings that cannot hold a frame that is to be segmented: the kernel segments as long as there
+    /// are any.
+    small: AtomicUsize,
+    mtu: MtuComparison,
+}
+
+impl Settings {
+    fn applied(&self) -> MutexGuard<'_, Option<(usize, u32)>> {
+        self.applied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl TapState {
@@ -107,15 +125,15 @@ impl TapQueue {
     pub fn prepare(queues: Vec<Queue>, method: TxMethod, filter: &Filter) -> io::Result<Vec<Self>> {
         let queues: Vec<Arc<Queue>> = queues.into_iter().map(Arc::new).collect();
         let filter = Arc::new(TapFilter::new(queues.clone(), filter)?);
-        let mtu = Arc::default();
-        queues.into_iter().map(|queue| Self::new(queue, method, &filter, &mtu)).collect()
+        let settings = Arc::default();
+        queues.into_iter().map(|queue| Self::new(queue, method, &filter, &settings)).collect()
     }
 
     fn new(
         queue: Arc<Queue>,
         method: TxMethod,
         filter: &Arc<TapFilter>,
-        mtu: &Arc<MtuComparison>,
+        settings: &Arc<Settings>,
     ) -> io::Result<Self> {
         use offload::{CSUM, TSO_ECN, TSO4, TSO6, USO4, USO6};
         queue.set_header_length(HEADER_LENGTH)?;
@@ -140,11 +158,11 @@ impl TapQueue {
                 udp_segmentation,
                 both_ways: segmentation,
             },
-            applied: None,
+            settings: settings.clone(),
+            is_small: false,
             link: Some(true),
             wanted_link: true,
             attached: multi_queue.then_some(false),
-            mtu: mtu.clone(),
             generation: filter.generation(),
         })
     }
@@ -166,7 +184,7 @@ impl TapQueue {
         let queues = queues.into_iter().map(|fd| Arc::new(Queue::identified_as(fd, &identity)));
         let queues: Vec<Arc<Queue>> = queues.collect();
         let filter = Arc::new(TapFilter::of_predecessor(queues.clone(), filter));
-        let mtu = Arc::<MtuComparison>::default();
+        let settings = Arc::<Settings>::default();
         let adopt = |queue: Arc<Queue>| {
             let (writer, reason) = choose_writer(&queue, method)?;
             Ok(TapQueue {
@@ -174,11 +192,11 @@ impl TapQueue {
                 writer,
                 reason,
                 offloads: state.offloads,
-                applied: None,
+                settings: settings.clone(),
+                is_small: false,
                 link: None,
                 wanted_link: true,
                 attached: attached(&queue),
-                mtu: mtu.clone(),
                 generation: filter.generation(),
                 queue,
             })
@@ -224,13 +242,14 @@ impl TapQueue {
         let generation = self.filter.generation();
         if self.generation != generation {
             self.generation = generation;
-            (self.applied, self.link) = (None, None);
+            *self.settings.applied() = None;
+            self.link = None;
             self.attached = attached(&self.queue);
         }
         let accepted = negotiated.guest();
         let header_length = negotiated.header_length();
         let prepared = self
-            .apply(header_length, tun_offloads(&accepted))
+            .apply(header_length, &accepted)
             .and_then(|()| if receives { Ok(()) } else { self.set_attached(false) })
             .and_then(|()| self.set_link(link));
         let longest = self.longest_frame(mtu);
@@ -253,7 +272,9 @@ impl TapQueue {
     /// holds frames of that session.
     pub(super) fn recover(&mut self) {
         self.writer.take_if(|writer| !writer.is_idle());
-        (self.applied, self.link) = (None, None);
+        self.set_small(false);
+        *self.settings.applied() = None;
+        self.link = None;
         self.attached = attached(&self.queue);
     }
 
@@ -262,20 +283,34 @@ impl TapQueue {
     fn longest_frame(&self, mtu: u16) -> usize {
         let device = self.queue.mtu().unwrap_or(0);
         if device > 0 {
-            self.mtu.compare("tap", self.name(), device, mtu);
+            self.settings.mtu.compare("tap", self.name(), device, mtu);
         }
         (device as usize).max(usize::from(mtu)) + LINK_OVERHEAD
     }
 
-    /// Sets what applies to the whole device, if this queue has not done so already.
-    fn apply(&mut self, header_length: usize, offloads: u32) -> io::Result<()> {
+    /// Sets what applies to the whole device, if no queue has done so already.
+    fn apply(&self, header_length: usize, accepted: &Offloads) -> io::Result<()> {
+        let mut offloads = tun_offloads(accepted);
+        let mut applied = self.settings.applied();
+        if self.settings.small.load(Ordering::Relaxed) > 0 {
+            offloads &= offload::CSUM;
+        }
         let settings = (header_length, offloads);
-        if self.applied != Some(settings) {
+        if *applied != Some(settings) {
             self.queue.set_header_length(header_length)?;
             self.queue.set_offload(offloads)?;
-            self.applied = Some(settings);
+            *applied = Some(settings);
         }
         Ok(())
+    }
+
+    /// Notes whether the rx ring is too small for frames that are to be segmented.
+    fn set_small(&mut self, small: bool) {
+        match (std::mem::replace(&mut self.is_small, small), small) {
+            (false, true) => _ = self.settings.small.fetch_add(1, Ordering::Relaxed),
+            (true, false) => _ = self.settings.small.fetch_sub(1, Ordering::Relaxed),
+            _ => {}
+        }
     }
 
     /// Sets the device's link, if it is not so already. While it is down the host sends it nothing:
@@ -376,6 +411,28 @@ impl<'mem> TapPort<'mem> {
             warn!("tap {}: the device is gone, frames are dropped: {error}", self.host.name());
         }
     }
+
+    /// Has the kernel segment for a ring that cannot hold the largest frame, and only for such a ring.
+    fn fit_offloads(&mut self) {
+        let is_small = self.receiver.is_small;
+        if is_small == self.host.is_small {
+            return;
+        }
+        self.host.set_small(is_small);
+        self.receiver.expect(self.host.longest_frame(self.mtu));
+        let (header_length, accepted) = self.receiver.terms();
+        if let Err(error) = self.host.apply(header_length, &accepted) {
+            return self.gone(&error);
+        }
+        if is_small {
+            let (size, bytes) = self.receiver.shape();
+            info!(
+                "tap {}: rx ring too small for segments size={size} buffer={bytes}; the kernel segments \
+                 frames to the guest",
+                self.host.name()
+            );
+        }
+    }
 }
 
 impl<'mem> Port<'mem> for TapPort<'mem> {
@@ -395,6 +452,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             self.gone(&error);
         }
         self.receiver.take(buffers);
+        self.fit_offloads();
     }
 
     fn reap(&mut self, finished: &mut Finished<'mem>) {
@@ -436,6 +494,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             }
         }
         self.receiver.count();
+        self.fit_offloads();
     }
 
     fn limit_rx(&mut self, frames: usize) {
@@ -476,5 +535,6 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
     fn recall(&mut self, finished: &mut Finished<'mem>) {
         self.transmitter.finish(finished);
         finished.unused_rx.extend(self.receiver.hand_back());
+        self.host.set_small(false);
     }
 }

@@ -126,6 +126,7 @@ pub(super) fn serve(
         mtu: session.mtu,
         link: session.link,
         receives: rx.as_ref().is_some_and(Side::is_enabled),
+        rx_size: session.rx.as_ref().map_or(0, |ring| ring.layout.size),
         rules: session.rules.clone(),
         tx_filter: options.tx_filter.clone(),
         tally: options.tally.clone(),

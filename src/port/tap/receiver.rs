@@ -11,7 +11,9 @@ use crate::guest::{Burst, Chain, Segment, Writable};
 use crate::port::{Finished, Terms};
 use crate::sys::tap::Queue;
 use crate::traffic::{Notes, Way};
-use crate::vnet_header::{LINK_OVERHEAD, MAX_FRAME, MAX_HEADERS, Surplus, VnetHeader};
+use crate::vnet_header::{
+    ETHERNET_LENGTH, LINK_OVERHEAD, MAX_FRAME, MAX_HEADERS, Surplus, VnetHeader,
+};
 
 /// Buffers that are borrowed ahead, which bounds what a session holds. Eight frames of 64 KiB in
 /// the 1.5 KiB buffers of a Linux driver.
@@ -27,8 +29,12 @@ pub(super) struct Receiver<'mem> {
     mergeable: bool,
     /// The card's MTU in bytes.
     mtu: u16,
+    /// Descriptors of the ring.
+    ring_size: u16,
     /// Longest frame in bytes that the device can deliver, header included.
     largest: usize,
+    /// Bytes of buffers with which frames are read at once.
+    enough: usize,
     posted: VecDeque<Chain<'mem, Writable>>,
     /// Bytes in `posted`.
     room: usize,
@@ -46,6 +52,10 @@ pub(super) struct Receiver<'mem> {
     short_since: Option<Instant>,
     /// They waited long enough: read with the buffers that there are.
     make_do: bool,
+    /// The buffers held the largest frame at some time in this session.
+    has_held_largest: bool,
+    /// The ring cannot hold the largest frame that is to be segmented: the kernel is to segment for it.
+    pub(super) is_small: bool,
 }
 
 impl<'mem> Receiver<'mem> {
@@ -57,7 +67,9 @@ impl<'mem> Receiver<'mem> {
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
             mtu,
+            ring_size: terms.rx_size,
             largest: 0,
+            enough: 0,
             posted: VecDeque::new(),
             room: 0,
             window: Vec::new(),
@@ -68,6 +80,8 @@ impl<'mem> Receiver<'mem> {
             may_have_frames: receives,
             short_since: None,
             make_do: false,
+            has_held_largest: false,
+            is_small: false,
         };
         receiver.expect(longest);
         receiver
@@ -75,8 +89,42 @@ impl<'mem> Receiver<'mem> {
 
     /// Prepares for frames up to `longest` bytes, but for those that are to be segmented.
     pub(super) fn expect(&mut self, longest: usize) {
-        let frame = if self.accepted.segmentation() { MAX_FRAME } else { longest };
+        let is_small = self.is_small;
+        let frame = if self.segments() && !is_small { MAX_FRAME } else { longest };
         self.largest = self.header_length + frame;
+        // A small ring's buffers have the size of frames without VLAN tags.
+        let tags = if is_small { LINK_OVERHEAD - ETHERNET_LENGTH } else { 0 };
+        self.enough = self.largest - tags;
+    }
+
+    /// Whether frames that are to be segmented may take several buffers.
+    fn segments(&self) -> bool {
+        self.mergeable && self.accepted.segmentation()
+    }
+
+    /// Finds out whether the ring can hold the largest frame, from its size and the buffers posted.
+    fn measure(&mut self) {
+        let buffers = self.posted.len();
+        if buffers == 0 || !self.segments() {
+            return;
+        }
+        let wanted = self.header_length + MAX_FRAME;
+        if self.room >= wanted || buffers == POSTED {
+            self.has_held_largest = true;
+            self.is_small = false;
+        } else if usize::from(self.ring_size) * (self.room / buffers) < wanted {
+            self.is_small = true;
+        }
+    }
+
+    /// Length in bytes of the virtio header, and what the guest has accepted.
+    pub(super) fn terms(&self) -> (usize, Offloads) {
+        (self.header_length, self.accepted)
+    }
+
+    /// Descriptors of the ring, and bytes of each buffer posted on average.
+    pub(super) fn shape(&self) -> (u16, usize) {
+        (self.ring_size, self.room / self.posted.len().max(1))
     }
 
     /// All buffers that hold nothing, when the session ends.
@@ -102,6 +150,7 @@ impl<'mem> Receiver<'mem> {
             self.posted.extend(buffers.drain(..wanted));
         }
         self.make_do = false;
+        self.measure();
     }
 
     /// Whether the largest frame that may come fits the buffers posted.
@@ -113,7 +162,7 @@ impl<'mem> Receiver<'mem> {
         match self.posted.len() {
             0 => false,
             POSTED => true,
-            _ => !self.mergeable || self.room >= self.largest,
+            _ => !self.mergeable || self.room >= self.enough,
         }
     }
 
@@ -135,6 +184,7 @@ impl<'mem> Receiver<'mem> {
             if since.elapsed() >= PATIENCE {
                 self.make_do = true;
                 self.short_since = None;
+                self.is_small |= self.segments() && !self.has_held_largest;
             }
         }
         self.may_read()
