@@ -30,6 +30,7 @@ use crate::net_config::{MIN_MTU, NetConfig};
 use crate::policy::{Limits, Rules};
 use crate::port::Announcer;
 use crate::protocol::{Message, Reply, Request};
+use crate::sys::eventfd::ForeignEventFd;
 use crate::worker::{self, Ended, Session, Worker};
 
 use ring::{Kick, ToldRing};
@@ -202,11 +203,21 @@ impl Device {
     /// The frontend has gone: ends all sessions and forgets all that it said.
     pub fn forget(&mut self) {
         worker::end_all(&mut self.workers);
-        let rings = (0..2 * self.workers.len()).map(|_| ToldRing::default()).collect();
+        let rings = (0..=2 * self.workers.len()).map(|_| ToldRing::default()).collect();
         // Unmapped first, so that the next frontend has all of the port's limit.
         let memory = Arc::new(GuestMemory::within(self.quota.clone()));
         self.told = Told { rings, memory, ..Told::default() };
         self.count_descriptors();
+    }
+
+    /// Index of the ring by which the guest gives commands, if the frontend may pass that on.
+    fn control_ring(&self) -> Option<usize> {
+        self.told.features?.control_ring(self.workers.len())
+    }
+
+    /// The queue pair whose worker serves a ring.
+    fn pair_of(&self, ring: usize) -> usize {
+        if Some(ring) == self.control_ring() { 0 } else { ring / 2 }
     }
 
     /// Descriptors that are kept for the frontend, but for its connection.
@@ -285,7 +296,8 @@ impl Device {
             Request::GetQueueNum => {
                 self.answerable(ProtocolFeatures::MQ)?;
                 // cloud-hypervisor compares this with its rings, QEMU with its queue pairs: the
-                // larger number satisfies both, and a ring beyond the last is refused.
+                // larger number satisfies both, and a ring beyond the last is refused. crosvm makes
+                // as many rings as this, of which its guest takes the last one for commands.
                 reply(self.told.rings.len() as u64)
             }
             Request::SetMemTable(regions) => {
@@ -327,19 +339,20 @@ impl Device {
             Request::SetVringAddr { index, addresses } => {
                 let ring = self.ring(index)?;
                 let moved = ring.addresses.is_some_and(|known| !known.same_place(&addresses));
-                if ring.is_running() && moved {
+                if moved && ring.is_running() && !ring.is_idle() {
                     return refused(format!("the addresses of ring {index} changed while it runs"));
                 }
+                let ring = if moved { self.stopped_ring(index)? } else { ring };
                 ring.addresses = Some(addresses.into());
                 Ok(None)
             }
             Request::GetVringBase { index } => self.stop_ring(index),
             Request::SetVringKick { index, file } => self.set_vring_kick(index, file),
             Request::SetVringCall { index, file } => {
-                let event = ring::foreign(file)?;
+                let event = ring::foreign(file, ForeignEventFd::or_socket)?;
                 let ring = self.ring(index)?;
                 let (call, running) = (ring.call.clone(), ring.is_running());
-                let worker = &self.workers[index as usize / 2];
+                let worker = &self.workers[self.pair_of(index as usize)];
                 call.replace(event, || worker.interrupt());
                 // QEMU changes the descriptor whenever the guest masks or moves an interrupt. A
                 // call that went to the last one meanwhile may be lost; one too many does no harm.
@@ -349,9 +362,10 @@ impl Device {
                 Ok(None)
             }
             Request::SetVringErr { index, file } => {
-                let event = ring::foreign(file)?;
+                let event = ring::foreign(file, ForeignEventFd::or_socket)?;
                 let error = self.ring(index)?.error.clone();
-                error.replace(event, || self.workers[index as usize / 2].interrupt());
+                let pair = self.pair_of(index as usize);
+                error.replace(event, || self.workers[pair].interrupt());
                 Ok(None)
             }
             Request::SetVringEnable { index, enable } => {
@@ -474,10 +488,13 @@ impl Device {
             Ok(negotiated) => negotiated,
             Err(error) => return refused(error.to_string()),
         };
-        let running = self.told.rings.iter().any(ToldRing::is_running);
+        let running = self.told.rings.iter().any(|ring| ring.is_running() && !ring.is_idle());
         let same = |before: &Negotiated| before.is_same_but_for_the_log(&negotiated);
-        if running && !self.told.features.as_ref().is_some_and(same) {
-            return refused("the features changed while rings run");
+        if !self.told.features.as_ref().is_some_and(same) {
+            if running {
+                return refused("the features changed while rings run");
+            }
+            self.stop_all();
         }
         let before = self.told.features.replace(negotiated);
         if before != Some(negotiated) {
@@ -502,18 +519,26 @@ impl Device {
     }
 
     fn ring(&mut self, index: u32) -> Result<&mut ToldRing, Refusal> {
-        let rings = self.told.rings.len();
-        match self.told.rings.get_mut(index as usize) {
+        let (pairs, control) = (self.workers.len(), self.control_ring());
+        let has = |at: &usize| *at < 2 * pairs || Some(*at) == control;
+        match Some(index as usize).filter(has).and_then(|at| self.told.rings.get_mut(at)) {
             Some(ring) => Ok(ring),
             None => refused(format!(
-                "there is no ring {index}: the port has {rings} ({} queue pairs); \
+                "there is no ring {index}: the port has {} ({pairs} queue pairs); \
                  start it with a larger --queue-pairs",
-                rings / 2
+                2 * pairs
             )),
         }
     }
 
+    /// The ring, which must not run. User-mode Linux starts rings anew that it has only disabled: all
+    /// such rings are stopped here, for their memory may be another driver's by now.
     fn stopped_ring(&mut self, index: u32) -> Result<&mut ToldRing, Refusal> {
+        if self.ring(index)?.is_idle() {
+            self.end_all();
+            self.told.rings.iter_mut().filter(|ring| ring.is_idle()).for_each(ToldRing::stop);
+            self.restart_all();
+        }
         let ring = self.ring(index)?;
         if ring.is_running() {
             return refused(format!("ring {index} is running"));
@@ -522,7 +547,7 @@ impl Device {
     }
 
     fn set_vring_kick(&mut self, index: u32, file: Option<File>) -> Result<Option<Reply>, Refusal> {
-        let event = ring::foreign(file)?;
+        let event = ring::foreign(file, ForeignEventFd::new)?;
         if self.told.features.is_none() {
             return refused(format!("ring {index} was started before SET_FEATURES"));
         }
@@ -532,6 +557,9 @@ impl Device {
         ring.layout(&memory).map_err(Refusal::Refused)?;
         ring.kick = Kick::Given(event.map(Arc::new));
         ring.fault = None;
+        if self.control_ring() == Some(index as usize) {
+            info!("{}: control virtqueue started ring={index}; the daemon answers it", self.name);
+        }
         self.restart(index);
         Ok(None)
     }
@@ -539,11 +567,12 @@ impl Device {
     /// GET_VRING_BASE: when it is answered, the ring's memory is touched no more.
     fn stop_ring(&mut self, index: u32) -> Result<Option<Reply>, Refusal> {
         self.ring(index).map_err(|refusal| Refusal::Unanswerable(refusal.to_string()))?;
-        self.end(index as usize / 2);
+        let pair = self.pair_of(index as usize);
+        self.end(pair);
         let ring = &mut self.told.rings[index as usize];
         ring.stop();
         let num = u32::from(ring.base);
-        self.begin(index as usize / 2);
+        self.begin(pair);
         Ok(Some(Reply::VringState { index, num }))
     }
 
@@ -621,8 +650,9 @@ impl Device {
     }
 
     fn restart(&mut self, index: u32) {
-        self.end(index as usize / 2);
-        self.begin(index as usize / 2);
+        let pair = self.pair_of(index as usize);
+        self.end(pair);
+        self.begin(pair);
     }
 
     /// Ends the session of a queue pair, and notes where its rings stand.
@@ -632,8 +662,11 @@ impl Device {
     }
 
     fn note(&mut self, pair: usize, ended: Ended) {
-        let (rx, tx) = (2 * pair, 2 * pair + 1);
-        for (index, next) in [(rx, ended.rx), (tx, ended.tx)] {
+        let control = self.control_ring();
+        let data = [(2 * pair, ended.rx), (2 * pair + 1, ended.tx)];
+        let data = data.into_iter().filter(|(index, _)| Some(*index) != control);
+        let control = control.filter(|_| pair == 0).map(|index| (index, ended.control));
+        for (index, next) in data.chain(control) {
             let ring = &mut self.told.rings[index];
             ring.base = next.unwrap_or(ring.base);
             if ended.fault.is_some() {
@@ -645,19 +678,31 @@ impl Device {
     /// Begins the session that the state asks for, if any ring of the pair is to run.
     fn begin(&mut self, pair: usize) {
         let Some(negotiated) = self.told.features.filter(|_| !self.suspended) else { return };
-        let rings = &mut self.told.rings[2 * pair..2 * pair + 2];
-        let [rx, tx] = [0, 1].map(|side| {
-            let ring = &mut rings[side];
-            ring.session(&self.told.memory, &negotiated, |why| {
-                warn!("{}: ring {}: {why}", self.name, 2 * pair + side);
+        let control = self.control_ring();
+        let mut session = |index: usize| {
+            self.told.rings[index].session(&self.told.memory, &negotiated, |why| {
+                warn!("{}: ring {index}: {why}", self.name);
             })
-        });
-        if rx.is_none() && tx.is_none() {
+        };
+        let [rx, tx] = [2 * pair, 2 * pair + 1]
+            .map(|index| if Some(index) == control { None } else { session(index) });
+        let control = control.filter(|_| pair == 0).and_then(session);
+        if rx.is_none() && tx.is_none() && control.is_none() {
             return;
         }
         let mtu = self.mtu();
         let (memory, rules) = (self.told.memory.clone(), self.rules.clone());
-        let link = self.config.link;
-        self.workers[pair].begin(Session { memory, negotiated, mtu, link, rules, rx, tx });
+        let (link, pairs) = (self.config.link, self.workers.len() as u16);
+        self.workers[pair].begin(Session {
+            pairs,
+            memory,
+            negotiated,
+            mtu,
+            link,
+            rules,
+            rx,
+            tx,
+            control,
+        });
     }
 }

@@ -52,8 +52,8 @@ const ALWAYS: u64 = bits(&[
     VIRTIO_NET_F_MTU,
     VIRTIO_NET_F_STATUS,
     VIRTIO_NET_F_MQ,
-    // The frontend serves the control queue itself; cloud-hypervisor shows it to the guest only
-    // if the backend offers the bit.
+    // QEMU and cloud-hypervisor serve the control queue themselves, and cloud-hypervisor shows it to
+    // the guest only if the backend offers the bit. Other frontends pass the queue on.
     VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_GUEST_ANNOUNCE,
 ]) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
@@ -304,6 +304,13 @@ impl Negotiated {
         } else {
             LEGACY_HEADER_LENGTH
         }
+    }
+
+    /// Index of the control virtqueue of a device with `pairs` queue pairs, if there is one (virtio 1.3,
+    /// section 5.1.2).
+    pub fn control_ring(&self, pairs: usize) -> Option<usize> {
+        let pairs = if self.has(VIRTIO_NET_F_MQ) { pairs } else { 1 };
+        self.has(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
     }
 
     /// What the guest may leave to the host.

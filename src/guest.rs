@@ -18,7 +18,7 @@ mod notify;
 pub mod quota;
 pub mod virtqueue;
 
-pub use chain::{Burst, Chain, Direction, ReadSegment, Readable, Segment, Writable};
+pub use chain::{Burst, Chain, Command, Direction, ReadSegment, Readable, Segment, Writable};
 pub use dirty::DirtyLog;
 pub use fault::Fault;
 pub use inflight::Inflight;

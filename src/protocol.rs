@@ -372,7 +372,12 @@ impl Message {
                         what: "more than 8 regions",
                     });
                 }
-                length(8 + regions * REGION_LENGTH)?;
+                // User-mode Linux always sends room for two.
+                if !(8 + regions * REGION_LENGTH..=8 + MAX_TABLE_REGIONS * REGION_LENGTH)
+                    .contains(&size)
+                {
+                    return Err(wrong_size);
+                }
                 if count != regions {
                     return Err(wrong_count);
                 }

@@ -4,6 +4,7 @@
 //! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more. That holds
 //! for a session that panics too: unwinding drops it, and the thread serves the next one.
 
+mod control_queue;
 mod naps;
 mod recording;
 mod replies;
@@ -77,6 +78,8 @@ pub struct Session {
     pub memory: Arc<GuestMemory>,
     /// The features agreed on.
     pub negotiated: Negotiated,
+    /// Queue pairs of the port.
+    pub pairs: u16,
     /// MTU in bytes.
     pub mtu: u16,
     /// Whether frames move; if not, those from the guest are dropped, and it is given none.
@@ -87,6 +90,8 @@ pub struct Session {
     pub rx: Option<Ring>,
     /// The ring for frames from the guest.
     pub tx: Option<Ring>,
+    /// The ring for commands from the guest.
+    pub control: Option<Ring>,
 }
 
 /// How a session ended.
@@ -96,6 +101,8 @@ pub struct Ended {
     pub rx: Option<u16>,
     /// First chain of the tx ring that was not finished, if the ring ran.
     pub tx: Option<u16>,
+    /// First command that was not answered, if the control ring ran.
+    pub control: Option<u16>,
     /// Why the rings had stopped before, if they had.
     pub fault: Option<String>,
 }
@@ -136,7 +143,7 @@ impl Mailbox {
 
 /// What the control thread asks of a worker.
 enum Command {
-    Begin(Session),
+    Begin(Box<Session>),
     End,
 }
 
@@ -213,7 +220,7 @@ impl Worker {
     pub fn begin(&mut self, session: Session) {
         assert!(!self.running, "a worker serves one session at a time");
         self.running = true;
-        self.send(Command::Begin(session));
+        self.send(Command::Begin(Box::new(session)));
     }
 
     /// Ends the session, if one is running. When this returns, each of its chains has been retired

@@ -32,7 +32,7 @@ fn qemu_realize(frontend: &mut Frontend, calls: &[EventFd]) -> u64 {
     // QEMU has no use for CONFIG here.
     let protocol = protocol & !(1 << 9);
     frontend.send(FrontendReq::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes());
-    assert_eq!(frontend.get(FrontendReq::GET_QUEUE_NUM), 4);
+    assert_eq!(frontend.get(FrontendReq::GET_QUEUE_NUM), 5);
     assert_eq!(frontend.get(FrontendReq::GET_MAX_MEM_SLOTS), 509);
     let (channel, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
     frontend.ask(FrontendReq::SET_BACKEND_REQ_FD, &[], &[channel.as_raw_fd()]);
@@ -294,7 +294,7 @@ fn the_crate_s_own_frontend_is_served() {
     let protocol = stock.get_protocol_features().unwrap();
     assert!(protocol.contains(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ));
     stock.set_protocol_features(protocol & !VhostUserProtocolFeatures::REPLY_ACK).unwrap();
-    assert_eq!(stock.get_queue_num().unwrap(), 4);
+    assert_eq!(stock.get_queue_num().unwrap(), 5);
     let (_, config) = stock.get_config(0, 17, VhostUserConfigFlags::WRITABLE, &[0; 17]).unwrap();
     assert_eq!(config[..6], [0x52, 0x54, 0, 0, 0, 1]);
 

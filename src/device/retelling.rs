@@ -92,7 +92,12 @@ impl Device {
             messages.push(Retold::number(FrontendReq::NET_SET_MTU, mtu.into()));
         }
         for (index, ring) in (0..).zip(&told.rings) {
-            retell_ring(index, ring, &mut messages);
+            if index as usize == 2 * self.workers.len()
+                && self.control_ring() != Some(index as usize)
+            {
+                continue;
+            }
+            retell_ring(index, ring, &mut messages)?;
         }
         if told.status != 0 {
             messages.push(Retold::number(FrontendReq::SET_STATUS, told.status.into()));
@@ -111,7 +116,7 @@ fn needs_slots(memory: &GuestMemory) -> bool {
     memory.len() > MAX_TABLE_REGIONS || is_unmapped
 }
 
-fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) {
+fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::Result<()> {
     if ring.size > 0 {
         messages.push(Retold::ring(FrontendReq::SET_VRING_NUM, index, ring.size.into()));
     }
@@ -123,7 +128,10 @@ fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) {
     for (code, event) in
         [(FrontendReq::SET_VRING_CALL, &ring.call), (FrontendReq::SET_VRING_ERR, &ring.error)]
     {
-        if let Some(file) = event.file() {
+        // What can't be passed stays behind, as the backend's channel does.
+        if let Some(file) = event.file()
+            && (!event.is_socket() || can_be_passed(&file)?)
+        {
             messages.push(Retold::event(code, index, Some(file)));
         }
     }
@@ -137,6 +145,7 @@ fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) {
         let file = kick.as_ref().map(|event| event.file());
         messages.push(Retold::event(FrontendReq::SET_VRING_KICK, index, file));
     }
+    Ok(())
 }
 
 fn protocol_features(features: ProtocolFeatures) -> Retold {

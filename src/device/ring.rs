@@ -1,6 +1,7 @@
 //! What the frontend has told about one ring.
 
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
 use crate::device::Refusal;
@@ -64,6 +65,11 @@ pub(super) struct ToldRing {
 impl ToldRing {
     pub(super) fn is_running(&self) -> bool {
         matches!(self.kick, Kick::Given(_)) && self.fault.is_none()
+    }
+
+    /// Whether it was started, and then disabled.
+    pub(super) fn is_idle(&self) -> bool {
+        self.is_running() && self.enabled == Some(false)
     }
 
     pub(super) fn has_kick(&self) -> bool {
@@ -162,7 +168,10 @@ impl ToldRing {
     }
 }
 
-/// Takes over a descriptor that must be an eventfd.
-pub(super) fn foreign(file: Option<File>) -> Result<Option<ForeignEventFd>, Refusal> {
-    file.map(ForeignEventFd::new).transpose().map_err(|error| Refusal::Refused(error.to_string()))
+/// Takes over a descriptor, which `check` looks at.
+pub(super) fn foreign(
+    file: Option<File>,
+    check: fn(File) -> io::Result<ForeignEventFd>,
+) -> Result<Option<ForeignEventFd>, Refusal> {
+    file.map(check).transpose().map_err(|error| Refusal::Refused(error.to_string()))
 }

@@ -15,6 +15,8 @@ use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
 pub trait Direction: fmt::Debug + 'static {
     /// Whether the device writes it (the descriptors have `VIRTQ_DESC_F_WRITE`).
     const WRITABLE: bool;
+    /// Whether a chain has a part that the device only reads, and behind it one that the device writes.
+    const MIXED: bool = false;
     /// Flags of a descriptor that is a whole chain.
     const FLAGS: u16 = if Self::WRITABLE { VRING_DESC_F_WRITE as u16 } else { 0 };
 }
@@ -27,12 +29,22 @@ pub enum Readable {}
 #[derive(Debug)]
 pub enum Writable {}
 
+/// Device-readable, then device-writable: a command from the guest, on the control virtqueue. An
+/// [empty](Segment::EMPTY) segment stands between the two parts.
+#[derive(Debug)]
+pub enum Command {}
+
 impl Direction for Readable {
     const WRITABLE: bool = false;
 }
 
 impl Direction for Writable {
     const WRITABLE: bool = true;
+}
+
+impl Direction for Command {
+    const WRITABLE: bool = true;
+    const MIXED: bool = true;
 }
 
 /// A piece of shared memory that is contiguous for the host: guest memory, or a bounce buffer that
@@ -460,6 +472,14 @@ impl Chain<'_, Writable> {
             done += target.copy_from(source.skip(done));
         }
         done
+    }
+}
+
+impl<'mem> Chain<'mem, Command> {
+    /// The command's memory, and that for its answer.
+    pub fn parts(&self) -> (&[Segment<'mem>], &[Segment<'mem>]) {
+        let mut parts = self.segments().splitn(2, |segment| segment.len() == 0);
+        (parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
     }
 }
 

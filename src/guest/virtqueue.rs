@@ -225,7 +225,8 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         let first = self.descriptor(self.descriptors, head);
         let length = first.len();
         // Nearly always: one descriptor, in one region.
-        if first.flags() == D::FLAGS
+        if !D::MIXED
+            && first.flags() == D::FLAGS
             && length > 0
             && let Some(found) = self.memory.at(first.addr().0, &mut self.region)
             && length as usize <= found.len()
@@ -280,12 +281,17 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     ) -> Result<u32, Fault> {
         let mut descriptor = first;
         let mut total = 0u32;
+        let mut in_answer = !D::MIXED;
         // A chain without a loop passes each descriptor once at the most.
         for _ in 0..entries {
             if descriptor.refers_to_indirect_table() {
                 return Err(Fault::IndirectNotAllowed { head });
             }
-            if descriptor.is_write_only() != D::WRITABLE {
+            if D::MIXED && !in_answer && descriptor.is_write_only() {
+                segments.push(Segment::EMPTY);
+                in_answer = true;
+            }
+            if descriptor.is_write_only() != (D::WRITABLE && in_answer) {
                 return Err(Fault::WrongDirection { head });
             }
             total = total.checked_add(descriptor.len()).ok_or(Fault::ChainTooLarge { head })?;

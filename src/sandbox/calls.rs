@@ -66,6 +66,8 @@ const CONTROL: &[c_long] = &[
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_ftruncate,
+    libc::SYS_getpeername,
+    libc::SYS_getsockopt,
     libc::SYS_lstat,
     libc::SYS_memfd_create,
     libc::SYS_newfstatat,
@@ -110,8 +112,8 @@ const START: &[c_long] = &[
     libc::SYS_seccomp,
 ];
 
-/// Frames of a TAP.
-const WORKER: &[c_long] = &[libc::SYS_io_uring_enter, libc::SYS_readv];
+/// Frames of a TAP, and calls by a socket.
+const WORKER: &[c_long] = &[libc::SYS_io_uring_enter, libc::SYS_readv, libc::SYS_sendto];
 
 /// Sockets, and their devices, programs and maps.
 const XDP: &[c_long] = &[

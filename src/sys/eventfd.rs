@@ -2,10 +2,11 @@
 //!
 //! Invariant: no descriptor from a frontend can block the control thread or raise a signal. Kick
 //! descriptors are never read: the worker watches them edge-triggered, so each kick wakes it once
-//! whatever the counter says. Call and error descriptors are non-blocking. The frontend can undo
-//! that, since the flag belongs to the open file, and no system call writes to an eventfd without
-//! regard to it. So only a worker writes to them: the frontend can hold up its own queue pair,
-//! until the control thread interrupts the worker.
+//! whatever the counter says. Call and error descriptors are non-blocking. A socket among them does
+//! not block whatever the frontend does. The frontend can make an eventfd blocking, since the flag
+//! belongs to the open file, and no system call writes to an eventfd without regard to it. So only a
+//! worker writes to them: the frontend can hold up its own queue pair, until the control thread
+//! interrupts the worker.
 
 use std::fs::{self, File};
 use std::io;
@@ -17,6 +18,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::check;
+use super::socket::{Inherited, classify};
 
 /// How soon to look again whether a descriptor can be replaced.
 const RETRY: Duration = Duration::from_millis(1);
@@ -28,7 +30,11 @@ const GIVE_WAY: Duration = Duration::from_micros(50);
 /// It is the frontend's open file description: the other side may read it, fill it or change its
 /// flags at any time, and nothing here depends on its counter.
 #[derive(Debug)]
-pub struct ForeignEventFd(Arc<File>);
+pub struct ForeignEventFd {
+    file: Arc<File>,
+    /// It is a unix stream socket, which is signalled in its own way.
+    is_socket: bool,
+}
 
 impl ForeignEventFd {
     /// Checks that `file` is an eventfd and makes it non-blocking.
@@ -51,17 +57,38 @@ impl ForeignEventFd {
             let flags = check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))?;
             check(libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
         }
-        Ok(ForeignEventFd(Arc::new(file)))
+        Ok(ForeignEventFd { file: Arc::new(file), is_socket: false })
     }
 
-    /// Adds one to the counter, which wakes whoever waits for it.
+    /// Checks that `file` is an eventfd, as [`new`](Self::new) does, or a connected unix stream socket, by which
+    /// user-mode Linux is called. A pipe is refused: whoever reads it holds its lock for as long as the
+    /// memory that they read to takes to appear, and no signal ends the wait for that lock.
     ///
     /// # Errors
-    /// `WouldBlock` if the counter is at its maximum: whoever waits has been woken long ago.
+    /// `InvalidInput` if the descriptor is anything else.
+    pub fn or_socket(file: File) -> io::Result<Self> {
+        if matches!(classify(file.as_fd()), Ok(Inherited::Connection)) {
+            return Ok(ForeignEventFd { file: Arc::new(file), is_socket: true });
+        }
+        Self::new(file)
+    }
+
+    /// Adds one to the counter, which wakes whoever waits for it, or sends so many bytes.
+    ///
+    /// # Errors
+    /// `WouldBlock` if the counter is at its maximum, or the socket is full: whoever waits has been woken
+    /// long ago.
     pub fn signal(&self) -> io::Result<()> {
         let one = 1u64.to_ne_bytes();
-        // SAFETY: writes 8 bytes from a live array.
-        let written = unsafe { libc::write(self.0.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        let (fd, bytes) = (self.file.as_raw_fd(), one.as_ptr().cast());
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: both read 8 bytes from a live array.
+        let written = unsafe {
+            match self.is_socket {
+                true => libc::send(fd, bytes, one.len(), flags),
+                false => libc::write(fd, bytes, one.len()),
+            }
+        };
         if written < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -70,13 +97,13 @@ impl ForeignEventFd {
 
     /// Its file.
     pub fn file(&self) -> Arc<File> {
-        self.0.clone()
+        self.file.clone()
     }
 }
 
 impl AsFd for ForeignEventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
@@ -126,6 +153,11 @@ impl ForeignEvent {
         self.is_set.load(Ordering::Relaxed)
     }
 
+    /// Whether it is a socket, which the kernel may refuse to pass on.
+    pub fn is_socket(&self) -> bool {
+        self.lock().as_ref().is_some_and(|event| event.is_socket)
+    }
+
     /// Its file, if there is one.
     pub fn file(&self) -> Option<Arc<File>> {
         self.lock().as_ref().map(ForeignEventFd::file)
@@ -169,7 +201,9 @@ impl AsFd for Waker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
     use std::os::fd::{FromRawFd, OwnedFd};
+    use std::os::unix::net::{UnixDatagram, UnixStream};
 
     fn foreign(event: &EventFd) -> ForeignEventFd {
         let duplicate = event.try_clone().unwrap();
@@ -206,8 +240,28 @@ mod tests {
             File::from(OwnedFd::from(write_end)),
         ];
         for file in files {
-            let error = ForeignEventFd::new(file).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            for refuses in [ForeignEventFd::new, ForeignEventFd::or_socket] {
+                let error = refuses(file.try_clone().unwrap()).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+            }
         }
+    }
+
+    #[test]
+    fn full_or_closed_socket_does_not_block_its_signal() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let file = File::from(OwnedFd::from(ours));
+        assert!(ForeignEventFd::new(file.try_clone().unwrap()).is_err(), "no kick descriptor");
+        let event = ForeignEventFd::or_socket(file).unwrap();
+        event.signal().unwrap();
+        let mut bytes = [0; 8];
+        (&theirs).read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, 1u64.to_ne_bytes());
+        let error = (0..100_000).find_map(|_| event.signal().err()).unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        drop(theirs);
+        assert_eq!(event.signal().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        let (ours, _theirs) = UnixDatagram::pair().unwrap();
+        assert!(ForeignEventFd::or_socket(File::from(OwnedFd::from(ours))).is_err());
     }
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, error, info, warn};
 
+use super::control_queue::ControlQueue;
 use super::naps::Naps;
 use super::recording::record;
 use super::replies::Replies;
@@ -85,6 +86,7 @@ impl<'s, D: Direction> Side<'s, D> {
 struct Serving<'s> {
     rx: Option<Side<'s, Writable>>,
     tx: Option<Side<'s, Readable>>,
+    control: Option<ControlQueue<'s>>,
     port: Box<dyn Port<'s> + 's>,
     finished: Finished<'s>,
     memory: &'s GuestMemory,
@@ -117,7 +119,8 @@ pub(super) fn serve(
     let (name, first) = (&options.name, 2 * options.pair);
     let sides = Side::start(name, session, first, &session.rx, &counters.rx)
         .and_then(|rx| Ok((rx, Side::start(name, session, first + 1, &session.tx, &counters.tx)?)));
-    let (rx, tx) = match sides {
+    let sides = sides.and_then(|(rx, tx)| Ok((rx, tx, ControlQueue::start(session)?)));
+    let (rx, tx, control) = match sides {
         Ok(sides) => sides,
         Err(fault) => return stopped(session, options, &fault, Ended::default()),
     };
@@ -142,6 +145,7 @@ pub(super) fn serve(
     let mut serving = Serving {
         rx,
         tx,
+        control,
         port,
         finished,
         memory,
@@ -161,6 +165,7 @@ pub(super) fn serve(
     let ended = Ended {
         rx: serving.rx.as_ref().map(|side| side.queue.next_used()),
         tx: serving.tx.as_ref().map(|side| side.queue.next_used()),
+        control: serving.control.as_ref().map(ControlQueue::next_used),
         fault: None,
     };
     match result {
@@ -188,12 +193,17 @@ pub(super) fn panicked(session: &Session, options: &WorkerOptions) -> Ended {
     );
     tell_frontend(session);
     let used = |ring: &Option<Ring>| ring.as_ref()?.layout.used_index(&session.memory).ok();
-    Ended { rx: used(&session.rx), tx: used(&session.tx), fault: Some(FAULT.into()) }
+    Ended {
+        rx: used(&session.rx),
+        tx: used(&session.tx),
+        control: used(&session.control),
+        fault: Some(FAULT.into()),
+    }
 }
 
 /// Signals the error descriptors of the session's rings.
 fn tell_frontend(session: &Session) {
-    for ring in [&session.rx, &session.tx].into_iter().flatten() {
+    for ring in [&session.rx, &session.tx, &session.control].into_iter().flatten() {
         ring.error.signal();
     }
 }
@@ -206,7 +216,11 @@ impl Serving<'_> {
         options: &WorkerOptions,
         mailbox: &Mailbox,
     ) -> Result<(), Fault> {
-        let rings = (self.rx.as_ref().map(|rx| rx.ring), self.tx.as_ref().map(|tx| tx.ring));
+        let rings = [
+            self.rx.as_ref().map(|rx| rx.ring),
+            self.tx.as_ref().map(|tx| tx.ring),
+            self.control.as_ref().map(ControlQueue::ring),
+        ];
         let mut complained = false;
         let mut sleeper = loop {
             match Sleeper::new(rings, self.port.events(), mailbox) {
@@ -223,13 +237,12 @@ impl Serving<'_> {
         };
         while !mailbox.has_command() {
             if mailbox.take_call() {
-                let rings =
-                    self.rx.iter().map(|rx| rx.ring).chain(self.tx.iter().map(|tx| tx.ring));
-                rings.for_each(|ring| {
+                rings.iter().flatten().for_each(|ring| {
                     ring.call.signal();
                 });
             }
             if self.turn()?
+                || self.answer()?
                 || self.look_on(options.busy_poll, mailbox)?
                 || self.nap()
                 || self.arm()?
@@ -306,6 +319,11 @@ impl Serving<'_> {
             self.status.set_mode(self.port.mode());
         }
         Ok(moved)
+    }
+
+    /// Answers the guest's commands; says whether there were any.
+    fn answer(&mut self) -> Result<bool, Fault> {
+        self.control.as_mut().map_or(Ok(false), ControlQueue::answer)
     }
 
     /// Counts, towards the port's limits, what is known of frames only now: those for the guest,
@@ -467,6 +485,9 @@ impl Serving<'_> {
         if let Some(rx) = rx {
             self.status.counters.starved.add(1);
             more |= rx.queue.arm()?;
+        }
+        if let Some(control) = &mut self.control {
+            more |= control.arm()?;
         }
         Ok(more)
     }

@@ -17,6 +17,7 @@ enum Wake {
     Command,
     RxKick,
     TxKick,
+    ControlKick,
     Host,
     Port,
 }
@@ -40,19 +41,20 @@ pub(super) struct Sleeper {
 }
 
 impl Sleeper {
-    /// Waits for the kicks of the rx and the tx ring, for the port's `events`, and for commands.
+    /// Waits for the kicks of the rx, the tx and the control ring, for the port's `events`, and for commands.
     ///
     /// # Errors
     /// A descriptor can't be waited on.
     pub(super) fn new(
-        (rx, tx): (Option<&Ring>, Option<&Ring>),
+        rings: [Option<&Ring>; 3],
         events: Option<BorrowedFd<'_>>,
         mailbox: &Mailbox,
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
         poller.add(&mailbox.wake, Interest::Read, Wake::Command)?;
         let mut polling = None;
-        for (ring, wake) in [(rx, Wake::RxKick), (tx, Wake::TxKick)] {
+        let wakes = [Wake::RxKick, Wake::TxKick, Wake::ControlKick];
+        for (ring, wake) in rings.into_iter().zip(wakes) {
             let Some(ring) = ring else { continue };
             let Some(kick) = &ring.kick else {
                 polling = Some(POLL);
@@ -96,6 +98,8 @@ impl Sleeper {
             Wake::Command => mailbox.wake.clear(),
             Wake::RxKick => woken.rx = true,
             Wake::TxKick => woken.tx = true,
+            // Commands are looked for after each sleep.
+            Wake::ControlKick => {}
             Wake::Host => woken.host = true,
             Wake::Port => woken.port = true,
         };
