@@ -33,7 +33,12 @@ struct Mapping {
 
 /// Checks each VMM that runs.
 pub(super) fn check(host: &Host, require_sealed: bool) -> Vec<Finding> {
-    let mut found: Vec<_> = vmms(host).iter().map(|vmm| judge(host, vmm, require_sealed)).collect();
+    let judged = |vmm: &Vmm| {
+        let found = judge(host, vmm, require_sealed);
+        // One that has exited meanwhile was judged by nothing.
+        words(host, &vmm.process).is_some_and(|words| words == vmm.words).then_some(found)
+    };
+    let mut found: Vec<_> = vmms(host).iter().filter_map(judged).collect();
     if found.is_empty() {
         let why = "no QEMU and no cloud-hypervisor runs: not applicable";
         found.push(Finding::pass(CHECK, "memory of running VMs", why));
@@ -45,15 +50,19 @@ fn vmms(host: &Host) -> Vec<Vmm> {
     host.processes()
         .into_iter()
         .filter_map(|process| {
-            let line = host.read(&format!("/proc/{process}/cmdline"))?;
-            let words: Vec<String> =
-                line.trim_end_matches('\0').split('\0').map(str::to_owned).collect();
+            let words = words(host, &process)?;
             let program = words.first()?.rsplit('/').next()?;
             let runs_guests = program.starts_with("qemu-system-")
                 || ["qemu-kvm", "kvm", "cloud-hypervisor"].contains(&program);
             runs_guests.then_some(Vmm { process, words })
         })
         .collect()
+}
+
+/// The words that a process was started with.
+fn words(host: &Host, process: &str) -> Option<Vec<String>> {
+    let line = host.read(&format!("/proc/{process}/cmdline"))?;
+    Some(line.trim_end_matches('\0').split('\0').map(str::to_owned).collect())
 }
 
 fn judge(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
@@ -67,6 +76,15 @@ fn judge(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
     let size = memory.bytes >> 20;
     let has_card =
         vmm.words.iter().any(|word| word.contains("vhost-user") || word.contains("vhost_user"));
+    let expected = expected_bytes(&vmm.words);
+    if has_card && memory.bytes < expected / 2 {
+        let why = format!(
+            "its guest's {} MiB are not seen yet: it waits for a socket, or has just started; look \
+             again when the guest runs",
+            expected >> 20
+        );
+        return Finding::warn(CHECK, what, why);
+    }
     if !memory.shared {
         let why = format!("its {size} MiB are not shared");
         if !has_card {
@@ -77,7 +95,13 @@ fn judge(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
             "{why}, and its vhost-user device needs that: shut the guest down and start it so"
         );
         let found = Finding::fail(CHECK, what, why);
-        let command = shared(&vmm.words).and_then(|command| as_its_user(host, vmm, command));
+        // A container's files and users are not those of whoever reads this.
+        let namespace = |process: &str| host.link(&format!("/proc/{process}/ns/pid"));
+        let is_here = namespace(&vmm.process) == namespace("self");
+        let command = is_here
+            .then(|| shared(&vmm.words))
+            .flatten()
+            .and_then(|command| as_its_user(host, vmm, command));
         return match command {
             Some(command) => found.cure(command),
             None => found,
@@ -153,12 +177,45 @@ fn as_its_user(host: &Host, vmm: &Vmm, command: String) -> Option<String> {
     Some(format!("runuser -u {} -- {command}", quoted(&user.name)))
 }
 
+/// The word behind an option.
+fn after<'a>(words: &'a [String], option: &str) -> Option<&'a str> {
+    let found = words.windows(2).find(|pair| pair[0].trim_start_matches('-') == option)?;
+    Some(&found[1])
+}
+
+/// The size of the guest's memory, or of the smallest part of it, by the words that its VMM was started
+/// with; 0 if these do not tell.
+fn expected_bytes(words: &[String]) -> u64 {
+    const MIB: u64 = 1 << 20;
+    // A number, and one of the letters that stand for powers of 1024.
+    let bytes = |text: &str, unit: u64| {
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let number: u64 = text[..digits].parse().ok()?;
+        let letter = text[digits..].chars().next().map(|letter| letter.to_ascii_uppercase());
+        let power = letter.and_then(|letter| "BKMGT".find(letter));
+        number.checked_mul(power.map_or(unit, |power| 1 << (10 * power)))
+    };
+    let size = |word: &str| {
+        let text = word.split(',').find_map(|part| part.strip_prefix("size="));
+        // As libvirt writes it.
+        let text = text.or_else(|| Some(word.split_once("\"size\":")?.1.trim_start()));
+        bytes(text?, 1)
+    };
+    let parts = words.iter().filter(|word| word.contains("memory-backend-"));
+    if let Some(smallest) = parts.filter_map(|word| size(word)).min() {
+        return smallest;
+    }
+    if let Some(memory) = after(words, "memory") {
+        return size(memory).unwrap_or(0);
+    }
+    let first = after(words, "m").and_then(|word| word.split(',').next());
+    bytes(first.map_or("128", |word| word.trim_start_matches("size=")), MIB).unwrap_or(0)
+}
+
 /// The command that starts a VM with memory that is shared.
 fn shared(words: &[String]) -> Option<String> {
     let program = words.first()?.rsplit('/').next()?;
-    let after = |option: &str| {
-        words.windows(2).find(|pair| pair[0].trim_start_matches('-') == option).map(|pair| &pair[1])
-    };
+    let after = |option| after(words, option);
     let libvirt = after("name").filter(|name| name.starts_with("guest="));
     if let Some(name) = libvirt {
         let name = quoted(name.trim_start_matches("guest=").split(',').next()?);
@@ -170,13 +227,20 @@ fn shared(words: &[String]) -> Option<String> {
     if program == "cloud-hypervisor" {
         let at = words.iter().position(|word| word == "--memory")? + 1;
         let memory = words.get_mut(at)?;
-        *memory = memory.replace(",shared=off", "") + ",shared=on";
+        *memory = memory.replace(",shared=off", "").replace(",shared=on", "") + ",shared=on";
     } else if let Some(backend) = words.iter_mut().find(|word| word.starts_with("memory-backend-"))
     {
         // Anonymous memory has no file that could be handed over.
-        *backend =
-            backend.replace("memory-backend-ram", "memory-backend-memfd").replace(",share=off", "")
-                + ",share=on";
+        let kept = backend.replace(",share=off", "").replace(",share=on", "");
+        *backend = kept.replace("memory-backend-ram", "memory-backend-memfd") + ",share=on";
+        let id = backend.split(',').find_map(|part| part.strip_prefix("id="))?;
+        let uses = ["memory-backend", "memdev"].map(|option| format!("{option}={id}"));
+        // Nothing but the name makes it the guest's.
+        let machine = uses[0].clone();
+        let is_use = |part: &str| uses.iter().any(|it| it == part);
+        if !words.iter().any(|word| word.split(',').any(is_use)) {
+            words.extend(["-machine".into(), machine]);
+        }
     } else if words.iter().any(|word| word.starts_with('{') && word.contains("memory-backend-")) {
         return None;
     } else {
@@ -234,6 +298,55 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_is_not_made_yet_is_no_fault() {
+        const EARLY: &str = "7f0000000000-7f0000800000 rw-p 00000000 00:00 0 \n";
+        let judged = |line: &str, maps: &str| {
+            let line = line.replace(' ', "\0") + "\0";
+            let (_directory, host) = fake(&[("/proc/7/cmdline", &line), ("/proc/7/maps", maps)]);
+            check(&host, false).remove(0)
+        };
+        let card = "-netdev vhost-user,id=n,chardev=c";
+        for memory in [
+            "-m 192",
+            "-m size=1G,slots=2",
+            "",
+            "-object memory-backend-memfd,id=mem,size=192M,share=on",
+            "-object {\"qom-type\":\"memory-backend-memfd\",\"id\":\"m\",\"size\":201326592}",
+        ] {
+            let found = judged(&format!("qemu-system-x86_64 {memory} {card}"), EARLY);
+            assert_eq!((found.status, &found.cure), (Status::Warn, &None), "{memory}: {found:?}");
+            assert!(found.why.contains("not seen yet"), "{found:?}");
+        }
+        let line = "cloud-hypervisor --memory size=1G,shared=on --net vhost_user=true";
+        assert!(judged(line, EARLY).why.contains("its guest's 1024 MiB are not seen yet"));
+        // Two parts of a guest's memory, each as large as what is seen.
+        let halves = "-m 2G -object memory-backend-ram,id=a,size=1G -numa node,memdev=a \
+                      -object memory-backend-ram,id=b,size=1G -numa node,memdev=b";
+        let found = judged(&format!("qemu-system-x86_64 {halves} {card}"), PRIVATE);
+        assert_eq!(found.status, Status::Fail);
+    }
+
+    #[test]
+    fn vmm_that_exits_or_is_elsewhere_gets_no_command() {
+        let line = "qemu-system-x86_64\0-netdev\0vhost-user,id=n\0";
+        let (directory, host) = fake(&[("/proc/7/cmdline", line), ("/proc/7/maps", PRIVATE)]);
+        let root = directory.as_path();
+        let link = |process: &str, namespace: &str| {
+            let place = root.join(format!("proc/{process}/ns"));
+            std::fs::create_dir_all(&place).unwrap();
+            std::os::unix::fs::symlink(namespace, place.join("pid")).unwrap();
+        };
+        assert!(check(&host, false)[0].cure.is_some());
+        link("self", "pid:[1]");
+        link("7", "pid:[2]");
+        let found = check(&host, false).remove(0);
+        assert_eq!((found.status, found.cure), (Status::Fail, None), "it is in a container");
+        // Between two looks, as a zombie has it.
+        std::fs::write(root.join("proc/7/cmdline"), "").unwrap();
+        assert!(check(&host, false)[0].why.contains("not applicable"));
+    }
+
+    #[test]
     fn a_strangers_command_line_is_run_by_the_stranger_only() {
         let line = "/home/x/qemu-system-x86_64\0-netdev\0vhost-user,id=n\0";
         let cure = |owner: u32| {
@@ -257,8 +370,14 @@ mod tests {
         let cure = |line| shared(&words(line)).unwrap();
         assert_eq!(
             cure("qemu-system-x86_64 -object memory-backend-ram,id=m,size=1G,share=off"),
-            "qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on"
+            "qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -machine \
+             memory-backend=m"
         );
+        let unused = cure("kvm -object memory-backend-memfd,id=m,size=1G,share=on");
+        assert_eq!(unused.matches("share=on").count(), 1, "{unused}");
+        assert!(unused.ends_with(" -machine memory-backend=m"), "{unused}");
+        let used = "kvm -machine q35,memory-backend=m -object memory-backend-file,id=m,size=1G";
+        assert_eq!(cure(used), format!("{used},share=on"));
         assert!(cure("kvm -m 512").contains("size=512M,share=on"));
         assert_eq!(
             cure("cloud-hypervisor --memory size=1G"),

@@ -74,6 +74,25 @@ fn a_vm_that_does_not_share_its_memory_is_mended_by_the_command_that_is_printed(
 }
 
 #[test]
+fn vm_that_waits_for_its_socket_is_not_judged_yet() {
+    needs_root!("vm_that_waits_for_its_socket_is_not_judged_yet");
+    needs_program!("vm_that_waits_for_its_socket_is_not_judged_yet", "qemu-system-x86_64");
+    let daemon = Daemon::spawn(&["--loopback", "--connect={}"]);
+    let socket = daemon.directory().join("waits");
+    let waits = format!("{},server=on,wait=on", socket.display());
+    let backend = "memory-backend-memfd,id=mem,size=192M,share=on";
+    let qemu = Qemu::start(&waits, &["-object", backend, "-machine", "memory-backend=mem"]);
+    eventually("it waits", || socket.exists());
+    let what = format!("memory of qemu-system-x86_64 (process {})", qemu.0.id());
+    let found = examine(&[]).into_iter().find(|line| line.what == what).unwrap();
+    assert_eq!((&found.status[..], &found.cure), ("WARN", &None), "{found:?}");
+    assert!(found.why.contains("its guest's 192 MiB are not seen yet"), "{found:?}");
+    // It goes on once the daemon finds it, and is judged then.
+    std::os::unix::fs::symlink(&socket, daemon.socket()).unwrap();
+    assert_eq!(qemu.line().status, "PASS");
+}
+
+#[test]
 fn memory_that_could_be_cut_is_warned_of() {
     needs_root!("memory_that_could_be_cut_is_warned_of");
     needs_program!("memory_that_could_be_cut_is_warned_of", "qemu-system-x86_64");
