@@ -4,6 +4,7 @@
 mod arguments;
 mod file;
 mod host;
+mod keys;
 mod net_backend;
 mod options;
 
@@ -26,6 +27,7 @@ use crate::sys::process::host_memory;
 
 pub use arguments::{command, parse};
 pub use file::read as read_file;
+pub use keys::{Key, Place, keys};
 pub(crate) use options::device_name;
 use options::socket_path;
 pub use options::{PortChanges, PortOptions};
@@ -131,12 +133,12 @@ pub struct Confinement {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Seccomp {
-    /// The process is killed.
+    /// Kill the process.
     #[default]
     Kill,
-    /// The kernel logs it.
+    /// Have the kernel log the call.
     Log,
-    /// System calls are not looked at.
+    /// Install no filter.
     None,
 }
 

@@ -21,6 +21,7 @@ mod live_migration;
 mod memory_table;
 mod metrics;
 mod migration;
+mod operator_cli;
 mod oracle;
 mod packaging;
 mod policy;

@@ -82,9 +82,10 @@ fn the_package_holds_all_that_belongs_to_it() {
         "usr/lib/systemd/system/vhost-user-net@.service",
         "usr/lib/systemd/system/vhost-user-net@.socket",
         "usr/share/qemu/vhost-user/50-vhost-user-net.json",
-        "usr/share/man/man1/vhost-user-net.1",
-        "usr/share/man/man1/vhost-user-net-run.1",
-        "usr/share/man/man1/vhost-user-net-check-config.1",
+        "usr/share/man/man8/vhost-user-net.8",
+        "usr/share/man/man8/vhost-user-net-run.8",
+        "usr/share/man/man8/vhost-user-net-check-config.8",
+        "usr/share/man/man5/vhost-user-net.toml.5",
         "usr/share/man/man1/vhost-user-net-ctl.1",
         "usr/share/man/man1/vhost-user-net-ctl-set.1",
         "usr/share/bash-completion/completions/vhost-user-net",
@@ -307,10 +308,11 @@ fn units_serve_guests_under_systemd() {
 fn manual_pages_render_without_a_warning() {
     needs_program!("manual_pages_render_without_a_warning", "cargo-deb");
     needs_program!("manual_pages_render_without_a_warning", "man");
-    let pages = package().files.join("usr/share/man/man1");
+    let pages = package().files.join("usr/share/man");
     let names = files(&pages);
-    assert!(names.len() >= 8, "{names:?}");
+    assert!(names.len() >= 16, "{names:?}");
     for name in names {
+        let title = Path::new(&name).file_stem().unwrap().to_str().unwrap();
         let mut man = Command::new("man");
         man.args(["--warnings", "-E", "UTF-8", "-Tutf8", "-l"]).arg(pages.join(&name));
         let output = man.env("LC_ALL", "C.UTF-8").stdin(Stdio::null()).output().unwrap();
@@ -326,7 +328,7 @@ fn manual_pages_render_without_a_warning() {
             }
         }
         let plain: Vec<&str> = text.split_whitespace().collect();
-        let heads = ["NAME", name.trim_end_matches(".1"), "-"];
+        let heads = ["NAME", title, "-"];
         assert!(plain.windows(3).any(|words| words == heads), "{name}: {text}");
     }
 }

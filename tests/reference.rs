@@ -6,8 +6,7 @@ use std::fmt::Write;
 use std::fs;
 
 use clap::{Arg, Command};
-use vhost_user_net::config::{self, PortOptions};
-use vmm_sys_util::tempdir::TempDir;
+use vhost_user_net::config::{self, Place};
 
 use crate::support::daemon::{Daemon, port};
 
@@ -41,6 +40,8 @@ fn reference() -> String {
          daemon.\nWhat is wrong here is mended there; then write this page anew:\n\n    {ANEW}\n\n"
     );
     let named = |arg: &&Arg| arg.get_long().is_some() && !is_common(arg);
+    let keys = config::keys();
+    let key = |arg: &Arg| keys.iter().find(|key| key.name == name(arg));
     let changing: BTreeSet<&str> =
         find(&program, &["ctl", "set"]).get_arguments().filter_map(Arg::get_long).collect();
 
@@ -50,18 +51,20 @@ fn reference() -> String {
              port's alone. A star: `ctl set`\nchanges it while the port runs.\n\n\
              | option | in a file | |\n|---|---|---|\n";
     for arg in program.get_arguments().filter(named) {
-        let Some(kind) = port_key(name(arg)) else { continue };
+        let Some(key) = key(arg).filter(|key| key.place != Place::Daemon) else { continue };
         let star = if changing.contains(name(arg)) { " *" } else { "" };
-        row(&mut text, &[format!("`{}`{star}", option(arg)), kind, help(arg)]);
+        row(&mut text, &[format!("`{}`{star}", option(arg)), key.kind.clone(), help(arg)]);
     }
     text += "\n## The daemon's options\n\n\
              In a file they stand before the first table.\n\n\
              | option | in a file | |\n|---|---|---|\n";
     for arg in program.get_arguments().filter(named) {
-        if port_key(name(arg)).is_none() {
-            let kind = daemon_key(name(arg)).unwrap_or_else(|| "not there".into());
-            row(&mut text, &[format!("`{}`", option(arg)), kind, help(arg)]);
-        }
+        let kind = match key(arg) {
+            Some(key) if key.place == Place::Daemon => &key.kind,
+            Some(_) => continue,
+            None => "not there",
+        };
+        row(&mut text, &[format!("`{}`", option(arg)), kind.into(), help(arg)]);
     }
 
     text += "\n## Commands\n\n| command | |\n|---|---|\n";
@@ -157,7 +160,8 @@ fn long_option(arg: &Arg) -> String {
 
 /// What it is for, with what may be said and what is meant if nothing is.
 fn help(arg: &Arg) -> String {
-    let mut text = arg.get_help().map(ToString::to_string).unwrap_or_default();
+    let help = arg.get_long_help().or(arg.get_help()).map(ToString::to_string);
+    let mut text = help.unwrap_or_default().replace("\n\n", " ");
     let values: Vec<String> =
         arg.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
     if arg.get_action().takes_values() && !values.is_empty() && !arg.is_hide_possible_values_set() {
@@ -174,38 +178,6 @@ fn help(arg: &Arg) -> String {
 fn row(text: &mut String, cells: &[String]) {
     let cells: Vec<String> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
     let _ = writeln!(text, "| {} |", cells.join(" | "));
-}
-
-/// What a key may be in TOML: what it is called, and an example.
-const KINDS: [(&str, &str); 4] =
-    [("true or false", "true"), ("number", "1"), ("text", "\"x\""), ("list", "[]")];
-
-/// The kinds that a key of a file takes, by what `read` complains of; none if there is no such key.
-fn kinds(key: &str, read: impl Fn(&str) -> Result<(), String>) -> Option<String> {
-    let taken = |value: &str| match read(&format!("{key} = {value}\n")) {
-        Err(why) if why.contains("unknown field") => None,
-        Err(why) => Some(!why.contains("invalid type") && !why.contains("wanted string")),
-        Ok(()) => Some(true),
-    };
-    let kinds: Option<Vec<(&str, bool)>> =
-        KINDS.iter().map(|(kind, value)| Some((*kind, taken(value)?))).collect();
-    let kinds: Vec<&str> = kinds?.into_iter().filter(|it| it.1).map(|it| it.0).collect();
-    Some(kinds.join(", "))
-}
-
-fn port_key(key: &str) -> Option<String> {
-    kinds(key, |text| {
-        toml::from_str::<PortOptions>(text).map(drop).map_err(|error| error.message().to_owned())
-    })
-}
-
-fn daemon_key(key: &str) -> Option<String> {
-    let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
-    let file = directory.as_path().join("config");
-    kinds(key, |text| {
-        fs::write(&file, text).unwrap();
-        config::read_file(&file).map(drop)
-    })
 }
 
 /// The metrics of a daemon that has one port.

@@ -25,6 +25,7 @@ pub enum Command {
     /// Print what all ports have counted for Prometheus (as for node_exporter's textfile collector).
     Metrics {},
     /// Change a port while it runs, until the daemon's end or until it reads its file again.
+    #[command(override_usage = "vhost-user-net ctl set [OPTIONS] <PORT> <CHANGES>")]
     Set {
         /// The port's name.
         port: String,
@@ -33,6 +34,9 @@ pub enum Command {
         changes: Box<PortChanges>,
     },
     /// Add a port, until the daemon's end. Its options are those of the daemon's command line.
+    #[command(
+        override_usage = "vhost-user-net ctl add [OPTIONS] <FRONTEND OPTION> <HOST SIDE OPTION>"
+    )]
     Add {
         /// The port.
         #[command(flatten)]

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgGroup, CommandFactory, Parser, Subcommand};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Arg, ArgGroup, CommandFactory, Parser, Subcommand, ValueHint};
 use log::LevelFilter;
 
 use crate::api::client::{Question, Verb};
 use crate::doctor::{self, Examination};
 
-use super::options::socket_path;
+use super::options::{OPERATION, socket_path};
 use super::{
     Config, Confinement, Invocation, MetricsAddress, PortOptions, Seccomp, check_start, file,
 };
@@ -16,9 +17,17 @@ use super::{
 /// `--print-capabilities` of QEMU's backend program conventions.
 const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
 
-/// Gives virtual machines their virtio network cards over vhost-user.
+/// Serves the virtio-net devices of virtual machines over vhost-user
 #[derive(Debug, Parser)]
 #[command(name = "vhost-user-net", version, max_term_width = 100)]
+#[command(
+    override_usage = "vhost-user-net [OPTIONS] <FRONTEND OPTION> <HOST SIDE OPTION>\n       \
+                            vhost-user-net <COMMAND>"
+)]
+#[command(
+    after_help = "All options: vhost-user-net --help. Units, files and examples: man vhost-user-net."
+)]
+#[command(after_long_help = "Files, signals and examples: man vhost-user-net.")]
 #[command(group = ArgGroup::new("frontend").required(true))]
 #[command(group = ArgGroup::new("host").required(true))]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -27,34 +36,33 @@ struct Arguments {
     command: Option<Command>,
     #[command(flatten)]
     port: PortOptions,
-    /// off, error, warn, info, debug or trace.
-    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    /// Log lines of this level and above.
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = level(), hide_possible_values = true, help_heading = OPERATION)]
     log_level: LevelFilter,
-    /// What happens at a system call that the daemon does not make: it is killed, or the kernel
-    /// logs the call, or nothing.
-    #[arg(
-        long,
-        value_name = "kill|log|none",
-        value_enum,
-        default_value = "kill",
-        hide_possible_values = true
-    )]
+    /// Act on a system call outside the thread's allow-list.
+    #[arg(long, value_name = "ACTION", value_enum, default_value = "kill", help_heading = OPERATION, hide_short_help = true)]
     seccomp: Seccomp,
-    /// Become this user, by name or number, once everything is open.
-    #[arg(long, value_name = "USER")]
+    /// Become this user once everything is open [default: stay].
+    #[arg(long, value_name = "USER", help_heading = OPERATION)]
     user: Option<String>,
     /// Become this group [default: the user's].
-    #[arg(long, value_name = "GROUP")]
+    #[arg(long, value_name = "GROUP", help_heading = OPERATION, hide_short_help = true)]
     group: Option<String>,
-    /// Listen on this unix socket for operators: see vhost-user-net ctl --help.
-    #[arg(long, value_name = "PATH")]
+    /// Listen on this unix socket for 'vhost-user-net ctl' [default: none].
+    #[arg(long, value_name = "PATH", help_heading = OPERATION)]
     control: Option<PathBuf>,
-    /// Serve metrics to Prometheus here: 127.0.0.1:9560, or the path of a unix socket.
-    #[arg(long, value_name = "ADDRESS")]
+    /// Serve metrics at 127.0.0.1:PORT or on a unix socket [default: none].
+    #[arg(long, value_name = "ADDRESS", value_hint = ValueHint::AnyPath, help_heading = OPERATION)]
     metrics: Option<MetricsAddress>,
     /// Print what this program can do, as QEMU's conventions ask for, and exit.
-    #[arg(long)]
+    #[arg(long, help_heading = OPERATION, hide_short_help = true)]
     print_capabilities: bool,
+}
+
+/// The levels of the log, by name.
+fn level() -> impl TypedValueParser<Value = LevelFilter> {
+    PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"])
+        .try_map(|text| text.parse::<LevelFilter>())
 }
 
 #[derive(Debug, Subcommand)]
@@ -64,23 +72,27 @@ enum Command {
         /// The file, in TOML.
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
-        /// Go on with the ports of the daemon that listens on the file's control socket, which ends:
-        /// their frontends notice a pause of some milliseconds.
+        /// Take over the ports of the daemon that listens on the file's control socket.
+        ///
+        /// That daemon exits. Frontends notice a pause of some milliseconds.
         #[arg(long)]
         take_over: bool,
     },
-    /// Read such a file, look at what of it can be checked on this host, and say all that is wrong, a line
-    /// each. Exits with 0, or with 2 if something is wrong.
+    /// Check a file, and what of it this host has; print each mistake on a line.
+    ///
+    /// Exits with 0, or with 2 if something is wrong.
     CheckConfig {
         /// The file.
         #[arg(value_name = "FILE")]
         config: PathBuf,
     },
-    /// Look at this host without changing it, and print what is wrong and the command that mends it.
-    /// Exits with 0, with 1 if something fails, and with 2 if this command line is wrong.
+    /// Check this host; print what is wrong and the command that fixes it.
+    ///
+    /// Nothing is changed. Exits with 0, with 1 if something fails, and with 2 if this command line is wrong.
     Doctor(doctor::Options),
-    /// Ask a running daemon, or change what may be changed while it runs. Exits with 0, with 1 if the
-    /// daemon says no, with 2 if this command line is wrong, and with 3 if it can't be asked.
+    /// Ask a running daemon, or change its ports while they run.
+    ///
+    /// Exits with 0, with 1 if the daemon says no, with 2 if this command line is wrong, and with 3 if it can't be asked.
     Ctl {
         /// The daemon's --control socket.
         #[arg(long, value_name = "PATH", global = true, default_value = DEFAULT_CONTROL)]
@@ -169,7 +181,16 @@ pub fn parse(
 
 /// The command line's description: manual pages and completions are made from it.
 pub fn command() -> clap::Command {
-    Arguments::command()
+    complete_paths_only(Arguments::command())
+}
+
+/// Has shells complete file names only where a value is a path.
+fn complete_paths_only(command: clap::Command) -> clap::Command {
+    let no_path =
+        |arg: &Arg| arg.get_action().takes_values() && arg.get_value_hint() == ValueHint::Unknown;
+    command
+        .mut_args(|arg| if no_path(&arg) { arg.value_hint(ValueHint::Other) } else { arg })
+        .mut_subcommands(complete_paths_only)
 }
 
 /// clap explains itself in a paragraph; the log has lines.

@@ -173,6 +173,11 @@ fn check_ports(ports: &mut DeValue<'_>, mistakes: &mut Vec<Wrong>) {
     }
 }
 
+/// The first mistake in a file's text.
+pub(super) fn first_mistake(text: &str) -> Option<String> {
+    parse(text).err().map(|wrong| wrong[0].1.clone())
+}
+
 /// Finds all mistakes, as far as one does not hide another.
 fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
     let (mut root, errors) = DeTable::parse_recoverable(text);

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,12 @@ use crate::policy::{Filter, Identity, Limit};
 use crate::sys::device::MAX_ALTERNATIVE_NAME as MAX_NAME;
 use crate::sys::socket::MAX_PATH;
 
+/// Headings of the options' groups in the help.
+pub(super) const FRONTEND: &str = "Frontend";
+pub(super) const HOST_SIDE: &str = "Host side";
+pub(super) const POLICY: &str = "Policy";
+pub(super) const OPERATION: &str = "Operation";
+pub(super) const TUNING: &str = "Tuning";
 /// Longest name of a port in bytes.
 const MAX_PORT_NAME: usize = 63;
 const DEFAULT_MTU: u16 = 1500;
@@ -29,115 +36,130 @@ const MAX_VLAN: u16 = 4094;
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct PortOptions {
-    /// The port's name, in messages [default: the host device's].
-    #[arg(long, value_name = "NAME")]
-    name: Option<String>,
     /// Listen on this unix socket for the VMM.
-    #[arg(long, value_name = "PATH", group = "frontend")]
+    #[arg(long, value_name = "PATH", group = "frontend", help_heading = FRONTEND)]
     socket_path: Option<PathBuf>,
-    /// Have members of this group connect to that socket too, as QEMU of another user [default: only
-    /// who may write to it by the umask].
-    #[arg(long, value_name = "GROUP", requires = "socket_path")]
+    /// Let this group connect to --socket-path too [default: by the umask].
+    ///
+    /// QEMU often runs as another user than the daemon.
+    #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = FRONTEND)]
     socket_group: Option<String>,
-    /// Use this inherited descriptor: a unix socket that listens, or is connected.
-    #[arg(long, value_name = "N", group = "frontend")]
+    /// Use this inherited descriptor: a unix socket that listens or is connected.
+    #[arg(long, value_name = "N", group = "frontend", help_heading = FRONTEND, hide_short_help = true)]
     fd: Option<RawFd>,
-    /// Connect to the VMM's unix socket, again and again for ever.
-    #[arg(long, value_name = "PATH", group = "frontend")]
+    /// Connect to the VMM's unix socket; reconnect whenever it has gone.
+    ///
+    /// Attempts start 5 ms apart, doubling to 500 ms.
+    #[arg(long, value_name = "PATH", group = "frontend", help_heading = FRONTEND)]
     connect: Option<PathBuf>,
 
-    /// Move frames to and from this TAP device, which is made if it is missing.
-    #[arg(long, value_name = "NAME", group = "host")]
+    /// Move frames through this TAP device; a missing one is created.
+    #[arg(long, value_name = "NAME", group = "host", help_heading = HOST_SIDE)]
     tap: Option<String>,
     /// Use these inherited descriptors of a TAP device's queues, one for each queue pair.
-    #[arg(long, value_name = "N[,N…]", group = "host", value_delimiter = ',')]
+    #[arg(long, value_name = "N[,N…]", group = "host", value_delimiter = ',', help_heading = HOST_SIDE, hide_short_help = true)]
     tap_fd: Vec<RawFd>,
-    /// Move frames through AF_XDP sockets on this device's queues, from N on one for each queue
-    /// pair, with the guest's memory as theirs. mode: whether its driver reads and writes that
-    /// memory itself; attach: where the XDP program runs; steer=mac: bring frames for --mac to the
-    /// queue by a flow rule.
-    #[arg(
-        long,
-        value_name = "NAME[,queue=N][,mode=auto|copy|zero-copy][,attach=auto|native|generic][,steer=mac]",
-        group = "host"
-    )]
+    /// Move frames through AF_XDP sockets on this device's queues.
+    ///
+    /// The sockets use guest memory. queue=N: first queue, one for each queue pair [default: 0].
+    /// mode=auto|copy|zero-copy: who moves frames, the kernel or the driver [default: auto].
+    /// attach=auto|native|generic: where the XDP program runs [default: auto]. steer=mac: bring
+    /// frames for --mac to the queue by a flow rule.
+    #[arg(long, value_name = "NAME[,KEY=VALUE]", group = "host", help_heading = HOST_SIDE)]
     af_xdp: Option<AfXdp>,
-    /// Return each frame to the guest that sent it: for trying out a VMM or a driver.
-    #[arg(long, group = "host")]
+    /// Return each frame to the guest that sent it, to try out a VMM.
+    #[arg(long, group = "host", help_heading = HOST_SIDE)]
     loopback: bool,
-    /// Take what cloud-hypervisor's own vhost_user_net takes: socket, client, tap, num_queues, mac
-    /// and mtu. Addresses are not set, and rings have the size that the VMM asks for.
-    #[arg(long, value_name = "KEY=VALUE[,…]", groups = ["frontend", "host"])]
+    /// Take the value of cloud-hypervisor's own vhost_user_net backend.
+    ///
+    /// Its keys are socket, client, tap, num_queues, mac and mtu. Addresses are not set, and rings
+    /// have the size that the VMM asks for.
+    #[arg(long, value_name = "KEY=VALUE[,…]", groups = ["frontend", "host"], help_heading = FRONTEND, hide_short_help = true)]
     #[serde(skip)]
     net_backend: Option<NetBackend>,
 
-    /// Pairs of receive and transmit queues [default: 1, or one per --tap-fd].
-    #[arg(long, value_name = "N")]
+    /// Serve this many queue pairs [default: 1, or one per --tap-fd].
+    #[arg(long, value_name = "N", help_heading = FRONTEND)]
     queue_pairs: Option<u16>,
-    /// The card's MAC address, for a VMM that leaves it to us.
-    #[arg(long, value_name = "MAC")]
+    /// Set the device's MAC address, for a VMM that sets none.
+    #[arg(long, value_name = "MAC", help_heading = FRONTEND)]
     mac: Option<MacAddress>,
-    /// The card's MTU in bytes; frames up to the TAP's own MTU pass in any case [default: 1500].
-    #[arg(long, value_name = "N")]
+    /// Set the device's MTU in bytes [default: 1500].
+    ///
+    /// Frames up to the TAP's own MTU pass in any case.
+    #[arg(long, value_name = "N", help_heading = FRONTEND)]
     mtu: Option<u16>,
-    /// Whether the guest may only speak for itself: by --mac and --source-mac, by --source-ip if
-    /// given, and neither as a router nor as a DHCP server [default: off].
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    /// Drop frames from addresses not the guest's own [default: off].
+    ///
+    /// Its own are --mac and --source-mac, and --source-ip if given. Frames of a router or a DHCP
+    /// server are dropped too.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY)]
     anti_spoofing: Option<bool>,
-    /// A further Ethernet address that the guest may send from.
-    #[arg(long, value_name = "MAC[,MAC…]", value_delimiter = ',')]
+    /// Let the guest send from these Ethernet addresses too.
+    #[arg(long, value_name = "MAC[,…]", value_delimiter = ',', help_heading = POLICY, hide_short_help = true)]
     source_mac: Vec<MacAddress>,
-    /// An IP address or prefix that the guest may send from [default: any].
-    #[arg(long, value_name = "PREFIX[,PREFIX…]", value_delimiter = ',')]
+    /// Let the guest send from these IP prefixes only [default: any].
+    #[arg(long, value_name = "PREFIX[,…]", value_delimiter = ',', help_heading = POLICY)]
     source_ip: Vec<Prefix>,
-    /// A VLAN that the guest may tag frames for, with --anti-spoofing=on [default: none].
-    #[arg(long, value_name = "N[,N…]", value_delimiter = ',')]
+    /// Let the guest tag frames for these VLANs, with --anti-spoofing=on [default: none].
+    #[arg(long, value_name = "N[,…]", value_delimiter = ',', help_heading = POLICY, hide_short_help = true)]
     vlan: Vec<u16>,
-    /// What the guest may send, by protocol, port and prefix: "deny tcp dport 25; allow udp to
-    /// 192.0.2.0/24; default deny". The first rule that a frame matches decides [default: none,
-    /// which allows all].
-    #[arg(long, value_name = "RULES")]
+    /// Drop what these rules deny of the guest's frames [default: none].
+    ///
+    /// Rules name protocols, ports and prefixes: "deny tcp dport 25; allow udp to 192.0.2.0/24;
+    /// default deny". The first rule that a frame matches decides.
+    #[arg(long, value_name = "RULES", help_heading = POLICY)]
     tx_filter: Option<Filter>,
-    /// What the guest is given, likewise. The kernel drops the rest.
-    #[arg(long, value_name = "RULES")]
+    /// Drop what these rules deny of frames to the guest [default: none].
+    ///
+    /// The kernel drops them.
+    #[arg(long, value_name = "RULES", help_heading = POLICY)]
     rx_filter: Option<Filter>,
-    /// How much the guest may send, on the wire: 100mbit, 10kpps, or both as 1gbit,100kpps. What it
-    /// has saved up it may send at once: burst=BYTES, packet-burst=N [default: what 10 ms bring].
-    #[arg(long, value_name = "RATE")]
+    /// Limit what the guest sends, as 100mbit,10kpps [default: none].
+    ///
+    /// Either rate may stand alone. Bits count as on the wire. burst=BYTES and packet-burst=N say what may go at once after a
+    /// pause [default: what 10 ms bring].
+    #[arg(long, value_name = "RATE", help_heading = POLICY)]
     tx_limit: Option<Limit>,
-    /// How much the guest may be given, likewise.
-    #[arg(long, value_name = "RATE")]
+    /// Limit what the guest is given, likewise [default: none].
+    #[arg(long, value_name = "RATE", help_heading = POLICY)]
     rx_limit: Option<Limit>,
-    /// Whether frames move at all, as if the card's cable was plugged in [default: on].
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    /// Set the link state; off stops frames both ways [default: on].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY)]
     link: Option<bool>,
-    /// Whether the guest may be given unsegmented frames [default: on]. Turn it off for guests
-    /// that forward frames, or attach XDP programs.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    /// Name the port in messages [default: the host device's name].
+    #[arg(long, value_name = "NAME", help_heading = OPERATION, hide_short_help = true)]
+    name: Option<String>,
+    /// Offer the guest unsegmented frames [default: on].
+    ///
+    /// Turn it off for guests that forward frames or attach XDP programs.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = TUNING, hide_short_help = true)]
     guest_tso: Option<bool>,
-    /// Whether the guest may reset single rings (ethtool -G, XDP sockets) [default: off]. The VMM
-    /// must pass that on to us; QEMU up to 10.2 does not.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    /// Offer the reset of single rings, for ethtool -G and XDP sockets [default: off].
+    ///
+    /// The VMM must pass the reset on; QEMU up to 10.2 does not.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = TUNING, hide_short_help = true)]
     ring_reset: Option<bool>,
-    /// Refuse guest memory whose file could be truncated, which would stop the port. QEMU's
-    /// memory-backend-memfd is sealed; files in a file system can't be.
-    #[arg(long, num_args = 0..=1, default_missing_value = "on", value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    /// Refuse guest memory whose file could be truncated, which would stop the port [default: off].
+    ///
+    /// QEMU's memory-backend-memfd is sealed; files in a file system can't be.
+    #[arg(long, num_args = 0..=1, default_missing_value = "on", value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY, hide_short_help = true)]
     require_sealed_memory: Option<bool>,
-    /// Map at most this many bytes of the VMM's memory: guest memory, dirty log and inflight buffer,
-    /// as 512m, 64g or 1t [default: twice the host's RAM, at least 64g].
-    #[arg(long, value_name = "SIZE")]
+    /// Map at most this many bytes of the VMM's memory, as 512m, 64g or 1t [default: twice the
+    /// host's RAM, at least 64g].
+    ///
+    /// Guest memory, dirty log and inflight buffer count.
+    #[arg(long, value_name = "SIZE", help_heading = POLICY, hide_short_help = true)]
     max_memory: Option<ByteSize>,
-    /// Look for work this long before going to sleep, 0: not at all [default: for the guest's answers
-    /// only, while they come within 100, and for a sixteenth of the time].
-    #[arg(long, value_name = "MICROSECONDS")]
+    /// Busy-poll this many µs before sleeping; 0 disables polling [default: up to 100 µs for a
+    /// guest's reply, at most 1/16 of the time].
+    #[arg(long, value_name = "MICROSECONDS", help_heading = TUNING, hide_short_help = true)]
     busy_poll: Option<u32>,
-    /// How bursts of frames are written to the TAP, auto: by io_uring where it is permitted, else by
-    /// writev [default: auto].
-    #[arg(long, value_name = "METHOD", value_enum)]
+    /// Write bursts of frames to the TAP by this method [default: auto].
+    #[arg(long, value_name = "METHOD", value_enum, help_heading = TUNING, hide_short_help = true)]
     tx_method: Option<TxMethod>,
-    /// Processors for the queue pairs' threads, as 2,4-7: the first pair runs on the first, and
-    /// so on, around.
-    #[arg(long, value_name = "LIST")]
+    /// Run the queue pairs' threads on these CPUs, as 2,4-7, in turn [default: any].
+    #[arg(long, value_name = "LIST", help_heading = TUNING, hide_short_help = true)]
     cpu_affinity: Option<CpuList>,
 }
 
@@ -295,32 +317,32 @@ impl PortOptions {
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 #[group(id = "changes", required = true, multiple = true)]
 pub struct PortChanges {
-    /// How much the guest may send: 100mbit, 10kpps, none.
+    /// Limit what the guest sends, as 100mbit or 10kpps; none removes the limit.
     #[arg(long, value_name = "RATE")]
     tx_limit: Option<Limit>,
-    /// How much the guest may be given.
+    /// Limit what the guest is given; none removes the limit.
     #[arg(long, value_name = "RATE")]
     rx_limit: Option<Limit>,
-    /// What the guest may send: "deny tcp dport 25; default allow", or none.
+    /// Drop what these rules deny of the guest's frames; none removes them.
     #[arg(long, value_name = "RULES")]
     tx_filter: Option<Filter>,
-    /// What the guest may be given.
+    /// Drop what these rules deny of frames to the guest; none removes them.
     #[arg(long, value_name = "RULES")]
     rx_filter: Option<Filter>,
-    /// Whether the guest may only speak for itself.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    /// Drop frames from addresses that are not the guest's own.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set)]
     anti_spoofing: Option<bool>,
-    /// All further Ethernet addresses that the guest may send from.
+    /// Let the guest send from these Ethernet addresses besides --mac, and from no others.
     #[arg(long, value_name = "MAC[,MAC…]|none")]
     source_mac: Option<List<MacAddress>>,
-    /// All IP addresses and prefixes that the guest may send from.
+    /// Let the guest send from these IP addresses or prefixes only; none allows any.
     #[arg(long, value_name = "PREFIX[,PREFIX…]|none")]
     source_ip: Option<List<Prefix>>,
-    /// All VLANs that the guest may tag frames for.
+    /// Let the guest tag frames for these VLANs, and for no others.
     #[arg(long, value_name = "N[,N…]|none")]
     vlan: Option<List<u16>>,
-    /// Whether frames move at all, as if the card's cable was plugged in.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, action = clap::ArgAction::Set)]
+    /// Set the link state; off stops frames in both directions.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set)]
     link: Option<bool>,
 }
 
@@ -560,12 +582,8 @@ impl TryFrom<String> for AfXdp {
     }
 }
 
-fn on_or_off(text: &str) -> Result<bool, String> {
-    match text {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err("write on or off".into()),
-    }
+fn on_or_off() -> impl TypedValueParser<Value = bool> {
+    PossibleValuesParser::new(["on", "off"]).map(|text| text == "on")
 }
 
 impl FromStr for CpuList {
