@@ -43,7 +43,9 @@ pub enum Invocation {
     /// Ask a running daemon.
     Ask(Question),
     /// Open what a running daemon is to have, which can't: its own child, by its standard input.
-    Open(PathBuf),
+    Open(PathBuf, LevelFilter),
+    /// Print this to standard error and exit with 2.
+    Usage(String),
     /// Look at this host, and say what is wrong with it.
     Examine(Examination),
     /// Print this to standard output and exit with success.
@@ -361,10 +363,32 @@ impl PortConfig {
             && self.rx_filter == other.rx_filter
     }
 
+    /// What an operator allows the guest, by option: the values in force, in words.
+    pub fn policy(&self) -> [(&'static str, String); 6] {
+        let anti_spoofing = self.identity.as_ref().map_or("off".into(), ToString::to_string);
+        [
+            ("anti-spoofing", anti_spoofing),
+            ("tx-filter", self.tx_filter.to_string()),
+            ("rx-filter", self.rx_filter.to_string()),
+            ("tx-limit", self.tx_limit.to_string()),
+            ("rx-limit", self.rx_limit.to_string()),
+            ("link", if self.link { "on" } else { "off" }.into()),
+        ]
+    }
+
     /// Limit on the port's mapped bytes [default: twice the host's RAM, at least 64 GiB]. Guests can
     /// have more memory than the host, which swaps or shares pages.
     pub fn memory_limit(&self) -> u64 {
         self.max_memory.unwrap_or_else(|| host_memory().saturating_mul(2).max(64 << 30))
+    }
+
+    /// Why this port can't be had beside the port `name`, which has what `other` says if it runs.
+    pub fn conflict(&self, name: &str, other: Option<&Self>) -> Option<String> {
+        if self.known_name() == Some(name) {
+            return Some(format!("port {name} already exists; remove it first"));
+        }
+        let claim = check_claims(&[self, other?], std::iter::empty()).err()?;
+        Some(format!("{claim} belongs to port {name}; name another, or remove that port"))
     }
 
     /// What only one port can have: each socket, name and host queue, as text.
@@ -414,10 +438,7 @@ fn check_start(ports: &[PortConfig], control: Option<&Path>) -> Result<(), Strin
 ///
 /// # Errors
 /// With what is named twice.
-pub fn check_claims(
-    ports: &[&PortConfig],
-    others: impl Iterator<Item = String>,
-) -> Result<(), String> {
+fn check_claims(ports: &[&PortConfig], others: impl Iterator<Item = String>) -> Result<(), String> {
     let claims = ports.iter().flat_map(|port| port.claims());
     let mut claims: Vec<String> = claims.chain(others).collect();
     claims.sort_unstable();

@@ -33,7 +33,7 @@ use handover::Predecessor;
 pub use handover::{PortHandover, too_late};
 pub(crate) use opening::{Descriptors, no_tap, open_queues};
 use ports::Opened;
-pub use ports::{Port, Ports, Refusal};
+pub use ports::{Origin, Port, Ports, Refusal};
 use supervision::Supervisor;
 use waiting::Waiting;
 
@@ -109,7 +109,7 @@ fn serve(
     let metrics = metrics_name.as_deref().and_then(&mut listener);
     let mut server = Server::open(config, control)?;
     if let Some(file) = &config.file {
-        let opener = opener::start(file)
+        let opener = opener::start(file, config.log_level)
             .map_err(|error| StartError::new(format!("start a process to reload by: {error}")))?;
         server.serve_opener(opener);
     }

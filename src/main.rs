@@ -21,13 +21,14 @@ fn main() -> ExitCode {
             let _ = std::io::stdout().write_all(text.as_bytes());
             return ExitCode::SUCCESS;
         }
-        Ok(Invocation::Open(file)) => {
-            return match daemon::opener::run(&file) {
+        Ok(Invocation::Usage(text)) => {
+            let _ = std::io::stderr().write_all(text.as_bytes());
+            return ExitCode::from(2);
+        }
+        Ok(Invocation::Open(file, level)) => {
+            return match daemon::opener::run(&file, level) {
                 Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!("vhost-user-net: reload: listen to the daemon: {error}");
-                    ExitCode::FAILURE
-                }
+                Err(_) => ExitCode::FAILURE,
             };
         }
         Ok(Invocation::Ask(question)) => {
@@ -37,11 +38,11 @@ fn main() -> ExitCode {
                     ExitCode::SUCCESS
                 }
                 Err(Failure::Refused(why) | Failure::NeedsRestart(why)) => {
-                    eprintln!("vhost-user-net: {why}");
+                    complain(why);
                     ExitCode::FAILURE
                 }
                 Err(Failure::Unreachable(why) | Failure::Gone(why)) => {
-                    eprintln!("vhost-user-net: {why}");
+                    complain(why);
                     ExitCode::from(3)
                 }
             };
@@ -52,15 +53,20 @@ fn main() -> ExitCode {
             return if report.fails() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
         Err(error) => {
-            eprintln!("vhost-user-net: {error}");
+            complain(error);
             return ExitCode::from(2);
         }
     };
     match daemon::run(&config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vhost-user-net: {error}");
+            complain(error);
             ExitCode::FAILURE
         }
     }
+}
+
+/// Writes a line to standard error. `eprintln!` would panic if nobody reads it, or its disk is full.
+fn complain(why: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "vhost-user-net: {why}");
 }

@@ -5,11 +5,13 @@
 //! sent begins with that copy.
 
 pub mod filter;
+pub mod identity;
 pub mod limiter;
 pub mod live;
 pub mod rules;
 
 pub use filter::Filter;
+pub use identity::Identity;
 pub use limiter::{Limit, Limiter, Limits};
 pub use live::{FilterView, LiveFilter};
-pub use rules::{Identity, Rules};
+pub use rules::Rules;

@@ -55,7 +55,7 @@ fn what_was_counted_is_told_and_exposed() {
     let list = daemon.ask(&["list"]);
     let line = list.lines().find(|line| line.starts_with("two")).unwrap();
     let words: Vec<&str> = line.split_whitespace().collect();
-    assert_eq!(words[..6], ["two", "loopback", "running", "50", "50", "1"], "{list}");
+    assert_eq!(words[..7], ["two", "loopback", "running", "up", "50", "50", "1"], "{list}");
     let metrics = daemon.ask(&["metrics"]);
     for line in [
         "vhost_user_net_frames_total{port=\"two\",queue=\"0\",direction=\"tx\"} 50",
@@ -86,7 +86,8 @@ fn a_limit_changes_under_traffic() {
     assert!(sent() <= 3, "{}", sent());
     daemon.ask(&["set", "one", "--tx-limit=none"]);
     eventually("the rest is sent", || sent() == frames);
-    assert!(daemon.log().contains("one: tx limit none, by an operator"));
+    let said = "one: tx-limit set by an operator from=\"1pps,packet-burst=1\" to=\"none\"";
+    assert!(daemon.log().contains(said), "{}", daemon.log());
 }
 
 #[test]

@@ -4,11 +4,15 @@ use std::fs;
 use std::process::{Command, Output};
 
 use clap_complete::Shell;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 use vhost_user_net::config;
 use vmm_sys_util::tempdir::TempDir;
 
-use crate::support::daemon::program;
-use crate::support::needs_program;
+use crate::support::daemon::{Daemon, port, program};
+use crate::support::driver::{Card, Options};
+use crate::support::frontend::Frontend;
+use crate::support::{eventually, needs_program};
 
 #[path = "../examples/generate.rs"]
 mod generate;
@@ -150,7 +154,7 @@ fn offered(shell: Shell, scripts: &TempDir, words: &str) -> String {
         .args(if shell == Shell::Fish { &["--no-config", "-c"][..] } else { &["-c"] })
         .arg(script)
         .current_dir(directory)
-        .env("HOME", "/nonexistent")
+        .env("HOME", scripts)
         .output()
         .unwrap();
     String::from_utf8(output.stdout).unwrap()
@@ -194,5 +198,162 @@ fn completions_offer_values_and_paths_where_they_fit() {
     ] {
         let line = zsh.lines().find(|line| line.contains(option)).unwrap();
         assert!(line.contains(values) && !line.contains("_default"), "{option}: {line}");
+    }
+}
+
+const CONTROL: &str = "control = \"{}/control\"\n";
+
+/// A daemon with a file, and a guest on its port `one`.
+fn operated(rest: &str) -> (Daemon, Card) {
+    let ports = port("one", &format!("loopback = true\n{rest}")) + &port("two", "loopback = true");
+    let daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "two");
+    let card = Card::start(Frontend::new(daemon.connect_to("one")), Options::default());
+    eventually("it runs", || daemon.show("one")["state"] == "running");
+    (daemon, card)
+}
+
+#[track_caller]
+fn refused(output: &Output, code: i32) -> String {
+    let text = String::from_utf8(output.stderr.clone()).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    text
+}
+
+#[test]
+fn ctl_alone_shows_its_subcommands() {
+    let text = refused(&run(&["ctl"]), 2);
+    for command in config::command().find_subcommand("ctl").unwrap().get_subcommands() {
+        let shown = text.contains(&format!("\n  {} ", command.get_name()));
+        assert_eq!(shown, !command.is_hide_set(), "{}: {text}", command.get_name());
+    }
+}
+
+#[test]
+fn ctl_set_names_each_option_that_cannot_change() {
+    let command = config::command();
+    let set = command.find_subcommand("ctl").unwrap().find_subcommand("set").unwrap();
+    let live: Vec<&str> = set.get_arguments().filter_map(clap::Arg::get_long).collect();
+    let all = command.get_arguments().filter_map(clap::Arg::get_long);
+    let fixed: Vec<&str> =
+        all.filter(|name| !live.contains(name) && !["control", "help"].contains(name)).collect();
+    assert!(fixed.contains(&"mtu") && fixed.contains(&"seccomp"), "{fixed:?}");
+    for name in fixed.iter().filter(|name| !["version", "print-capabilities"].contains(name)) {
+        let text = refused(&run(&["ctl", "set", "vm1", &format!("--{name}=9000")]), 2);
+        assert!(text.contains(&format!("cannot change --{name}: it can't change")), "{text}");
+        assert!(text.lines().count() == 1 && !text.contains("tip"), "{text}");
+    }
+    // No value begins with dashes.
+    let text = refused(&run(&["ctl", "show", "vm1", "--colour"]), 2);
+    assert!(text.contains("--colour") && !text.contains("as a value"), "{text}");
+}
+
+#[test]
+fn ctl_add_says_which_port_has_what_it_wants() {
+    let (daemon, mut card) = operated("");
+    let socket = |name: &str| format!("--socket-path={}", daemon.path(name).display());
+    for (name, socket, said) in [
+        ("--name=one", socket("new"), "port one already exists; remove it first"),
+        ("--name=new", socket("one"), "one belongs to port one; name another, or remove that port"),
+    ] {
+        let text = refused(&daemon.ctl(&["add", name, &socket, "--loopback"]), 1);
+        assert!(text.contains(said), "{text}");
+    }
+    card.check_echo(10);
+}
+
+#[test]
+fn ctl_stats_prints_as_many_tables_as_asked() {
+    let (daemon, _card) = operated("");
+    for (words, tables) in [(&["stats"][..], 1), (&["stats", "--count=3", "--interval=0.05"], 3)] {
+        let said = daemon.ask(words);
+        assert_eq!(said.matches("NAME").count(), tables, "{said}");
+    }
+}
+
+#[test]
+fn list_and_show_tell_the_policy_in_force() {
+    let (daemon, _card) = operated(
+        "mac = \"52:54:00:00:00:01\"\nanti-spoofing = true\nsource-ip = [\"192.0.2.5\"]\n\
+         source-mac = [\"52:54:00:00:00:02\"]\nvlan = [7]",
+    );
+    daemon.ask(&["set", "one", "--link=off", "--source-ip=192.0.2.6,2001:db8::/64"]);
+    let list = daemon.ask(&["list"]);
+    let row = |name: &str| -> Vec<String> {
+        let line = list.lines().find(|line| line.to_lowercase().starts_with(name)).unwrap();
+        line.split_whitespace().map(str::to_owned).collect()
+    };
+    let heads = row("name");
+    let cell =
+        |port: &str, head: &str| row(port)[heads.iter().position(|it| it == head).unwrap()].clone();
+    for (port, head, wanted) in [
+        ("one", "LINK", "down"),
+        ("one", "MAC", "52:54:00:00:00:01"),
+        ("one", "ANTI-SPOOFING", "on"),
+        ("two", "LINK", "up"),
+        ("two", "MAC", "-"),
+        ("two", "ANTI-SPOOFING", "off"),
+    ] {
+        assert_eq!(cell(port, head), wanted, "{port}: {list}");
+    }
+    let shown: Vec<String> = daemon
+        .ask(&["show", "one"])
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
+    for line in [
+        "link down",
+        "mac 52:54:00:00:00:01",
+        "anti spoofing on",
+        "source macs 52:54:00:00:00:01,52:54:00:00:00:02",
+        "source ips 192.0.2.6/32,2001:db8::/64",
+        "vlans 7",
+    ] {
+        assert!(shown.iter().any(|it| it == line), "{line}: {shown:#?}");
+    }
+    let report = daemon.show("one");
+    assert_eq!(report["mac"], "52:54:00:00:00:01");
+    assert_eq!(report["anti_spoofing"], true);
+    assert_eq!(report["source_ips"], json!(["192.0.2.6/32", "2001:db8::/64"]));
+    assert_eq!((&report["vlans"], &report["link"]), (&json!([7]), &"down".into()));
+    let other = daemon.show("two");
+    assert_eq!((&other["mac"], &other["anti_spoofing"]), (&Value::Null, &false.into()));
+}
+
+#[test]
+fn log_of_a_reload_tells_who_changed_what() {
+    let identity = "mac = \"52:54:00:00:00:01\"\nanti-spoofing = true\n";
+    let (daemon, _card) = operated(&format!("{identity}source-ip = [\"192.0.2.5\"]"));
+    let _two = Frontend::new(daemon.connect_to("two"));
+    eventually("two has a frontend", || daemon.show("two")["state"] == "connected");
+    // A changed policy, a port that goes, and one that can't be had.
+    let one = format!("loopback = true\n{identity}source-ip = [\"192.0.2.6\"]\nlink = false");
+    let never = "[[port]]\nname = \"never\"\nsocket-path = \"{}/none/x\"\nloopback = true\n";
+    daemon.write_config(&(CONTROL.to_owned() + &port("one", &one) + never));
+    daemon.signal(Signal::SIGHUP);
+    eventually("the file is read again", || daemon.log().contains("read again, 1 failures"));
+    assert_eq!(daemon.show("one")["state"], "running");
+    let log = daemon.log();
+    for said in [
+        "INFO ] one: anti-spoofing set by the file from=\"on, mac 52:54:00:00:00:01, ip 192.0.2.5/32, \
+         vlan none\" to=\"on, mac 52:54:00:00:00:01, ip 192.0.2.6/32, vlan none\"",
+        "INFO ] one: link set by the file from=\"on\" to=\"off\"",
+        "INFO ] two: removed by the file",
+        "INFO ] two: frontend disconnected: the port is removed",
+        "INFO ] reload two: removed",
+        "WARN ] reload failed never: not added: ",
+    ] {
+        assert!(log.contains(said), "{said}: {log}");
+    }
+    assert!(!log.contains("by an operator") && !log.contains("the daemon stops"), "{log}");
+    daemon.ask(&["set", "one", "--anti-spoofing=off", "--source-ip=none"]);
+    daemon.ask(&["remove", "one"]);
+    for said in ["one: anti-spoofing set by an operator", "one: removed by an operator"] {
+        assert!(daemon.log().contains(said), "{said}: {}", daemon.log());
+    }
+    for line in daemon.log().lines() {
+        let head = line.split_once(']').map(|(head, _)| head).unwrap_or_default();
+        let parts: Vec<&str> = head.split_whitespace().collect();
+        let timed = parts[0].starts_with("[20") && parts[0].ends_with('Z');
+        assert!(timed && parts.len() == 2, "no time and level: {line}");
     }
 }

@@ -133,7 +133,7 @@ fn reading_the_file_again_touches_only_what_has_changed() {
     assert_eq!(daemon.show("slows")["tx_limit"], "10mbit,burst=16384");
     assert!(!daemon.path("goes").exists());
     let log = daemon.log();
-    for line in ["reload: slows: changed", "reload: goes: removed", "reload: new: added"] {
+    for line in ["reload slows: changed", "reload goes: removed", "reload new: added"] {
         assert!(log.contains(line), "{line}: {log}");
     }
 
@@ -232,9 +232,10 @@ fn a_tap_port_is_added_to_a_daemon_that_can_open_nothing() {
     daemon.ask(&words);
     check_both_ways(&wire, &mut card(&daemon, "guest"), 200);
     for (words, said) in [
-        (&["add", &socket, "--tap=tap0"][..], "another process listens there"),
-        (&["add", "--connect=/tmp/x", "--tap=tap0"], "tap tap0 is another port's"),
-        (&["add", "--connect=/tmp/x", "--loopback", "--name=tap0"], "there is a port tap0 already"),
+        (&["add", &socket, "--tap=tap0"][..], "port tap0 already exists; remove it first"),
+        (&["add", &socket, "--tap=tap1"], "guest belongs to port tap0; name another"),
+        (&["add", "--connect=/tmp/x", "--tap=tap0", "--name=b"], "tap tap0 belongs to port tap0"),
+        (&["add", "--connect=/tmp/x", "--loopback", "--name=tap0"], "port tap0 already exists"),
         (&["add", "--connect=/tmp/x", "--af-xdp=lo"], "has given up what AF_XDP needs"),
         (&["add", "--connect=/tmp/x"], "name one of tap"),
         (&["remove", "tap1"], "no port \"tap1\""),
@@ -333,8 +334,7 @@ fn a_set_that_is_refused_changes_nothing() {
     for key in ["link", "tx_filter", "rx_filter", "tx_limit", "options"] {
         assert_eq!(after[key], before[key], "{key}");
     }
-    assert!(!daemon.log().contains("other rules for what the guest sends"));
-    assert!(!daemon.log().contains("link down"));
+    assert!(!daemon.log().contains("set by an operator"), "{}", daemon.log());
 }
 
 #[test]
@@ -379,7 +379,7 @@ fn a_tap_that_has_gone_is_opened_again_when_it_is_there_again() {
         ip("tuntap add dev tap0 mode tap vnet_hdr");
         ip("link set tap0 up");
         eventually("its frontend is let go of", || one.frontend.is_closed());
-        let added = || daemon.log().matches("one: replaced by an operator").count() == round;
+        let added = || daemon.log().matches("one: replaced by the file").count() == round;
         eventually("it listens again", added);
         one = card(&daemon, "one");
         check_both_ways(&Wire::open("tap0"), &mut one, 50);

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::record::capture;
-use super::reload::{add, reload};
+use super::reload::{add, conflict, reload};
 use super::requests::Wanted;
 use super::stats::rates;
 use super::top::{Look, top};
@@ -52,9 +52,12 @@ pub enum Verb {
     Stats {
         /// Ports by name [default: all].
         ports: Vec<String>,
-        /// For how long to look, in seconds.
+        /// Count for this many seconds before each table.
         #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
         interval: Duration,
+        /// Print this many tables.
+        #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u64).range(1..))]
+        count: u64,
     },
     /// Have the daemon's ports be what its file says now, without touching those that are already.
     Reload {
@@ -268,6 +271,10 @@ impl Question {
         match &self.verb {
             Verb::Ask(Command::Add { port, .. }) => {
                 let config = port.clone().absolute().check().map_err(Failure::Refused)?;
+                // Before anything is opened: a further queue of a TAP would be given frames.
+                if let Some(why) = conflict(&mut daemon, &config)? {
+                    return Err(Failure::Refused(why));
+                }
                 Ok(self.show(&add(&mut daemon, &config, false)?))
             }
             Verb::Ask(command) => Ok(self.show(&daemon.ask(command, &[])?)),
@@ -280,9 +287,13 @@ impl Question {
                 top(&mut daemon, port, look, self.json)?;
                 Ok(String::new())
             }
-            Verb::Stats { ports, interval } => {
-                let rates = rates(&mut daemon, ports, *interval)?;
-                if self.json { Ok(format!("{:#}\n", json!(rates))) } else { Ok(show_rates(&rates)) }
+            Verb::Stats { ports, interval, count } => {
+                let show = |rates: &[Value]| match self.json {
+                    true => format!("{:#}\n", json!(rates)),
+                    false => show_rates(rates),
+                };
+                rates(&mut daemon, ports, *interval, *count, |rates| print(&show(rates)))?;
+                Ok(String::new())
             }
             Verb::Reload { config } => self.reload(&mut daemon, config.as_ref()),
         }
@@ -314,7 +325,7 @@ impl Question {
             (Verb::Ask(Command::Set { .. } | Command::Add { .. }), summary) => {
                 table(std::slice::from_ref(summary))
             }
-            (Verb::Ask(Command::Remove { port }), _) => format!("{port}: removed\n"),
+            (Verb::Ask(Command::Remove { port, .. }), _) => format!("{port}: removed\n"),
             (Verb::Ask(Command::Features {}), features) => show_features(features),
             (_, list) => table(list.as_array().map_or(&[], Vec::as_slice)),
         }
@@ -326,10 +337,26 @@ pub(super) fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }
 
+/// A value in a table; a list as one word.
+fn cell(value: &Value) -> String {
+    match value {
+        Value::Null => "-".into(),
+        Value::Bool(value) => if *value { "on" } else { "off" }.into(),
+        Value::Array(items) => items.iter().map(cell).collect::<Vec<_>>().join(","),
+        value => plain(value),
+    }
+}
+
 /// A time in seconds from the command line.
 pub(super) fn interval(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.01..=86400.0).contains(seconds));
     seconds.map(Duration::from_secs_f64).ok_or_else(|| "write seconds, from 0.01 on".into())
+}
+
+/// Writes to standard output; says whether anybody reads it.
+pub(super) fn print(text: &str) -> bool {
+    let mut output = io::stdout().lock();
+    output.write_all(text.as_bytes()).and_then(|()| output.flush()).is_ok()
 }
 
 /// A number as people write it: three digits, and `k`, `M` or `G`.
@@ -356,10 +383,21 @@ pub(super) fn columns(rows: &[Vec<String>]) -> String {
 
 /// Ports, a line each.
 fn table(ports: &[Value]) -> String {
-    const COLUMNS: [&str; 8] =
-        ["name", "host", "state", "rx_frames", "tx_frames", "dropped", "rx_limit", "tx_limit"];
+    const COLUMNS: [&str; 11] = [
+        "name",
+        "host",
+        "state",
+        "link",
+        "rx_frames",
+        "tx_frames",
+        "dropped",
+        "rx_limit",
+        "tx_limit",
+        "mac",
+        "anti_spoofing",
+    ];
     let heads = COLUMNS.map(|column| column.to_uppercase().replace('_', "-")).to_vec();
-    let row = |port: &Value| COLUMNS.map(|column| plain(&port[column])).to_vec();
+    let row = |port: &Value| COLUMNS.map(|column| cell(&port[column])).to_vec();
     columns(&[vec![heads], ports.iter().map(row).collect()].concat())
 }
 
@@ -391,26 +429,37 @@ fn show_rates(rates: &[Value]) -> String {
 /// One port, in words and numbers.
 fn show(report: &Value) -> String {
     let mut text = format!("{}: {}\n", plain(&report["name"]), plain(&report["explanation"]));
-    let _ = writeln!(text, "  host       {}", plain(&report["host"]));
+    let _ = writeln!(text, "  host          {}", plain(&report["host"]));
     if let Some(device) = report["device"].as_object() {
         let (rx, tx) = (&device["rx_drops"], &device["tx_drops"]);
         let name = plain(&device["name"]);
-        let _ =
-            writeln!(text, "  device     {name}, in which the kernel dropped {rx} rx and {tx} tx");
+        let _ = writeln!(
+            text,
+            "  device        {name}, in which the kernel dropped {rx} rx and {tx} tx"
+        );
     }
     if let Some(seconds) = report["connected_seconds"].as_u64() {
         let features = plain(&report["features"]);
-        let _ = writeln!(text, "  frontend   connected for {seconds} s, features {features}");
+        let _ = writeln!(text, "  frontend      connected for {seconds} s, features {features}");
     }
-    let _ = writeln!(text, "  connected  {} times so far", report["connections"]);
+    let _ = writeln!(text, "  connected     {} times so far", report["connections"]);
     if let (Some(mapped), Some(most)) =
         (report["mapped_bytes"].as_u64(), report["max_memory"].as_u64())
     {
-        let _ = writeln!(text, "  mapped     {} of {} MiB", mapped >> 20, most >> 20);
+        let _ = writeln!(text, "  mapped        {} of {} MiB", mapped >> 20, most >> 20);
     }
     for (way, what) in [("rx", "limit"), ("tx", "limit"), ("rx", "filter"), ("tx", "filter")] {
         let value = plain(&report[format!("{way}_{what}")]);
-        let _ = writeln!(text, "  {:<10} {value}", format!("{way} {what}"));
+        let _ = writeln!(text, "  {:<13} {value}", format!("{way} {what}"));
+    }
+    for what in ["link", "mac", "anti_spoofing", "source_macs", "source_ips", "vlans"] {
+        let value = match cell(&report[what]) {
+            value if !value.is_empty() => value,
+            // Addresses of no kind are named: any may be used.
+            _ if what == "source_ips" || report["anti_spoofing"] != true => "any".into(),
+            _ => "none".into(),
+        };
+        let _ = writeln!(text, "  {:<13} {value}", what.replace('_', " "));
     }
     let pairs = report["queue_pairs"].as_array().map_or(&[][..], Vec::as_slice);
     for (number, pair) in pairs.iter().enumerate() {

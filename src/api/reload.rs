@@ -1,7 +1,7 @@
 //! Having a daemon's ports be what its file says, without touching those that are already.
 
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use serde_json::Value;
@@ -88,7 +88,7 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
         }
     }
     for (name, _) in gone {
-        daemon.ask(&Command::Remove { port: name.to_owned() }, &[])?;
+        remove(daemon, name)?;
         outcome.done.push(format!("{name}: removed"));
     }
     // One may need what another gives up.
@@ -114,6 +114,12 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
         }
         starts = left;
     }
+}
+
+/// Removes a port that the file does not describe, or that is started anew.
+fn remove(daemon: &mut Connection, name: &str) -> Result<(), Failure> {
+    let command = Command::Remove { port: name.to_owned(), from_file: true };
+    daemon.ask(&command, &[]).map(drop)
 }
 
 /// What is said of a port that goes on as it was.
@@ -160,7 +166,7 @@ fn replace(
     let state = &report["state"];
     if state == "ended" {
         // It has nothing that would be lost.
-        daemon.ask(&Command::Remove { port: name.to_owned() }, &[])?;
+        remove(daemon, name)?;
         return add(daemon, config, true).map(|_| None);
     }
     let group = config.socket_group.as_deref();
@@ -231,6 +237,27 @@ pub fn mend(daemon: &mut Connection, file: &Path, name: &str) -> Result<bool, Fa
     replace(daemon, name, port).map(|_| true)
 }
 
+/// Why a port can't be had beside those that run, if it can't: the kernel would only say that something is
+/// busy.
+///
+/// # Errors
+/// The daemon can't be asked.
+pub(super) fn conflict(
+    daemon: &mut Connection,
+    config: &PortConfig,
+) -> Result<Option<String>, Failure> {
+    let list = daemon.ask(&Command::List {}, &[])?;
+    let ports = list.as_array().map_or(&[][..], Vec::as_slice);
+    for name in ports.iter().filter_map(|port| port["name"].as_str()) {
+        let (state, running) = running_config(daemon, name)?;
+        let why = config.conflict(name, Some(&running).filter(|_| state != "ended"));
+        if why.is_some() {
+            return Ok(why);
+        }
+    }
+    Ok(None)
+}
+
 /// Adds a port: opens what a daemon that has given up its rights can't open, and passes it on.
 ///
 /// # Errors
@@ -240,13 +267,22 @@ pub(super) fn add(
     config: &PortConfig,
     from_file: bool,
 ) -> Result<Value, Failure> {
-    let refused = |error: StartError| Failure::Refused(error.to_string());
-    let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config).map_err(refused)?;
-    tap_queues.extend(open_queues(config, None).map_err(refused)?);
-    let endpoint = Endpoint::open(&config.frontend, frontend).map_err(refused)?;
-    if let Some(group) = &config.socket_group {
-        endpoint.share_with(group).map_err(refused)?;
-    }
+    let open = || -> Result<(Endpoint, Vec<OwnedFd>), StartError> {
+        let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config)?;
+        tap_queues.extend(open_queues(config, None)?);
+        let endpoint = Endpoint::open(&config.frontend, frontend)?;
+        if let Some(group) = &config.socket_group {
+            endpoint.share_with(group)?;
+        }
+        Ok((endpoint, tap_queues))
+    };
+    let (endpoint, tap_queues) = match open() {
+        Ok(opened) => opened,
+        Err(error) => {
+            let why = conflict(daemon, config)?.unwrap_or_else(|| error.to_string());
+            return Err(Failure::Refused(why));
+        }
+    };
     let files: Vec<BorrowedFd<'_>> =
         endpoint.descriptor().into_iter().chain(tap_queues.iter().map(AsFd::as_fd)).collect();
     let options: Box<PortOptions> = Box::new(config.options.clone());

@@ -27,6 +27,12 @@ pub(super) struct Summary {
     from_file: bool,
     rx_filter: String,
     tx_filter: String,
+    mac: Option<String>,
+    anti_spoofing: bool,
+    /// What the guest may send from, with anti-spoofing: the MAC address is one of them.
+    source_macs: Vec<String>,
+    source_ips: Vec<String>,
+    vlans: Vec<u16>,
 }
 
 /// Everything about a port.
@@ -150,8 +156,13 @@ pub(super) fn state(port: &PortStatus) -> (&'static str, String) {
     }
 }
 
+fn texts<T: ToString>(items: &[T]) -> Vec<String> {
+    items.iter().map(ToString::to_string).collect()
+}
+
 pub(super) fn summary(it: &Port) -> Summary {
-    let port = it.status();
+    let (port, config) = (it.status(), it.config());
+    let sources = config.identity.clone().unwrap_or_default();
     let counters = || port.pairs.iter().map(|pair| &pair.counters);
     let dropped = |counters: &DirectionCounters| -> u64 {
         Drop::ALL.iter().map(|reason| counters.drops(*reason)).fold(0, u64::saturating_add)
@@ -171,6 +182,11 @@ pub(super) fn summary(it: &Port) -> Summary {
         from_file: it.is_from_file(),
         rx_filter: port.filters.rx.get().to_string(),
         tx_filter: port.filters.tx.get().to_string(),
+        mac: config.mac.map(|mac| mac.to_string()),
+        anti_spoofing: config.identity.is_some(),
+        source_macs: texts(&sources.macs),
+        source_ips: texts(&sources.addresses),
+        vlans: sources.vlans,
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{House, VERSION, metrics, report};
 use crate::capture::{MAX_SNAPLEN, Options, parse_filter};
 use crate::config::{PortChanges, PortOptions};
-use crate::daemon::{Ports, Refusal};
+use crate::daemon::{Origin, Ports, Refusal};
 use crate::policy::Filter;
 
 /// What may be asked for.
@@ -67,6 +67,10 @@ pub enum Command {
     Remove {
         /// The port's name.
         port: String,
+        /// Whether the daemon's file has it removed.
+        #[arg(skip)]
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        from_file: bool,
     },
     /// Have a port's frames written to the pipe that comes with the request.
     #[command(skip)]
@@ -212,18 +216,21 @@ fn answer(
         Command::Metrics {} => Ok(json!(metrics::text(ports))),
         Command::Set { port, changes } => {
             let options = ports.find(&port)?.options().clone().with(*changes);
-            ports.change(&port, options)?;
+            ports.change(&port, options, Origin::Operator)?;
             Ok(json!(report::summary(ports.find(&port)?)))
         }
         Command::Add { port, from_file } => {
             Ok(json!(report::summary(ports.add(*port, files, from_file)?)))
         }
-        Command::Change { name, port } => Ok(json!({"changed": ports.change(&name, *port)?})),
+        Command::Change { name, port } => {
+            Ok(json!({"changed": ports.change(&name, *port, Origin::File)?}))
+        }
         Command::Replace { name, port } => {
             Ok(json!(report::summary(ports.replace(&name, *port, files)?)))
         }
-        Command::Remove { port } => {
-            ports.remove(&port)?;
+        Command::Remove { port, from_file } => {
+            let origin = if from_file { Origin::File } else { Origin::Operator };
+            ports.remove(&port, origin)?;
             Ok(json!({"removed": port}))
         }
         Command::Capture { port, wanted } => {

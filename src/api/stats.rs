@@ -13,7 +13,8 @@ fn sum(report: &Value, path: &str) -> f64 {
     pairs.iter().filter_map(|pair| pair.pointer(path)?.as_f64()).sum()
 }
 
-/// The rates of these ports, or of all if there are none, over a time.
+/// Shows the rates of these ports, or of all if there are none, over a time: as often as `count` says, or
+/// until nobody reads them.
 ///
 /// # Errors
 /// The daemon can't be asked, or has no such port.
@@ -21,7 +22,9 @@ pub(super) fn rates(
     daemon: &mut Connection,
     ports: &[String],
     time: Duration,
-) -> Result<Vec<Value>, Failure> {
+    count: u64,
+    mut show: impl FnMut(&[Value]) -> bool,
+) -> Result<(), Failure> {
     let list = daemon.ask(&Command::List {}, &[])?;
     let all = list.as_array().map_or(&[][..], Vec::as_slice);
     let all = all.iter().filter_map(|port| port["name"].as_str().map(str::to_owned));
@@ -33,30 +36,42 @@ pub(super) fn rates(
         };
         names.iter().map(look).collect()
     };
-    let before = look()?;
-    std::thread::sleep(time);
-    let after = look()?;
-    let rates = before.iter().zip(&after).map(|((then, before), (now, after))| {
-        let seconds = (*now - *then).as_secs_f64();
-        let rate = |path: &str| ((sum(after, path) - sum(before, path)) / seconds).max(0.0);
-        let dropped = |report: &Value| report["dropped"].as_f64().unwrap_or(0.0);
-        let in_device = |report: &Value| {
-            let drops = |way: &str| report["device"][way].as_f64().unwrap_or(0.0);
-            drops("rx_drops") + drops("tx_drops")
-        };
-        json!({
-            "name": after["name"],
-            "rx_frames_per_second": rate("/rx/frames").round(),
-            "rx_bits_per_second": (8.0 * rate("/rx/bytes")).round(),
-            "tx_frames_per_second": rate("/tx/frames").round(),
-            "tx_bits_per_second": (8.0 * rate("/tx/bytes")).round(),
-            "dropped_per_second": ((dropped(after) - dropped(before)) / seconds).max(0.0).round(),
-            "device_drops_per_second": ((in_device(after) - in_device(before)) / seconds).max(0.0).round(),
-            "kicks_per_second": (rate("/rx/kicks") + rate("/tx/kicks")).round(),
-            "calls_per_second": (rate("/rx/calls") + rate("/tx/calls")).round(),
-            // Of one processor; with several queue pairs it may be more than 1.
-            "busy": (rate("/busy_seconds") * 1000.0).round() / 1000.0,
-        })
-    });
-    Ok(rates.collect())
+    let mut before = look()?;
+    for _ in 0..count {
+        std::thread::sleep(time);
+        let after = look()?;
+        let pairs = before.iter().zip(&after);
+        let rates: Vec<Value> = pairs.map(|(before, after)| difference(before, after)).collect();
+        if !show(&rates) {
+            break;
+        }
+        before = after;
+    }
+    Ok(())
+}
+
+/// What a port moved each second between two looks.
+fn difference((then, before): &(Instant, Value), (now, after): &(Instant, Value)) -> Value {
+    let seconds = (*now - *then).as_secs_f64();
+    let rate = |path: &str| ((sum(after, path) - sum(before, path)) / seconds).max(0.0);
+    let dropped = |report: &Value| report["dropped"].as_f64().unwrap_or(0.0);
+    let in_device = |report: &Value| {
+        let drops = |way: &str| report["device"][way].as_f64().unwrap_or(0.0);
+        drops("rx_drops") + drops("tx_drops")
+    };
+    let lost =
+        |count: &dyn Fn(&Value) -> f64| ((count(after) - count(before)) / seconds).max(0.0).round();
+    json!({
+        "name": after["name"],
+        "rx_frames_per_second": rate("/rx/frames").round(),
+        "rx_bits_per_second": (8.0 * rate("/rx/bytes")).round(),
+        "tx_frames_per_second": rate("/tx/frames").round(),
+        "tx_bits_per_second": (8.0 * rate("/tx/bytes")).round(),
+        "dropped_per_second": lost(&dropped),
+        "device_drops_per_second": lost(&in_device),
+        "kicks_per_second": (rate("/rx/kicks") + rate("/tx/kicks")).round(),
+        "calls_per_second": (rate("/rx/calls") + rate("/tx/calls")).round(),
+        // Of one processor; with several queue pairs it may be more than 1.
+        "busy": (rate("/busy_seconds") * 1000.0).round() / 1000.0,
+    })
 }

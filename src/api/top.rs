@@ -2,13 +2,13 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::Command;
-use super::client::{Connection, Failure, columns, plain, short};
+use super::client::{Connection, Failure, columns, plain, print, short};
 
 /// How it is to be shown.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
@@ -40,16 +40,15 @@ pub(super) fn top(
         Ok((Instant::now(), rows.as_array().cloned().unwrap_or_default()))
     };
     let (mut since, mut before) = ask()?;
-    let mut output = io::stdout().lock();
+    let clear = if io::stdout().is_terminal() && !in_json { "\x1b[H\x1b[2J" } else { "" };
     for looked in 1.. {
         std::thread::sleep(look.interval);
         let (now, rows) = ask()?;
         let mut rates = rates(&before, &rows, now - since);
         rates.truncate(look.rows);
         let text = if in_json { format!("{:#}\n", json!(rates)) } else { table(&rates) };
-        let clear = if output.is_terminal() && !in_json { "\x1b[H\x1b[2J" } else { "" };
         // Whoever closes the pipe has seen enough.
-        if output.write_all((clear.to_owned() + &text).as_bytes()).is_err() {
+        if !print(&(clear.to_owned() + &text)) {
             return Ok(());
         }
         (since, before) = (now, rows);

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Arg, ArgGroup, CommandFactory, Parser, Subcommand, ValueHint};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Arg, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueHint};
 use log::LevelFilter;
 
 use crate::api::client::{Question, Verb};
@@ -108,6 +109,9 @@ enum Command {
     Opener {
         /// The file.
         config: PathBuf,
+        /// What is logged.
+        #[arg(long, value_parser = level(), default_value = "info")]
+        log_level: LevelFilter,
     },
 }
 
@@ -126,8 +130,12 @@ pub fn parse(
     if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
         return Ok(Invocation::Print(CAPABILITIES.into()));
     }
-    let arguments = match Arguments::try_parse_from(arguments) {
+    let parsed = command().try_get_matches_from(arguments);
+    let arguments = match parsed.and_then(|matches| Arguments::from_arg_matches(&matches)) {
         Ok(arguments) => arguments,
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            return Ok(Invocation::Usage(error.render().to_string()));
+        }
         Err(error) if !error.use_stderr() => {
             return Ok(Invocation::Print(error.render().to_string()));
         }
@@ -175,7 +183,7 @@ pub fn parse(
             let config = options.config.as_deref().map(file::read).transpose()?;
             Ok(Invocation::Examine(Examination::new(options, config)))
         }
-        Some(Command::Opener { config }) => Ok(Invocation::Open(config)),
+        Some(Command::Opener { config, log_level }) => Ok(Invocation::Open(config, log_level)),
     }
 }
 
@@ -193,14 +201,45 @@ fn complete_paths_only(command: clap::Command) -> clap::Command {
         .mut_subcommands(complete_paths_only)
 }
 
+/// Why `ctl set` does not take an option of the program: it can't change while the port, or the daemon,
+/// runs.
+fn fixed_option(error: &clap::Error) -> Option<String> {
+    let (Some(ContextValue::String(argument)), Some(ContextValue::StyledStr(usage))) =
+        (error.get(ContextKind::InvalidArg), error.get(ContextKind::Usage))
+    else {
+        return None;
+    };
+    if error.kind() != ErrorKind::UnknownArgument || !usage.to_string().contains(" ctl set ") {
+        return None;
+    }
+    let option = argument.split('=').next().unwrap_or_default();
+    let is_it = |arg: &Arg| arg.get_long().is_some_and(|long| option == format!("--{long}"));
+    if <PortOptions as Args>::augment_args(clap::Command::new("")).get_arguments().any(is_it) {
+        return Some(format!(
+            "cannot change {option}: it can't change while the port runs; change it in the file and use \
+             'vhost-user-net ctl reload', or remove and add the port"
+        ));
+    }
+    command().get_arguments().any(is_it).then(|| {
+        format!(
+            "cannot change {option}: it can't change while the daemon runs; change it in the file and \
+             restart the daemon"
+        )
+    })
+}
+
 /// clap explains itself in a paragraph; the log has lines.
 fn one_line(error: &clap::Error) -> String {
+    if let Some(why) = fixed_option(error) {
+        return why;
+    }
     let text = error.render().to_string();
     let mut lines = text
         .lines()
         .map(str::trim)
         .take_while(|line| !line.starts_with("Usage") && !line.starts_with("For more"))
-        .filter(|line| !line.is_empty());
+        // No value of ours begins with dashes.
+        .filter(|line| !line.is_empty() && !line.starts_with("tip: to pass"));
     let first = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
     lines.fold(first, |text, line| format!("{text} {line}")) + "; try --help"
 }

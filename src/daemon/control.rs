@@ -42,8 +42,8 @@ enum Source {
 
 /// What the main thread wants of a port.
 pub(super) enum Order {
-    /// To end.
-    Stop,
+    /// To end, for this reason.
+    Stop(&'static str),
     /// To judge what the guest sends by these rules. When it does, the sender is used.
     Rules(Option<Arc<Rules>>, Sender<()>),
     /// To move frames, or none. When it does, the sender is used.
@@ -118,6 +118,8 @@ pub(super) struct Control {
     connection: Option<Connection>,
     /// Another daemon serves the guest: it has not let go yet, or it has taken over.
     is_anothers: bool,
+    /// Why its thread ends.
+    stops: &'static str,
 }
 
 impl Control {
@@ -134,8 +136,17 @@ impl Control {
         if let Some(fd) = endpoint.fd() {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
-        let (connection, is_anothers) = Default::default();
-        Ok(Control { poller, wake, orders, status, device, endpoint, connection, is_anothers })
+        Ok(Control {
+            poller,
+            wake,
+            orders,
+            status,
+            device,
+            endpoint,
+            connection: None,
+            is_anothers: false,
+            stops: "its thread ends",
+        })
     }
 
     /// What its thread does.
@@ -189,18 +200,15 @@ impl Control {
         loop {
             let done = match self.orders.try_recv() {
                 Ok(Order::Rules(rules, done)) => {
-                    info!("{}: other rules for what the guest sends", self.device.name());
                     self.device.set_rules(rules);
                     done
                 }
                 Ok(Order::Link(up, done)) => {
-                    info!("{}: link {}", self.device.name(), if up { "up" } else { "down" });
                     self.device.set_link(up);
                     self.status.set_link(up);
                     done
                 }
                 Ok(Order::RxFilter(filter, done)) => {
-                    info!("{}: rx filter {filter}, by an operator", self.device.name());
                     let _ = done.send(self.status.filters.rx.set(&filter));
                     continue;
                 }
@@ -221,7 +229,11 @@ impl Control {
                 // The port is not suspended.
                 Ok(Order::Resume | Order::CommitHandover) => continue,
                 Err(TryRecvError::Empty) => return false,
-                Ok(Order::Stop) | Err(TryRecvError::Disconnected) => return true,
+                Ok(Order::Stop(why)) => {
+                    self.stops = why;
+                    return true;
+                }
+                Err(TryRecvError::Disconnected) => return true,
             };
             // Whoever has not waited has given up.
             let _ = done.send(());
@@ -289,7 +301,11 @@ impl Control {
                     self.resume();
                     return false;
                 }
-                Some(Order::Stop) | None => return true,
+                Some(Order::Stop(why)) => {
+                    self.stops = why;
+                    return true;
+                }
+                None => return true,
                 Some(Order::CountTraffic(enable, done)) => {
                     let _ = done.send(self.status.traffic.enable(enable));
                 }
@@ -491,6 +507,10 @@ impl Control {
             Some(why) => warn!("{name}: connection closed: {why}"),
             None => info!("{name}: frontend disconnected"),
         }
+        self.end_connection();
+    }
+
+    fn end_connection(&mut self) {
         let started = Instant::now();
         self.device.forget();
         self.status.disconnected();
@@ -509,7 +529,8 @@ impl Control {
             return;
         }
         if self.connection.is_some() {
-            self.disconnect(Some("the daemon stops"));
+            info!("{}: frontend disconnected: {}", self.device.name(), self.stops);
+            self.end_connection();
         }
         // Whoever uses the device next would not know of it.
         if !self.status.filters.rx.get().is_none()

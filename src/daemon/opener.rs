@@ -4,26 +4,22 @@
 //! It keeps what the daemon was started with, and takes nothing from it but the word to begin, and
 //! short replies: whoever has taken the daemon over gains no more than what the file names.
 
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use log::{LevelFilter, error, info, warn};
+
 use crate::api::client::{Connection, Wish};
 use crate::api::reload::{mend, reload};
-
-/// Writes a line to standard error. A pipe that nobody reads ends nothing: `eprintln!` would panic.
-macro_rules! say {
-    ($($text:tt)*) => {{
-        let _ = writeln!(io::stderr(), $($text)*);
-    }};
-}
+use crate::logging::Log;
 
 /// Starts it; returns the daemon's end of the connection with it. It ends when that is closed, and by no
 /// signal: it inherits our mask.
-pub(super) fn start(file: &Path) -> io::Result<UnixStream> {
+pub(super) fn start(file: &Path, level: LevelFilter) -> io::Result<UnixStream> {
     let (ours, its) = UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let program = std::env::current_exe()?;
@@ -31,6 +27,7 @@ pub(super) fn start(file: &Path) -> io::Result<UnixStream> {
         .arg0("vhost-user-net-opener")
         .arg("opener")
         .arg(file)
+        .arg(format!("--log-level={}", level.to_string().to_lowercase()))
         .stdin(Stdio::from(OwnedFd::from(its)))
         .stdout(Stdio::null())
         .spawn()?;
@@ -38,18 +35,27 @@ pub(super) fn start(file: &Path) -> io::Result<UnixStream> {
 }
 
 /// What it does: has the daemon's ports be what `file` says, each time that it is told to.
-pub fn run(file: &Path) -> io::Result<()> {
+pub fn run(file: &Path, level: LevelFilter) -> io::Result<()> {
+    let mut log = Log::new(level);
+    log.start(|| Ok(()))?;
+    let result = serve(file);
+    if let Err(error) = &result {
+        error!("daemon: the helper process cannot listen to the daemon: {error}");
+    }
+    log.flush();
+    result
+}
+
+fn serve(file: &Path) -> io::Result<()> {
     let daemon = UnixStream::from(std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?);
     let mut daemon = Connection::new(daemon, "its opener's socket".into());
     while let Some(wish) = daemon.wish()? {
         match wish {
             Wish::Reload => read_again(&mut daemon, file),
             Wish::Mend(port) => match mend(&mut daemon, file, &port) {
-                Ok(true) => {
-                    say!("vhost-user-net: {port}: its TAP is there again, and opened");
-                }
+                Ok(true) => info!("{port}: its TAP is there again, and opened"),
                 Ok(false) => {}
-                Err(error) => say!("vhost-user-net: {port}: open its TAP again: {error}"),
+                Err(error) => warn!("{port}: open its TAP again: {error}"),
             },
         }
     }
@@ -60,15 +66,15 @@ fn read_again(daemon: &mut Connection, file: &Path) {
     match reload(daemon, file) {
         Ok(outcome) => {
             for line in outcome.done {
-                say!("vhost-user-net: reload: {line}");
+                info!("reload {line}");
             }
             for line in &outcome.failed {
-                say!("vhost-user-net: reload: failed: {line}");
+                warn!("reload failed {line}");
             }
             let shown = file.display();
             let failures = outcome.failed.len();
-            say!("vhost-user-net: reload: {shown} read again, {failures} failures");
+            info!("reload: {shown} read again, {failures} failures");
         }
-        Err(error) => say!("vhost-user-net: reload: {error}; nothing is changed"),
+        Err(error) => error!("reload: {error}; nothing is changed"),
     }
 }

@@ -1,5 +1,6 @@
 //! The ports of a daemon: started, changed, and stopped, each for itself.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -18,7 +19,7 @@ use super::devices::Devices;
 use super::opening::{Descriptors, adopt_tap, open_host};
 use super::{StartError, no_descriptor, no_thread};
 use crate::capture::{self, Capture};
-use crate::config::{Host, PortConfig, PortOptions, check_claims};
+use crate::config::{Host, PortConfig, PortOptions};
 use crate::counters::PairCounters;
 use crate::descriptors::{self, DescriptorQuota};
 use crate::device::Device;
@@ -187,6 +188,24 @@ impl Drop for Alive {
     }
 }
 
+/// Who has a port added, changed or removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// An operator, by `ctl`.
+    Operator,
+    /// The daemon's file, which was read again.
+    File,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Origin::Operator => "by an operator",
+            Origin::File => "by the file",
+        })
+    }
+}
+
 /// Why an operator's wish is not fulfilled.
 #[derive(Debug)]
 pub enum Refusal {
@@ -324,12 +343,13 @@ impl Ports {
         let others = self.ports.iter().filter(|port| !port.status.has_ended());
         check_devices(others.map(|port| port.claim()).chain([opened.claim()]))?;
         if self.ports.iter().any(|port| port.name() == opened.name) {
-            let why = format!("there is a port {} already: remove it first", opened.name);
+            let why = format!("port {} already exists; remove it first", opened.name);
             return Err(Refusal::CannotBeDone(why));
         }
         let prepared = self.prepare(opened, Vec::new())?;
         let port = self.start(prepared)?;
-        info!("{}: added by an operator", port.name());
+        let origin = if from_file { Origin::File } else { Origin::Operator };
+        info!("{}: added {origin}", port.name());
         Ok(port)
     }
 
@@ -345,10 +365,13 @@ impl Ports {
             return Err(Refusal::CannotBeDone(why.into()));
         }
         let others = self.ports.iter().filter(|port| Some(port.name()) != replaced);
-        let running = others.filter(|port| !port.status.has_ended());
-        let all: Vec<&PortConfig> = running.map(|port| &port.config).chain([config]).collect();
-        check_claims(&all, std::iter::empty())
-            .map_err(|claim| Refusal::CannotBeDone(format!("{claim} is another port's")))
+        for other in others {
+            let running = (!other.status.has_ended()).then_some(&other.config);
+            if let Some(why) = config.conflict(other.name(), running) {
+                return Err(Refusal::CannotBeDone(why));
+            }
+        }
+        Ok(())
     }
 
     /// Takes a port out, the oldest of that name.
@@ -362,17 +385,22 @@ impl Ports {
     }
 
     /// Stops a port: its rings first, then its frontend's connection.
-    pub fn remove(&mut self, name: &str) -> Result<PortConfig, Refusal> {
+    pub fn remove(&mut self, name: &str, origin: Origin) -> Result<PortConfig, Refusal> {
         let place = self.place(name)?;
         let port = self.ports.remove(place);
-        info!("{name}: removed by an operator");
+        info!("{name}: removed {origin}");
         Ok(port.config.clone())
     }
 
     /// Has a port be as `options` say, if it can while it runs: says whether it was not before.
-    pub fn change(&mut self, name: &str, options: PortOptions) -> Result<bool, Refusal> {
+    pub fn change(
+        &mut self,
+        name: &str,
+        options: PortOptions,
+        origin: Origin,
+    ) -> Result<bool, Refusal> {
         let place = self.place(name)?;
-        self.ports[place].change(options)
+        self.ports[place].change(options, origin)
     }
 
     /// Has a port's frames written to `output`, until its other end is closed, or the capture is
@@ -431,7 +459,7 @@ impl Ports {
     /// Stops all ports at once, so that none waits for another, and abandons those that have not
     /// stopped after [`EXIT_TIMEOUT`].
     pub(super) fn stop(&mut self) {
-        self.ports.iter().for_each(Port::stop);
+        self.ports.iter().for_each(|port| port.tell(Order::Stop("the daemon stops")));
         let deadline = Instant::now() + EXIT_TIMEOUT;
         self.ports.drain(..).for_each(|mut port| port.finish(deadline));
     }
@@ -528,7 +556,8 @@ impl Port {
         self.offered
     }
 
-    pub(super) fn config(&self) -> &PortConfig {
+    /// What it was described as.
+    pub fn config(&self) -> &PortConfig {
         &self.config
     }
 
@@ -565,7 +594,7 @@ impl Port {
     }
 
     /// Changes all that differs, or nothing.
-    fn change(&mut self, options: PortOptions) -> Result<bool, Refusal> {
+    fn change(&mut self, options: PortOptions, origin: Origin) -> Result<bool, Refusal> {
         let config = options.check().map_err(Refusal::CannotBeDone)?;
         let fixed = self.config.fixed_differences(&config);
         if !fixed.is_empty() {
@@ -585,17 +614,17 @@ impl Port {
         }
         // Nothing of this can fail.
         if config.tx_filter != self.config.tx_filter {
-            info!("{}: tx filter {}, by an operator", self.name(), config.tx_filter);
             self.status.filters.tx.set(config.tx_filter.clone());
         }
         let limits = &self.status.limits;
-        for (way, limiter, limit) in
-            [("tx", &limits.tx, config.tx_limit), ("rx", &limits.rx, config.rx_limit)]
-        {
+        for (limiter, limit) in [(&limits.tx, config.tx_limit), (&limits.rx, config.rx_limit)] {
             if limiter.limit() != limit {
-                info!("{}: {way} limit {limit}, by an operator", self.name());
                 limiter.set(&limit);
             }
+        }
+        let policies = self.config.policy().into_iter().zip(config.policy());
+        for ((what, old), (_, new)) in policies.filter(|(old, new)| old != new) {
+            info!("{}: {what} set {origin} from=\"{old}\" to=\"{new}\"", self.name());
         }
         self.config = config;
         Ok(true)
@@ -658,15 +687,11 @@ impl Port {
         })
     }
 
-    fn stop(&self) {
-        self.tell(Order::Stop);
-    }
-
     /// Waits until the port's thread has ended, or abandons it: what a tenant holds must not hold up
     /// whoever removes its port. The thread keeps the guest's memory mapped until it ends.
     fn finish(&mut self, deadline: Instant) {
         self.stop_capture();
-        self.stop();
+        self.tell(Order::Stop("the port is removed"));
         let Some(thread) = self.thread.take() else { return };
         while !thread.is_finished() {
             if Instant::now() > deadline {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use super::control::{Order, Predecessor};
-use super::ports::{Opened, Port, Ports, Prepared, Refusal, offer};
+use super::ports::{Opened, Origin, Port, Ports, Prepared, Refusal, offer};
 use super::{StartError, no_descriptor};
 use crate::config::{Frontend, Host, PortConfig, PortOptions};
 use crate::endpoint::Endpoint;
@@ -59,10 +59,6 @@ impl Ports {
         }
         self.check_addition(&config, Some(name))?;
         let new_name = config.known_name().unwrap_or(name).to_owned();
-        if new_name != name && self.find(&new_name).is_ok() {
-            let why = format!("there is a port {new_name} already: remove it first");
-            return Err(Refusal::CannotBeDone(why));
-        }
         old.check_frontend(&config)?;
         let is_af_xdp = matches!(config.host, Host::AfXdp(_));
         let descriptors = &old.status().descriptors;
@@ -78,7 +74,7 @@ impl Ports {
         } else {
             self.replace_beside(name, &new_name, config, base)?;
         }
-        info!("{new_name}: replaced by an operator");
+        info!("{new_name}: replaced {}", Origin::File);
         self.find(&new_name)
     }
 
@@ -324,7 +320,7 @@ impl Port {
             }
             self.tell(Order::CommitHandover);
         } else {
-            self.tell(Order::Stop);
+            self.tell(Order::Stop("the port is replaced"));
         }
     }
 }

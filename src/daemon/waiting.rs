@@ -156,7 +156,7 @@ impl<'a> Waiting<'a> {
 
     /// Has the file read again.
     fn reload(&mut self) {
-        info!("the file is read again");
+        info!("daemon: the file is read again");
         let Some(number) = self.server.ask_for_reload() else { return };
         self.serve_client(number);
     }

@@ -8,8 +8,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::IpNet;
-
+use super::Identity;
 use crate::counters::Drop;
 use crate::net_config::MacAddress;
 
@@ -37,18 +36,6 @@ const BRIDGES: [u8; 5] = [0x01, 0x80, 0xc2, 0, 0];
 
 /// Extension headers that one packet may have.
 const MAX_EXTENSIONS: usize = 8;
-
-/// Who a guest is.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Identity {
-    /// Its Ethernet addresses; there is at least one.
-    pub macs: Vec<MacAddress>,
-    /// Its IP addresses; none: any. The IPv6 link-local addresses that follow from its Ethernet
-    /// addresses (RFC 4291, appendix A) are its own anyway.
-    pub addresses: Vec<IpNet>,
-    /// VLANs whose tags it may set itself.
-    pub vlans: Vec<u16>,
-}
 
 /// What a frame from the guest is judged by.
 #[derive(Debug, PartialEq, Eq)]

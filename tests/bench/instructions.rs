@@ -99,9 +99,8 @@ fn count_all() -> Counts {
                 std::thread::spawn(run).join().unwrap()
             };
             let frames = (LAPS[1] - LAPS[0]) * usize::from(LAP);
-            let [short, long] = LAPS.map(|laps| {
-                (0..RUNS).map(|_| measure(SESSION, laps)).fold(f64::MAX, f64::min)
-            });
+            let [short, long] =
+                LAPS.map(|laps| (0..RUNS).map(|_| measure(SESSION, laps)).fold(f64::MAX, f64::min));
             note(name, (long - short) / frames as f64);
             // Ports share the C library's arena, and its lock: no burst allocates memory.
             let [short, long] = LAPS.map(|laps| measure(ALLOCATION, laps));

@@ -56,7 +56,7 @@ fn hostile_69_reload_that_fails_keeps_the_port() {
     }
     // SIGHUP says so in the log.
     scene.daemon.signal(Signal::SIGHUP);
-    scene.daemon_says("reload: failed: attacked: keeps the options it has: ");
+    scene.daemon_says("reload failed attacked: keeps the options it has: ");
     scene.check(&mut card);
     drop(card);
     // Nobody is connected: the socket may move, if there is a directory for it.
