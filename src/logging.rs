@@ -2,7 +2,9 @@
 //!
 //! Each line is of one place in the source about one port. Of such lines `BURST` are written in
 //! `WINDOW`, and the rest is counted. A thread of its own writes them: if nobody reads standard
-//! error, lines are lost, and counted, and the ports run on.
+//! error, or its disk is full, lines are lost, and counted, and the ports run on.
+
+mod output;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -15,6 +17,8 @@ use std::time::{Duration, Instant};
 
 use env_logger::Target;
 use log::{LevelFilter, Record, error};
+
+use output::Output;
 
 /// Lines of one kind in one window.
 const BURST: u32 = 20;
@@ -131,17 +135,10 @@ impl Write for Lines {
 }
 
 fn write_lines(items: &Receiver<Item>, lost: &AtomicU64) {
-    let mut stderr = io::stderr();
+    let mut output = Output::new(io::stderr());
     while let Ok(item) = items.recv() {
-        // There is nobody to tell if it fails.
         match item {
-            Item::Line(line) => {
-                let _ = stderr.write_all(&line);
-                let lines = lost.swap(0, Ordering::Relaxed);
-                if lines > 0 {
-                    let _ = writeln!(stderr, "{lines} lines were lost: nobody read them in time");
-                }
-            }
+            Item::Line(line) => output.write(&line, lost),
             Item::Flush(done) => {
                 let _ = done.try_send(());
             }

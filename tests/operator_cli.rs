@@ -357,3 +357,72 @@ fn log_of_a_reload_tells_who_changed_what() {
         assert!(timed && parts.len() == 2, "no time and level: {line}");
     }
 }
+
+/// Has the daemon log, one connection after the other.
+fn chatter(daemon: &Daemon, connections: usize) {
+    for _ in 0..connections {
+        let mut frontend = Frontend::new(daemon.connect());
+        frontend.begin();
+        drop(frontend);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn log_on_a_full_disk_loses_whole_lines_and_counts_them() {
+    needs_program!("log_on_a_full_disk_loses_whole_lines_and_counts_them", "prlimit");
+    // A file that may not grow, as on a full disk: the last write is cut.
+    let options = ["--loopback", "--log-level=debug"];
+    let mut daemon = Daemon::start_under(&["prlimit", "--fsize=2999:", "--"], &options);
+    let size = || daemon.log().len();
+    for _ in 0..100 {
+        if size() == 2999 {
+            break;
+        }
+        chatter(&daemon, 1);
+    }
+    eventually("the log is full", || size() == 2999);
+    chatter(&daemon, 5);
+    let mut raise = Command::new("prlimit");
+    raise.arg(format!("--pid={}", daemon.process())).arg("--fsize=unlimited");
+    assert!(raise.status().unwrap().success());
+    eventually("what was lost is said", || {
+        chatter(&daemon, 1);
+        daemon.log().contains(" log lines were lost")
+    });
+    let log = daemon.log();
+    for line in log.lines() {
+        assert!(line.starts_with("[20") && line.matches("[20").count() == 1, "{line}: {log}");
+    }
+    let said = log.lines().find(|line| line.contains(" log lines were lost")).unwrap();
+    let count: u64 = said.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
+    assert!(count >= 5 && said.contains("WARN ] log: "), "{said}");
+    assert!(daemon.is_alive());
+}
+
+#[test]
+fn spoofed_frames_are_logged_with_counts_and_a_limit() {
+    let (daemon, mut card) = operated("mac = \"52:54:00:00:00:01\"\nanti-spoofing = true");
+    let lines = |log: &str| -> Vec<String> {
+        let said = log.lines().filter(|line| line.contains("anti-spoofing dropped frames"));
+        said.map(str::to_owned).collect()
+    };
+    // Ethernet from another address, some as a bridge.
+    let spoofed = [&[0xff; 6][..], &[2, 0, 0, 0, 0, 9], &[8, 0], &[0; 46]].concat();
+    let bridge = [&[1, 0x80, 0xc2, 0, 0, 0][..], &spoofed[6..]].concat();
+    card.send(0, &spoofed);
+    eventually("it is said", || lines(&daemon.log()).len() == 1);
+    let log = daemon.log();
+    let said = lines(&log).remove(0);
+    assert!(said.contains("WARN ] one/0: ") && said.contains(" spoofed_mac=1;"), "{said}");
+    let first = std::time::Instant::now();
+    for _ in 0..40 {
+        card.send(0, &spoofed);
+        card.send(0, &bridge);
+    }
+    let dropped = || daemon.show("one")["dropped"].as_u64();
+    eventually("all are dropped", || dropped() == Some(81));
+    if first.elapsed() < std::time::Duration::from_secs(9) {
+        assert_eq!(lines(&daemon.log()).len(), 1, "{}", daemon.log());
+    }
+}

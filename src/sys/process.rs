@@ -30,8 +30,13 @@ pub struct Signals(File);
 
 impl Signals {
     /// Blocks the signals in this thread, and so in each thread that it starts from here on, and
-    /// opens a descriptor that becomes readable when one arrives.
+    /// opens a descriptor that becomes readable when one arrives. Ignores SIGXFSZ: writing beyond the
+    /// largest file that the process may have (RLIMIT_FSIZE) fails instead.
     pub fn block() -> io::Result<Self> {
+        // SAFETY: no handler is installed.
+        if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
         let set = vmm_sys_util::signal::create_sigset(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
             .map_err(io::Error::from)?;
         // SAFETY: `set` is an initialised signal set; the old mask is not asked for.
