@@ -10,6 +10,7 @@ mod recording;
 mod replies;
 mod session;
 mod sleeper;
+mod spoofing;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,6 +22,8 @@ use std::time::{Duration, Instant};
 
 use log::error;
 use nix::sys::prctl;
+
+use spoofing::SpoofingLog;
 
 use crate::capture::Capture;
 use crate::counters::PairCounters;
@@ -313,6 +316,7 @@ fn run(
 ) {
     status.began(ThreadClock::of_this_thread());
     let mut ended = Ended::default();
+    let mut spoofing = SpoofingLog::new(&options.name, &status.counters.tx);
     while let Ok(command) = inbox.recv() {
         mailbox.waiting.fetch_sub(1, Ordering::Relaxed);
         match command {
@@ -321,7 +325,9 @@ fn run(
                 status.set_serving(true);
                 // Guest memory that goes away costs nothing but itself.
                 ended = contained(&session.memory, || {
-                    let serve = || session::serve(&mut host, &session, options, mailbox, status);
+                    let serve = || {
+                        session::serve(&mut host, &session, options, mailbox, status, &mut spoofing)
+                    };
                     // A panic drops all of the session before it is caught; the host side outlives it.
                     catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| {
                         host.recover();

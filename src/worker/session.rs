@@ -9,6 +9,7 @@ use super::naps::Naps;
 use super::recording::record;
 use super::replies::Replies;
 use super::sleeper::{Sleeper, Woken};
+use super::spoofing::SpoofingLog;
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
 use crate::counters::{DirectionCounters, Drop};
@@ -102,6 +103,7 @@ struct Serving<'s> {
     rx_allowance: usize,
     naps: Naps,
     replies: Replies,
+    spoofing: &'s mut SpoofingLog,
 }
 
 /// Serves a session until a command waits.
@@ -113,6 +115,7 @@ pub(super) fn serve(
     options: &WorkerOptions,
     mailbox: &Mailbox,
     status: &PairStatus,
+    spoofing: &mut SpoofingLog,
 ) -> Ended {
     let counters = &status.counters;
     counters.sessions.add(1);
@@ -159,6 +162,7 @@ pub(super) fn serve(
         rx_allowance: usize::MAX,
         naps: Naps::new(smaller),
         replies: Replies::new(),
+        spoofing,
     };
     let result = serving.turn_until_command(options, mailbox);
     serving.surrender();
@@ -255,8 +259,10 @@ impl Serving<'_> {
                 // What the last kick was for has been seen to before.
                 self.kicked = None;
             }
+            let told = self.spoofing.report(&self.status.counters.tx);
             let mut readiness = self.port.readiness();
-            readiness.timeout = readiness.timeout.into_iter().chain(self.held_back()).min();
+            let timeouts = readiness.timeout.into_iter().chain(self.held_back()).chain(told);
+            readiness.timeout = timeouts.min();
             let woken = sleeper.sleep(&readiness, mailbox).unwrap_or_else(|error| {
                 debug!("{}: waiting failed: {error}", options.name);
                 std::thread::sleep(PAUSE);
@@ -391,10 +397,15 @@ impl Serving<'_> {
                         frames += 1;
                         bytes += (chain.len() - self.header_length) as u64;
                     }
-                    Outcome::Dropped(reason) => tx.counters.dropped(reason, 1),
+                    Outcome::Dropped(reason) => {
+                        tx.counters.dropped(reason, 1);
+                        self.spoofing.note(reason);
+                    }
                 }
                 tx.queue.retire(chain, 0);
             }
+            // A guest that floods lets its worker never sleep.
+            self.spoofing.report(tx.counters);
             self.naps.note(frames, retired);
             self.replies.note_sent();
             tx.counters.frames.add(frames);
