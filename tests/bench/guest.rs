@@ -44,7 +44,7 @@ pub(super) fn measure() -> [(&'static str, Figures); 2] {
     ];
     let mut guests =
         [Vm::start(&daemon.socket(), &ours), Vm::start("/nonexistent".as_ref(), &theirs)];
-    guests.iter_mut().for_each(Vm::wait_ready);
+    guests.iter_mut().for_each(|guest| guest.wait_ready());
 
     let mut figures = [("vhost-user-net, TAP", OURS), ("QEMU's own virtio-net, TAP", THEIRS)]
         .map(|(name, address)| (name, address, Figures::default()));

@@ -44,6 +44,13 @@ pub(crate) fn succeed(command: &mut Command) -> String {
     }
 }
 
+/// The first child of a process: of one that makes a PID namespace, the first process there.
+pub(crate) fn first_child(process: &Child) -> Option<i32> {
+    let id = process.id();
+    let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).ok()?;
+    children.split(' ').next()?.parse().ok()
+}
+
 /// Makes `name` once, by a function that is given another path to make it at.
 fn once(name: &str, make: impl FnOnce(&Path) -> Result<(), String>) -> Result<PathBuf, String> {
     let path = kept(name);
@@ -181,10 +188,7 @@ impl Machine {
     }
 
     fn is_running(&mut self) -> bool {
-        let id = self.nspawn.id();
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"));
-        let first = children.ok().and_then(|text| text.split(' ').next()?.parse().ok());
-        self.first = first.unwrap_or(0);
+        self.first = first_child(&self.nspawn).unwrap_or(0);
         self.first != 0 && {
             let output = self.command(&["systemctl", "is-system-running"]).output().unwrap();
             output.stdout == b"running\n"

@@ -1,6 +1,7 @@
 //! A real guest: a stock Debian kernel under QEMU, started by the scripts in qemu/.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -18,9 +19,13 @@ pub(crate) const GUEST_ADDRESS: &str = "192.0.2.2";
 #[derive(Debug)]
 pub(crate) struct Vm {
     qemu: Child,
-    commands: UnixStream,
+    guest: Guest,
     directory: TempDir,
 }
+
+/// The guest's second serial port, where its init takes commands.
+#[derive(Debug)]
+pub(crate) struct Guest(UnixStream);
 
 fn script(name: &str) -> Command {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu").join(name))
@@ -42,6 +47,11 @@ pub(crate) use needs_guest;
 pub(crate) fn make_guest() {
     let status = script("make-guest").status().unwrap();
     assert!(status.success(), "qemu/make-guest failed");
+}
+
+/// What QEMU can run the guest with here: `kvm`, or another accelerator.
+pub(crate) fn accelerator() -> String {
+    super::debian::succeed(&mut script("accelerator")).trim().to_owned()
 }
 
 impl Vm {
@@ -71,12 +81,37 @@ impl Vm {
             .stderr(log)
             .spawn()
             .unwrap();
+        Vm { qemu, guest: Guest::connect(&path("commands")), directory }
+    }
+
+    /// QEMU's monitor.
+    pub(crate) fn monitor(&self) -> Monitor {
+        let path = self.directory.as_path().join("monitor");
+        let stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut monitor = Monitor(BufReader::new(stream));
+        monitor.line();
+        monitor.ask("qmp_capabilities", Value::Null);
+        monitor
+    }
+
+    /// Ends QEMU at once.
+    pub(crate) fn kill(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+impl Guest {
+    /// Waits until QEMU listens on the socket of the guest's second serial port.
+    #[track_caller]
+    pub(crate) fn connect(path: &Path) -> Self {
         let mut connected = None;
         eventually("QEMU starts", || {
-            connected = UnixStream::connect(path("commands")).ok();
+            connected = UnixStream::connect(path).ok();
             connected.is_some()
         });
-        Vm { qemu, commands: connected.unwrap(), directory }
+        Guest(connected.unwrap())
     }
 
     /// Waits until the guest's init says that it is ready.
@@ -89,11 +124,11 @@ impl Vm {
     fn wait_for(&mut self, text: &str) -> String {
         let end = Instant::now() + Duration::from_secs(60);
         let mut log = String::new();
-        self.commands.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        self.0.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
         while !log.contains(text) || !log.ends_with('\n') {
             assert!(Instant::now() < end, "the guest does not say {text:?}, but {log:?}");
             let mut part = [0; 4096];
-            if let Ok(length) = self.commands.read(&mut part) {
+            if let Ok(length) = self.0.read(&mut part) {
                 log.push_str(&String::from_utf8_lossy(&part[..length]));
             }
         }
@@ -123,24 +158,7 @@ impl Vm {
     }
 
     pub(crate) fn type_line(&mut self, line: &str) {
-        writeln!(self.commands, "{line}").unwrap();
-    }
-
-    /// QEMU's monitor.
-    pub(crate) fn monitor(&self) -> Monitor {
-        let path = self.directory.as_path().join("monitor");
-        let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let mut monitor = Monitor(BufReader::new(stream));
-        monitor.line();
-        monitor.ask("qmp_capabilities", Value::Null);
-        monitor
-    }
-
-    /// Ends QEMU at once.
-    pub(crate) fn kill(&mut self) {
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
+        writeln!(self.0, "{line}").unwrap();
     }
 }
 
@@ -172,6 +190,20 @@ impl Monitor {
     }
 }
 
+impl Deref for Vm {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        &self.guest
+    }
+}
+
+impl DerefMut for Vm {
+    fn deref_mut(&mut self) -> &mut Guest {
+        &mut self.guest
+    }
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
         self.kill();
@@ -187,10 +219,13 @@ impl Drop for Vm {
 /// Pings the guest; it may take a moment to answer the first one.
 #[track_caller]
 pub(crate) fn check_ping() {
-    eventually("the guest answers", || {
-        let ping = Command::new("ping").args(["-c", "1", "-W", "1", GUEST_ADDRESS]).output();
-        ping.unwrap().status.success()
-    });
+    eventually("the guest answers", answers);
+}
+
+/// Whether the guest answers a ping within a second.
+pub(crate) fn answers() -> bool {
+    let ping = Command::new("ping").args(["-c", "1", "-W", "1", GUEST_ADDRESS]).output();
+    ping.unwrap().status.success()
 }
 
 /// Runs iperf3 against the guest; returns Mbit/s at the receiver.
