@@ -23,6 +23,8 @@ mod memory_table;
 mod metrics;
 mod migration;
 mod operator_cli;
+mod netboot;
+mod newest_qemu;
 mod oracle;
 mod packaging;
 mod policy;

@@ -1,6 +1,5 @@
 //! A stock Linux guest under an unmodified QEMU: what a tenant would see.
 
-use std::path::Path;
 use std::process::Command;
 
 use crate::support::daemon::Daemon;
@@ -163,27 +162,24 @@ fn traffic() {
     iperf("-n 4M -R");
 }
 
-/// Boots guests on one daemon; checks after some that nothing grows.
-fn check_restarts(daemon: &mut Daemon, server: &str, wait: &dyn Fn(&Path)) {
+/// Boots guests on one daemon, and as many QEMUs with this environment for qemu/run-guest; checks after
+/// some that nothing grows.
+fn check_restarts(daemon: &mut Daemon, times: usize, environment: &[(&str, &str)]) {
     let socket = daemon.socket();
-    let start = || {
-        let vm = Vm::start(&socket, &[("SERVER", server)]);
-        wait(&socket);
-        vm
-    };
+    let start = || Vm::start(&socket, environment);
     let mut vm = start();
     vm.wait_ready();
     traffic();
     let mut before = None;
-    for round in 0..RESTARTS {
+    for round in 0..times {
         vm.type_line("reboot -f");
         vm.wait_ready();
         traffic();
-        if round == 2 {
+        if round == times.min(3) - 1 {
             before = Some((daemon.resources(), daemon.private_kilobytes()));
         }
     }
-    for _ in 0..RESTARTS {
+    for _ in 0..times {
         vm.kill();
         drop(vm);
         vm = start();
@@ -198,23 +194,26 @@ fn check_restarts(daemon: &mut Daemon, server: &str, wait: &dyn Fn(&Path)) {
     assert!(daemon.is_alive());
 }
 
+/// The same on a daemon that listens.
+pub(crate) fn check_restarts_and_listen(times: usize, environment: &[(&str, &str)]) {
+    check_restarts(&mut daemon(&[]), times, environment);
+}
+
 #[test]
 fn guests_and_qemu_restart_against_one_listening_daemon() {
     needs_guest!("guests_and_qemu_restart_against_one_listening_daemon");
-    let mut daemon = daemon(&[]);
-    check_restarts(&mut daemon, "0", &|_| {});
+    check_restarts_and_listen(RESTARTS, &[]);
 }
 
 #[test]
 fn guests_and_qemu_restart_against_one_connecting_daemon() {
     needs_guest!("guests_and_qemu_restart_against_one_connecting_daemon");
     let mut daemon = daemon(&["--connect={}"]);
-    check_restarts(&mut daemon, "1", &|_| {});
+    check_restarts(&mut daemon, RESTARTS, &[("SERVER", "1")]);
 }
 
-#[test]
-fn a_guest_s_connection_outlives_the_daemon() {
-    needs_guest!("a_guest_s_connection_outlives_the_daemon");
+/// Kills the daemon twice under a connection of a guest, whose QEMU has this environment.
+pub(crate) fn check_kills(environment: &[(&str, &str)]) {
     let _alone = one_at_a_time();
     enter_new_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr");
@@ -222,7 +221,7 @@ fn a_guest_s_connection_outlives_the_daemon() {
     ip(&format!("address add {HOST_ADDRESS}/24 dev tap0"));
     let options = ["--tap=tap0"];
     let mut daemon = Daemon::start(&options);
-    let mut vm = Vm::start(&daemon.socket(), &[]);
+    let mut vm = Vm::start(&daemon.socket(), environment);
     vm.wait_ready();
     check_ping();
     let traffic = Command::new("iperf3")
@@ -238,4 +237,10 @@ fn a_guest_s_connection_outlives_the_daemon() {
     let ended = traffic.wait_with_output().unwrap();
     assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stdout));
     check_ping();
+}
+
+#[test]
+fn a_guest_s_connection_outlives_the_daemon() {
+    needs_guest!("a_guest_s_connection_outlives_the_daemon");
+    check_kills(&[]);
 }

@@ -1,6 +1,6 @@
 //! What a tenant notices when the daemon goes: nothing but a pause.
 
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::support::daemon::Daemon;
 use crate::support::network::{Wire, enter_new_namespace, ip};
 use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, needs_guest};
-use crate::support::{eventually, one_at_a_time};
+use crate::support::{Running, eventually, one_at_a_time};
 
 const KILLS: usize = 100;
 /// The guest's address, as qemu/run-guest sets it.
@@ -61,26 +61,6 @@ impl Drop for Watch {
 fn traffic() -> Running {
     let options = ["-t", "600", "--bidir", "-b", "20M"];
     Running::start(Command::new("iperf3").args(["-c", GUEST_ADDRESS]).args(options))
-}
-
-/// A program that would run for much longer than it is needed, ended with the value.
-struct Running(Child);
-
-impl Running {
-    fn start(command: &mut Command) -> Self {
-        Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
-    }
-
-    fn has_ended(&mut self) -> bool {
-        self.0.try_wait().unwrap().is_some()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Half of the pauses are not longer than the first, and none than the second.

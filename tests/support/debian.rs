@@ -2,7 +2,7 @@
 //! the package's units must run.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -65,6 +65,36 @@ fn once(name: &str, make: impl FnOnce(&Path) -> Result<(), String>) -> Result<Pa
     Ok(path)
 }
 
+/// Where this machine has the packages of its release from. Or why that is not known.
+fn mirror() -> Result<String, String> {
+    let mut which = Command::new("apt-get");
+    let format = ["indextargets", "--format", "$(REPO_URI)"];
+    let release = format!("Codename: {RELEASE}");
+    let mirrors = attempt(which.args(format).args(["Created-By: Packages", &release]))?;
+    mirrors.lines().next().map(str::to_owned).ok_or(format!("apt has no source of {RELEASE}"))
+}
+
+/// The newest QEMU that Debian has, of its unstable suite, which is not installed: a program that runs
+/// it with the libraries of that suite. Or why it can't be fetched.
+pub(crate) fn newest_qemu() -> Result<PathBuf, String> {
+    let tree = once("newest-qemu", |directory| {
+        let mut make = Command::new("mmdebstrap");
+        make.args(["--quiet", "--variant=extract", "--include=qemu-system-x86"]);
+        // A machine whose clock is ahead takes its list of packages all the same.
+        make.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
+        attempt(make.arg("sid").arg(directory).arg(mirror()?))?;
+        let run = "#!/bin/sh\n\
+            tree=$(dirname \"$0\")/usr lib=$(dirname \"$0\")/usr/lib/x86_64-linux-gnu\n\
+            exec \"$lib/ld-linux-x86-64.so.2\" --library-path \"$lib:$lib/pulseaudio\" \\\n\
+            \"$tree/bin/qemu-system-x86_64\" -L \"$tree/share/qemu\" -L \"$tree/share/seabios\" \\\n\
+            -L \"$tree/lib/ipxe/qemu\" \"$@\"\n";
+        fs::write(directory.join("qemu"), run).unwrap();
+        fs::set_permissions(directory.join("qemu"), fs::Permissions::from_mode(0o755)).unwrap();
+        Ok(())
+    })?;
+    Ok(tree.join("qemu"))
+}
+
 /// The files of a Debian package, which is not installed: fetched and unpacked once. Or why it can't
 /// be fetched.
 pub(crate) fn unpacked(package: &str) -> Result<PathBuf, String> {
@@ -90,14 +120,9 @@ impl Debian {
     /// machine has its packages from, and copied. Or why they can't be fetched.
     pub(crate) fn new() -> Result<Self, String> {
         let clean = once(&format!("{RELEASE},{PACKAGES}"), |directory| {
-            let mut which = Command::new("apt-get");
-            let format = ["indextargets", "--format", "$(REPO_URI)"];
-            let release = format!("Codename: {RELEASE}");
-            let mirrors = attempt(which.args(format).args(["Created-By: Packages", &release]))?;
-            let mirror = mirrors.lines().next().ok_or(format!("apt has no source of {RELEASE}"))?;
             let mut make = Command::new("mmdebstrap");
             make.args(["--quiet", "--variant=essential"]).arg(format!("--include={PACKAGES}"));
-            attempt(make.arg(RELEASE).arg(directory).arg(mirror)).map(drop)
+            attempt(make.arg(RELEASE).arg(directory).arg(mirror()?)).map(drop)
         })?;
         let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
         succeed(Command::new("cp").args(["-a", "-T"]).arg(clean).arg(directory.as_path()));

@@ -16,6 +16,7 @@ pub(crate) mod vm;
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -24,11 +25,17 @@ pub(crate) const SOON: Duration = Duration::from_secs(10);
 
 /// Waits until `condition` holds.
 #[track_caller]
-pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, condition: impl FnMut() -> bool) {
+    within(SOON, what, condition);
+}
+
+/// Waits for so long until `condition` holds.
+#[track_caller]
+pub(crate) fn within(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
         let waited = started.elapsed();
-        assert!(waited < SOON, "{what}: not within {SOON:?}");
+        assert!(waited < limit, "{what}: not within {limit:?}");
         // What is waited for may need the processor that looking takes.
         let pause = (waited / 64).clamp(Duration::from_micros(50), Duration::from_micros(500));
         std::thread::sleep(pause);
@@ -84,4 +91,24 @@ pub(crate) use needs_program;
 pub(crate) fn one_at_a_time() -> MutexGuard<'static, ()> {
     static BUSY: Mutex<()> = Mutex::new(());
     BUSY.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// A program that would run for much longer than it is needed, ended with the value.
+pub(crate) struct Running(Child);
+
+impl Running {
+    pub(crate) fn start(command: &mut Command) -> Self {
+        Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
+    }
+
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

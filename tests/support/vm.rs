@@ -117,12 +117,23 @@ impl Guest {
     /// Waits until the guest's init says that it is ready.
     #[track_caller]
     pub(crate) fn wait_ready(&mut self) {
-        self.wait_for("guest: ready");
+        self.wait_ready_within(Duration::from_secs(60));
+    }
+
+    /// Waits for so long until the guest's init says that it is ready.
+    #[track_caller]
+    pub(crate) fn wait_ready_within(&mut self, limit: Duration) {
+        self.wait_for_within(limit, "guest: ready");
     }
 
     #[track_caller]
     fn wait_for(&mut self, text: &str) -> String {
-        let end = Instant::now() + Duration::from_secs(60);
+        self.wait_for_within(Duration::from_secs(60), text)
+    }
+
+    #[track_caller]
+    fn wait_for_within(&mut self, limit: Duration, text: &str) -> String {
+        let end = Instant::now() + limit;
         let mut log = String::new();
         self.0.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
         while !log.contains(text) || !log.ends_with('\n') {

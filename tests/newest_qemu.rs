@@ -1,0 +1,38 @@
+//! A tenant of a host with the newest QEMU that Debian has: what is checked with the usual one, in short.
+
+use crate::support::debian::newest_qemu;
+use crate::support::network::output;
+use crate::support::vm::needs_guest;
+use crate::support::{needs_program, skip};
+use crate::{live_migration, qemu};
+
+/// Has a check run with the newest QEMU, if it can be fetched.
+fn check(test: &str, check: impl FnOnce(&[(&str, &str)])) {
+    needs_guest!(test);
+    needs_program!(test, "mmdebstrap");
+    match newest_qemu() {
+        Ok(program) => {
+            let program = program.to_str().unwrap();
+            assert_ne!(output(program, "--version"), output("qemu-system-x86_64", "--version"));
+            check(&[("QEMU", program)]);
+        }
+        Err(why) => skip(test, why.lines().next().unwrap_or_default()),
+    }
+}
+
+#[test]
+fn newest_qemu_and_its_guest_restart() {
+    check("newest_qemu_and_its_guest_restart", |qemu| {
+        crate::qemu::check_restarts_and_listen(1, qemu)
+    });
+}
+
+#[test]
+fn newest_qemu_connects_again_to_a_killed_daemon() {
+    check("newest_qemu_connects_again_to_a_killed_daemon", qemu::check_kills);
+}
+
+#[test]
+fn newest_qemu_moves_its_guest() {
+    check("newest_qemu_moves_its_guest", |qemu| live_migration::check_moves(2, qemu));
+}
