@@ -74,15 +74,21 @@ fn mirror() -> Result<String, String> {
     mirrors.lines().next().map(str::to_owned).ok_or(format!("apt has no source of {RELEASE}"))
 }
 
+/// Makes a directory with a Debian release, from where this machine has its packages from. Or why they
+/// can't be fetched.
+fn bootstrap(variant: &str, packages: &str, release: &str, at: &Path) -> Result<(), String> {
+    let mut make = Command::new("mmdebstrap");
+    make.arg("--quiet").arg(format!("--variant={variant}")).arg(format!("--include={packages}"));
+    // A machine whose clock is ahead takes its list of packages all the same.
+    make.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
+    attempt(make.arg(release).arg(at).arg(mirror()?)).map(drop)
+}
+
 /// The newest QEMU that Debian has, of its unstable suite, which is not installed: a program that runs
 /// it with the libraries of that suite. Or why it can't be fetched.
 pub(crate) fn newest_qemu() -> Result<PathBuf, String> {
     let tree = once("newest-qemu", |directory| {
-        let mut make = Command::new("mmdebstrap");
-        make.args(["--quiet", "--variant=extract", "--include=qemu-system-x86"]);
-        // A machine whose clock is ahead takes its list of packages all the same.
-        make.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
-        attempt(make.arg("sid").arg(directory).arg(mirror()?))?;
+        bootstrap("extract", "qemu-system-x86", "sid", directory)?;
         let run = "#!/bin/sh\n\
             tree=$(dirname \"$0\")/usr lib=$(dirname \"$0\")/usr/lib/x86_64-linux-gnu\n\
             exec \"$lib/ld-linux-x86-64.so.2\" --library-path \"$lib:$lib/pulseaudio\" \\\n\
@@ -111,6 +117,19 @@ pub(crate) fn unpacked(package: &str) -> Result<PathBuf, String> {
     })
 }
 
+/// A directory with the libraries of another Debian release alone, which stays: nothing of it is
+/// installed. Or why they can't be fetched.
+pub(crate) fn libraries(release: &str, packages: &str) -> Result<PathBuf, String> {
+    once(&format!("{release},{packages}"), |directory| {
+        bootstrap("extract", packages, release, directory)?;
+        // Of base-files.
+        for name in ["lib", "lib64"] {
+            let _ = symlink(format!("usr/{name}"), directory.join(name));
+        }
+        Ok(())
+    })
+}
+
 /// A directory with a Debian, which goes with the value.
 #[derive(Debug)]
 pub(crate) struct Debian(TempDir);
@@ -120,9 +139,7 @@ impl Debian {
     /// machine has its packages from, and copied. Or why they can't be fetched.
     pub(crate) fn new() -> Result<Self, String> {
         let clean = once(&format!("{RELEASE},{PACKAGES}"), |directory| {
-            let mut make = Command::new("mmdebstrap");
-            make.args(["--quiet", "--variant=essential"]).arg(format!("--include={PACKAGES}"));
-            attempt(make.arg(RELEASE).arg(directory).arg(mirror()?)).map(drop)
+            bootstrap("essential", PACKAGES, RELEASE, directory)
         })?;
         let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
         succeed(Command::new("cp").args(["-a", "-T"]).arg(clean).arg(directory.as_path()));
