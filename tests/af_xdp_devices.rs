@@ -3,7 +3,7 @@
 
 use vhost::vhost_user::message::FrontendReq;
 
-use crate::support::daemon::Daemon;
+use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{Wire, enter_namespace_for, enter_quiet_namespace, ip, output};
@@ -151,7 +151,7 @@ fn mtu_beyond_af_xdp_is_refused_and_the_guest_is_served() {
     for mtu in [9000, 3807, 65535, 65536, 67, u64::MAX] {
         assert!(!ask_for_mtu(&mut guest.frontend, mtu), "{mtu}");
         let why = format!("cannot set MTU {mtu}: the port carries 68 to 3806; change the VMM's");
-        assert!(daemon.log().contains(&why), "{}", daemon.log());
+        eventually(&why, || daemon.log().contains(&why));
         assert_eq!(configured_mtu(&mut guest.frontend), 1500);
     }
     guest.fill();
@@ -164,8 +164,8 @@ fn mtu_beyond_af_xdp_is_refused_and_the_guest_is_served() {
     assert_eq!(configured_mtu(&mut guest.frontend), 3806);
     guest.send(0, &frame(2, 1400));
     assert_eq!(wire.receive(1000).unwrap(), frame(2, 1400));
-    let log = daemon.log();
-    assert!(log.contains("af_xdp veth0: MTU differs device=1500 card=3806"), "{log}");
+    let said = "af_xdp veth0: MTU differs device=1500 card=3806";
+    eventually(said, || daemon.log().contains(said));
     drop((guest, daemon));
     let refused = crate::af_xdp::refused(&["--af-xdp=veth0", "--mtu=9000"]);
     assert!(refused.contains("cannot carry the card's MTU of 9000 on veth0"), "{refused}");
@@ -225,4 +225,62 @@ fn mtu_of_an_af_xdp_device_that_changes_under_way_is_followed() {
         });
     }
     assert!(!daemon.log().contains("does not work"), "{}", daemon.log());
+}
+
+/// A macvlan, `mv0`, on one end of a veth, `veth0`, which takes frames that are longer than `mv0`'s MTU.
+fn enter_namespace_with_macvlan() -> Wire {
+    let wire = enter_namespace_for("--af-xdp=veth0");
+    ip("link add mv0 link veth0 mtu 1500 type macvlan mode bridge");
+    ["veth0", "veth1"].iter().for_each(|name| ip(&format!("link set {name} mtu 9000")));
+    ip("link set mv0 up");
+    wire
+}
+
+#[test]
+fn frames_too_long_for_the_device_are_counted_while_it_runs() {
+    needs_root!("frames_too_long_for_the_device_are_counted_while_it_runs");
+    let wire = enter_namespace_with_macvlan();
+    let file =
+        "control = \"{}/control\"\n".to_owned() + &port("one", "af-xdp = \"mv0,attach=generic\"");
+    let daemon = Daemon::with_config(&file, "one");
+    let mut guest = Card::start(Frontend::new(daemon.connect_to("one")), Options::default());
+    guest.send(0, &[0; 5]);
+    let to_all = |number: usize, length: usize| [&[0xff; 6], &frame(number, length)[6..]].concat();
+    // As long as what has been joined; and then a guest without a buffer, which is something else.
+    (0..10).for_each(|number| wire.send(&to_all(number, 8000)));
+    wire.send(&to_all(10, 1500));
+    assert_eq!(guest.receive(0)[HEADER..], to_all(10, 1500));
+    let metrics = || daemon.ask(&["metrics"]);
+    let counted = |reason: &str, count: u64| {
+        let line = metrics()
+            .lines()
+            .find(|line| {
+                line.starts_with("vhost_user_net_drops_total")
+                    && line.contains("direction=\"rx\"")
+                    && line.contains(&format!("reason=\"{reason}\""))
+            })
+            .unwrap_or_default()
+            .to_owned();
+        line.ends_with(&format!(" {count}"))
+    };
+    eventually("they are counted", || counted("too_long", 10));
+    let said = "af_xdp mv0: frames longer than its MTU are lost";
+    eventually(said, || daemon.log().contains(said));
+    (0..2000).for_each(|number| wire.send(&to_all(number, 100)));
+    eventually("frames are lost for want of buffers", || !counted("no_room", 0));
+    assert!(counted("too_long", 10), "{}", metrics());
+}
+
+#[test]
+fn lower_devices_that_join_frames_are_warned_of() {
+    needs_root!("lower_devices_that_join_frames_are_warned_of");
+    needs_program!("lower_devices_that_join_frames_are_warned_of", "ethtool");
+    let _wire = enter_namespace_with_macvlan();
+    for (state, warned) in [("on", true), ("off", false)] {
+        ethtool("veth0", &format!("gro {state}"));
+        let daemon = Daemon::start(&["--af-xdp=mv0,attach=generic"]);
+        let said =
+            "joined frames are lost; veth0 joins received frames; run 'ethtool -K veth0 gro off'";
+        assert_eq!(daemon.log().contains(said), warned, "{}", daemon.log());
+    }
 }

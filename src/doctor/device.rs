@@ -32,11 +32,13 @@ pub(super) fn check(host: &Host, network: &Network, port: &Port, af_xdp: &AfXdp)
         return vec![Finding::fail("device", what, why).cure(command)];
     };
     let mut found = vec![state(link, &what), mtu(network, link, port, &what)];
-    found.extend(driver(ethtool::xdp_features(link.index), af_xdp, &what));
+    let features = ethtool::xdp_features(link.index);
+    let native = features.as_ref().is_ok_and(|features| is_native(*features));
+    let generic = af_xdp.attach == Attach::Generic || !native;
+    found.extend(driver(features, af_xdp, &what));
     found.extend(known_to_be_wrong(host, link, af_xdp, &what));
     found.push(foreign(host, link, &what, |id| Ok(Program::by_id(id)?.info()?.name)));
     found.extend(card::check(network, link, port, af_xdp, &what));
-    let generic = af_xdp.attach == Attach::Generic;
     found.extend(offloads::of_device(network, link, generic, &what));
     found.extend(placement::of_device(host, link, port, &what));
     found
@@ -83,6 +85,11 @@ fn mtu(network: &Network, link: &Link, port: &Port, what: &str) -> Finding {
     Finding::pass("mtu", what, format!("its MTU of {} takes the card's {wanted}", link.mtu))
 }
 
+/// Whether the driver runs programs, and redirects frames to sockets.
+fn is_native(features: u64) -> bool {
+    features & (xdp::BASIC | xdp::REDIRECT) == xdp::BASIC | xdp::REDIRECT
+}
+
 /// What the driver says that it can do (`NETDEV_CMD_DEV_GET`), not what its version lets one hope.
 fn driver(features: std::io::Result<u64>, af_xdp: &AfXdp, what: &str) -> Vec<Finding> {
     let features = match features {
@@ -93,7 +100,7 @@ fn driver(features: std::io::Result<u64>, af_xdp: &AfXdp, what: &str) -> Vec<Fin
             return vec![Finding::warn("xdp", what, why)];
         }
     };
-    let native = features & (xdp::BASIC | xdp::REDIRECT) == xdp::BASIC | xdp::REDIRECT;
+    let native = is_native(features);
     let zero_copy = native && features & xdp::ZERO_COPY != 0;
     let mode = match (native, af_xdp.attach) {
         (_, Attach::Generic) => {

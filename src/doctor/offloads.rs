@@ -3,6 +3,7 @@
 
 use super::finding::{Finding, quoted};
 use super::network::Network;
+use crate::port::af_xdp::joining::Joining;
 use crate::port::af_xdp::program;
 use crate::port::af_xdp::tags::Tags;
 use crate::sys::ethtool::Features;
@@ -41,6 +42,11 @@ pub(super) fn of_tap(network: &Network, link: &Link, what: &str) -> Option<Findi
 /// generic code.
 pub(super) fn of_device(network: &Network, link: &Link, generic: bool, what: &str) -> Vec<Finding> {
     let mut found = vec![vlan_tags(link, generic, what)];
+    for joining in Joining::below(link, &network.links).into_iter().filter(|_| generic) {
+        let why = format!("the guest does not get joined frames, as TCP is: {joining}");
+        let command = format!("ethtool -K {} {}", quoted(&joining.device), joining.offloads);
+        found.push(Finding::warn("joined-frames", what, why).cure(command));
+    }
     if link.is_veth {
         found.push(other_end(network, link, what));
         return found;

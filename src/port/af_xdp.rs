@@ -10,6 +10,7 @@
 mod abilities;
 mod checksum;
 mod interface;
+pub mod joining;
 pub mod program;
 mod receiver;
 pub mod segmentation;
@@ -32,6 +33,7 @@ use crate::features::{HEADER_LENGTH, PortOffloads};
 use crate::guest::{Burst, GuestMemory, Readable, Writable};
 use crate::port::Outcome;
 use crate::sys::link::Watch;
+use crate::sys::xsk::Statistics;
 use crate::vnet_header::LINK_OVERHEAD;
 
 pub use interface::Interface;
@@ -112,6 +114,7 @@ impl XdpQueue {
             changed: None,
             opened_anew: None,
             filtered: Filtered { counted: None, at: Instant::now() },
+            statistics: Statistics::default(),
             state: State::Closed { since: None, retry: Instant::now() },
         }
     }
@@ -165,6 +168,8 @@ pub struct XdpPort<'mem> {
     /// When the socket was opened anew for a fault.
     opened_anew: Option<Instant>,
     filtered: Filtered,
+    /// What the kernel has counted for the socket, when that was looked up last.
+    statistics: Statistics,
     transmitter: Transmitter<'mem>,
     receiver: Receiver<'mem>,
 }
@@ -202,6 +207,7 @@ impl<'mem> XdpPort<'mem> {
                     info!("af_xdp {}: works again", self.host.interface.name());
                 }
                 self.filtered.counted = interface.filtered(pair);
+                self.statistics = Statistics::default();
                 // Kept first: whatever happens from here on, the socket is closed at the end.
                 self.state = State::Open(Box::new(socket));
                 if let State::Open(socket) = &mut self.state {
@@ -232,6 +238,25 @@ impl<'mem> XdpPort<'mem> {
         self.filtered.at = Instant::now();
     }
 
+    /// Counts frames that the kernel has dropped since the last time, by what it has counted by now.
+    fn count_lost(&mut self, now: Statistics, finished: &mut Finished<'mem>) {
+        let before = std::mem::replace(&mut self.statistics, now);
+        let too_long = now.too_long().saturating_sub(before.too_long());
+        let lost = now.lost().saturating_sub(before.lost()).saturating_sub(too_long);
+        if too_long > 0 && before.too_long() == 0 {
+            warn!(
+                "af_xdp {}: frames longer than its MTU are lost; find out by 'vhost-user-net doctor' \
+                 who joins them",
+                self.host.interface.name()
+            );
+        }
+        for (reason, count) in [(Drop::TooLong, too_long), (Drop::NoRoom, lost)] {
+            if count > 0 {
+                finished.rx_dropped.push((reason, count));
+            }
+        }
+    }
+
     /// Notes that the device does not work: frames are dropped, and it is tried again later.
     fn gone(&mut self, why: &dyn fmt::Display) {
         if !std::mem::replace(&mut self.host.reported, true) {
@@ -243,9 +268,11 @@ impl<'mem> XdpPort<'mem> {
         self.state = State::Closed { since, retry: now + RETRY };
     }
 
-    /// Whether frames are being dropped for the filter.
-    fn counts_filtered(&self) -> bool {
-        self.host.interface.filters() && self.receives && matches!(self.state, State::Open(_))
+    /// Whether frames may be being dropped of which nobody hears otherwise: for the filter, or since
+    /// devices below this one join them.
+    fn counts_dropped(&self) -> bool {
+        let State::Open(open) = &self.state else { return false };
+        self.receives && (self.host.interface.filters() || open.generic)
     }
 
     fn is_gone(&self) -> bool {
@@ -271,9 +298,10 @@ impl<'mem> XdpPort<'mem> {
         self.count_filtered(finished);
         let closed = State::Closed { since: None, retry: Instant::now() };
         let State::Open(open) = std::mem::replace(&mut self.state, closed) else { return };
-        let unreceived = self.host.interface.close(pair, *open);
+        let statistics = self.host.interface.close(pair, *open);
+        self.count_lost(statistics, finished);
         // Not before here: the kernel writes no more.
-        let lost = unreceived + self.receiver.withdraw();
+        let lost = self.receiver.withdraw();
         if lost > 0 {
             finished.rx_dropped.push((Drop::NoRoom, lost));
         }
@@ -363,8 +391,13 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         } else if self.receiver.has_buffers() || self.is_gone() {
             self.open();
         }
-        if self.counts_filtered() && self.filtered.at.elapsed() >= FILTERED {
+        if self.counts_dropped() && self.filtered.at.elapsed() >= FILTERED {
             self.count_filtered(finished);
+            if let State::Open(open) = &self.state
+                && let Ok(statistics) = open.socket.statistics()
+            {
+                self.count_lost(statistics, finished);
+            }
         }
         self.transmitter.finish(finished);
     }
@@ -394,7 +427,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
                     self.receiver.patience()
                 };
                 let count = self
-                    .counts_filtered()
+                    .counts_dropped()
                     .then(|| FILTERED.saturating_sub(self.filtered.at.elapsed()));
                 (Some(open.as_fd()), wait.into_iter().chain(count).min())
             }

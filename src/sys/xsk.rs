@@ -98,12 +98,27 @@ pub struct Binding {
 pub struct Statistics {
     /// Frames lost because no buffer was posted, or they were longer than a buffer.
     pub rx_dropped: u64,
+    /// Times that no buffer was posted.
+    pub rx_no_buffer: u64,
     /// Frames lost because the rx ring was full.
     pub rx_ring_full: u64,
     /// Addresses in the fill ring that were refused. We check them before: it is a fault of ours.
     pub rx_invalid: u64,
     /// Descriptors in the tx ring that were refused; likewise.
     pub tx_invalid: u64,
+}
+
+impl Statistics {
+    /// Frames lost on the way to the guest.
+    pub fn lost(&self) -> u64 {
+        self.rx_dropped + self.rx_ring_full
+    }
+
+    /// Of those, the ones that were longer than a buffer, in copy mode (`__xsk_rcv` of
+    /// net/xdp/xsk.c): drivers with zero copy look for buffers when no frame is there, too.
+    pub fn too_long(&self) -> u64 {
+        self.rx_dropped.saturating_sub(self.rx_no_buffer)
+    }
 }
 
 /// A socket that is set up and not yet bound. It takes buffers into its fill ring already.
@@ -246,6 +261,7 @@ impl Socket {
             get_option(&self.fd, libc::SOL_XDP, libc::XDP_STATISTICS)?;
         Ok(Statistics {
             rx_dropped: counts.rx_dropped,
+            rx_no_buffer: counts.rx_fill_ring_empty_descs,
             rx_ring_full: counts.rx_ring_full,
             rx_invalid: counts.rx_invalid_descs,
             tx_invalid: counts.tx_invalid_descs,

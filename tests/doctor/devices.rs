@@ -101,6 +101,22 @@ fn lost_vlan_tags_are_mended_by_the_command_that_is_printed() {
 }
 
 #[test]
+fn a_lower_device_that_joins_frames_is_mended_by_the_command_that_is_printed() {
+    needs_root!("a_lower_device_that_joins_frames_is_mended_by_the_command_that_is_printed");
+    needs_program!("a_lower_device_that_joins_frames_is_mended", "ethtool");
+    enter_namespace_with_good_veth();
+    ip("link add br0 type bridge");
+    ip("link set veth0 master br0");
+    ip("link set br0 up");
+    shell("ethtool -K veth0 gro on");
+    // What joins frames of a device whose driver runs the program is the device itself.
+    let own = examine(&["--af-xdp=veth0"]);
+    assert!(!own.iter().any(|line| line.check == "joined-frames"), "{own:#?}");
+    let wrong = is_mended("joined-frames", "WARN", &["--af-xdp=br0"]);
+    assert_eq!(wrong.cure.as_deref(), Some("ethtool -K veth0 gro off"));
+}
+
+#[test]
 fn missing_queues_are_made_by_the_command_that_is_printed() {
     needs_root!("missing_queues_are_made_by_the_command_that_is_printed");
     needs_program!("missing_queues_are_made_by_the_command_that_is_printed", "ethtool");

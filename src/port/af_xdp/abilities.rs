@@ -22,6 +22,8 @@ pub(super) struct Abilities {
     pub(super) zero_copy: bool,
     /// Frames to be sent may carry metadata.
     pub(super) metadata: bool,
+    /// The XDP program runs in the kernel's generic code.
+    pub(super) generic: bool,
 }
 
 impl Abilities {
@@ -44,7 +46,7 @@ impl Abilities {
             )));
         }
         let zero_copy = mode != Mode::Copy && !generic;
-        let mut abilities = Abilities { zero_copy, metadata: true };
+        let mut abilities = Abilities { zero_copy, metadata: true, generic };
         for queue in queues.clone() {
             loop {
                 let binding = abilities.binding(device, queue);

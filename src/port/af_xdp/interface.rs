@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 
 use super::abilities::{Abilities, refused, wait_for_device};
+use super::joining::Joining;
 use super::program::Attachment;
 use super::receiver::RING_SIZES;
 use super::steering::Steering;
@@ -26,7 +27,7 @@ use crate::policy::Filter;
 use crate::port::mtu::MtuComparison;
 use crate::sys::link::{self, Link, Watch};
 use crate::sys::socket;
-use crate::sys::xsk::{Binding, Registration, Socket};
+use crate::sys::xsk::{Binding, Registration, Socket, Statistics};
 
 use wanted::Wanted;
 
@@ -58,6 +59,8 @@ pub(super) struct OpenSocket {
     /// Whether the kernel is to be asked for frames, rather than waited for.
     pub(super) busy_poll: bool,
     binding: Binding,
+    /// Whether the program runs in the kernel's generic code.
+    pub(super) generic: bool,
     /// MTU of the device in bytes, when it was opened.
     device_mtu: u32,
 }
@@ -153,6 +156,11 @@ impl Interface {
         interface.look_for_tags(&link, &mut shared);
         shared.abilities = interface.find_abilities(&link)?;
         shared.steering = interface.steer(&link)?;
+        if shared.abilities.generic {
+            for joining in Joining::below(&link, &link::all().unwrap_or_default()) {
+                warn!("af_xdp {name}: joined frames are lost; {joining}");
+            }
+        }
         drop(shared);
         (0..pairs)
             .map(|pair| {
@@ -363,6 +371,7 @@ impl Interface {
             metadata: abilities.metadata,
             busy_poll,
             binding,
+            generic: abilities.generic,
             device_mtu: link.mtu,
         })
     }
@@ -376,8 +385,8 @@ impl Interface {
     }
 
     /// Closes a socket. When this returns, neither kernel nor device touches the guest's memory
-    /// any more. Returns how many frames were lost for want of buffers.
-    pub(super) fn close(&self, pair: u16, open: OpenSocket) -> u64 {
+    /// any more. Returns what the kernel has counted.
+    pub(super) fn close(&self, pair: u16, open: OpenSocket) -> Statistics {
         let OpenSocket { socket, umem, binding, .. } = open;
         let statistics = socket.statistics().unwrap_or_default();
         if statistics.rx_invalid + statistics.tx_invalid > 0 {
@@ -407,7 +416,7 @@ impl Interface {
         if binding.zero_copy {
             wait_for_device(self.name(), binding);
         }
-        statistics.rx_dropped + statistics.rx_ring_full
+        statistics
     }
 
     /// Whether a socket still can work, after its device has changed; or why it is to be opened again.
