@@ -178,6 +178,19 @@ impl Server {
         self.house.listeners.push((name.to_owned(), listener));
     }
 
+    /// Passes another socket on in place of the one whose name begins so.
+    pub fn pass_on_instead(&mut self, name: &str, listener: OwnedFd) {
+        let mut listeners = self.house.listeners.iter_mut();
+        if let Some((_, passed)) = listeners.find(|(passed, _)| passed.starts_with(name)) {
+            *passed = listener;
+        }
+    }
+
+    /// Its socket, if it has one.
+    pub fn endpoint(&mut self) -> Option<&mut Endpoint> {
+        self.endpoint.as_mut()
+    }
+
     /// Whether another daemon goes on with the ports.
     pub fn has_given_away(&self) -> bool {
         self.given_away

@@ -29,6 +29,9 @@ const LAST_RETRY: Duration = Duration::from_millis(500);
 /// Time for which a listener is left alone after an accept that failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
+/// Time between two looks at a socket's file.
+const LOOK_INTERVAL: Duration = Duration::from_secs(4);
+
 /// Whether a listener accepts, or pauses: a connection that waits makes it readable all the time, and the
 /// process may be out of descriptors. Nobody sleeps meanwhile.
 #[derive(Debug, Default)]
@@ -209,6 +212,53 @@ impl Endpoint {
         matches!(self, Endpoint::Connected(None))
     }
 
+    /// When to look at the socket's file again, if it is ours.
+    pub fn next_look(&self) -> Option<Instant> {
+        match self {
+            Endpoint::Listener(_, Some(file), _) => Some(file.next_look),
+            _ => None,
+        }
+    }
+
+    /// Looks whether the socket's file is there still, if it is [time](Self::next_look), and makes it
+    /// again if somebody has deleted it. Tells of a change, and logs it; `name` is for that.
+    pub fn look(&mut self, name: &str) -> Option<Look> {
+        let Endpoint::Listener(listener, Some(file), _) = self else { return None };
+        let before = file.look()?;
+        let path = file.path.display().to_string();
+        let look = |hidden, old| Some(Look { hidden, old });
+        match file.state {
+            FileState::Ours => {
+                info!("{name}: socket file is back path={path}; clients can connect again");
+                look(None, None)
+            }
+            FileState::Replaced => {
+                warn!(
+                    "{name}: socket file was replaced by another process path={path}; new clients do not \
+                     reach this socket; remove that file"
+                );
+                let why = "another process has replaced its socket file: new VMMs do not reach it";
+                look(Some(why), None)
+            }
+            FileState::Gone => match file.make_again() {
+                Ok(made) => {
+                    warn!("{name}: socket file was deleted path={path}; it is made again");
+                    look(None, Some(std::mem::replace(listener, made)))
+                }
+                Err(error) => {
+                    // It is tried again at each look, and said once.
+                    if before != FileState::Gone {
+                        warn!(
+                            "{name}: socket file was deleted path={path}: cannot make it again: {error}; \
+                             nobody else can connect; see to its directory, or restart the daemon"
+                        );
+                    }
+                    look(Some("its socket file was deleted: no other VMM can connect"), None)
+                }
+            },
+        }
+    }
+
     /// What its [descriptor](Self::fd) is waited on for.
     pub fn interest(&self) -> Interest {
         match self {
@@ -284,11 +334,97 @@ pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
 pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
+    /// Who may connect, as of the last look.
+    access: Access,
+    state: FileState,
+    next_look: Instant,
+}
+
+/// What has changed about a socket's file.
+#[derive(Debug)]
+pub struct Look {
+    /// Why nobody else finds the port's socket, if that is so.
+    pub hidden: Option<&'static str>,
+    /// The socket that nobody finds any more, if another one is listened on instead.
+    pub old: Option<UnixListener>,
+}
+
+/// What is found at a socket's path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FileState {
+    /// The file that we made.
+    Ours,
+    /// Nothing.
+    Gone,
+    /// Another file, which is not ours to remove.
+    Replaced,
+}
+
+/// Who may connect to a socket.
+#[derive(Debug, Clone, Copy)]
+struct Access {
+    mode: u32,
+    group: u32,
+}
+
+impl Access {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Access { mode: metadata.mode() & 0o7777, group: metadata.gid() }
+    }
+
+    fn apply(self, path: &Path) -> io::Result<()> {
+        if fs::symlink_metadata(path)?.gid() != self.group {
+            std::os::unix::fs::lchown(path, None, Some(self.group))?;
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(self.mode))
+    }
 }
 
 impl SocketFile {
     fn of(path: &Path) -> io::Result<Self> {
-        Ok(SocketFile { path: path.to_owned(), identity: identity(path)? })
+        let metadata = fs::symlink_metadata(path)?;
+        Ok(SocketFile {
+            path: path.to_owned(),
+            identity: (metadata.dev(), metadata.ino()),
+            access: Access::of(&metadata),
+            state: FileState::Ours,
+            // Its access may be set after this.
+            next_look: Instant::now(),
+        })
+    }
+
+    /// Makes the file again, with a socket of its own.
+    fn make_again(&mut self) -> io::Result<UnixListener> {
+        let made = bind(&self.path)?;
+        let found = identity(&self.path)?;
+        // Nobody can connect before it listens.
+        let set = self.access.apply(&self.path).and_then(|()| listen(&made));
+        if let Err(error) = set.and_then(|()| made.set_nonblocking(true)) {
+            let _ = fs::remove_file(&self.path);
+            return Err(error);
+        }
+        (self.identity, self.state) = (found, FileState::Ours);
+        Ok(made)
+    }
+
+    /// Looks at the file, if it is time; tells its last state if that has changed, or if it is gone.
+    fn look(&mut self) -> Option<FileState> {
+        if Instant::now() < self.next_look {
+            return None;
+        }
+        self.next_look = Instant::now() + LOOK_INTERVAL;
+        let state = match fs::symlink_metadata(&self.path) {
+            Ok(metadata) if (metadata.dev(), metadata.ino()) == self.identity => {
+                self.access = Access::of(&metadata);
+                FileState::Ours
+            }
+            Ok(_) => FileState::Replaced,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => FileState::Gone,
+            // Another user may not look.
+            Err(_) => self.state,
+        };
+        let before = std::mem::replace(&mut self.state, state);
+        (state != before || state == FileState::Gone).then_some(before)
     }
 }
 

@@ -78,6 +78,15 @@ impl<T: Copy + PartialEq> Poller<T> {
         }
     }
 
+    /// Watches another descriptor for `what` instead of the last one, which must be open still.
+    pub fn replace(&mut self, what: T, fd: impl AsFd, interest: Interest) -> io::Result<()>
+    where
+        T: Copy,
+    {
+        self.remove(what)?;
+        self.add(fd, interest, what)
+    }
+
     /// Watches `what` no more; does nothing if it was not watched.
     pub fn remove(&mut self, what: T) -> io::Result<()> {
         let Some((place, fd)) = self.find(what) else { return Ok(()) };

@@ -221,10 +221,11 @@ fn restrict_files(config: &Config) -> Result<String, landlock::RulesetError> {
     };
     let sockets = listening.chain(config.control.as_deref()).chain(metrics);
     for directory in sockets.map(directory_of) {
-        // Our own socket's file is removed at the end.
+        // Our own socket's file is removed at the end, and made again if somebody has deleted it.
         match PathFd::new(directory) {
             Ok(opened) => {
-                ruleset = ruleset.add_rule(PathBeneath::new(opened, AccessFs::RemoveFile))?;
+                let access = AccessFs::RemoveFile | AccessFs::MakeSock;
+                ruleset = ruleset.add_rule(PathBeneath::new(opened, access))?;
             }
             Err(error) => warn!("{}: {error}: its socket will be left there", directory.display()),
         }

@@ -107,6 +107,12 @@ pub struct FrontendStatus {
     pub features: Option<u64>,
     /// Connections so far.
     pub connections: u64,
+    /// Process that is connected, if that is known.
+    pub process: Option<i32>,
+    /// Whether another one has connected since, and waits.
+    pub another_waits: bool,
+    /// Why no other VMM can find the port's socket, if that is so.
+    pub hidden: Option<&'static str>,
 }
 
 /// What is denied of a port's frames. Both may be changed while it runs.
@@ -204,11 +210,22 @@ impl PortStatus {
         self.ended.load(Ordering::Relaxed)
     }
 
-    /// A frontend has connected.
-    pub fn connected(&self) {
+    /// A frontend has connected: this process, if that is known.
+    pub fn connected(&self, process: Option<i32>) {
         let mut status = lock(&self.connection);
-        status.since = Some(Instant::now());
+        (status.since, status.process) = (Some(Instant::now()), process);
+        status.another_waits = false;
         status.connections += 1;
+    }
+
+    /// Another frontend has connected, and waits.
+    pub fn set_another_waits(&self) {
+        lock(&self.connection).another_waits = true;
+    }
+
+    /// Why no VMM can find the port's socket, if that is so.
+    pub fn set_hidden(&self, why: Option<&'static str>) {
+        lock(&self.connection).hidden = why;
     }
 
     /// So many frontends have connected before.
@@ -219,7 +236,7 @@ impl PortStatus {
     /// It has gone.
     pub fn disconnected(&self) {
         let mut status = lock(&self.connection);
-        (status.since, status.features) = (None, None);
+        (status.since, status.features, status.process) = (None, None, None);
         self.pairs.iter().for_each(|pair| pair.set_fault(None));
     }
 

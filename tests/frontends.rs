@@ -2,6 +2,7 @@
 //! many rings as the backend says, and leave out or add what the specification lets them.
 
 mod guests;
+mod sockets;
 mod user_mode_linux;
 
 use std::io::{Read, pipe};

@@ -440,7 +440,10 @@ fn show(report: &Value) -> String {
     }
     if let Some(seconds) = report["connected_seconds"].as_u64() {
         let features = plain(&report["features"]);
-        let _ = writeln!(text, "  frontend      connected for {seconds} s, features {features}");
+        let process = report["vmm_process"].as_i64();
+        let process = process.map_or(String::new(), |process| format!(", process {process}"));
+        let _ =
+            writeln!(text, "  frontend      connected for {seconds} s{process}, features {features}");
     }
     let _ = writeln!(text, "  connected     {} times so far", report["connections"]);
     if let (Some(mapped), Some(most)) =

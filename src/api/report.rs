@@ -8,7 +8,7 @@ use crate::config::Frontend;
 use crate::counters::{CopyReason, DirectionCounters, Drop};
 use crate::daemon::{Port, Ports};
 use crate::features;
-use crate::status::{PairStatus, PortStatus};
+use crate::status::{FrontendStatus, PairStatus, PortStatus};
 use crate::sys::link::{Drops, Link};
 use crate::traffic::{Row, Way};
 
@@ -48,6 +48,10 @@ pub(super) struct Report {
     options: serde_json::Map<String, serde_json::Value>,
     connected_seconds: Option<u64>,
     connections: u64,
+    /// Process of the VMM that is served, if it is in the daemon's PID namespace.
+    vmm_process: Option<i32>,
+    /// Whether another VMM has connected since, and waits.
+    another_vmm_waits: bool,
     features: Option<String>,
     /// Bytes of the VMM's files that are mapped, and how many can be.
     mapped_bytes: u64,
@@ -211,6 +215,12 @@ pub(super) fn traffic(row: &Row) -> serde_json::Value {
     })
 }
 
+/// What an operator should know of a port's socket, whatever its state.
+fn remarks(connection: &FrontendStatus) -> String {
+    let waits = connection.another_waits.then_some("another VMM waits until this one disconnects");
+    [waits, connection.hidden].into_iter().flatten().map(|remark| format!("; {remark}")).collect()
+}
+
 pub(super) fn full(ports: &Ports, it: &Port) -> Report {
     let device = ports.device(it).map(|link| {
         let [rx_drops, tx_drops] = device_drops(it, &link);
@@ -230,9 +240,11 @@ pub(super) fn full(ports: &Ports, it: &Port) -> Report {
         summary: summary(it),
         device,
         options: said.into_iter().filter(|(_, value)| is_said(value)).collect(),
-        explanation: state(port).1,
+        explanation: state(port).1 + &remarks(&connection),
         connected_seconds: connection.since.map(|since| since.elapsed().as_secs()),
         connections: connection.connections,
+        vmm_process: connection.process,
+        another_vmm_waits: connection.another_waits,
         features: connection.features.map(|bits| format!("{bits:#x}")),
         mapped_bytes: port.memory.mapped(),
         max_memory: port.memory.limit(),

@@ -118,6 +118,14 @@ impl Scrape {
         }
     }
 
+    /// Its unix socket, if it has one.
+    pub fn endpoint(&mut self) -> Option<&mut Endpoint> {
+        match &mut self.listener {
+            Listener::Unix(endpoint) => Some(endpoint),
+            Listener::Tcp(..) => None,
+        }
+    }
+
     /// Becomes readable when somebody connects.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.listener {

@@ -178,9 +178,11 @@ impl Control {
                 Some(connection) => connection.deadline(),
                 None => self.endpoint.deadline(),
             };
-            let mut ordered = false;
+            let deadline = deadline.into_iter().chain(self.endpoint.next_look()).min();
+            let (mut ordered, mut knocked) = (false, false);
             let waited = self.poller.wait(until(deadline), |source| {
                 ordered |= source == Source::Order;
+                knocked |= source == Source::Endpoint;
             });
             if let Err(error) = waited {
                 warn!("{}: wait for descriptors: {error}", self.device.name());
@@ -189,7 +191,35 @@ impl Control {
             if ordered && self.obey() {
                 return;
             }
+            let served = self.connection.is_some();
             self.talk();
+            if knocked && served {
+                self.note_second_frontend();
+            }
+            self.look_after_socket();
+        }
+    }
+
+    /// Says that a frontend waits, unless the first one has gone meanwhile.
+    fn note_second_frontend(&self) {
+        let Some(connection) = &self.connection else { return };
+        let served = connection.peer().map_or("?".into(), |process| process.to_string());
+        warn!(
+            "{}: another VMM connected and waits served_process={served}; it is served when the first one \
+             disconnects",
+            self.device.name()
+        );
+        self.status.set_another_waits();
+    }
+
+    /// Has the socket's file looked at.
+    fn look_after_socket(&mut self) {
+        let Some(look) = self.endpoint.look(self.device.name()) else { return };
+        self.status.set_hidden(look.hidden);
+        let Some((_old, fd)) = look.old.zip(self.endpoint.fd()) else { return };
+        let interest = if self.connection.is_some() { Interest::Edge } else { Interest::Read };
+        if let Err(error) = self.poller.replace(Source::Endpoint, fd, interest) {
+            warn!("{}: wait for descriptors: {error}", self.device.name());
         }
     }
 
@@ -412,8 +442,8 @@ impl Control {
         let Some(stream) = connection else { return Ok(()) };
         let connection = Connection::new(stream)?;
         self.poller.add(&connection, Interest::Read, Source::Connection)?;
-        let _ = self.poller.modify(Source::Endpoint, Interest::Nothing);
-        self.status.connected();
+        let _ = self.poller.modify(Source::Endpoint, Interest::Edge);
+        self.status.connected(connection.peer());
         self.status.set_features(self.device.features());
         self.connection = Some(connection);
         Ok(())
@@ -433,9 +463,9 @@ impl Control {
         match watched {
             Ok(connection) => {
                 info!("{name}: frontend connected");
-                // The next frontend waits until this one has gone.
-                let _ = self.poller.modify(Source::Endpoint, Interest::Nothing);
-                self.status.connected();
+                // The next frontend waits until this one has gone. That it does is told once.
+                let _ = self.poller.modify(Source::Endpoint, Interest::Edge);
+                self.status.connected(connection.peer());
                 self.connection = Some(connection);
             }
             Err(error) => warn!("{name}: take a connection: {error}"),

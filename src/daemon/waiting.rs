@@ -86,7 +86,8 @@ impl<'a> Waiting<'a> {
             let overdue = self.ports.end_overdue_handover();
             let accept = self.wait_for_connections();
             let devices = self.ports.look_at_devices();
-            let times = [time, self.mend(), overdue, accept, devices];
+            let sockets = self.look_after_sockets();
+            let times = [time, self.mend(), overdue, accept, devices, sockets];
             let time = times.into_iter().flatten().min();
             self.poller.wait(time, |source| happened.push(source))?;
             for source in happened.drain(..) {
@@ -187,6 +188,31 @@ impl<'a> Waiting<'a> {
             soonest = soonest.into_iter().chain((!left.is_zero()).then_some(left)).min();
         }
         soonest
+    }
+
+    /// Has the files of the control socket and the metrics' socket looked at; returns when to look again.
+    fn look_after_sockets(&mut self) -> Option<Duration> {
+        let metrics = self.scrape.as_mut().and_then(Scrape::endpoint);
+        let (mut made, mut next) = (Vec::new(), None);
+        for (source, name, passed, endpoint) in [
+            (Source::Operators, "control socket", "control", self.server.endpoint()),
+            (Source::Scrape, "metrics", "metrics", metrics),
+        ] {
+            let Some(endpoint) = endpoint else { continue };
+            let old = endpoint.look(name).and_then(|look| look.old);
+            if let Some((_old, fd)) = old.zip(endpoint.fd()) {
+                let watched = self.poller.replace(source, fd, Interest::Read);
+                match watched.and_then(|()| fd.try_clone_to_owned()) {
+                    Ok(listener) => made.push((passed, listener)),
+                    Err(error) => warn!("{name}: wait for descriptors: {error}"),
+                }
+            }
+            next = next.into_iter().chain(endpoint.next_look()).min();
+        }
+        for (passed, listener) in made {
+            self.server.pass_on_instead(passed, listener);
+        }
+        until(next)
     }
 
     /// Takes whoever has connected to the control socket.

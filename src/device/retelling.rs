@@ -91,13 +91,14 @@ impl Device {
         if let Some(mtu) = told.mtu {
             messages.push(Retold::number(FrontendReq::NET_SET_MTU, mtu.into()));
         }
+        let mut sockets_pass = true;
         for (index, ring) in (0..).zip(&told.rings) {
             if index as usize == 2 * self.workers.len()
                 && self.control_ring() != Some(index as usize)
             {
                 continue;
             }
-            retell_ring(index, ring, &mut messages)?;
+            retell_ring(index, ring, &mut messages, &mut sockets_pass)?;
         }
         if told.status != 0 {
             messages.push(Retold::number(FrontendReq::SET_STATUS, told.status.into()));
@@ -116,7 +117,13 @@ fn needs_slots(memory: &GuestMemory) -> bool {
     memory.len() > MAX_TABLE_REGIONS || is_unmapped
 }
 
-fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::Result<()> {
+/// `sockets_pass` is cleared by the first call socket that can't be passed on: each takes time to find out.
+fn retell_ring(
+    index: u32,
+    ring: &ToldRing,
+    messages: &mut Vec<Retold>,
+    sockets_pass: &mut bool,
+) -> io::Result<()> {
     if ring.size > 0 {
         messages.push(Retold::ring(FrontendReq::SET_VRING_NUM, index, ring.size.into()));
     }
@@ -129,9 +136,11 @@ fn retell_ring(index: u32, ring: &ToldRing, messages: &mut Vec<Retold>) -> io::R
         [(FrontendReq::SET_VRING_CALL, &ring.call), (FrontendReq::SET_VRING_ERR, &ring.error)]
     {
         // What can't be passed stays behind, as the backend's channel does.
-        if let Some(file) = event.file()
-            && (!event.is_socket() || can_be_passed(&file)?)
-        {
+        let Some(file) = event.file() else { continue };
+        if event.is_socket() {
+            *sockets_pass = *sockets_pass && can_be_passed(&file)?;
+        }
+        if *sockets_pass || !event.is_socket() {
             messages.push(Retold::event(code, index, Some(file)));
         }
     }

@@ -29,8 +29,8 @@ pub enum Readable {}
 #[derive(Debug)]
 pub enum Writable {}
 
-/// Device-readable, then device-writable: a command from the guest, on the control virtqueue. An
-/// [empty](Segment::EMPTY) segment stands between the two parts.
+/// Device-readable, then device-writable: a command from the guest, on the control virtqueue. A segment
+/// without bytes stands between the two parts.
 #[derive(Debug)]
 pub enum Command {}
 

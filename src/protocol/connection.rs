@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
 use super::{HEADER_LENGTH, Header, MAX_PAYLOAD, MAX_TABLE_REGIONS, Message, Reply};
 use crate::sys::socket::{receive, send_some};
 
@@ -54,6 +56,12 @@ impl Connection {
             unsent_file: None,
             deadline: None,
         })
+    }
+
+    /// Process that connected, or that listens, if it is in our PID namespace.
+    pub fn peer(&self) -> Option<i32> {
+        let peer = getsockopt(&self.socket, PeerCredentials).ok()?;
+        Some(peer.pid()).filter(|pid| *pid != 0)
     }
 
     /// Whether to wait for room for a reply instead of a message: a frontend that does not read

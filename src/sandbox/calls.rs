@@ -62,12 +62,16 @@ const WAIT: &[c_long] = &[
 /// Messages with descriptors, and what must be known of these; the socket's file.
 const CONTROL: &[c_long] = &[
     libc::SYS_accept4,
+    libc::SYS_bind,
+    libc::SYS_chmod,
     libc::SYS_connect,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_ftruncate,
     libc::SYS_getpeername,
     libc::SYS_getsockopt,
+    libc::SYS_lchown,
+    libc::SYS_listen,
     libc::SYS_lstat,
     libc::SYS_memfd_create,
     libc::SYS_newfstatat,
@@ -88,8 +92,12 @@ const CONTROL: &[c_long] = &[
 /// Operators, and their socket's file.
 const MAIN: &[c_long] = &[
     libc::SYS_accept4,
+    libc::SYS_bind,
+    libc::SYS_chmod,
     libc::SYS_geteuid,
     libc::SYS_getsockopt,
+    libc::SYS_lchown,
+    libc::SYS_listen,
     libc::SYS_lstat,
     // Of netlink.
     libc::SYS_recvfrom,
@@ -227,7 +235,14 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
     match role {
         Role::Log => common,
         Role::Capture => Allowed { calls: calls(&[WAIT]), ..common },
-        Role::Main => Allowed { calls: calls(&[WAIT, MAIN]), requests: vec![FIONBIO], ..common },
+        Role::Main => Allowed {
+            calls: calls(&[WAIT, MAIN]),
+            commands: vec![libc::F_GETFD, libc::F_DUPFD_CLOEXEC],
+            requests: vec![FIONBIO],
+            // A socket of its own is made again if its file was deleted.
+            families: vec![libc::AF_UNIX],
+            ..common
+        },
         Role::Operated => {
             let options =
                 vec![libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_TIMERSLACK];

@@ -1,0 +1,123 @@
+//! The port's socket: a second VMM on it, and whoever deletes or replaces its file.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use nix::sys::signal::Signal;
+
+use crate::support::daemon::{Daemon, port};
+use crate::support::driver::{Card, Options};
+use crate::support::eventually;
+use crate::support::frontend::Frontend;
+
+fn start() -> (Daemon, Card) {
+    let port = port("one", "loopback = true");
+    let daemon = Daemon::with_config(&format!("control = \"{{}}/control\"\n{port}"), "one");
+    let card = Card::start(Frontend::new(daemon.connect_to("one")), Options::default());
+    (daemon, card)
+}
+
+#[test]
+fn second_vmm_on_a_socket_is_named_and_served_next() {
+    let (daemon, mut card) = start();
+    let process = std::process::id();
+    assert_eq!(daemon.show("one")["vmm_process"], process);
+    assert_eq!(daemon.show("one")["another_vmm_waits"], false);
+    let second = daemon.connect_to("one");
+    eventually("it is shown", || daemon.show("one")["another_vmm_waits"] == true);
+    let said = format!("another VMM connected and waits served_process={process}");
+    eventually("it is logged", || daemon.log().contains(&said));
+    assert!(daemon.ask(&["show", "one"]).contains("another VMM waits"));
+    assert!(daemon.ask(&["show", "one"]).contains(&format!("process {process}")));
+    // However many wait, the first is served on.
+    let third = daemon.connect_to("one");
+    card.check_echo(300);
+    drop(card);
+    let mut card = Card::start(Frontend::new(second), Options::default());
+    card.check_echo(300);
+    eventually("the third waits", || daemon.show("one")["another_vmm_waits"] == true);
+    drop((card, third));
+    eventually("nobody is there", || daemon.show("one")["state"] == "waiting");
+}
+
+#[test]
+fn deleted_socket_file_is_made_again() {
+    let (daemon, mut card) = start();
+    let path = daemon.path("one");
+    let access = || fs::symlink_metadata(&path).map(|file| (file.mode(), file.gid()));
+    let before = access().unwrap();
+    for _ in 0..2 {
+        fs::remove_file(&path).unwrap();
+        eventually("the file is there again", || path.exists());
+        assert_eq!(access().unwrap(), before);
+        card.check_echo(300);
+        // The next VMM finds it, and waits for the first one to go.
+        let next = daemon.connect_to("one");
+        eventually("it waits", || daemon.show("one")["another_vmm_waits"] == true);
+        drop(card);
+        card = Card::start(Frontend::new(next), Options::default());
+        card.check_echo(300);
+    }
+    eventually("it is said", || daemon.log().contains("socket file was deleted"));
+    drop(card);
+    // Nobody is connected.
+    fs::remove_file(&path).unwrap();
+    eventually("the file is there again", || UnixStream::connect(&path).is_ok());
+}
+
+#[test]
+fn deleted_sockets_of_operators_and_metrics_are_made_again() {
+    let port = port("one", "loopback = true");
+    let sockets = "control = \"{}/control\"\nmetrics = \"{}/metrics\"\n";
+    let mut daemon = Daemon::with_config(&format!("{sockets}{port}"), "one");
+    let (control, metrics) = (daemon.path("control"), daemon.path("metrics"));
+    for path in [&control, &metrics] {
+        let mode = fs::symlink_metadata(path).unwrap().mode();
+        fs::remove_file(path).unwrap();
+        eventually("the file is there again", || UnixStream::connect(path).is_ok());
+        assert_eq!(fs::symlink_metadata(path).unwrap().mode(), mode);
+    }
+    assert_eq!(daemon.show("one")["state"], "waiting");
+    // The next daemon has the new ones.
+    daemon.upgrade();
+    assert_eq!(daemon.show("one")["state"], "waiting");
+    assert!(UnixStream::connect(&metrics).is_ok());
+}
+
+#[test]
+fn replaced_socket_file_is_named_and_left_alone() {
+    let (mut daemon, mut card) = start();
+    let path = daemon.path("one");
+    fs::remove_file(&path).unwrap();
+    let others = UnixListener::bind(&path).unwrap();
+    let hidden = || daemon.show("one")["explanation"].as_str().unwrap().contains("has replaced");
+    eventually("it is said", hidden);
+    eventually("it is logged", || daemon.log().contains("socket file was replaced by another"));
+    card.check_echo(300);
+    // It goes, and the port's comes back; then another one comes, which outlives the daemon.
+    fs::remove_file(&path).unwrap();
+    drop(others);
+    eventually("the port is there again", || UnixStream::connect(&path).is_ok());
+    eventually("it is said", || !hidden());
+    fs::remove_file(&path).unwrap();
+    let _others = UnixListener::bind(&path).unwrap();
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait().success());
+    assert!(fs::symlink_metadata(&path).unwrap().file_type().is_socket());
+}
+
+#[test]
+fn directory_in_a_sockets_place_is_left_alone() {
+    let daemon = Daemon::spawn(&["--loopback", "--control={}.control", "--socket-path={}.d"]);
+    let path = daemon.socket().with_extension("d");
+    eventually("it listens", || UnixStream::connect(&path).is_ok());
+    // Neither is it a socket of somebody's.
+    fs::remove_file(&path).unwrap();
+    fs::create_dir(&path).unwrap();
+    eventually("it is said", || daemon.log().contains("socket file was replaced"));
+    fs::remove_dir(&path).unwrap();
+    eventually("it is there again", || UnixStream::connect(&path).is_ok());
+    eventually("that is said", || daemon.log().contains("it is made again"));
+    assert_eq!(daemon.log().matches("socket file was").count(), 2, "{}", daemon.log());
+}
