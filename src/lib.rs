@@ -2,7 +2,8 @@
 //!
 //! A VMM (QEMU, cloud-hypervisor) keeps the card's face; this daemon is its data plane. It maps
 //! the guest's memory, takes descriptor chains from the virtqueues, and hands those very buffers
-//! to the host's network. No frame is copied in user space.
+//! to the host's network. User space copies a frame only where that costs less (small ones to a TAP),
+//! or where an AF_XDP socket or a check of headers takes it, which is counted by reason.
 //!
 //! # The story
 //!

@@ -390,9 +390,27 @@ fn wrong_files(page: &Page) -> Vec<String> {
     wrong
 }
 
+/// Rows that stand outside a table: they are shown as text.
+fn wrong_rows(page: &Page) -> Vec<String> {
+    let rest = page.blocks().1;
+    let lines: Vec<&str> = rest.lines().collect();
+    let is_row = |place: usize| lines.get(place).is_some_and(|line| line.starts_with('|'));
+    let is_head = |place: usize| lines.get(place + 1).is_some_and(|it| it.starts_with("|---"));
+    let begins = |place: &usize| is_row(*place) && (*place == 0 || !is_row(*place - 1));
+    let wrong = (0..lines.len()).filter(begins).filter(|place| !is_head(*place));
+    wrong.map(|place| format!("a row outside a table: {:.40}", lines[place])).collect()
+}
+
 fn wrong(page: &Page) -> Vec<String> {
-    let checks =
-        [wrong_links, wrong_paths, wrong_commands, wrong_modules, wrong_metrics, wrong_files];
+    let checks = [
+        wrong_links,
+        wrong_paths,
+        wrong_commands,
+        wrong_modules,
+        wrong_metrics,
+        wrong_files,
+        wrong_rows,
+    ];
     checks.iter().flat_map(|check| check(page)).collect()
 }
 
@@ -428,6 +446,7 @@ fn what_does_not_exist_is_found() {
         ("`guest::nothing`", "there is no guest::nothing"),
         ("`vhost_user_net_nothing_total`", "no metric vhost_user_net_nothing_total"),
         ("text\n\n    [[port]]\n    tup = \"x\"\n", "unknown field `tup`"),
+        ("text\n| a | b |\n", "a row outside a table"),
     ];
     for (text, complaint) in cases {
         let found = wrong(&Page::new("README.md", text));
@@ -437,6 +456,47 @@ fn what_does_not_exist_is_found() {
     let right = "[x](docs/control.md#metrics), `ctl add|remove`, `vhost-user-net ctl --json show vm1`,\
                  `--tap=NAME`, tests/run, `ethtool --nonsense`, `guest::notify`, `cargo bench -- tap`";
     assert_eq!(wrong(&Page::new("README.md", right)), Vec::<String>::new());
+}
+
+/// What stands behind a text, up to a blank or a bar.
+fn figure(page: &str, before: &str) -> String {
+    let text = Page::read(page).text;
+    let rest = text.split_once(before).unwrap_or_else(|| panic!("{page} lacks {before:?}")).1;
+    rest.split([' ', '|', ';', ',']).find(|word| !word.is_empty()).unwrap().to_owned()
+}
+
+#[test]
+fn figures_that_pages_repeat_are_the_same() {
+    // Memory of a further port, by the table that was measured.
+    let kib = |ports: &str| -> f64 {
+        figure("docs/compare/compare.md", &format!("vhost-user-net, {ports} ports |"))
+            .parse()
+            .unwrap()
+    };
+    let each = ((kib("64") - kib("1")) / 63.0).round().to_string();
+    for (page, before) in [
+        ("docs/benchmarks.md", "0.6 MiB (AF_XDP 1.5); "),
+        ("docs/operating.md", "| memory | "),
+        ("docs/operating.md", "So a port takes "),
+    ] {
+        assert_eq!(figure(page, before), each, "{page}: {before}");
+    }
+    // TCP beside QEMU's own device.
+    let compare = Page::read("docs/compare/compare.md").text;
+    let table = compare.split("## A Linux guest in QEMU, TCP, Mbit/s").nth(1).unwrap();
+    let numbers = |row: &str| -> Vec<f64> {
+        let cells = table.lines().find_map(|line| line.strip_prefix(row)).unwrap();
+        cells.split('|').filter_map(|cell| cell.trim().parse().ok()).collect()
+    };
+    let (ours, theirs) =
+        (numbers("| vhost-user-net, TAP |"), numbers("| QEMU's own virtio-net, TAP |"));
+    let ratios = [0, 1].map(|way| format!("{:.2}", ours[way] / theirs[way]));
+    assert_eq!(figure("docs/benchmarks.md", "[tables](compare/compare.md): "), ratios[0]);
+    for (row, ratio) in [("| guest to host | ", &ratios[0]), ("| host to guest | ", &ratios[1])] {
+        let page = Page::read("docs/comparison.md").text;
+        let line = page.lines().find(|line| line.starts_with(row)).unwrap();
+        assert!(line.contains(ratio), "docs/comparison.md lacks {ratio}: {line}");
+    }
 }
 
 #[test]
