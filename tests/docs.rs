@@ -15,7 +15,7 @@ const PLACEHOLDERS: [&str; 11] =
     ["NAME", "N", "PATH", "FILE", "ERROR", "WHY", "MAC", "RING", "REQUEST", "ADDRESS", "VALUE"];
 
 /// A page, and where links in it start from.
-struct Page {
+pub(crate) struct Page {
     name: String,
     text: String,
 }
@@ -25,7 +25,7 @@ impl Page {
         Page { name: name.into(), text: text.into() }
     }
 
-    fn read(name: &str) -> Self {
+    pub(crate) fn read(name: &str) -> Self {
         Page::new(name, &fs::read_to_string(Path::new(ROOT).join(name)).unwrap())
     }
 
@@ -40,7 +40,7 @@ impl Page {
     }
 
     /// Its indented blocks, each with its blank lines; and the rest.
-    fn blocks(&self) -> (Vec<String>, String) {
+    pub(crate) fn blocks(&self) -> (Vec<String>, String) {
         let (mut blocks, mut rest) = (Vec::<String>::new(), String::new());
         let (mut in_block, mut fenced, mut after_blank) = (false, false, true);
         for line in self.text.lines() {
@@ -70,14 +70,14 @@ impl Page {
     }
 
     /// Code within lines.
-    fn spans(&self) -> Vec<String> {
+    pub(crate) fn spans(&self) -> Vec<String> {
         let rest = self.blocks().1;
         let spans = rest.split('`').skip(1).step_by(2);
         spans.map(|span| span.replace("\\|", "|").replace('\n', " ")).collect()
     }
 
     /// Rows of tables whose first head is `head`: the code in their first cells.
-    fn first_cells(&self, head: &str) -> Vec<String> {
+    pub(crate) fn first_cells(&self, head: &str) -> Vec<String> {
         let mut cells = Vec::new();
         let mut wanted = false;
         let mut last = "";
@@ -593,7 +593,7 @@ fn literal(chars: &mut std::iter::Peekable<std::str::CharIndices<'_>>) -> String
 }
 
 /// The parts of a message that stand there as they are.
-fn fixed_parts(message: &str) -> Vec<String> {
+pub(crate) fn fixed_parts(message: &str) -> Vec<String> {
     let mut text = message.replace('…', "\0");
     for number in 1..134 {
         text = text.replace(&std::io::Error::from_raw_os_error(number).to_string(), "\0");
@@ -615,7 +615,7 @@ fn fixed_parts(message: &str) -> Vec<String> {
     parts.filter(|part| letters(part) > 3).collect()
 }
 
-fn letters(text: &str) -> usize {
+pub(crate) fn letters(text: &str) -> usize {
     text.chars().filter(|c| c.is_alphabetic()).count()
 }
 

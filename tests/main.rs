@@ -24,6 +24,7 @@ mod metrics;
 mod migration;
 mod netboot;
 mod newest_qemu;
+mod operator;
 mod operator_cli;
 mod oracle;
 mod other_libc;

@@ -34,6 +34,7 @@ macro_rules! fetched {
         }
     };
 }
+pub(crate) use fetched;
 
 /// A file of the source.
 fn source(name: &str) -> PathBuf {
@@ -41,13 +42,13 @@ fn source(name: &str) -> PathBuf {
 }
 
 /// The package, as dist/make-deb makes it, and its files.
-struct Package {
-    file: PathBuf,
+pub(crate) struct Package {
+    pub(crate) file: PathBuf,
     files: PathBuf,
 }
 
 /// Makes the package, once.
-fn package() -> &'static Package {
+pub(crate) fn package() -> &'static Package {
     static PACKAGE: OnceLock<Package> = OnceLock::new();
     PACKAGE.get_or_init(|| {
         let _busy = one_at_a_time();

@@ -379,7 +379,7 @@ fn a_tap_that_has_gone_is_opened_again_when_it_is_there_again() {
         ip("tuntap add dev tap0 mode tap vnet_hdr");
         ip("link set tap0 up");
         eventually("its frontend is let go of", || one.frontend.is_closed());
-        let added = || daemon.log().matches("one: replaced by the file").count() == round;
+        let added = || daemon.log().matches("one: replaced; its VMM reconnects").count() == round;
         eventually("it listens again", added);
         one = card(&daemon, "one");
         check_both_ways(&Wire::open("tap0"), &mut one, 50);

@@ -442,8 +442,10 @@ fn show(report: &Value) -> String {
         let features = plain(&report["features"]);
         let process = report["vmm_process"].as_i64();
         let process = process.map_or(String::new(), |process| format!(", process {process}"));
-        let _ =
-            writeln!(text, "  frontend      connected for {seconds} s{process}, features {features}");
+        let _ = writeln!(
+            text,
+            "  frontend      connected for {seconds} s{process}, features {features}"
+        );
     }
     let _ = writeln!(text, "  connected     {} times so far", report["connections"]);
     if let (Some(mapped), Some(most)) =

@@ -143,9 +143,8 @@ pub(super) fn state(port: &PortStatus) -> (&'static str, String) {
         return ("stopped", why);
     }
     if port.is_degraded() {
-        let why = "degraded: its device does not work, and frames are dropped; it is tried each second, \
-                   and a TAP that has gone is opened again when it is there again, if a file describes \
-                   the port";
+        let why =
+            "degraded: its device does not work, and frames are dropped; it is tried each second";
         return ("degraded", why.into());
     }
     let serving = port.pairs.iter().filter(|pair| pair.is_serving()).count();

@@ -138,7 +138,12 @@ fn located(path: &Path, text: &str, (offset, what): &Wrong) -> String {
 
 fn wrong(error: &toml::de::Error) -> Wrong {
     let lines: Vec<&str> = error.message().lines().collect();
-    (error.span().map(|span| span.start), lines.join(", "))
+    let mut what = lines.join(", ");
+    // What else there could be takes 400 letters.
+    if let Some((unknown, _)) = what.split_once(", expected one of `") {
+        what = format!("{unknown}; 'man vhost-user-net-run' names the keys");
+    }
+    (error.span().map(|span| span.start), what)
 }
 
 /// Has a table's keys and values be what `T` has, each for itself; takes out those that are not.

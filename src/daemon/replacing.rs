@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use super::control::{Order, Predecessor};
-use super::ports::{Opened, Origin, Port, Ports, Prepared, Refusal, offer};
+use super::ports::{Opened, Port, Ports, Prepared, Refusal, offer};
 use super::{StartError, no_descriptor};
 use crate::config::{Frontend, Host, PortConfig, PortOptions};
 use crate::endpoint::Endpoint;
@@ -74,7 +74,7 @@ impl Ports {
         } else {
             self.replace_beside(name, &new_name, config, base)?;
         }
-        info!("{new_name}: replaced {}", Origin::File);
+        info!("{new_name}: replaced; its VMM reconnects");
         self.find(&new_name)
     }
 

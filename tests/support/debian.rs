@@ -245,6 +245,11 @@ impl Machine {
         command
     }
 
+    /// Runs a program in it.
+    pub(crate) fn output(&self, words: &[&str]) -> Output {
+        self.command(words).output().unwrap()
+    }
+
     /// What a program in it prints, if it succeeds.
     #[track_caller]
     pub(crate) fn run(&self, words: &[&str]) -> String {
