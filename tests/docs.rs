@@ -492,11 +492,6 @@ fn figures_that_pages_repeat_are_the_same() {
         (numbers("| vhost-user-net, TAP |"), numbers("| QEMU's own virtio-net, TAP |"));
     let ratios = [0, 1].map(|way| format!("{:.2}", ours[way] / theirs[way]));
     assert_eq!(figure("docs/benchmarks.md", "[tables](compare/compare.md): "), ratios[0]);
-    for (row, ratio) in [("| guest to host | ", &ratios[0]), ("| host to guest | ", &ratios[1])] {
-        let page = Page::read("docs/comparison.md").text;
-        let line = page.lines().find(|line| line.starts_with(row)).unwrap();
-        assert!(line.contains(ratio), "docs/comparison.md lacks {ratio}: {line}");
-    }
 }
 
 #[test]
