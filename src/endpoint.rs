@@ -4,6 +4,7 @@
 //! One frontend is served at a time. A second one waits in the listener's queue: a VMM that is
 //! restarted may connect before the end of its predecessor has been noticed.
 
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -176,7 +177,15 @@ impl Endpoint {
     /// Those of `listen`.
     pub fn start(&self) -> io::Result<()> {
         match self {
-            Endpoint::Listener(listener, ..) => listen(listener),
+            Endpoint::Listener(listener, file, _) => {
+                // Another user may not look.
+                if let Some(file) = file
+                    && let Ok(metadata) = fs::symlink_metadata(&file.path)
+                {
+                    file.access.set(Access::of(&metadata));
+                }
+                listen(listener)
+            }
             Endpoint::Connected(_) | Endpoint::Connect { .. } => Ok(()),
         }
     }
@@ -334,8 +343,8 @@ pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
 pub struct SocketFile {
     path: PathBuf,
     identity: (u64, u64),
-    /// Who may connect, as of the last look.
-    access: Access,
+    /// Who may connect, as of the last look or the start.
+    access: Cell<Access>,
     state: FileState,
     next_look: Instant,
 }
@@ -386,10 +395,9 @@ impl SocketFile {
         Ok(SocketFile {
             path: path.to_owned(),
             identity: (metadata.dev(), metadata.ino()),
-            access: Access::of(&metadata),
+            access: Cell::new(Access::of(&metadata)),
             state: FileState::Ours,
-            // Its access may be set after this.
-            next_look: Instant::now(),
+            next_look: Instant::now() + LOOK_INTERVAL,
         })
     }
 
@@ -398,7 +406,7 @@ impl SocketFile {
         let made = bind(&self.path)?;
         let found = identity(&self.path)?;
         // Nobody can connect before it listens.
-        let set = self.access.apply(&self.path).and_then(|()| listen(&made));
+        let set = self.access.get().apply(&self.path).and_then(|()| listen(&made));
         if let Err(error) = set.and_then(|()| made.set_nonblocking(true)) {
             let _ = fs::remove_file(&self.path);
             return Err(error);
@@ -415,7 +423,7 @@ impl SocketFile {
         self.next_look = Instant::now() + LOOK_INTERVAL;
         let state = match fs::symlink_metadata(&self.path) {
             Ok(metadata) if (metadata.dev(), metadata.ino()) == self.identity => {
-                self.access = Access::of(&metadata);
+                self.access.set(Access::of(&metadata));
                 FileState::Ours
             }
             Ok(_) => FileState::Replaced,

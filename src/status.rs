@@ -1,5 +1,7 @@
 //! What may be known of a port from outside while it runs: its threads tell, whoever asks reads.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -148,6 +150,8 @@ pub struct PortStatus {
     /// Its queue pairs.
     pub pairs: Vec<Arc<PairStatus>>,
     connection: Mutex<FrontendStatus>,
+    /// Its socket for frontends, for another daemon or port.
+    listener: Mutex<Option<OwnedFd>>,
     link_down: AtomicBool,
     ended: AtomicBool,
 }
@@ -167,7 +171,7 @@ impl PortStatus {
         descriptors: Arc<DescriptorQuota>,
         pairs: Vec<Arc<PairStatus>>,
     ) -> Self {
-        let (connection, link_down, ended) = Default::default();
+        let (connection, listener, link_down, ended) = Default::default();
         PortStatus {
             name,
             host,
@@ -180,9 +184,23 @@ impl PortStatus {
             descriptors,
             pairs,
             connection,
+            listener,
             link_down,
             ended,
         }
+    }
+
+    /// Keeps its socket for frontends, for another daemon or port, or none any more.
+    pub fn set_listener(&self, listener: Option<OwnedFd>) {
+        *lock(&self.listener) = listener;
+    }
+
+    /// That socket, by another descriptor.
+    ///
+    /// # Errors
+    /// No descriptor is to be had.
+    pub fn listener(&self) -> io::Result<Option<OwnedFd>> {
+        lock(&self.listener).as_ref().map(OwnedFd::try_clone).transpose()
     }
 
     /// An operator has plugged its cable in, or out.

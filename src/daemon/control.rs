@@ -218,7 +218,10 @@ impl Control {
         self.status.set_hidden(look.hidden);
         let Some((_old, fd)) = look.old.zip(self.endpoint.fd()) else { return };
         let interest = if self.connection.is_some() { Interest::Edge } else { Interest::Read };
-        if let Err(error) = self.poller.replace(Source::Endpoint, fd, interest) {
+        let replaced = self.poller.replace(Source::Endpoint, fd, interest);
+        // Whoever waits at the old one is to hear that it has gone.
+        let kept = replaced.and_then(|()| fd.try_clone_to_owned());
+        if let Err(error) = kept.map(|fd| self.status.set_listener(Some(fd))) {
             warn!("{}: wait for descriptors: {error}", self.device.name());
         }
     }

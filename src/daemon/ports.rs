@@ -298,7 +298,7 @@ impl Ports {
     /// Closes what ports that have ended kept for a successor: else VMMs could still connect, to nobody.
     pub(super) fn close_ended(&mut self) {
         for port in self.ports.iter_mut().filter(|port| port.status.has_ended()) {
-            port.listener = None;
+            port.status.set_listener(None);
             port.queues.clear();
         }
     }
@@ -474,8 +474,7 @@ pub struct Port {
     offered: u64,
     offloads: PortOffloads,
     capture: Arc<Capture>,
-    /// Its socket for frontends, its TAP's queues and their state, for another daemon.
-    listener: Option<OwnedFd>,
+    /// Its TAP's queues and their state, for another daemon.
     queues: Vec<OwnedFd>,
     tap: Option<TapState>,
     orders: Sender<Order>,
@@ -568,7 +567,7 @@ impl Port {
 
     /// Its socket for frontends, by another descriptor.
     pub(super) fn listener(&self) -> io::Result<Option<OwnedFd>> {
-        self.listener.as_ref().map(OwnedFd::try_clone).transpose()
+        self.status.listener()
     }
 
     /// Its TAP's state, for a successor.
@@ -789,6 +788,7 @@ fn prepare(
         workers.iter().map(|worker| worker.status().clone()).collect(),
     ));
     status.set_link(config.link);
+    status.set_listener(listener);
     info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
     let mut device = Device::new(name, offer, net_config, workers);
     device.set_rules(config.identity.clone().map(|identity| Arc::new(Rules::new(identity))));
@@ -811,7 +811,6 @@ fn prepare(
         offered,
         offloads,
         capture,
-        listener,
         queues,
         tap,
         orders,

@@ -1,6 +1,7 @@
 //! The port's socket: a second VMM on it, and whoever deletes or replaces its file.
 
 use std::fs;
+use std::io::{Error, ErrorKind, Read};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -8,8 +9,8 @@ use nix::sys::signal::Signal;
 
 use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, Options};
-use crate::support::eventually;
 use crate::support::frontend::Frontend;
+use crate::support::{SOON, eventually};
 
 fn start() -> (Daemon, Card) {
     let port = port("one", "loopback = true");
@@ -43,7 +44,7 @@ fn second_vmm_on_a_socket_is_named_and_served_next() {
 
 #[test]
 fn deleted_socket_file_is_made_again() {
-    let (daemon, mut card) = start();
+    let (mut daemon, mut card) = start();
     let path = daemon.path("one");
     let access = || fs::symlink_metadata(&path).map(|file| (file.mode(), file.gid()));
     let before = access().unwrap();
@@ -60,10 +61,27 @@ fn deleted_socket_file_is_made_again() {
         card.check_echo(300);
     }
     eventually("it is said", || daemon.log().contains("socket file was deleted"));
-    drop(card);
-    // Nobody is connected.
+    // Whoever waited at the old socket hears that it has gone.
+    let mut waits = daemon.connect_to("one");
+    waits.set_read_timeout(Some(SOON)).unwrap();
     fs::remove_file(&path).unwrap();
-    eventually("the file is there again", || UnixStream::connect(&path).is_ok());
+    let heard = waits.read(&mut [0; 1]);
+    let has_gone = |error: &Error| error.kind() == ErrorKind::ConnectionReset;
+    assert!(heard.as_ref().map_or_else(has_gone, |bytes| *bytes == 0), "{heard:?}");
+    card.check_echo(300);
+    drop(card);
+    // A port that is replaced, and one of the next daemon, have the new socket.
+    eventually("nobody is connected", || daemon.show("one")["state"] == "waiting");
+    let more = port("one", "loopback = true\nqueue-pairs = 2");
+    daemon.write_config(&format!("control = \"{{}}/control\"\n{more}"));
+    daemon.ask(&["reload"]);
+    let options = Options { pairs: 2, ..Options::default() };
+    let mut card = Card::start(Frontend::new(daemon.connect_to("one")), options);
+    card.check_echo(300);
+    daemon.upgrade();
+    card.check_echo(300);
+    drop(card);
+    Card::start(Frontend::new(daemon.connect_to("one")), options).check_echo(300);
 }
 
 #[test]
