@@ -18,8 +18,10 @@ use crate::support::traffic::check_both_ways;
 use crate::support::{eventually, needs_program, needs_root, skip};
 
 const RELEASE: &str = "trixie";
-const PACKAGES: &str = "libc6,libgcc-s1,libjemalloc2";
-const JEMALLOC: &str = "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2";
+const PACKAGES: &str =
+    "libc6,libgcc-s1,libjemalloc2,libtcmalloc-minimal4t64,?narrow(?name(^libmimalloc[0-9.]+$))";
+const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
+const ALLOCATORS: [&str; 3] = ["libjemalloc.so.2", "libtcmalloc_minimal.so.4", "libmimalloc.so.3"];
 
 fn mount(words: &[&str]) {
     succeed(Command::new("mount").args(words));
@@ -44,7 +46,7 @@ fn enter(tree: &Path, preloaded: &str) {
     if !preloaded.is_empty() {
         // Others use the tree with another list.
         let own = vmm_sys_util::tempfile::TempFile::new().unwrap();
-        std::fs::write(own.as_path(), preloaded).unwrap();
+        std::fs::write(own.as_path(), format!("{LIBRARIES}/{preloaded}")).unwrap();
         mount(&["--bind", own.as_path().to_str().unwrap(), list.to_str().unwrap()]);
     }
 }
@@ -72,8 +74,8 @@ fn check(test: &str, preloaded: &str) {
     let chroot = ["chroot", tree.to_str().unwrap()];
     let mut daemon = Daemon::with_config_under(&chroot, &with_socket, "three");
     let maps = std::fs::read_to_string(format!("/proc/{}/maps", daemon.process())).unwrap();
-    let library = if preloaded.is_empty() { "libc.so.6" } else { "libjemalloc.so.2" };
-    let own = tree.join("usr/lib/x86_64-linux-gnu").join(library);
+    let library = if preloaded.is_empty() { "libc.so.6" } else { preloaded };
+    let own = tree.join(&LIBRARIES[1..]).join(library).canonicalize().unwrap();
     assert!(maps.contains(own.to_str().unwrap()), "{maps}");
 
     check_af_xdp(&daemon);
@@ -156,9 +158,13 @@ fn daemon_serves_with_the_libc_of_another_release() {
 }
 
 #[test]
-fn daemon_serves_with_another_allocator() {
-    const TEST: &str = "daemon_serves_with_another_allocator";
+fn daemon_serves_with_other_allocators() {
+    const TEST: &str = "daemon_serves_with_other_allocators";
     needs_root!(TEST);
     needs_program!(TEST, "mmdebstrap");
-    check(TEST, JEMALLOC);
+    for allocator in ALLOCATORS {
+        // Each in a thread of its own, with which its mounts go.
+        let checked = std::thread::spawn(move || check(TEST, allocator)).join();
+        assert!(checked.is_ok(), "{allocator}");
+    }
 }

@@ -120,7 +120,7 @@ pub(crate) fn unpacked(package: &str) -> Result<PathBuf, String> {
 /// A directory with the libraries of another Debian release alone, which stays: nothing of it is
 /// installed. Or why they can't be fetched.
 pub(crate) fn libraries(release: &str, packages: &str) -> Result<PathBuf, String> {
-    once(&format!("{release},{packages}"), |directory| {
+    once(&format!("libraries-{release}"), |directory| {
         bootstrap("extract", packages, release, directory)?;
         // Of base-files.
         for name in ["lib", "lib64"] {
