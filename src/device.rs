@@ -24,8 +24,8 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as Proto
 use crate::descriptors::{DescriptorQuota, STATE};
 use crate::features::{Negotiated, Offer, protocol_features};
 use crate::guest::layout::MAX_SIZE;
-use crate::guest::memory::{MAX_SLOTS, Unmapped};
-use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError, MemoryQuota};
+use crate::guest::memory::MAX_SLOTS;
+use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError, MemoryQuota, Unmapped};
 use crate::net_config::{MIN_MTU, NetConfig};
 use crate::policy::{Limits, Rules};
 use crate::port::Announcer;

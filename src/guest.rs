@@ -16,6 +16,7 @@ pub mod lost;
 pub mod memory;
 mod notify;
 pub mod quota;
+pub mod unmapped;
 pub mod virtqueue;
 
 pub use chain::{Burst, Chain, Command, Direction, ReadSegment, Readable, Segment, Writable};
@@ -26,4 +27,5 @@ pub use layout::RingLayout;
 pub use lost::{contain_sigbus, contained};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
 pub use quota::{Allowance, MemoryQuota, Pinned, Reservation};
+pub use unmapped::Unmapped;
 pub use virtqueue::{Budget, Notification, Published, Virtqueue};

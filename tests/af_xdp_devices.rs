@@ -1,6 +1,8 @@
 //! AF_XDP on devices as hosts have them: what the kernel and other devices do to frames on the way to
 //! the program, and what of that the guest is spared.
 
+use std::process::Command;
+
 use vhost::vhost_user::message::FrontendReq;
 
 use crate::support::daemon::{Daemon, port};
@@ -127,6 +129,23 @@ fn vlan_tags_that_nobody_can_keep_are_warned_of() {
     ip("link set mv0 up");
     let daemon = Daemon::start(&["--af-xdp=mv0,attach=generic"]);
     assert!(daemon.log().contains("the tags of mv0 beside frames; use a veth"), "{}", daemon.log());
+}
+
+#[test]
+fn vlan_tags_from_another_namespace_may_be_lost() {
+    needs_root!("vlan_tags_from_another_namespace_may_be_lost");
+    enter_namespace_with_bridge(&["vm1"]);
+    let mut other = Command::new("unshare").args(["--net", "sleep", "60"]).spawn().unwrap();
+    let network = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    let id = other.id().to_string();
+    eventually("there is another namespace", || network(&id) != network("thread-self"));
+    ip(&format!("link set vm1-br netns {id}"));
+    let daemon = Daemon::start(&["--af-xdp=vm1,attach=generic"]);
+    let log = daemon.log();
+    other.kill().unwrap();
+    other.wait().unwrap();
+    assert!(log.contains("VLAN tags may be lost; whether the other end of the veth"), "{log}");
+    assert!(log.contains("'ethtool -K NAME txvlan off tx-vlan-stag-hw-insert off' there"), "{log}");
 }
 
 /// Has the VMM ask for an MTU; says whether the daemon agreed.

@@ -4,9 +4,7 @@
 //! overlaps no other region, neither in the guest's nor in the frontend's address space. A table
 //! is never changed: adding or removing a region makes a new one that shares the mappings.
 //!
-//! A region in a file on a disk (nvdimm, virtio-pmem, ivshmem), or in one that can't be written to, is in
-//! the table, but is not mapped: a touched page could wait for a disk, or for the frontend itself (FUSE).
-//! No ring and no buffer can lie there. Its file is not kept.
+//! Some regions are in the table and are [not mapped](super::unmapped).
 
 use std::fmt;
 use std::fs::File;
@@ -22,7 +20,8 @@ use super::chain::Segment;
 use super::dirty::DirtyLog;
 use super::inflight::Inflight;
 use super::quota::{Allowance, MemoryQuota, Reservation};
-use crate::sys::process::{file_facts, holds_data};
+use super::unmapped::Unmapped;
+use crate::sys::process::file_facts;
 
 /// Regions that a table can hold: what QEMU and cloud-hypervisor can use of the protocol's
 /// CONFIGURE_MEM_SLOTS.
@@ -210,40 +209,6 @@ impl Mapping {
 
     fn holds(&self, address: usize) -> bool {
         address.wrapping_sub(self.region.as_ptr() as usize) < self.region.size()
-    }
-}
-
-/// A region that is not mapped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Unmapped {
-    /// The region.
-    pub request: RegionRequest,
-    /// Whether its file is memory, which can't be written to; else it is on a disk.
-    pub read_only: bool,
-}
-
-impl Unmapped {
-    /// The region as one that is not mapped, if its file asks for that.
-    fn of(request: RegionRequest, file: &File) -> Result<Option<Self>, MemoryError> {
-        let read_only = match file_facts(file).map_err(MemoryError::Map)? {
-            Some(facts) if facts.writable => return Ok(None),
-            Some(_) => true,
-            None if holds_data(file).map_err(MemoryError::Map)? => false,
-            None => return Err(MemoryError::NotMemory),
-        };
-        if request.size == 0 {
-            return Err(MemoryError::Empty);
-        }
-        let ends = [request.guest_address, request.frontend_address, request.file_offset];
-        if ends.map(|from| from.checked_add(request.size)).contains(&None) {
-            return Err(MemoryError::Overflow);
-        }
-        Ok(Some(Unmapped { request, read_only }))
-    }
-
-    /// Whether an address of the frontend's lies there.
-    pub fn holds(&self, frontend_address: u64) -> bool {
-        frontend_address.wrapping_sub(self.request.frontend_address) < self.request.size
     }
 }
 
