@@ -150,6 +150,12 @@ impl Interface {
                  checksums: 'ethtool -K {peer} tx off'"
             );
         }
+        if pairs > 1 {
+            info!(
+                "af_xdp {name}: serves {pairs} queue pairs; frames on the queues of pairs that the \
+                 guest does not use are lost to it"
+            );
+        }
         let mut shared = interface.lock();
         shared.wanted.filter = filter.clone();
         shared.attachment = Some(interface.attach(&link, &shared.wanted)?);
