@@ -94,7 +94,8 @@ pub(crate) fn generate(directory: &Path) -> io::Result<()> {
     let completions = directory.join("completions");
     fs::create_dir_all(&completions)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        let file = generate_to(shell, &mut config::command(), "vhost-user-net", &completions)?;
+        let mut command = shown(&config::command()).version(env!("CARGO_PKG_VERSION"));
+        let file = generate_to(shell, &mut command, "vhost-user-net", &completions)?;
         let text = fs::read_to_string(&file)?;
         let text = match shell {
             // clap_complete 4.6 writes a program's dashes in two ways, so that no subcommand is found.
@@ -113,6 +114,18 @@ const FISH_PARSE: &str =
 
 fn fish_parse() -> String {
     format!("{FISH_PARSE}\n    or begin\n        set -e cmd[-1]\n    {FISH_PARSE}\n    end\n")
+}
+
+/// clap_complete offers hidden subcommands too: what is to be completed, without them.
+fn shown(command: &clap::Command) -> clap::Command {
+    let about = command.get_about().cloned().unwrap_or_default();
+    // clap takes names that live for ever.
+    let name: &'static str = command.get_name().to_owned().leak();
+    clap::Command::new(name)
+        .about(about)
+        .args(command.get_arguments())
+        .groups(command.get_groups())
+        .subcommands(command.get_subcommands().filter(|below| !below.is_hide_set()).map(shown))
 }
 
 /// clap_mangen leaves out the help of options that a summary does not have.

@@ -188,6 +188,10 @@ fn completions_offer_values_and_paths_where_they_fit() {
             assert!(!said.contains("a-file"), "{shell} {words}: {said}");
         }
     }
+    for file in fs::read_dir(scripts.as_path().join("completions")).unwrap() {
+        let text = fs::read_to_string(file.unwrap().path()).unwrap();
+        assert!(!text.contains("opener"), "a hidden subcommand is offered");
+    }
     // zsh completes at a prompt only: what it is told.
     let zsh = fs::read_to_string(scripts.as_path().join("completions/_vhost-user-net")).unwrap();
     for (option, values) in [
