@@ -490,8 +490,12 @@ fn figures_that_pages_repeat_are_the_same() {
     };
     let (ours, theirs) =
         (numbers("| vhost-user-net, TAP |"), numbers("| QEMU's own virtio-net, TAP |"));
-    let ratios = [0, 1].map(|way| format!("{:.2}", ours[way] / theirs[way]));
-    assert_eq!(figure("docs/benchmarks.md", "[tables](compare/compare.md): "), ratios[0]);
+    let [to_host, to_guest] = [0, 1].map(|way| ours[way] / theirs[way]);
+    let said = format!("[tables](compare/compare.md): {to_host:.2} and {to_guest:.2}.");
+    assert!(
+        Page::read("docs/benchmarks.md").text.contains(&said),
+        "docs/benchmarks.md lacks {said}"
+    );
 }
 
 #[test]
