@@ -47,6 +47,7 @@ const MAX_CLIENTS: usize = 32;
 const MAX_FILES: usize = 1 + MAX_QUEUE_PAIRS as usize;
 /// What the opener is told.
 const RELOAD: &str = "{\"reload\":true}\n";
+const START: &str = "{\"start\":true}\n";
 
 /// A line from a client.
 #[derive(Debug, Serialize, Deserialize)]
@@ -264,10 +265,19 @@ impl Server {
 
     /// Has the opener read the file again, as soon as it is [served](Self::serve).
     pub fn ask_for_reload(&mut self) -> Option<u32> {
+        self.tell_opener(RELOAD)
+    }
+
+    /// Has the opener start the file's ports that do not run, as soon as it is [served](Self::serve).
+    pub fn ask_to_start(&mut self) -> Option<u32> {
+        self.tell_opener(START)
+    }
+
+    fn tell_opener(&mut self, line: &str) -> Option<u32> {
         let opener = self.opener.as_mut()?;
         // Once is enough, however often it is asked for.
-        if !opener.output.ends_with(RELOAD.as_bytes()) {
-            opener.output.extend(RELOAD.as_bytes());
+        if !opener.output.ends_with(line.as_bytes()) {
+            opener.output.extend(line.as_bytes());
         }
         Some(opener.number)
     }

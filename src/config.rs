@@ -408,7 +408,7 @@ impl PortConfig {
     }
 
     /// Inherited descriptors, which only one port can have while all are started.
-    fn descriptors(&self) -> Vec<String> {
+    pub(crate) fn descriptors(&self) -> Vec<String> {
         let frontend = match self.frontend {
             Frontend::Inherited(number) => Some(number),
             Frontend::Listen(_) | Frontend::Connect(_) => None,

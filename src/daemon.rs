@@ -18,15 +18,16 @@ mod waiting;
 use std::fmt;
 use std::io;
 
-use log::warn;
+use log::{error, warn};
 
 use crate::api::Server;
 use crate::api::scrape::Scrape;
-use crate::config::Config;
+use crate::config::{Config, PortConfig};
 use crate::descriptors;
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::sandbox::{Role, Sandbox};
+use crate::sys::bpf::possible_processors;
 use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
 use handover::Predecessor;
@@ -90,18 +91,14 @@ fn serve(
     };
     // What a predecessor has is not opened: it is taken over, as it is.
     let described = if predecessor.is_some() { &[] } else { &config.ports[..] };
-    let opened = described
-        .iter()
-        .zip(inherited)
-        .map(|(port, inherited)| Opened::new(port.clone(), config.file.is_some(), inherited))
-        .collect::<Result<Vec<_>, _>>()?;
+    let (opened, missing) = open_ports(described, inherited, config.file.is_some())?;
     let mut names: Vec<&str> = opened.iter().map(Opened::name).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         let name = pair[0];
         return Err(StartError::new(format!("two ports are called {name}: give one a name")));
     }
-    ports::check_devices(opened.iter().map(Opened::claim))?;
+    devices::check_devices(opened.iter().map(Opened::claim))?;
     let mut listener = |name: &str| predecessor.as_mut().and_then(|it| it.listener(name));
     let control = listener("control");
     // Another address has another socket.
@@ -119,9 +116,12 @@ fn serve(
         server.pass_on(name, fd.try_clone_to_owned().map_err(no_descriptor)?);
     }
     let supervisor = Supervisor::connect();
+    // A port on AF_XDP that is started later can't read it any more.
+    let _ = possible_processors();
     let sandbox = Sandbox::enter(config)?;
     log.start(move || sandbox.confine(Role::Log)).map_err(no_thread)?;
     let mut ports = Ports::new(sandbox)?;
+    ports.set_missing(missing);
     let prepared = opened
         .into_iter()
         .map(|port| ports.prepare(port, Vec::new()))
@@ -156,6 +156,33 @@ fn serve(
     let ended = waiting.until_the_end();
     waiting.stop();
     ended.map_err(|error| StartError::new(format!("wait for signals and operators: {error}")))
+}
+
+/// Opens what the ports need; returns the names of those that can be started later, from the file. One
+/// device that is missing does not keep the other ports' guests from their network.
+fn open_ports(
+    described: &[PortConfig],
+    inherited: Vec<Descriptors>,
+    from_file: bool,
+) -> Result<(Vec<Opened>, Vec<String>), StartError> {
+    let (mut opened, mut missing) = (Vec::new(), Vec::new());
+    for (port, inherited) in described.iter().zip(inherited) {
+        let again = port.known_name().filter(|_| from_file && port.descriptors().is_empty());
+        match (Opened::new(port.clone(), from_file, inherited), again) {
+            (Ok(port), _) => opened.push(port),
+            (Err(error), Some(name)) => missing.push((name, error)),
+            (Err(error), None) => return Err(error),
+        }
+    }
+    if opened.is_empty() && !missing.is_empty() {
+        return Err(missing.swap_remove(0).1);
+    }
+    for (name, error) in &missing {
+        error!(
+            "{name}: not started: {error}; the other ports are served, and it is tried every second"
+        );
+    }
+    Ok((opened, missing.into_iter().map(|(name, _)| name.to_owned()).collect()))
 }
 
 fn no_thread(error: io::Error) -> StartError {

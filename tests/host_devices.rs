@@ -390,3 +390,48 @@ fn drops_of_the_device_are_shown_beside_what_caused_them() {
         assert!(counted, "{metrics}");
     }
 }
+
+#[test]
+fn port_whose_device_comes_late_is_started_then() {
+    needs_root!("port_whose_device_comes_late_is_started_then");
+    enter_quiet_namespace();
+    let late = |more: &str| {
+        let two = port("two", &format!("af-xdp = \"late0\"\n{more}"));
+        CONTROL.to_owned() + &port("one", "loopback = true") + &two
+    };
+    let mut daemon = Daemon::with_config(&late(""), "one");
+    card(&daemon, "one", 1).check_echo(50);
+    assert!(daemon.log().contains("two: not started: there is no network device late0"));
+    let missing = |count: usize| {
+        let metrics = daemon.ask(&["metrics"]);
+        metrics.contains(&format!("vhost_user_net_missing_ports {count}\n"))
+    };
+    assert!(missing(1));
+    thread::sleep(Duration::from_millis(2500));
+    assert!(daemon.log().matches("no network device late0").count() <= 2, "{}", daemon.log());
+    // A reload that cannot start it either changes nothing about that.
+    daemon.write_config(&late("mtu = 1400"));
+    assert!(!daemon.ctl(&["reload"]).status.success());
+    assert!(missing(1));
+    ip("link add late0 type veth peer name late1");
+    ip("link set late0 up");
+    ip("link set late1 up");
+    eventually("it is started", || missing(0));
+    check_both_ways(&Wire::open("late1"), &mut card(&daemon, "two", 1), 100);
+    assert_eq!(daemon.show("two")["options"]["mtu"], 1400);
+    assert!(daemon.is_alive());
+}
+
+#[test]
+fn daemon_none_of_whose_devices_are_there_exits() {
+    needs_root!("daemon_none_of_whose_devices_are_there_exits");
+    enter_quiet_namespace();
+    let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
+    let file = directory.as_path().join("config");
+    let ports = port("one", "af-xdp = \"late0\"") + &port("two", "af-xdp = \"late1\"");
+    fs::write(&file, ports.replace("{}", &directory.as_path().display().to_string())).unwrap();
+    let output = program().args(["run", "--config"]).arg(file).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("there is no network device late0"), "{said}");
+}

@@ -116,6 +116,8 @@ pub struct Connection {
 pub enum Wish {
     /// To read the file again.
     Reload,
+    /// To start the file's ports that do not run.
+    Start,
     /// To open a port's device again, if that is there again.
     Mend(String),
 }
@@ -124,6 +126,9 @@ impl Wish {
     fn parse(line: &Value) -> Option<Self> {
         if line["reload"] == true {
             return Some(Wish::Reload);
+        }
+        if line["start"] == true {
+            return Some(Wish::Start);
         }
         line["mend"].as_str().map(|port| Wish::Mend(port.to_owned()))
     }

@@ -110,7 +110,7 @@ struct Direction<'a> {
 
 /// The exposition of all ports' counters.
 pub(super) fn text(ports: &Ports) -> String {
-    let abandoned = ports.abandoned();
+    let (abandoned, missing) = (ports.abandoned(), ports.missing().len());
     let device_drops = ports.iter().filter_map(|port| match ports.device(port) {
         Some(link) => Some((port.name(), device_drops(port, &link))),
         None if port.status().host == "loopback" => Some((port.name(), [0, 0])),
@@ -261,6 +261,9 @@ pub(super) fn text(ports: &Ports) -> String {
     let help = "Ports that did not stop in time when they were removed";
     let abandoned = vec![counted(&Vec::new(), abandoned as u64)];
     families.push(family("abandoned_ports_total", help, MetricType::COUNTER, abandoned));
+    let help = "Ports of the file that could not be started, and are tried every second";
+    let missing = vec![gauge(&Vec::new(), missing as f64)];
+    families.push(family("missing_ports", help, MetricType::GAUGE, missing));
     let connections = ports
         .iter()
         .map(|port| counted(&vec![("port", &port.name)], port.connection().connections));

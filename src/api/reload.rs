@@ -110,6 +110,9 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
         }
         if left.is_empty() || left.len() == before {
             outcome.failed.extend(failures);
+            let missing = left.iter().filter(|start| start.old.is_none());
+            let ports = missing.map(|start| start.name.to_owned()).collect();
+            daemon.ask(&Command::Missing { ports }, &[])?;
             return Ok(outcome);
         }
         starts = left;
@@ -256,6 +259,31 @@ pub(super) fn conflict(
         }
     }
     Ok(None)
+}
+
+/// Starts the ports of `file` that do not run, as far as they can be started.
+///
+/// # Errors
+/// The file is wrong, or the daemon can't be asked.
+pub fn start_missing(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> {
+    let config = read_file(file).map_err(Failure::Refused)?;
+    let list = daemon.ask(&Command::List {}, &[])?;
+    let ports = list.as_array().map_or(&[][..], Vec::as_slice);
+    let runs = |name: &str| ports.iter().any(|port| port["name"] == name);
+    let (mut outcome, mut missing) = (Outcome::default(), Vec::new());
+    for port in &config.ports {
+        let Some(name) = port.known_name().filter(|name| !runs(name)) else { continue };
+        match add(daemon, port, true) {
+            Ok(_) => outcome.done.push(format!("{name}: added")),
+            Err(gone @ (Failure::Unreachable(_) | Failure::Gone(_))) => return Err(gone),
+            Err(failure) => {
+                outcome.failed.push(format!("{name}: not added: {failure}"));
+                missing.push(name.to_owned());
+            }
+        }
+    }
+    daemon.ask(&Command::Missing { ports: missing }, &[])?;
+    Ok(outcome)
 }
 
 /// Adds a port: opens what a daemon that has given up its rights can't open, and passes it on.

@@ -54,6 +54,12 @@ pub enum Command {
         /// The port.
         port: Box<PortOptions>,
     },
+    /// Note which ports of the daemon's file could not be started: they are tried again.
+    #[command(skip)]
+    Missing {
+        /// Their names.
+        ports: Vec<String>,
+    },
     /// Put a port that the daemon's file describes in the place of that one, which goes on if the new one
     /// cannot start. What the new one needs and the old one does not have comes with the request.
     #[command(skip)]
@@ -115,6 +121,7 @@ impl Command {
             | Command::Show { .. }
             | Command::Metrics {}
             | Command::Features {}
+            | Command::Missing { .. }
             | Command::Listeners {}
             | Command::LetGo {} => true,
             Command::Set { .. }
@@ -227,6 +234,10 @@ fn answer(
         }
         Command::Replace { name, port } => {
             Ok(json!(report::summary(ports.replace(&name, *port, files)?)))
+        }
+        Command::Missing { ports: names } => {
+            ports.set_missing(names);
+            Ok(json!({}))
         }
         Command::Remove { port, from_file } => {
             let origin = if from_file { Origin::File } else { Origin::Operator };

@@ -3,15 +3,18 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::BorrowedFd;
-use std::sync::atomic::Ordering;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::ports::{Port, Ports};
+use super::StartError;
+use super::ports::{Opened, Port, Ports};
+use crate::config::{Host, PortConfig};
 use crate::event::until;
-use crate::sys::link::{Link, Questions, Watch};
+use crate::sys::link::{Link, Questions, Tun, Watch};
 
 /// Time from a change of a device until its queues are counted: our own may come and go meanwhile, and the
 /// kernel keeps those of a process that was killed for a moment.
@@ -52,7 +55,59 @@ impl Port {
     }
 }
 
+/// Queues of a device that only one port can have.
+pub(super) struct Claim<'a> {
+    port: &'a str,
+    /// The device's index; 0 if it is not known.
+    device: u32,
+    queues: Range<u16>,
+}
+
+impl<'a> Claim<'a> {
+    /// That of a port on the device of that index.
+    pub(super) fn new(port: &'a str, device: &AtomicU32, config: &PortConfig) -> Self {
+        let queues = match &config.host {
+            Host::AfXdp(af_xdp) => af_xdp.queue..af_xdp.queue + config.queue_pairs,
+            Host::Tap(_) | Host::TapDescriptors(_) | Host::Loopback => 0..u16::MAX,
+        };
+        Claim { port, device: device.load(Ordering::Relaxed), queues }
+    }
+}
+
+/// Checks that no two ports have queues of one device, whatever names it has.
+pub(super) fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), StartError> {
+    let mut before: Vec<Claim<'_>> = Vec::new();
+    for claim in claims.filter(|claim| claim.device != 0) {
+        let overlaps = |other: &&Claim<'_>| {
+            other.device == claim.device
+                && other.queues.start < claim.queues.end
+                && claim.queues.start < other.queues.end
+        };
+        if let Some(other) = before.iter().find(overlaps) {
+            return Err(StartError::new(format!(
+                "cannot start port {}: port {} has its device under another name; name another device",
+                claim.port, other.port
+            )));
+        }
+        before.push(claim);
+    }
+    Ok(())
+}
+
 impl Ports {
+    /// Checks that no other port, but for `replaced`, has the device of one that is to run.
+    pub(super) fn check_device(
+        &self,
+        opened: &Opened,
+        replaced: Option<&str>,
+    ) -> Result<(), StartError> {
+        let others = self
+            .iter()
+            .filter(|port| Some(port.name()) != replaced && !port.status().has_ended())
+            .map(|port| Claim::new(port.name(), &port.status().device, port.config()));
+        check_devices(others.chain([opened.claim()]))
+    }
+
     /// A port's device as it is now; `None` if the kernel does not tell.
     pub fn device(&self, port: &Port) -> Option<Link> {
         let index = port.device_index();
@@ -66,7 +121,6 @@ impl Ports {
 
     /// Becomes readable when some network device has changed.
     pub(super) fn device_changes(&self) -> Option<BorrowedFd<'_>> {
-        use std::os::fd::AsFd;
         self.devices().watch.as_ref().map(AsFd::as_fd)
     }
 
@@ -129,7 +183,7 @@ impl Ports {
 /// `tun_not_capable` of drivers/net/tun.c: without owner and group, whoever may open /dev/net/tun may have
 /// the device.
 fn warn_of_missing_owner(port: &Port, link: &Link) {
-    let ownerless = |tun: &crate::sys::link::Tun| tun.owner.is_none() && tun.group.is_none();
+    let ownerless = |tun: &Tun| tun.owner.is_none() && tun.group.is_none();
     if link.tun.as_ref().is_some_and(ownerless) {
         let device = &link.name;
         warn!(

@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 use log::{LevelFilter, error, info, warn};
 
 use crate::api::client::{Connection, Wish};
-use crate::api::reload::{mend, reload};
+use crate::api::reload::{mend, reload, start_missing};
 use crate::logging::Log;
 
 /// Starts it; returns the daemon's end of the connection with it. It ends when that is closed, and by no
@@ -49,9 +49,11 @@ pub fn run(file: &Path, level: LevelFilter) -> io::Result<()> {
 fn serve(file: &Path) -> io::Result<()> {
     let daemon = UnixStream::from(std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?);
     let mut daemon = Connection::new(daemon, "its opener's socket".into());
+    let mut said = Vec::new();
     while let Some(wish) = daemon.wish()? {
         match wish {
             Wish::Reload => read_again(&mut daemon, file),
+            Wish::Start => start_again(&mut daemon, file, &mut said),
             Wish::Mend(port) => match mend(&mut daemon, file, &port) {
                 Ok(true) => info!("{port}: its TAP is there again, and opened"),
                 Ok(false) => {}
@@ -60,6 +62,19 @@ fn serve(file: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Starts ports that do not run. Why one cannot be started is said once.
+fn start_again(daemon: &mut Connection, file: &Path, said: &mut Vec<String>) {
+    let failed = match start_missing(daemon, file) {
+        Ok(outcome) => {
+            outcome.done.iter().for_each(|line| info!("reload: {line}"));
+            outcome.failed
+        }
+        Err(error) => vec![error.to_string()],
+    };
+    failed.iter().filter(|line| !said.contains(line)).for_each(|line| warn!("reload: {line}"));
+    *said = failed;
 }
 
 fn read_again(daemon: &mut Connection, file: &Path) {

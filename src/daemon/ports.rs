@@ -3,7 +3,6 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use super::control::{Control, Order, Predecessor};
-use super::devices::Devices;
+use super::devices::{Claim, Devices};
 use super::opening::{Descriptors, adopt_tap, open_host};
 use super::{StartError, no_descriptor, no_thread};
 use crate::capture::{self, Capture};
@@ -100,44 +99,8 @@ impl Opened {
 
     /// The queues of a device that it takes for itself.
     pub(super) fn claim(&self) -> Claim<'_> {
-        let device = self.queues[0].device().load(Ordering::Relaxed);
-        Claim { port: &self.name, device, queues: host_queues(&self.config) }
+        Claim::new(&self.name, &self.queues[0].device(), &self.config)
     }
-}
-
-/// Queues of a device that only one port can have.
-pub(super) struct Claim<'a> {
-    port: &'a str,
-    /// The device's index; 0 if it is not known.
-    device: u32,
-    queues: Range<u16>,
-}
-
-fn host_queues(config: &PortConfig) -> Range<u16> {
-    match &config.host {
-        Host::AfXdp(af_xdp) => af_xdp.queue..af_xdp.queue + config.queue_pairs,
-        Host::Tap(_) | Host::TapDescriptors(_) | Host::Loopback => 0..u16::MAX,
-    }
-}
-
-/// Checks that no two ports have queues of one device, whatever names it has.
-pub(super) fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), StartError> {
-    let mut before: Vec<Claim<'_>> = Vec::new();
-    for claim in claims.filter(|claim| claim.device != 0) {
-        let overlaps = |other: &&Claim<'_>| {
-            other.device == claim.device
-                && other.queues.start < claim.queues.end
-                && claim.queues.start < other.queues.end
-        };
-        if let Some(other) = before.iter().find(overlaps) {
-            return Err(StartError::new(format!(
-                "cannot start port {}: port {} has its device under another name; name another device",
-                claim.port, other.port
-            )));
-        }
-        before.push(claim);
-    }
-    Ok(())
 }
 
 /// A port whose workers run, and which nobody can connect to yet.
@@ -231,6 +194,8 @@ pub struct Ports {
     ports: Vec<Port>,
     handover: Handover,
     devices: Devices,
+    /// Ports of the file that could not be started.
+    missing: Vec<String>,
 }
 
 /// Who has the ports.
@@ -256,7 +221,14 @@ impl Ports {
             changed,
         });
         let devices = Devices::new();
-        Ok(Ports { sandbox, running, ports: Vec::new(), handover: Handover::None, devices })
+        Ok(Ports {
+            sandbox,
+            running,
+            ports: Vec::new(),
+            handover: Handover::None,
+            devices,
+            missing: Vec::new(),
+        })
     }
 
     pub(super) fn devices(&self) -> &Devices {
@@ -340,8 +312,7 @@ impl Ports {
         descriptors::check_room(pairs, matches!(config.host, Host::AfXdp(_)))
             .map_err(|why| Refusal::CannotBeDone(why.to_string()))?;
         let opened = Opened::new(config, from_file, brought)?;
-        let others = self.ports.iter().filter(|port| !port.status.has_ended());
-        check_devices(others.map(|port| port.claim()).chain([opened.claim()]))?;
+        self.check_device(&opened, None)?;
         if self.ports.iter().any(|port| port.name() == opened.name) {
             let why = format!("port {} already exists; remove it first", opened.name);
             return Err(Refusal::CannotBeDone(why));
@@ -451,6 +422,16 @@ impl Ports {
         found.into_iter().find(is_tap).map(Port::name)
     }
 
+    /// Names of the file's ports that could not be started, and are tried again.
+    pub fn missing(&self) -> &[String] {
+        &self.missing
+    }
+
+    /// These are the file's ports that could not be started.
+    pub fn set_missing(&mut self, names: Vec<String>) {
+        self.missing = names;
+    }
+
     /// Ports that were abandoned since the daemon's start: they did not stop in time.
     pub fn abandoned(&self) -> usize {
         ABANDONED.load(Ordering::Relaxed)
@@ -528,11 +509,6 @@ impl Port {
     /// What is known of it.
     pub fn status(&self) -> &Arc<PortStatus> {
         &self.status
-    }
-
-    fn claim(&self) -> Claim<'_> {
-        let device = self.status.device.load(Ordering::Relaxed);
-        Claim { port: self.name(), device, queues: host_queues(&self.config) }
     }
 
     /// What was said about it.

@@ -91,6 +91,7 @@ impl Ports {
         let opened =
             Opened::of_predecessor(new_name.into(), config.clone(), true, (queues, tap), endpoint)?;
         old.check_features(&config, opened.offloads())?;
+        self.check_device(&opened, Some(name))?;
         let prepared = self.prepare(opened, Vec::new())?;
         // From here on the old port stands still.
         let suspended = old.suspend();
@@ -175,7 +176,11 @@ impl Ports {
             let host = (Vec::new(), None);
             let opened =
                 Opened::of_predecessor(name.into(), config.clone(), from_file, host, endpoint);
-            match opened.and_then(|opened| self.prepare(opened, Vec::new())) {
+            let checked = opened.and_then(|opened| {
+                self.check_device(&opened, Some(name))?;
+                self.prepare(opened, Vec::new())
+            });
+            match checked {
                 Err(_) if Instant::now() < end => thread::sleep(RELEASE_POLL),
                 prepared => break prepared,
             }

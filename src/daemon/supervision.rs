@@ -13,12 +13,14 @@ use std::time::{Duration, Instant};
 use log::warn;
 use sd_notify::{NotifyState, watchdog_enabled};
 
+use super::ports::Ports;
+
 /// The way to the service manager, if one has started us.
 #[derive(Debug)]
 pub(super) struct Supervisor {
     socket: Option<UnixDatagram>,
-    /// How many ports it has heard of last.
-    ports: usize,
+    /// The status that it has heard of last.
+    status: String,
     watchdog: Option<Watchdog>,
 }
 
@@ -34,7 +36,7 @@ impl Supervisor {
     /// Connects to `NOTIFY_SOCKET`. Before the sandbox is entered.
     pub(super) fn connect() -> Self {
         let Some(path) = env::var_os("NOTIFY_SOCKET") else {
-            return Supervisor { socket: None, ports: 0, watchdog: None };
+            return Supervisor { socket: None, status: String::new(), watchdog: None };
         };
         let connected = connect(Path::new(&path));
         if let Err(error) = &connected {
@@ -43,21 +45,22 @@ impl Supervisor {
         }
         let time = watchdog_enabled().filter(|time| !time.is_zero());
         let watchdog = time.map(|time| Watchdog { interval: time / 2, next: Instant::now() });
-        Supervisor { socket: connected.ok(), ports: 0, watchdog }
+        Supervisor { socket: connected.ok(), status: String::new(), watchdog }
     }
 
-    /// All `ports` listen that are to be there from the start.
-    pub(super) fn ready(&mut self, ports: usize) {
-        self.ports = ports;
-        self.tell(&[NotifyState::Ready, NotifyState::Status(&serving(ports))]);
+    /// All `ports` listen that are to be there from the start and can be.
+    pub(super) fn ready(&mut self, ports: &Ports) {
+        self.status = serving(ports);
+        self.tell(&[NotifyState::Ready, NotifyState::Status(&self.status)]);
     }
 
-    /// Tells how many ports there are if that is news, and that the main thread is alive if it is time
+    /// Tells how many ports there are and are missing if that is news, and that the main thread is alive if it is time
     /// to; returns how long that is good for.
-    pub(super) fn report(&mut self, ports: usize) -> Option<Duration> {
-        if self.ports != ports {
-            self.ports = ports;
-            self.tell(&[NotifyState::Status(&serving(ports))]);
+    pub(super) fn report(&mut self, ports: &Ports) -> Option<Duration> {
+        let status = serving(ports);
+        if self.status != status {
+            self.tell(&[NotifyState::Status(&status)]);
+            self.status = status;
         }
         let Watchdog { interval, next } = self.watchdog.as_mut()?;
         let (interval, now) = (*interval, Instant::now());
@@ -84,8 +87,10 @@ impl Supervisor {
     }
 }
 
-fn serving(ports: usize) -> String {
-    format!("serving {ports} port{}", if ports == 1 { "" } else { "s" })
+fn serving(ports: &Ports) -> String {
+    let (count, missing) = (ports.iter().count(), ports.missing().len());
+    let served = format!("serving {count} port{}", if count == 1 { "" } else { "s" });
+    if missing == 0 { served } else { format!("{served}, {missing} could not be started yet") }
 }
 
 fn connect(path: &Path) -> io::Result<UnixDatagram> {

@@ -80,9 +80,9 @@ impl<'a> Waiting<'a> {
     /// daemon again.
     pub(super) fn until_the_end(&mut self) -> io::Result<()> {
         let mut happened = Vec::new();
-        self.supervisor.ready(self.ports.iter().count());
+        self.supervisor.ready(&self.ports);
         while !self.server.has_given_away() && (self.server.is_open() || self.ports.any_runs()) {
-            let time = self.supervisor.report(self.ports.iter().count());
+            let time = self.supervisor.report(&self.ports);
             let overdue = self.ports.end_overdue_handover();
             let accept = self.wait_for_connections();
             let devices = self.ports.look_at_devices();
@@ -162,15 +162,22 @@ impl<'a> Waiting<'a> {
         self.serve_client(number);
     }
 
-    /// Has a port's TAP opened again, if it has gone; returns when to look again.
+    /// Has a port's TAP opened again, if it has gone, and ports started that could not be; returns when to
+    /// look again.
     fn mend(&mut self) -> Option<Duration> {
-        let port = self.ports.to_be_mended()?;
+        let port = self.ports.to_be_mended();
+        if port.is_none() && self.ports.missing().is_empty() {
+            return None;
+        }
         if let Some(rest) = self.mended.map(|at| MEND.saturating_sub(at.elapsed()))
             && !rest.is_zero()
         {
             return Some(rest);
         }
-        let number = self.server.ask_to_mend(port)?;
+        let mending = port.and_then(|port| self.server.ask_to_mend(port));
+        let starting =
+            if self.ports.missing().is_empty() { None } else { self.server.ask_to_start() };
+        let number = mending.or(starting)?;
         self.mended = Some(Instant::now());
         self.serve_client(number);
         Some(MEND)

@@ -400,7 +400,10 @@ impl<const N: usize> Map<Counters<N>> {
 
 /// For how many processors the kernel keeps values (`num_possible_cpus`): a number that does not
 /// change, read once, while files may still be opened.
-fn possible_processors() -> io::Result<usize> {
+///
+/// # Errors
+/// Those of reading the file.
+pub fn possible_processors() -> io::Result<usize> {
     static PROCESSORS: OnceLock<usize> = OnceLock::new();
     if let Some(processors) = PROCESSORS.get() {
         return Ok(*processors);
