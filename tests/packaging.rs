@@ -223,6 +223,12 @@ fn units_serve_guests_under_systemd() {
     drop_in("vm3", "af-xdp.conf");
     machine.write("/etc/vhost-user-net/vm4.toml", "[[port]]\nfd = 3\nloopback = true\n");
 
+    // A device that comes late, by far more than five starts.
+    let late = "vhost-user-net@vm5.service";
+    machine.write("/etc/vhost-user-net/vm5.toml", &port("vm5", "af-xdp = \"late0\""));
+    drop_in("vm5", "af-xdp.conf");
+    machine.run(&["systemctl", "start", "--no-block", late]);
+
     // A TAP that the unit makes, one that it may open, AF_XDP.
     let mut users = BTreeSet::new();
     for (name, wire, capabilities) in [
@@ -248,6 +254,10 @@ fn units_serve_guests_under_systemd() {
         assert!(list.contains("running"), "{list}");
     }
     assert_eq!(users.len(), 3, "each has a user of its own: {users:?}");
+    let accepted = machine.run(&["cat", "/proc/sys/net/ipv6/conf/vnet1/accept_ra"]);
+    assert_eq!(accepted.trim(), "0", "{}", machine.log("vhost-user-net@vm1.service"));
+    let tap = machine.run(&["ip", "-d", "link", "show", "vnet1"]);
+    assert!(tap.contains(" user "), "it is the unit's alone: {tap}");
 
     // One that is started by its guest's VMM.
     machine.start("vhost-user-net@vm4.socket");
@@ -298,6 +308,14 @@ fn units_serve_guests_under_systemd() {
     let mut metrics = String::new();
     prometheus.read_to_string(&mut metrics).unwrap();
     assert!(metrics.contains("vhost_user_net_connections_total{port=\"more\"} 1"), "{metrics}");
+
+    eventually("it was started many times", || {
+        machine.property(late, "NRestarts").parse::<u32>().unwrap() > 6
+    });
+    ip("link add late0 type veth peer name late1");
+    ip("link set late0 up");
+    ip("link set late1 up");
+    machine.wait_for(late, "ActiveState", "active");
 
     // What is left of it all at the end.
     machine.run(&["systemctl", "stop", "vhost-user-net*"]);
