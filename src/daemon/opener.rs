@@ -68,12 +68,12 @@ fn serve(file: &Path) -> io::Result<()> {
 fn start_again(daemon: &mut Connection, file: &Path, said: &mut Vec<String>) {
     let failed = match start_missing(daemon, file) {
         Ok(outcome) => {
-            outcome.done.iter().for_each(|line| info!("reload: {line}"));
+            outcome.done.iter().for_each(|line| info!("reload {line}"));
             outcome.failed
         }
         Err(error) => vec![error.to_string()],
     };
-    failed.iter().filter(|line| !said.contains(line)).for_each(|line| warn!("reload: {line}"));
+    failed.iter().filter(|line| !said.contains(line)).for_each(|line| warn!("reload failed {line}"));
     *said = failed;
 }
 
