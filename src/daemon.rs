@@ -26,8 +26,8 @@ use crate::config::{Config, PortConfig};
 use crate::descriptors;
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
+use crate::port::af_xdp::program::read_kernel_files;
 use crate::sandbox::{Role, Sandbox};
-use crate::sys::bpf::possible_processors;
 use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
 use handover::Predecessor;
@@ -116,8 +116,10 @@ fn serve(
         server.pass_on(name, fd.try_clone_to_owned().map_err(no_descriptor)?);
     }
     let supervisor = Supervisor::connect();
-    // A port on AF_XDP that is started later can't read it any more.
-    let _ = possible_processors();
+    if server.is_open() {
+        // A port on AF_XDP may be started later.
+        read_kernel_files();
+    }
     let sandbox = Sandbox::enter(config)?;
     log.start(move || sandbox.confine(Role::Log)).map_err(no_thread)?;
     let mut ports = Ports::new(sandbox)?;

@@ -73,7 +73,10 @@ fn start_again(daemon: &mut Connection, file: &Path, said: &mut Vec<String>) {
         }
         Err(error) => vec![error.to_string()],
     };
-    failed.iter().filter(|line| !said.contains(line)).for_each(|line| warn!("reload failed {line}"));
+    failed
+        .iter()
+        .filter(|line| !said.contains(line))
+        .for_each(|line| warn!("reload failed {line}"));
     *said = failed;
 }
 

@@ -30,7 +30,7 @@ use crate::policy::Filter;
 use crate::policy::filter::SEEN;
 use crate::sys::bpf::{
     Counters, FoundMap, Hook, Link, Map, Numbers, Program, ProgramInfo, Programs, Recent, Sockets,
-    btf,
+    btf, possible_processors,
 };
 use crate::sys::{ethtool, link};
 use crate::traffic::MAX_ROWS;
@@ -286,6 +286,13 @@ impl Attachment {
             self.maps.counters.counters(queue)?;
         Ok(QueueCounters { passed, passed_bytes, filtered, filtered_bytes })
     }
+}
+
+/// Reads what a port's start reads of files, while they may still be opened; it is read once.
+pub fn read_kernel_files() {
+    // What cannot be read now is missed by whoever needs it.
+    let _ = possible_processors();
+    tag_function();
 }
 
 /// The kernel's function that tells an XDP program of a frame's VLAN tag (Linux 6.8).
