@@ -47,7 +47,6 @@ const MAX_CLIENTS: usize = 32;
 const MAX_FILES: usize = 1 + MAX_QUEUE_PAIRS as usize;
 /// What the opener is told.
 const RELOAD: &str = "{\"reload\":true}\n";
-const START: &str = "{\"start\":true}\n";
 
 /// A line from a client.
 #[derive(Debug, Serialize, Deserialize)]
@@ -225,6 +224,13 @@ impl Server {
         }
     }
 
+    /// Removes the socket's file, at the end of the process.
+    pub fn end(self) {
+        if let Some(endpoint) = self.endpoint {
+            endpoint.end();
+        }
+    }
+
     /// Serves the process that opens what is to be added when the file is read again.
     pub fn serve_opener(&mut self, stream: UnixStream) {
         self.opener = Some(Client::new(0, stream));
@@ -268,9 +274,9 @@ impl Server {
         self.tell_opener(RELOAD)
     }
 
-    /// Has the opener start the file's ports that do not run, as soon as it is [served](Self::serve).
-    pub fn ask_to_start(&mut self) -> Option<u32> {
-        self.tell_opener(START)
+    /// Has the opener start ports of the file, by name, as soon as it is [served](Self::serve).
+    pub fn ask_to_start(&mut self, names: &[String]) -> Option<u32> {
+        self.tell_opener(&(json!({"start": names}).to_string() + "\n"))
     }
 
     fn tell_opener(&mut self, line: &str) -> Option<u32> {

@@ -319,21 +319,19 @@ impl Device {
                 reply(MAX_SLOTS as u64)
             }
             Request::SetVringNum { index, size } => {
-                let ring = self.stopped_ring(index)?;
-                match u16::try_from(size) {
-                    Ok(size) if size.is_power_of_two() && size <= MAX_SIZE => ring.size = size,
-                    _ => {
-                        return refused(format!(
-                            "ring size {size} is no power of two up to {MAX_SIZE}"
-                        ));
-                    }
-                }
+                let valid = |size: &u16| size.is_power_of_two() && *size <= MAX_SIZE;
+                let Some(size) = u16::try_from(size).ok().filter(valid) else {
+                    return refused(format!(
+                        "ring size {size} is no power of two up to {MAX_SIZE}"
+                    ));
+                };
+                self.stopped_ring(index)?.size = size;
                 Ok(None)
             }
             Request::SetVringBase { index, base } => {
-                let ring = self.stopped_ring(index)?;
-                ring.base = u16::try_from(base)
+                let base = u16::try_from(base)
                     .map_err(|_| Refusal::Refused(format!("ring base {base} is beyond 65535")))?;
+                self.stopped_ring(index)?.base = base;
                 Ok(None)
             }
             Request::SetVringAddr { index, addresses } => {
@@ -554,7 +552,8 @@ impl Device {
         let memory = self.told.memory.clone();
         let ring = self.ring(index)?;
         // Checked now, so that the frontend hears of it.
-        ring.layout(&memory).map_err(Refusal::Refused)?;
+        let layout = ring.layout(&memory).map_err(Refusal::Refused)?;
+        ring.check_arrival(&memory, &layout).map_err(Refusal::Refused)?;
         ring.kick = Kick::Given(event.map(Arc::new));
         ring.fault = None;
         if self.control_ring() == Some(index as usize) {

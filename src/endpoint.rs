@@ -164,6 +164,15 @@ impl Endpoint {
         share(path, Some(group))
     }
 
+    /// Removes the socket's file at the process's end, which closes the socket: here, connections that wait
+    /// could hold up whoever closes it.
+    pub fn end(self) {
+        if let Endpoint::Listener(listener, file, _) = self {
+            std::mem::forget(listener);
+            drop(file);
+        }
+    }
+
     /// Lets go of the socket without removing its file, which is another's from now on.
     pub fn give_away(self) {
         if let Endpoint::Listener(_, Some(file), _) = self {

@@ -413,6 +413,10 @@ fn port_whose_device_comes_late_is_started_then() {
     daemon.write_config(&late("mtu = 1400"));
     assert!(!daemon.ctl(&["reload"]).status.success());
     assert!(missing(1));
+    // What an operator removes stays away.
+    assert!(daemon.ctl(&["remove", "one"]).status.success());
+    thread::sleep(Duration::from_millis(1500));
+    assert!(!daemon.ask(&["list"]).contains("one"), "{}", daemon.log());
     ip("link add late0 type veth peer name late1");
     ip("link set late0 up");
     ip("link set late1 up");

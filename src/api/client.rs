@@ -116,8 +116,8 @@ pub struct Connection {
 pub enum Wish {
     /// To read the file again.
     Reload,
-    /// To start the file's ports that do not run.
-    Start,
+    /// To start ports of the file, by name.
+    Start(Vec<String>),
     /// To open a port's device again, if that is there again.
     Mend(String),
 }
@@ -127,8 +127,8 @@ impl Wish {
         if line["reload"] == true {
             return Some(Wish::Reload);
         }
-        if line["start"] == true {
-            return Some(Wish::Start);
+        if let Ok(names) = serde_json::from_value(line["start"].clone()) {
+            return Some(Wish::Start(names));
         }
         line["mend"].as_str().map(|port| Wish::Mend(port.to_owned()))
     }

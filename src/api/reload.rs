@@ -252,8 +252,8 @@ pub(super) fn conflict(
     let list = daemon.ask(&Command::List {}, &[])?;
     let ports = list.as_array().map_or(&[][..], Vec::as_slice);
     for name in ports.iter().filter_map(|port| port["name"].as_str()) {
-        let (state, running) = running_config(daemon, name)?;
-        let why = config.conflict(name, Some(&running).filter(|_| state != "ended"));
+        let (report, running) = running_config(daemon, name)?;
+        let why = config.conflict(name, Some(&running).filter(|_| report["state"] != "ended"));
         if why.is_some() {
             return Ok(why);
         }
@@ -261,19 +261,24 @@ pub(super) fn conflict(
     Ok(None)
 }
 
-/// Starts the ports of `file` that do not run, as far as they can be started.
+/// Starts ports that `file` describes, as far as they can be started.
 ///
 /// # Errors
 /// The file is wrong, or the daemon can't be asked.
-pub fn start_missing(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> {
+pub fn start_missing(
+    daemon: &mut Connection,
+    file: &Path,
+    names: &[String],
+) -> Result<Outcome, Failure> {
     let config = read_file(file).map_err(Failure::Refused)?;
-    let list = daemon.ask(&Command::List {}, &[])?;
-    let ports = list.as_array().map_or(&[][..], Vec::as_slice);
-    let runs = |name: &str| ports.iter().any(|port| port["name"] == name);
+    let is_named = |name: &&str| names.iter().any(|it| it == name);
     let (mut outcome, mut missing) = (Outcome::default(), Vec::new());
     for port in &config.ports {
-        let Some(name) = port.known_name().filter(|name| !runs(name)) else { continue };
-        match add(daemon, port, true) {
+        let Some(name) = port.known_name().filter(is_named) else { continue };
+        let added = open(port)
+            .map_err(|error| Failure::Refused(error.to_string()))
+            .and_then(|opened| pass(daemon, port, true, opened));
+        match added {
             Ok(_) => outcome.done.push(format!("{name}: added")),
             Err(gone @ (Failure::Unreachable(_) | Failure::Gone(_))) => return Err(gone),
             Err(failure) => {
@@ -295,22 +300,34 @@ pub(super) fn add(
     config: &PortConfig,
     from_file: bool,
 ) -> Result<Value, Failure> {
-    let open = || -> Result<(Endpoint, Vec<OwnedFd>), StartError> {
-        let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config)?;
-        tap_queues.extend(open_queues(config, None)?);
-        let endpoint = Endpoint::open(&config.frontend, frontend)?;
-        if let Some(group) = &config.socket_group {
-            endpoint.share_with(group)?;
-        }
-        Ok((endpoint, tap_queues))
-    };
-    let (endpoint, tap_queues) = match open() {
-        Ok(opened) => opened,
+    match open(config) {
+        Ok(opened) => pass(daemon, config, from_file, opened),
         Err(error) => {
             let why = conflict(daemon, config)?.unwrap_or_else(|| error.to_string());
-            return Err(Failure::Refused(why));
+            Err(Failure::Refused(why))
         }
-    };
+    }
+}
+
+/// Opens a port's socket and TAP. The TAP comes last: one that is made goes again if the socket cannot be
+/// had.
+fn open(config: &PortConfig) -> Result<(Endpoint, Vec<OwnedFd>), StartError> {
+    let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config)?;
+    let endpoint = Endpoint::open(&config.frontend, frontend)?;
+    if let Some(group) = &config.socket_group {
+        endpoint.share_with(group)?;
+    }
+    tap_queues.extend(open_queues(config, None)?);
+    Ok((endpoint, tap_queues))
+}
+
+/// Passes an opened port on to the daemon.
+fn pass(
+    daemon: &mut Connection,
+    config: &PortConfig,
+    from_file: bool,
+    (endpoint, tap_queues): (Endpoint, Vec<OwnedFd>),
+) -> Result<Value, Failure> {
     let files: Vec<BorrowedFd<'_>> =
         endpoint.descriptor().into_iter().chain(tap_queues.iter().map(AsFd::as_fd)).collect();
     let options: Box<PortOptions> = Box::new(config.options.clone());

@@ -16,6 +16,7 @@ use super::{Wanted, metrics};
 use crate::config::{Frontend, MetricsAddress};
 use crate::daemon::{Ports, StartError};
 use crate::endpoint::{Accepting, Endpoint};
+use crate::sys::socket::refuse_descriptors;
 
 /// The socket's name in the log.
 const NAME: &str = "metrics";
@@ -87,6 +88,7 @@ impl Scrape {
                     let endpoint = Endpoint::open(&Frontend::Listen(path.clone()), None)?;
                     // They are numbers, and no secret: Prometheus is another user.
                     fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(failed)?;
+                    endpoint.fd().into_iter().for_each(refuse_descriptors);
                     endpoint.start().map_err(failed)?;
                     endpoint
                 })
@@ -116,6 +118,14 @@ impl Scrape {
         if let Listener::Unix(endpoint) = self.listener {
             endpoint.give_away();
         }
+    }
+
+    /// Removes the socket's file, if it has one, at the end of the process.
+    pub fn end(self) {
+        if let Listener::Unix(endpoint) = self.listener {
+            endpoint.end();
+        }
+        std::mem::forget(self.visitors);
     }
 
     /// Its unix socket, if it has one.

@@ -52,8 +52,8 @@ fn serve(file: &Path) -> io::Result<()> {
     let mut said = Vec::new();
     while let Some(wish) = daemon.wish()? {
         match wish {
-            Wish::Reload => read_again(&mut daemon, file),
-            Wish::Start => start_again(&mut daemon, file, &mut said),
+            Wish::Reload => read_again(&mut daemon, file, &mut said),
+            Wish::Start(names) => start_again(&mut daemon, file, &names, &mut said),
             Wish::Mend(port) => match mend(&mut daemon, file, &port) {
                 Ok(true) => info!("{port}: its TAP is there again, and opened"),
                 Ok(false) => {}
@@ -65,8 +65,8 @@ fn serve(file: &Path) -> io::Result<()> {
 }
 
 /// Starts ports that do not run. Why one cannot be started is said once.
-fn start_again(daemon: &mut Connection, file: &Path, said: &mut Vec<String>) {
-    let failed = match start_missing(daemon, file) {
+fn start_again(daemon: &mut Connection, file: &Path, names: &[String], said: &mut Vec<String>) {
+    let failed = match start_missing(daemon, file, names) {
         Ok(outcome) => {
             outcome.done.iter().for_each(|line| info!("reload {line}"));
             outcome.failed
@@ -80,7 +80,7 @@ fn start_again(daemon: &mut Connection, file: &Path, said: &mut Vec<String>) {
     *said = failed;
 }
 
-fn read_again(daemon: &mut Connection, file: &Path) {
+fn read_again(daemon: &mut Connection, file: &Path, said: &mut Vec<String>) {
     match reload(daemon, file) {
         Ok(outcome) => {
             for line in outcome.done {
@@ -92,6 +92,7 @@ fn read_again(daemon: &mut Connection, file: &Path) {
             let shown = file.display();
             let failures = outcome.failed.len();
             info!("reload: {shown} read again, {failures} failures");
+            *said = outcome.failed;
         }
         Err(error) => error!("reload: {error}; nothing is changed"),
     }

@@ -39,6 +39,8 @@ use crate::worker::{Worker, WorkerOptions};
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Time that removed ports have to stop; one that takes longer is abandoned.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long whoever removes a port waits for that.
+const REMOVE_TIMEOUT: Duration = Duration::from_millis(500);
 /// The same for all ports together when the daemon ends: it must have ended within a second.
 const EXIT_TIMEOUT: Duration = Duration::from_millis(700);
 /// Interval at which a port that stops is looked at.
@@ -294,6 +296,7 @@ impl Ports {
     /// Lets frontends connect to a port.
     pub(super) fn start(&mut self, prepared: Prepared) -> Result<&Port, StartError> {
         let port = Port::start(prepared, self.sandbox, &self.running)?;
+        self.missing.retain(|name| *name != port.name());
         self.ports.push(port);
         Ok(&self.ports[self.ports.len() - 1])
     }
@@ -345,22 +348,47 @@ impl Ports {
         Ok(())
     }
 
-    /// Takes a port out, the oldest of that name.
-    pub(super) fn take(&mut self, name: &str) -> Option<Port> {
-        self.place(name).ok().map(|place| self.ports.remove(place))
+    /// Ends a port, the oldest of that name: waits for it, but not for long.
+    pub(super) fn end(&mut self, name: &str) {
+        let Ok(place) = self.place(name) else { return };
+        let port = self.ports.remove(place);
+        self.let_go(port);
     }
 
-    /// Takes the port out that was started last.
-    pub(super) fn take_last(&mut self) -> Option<Port> {
-        self.ports.pop()
+    /// Ends the port that was started last.
+    pub(super) fn end_last(&mut self) {
+        if let Some(port) = self.ports.pop() {
+            self.let_go(port);
+        }
+    }
+
+    /// Ends a port on a thread of its own. Its own threads can be stuck in what its VMM holds, and so can
+    /// whoever closes its socket: connections that wait there can carry descriptors that linger.
+    fn let_go(&self, port: Port) {
+        let sandbox = self.sandbox;
+        let (done, ended) = channel();
+        let end = move || {
+            if sandbox.confine(Role::Log).is_ok() {
+                drop(port);
+                let _ = done.send(());
+            }
+        };
+        // Without a thread to be had, the port has ended here.
+        if thread::Builder::new().name("port-end".into()).spawn(end).is_ok() {
+            let _ = ended.recv_timeout(REMOVE_TIMEOUT);
+        }
     }
 
     /// Stops a port: its rings first, then its frontend's connection.
-    pub fn remove(&mut self, name: &str, origin: Origin) -> Result<PortConfig, Refusal> {
-        let place = self.place(name)?;
-        let port = self.ports.remove(place);
+    pub fn remove(&mut self, name: &str, origin: Origin) -> Result<(), Refusal> {
+        if let Some(place) = self.missing.iter().position(|missing| missing == name) {
+            self.missing.remove(place);
+        } else {
+            self.place(name)?;
+            self.end(name);
+        }
         info!("{name}: removed {origin}");
-        Ok(port.config.clone())
+        Ok(())
     }
 
     /// Has a port be as `options` say, if it can while it runs: says whether it was not before.
@@ -442,7 +470,11 @@ impl Ports {
     pub(super) fn stop(&mut self) {
         self.ports.iter().for_each(|port| port.tell(Order::Stop("the daemon stops")));
         let deadline = Instant::now() + EXIT_TIMEOUT;
-        self.ports.drain(..).for_each(|mut port| port.finish(deadline));
+        self.ports.drain(..).for_each(|mut port| {
+            port.finish(deadline);
+            // What it holds is closed by the exit, which nothing holds up.
+            std::mem::forget(port);
+        });
     }
 }
 

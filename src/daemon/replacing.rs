@@ -105,7 +105,7 @@ impl Ports {
             return Err(refusal);
         }
         old.end(&config);
-        drop(self.take(name));
+        self.end(name);
         self.find(new_name)?.tell(Order::Resume);
         Ok(())
     }
@@ -131,7 +131,7 @@ impl Ports {
             return Err(refusal);
         }
         old.tell(Order::CommitHandover);
-        drop(self.take(name));
+        self.end(name);
         let failed = match self.start_anew(new_name, &config, true, base.endpoint) {
             Ok(()) => {
                 if config.frontend != old_config.frontend {
@@ -209,7 +209,7 @@ impl Ports {
         let ready = ready.recv_timeout(READY_TIMEOUT);
         let ready = ready.unwrap_or_else(|_| Err("its thread does not answer".into()));
         if ready.is_err() {
-            self.take_last();
+            self.end_last();
         }
         Ok(ready)
     }

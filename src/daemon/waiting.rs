@@ -140,6 +140,8 @@ impl<'a> Waiting<'a> {
         self.server.refuse_successor(&self.ports);
         self.supervisor.stopping();
         self.ports.stop();
+        self.server.end();
+        self.scrape.into_iter().for_each(Scrape::end);
     }
 
     /// Serves the ports that another daemon has let go of.
@@ -175,8 +177,8 @@ impl<'a> Waiting<'a> {
             return Some(rest);
         }
         let mending = port.and_then(|port| self.server.ask_to_mend(port));
-        let starting =
-            if self.ports.missing().is_empty() { None } else { self.server.ask_to_start() };
+        let missing = self.ports.missing();
+        let starting = if missing.is_empty() { None } else { self.server.ask_to_start(missing) };
         let number = mending.or(starting)?;
         self.mended = Some(Instant::now());
         self.serve_client(number);

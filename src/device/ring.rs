@@ -118,8 +118,21 @@ impl ToldRing {
             used: find(addresses.used, "used ring")?,
         };
         layout.check(memory).map_err(|fault| fault.to_string())?;
-        // With post-copy migration, a page arrives when the guest touches it, and only at the VMM. The
-        // daemon would read zeros, and the page would never arrive.
+        Ok(layout)
+    }
+
+    /// Whether the memory of a ring that has been used is there.
+    ///
+    /// With post-copy migration, a page arrives when the guest touches it, and only at the VMM. The daemon
+    /// would read zeros, and the page would never arrive.
+    ///
+    /// # Errors
+    /// The descriptor table is blank.
+    pub(super) fn check_arrival(
+        &self,
+        memory: &GuestMemory,
+        layout: &RingLayout,
+    ) -> Result<(), String> {
         if self.base != 0 && memory.is_blank(layout.descriptors, 16 * u64::from(layout.size)) {
             return Err(format!(
                 "its descriptor table is missing from guest memory at index {}: post-copy migration is \
@@ -127,7 +140,7 @@ impl ToldRing {
                 self.base
             ));
         }
-        Ok(layout)
+        Ok(())
     }
 
     /// The ring as a session needs it; none if it is not to run. `complain` hears why not, if it

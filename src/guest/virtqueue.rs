@@ -323,7 +323,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             let Some(found) = self.memory.at(address, &mut self.region) else {
                 return Err(unmapped);
             };
-            if segments.len() == MAX_SEGMENTS {
+            if segments.len() >= MAX_SEGMENTS {
                 return Err(Fault::ChainTooLong { head });
             }
             let segment = found.first(left);

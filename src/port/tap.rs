@@ -49,6 +49,8 @@ pub struct TapQueue {
     settings: Arc<Settings>,
     /// Whether it counts among the [small rings](Settings::small).
     is_small: bool,
+    /// Size of the rx ring that was small in the last session: it is so from the next one's first frame on.
+    small_size: Option<u16>,
     /// Whether the device's link is up; `None` if another daemon may have set it.
     link: Option<bool>,
     /// Whether it is to be up.
@@ -160,6 +162,7 @@ impl TapQueue {
             },
             settings: settings.clone(),
             is_small: false,
+            small_size: None,
             link: Some(true),
             wanted_link: true,
             attached: multi_queue.then_some(false),
@@ -194,6 +197,7 @@ impl TapQueue {
                 offloads: state.offloads,
                 settings: settings.clone(),
                 is_small: false,
+                small_size: None,
                 link: None,
                 wanted_link: true,
                 attached: attached(&queue),
@@ -248,6 +252,10 @@ impl TapQueue {
         }
         let accepted = negotiated.guest();
         let header_length = negotiated.header_length();
+        let is_small = self.small_size == Some(terms.rx_size)
+            && negotiated.mergeable()
+            && accepted.segmentation();
+        self.set_small(is_small);
         let prepared = self
             .apply(header_length, &accepted)
             .and_then(|()| if receives { Ok(()) } else { self.set_attached(false) })
@@ -255,7 +263,7 @@ impl TapQueue {
         let longest = self.longest_frame(mtu);
         let mut port = TapPort {
             transmitter: Transmitter::new(terms, longest),
-            receiver: Receiver::new(terms, longest),
+            receiver: Receiver::new(terms, longest, is_small),
             mtu,
             bursts_since_woken: 0,
             rx_limit: READS_PER_TURN,
@@ -419,6 +427,7 @@ impl<'mem> TapPort<'mem> {
             return;
         }
         self.host.set_small(is_small);
+        self.host.small_size = is_small.then_some(self.receiver.shape().0);
         self.receiver.expect(self.host.longest_frame(self.mtu));
         let (header_length, accepted) = self.receiver.terms();
         if let Err(error) = self.host.apply(header_length, &accepted) {
@@ -535,6 +544,11 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
     fn recall(&mut self, finished: &mut Finished<'mem>) {
         self.transmitter.finish(finished);
         finished.unused_rx.extend(self.receiver.hand_back());
-        self.host.set_small(false);
+        if self.host.is_small {
+            self.host.set_small(false);
+            let (header_length, accepted) = self.receiver.terms();
+            // Other queues are left segments again. The next session meets the error, if there is one.
+            let _ = self.host.apply(header_length, &accepted);
+        }
     }
 }

@@ -59,6 +59,23 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8], most: usize) -> io::Resul
     Ok(Received { bytes, files })
 }
 
+/// Has the kernel refuse descriptors that are sent to a listening socket's connections (SO_PASSRIGHTS,
+/// Linux 6.16): to close one can take as long as its sender likes. Older kernels pass them.
+pub fn refuse_descriptors(listener: BorrowedFd<'_>) {
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    let off: libc::c_int = 0;
+    // SAFETY: sets an option of a socket that is open; the value lives through the call.
+    unsafe {
+        libc::setsockopt(
+            listener.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const off).cast(),
+            mem::size_of_val(&off) as libc::socklen_t,
+        )
+    };
+}
+
 /// Sends as many bytes as there is room for, and a descriptor with them; returns how many.
 ///
 /// # Errors

@@ -245,12 +245,9 @@ impl Serving<'_> {
                     ring.call.signal();
                 });
             }
-            if self.turn()?
-                || self.answer()?
-                || self.look_on(options.busy_poll, mailbox)?
-                || self.nap()
-                || self.arm()?
-            {
+            // The control virtqueue is served beside a flood: a guest's CPU waits for the answer.
+            let moved = self.turn()? | self.answer()?;
+            if moved || self.look_on(options.busy_poll, mailbox)? || self.nap() || self.arm()? {
                 continue;
             }
             self.status.counters.sleeps.add(1);

@@ -1,6 +1,8 @@
-//! Cases 55, 56 and 67: what a tenant or a helper process holds, and nobody waits for.
+//! Cases 55, 56, 67 and 77: what a tenant or a helper process holds, and nobody waits for.
 
 use std::fs;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
@@ -9,10 +11,14 @@ use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
+use nix::libc::linger;
+use nix::sys::socket::{setsockopt, sockopt::Linger};
 use vhost::vhost_user::message::FrontendReq;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::hostile::{Scene, note};
 use crate::support::needs_root;
+use crate::support::network::{enter_new_namespace, ip};
 
 /// Stops a port's control thread, as if a system call of its did not return.
 fn stop_control_thread(scene: &Scene) -> Pid {
@@ -92,4 +98,42 @@ fn hostile_67_dead_helper_ends_no_port() {
     scene.check(&mut scene.card());
     scene.lives();
     note(67, "SIGHUP is refused with a log line; all ports go on");
+}
+
+/// A connection whose last close waits for a peer that does not read, and that peer.
+fn lingering() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (peer, _) = listener.accept().unwrap();
+    setsockopt(&stream, Linger, &linger { l_onoff: 1, l_linger: 20 }).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    while stream.write(&[0; 65536]).is_ok() {}
+    (stream, peer)
+}
+
+#[test]
+fn hostile_77_lingering_descriptors_delay_nobody() {
+    needs_root!("hostile_77_lingering_descriptors_delay_nobody");
+    for is_removed in [true, false] {
+        enter_new_namespace();
+        ip("link set lo up");
+        let mut scene = Scene::operated(77);
+        let _served = scene.frontend();
+        // A second VMM waits, and has sent a descriptor.
+        let waiting = scene.daemon.connect_to("attacked");
+        let (stream, _peer) = lingering();
+        waiting.send_with_fd(&[0_u8; 12][..], stream.as_raw_fd()).unwrap();
+        drop(stream);
+        let asked = Instant::now();
+        if is_removed {
+            assert!(scene.daemon.ask(&["remove", "attacked"]).contains("removed"));
+            assert!(scene.daemon.ask(&["list"]).contains("quiet"));
+        }
+        scene.lives();
+        scene.daemon.signal(Signal::SIGTERM);
+        assert!(scene.daemon.wait().success());
+        // The kernel would wait for 20 s.
+        assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
+    }
+    note(77, "the port is removed, and the daemon ends, at once");
 }

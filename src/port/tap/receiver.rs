@@ -59,8 +59,9 @@ pub(super) struct Receiver<'mem> {
 }
 
 impl<'mem> Receiver<'mem> {
-    /// For frames up to `longest` bytes, but for those that are to be segmented.
-    pub(super) fn new(terms: &Terms, longest: usize) -> Self {
+    /// For frames up to `longest` bytes, but for those that are to be segmented. `is_small` if the ring is
+    /// known not to hold these.
+    pub(super) fn new(terms: &Terms, longest: usize, is_small: bool) -> Self {
         let Terms { negotiated, mtu, receives, .. } = *terms;
         let mut receiver = Receiver {
             header_length: negotiated.header_length(),
@@ -81,7 +82,7 @@ impl<'mem> Receiver<'mem> {
             short_since: None,
             make_do: false,
             has_held_largest: false,
-            is_small: false,
+            is_small,
         };
         receiver.expect(longest);
         receiver
@@ -112,7 +113,9 @@ impl<'mem> Receiver<'mem> {
         if self.room >= wanted || buffers == POSTED {
             self.has_held_largest = true;
             self.is_small = false;
-        } else if usize::from(self.ring_size) * (self.room / buffers) < wanted {
+        } else if !self.has_held_largest
+            && usize::from(self.ring_size) * (self.room / buffers) < wanted
+        {
             self.is_small = true;
         }
     }
