@@ -279,7 +279,7 @@ fn ring_whose_memory_has_not_arrived_stays_stopped() {
     card.frontend.ask(FrontendReq::SET_VRING_BASE, &pair(0, 7), &[]);
     let kick = card.rx[0].kick.as_raw_fd();
     card.frontend.refused(FrontendReq::SET_VRING_KICK, &0_u64.to_ne_bytes(), &[kick]);
-    assert!(daemon.log().contains("post-copy migration is not supported"));
+    eventually("it says so", || daemon.log().contains("post-copy migration is not supported"));
     // Whoever touches a page makes it, and it never arrives from the source.
     let data = lseek(&card.ram.file, 0, Whence::SeekData).unwrap();
     assert_eq!(data, table);

@@ -72,8 +72,13 @@ impl AsFd for Signals {
 /// to make or shrink one the C library reads files (the number of processors, whether memory is
 /// overcommitted), which a sandboxed thread may not open: it would end the process.
 pub fn share_pool() {
-    // SAFETY: sets a number of the allocator's. If it does not know it, all is as before.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    // SAFETY: sets numbers of the allocator's. If it does not know one, that is as before.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        // The default, which would grow with the first large block that is freed: such blocks go back to
+        // the kernel.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+    }
 }
 
 /// Raises the soft limit of open descriptors to the hard limit: what one VMM takes is missing for its
