@@ -178,9 +178,10 @@ fn libvirt_runs_the_example_domain_with_the_hook() {
     // QEMU connects again to the daemon that is started again.
     libvirt.run(&["kill", "-9", libvirt.daemon().unwrap().trim()]);
     libvirt.run(&["systemctl", "start", UNIT]);
+    // The new daemon may find the TAP still there, with its address.
     eventually("the TAP is there again", || {
         Command::new("ip")
-            .args(["address", "add"])
+            .args(["address", "replace"])
             .arg(format!("{HOST_ADDRESS}/24"))
             .args(["dev", "vnet0"])
             .stderr(Stdio::null())
