@@ -11,14 +11,14 @@ use vhost_user_net::sys::tap::Queue;
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::support::daemon::{Daemon, port, program};
-use crate::support::driver::{Card, HEADER, Options};
+use crate::support::driver::{Card, GUEST_CSUM, HEADER, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{
     Wire, enter_namespace_with_tap, enter_namespace_with_veth, enter_new_namespace,
     enter_quiet_namespace, ip, output, wait_for_carrier,
 };
-use crate::support::traffic::{check_both_ways, frame};
-use crate::support::{eventually, needs_root};
+use crate::support::traffic::{check_both_ways, datagram, frame};
+use crate::support::{eventually, needs_program, needs_root};
 
 const CONTROL: &str = "control = \"{}/control\"\n";
 /// A name that only an alternative name can be.
@@ -94,6 +94,47 @@ fn device_under_two_names_starts_no_two_ports() {
     let output = program().args(["run", "--config"]).arg(file).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("port tap0 has its device under another name"), "{said}");
+}
+
+#[test]
+fn refused_port_leaves_the_devices_filter() {
+    needs_root!("refused_port_leaves_the_devices_filter");
+    enter_namespace_with_veth(1);
+    ip("link property add dev veth0 altname first");
+    let filter = "af-xdp = \"veth0\"\nrx-filter = \"deny udp; default allow\"";
+    let daemon = Daemon::with_config(&(CONTROL.to_owned() + &port("one", filter)), "one");
+    let (wire, mut card) = (Wire::open("veth1"), card(&daemon, "one", 1));
+    check_both_ways(&wire, &mut card, 20);
+    let socket = format!("--socket-path={}", daemon.path("two").display());
+    let refused = daemon.ctl(&["add", &socket, "--af-xdp=first"]);
+    let refused = String::from_utf8(refused.stderr).unwrap();
+    assert!(refused.contains("port one has its device"), "{refused}");
+    wire.send(&datagram(40).1);
+    wire.send(&frame(7, 60));
+    assert_eq!(card.receive(0)[HEADER..], frame(7, 60), "a datagram is denied");
+}
+
+#[test]
+fn refused_port_leaves_the_taps_offloads() {
+    needs_root!("refused_port_leaves_the_taps_offloads");
+    needs_program!("refused_port_leaves_the_taps_offloads", "ethtool");
+    enter_namespace_with_tap(true);
+    ip("link property add dev tap0 altname first");
+    let file = CONTROL.to_owned() + &port("one", "tap = \"tap0\"\nqueue-pairs = 2");
+    let daemon = Daemon::with_config(&file, "one");
+    let features = Options::default().features | GUEST_CSUM;
+    let options = Options { features, ..Options::default() };
+    let mut card = Card::start(Frontend::new(daemon.connect_to("one")), options);
+    wait_for_carrier("tap0");
+    check_both_ways(&Wire::open("tap0"), &mut card, 20);
+    let offloads = || output("ethtool", "-k tap0");
+    let before = offloads();
+    assert!(before.contains("tx-checksumming: on"), "{before}");
+    let socket = format!("--socket-path={}", daemon.path("two").display());
+    let refused = daemon.ctl(&["add", &socket, "--tap=first", "--queue-pairs=2"]);
+    let refused = String::from_utf8(refused.stderr).unwrap();
+    assert!(refused.contains("port one has its device"), "{refused}");
+    assert_eq!(offloads(), before);
 }
 
 #[test]

@@ -4,17 +4,19 @@
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
 use super::StartError;
-use super::ports::{Opened, Port, Ports};
+use super::ports::{Port, Ports};
 use crate::config::{Host, PortConfig};
 use crate::event::until;
+use crate::sys::device;
 use crate::sys::link::{Link, Questions, Tun, Watch};
+use crate::sys::tap::Queue;
 
 /// Time from a change of a device until its queues are counted: our own may come and go meanwhile, and the
 /// kernel keeps those of a process that was killed for a moment.
@@ -65,12 +67,12 @@ pub(super) struct Claim<'a> {
 
 impl<'a> Claim<'a> {
     /// That of a port on the device of that index.
-    pub(super) fn new(port: &'a str, device: &AtomicU32, config: &PortConfig) -> Self {
+    pub(super) fn new(port: &'a str, device: u32, config: &PortConfig) -> Self {
         let queues = match &config.host {
             Host::AfXdp(af_xdp) => af_xdp.queue..af_xdp.queue + config.queue_pairs,
             Host::Tap(_) | Host::TapDescriptors(_) | Host::Loopback => 0..u16::MAX,
         };
-        Claim { port, device: device.load(Ordering::Relaxed), queues }
+        Claim { port, device, queues }
     }
 }
 
@@ -94,18 +96,41 @@ pub(super) fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Resu
     Ok(())
 }
 
+/// Name and index of the device that a port is to be on; 0 where the index is not known. Why a device
+/// cannot be had is said when it is opened.
+fn find_device(config: &PortConfig, queues: &[OwnedFd]) -> (String, u32) {
+    let queue = queues.first().and_then(|fd| Queue::inherit(fd.try_clone().ok()?).ok());
+    if let Some(queue) = queue {
+        let identity = queue.identity();
+        return (identity.name.clone(), identity.index.unwrap_or(0));
+    }
+    let name = match &config.host {
+        Host::Tap(name) => name,
+        Host::AfXdp(af_xdp) => &af_xdp.name,
+        Host::TapDescriptors(_) | Host::Loopback => return (String::new(), 0),
+    };
+    (name.clone(), device::index(name).ok().flatten().unwrap_or(0))
+}
+
 impl Ports {
-    /// Checks that no other port, but for `replaced`, has the device of one that is to run.
+    /// Checks that no other port, but for `replaced`, has the device of one that is to run on `queues`, if
+    /// these came with it. Nothing of the device is set, which may be a running port's.
+    ///
+    /// # Errors
+    /// With the port that has the device.
     pub(super) fn check_device(
         &self,
-        opened: &Opened,
+        config: &PortConfig,
+        queues: &[OwnedFd],
         replaced: Option<&str>,
     ) -> Result<(), StartError> {
+        let (name, device) = find_device(config, queues);
+        let name = config.known_name().unwrap_or(&name);
         let others = self
             .iter()
             .filter(|port| Some(port.name()) != replaced && !port.status().has_ended())
-            .map(|port| Claim::new(port.name(), &port.status().device, port.config()));
-        check_devices(others.chain([opened.claim()]))
+            .map(|port| Claim::new(port.name(), port.device_index(), port.config()));
+        check_devices(others.chain([Claim::new(name, device, config)]))
     }
 
     /// A port's device as it is now; `None` if the kernel does not tell.

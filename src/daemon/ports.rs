@@ -101,7 +101,8 @@ impl Opened {
 
     /// The queues of a device that it takes for itself.
     pub(super) fn claim(&self) -> Claim<'_> {
-        Claim::new(&self.name, &self.queues[0].device(), &self.config)
+        let device = self.queues[0].device().load(Ordering::Relaxed);
+        Claim::new(&self.name, device, &self.config)
     }
 }
 
@@ -314,8 +315,8 @@ impl Ports {
         let pairs = usize::from(config.queue_pairs);
         descriptors::check_room(pairs, matches!(config.host, Host::AfXdp(_)))
             .map_err(|why| Refusal::CannotBeDone(why.to_string()))?;
+        self.check_device(&config, &brought.tap_queues, None)?;
         let opened = Opened::new(config, from_file, brought)?;
-        self.check_device(&opened, None)?;
         if self.ports.iter().any(|port| port.name() == opened.name) {
             let why = format!("port {} already exists; remove it first", opened.name);
             return Err(Refusal::CannotBeDone(why));

@@ -69,6 +69,7 @@ impl Ports {
             old.check_features(&config, old.offloads())?;
         }
         let base = old.base_of(&config, files)?;
+        self.check_device(&config, &base.queues, Some(name))?;
         if is_on_same_device(old.config(), &config) {
             self.replace_exclusively(name, &new_name, config, base)?;
         } else {
@@ -91,7 +92,6 @@ impl Ports {
         let opened =
             Opened::of_predecessor(new_name.into(), config.clone(), true, (queues, tap), endpoint)?;
         old.check_features(&config, opened.offloads())?;
-        self.check_device(&opened, Some(name))?;
         let prepared = self.prepare(opened, Vec::new())?;
         // From here on the old port stands still.
         let suspended = old.suspend();
@@ -176,11 +176,7 @@ impl Ports {
             let host = (Vec::new(), None);
             let opened =
                 Opened::of_predecessor(name.into(), config.clone(), from_file, host, endpoint);
-            let checked = opened.and_then(|opened| {
-                self.check_device(&opened, Some(name))?;
-                self.prepare(opened, Vec::new())
-            });
-            match checked {
+            match opened.and_then(|opened| self.prepare(opened, Vec::new())) {
                 Err(_) if Instant::now() < end => thread::sleep(RELEASE_POLL),
                 prepared => break prepared,
             }
