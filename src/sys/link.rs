@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use netlink_packet_core::{
     DefaultNla, NLM_F_DUMP, NLM_F_REQUEST, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
@@ -15,6 +16,8 @@ use netlink_packet_route::link::{
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
+use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
+use nix::sys::time::TimeVal;
 
 use super::device::MAX_NAME;
 
@@ -22,6 +25,9 @@ use super::device::MAX_NAME;
 const LINK_GROUP: u32 = 1;
 /// `IFLA_ALT_IFNAME` of `linux/if_link.h`.
 const ALTERNATIVE_NAME: u16 = 53;
+
+/// How long an answer of the kernel's is waited for.
+const ANSWER_TIMEOUT: TimeVal = TimeVal::new(1, 0);
 
 /// A network device as it is at the moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -113,7 +119,7 @@ pub fn find(name: &str) -> io::Result<Link> {
         // The kernel looks among all names.
         LinkAttribute::IfName(name.to_owned())
     });
-    Questions::open()?.ask(message)
+    Questions::open()?.ask_for_one(message)
 }
 
 /// Looks a device up by index.
@@ -129,28 +135,15 @@ pub fn at(index: u32) -> io::Result<Link> {
 /// # Errors
 /// Those of netlink.
 pub fn all() -> io::Result<Vec<Link>> {
-    let Questions(socket) = Questions::open()?;
-    send(&socket, LinkMessage::default(), NLM_F_REQUEST | NLM_F_DUMP)?;
-    let mut links = Vec::new();
-    loop {
-        let (answer, _) = socket.recv_from_full()?;
-        let mut rest = &answer[..];
-        while !rest.is_empty() {
-            let length = NetlinkBuffer::new_checked(rest)
-                .map_err(|error| malformed(&error))?
-                .length()
-                .next_multiple_of(4) as usize;
-            match parse(rest)? {
-                Some(link) => links.push(read(&link)),
-                None => return Ok(links),
-            }
-            rest = rest.get(length..).unwrap_or_default();
-        }
-    }
+    Questions::open()?.all()
 }
 
 /// A socket to look devices up by, again and again.
-pub struct Questions(Socket);
+pub struct Questions {
+    socket: Socket,
+    /// The last question's number, which its answers bear: those to another one may still come.
+    number: AtomicU32,
+}
 
 impl std::fmt::Debug for Questions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -167,7 +160,8 @@ impl Questions {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
-        Ok(Questions(socket))
+        setsockopt(&socket, ReceiveTimeout, &ANSWER_TIMEOUT)?;
+        Ok(Questions { socket, number: AtomicU32::new(0) })
     }
 
     /// Looks a device up by index.
@@ -177,22 +171,63 @@ impl Questions {
     pub fn at(&self, index: u32) -> io::Result<Link> {
         let mut message = LinkMessage::default();
         message.header.index = index;
-        self.ask(message)
+        self.ask_for_one(message)
     }
 
-    fn ask(&self, message: LinkMessage) -> io::Result<Link> {
-        send(&self.0, message, NLM_F_REQUEST)?;
-        let (answer, _) = self.0.recv_from_full()?;
-        match parse(&answer)? {
-            Some(link) => Ok(read(&link)),
-            None => Err(malformed(&"it ends early")),
+    /// All devices of the network namespace that the socket was opened in.
+    ///
+    /// # Errors
+    /// Those of netlink; EAGAIN if no answer comes.
+    pub fn all(&self) -> io::Result<Vec<Link>> {
+        let mut links = Vec::new();
+        self.ask(LinkMessage::default(), NLM_F_DUMP, |link| {
+            links.push(link);
+            false
+        })?;
+        Ok(links)
+    }
+
+    fn ask_for_one(&self, message: LinkMessage) -> io::Result<Link> {
+        let mut found = None;
+        self.ask(message, 0, |link| {
+            found = Some(link);
+            true
+        })?;
+        found.ok_or_else(|| malformed(&"it ends early"))
+    }
+
+    /// Asks the kernel, and gives `is_last` each device of the answer until that is so, or the kernel has
+    /// told all.
+    fn ask(
+        &self,
+        message: LinkMessage,
+        flags: u16,
+        mut is_last: impl FnMut(Link) -> bool,
+    ) -> io::Result<()> {
+        let number = self.number.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        send(&self.socket, message, flags, number)?;
+        loop {
+            let (answer, _) = self.socket.recv_from_full()?;
+            let mut rest = &answer[..];
+            while !rest.is_empty() {
+                let next = NetlinkBuffer::new_checked(rest).map_err(|error| malformed(&error))?;
+                let length = next.length().next_multiple_of(4) as usize;
+                // An answer to another question was not read in time.
+                if next.sequence_number() == number
+                    && parse(rest)?.is_none_or(|link| is_last(read(&link)))
+                {
+                    return Ok(());
+                }
+                rest = rest.get(length..).unwrap_or_default();
+            }
         }
     }
 }
 
-fn send(socket: &Socket, message: LinkMessage, flags: u16) -> io::Result<()> {
+fn send(socket: &Socket, message: LinkMessage, flags: u16, number: u32) -> io::Result<()> {
     let mut header = NetlinkHeader::default();
-    header.flags = flags;
+    header.flags = flags | NLM_F_REQUEST;
+    header.sequence_number = number;
     let payload = NetlinkPayload::from(RouteNetlinkMessage::GetLink(message));
     let mut request = NetlinkMessage::new(header, payload);
     request.finalize();
@@ -381,5 +416,15 @@ mod tests {
         assert_eq!(at(link.index).unwrap(), link);
         assert!(all().unwrap().contains(&link));
         assert_eq!(find("no-such-dev").unwrap_err().raw_os_error(), Some(libc::ENODEV));
+    }
+
+    #[test]
+    fn answer_that_was_not_read_is_not_the_next_ones() {
+        let lo = find("lo").unwrap();
+        let questions = Questions::open().unwrap();
+        let mut lost = LinkMessage::default();
+        lost.header.index = i32::MAX as u32;
+        send(&questions.socket, lost, 0, 0).unwrap();
+        assert_eq!(questions.at(lo.index).unwrap(), lo);
     }
 }
