@@ -7,6 +7,10 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+use vhost_user_net::config::TxMethod;
+use vhost_user_net::policy::Filter;
+use vhost_user_net::port::TapState;
+use vhost_user_net::port::tap::TapQueue;
 use vhost_user_net::sys::tap::Queue;
 use vmm_sys_util::tempdir::TempDir;
 
@@ -161,6 +165,27 @@ fn renamed_tap_stays_with_its_port() {
     let mut second = card(&daemon, "one", 1);
     wait_for_frames(&wire, &mut second);
     check_both_ways(&wire, &mut second, 100);
+}
+
+#[test]
+fn tap_of_old_predecessor_is_looked_up() {
+    needs_root!("tap_of_old_predecessor_is_looked_up");
+    enter_namespace_with_tap(true);
+    let queue = || Queue::open("tap0", true).unwrap();
+    let filter = Filter::default();
+    let prepared = TapQueue::prepare(vec![queue()], TxMethod::Writev, &filter).unwrap();
+    let state = prepared[0].state();
+    assert!(state.index.is_some());
+    let mut told = serde_json::to_value(&state).unwrap();
+    // Daemons before did not tell it.
+    told.as_object_mut().unwrap().remove("index").unwrap();
+    let told: TapState = serde_json::from_value(told).unwrap();
+    let passed = queue();
+    ip("link set tap0 down");
+    ip("link set tap0 name moved0");
+    let queues = vec![passed.into()];
+    let adopted = TapQueue::of_predecessor(queues, &told, TxMethod::Writev, &filter).unwrap();
+    assert_eq!(adopted[0].state().index, state.index);
 }
 
 #[test]

@@ -117,10 +117,16 @@ impl Queue {
         queue.identified()
     }
 
-    /// Takes over a queue that another daemon has opened. The kernel is not asked for the device, which
-    /// may be renamed or gone by now.
+    /// Takes over a queue that another daemon has opened. The kernel is only asked for an index that is not
+    /// told: the device may be renamed or gone by now.
     pub fn identified_as(fd: OwnedFd, identity: &Identity) -> Self {
-        Queue { file: File::from(fd), identity: identity.clone() }
+        let mut queue = Queue { file: File::from(fd), identity: identity.clone() };
+        if identity.index.is_none()
+            && let Ok((name, _)) = queue.ask()
+        {
+            queue.identity.index = device::index_of_queue(queue.as_fd(), &name);
+        }
+        queue
     }
 
     fn unidentified(file: File) -> Self {
