@@ -359,6 +359,18 @@ fn tap_that_was_made_is_its_users_alone() {
 }
 
 #[test]
+fn making_tap_takes_no_existing_one() {
+    needs_root!("making_tap_takes_no_existing_one");
+    enter_namespace_with_tap(false);
+    // It came after the daemon had looked: its owner is not to be changed.
+    let error = Queue::make("tap0", false).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(nix::libc::EBUSY));
+    drop(Queue::open("tap0", false).unwrap());
+    drop(Queue::make("tap1", false).unwrap());
+    assert!(!output("ip", "link").contains("tap1"), "it goes with its queue");
+}
+
+#[test]
 fn tap_without_owner_is_reported_once() {
     needs_root!("tap_without_owner_is_reported_once");
     enter_namespace_with_tap(false);

@@ -82,13 +82,25 @@ impl Queue {
     /// Those of `/dev/net/tun` and TUNSETIFF: EBUSY if the device has another user, EINVAL if
     /// `multi_queue` is not what the device has, EPERM without the right to open it.
     pub fn open(name: &str, multi_queue: bool) -> io::Result<Self> {
+        Self::set_up(name, multi_queue, 0)
+    }
+
+    /// Makes the TAP `name`, for as long as it has a queue, and opens its first.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open); EBUSY if there is a device of that name.
+    pub fn make(name: &str, multi_queue: bool) -> io::Result<Self> {
+        Self::set_up(name, multi_queue, libc::IFF_TUN_EXCL)
+    }
+
+    fn set_up(name: &str, multi_queue: bool, more: libc::c_int) -> io::Result<Self> {
         let mut request = device::request(name)?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/net/tun")?;
-        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
         if multi_queue {
             flags |= libc::IFF_MULTI_QUEUE;
         }

@@ -45,7 +45,7 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
         ))
     };
     let until = Instant::now() + BUSY_PATIENCE;
-    let (name, is_new, opened) = loop {
+    let (name, index, opened) = loop {
         let index = device::index(wanted).map_err(failed)?;
         if index.is_none() && wanted.len() > MAX_NAME {
             return Err(StartError::new(format!(
@@ -54,16 +54,17 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
             )));
         }
         let name = index.map_or_else(|| Ok(wanted.to_owned()), device::name).map_err(failed)?;
-        match Queue::open(&name, pairs > 1) {
+        let open = if index.is_none() { Queue::make } else { Queue::open };
+        match open(&name, pairs > 1) {
             Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until => {
                 thread::sleep(BUSY_RETRY);
             }
-            opened => break (name, index.is_none(), opened),
+            opened => break (name, index, opened),
         }
     };
     let first = match (opened, pairs) {
         // The kernel says EINVAL when IFF_MULTI_QUEUE is not what the device has.
-        (Err(error), _) if !is_new && error.raw_os_error() == Some(libc::EINVAL) => {
+        (Err(error), _) if index.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
             match (Queue::open(&name, pairs == 1), pairs) {
                 (Ok(queue), 1) => queue,
                 (Ok(_), _) => return Err(one_queue(&name)),
@@ -79,20 +80,26 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
         }
         (opened, _) => opened.map_err(failed)?,
     };
-    // Before others can have a queue of it, and frames of it are looked at.
+    // One that was made in the stead of a device that has gone meanwhile goes with its queue.
+    let check = |queue: &Queue, index: Option<u32>| match queue.identity().index {
+        found if found == index => Ok(()),
+        _ => Err(StartError::new(format!(
+            "cannot open tap {wanted}: it was renamed meanwhile; try again"
+        ))),
+    };
+    let is_new = index.is_none();
     if is_new {
+        // Before others can have a queue of it, and frames of it are looked at.
         first.set_owner(geteuid().as_raw()).map_err(failed)?;
         refuse_router_advertisements(&name);
+    } else {
+        check(&first, index)?;
     }
     let multi_queue = first.identity().multi_queue;
     let mut queues = vec![first];
     for _ in 1..pairs {
         let queue = Queue::open(&name, multi_queue).map_err(failed)?;
-        if queue.identity().index != queues[0].identity().index {
-            return Err(StartError::new(format!(
-                "cannot open tap {wanted}: it was renamed meanwhile; try again"
-            )));
-        }
+        check(&queue, queues[0].identity().index)?;
         queues.push(queue);
     }
     if is_new {
