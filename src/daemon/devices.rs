@@ -1,8 +1,8 @@
 //! The network devices that ports are on: what the kernel drops there, who else has queues, and who can
 //! have some. Nothing here is on a frame's way.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
-use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -22,6 +22,16 @@ use crate::sys::tap::Queue;
 /// kernel keeps those of a process that was killed for a moment.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// Age up to which what the kernel has told of all devices is told again.
+const VALIDITY: Duration = Duration::from_secs(1);
+
+/// All devices by their indexes, and when the kernel told of them.
+#[derive(Debug)]
+struct Seen {
+    at: Instant,
+    links: HashMap<u32, Link>,
+}
+
 /// What is known of a device.
 #[derive(Debug, Default)]
 struct Known {
@@ -31,23 +41,46 @@ struct Known {
     foreign_queues: u32,
 }
 
+impl Known {
+    fn is_due(&self) -> bool {
+        self.due.is_some_and(|due| due <= Instant::now())
+    }
+}
+
 /// Asks the kernel about devices, as far as netlink is permitted.
 #[derive(Debug)]
 pub(super) struct Devices {
     questions: Option<Questions>,
     watch: Option<Watch>,
     known: HashMap<u32, Known>,
+    /// What the kernel has told last. Each question may wait for whoever changes devices: there is one for
+    /// all ports.
+    seen: RefCell<Option<Seen>>,
 }
 
 impl Devices {
     /// Before the main thread's system calls are filtered.
     pub(super) fn new() -> Self {
         let (questions, watch) = (Questions::open().ok(), Watch::new().ok());
-        Devices { questions, watch, known: HashMap::new() }
+        Devices { questions, watch, known: HashMap::new(), seen: RefCell::default() }
     }
 
-    fn at(&self, index: u32) -> io::Result<Link> {
-        self.questions.as_ref().ok_or(io::ErrorKind::Unsupported)?.at(index)
+    /// A device as it was at most a second ago; `None` if it is not there, or the kernel does not tell.
+    fn at(&self, index: u32) -> Option<Link> {
+        let questions = self.questions.as_ref()?;
+        let mut seen = self.seen.borrow_mut();
+        seen.take_if(|seen| seen.at.elapsed() > VALIDITY);
+        let seen = seen.get_or_insert_with(|| {
+            let links = questions.all().unwrap_or_default();
+            let links = links.into_iter().map(|link| (link.index, link)).collect();
+            Seen { at: Instant::now(), links }
+        });
+        seen.links.get(&index).cloned()
+    }
+
+    /// Has the kernel asked again.
+    fn forget(&mut self) {
+        self.seen.take();
     }
 }
 
@@ -136,7 +169,7 @@ impl Ports {
     /// A port's device as it is now; `None` if the kernel does not tell.
     pub fn device(&self, port: &Port) -> Option<Link> {
         let index = port.device_index();
-        (index != 0).then(|| self.devices().at(index).ok()).flatten()
+        (index != 0).then(|| self.devices().at(index)).flatten()
     }
 
     /// Queues of a port's TAP that other processes had when they were counted last.
@@ -152,6 +185,7 @@ impl Ports {
     /// Notes which devices have changed.
     pub(super) fn note_device_changes(&mut self) {
         let devices = self.devices_mut();
+        devices.forget();
         let Some(changed) = devices.watch.as_ref().map(Watch::clear) else { return };
         let due = Instant::now() + SETTLE;
         for (index, known) in &mut devices.known {
@@ -166,10 +200,15 @@ impl Ports {
     pub(super) fn look_at_devices(&mut self) -> Option<Duration> {
         let mut known = std::mem::take(&mut self.devices_mut().known);
         let mut next = HashMap::new();
-        for port in self.iter().filter(|port| port.tap().is_some() && port.device_index() != 0) {
+        let is_due = |port: &Port| known.get(&port.device_index()).is_none_or(Known::is_due);
+        let on_taps = |port: &&Port| port.tap().is_some() && port.device_index() != 0;
+        if self.iter().filter(on_taps).any(is_due) {
+            self.devices_mut().forget();
+        }
+        for port in self.iter().filter(on_taps) {
             let index = port.device_index();
             let state = known.remove(&index).unwrap_or_else(|| {
-                if let Ok(link) = self.devices().at(index) {
+                if let Some(link) = self.devices().at(index) {
                     warn_of_missing_owner(port, &link);
                 }
                 Known { due: Some(Instant::now() + SETTLE), foreign_queues: 0 }
@@ -183,10 +222,10 @@ impl Ports {
 
     /// Counts a TAP's queues if that is due.
     fn count_queues(&self, port: &Port, known: Known) -> Known {
-        if known.due.is_none_or(|due| due > Instant::now()) {
+        if !known.is_due() {
             return known;
         }
-        let Ok(link) = self.devices().at(port.device_index()) else {
+        let Some(link) = self.devices().at(port.device_index()) else {
             return Known { due: None, ..known };
         };
         let (name, device) = (port.name(), &link.name);
