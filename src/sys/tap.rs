@@ -8,6 +8,7 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::ptr::NonNull;
+use std::time::{Duration, Instant};
 
 use super::{check, device};
 use crate::guest::{ReadSegment, Segment};
@@ -41,6 +42,12 @@ pub mod offload {
     /// UDP over IPv6 may come unsegmented (Linux 6.2).
     pub const USO6: u32 = 0x40;
 }
+
+/// Time after which a queue that never gets empty counts as drained.
+const DRAIN_TIME: Duration = Duration::from_millis(50);
+/// Frames that are taken however long that takes: those that a queue holds by default (`TUN_READQ_SIZE`),
+/// and as many again.
+const DRAINED_FRAMES: usize = 1000;
 
 /// How a TAP's queue was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -245,9 +252,12 @@ impl Queue {
         (&self.file).read(&mut start).is_ok()
     }
 
-    /// Takes all frames that wait, at most 2^20, and throws them away.
+    /// Takes all frames that wait, and throws them away. Where more come all the time, this ends after
+    /// [`DRAIN_TIME`], and at least [`DRAINED_FRAMES`].
     pub fn drain(&self) {
-        (0..1 << 20).find(|_| !self.discard());
+        let end = Instant::now() + DRAIN_TIME;
+        let is_enough = |frame| frame >= DRAINED_FRAMES && Instant::now() > end;
+        (0..).find(|&frame| is_enough(frame) || !self.discard());
     }
 
     /// Sets the user that can open the device without CAP_NET_ADMIN. Everybody can open a device
