@@ -113,11 +113,11 @@ fn lost_vlan_tags_are_warned_of_with_the_command_that_keeps_them() {
     drop((guest, daemon));
     ethtool("vm1-br", cure.strip_prefix("ethtool -K vm1-br ").unwrap());
     let daemon = Daemon::start(&["--af-xdp=vm1,attach=generic"]);
-    check_tags(|frame| wire.send(frame), &mut card(&daemon));
+    let mut guest = card(&daemon);
+    check_tags(|frame| wire.send(frame), &mut guest);
     assert!(!daemon.log().contains("VLAN"), "{}", daemon.log());
-    // Somebody turns it on again: the next session says so.
+    // Somebody turns it on again, under way.
     ethtool("vm1-br", "txvlan on");
-    drop(card(&daemon));
     eventually("it is said", || daemon.log().contains("ethtool -K vm1-br txvlan off'"));
 }
 

@@ -453,7 +453,11 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
     }
 
     fn host_changed(&mut self) {
-        self.host.watch.clear();
+        let changed = self.host.watch.clear();
+        if self.host.pair == 0 {
+            // Once for all queues of the device.
+            self.host.interface.look_for_tags_again(changed.as_ref());
+        }
         match &mut self.state {
             State::Open(open) => match self.host.interface.check(open) {
                 Ok(changed) => self.changed = changed,

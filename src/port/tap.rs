@@ -36,6 +36,8 @@ use transmitter::Transmitter;
 const READS_PER_TURN: usize = 64;
 /// How long a device that is gone is left alone.
 const RETRY: Duration = Duration::from_secs(1);
+/// Time between questions for the device's MTU while frames are dropped.
+const ASK_FOR_MTU: Duration = Duration::from_millis(10);
 
 /// One queue of a TAP device, for the daemon's life.
 #[derive(Debug)]
@@ -268,6 +270,7 @@ impl TapQueue {
             bursts_since_woken: 0,
             rx_limit: READS_PER_TURN,
             gone_since: None,
+            mtu_asked: None,
             host: self,
         };
         if let Err(error) = prepared {
@@ -410,6 +413,8 @@ pub struct TapPort<'mem> {
     rx_limit: usize,
     /// When the device was last found to be gone.
     gone_since: Option<Instant>,
+    /// When a dropped frame last had the device's MTU asked for.
+    mtu_asked: Option<Instant>,
 }
 
 impl<'mem> TapPort<'mem> {
@@ -471,7 +476,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             return;
         }
         self.receiver.look();
-        let mut asked = false;
+        let asks = |last: Option<Instant>| last.is_none_or(|at| at.elapsed() >= ASK_FOR_MTU);
         for _ in 0..self.rx_limit {
             if !self.receiver.can_read() {
                 break;
@@ -496,9 +501,9 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                 },
             }
             self.gone_since = None;
-            if finished.rx_dropped.len() > dropped && !asked {
+            if finished.rx_dropped.len() > dropped && asks(self.mtu_asked) {
                 // Perhaps the device's MTU was raised: the next frame will find the room.
-                asked = true;
+                self.mtu_asked = Some(Instant::now());
                 self.receiver.expect(self.host.longest_frame(self.mtu));
             }
         }

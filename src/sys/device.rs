@@ -77,13 +77,18 @@ pub fn index(name: &str) -> io::Result<Option<u32>> {
 /// # Errors
 /// ENODEV if there is none.
 pub fn name(index: u32) -> io::Result<String> {
+    Ok(name_in(&named(&control_socket()?, index)?))
+}
+
+/// An `ifreq` with the name of the device of that index in it.
+fn named(socket: &OwnedFd, index: u32) -> io::Result<libc::ifreq> {
     // SAFETY: ifreq is plain old data, and all zeros is a valid one. SIOCGIFNAME reads the index in it,
     // and writes the name.
     unsafe {
         let mut request: libc::ifreq = mem::zeroed();
         request.ifr_ifru.ifru_ifindex = index as libc::c_int;
-        check(libc::ioctl(control_socket()?.as_raw_fd(), SIOCGIFNAME, &mut request))?;
-        Ok(name_in(&request))
+        check(libc::ioctl(socket.as_raw_fd(), SIOCGIFNAME, &mut request))?;
+        Ok(request)
     }
 }
 
@@ -108,15 +113,16 @@ pub(super) fn index_of_queue(queue: BorrowedFd<'_>, name: &str) -> Option<u32> {
     index(name).ok()?.filter(|_| is_here)
 }
 
-/// MTU of the device `name` in bytes.
+/// MTU in bytes of the device of that index.
 ///
 /// # Errors
 /// There is no such device.
-pub fn mtu(name: &str) -> io::Result<u32> {
-    let mut request = request(name)?;
+pub fn mtu(index: u32) -> io::Result<u32> {
+    let socket = control_socket()?;
+    let mut request = named(&socket, index)?;
     // SAFETY: SIOCGIFMTU reads and writes one ifreq, and sets its MTU.
     unsafe {
-        check(libc::ioctl(control_socket()?.as_raw_fd(), libc::SIOCGIFMTU, &mut request))?;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &mut request))?;
         Ok(request.ifr_ifru.ifru_mtu as u32)
     }
 }

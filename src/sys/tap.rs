@@ -304,7 +304,7 @@ impl Queue {
     /// The device's MTU in bytes, whatever its name is by now.
     pub fn mtu(&self) -> io::Result<u32> {
         let elsewhere = || io::Error::other("the device is in another network namespace");
-        device::mtu(&device::name(self.identity.index.ok_or_else(elsewhere)?)?)
+        device::mtu(self.identity.index.ok_or_else(elsewhere)?)
     }
 
     /// Reads one frame, header first, into `window`.

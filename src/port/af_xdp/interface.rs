@@ -3,6 +3,7 @@
 
 mod wanted;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -93,6 +94,8 @@ struct Shared {
     steering: Option<Steering>,
     /// What becomes of VLAN tags of frames to the guest, when that was looked up last.
     tags: Tags,
+    /// Index of the other end of a veth, which the tags depend on.
+    peer: Option<u32>,
     abilities: Abilities,
     registered: Option<Registered>,
 }
@@ -257,6 +260,20 @@ impl Interface {
             warn!("af_xdp {}: {warning}", self.name());
         }
         shared.tags = tags;
+        shared.peer = link.veth_peer;
+    }
+
+    /// Looks for the tags again if its device or the other end of a veth is among the devices that have
+    /// changed; `None` stands for any.
+    pub(super) fn look_for_tags_again(&self, changed: Option<&BTreeSet<u32>>) {
+        let mut shared = self.lock();
+        let devices = [Some(self.device.load(Ordering::Relaxed)), shared.peer];
+        let is_among = |all: &BTreeSet<u32>| devices.iter().flatten().any(|it| all.contains(it));
+        if changed.is_none_or(is_among)
+            && let Ok(link) = self.find()
+        {
+            self.look_for_tags(&link, &mut shared);
+        }
     }
 
     fn find_abilities(&self, link: &Link) -> Result<Abilities, OpenError> {
@@ -287,9 +304,9 @@ impl Interface {
             shared.attachment = None;
             let attached = self.attach(&link, &shared.wanted);
             shared.attachment = Some(attached.map_err(Failure::Gone)?);
+            self.look_for_tags(&link, shared);
             shared.abilities = self.find_abilities(&link).map_err(Failure::Gone)?;
         }
-        self.look_for_tags(&link, shared);
         if !shared.steering.as_ref().is_some_and(|steering| steering.is_on(link.index)) {
             shared.steering = None;
             shared.steering = self.steer(&link).map_err(Failure::Gone)?;
