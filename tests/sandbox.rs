@@ -22,6 +22,7 @@ const SOCKET: u64 = 41;
 const EXECVE: u64 = 59;
 const CLONE: u64 = 56;
 const OPENAT: u64 = 257;
+const SENDTO: u64 = 44;
 const MMAP: u64 = 9;
 const AF_INET: u64 = 2;
 const SOCK_STREAM: u64 = 1;
@@ -125,6 +126,25 @@ fn a_forbidden_call_in_any_thread_is_the_end_of_the_process() {
                 eventually("the whole process ends", || !daemon.is_alive());
             }
         }
+    }
+}
+
+#[test]
+fn addresses_and_files_of_others_are_out_of_reach() {
+    needs_root!("addresses_and_files_of_others_are_out_of_reach");
+    enter_namespace_with_veth(1);
+    // The fifth argument of each is an address.
+    let sendto = ("sendto", SENDTO, [u64::MAX, TEXT, 16, 0]);
+    for (host, thread, (name, number, arguments)) in [
+        ("--loopback", "loopback/0", sendto),
+        ("--af-xdp=veth0", "veth0/0", sendto),
+        ("--loopback", "loopback", sendto),
+        ("--loopback", "vhost-user-net", sendto),
+    ] {
+        let (daemon, _card) = serving(&[host]);
+        let found = threads(&daemon).into_iter().find(|(name, _)| name == thread);
+        let result = inject(found.unwrap().1, number, arguments, b"/etc/hostname\0\0\0");
+        assert_eq!(result, Err(Signal::SIGSYS), "{name} in {thread} of {host}");
     }
 }
 

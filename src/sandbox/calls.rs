@@ -147,8 +147,9 @@ fn one_of(argument: u8, values: &[c_int]) -> Result<Vec<SeccompRule>, BackendErr
     values.iter().map(rule).collect()
 }
 
-/// A rule for internet sockets that can't connect to anything by themselves: requests to network
-/// devices go through such.
+/// A rule for internet sockets, through which requests to network devices go. Nothing is sent by such: a
+/// TAP's worker connects nothing, and no thread [names an address](no_address). An AF_XDP worker reaches
+/// the network anyway, by its sockets.
 fn datagrams() -> Result<SeccompRule, BackendError> {
     let is = |argument, value: c_int| {
         let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
@@ -156,6 +157,12 @@ fn datagrams() -> Result<SeccompRule, BackendError> {
     };
     let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC;
     SeccompRule::new(vec![is(0, libc::AF_INET)?, is(1, kind)?])
+}
+
+/// A rule that what is sent goes to the peer of its socket: the fifth argument would be another address.
+fn no_address() -> Result<Vec<SeccompRule>, BackendError> {
+    let (length, equal) = (SeccompCmpArgLen::Qword, SeccompCmpOp::Eq);
+    Ok(vec![SeccompRule::new(vec![SeccompCondition::new(4, length, equal, 0)?])?])
 }
 
 /// A rule that memory can't be executed: its protection is the third argument.
@@ -331,6 +338,9 @@ pub(super) fn filter(
     // Whoever drops a TAP's queue gives back what is registered with io_uring.
     let unregister = one_of(1, &[UNREGISTER_FILES])?;
     rules.entry(libc::SYS_io_uring_register).or_insert(unregister);
+    if let Some(rule) = rules.get_mut(&libc::SYS_sendto) {
+        *rule = no_address()?;
+    }
     if hand_over {
         rules.insert(libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX])?);
         let timeouts = one_of(2, &[libc::SO_RCVTIMEO, libc::SO_SNDTIMEO])?;
