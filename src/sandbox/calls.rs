@@ -13,6 +13,7 @@ use seccompiler::{
 };
 
 use super::Role;
+use crate::sys::uring::UNREGISTER_FILES;
 
 /// What every thread may do: take and give memory (none that can be executed), wait for locks and
 /// time, use descriptors that are open, end.
@@ -197,9 +198,6 @@ const SIOCGIFNAME: c_int = 0x8910;
 const TUNGETVNETHDRSZ: c_int = 0x8004_54d7_u32 as c_int;
 const SIOCETHTOOL: c_int = 0x8946;
 
-/// `IORING_UNREGISTER_FILES` of linux/io_uring.h.
-const UNREGISTER_FILES: c_int = 3;
-
 /// What a role may do.
 #[derive(Default)]
 struct Allowed {
@@ -336,7 +334,7 @@ pub(super) fn filter(
         }
     }
     // Whoever drops a TAP's queue gives back what is registered with io_uring.
-    let unregister = one_of(1, &[UNREGISTER_FILES])?;
+    let unregister = one_of(1, &[UNREGISTER_FILES.into()])?;
     rules.entry(libc::SYS_io_uring_register).or_insert(unregister);
     if let Some(rule) = rules.get_mut(&libc::SYS_sendto) {
         *rule = no_address()?;
