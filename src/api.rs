@@ -15,10 +15,8 @@ mod stats;
 pub mod top;
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
@@ -31,7 +29,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Config, Frontend, MAX_QUEUE_PAIRS};
 use crate::daemon::{Ports, StartError, too_late};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, set_access};
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
 pub use requests::Command;
@@ -152,7 +150,7 @@ impl Server {
                 return Endpoint::taken(fd).map_err(failed);
             }
             let endpoint = Endpoint::open(&Frontend::Listen(path.to_owned()), None)?;
-            fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+            set_access(path, None, 0o600).map_err(failed)?;
             Ok(endpoint)
         };
         let about = json!({"file": config.file, "settings": config.settings()});

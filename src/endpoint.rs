@@ -5,10 +5,10 @@
 //! restarted may connect before the end of its predecessor has been noticed.
 
 use std::cell::Cell;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, lchown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -337,13 +337,28 @@ pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
         None => (getegid(), 0o777 & !file_mode_mask()),
     };
     let group = group.map_or_else(|| gid.to_string(), str::to_owned);
-    std::os::unix::fs::lchown(path, None, Some(gid.as_raw()))
-        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
-        .map_err(|error| {
-            StartError::new(format!(
-                "give {shown} to group {group}: {error}; its owner must be a member"
-            ))
-        })
+    set_access(path, Some(gid.as_raw()), mode).map_err(|error| {
+        StartError::new(format!(
+            "give {shown} to group {group}: {error}; its owner must be a member"
+        ))
+    })
+}
+
+/// Gives the socket's file at `path` a mode, and a group if one is given. Whoever may write to its directory
+/// can't have another file changed: this one is held meanwhile, and a link is not followed.
+///
+/// # Errors
+/// There is no socket, or we may not change it.
+pub fn set_access(path: &Path, group: Option<u32>, mode: u32) -> io::Result<()> {
+    let mut options = fs::OpenOptions::new();
+    let file = options.read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
+    if !file.metadata()?.file_type().is_socket() {
+        return Err(io::Error::other("it is no socket"));
+    }
+    // A descriptor of this kind changes nothing, but its name does.
+    let held = format!("/proc/self/fd/{}", file.as_raw_fd());
+    chown(&held, None, group)?;
+    fs::set_permissions(held, Permissions::from_mode(mode))
 }
 
 /// The file of a socket that we made: it is removed when we go, unless another has taken its
@@ -389,13 +404,6 @@ impl Access {
     fn of(metadata: &fs::Metadata) -> Self {
         Access { mode: metadata.mode() & 0o7777, group: metadata.gid() }
     }
-
-    fn apply(self, path: &Path) -> io::Result<()> {
-        if fs::symlink_metadata(path)?.gid() != self.group {
-            std::os::unix::fs::lchown(path, None, Some(self.group))?;
-        }
-        fs::set_permissions(path, fs::Permissions::from_mode(self.mode))
-    }
 }
 
 impl SocketFile {
@@ -403,7 +411,7 @@ impl SocketFile {
         let metadata = fs::symlink_metadata(path)?;
         Ok(SocketFile {
             path: path.to_owned(),
-            identity: (metadata.dev(), metadata.ino()),
+            identity: identity(&metadata),
             access: Cell::new(Access::of(&metadata)),
             state: FileState::Ours,
             next_look: Instant::now() + LOOK_INTERVAL,
@@ -412,15 +420,19 @@ impl SocketFile {
 
     /// Makes the file again, with a socket of its own.
     fn make_again(&mut self) -> io::Result<UnixListener> {
-        let made = bind(&self.path)?;
-        let found = identity(&self.path)?;
-        // Nobody can connect before it listens.
-        let set = self.access.get().apply(&self.path).and_then(|()| listen(&made));
+        let Access { mode, group } = self.access.get();
+        let made = bind(&self.path, mode)?;
+        let found = fs::symlink_metadata(&self.path)?;
+        // A file has no other group than its maker's, or its directory's, from the start. No link is
+        // followed, and nobody can connect before it listens.
+        let has_group = found.gid() == group;
+        let set = if has_group { Ok(()) } else { lchown(&self.path, None, Some(group)) };
+        let set = set.and_then(|()| listen(&made));
         if let Err(error) = set.and_then(|()| made.set_nonblocking(true)) {
             let _ = fs::remove_file(&self.path);
             return Err(error);
         }
-        (self.identity, self.state) = (found, FileState::Ours);
+        (self.identity, self.state) = (identity(&found), FileState::Ours);
         Ok(made)
     }
 
@@ -431,7 +443,7 @@ impl SocketFile {
         }
         self.next_look = Instant::now() + LOOK_INTERVAL;
         let state = match fs::symlink_metadata(&self.path) {
-            Ok(metadata) if (metadata.dev(), metadata.ino()) == self.identity => {
+            Ok(metadata) if identity(&metadata) == self.identity => {
                 self.access.set(Access::of(&metadata));
                 FileState::Ours
             }
@@ -447,14 +459,15 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+        let found = fs::symlink_metadata(&self.path);
+        if found.is_ok_and(|found| identity(&found) == self.identity) {
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+fn identity(metadata: &fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
 }
 
 /// A listening socket that somebody else has made.
@@ -476,7 +489,7 @@ fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
         StartError::new(format!("listen on {shown}: {error}{hint}"))
     };
     remove_stale(path)?;
-    let listener = bind(path).map_err(failed)?;
+    let listener = bind(path, 0o777).map_err(failed)?;
     let file = SocketFile::of(path).map_err(failed)?;
     Ok(Endpoint::Listener(listener, Some(file), Accepting::default()))
 }
@@ -514,6 +527,28 @@ pub fn remove_stale(path: &Path) -> Result<(), StartError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn link_in_a_sockets_place_changes_no_other_file() {
+        let directory = std::env::temp_dir().join(format!("access-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let (file, link, path) =
+            (directory.join("file"), directory.join("link"), directory.join("socket"));
+        fs::write(&file, "").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        let mode = |path| fs::symlink_metadata(path).unwrap().mode() & 0o777;
+        let before = mode(&file);
+        for group in [None, Some("0")] {
+            assert!(share(&link, group).is_err());
+            assert!(share(&file, group).is_err());
+            assert_eq!(mode(&file), before);
+        }
+        let _listener = bind(&path, 0o700).unwrap();
+        assert_eq!(mode(&path), 0o700);
+        set_access(&path, None, 0o666).unwrap();
+        assert_eq!(mode(&path), 0o666);
+        fs::remove_dir_all(&directory).unwrap();
+    }
 
     #[test]
     fn accept_pauses_after_errors_that_stay() {

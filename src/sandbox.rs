@@ -24,6 +24,7 @@ use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 
 use crate::config::{Config, Confinement, Frontend, Host, MetricsAddress, PortConfig, Seccomp};
 use crate::daemon::StartError;
+use crate::sys::process::clear_file_mode_mask;
 
 /// What a thread does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +76,8 @@ impl Sandbox {
         let user = become_user(confinement, !kept.is_empty())?;
         let kept = drop_capabilities(&kept).map_err(|error| failed("drop capabilities", &error))?;
         prctl::set_no_new_privs().map_err(|error| failed("set no_new_privs", &error))?;
+        // A socket that is made again has its mode from the start, and no thread may set it later by path.
+        clear_file_mode_mask();
         prctl::set_dumpable(false).map_err(|error| failed("switch core dumps off", &error))?;
         let files = restrict_files(config).map_err(|error| failed("restrict files", &error))?;
         let seccomp = confinement.seccomp;

@@ -23,6 +23,8 @@ const EXECVE: u64 = 59;
 const CLONE: u64 = 56;
 const OPENAT: u64 = 257;
 const SENDTO: u64 = 44;
+const CHMOD: u64 = 90;
+const LCHOWN: u64 = 94;
 const MMAP: u64 = 9;
 const AF_INET: u64 = 2;
 const SOCK_STREAM: u64 = 1;
@@ -135,11 +137,17 @@ fn addresses_and_files_of_others_are_out_of_reach() {
     enter_namespace_with_veth(1);
     // The fifth argument of each is an address.
     let sendto = ("sendto", SENDTO, [u64::MAX, TEXT, 16, 0]);
+    let chmod = ("chmod", CHMOD, [TEXT, 0o644, 0, 0]);
+    let lchown = ("lchown", LCHOWN, [TEXT, 0, 0, 0]);
     for (host, thread, (name, number, arguments)) in [
         ("--loopback", "loopback/0", sendto),
         ("--af-xdp=veth0", "veth0/0", sendto),
         ("--loopback", "loopback", sendto),
+        ("--loopback", "loopback", chmod),
+        ("--loopback", "loopback", lchown),
         ("--loopback", "vhost-user-net", sendto),
+        ("--loopback", "vhost-user-net", chmod),
+        ("--loopback", "vhost-user-net", lchown),
     ] {
         let (daemon, _card) = serving(&[host]);
         let found = threads(&daemon).into_iter().find(|(name, _)| name == thread);

@@ -2,11 +2,9 @@
 //!
 //! One request a connection. Whoever asks for something else, for too much or too slowly is hung up on.
 
-use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
@@ -15,7 +13,7 @@ use log::warn;
 use super::{Wanted, metrics};
 use crate::config::{Frontend, MetricsAddress};
 use crate::daemon::{Ports, StartError};
-use crate::endpoint::{Accepting, Endpoint};
+use crate::endpoint::{Accepting, Endpoint, set_access};
 use crate::sys::socket::refuse_descriptors;
 
 /// The socket's name in the log.
@@ -87,7 +85,7 @@ impl Scrape {
                 } else {
                     let endpoint = Endpoint::open(&Frontend::Listen(path.clone()), None)?;
                     // They are numbers, and no secret: Prometheus is another user.
-                    fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(failed)?;
+                    set_access(path, None, 0o666).map_err(failed)?;
                     endpoint.fd().into_iter().for_each(refuse_descriptors);
                     endpoint.start().map_err(failed)?;
                     endpoint

@@ -64,8 +64,9 @@ const WAIT: &[c_long] = &[
 const CONTROL: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_bind,
-    libc::SYS_chmod,
     libc::SYS_connect,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_ftruncate,
@@ -94,7 +95,8 @@ const CONTROL: &[c_long] = &[
 const MAIN: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_bind,
-    libc::SYS_chmod,
+    libc::SYS_fchmod,
+    libc::SYS_fchown,
     libc::SYS_geteuid,
     libc::SYS_getsockopt,
     libc::SYS_lchown,
@@ -164,6 +166,11 @@ fn datagrams() -> Result<SeccompRule, BackendError> {
 fn no_address() -> Result<Vec<SeccompRule>, BackendError> {
     let (length, equal) = (SeccompCmpArgLen::Qword, SeccompCmpOp::Eq);
     Ok(vec![SeccompRule::new(vec![SeccompCondition::new(4, length, equal, 0)?])?])
+}
+
+/// A rule that a file's owner stays: it would be the second argument.
+fn same_owner() -> Result<Vec<SeccompRule>, BackendError> {
+    one_of(1, &[-1])
 }
 
 /// A rule that memory can't be executed: its protection is the third argument.
@@ -336,8 +343,8 @@ pub(super) fn filter(
     // Whoever drops a TAP's queue gives back what is registered with io_uring.
     let unregister = one_of(1, &[UNREGISTER_FILES.into()])?;
     rules.entry(libc::SYS_io_uring_register).or_insert(unregister);
-    if let Some(rule) = rules.get_mut(&libc::SYS_sendto) {
-        *rule = no_address()?;
+    for (call, rule) in [(libc::SYS_sendto, no_address()?), (libc::SYS_lchown, same_owner()?)] {
+        rules.entry(call).and_modify(|all| *all = rule);
     }
     if hand_over {
         rules.insert(libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX])?);

@@ -183,6 +183,12 @@ pub fn file_mode_mask() -> u32 {
     }
 }
 
+/// Has new files get all the permissions that they are made with.
+pub fn clear_file_mode_mask() {
+    // SAFETY: umask has no preconditions, and cannot fail.
+    unsafe { libc::umask(0) };
+}
+
 /// Checks that threads of this process may run on these CPUs, by a thread that does.
 ///
 /// # Errors

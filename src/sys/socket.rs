@@ -1,11 +1,12 @@
 //! Unix stream sockets: receiving bytes with descriptors, and telling a listener from a
 //! connection.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -183,16 +184,17 @@ pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-/// Makes a socket at `path` that does not listen yet.
+/// Makes a socket at `path` that does not listen yet. Its file has `mode`, less the umask, from the start.
 ///
 /// # Errors
 /// `AddrInUse` if there is a file, and others of `bind`.
-pub fn bind(path: &Path) -> io::Result<UnixListener> {
-    let (address, socket) = (address(path)?, stream_socket()?);
+pub fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
+    let (address, socket) = (address(path)?, File::from(stream_socket()?));
+    socket.set_permissions(Permissions::from_mode(mode))?;
     let length = mem::size_of_val(&address) as libc::socklen_t;
     // SAFETY: the address lives through the call.
     unsafe { check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length))? };
-    Ok(socket.into())
+    Ok(OwnedFd::from(socket).into())
 }
 
 /// Begins to listen, or goes on; as many as the host allows may wait to be accepted.
