@@ -8,7 +8,9 @@ use std::cell::Cell;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, lchown};
+use std::os::unix::fs::{
+    FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, fchown, lchown,
+};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -112,10 +114,8 @@ impl Endpoint {
                     StartError::new(format!("use the socket of {shown}: {error}"))
                 })?;
                 // Another user may not even look at it.
-                let file = SocketFile::of(path);
-                if let Err(error) = &file {
-                    info!("{shown}: {error}: the socket will be left there");
-                }
+                let file = SocketFile::found(path, &listener)
+                    .map_err(|error| info!("{shown}: {error}: the socket will be left there"));
                 Ok(Endpoint::Listener(listener, file.ok(), Accepting::default()))
             }
             (Frontend::Listen(path), None) => make_listener(path),
@@ -147,11 +147,11 @@ impl Endpoint {
         Ok(Endpoint::Listener(take_listener(fd)?, None, Accepting::default()))
     }
 
-    /// Has the socket's file, at `path`, removed when we go.
+    /// Has the socket's file, at `path`, looked after, and removed when we go.
     pub fn own(&mut self, path: &Path) {
         // One that is ours already would be removed by this.
-        if let Endpoint::Listener(_, file @ None, _) = self {
-            *file = SocketFile::of(path).ok();
+        if let Endpoint::Listener(listener, file @ None, _) = self {
+            *file = SocketFile::found(path, listener).ok();
         }
     }
 
@@ -191,7 +191,7 @@ impl Endpoint {
                 if let Some(file) = file
                     && let Ok(metadata) = fs::symlink_metadata(&file.path)
                 {
-                    file.access.set(Access::of(&metadata));
+                    file.note(&metadata, listener);
                 }
                 listen(listener)
             }
@@ -242,7 +242,7 @@ impl Endpoint {
     /// again if somebody has deleted it. Tells of a change, and logs it; `name` is for that.
     pub fn look(&mut self, name: &str) -> Option<Look> {
         let Endpoint::Listener(listener, Some(file), _) = self else { return None };
-        let before = file.look()?;
+        let before = file.look(listener)?;
         let path = file.path.display().to_string();
         let look = |hidden, old| Some(Look { hidden, old });
         match file.state {
@@ -366,7 +366,8 @@ pub fn set_access(path: &Path, group: Option<u32>, mode: u32) -> io::Result<()> 
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    identity: (u64, u64),
+    /// Nothing if it was gone when we came.
+    identity: Option<(u64, u64)>,
     /// Who may connect, as of the last look or the start.
     access: Cell<Access>,
     state: FileState,
@@ -394,7 +395,7 @@ enum FileState {
 }
 
 /// Who may connect to a socket.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Access {
     mode: u32,
     group: u32,
@@ -404,6 +405,22 @@ impl Access {
     fn of(metadata: &fs::Metadata) -> Self {
         Access { mode: metadata.mode() & 0o7777, group: metadata.gid() }
     }
+
+    /// Has the socket itself keep it, whose file may be gone when another daemon or port takes it over.
+    fn keep(self, listener: &UnixListener) -> io::Result<()> {
+        let socket = fs::File::from(listener.as_fd().try_clone_to_owned()?);
+        fchown(&socket, None, Some(self.group))?;
+        socket.set_permissions(Permissions::from_mode(self.mode))
+    }
+
+    /// What a socket has [kept](Self::keep).
+    fn kept_by(listener: &UnixListener) -> io::Result<Self> {
+        let socket = fs::File::from(listener.as_fd().try_clone_to_owned()?);
+        let access = Access::of(&socket.metadata()?);
+        // Daemons up to version 0.1.0 have it keep nothing.
+        let mode = if access.mode == 0o777 { 0o755 } else { access.mode };
+        Ok(Access { mode, ..access })
+    }
 }
 
 impl SocketFile {
@@ -411,11 +428,33 @@ impl SocketFile {
         let metadata = fs::symlink_metadata(path)?;
         Ok(SocketFile {
             path: path.to_owned(),
-            identity: identity(&metadata),
+            identity: Some(identity(&metadata)),
             access: Cell::new(Access::of(&metadata)),
             state: FileState::Ours,
             next_look: Instant::now() + LOOK_INTERVAL,
         })
+    }
+
+    /// The file of a socket that somebody else has made, which may be gone: it is made again then.
+    fn found(path: &Path, listener: &UnixListener) -> io::Result<Self> {
+        match SocketFile::of(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(SocketFile {
+                path: path.to_owned(),
+                identity: None,
+                access: Cell::new(Access::kept_by(listener)?),
+                state: FileState::Ours,
+                next_look: Instant::now(),
+            }),
+            found => found,
+        }
+    }
+
+    /// Notes who may connect.
+    fn note(&self, metadata: &fs::Metadata, listener: &UnixListener) {
+        let access = Access::of(metadata);
+        self.access.set(access);
+        // Fails for a socket that another user has made.
+        let _ = access.keep(listener);
     }
 
     /// Makes the file again, with a socket of its own.
@@ -432,19 +471,23 @@ impl SocketFile {
             let _ = fs::remove_file(&self.path);
             return Err(error);
         }
-        (self.identity, self.state) = (identity(&found), FileState::Ours);
+        // For whoever takes it over.
+        let _ = self.access.get().keep(&made);
+        (self.identity, self.state) = (Some(identity(&found)), FileState::Ours);
         Ok(made)
     }
 
     /// Looks at the file, if it is time; tells its last state if that has changed, or if it is gone.
-    fn look(&mut self) -> Option<FileState> {
+    fn look(&mut self, listener: &UnixListener) -> Option<FileState> {
         if Instant::now() < self.next_look {
             return None;
         }
         self.next_look = Instant::now() + LOOK_INTERVAL;
         let state = match fs::symlink_metadata(&self.path) {
-            Ok(metadata) if identity(&metadata) == self.identity => {
-                self.access.set(Access::of(&metadata));
+            Ok(metadata) if Some(identity(&metadata)) == self.identity => {
+                if Access::of(&metadata) != self.access.get() {
+                    self.note(&metadata, listener);
+                }
                 FileState::Ours
             }
             Ok(_) => FileState::Replaced,
@@ -460,7 +503,7 @@ impl SocketFile {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         let found = fs::symlink_metadata(&self.path);
-        if found.is_ok_and(|found| identity(&found) == self.identity) {
+        if found.is_ok_and(|found| Some(identity(&found)) == self.identity) {
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -85,6 +85,28 @@ fn deleted_socket_file_is_made_again() {
 }
 
 #[test]
+fn socket_that_is_gone_when_a_port_changes_is_made_again() {
+    let file = |more: &str| {
+        let port = port("one", &format!("loopback = true\nsocket-group = \"0\"\n{more}"));
+        format!("control = \"{{}}/control\"\n{port}")
+    };
+    let mut daemon = Daemon::with_config(&file(""), "one");
+    let path = daemon.path("one");
+    let made_again = |daemon: &Daemon| {
+        eventually("the file is there again", || path.exists());
+        assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o660);
+        Card::start(Frontend::new(daemon.connect_to("one")), Options::default()).check_echo(300);
+    };
+    fs::remove_file(&path).unwrap();
+    daemon.write_config(&file("queue-pairs = 2"));
+    daemon.ask(&["reload"]);
+    made_again(&daemon);
+    fs::remove_file(&path).unwrap();
+    daemon.upgrade();
+    made_again(&daemon);
+}
+
+#[test]
 fn deleted_sockets_of_operators_and_metrics_are_made_again() {
     let port = port("one", "loopback = true");
     let sockets = "control = \"{}/control\"\nmetrics = \"{}/metrics\"\n";
