@@ -111,7 +111,7 @@ pub struct FrontendStatus {
     pub connections: u64,
     /// Process that is connected, if that is known.
     pub process: Option<i32>,
-    /// Whether another one has connected since, and waits.
+    /// Whether another one has connected since: it waits, or has gone again, which nobody sees.
     pub another_waits: bool,
     /// Why no other VMM can find the port's socket, if that is so.
     pub hidden: Option<&'static str>,
@@ -236,7 +236,7 @@ impl PortStatus {
         status.connections += 1;
     }
 
-    /// Another frontend has connected, and waits.
+    /// Another frontend has connected since.
     pub fn set_another_waits(&self) {
         lock(&self.connection).another_waits = true;
     }

@@ -50,7 +50,7 @@ pub(super) struct Report {
     connections: u64,
     /// Process of the VMM that is served, if it is in the daemon's PID namespace.
     vmm_process: Option<i32>,
-    /// Whether another VMM has connected since, and waits.
+    /// Whether another VMM has connected since. It waits, unless it has gone again.
     another_vmm_waits: bool,
     features: Option<String>,
     /// Bytes of the VMM's files that are mapped, and how many can be.
@@ -216,7 +216,8 @@ pub(super) fn traffic(row: &Row) -> serde_json::Value {
 
 /// What an operator should know of a port's socket, whatever its state.
 fn remarks(connection: &FrontendStatus) -> String {
-    let waits = connection.another_waits.then_some("another VMM waits until this one disconnects");
+    let waits = "another VMM has connected since, and waits unless it has gone";
+    let waits = connection.another_waits.then_some(waits);
     [waits, connection.hidden].into_iter().flatten().map(|remark| format!("; {remark}")).collect()
 }
 
