@@ -30,7 +30,7 @@ use crate::net_config::{MIN_MTU, NetConfig};
 use crate::policy::{Limits, Rules};
 use crate::port::Announcer;
 use crate::protocol::{Message, Reply, Request};
-use crate::sys::eventfd::ForeignEventFd;
+use crate::sys::eventfd::NotifyFd;
 use crate::worker::{self, Ended, Session, Worker};
 
 use ring::{Kick, ToldRing};
@@ -347,7 +347,7 @@ impl Device {
             Request::GetVringBase { index } => self.stop_ring(index),
             Request::SetVringKick { index, file } => self.set_vring_kick(index, file),
             Request::SetVringCall { index, file } => {
-                let event = ring::foreign(file, ForeignEventFd::or_socket)?;
+                let event = ring::foreign(file, NotifyFd::or_socket)?;
                 let ring = self.ring(index)?;
                 let (call, running) = (ring.call.clone(), ring.is_running());
                 let worker = &self.workers[self.pair_of(index as usize)];
@@ -360,7 +360,7 @@ impl Device {
                 Ok(None)
             }
             Request::SetVringErr { index, file } => {
-                let event = ring::foreign(file, ForeignEventFd::or_socket)?;
+                let event = ring::foreign(file, NotifyFd::or_socket)?;
                 let error = self.ring(index)?.error.clone();
                 let pair = self.pair_of(index as usize);
                 error.replace(event, || self.workers[pair].interrupt());
@@ -545,7 +545,7 @@ impl Device {
     }
 
     fn set_vring_kick(&mut self, index: u32, file: Option<File>) -> Result<Option<Reply>, Refusal> {
-        let event = ring::foreign(file, ForeignEventFd::new)?;
+        let event = ring::foreign(file, NotifyFd::new)?;
         if self.told.features.is_none() {
             return refused(format!("ring {index} was started before SET_FEATURES"));
         }

@@ -79,10 +79,7 @@ impl<T: Copy + PartialEq> Poller<T> {
     }
 
     /// Watches another descriptor for `what` instead of the last one, which must be open still.
-    pub fn replace(&mut self, what: T, fd: impl AsFd, interest: Interest) -> io::Result<()>
-    where
-        T: Copy,
-    {
+    pub fn replace(&mut self, what: T, fd: impl AsFd, interest: Interest) -> io::Result<()> {
         self.remove(what)?;
         self.add(fd, interest, what)
     }

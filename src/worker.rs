@@ -33,7 +33,7 @@ use crate::policy::{Limits, LiveFilter, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
 use crate::status::PairStatus;
-use crate::sys::eventfd::{ForeignEvent, ForeignEventFd, Waker};
+use crate::sys::eventfd::{ForeignEvent, NotifyFd, Waker};
 use crate::sys::process::{ThreadClock, interrupt, permit_interrupts, pin_this_thread};
 use crate::traffic::Tally;
 
@@ -67,7 +67,7 @@ pub struct Ring {
     pub state: RingState,
     /// Tells us that the driver has made something available; without one the ring is polled
     /// at each wake-up only.
-    pub kick: Option<Arc<ForeignEventFd>>,
+    pub kick: Option<Arc<NotifyFd>>,
     /// Interrupts the driver; without one it gets no interrupts.
     pub call: Arc<ForeignEvent>,
     /// Tells the frontend that the ring has stopped for a fault.

@@ -8,7 +8,7 @@ use crate::device::Refusal;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout};
 use crate::protocol::VringAddresses;
-use crate::sys::eventfd::{ForeignEvent, ForeignEventFd};
+use crate::sys::eventfd::{ForeignEvent, NotifyFd};
 use crate::worker::{Ring, RingState};
 
 /// Whether the frontend has started the ring, and how its driver kicks.
@@ -18,7 +18,7 @@ pub(super) enum Kick {
     #[default]
     NotGiven,
     /// Started; without a descriptor the ring is to be polled.
-    Given(Option<Arc<ForeignEventFd>>),
+    Given(Option<Arc<NotifyFd>>),
 }
 
 /// A ring's addresses as the frontend sees them.
@@ -184,7 +184,7 @@ impl ToldRing {
 /// Takes over a descriptor, which `check` looks at.
 pub(super) fn foreign(
     file: Option<File>,
-    check: fn(File) -> io::Result<ForeignEventFd>,
-) -> Result<Option<ForeignEventFd>, Refusal> {
+    check: fn(File) -> io::Result<NotifyFd>,
+) -> Result<Option<NotifyFd>, Refusal> {
     file.map(check).transpose().map_err(|error| Refusal::Refused(error.to_string()))
 }

@@ -25,18 +25,19 @@ const RETRY: Duration = Duration::from_millis(1);
 /// How long whoever signals a descriptor sleeps at a time while somebody replaces it.
 const GIVE_WAY: Duration = Duration::from_micros(50);
 
-/// A descriptor that was checked to be an eventfd.
+/// A descriptor by which the frontend and we notify each other: it was checked to be an eventfd, or a
+/// connected unix stream socket.
 ///
 /// It is the frontend's open file description: the other side may read it, fill it or change its
-/// flags at any time, and nothing here depends on its counter.
+/// flags at any time, and nothing here depends on its counter or bytes.
 #[derive(Debug)]
-pub struct ForeignEventFd {
+pub struct NotifyFd {
     file: Arc<File>,
     /// It is a unix stream socket, which is signalled in its own way.
     is_socket: bool,
 }
 
-impl ForeignEventFd {
+impl NotifyFd {
     /// Checks that `file` is an eventfd and makes it non-blocking.
     ///
     /// A pipe at its end, a full pipe without a reader or a regular file would wake a worker for
@@ -57,7 +58,7 @@ impl ForeignEventFd {
             let flags = check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))?;
             check(libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
         }
-        Ok(ForeignEventFd { file: Arc::new(file), is_socket: false })
+        Ok(NotifyFd { file: Arc::new(file), is_socket: false })
     }
 
     /// Checks that `file` is an eventfd, as [`new`](Self::new) does, or a connected unix stream socket, by which
@@ -68,7 +69,7 @@ impl ForeignEventFd {
     /// `InvalidInput` if the descriptor is anything else.
     pub fn or_socket(file: File) -> io::Result<Self> {
         if matches!(classify(file.as_fd()), Ok(Inherited::Connection)) {
-            return Ok(ForeignEventFd { file: Arc::new(file), is_socket: true });
+            return Ok(NotifyFd { file: Arc::new(file), is_socket: true });
         }
         Self::new(file)
     }
@@ -101,7 +102,7 @@ impl ForeignEventFd {
     }
 }
 
-impl AsFd for ForeignEventFd {
+impl AsFd for NotifyFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -110,7 +111,7 @@ impl AsFd for ForeignEventFd {
 /// The place of a descriptor that the frontend may change at any time, or take away.
 #[derive(Debug, Default)]
 pub struct ForeignEvent {
-    place: Mutex<Option<ForeignEventFd>>,
+    place: Mutex<Option<NotifyFd>>,
     /// Somebody waits to replace it: whoever signals it lets them go first. Else a thread that is stuck
     /// in one signal after the other would hardly ever leave the place free.
     replacing: AtomicBool,
@@ -126,12 +127,12 @@ impl ForeignEvent {
         }
         let event = self.lock();
         // A full counter means that a signal is pending anyway.
-        event.as_ref().map(ForeignEventFd::signal).is_some()
+        event.as_ref().map(NotifyFd::signal).is_some()
     }
 
     /// Puts another descriptor in its place, or none. While somebody signals it, `interrupt` is
     /// called again and again: it must get them out of the system call that they may be stuck in.
-    pub fn replace(&self, event: Option<ForeignEventFd>, interrupt: impl Fn()) {
+    pub fn replace(&self, event: Option<NotifyFd>, interrupt: impl Fn()) {
         self.is_set.store(event.is_some(), Ordering::Relaxed);
         self.replacing.store(true, Ordering::Release);
         let mut place = loop {
@@ -160,10 +161,10 @@ impl ForeignEvent {
 
     /// Its file, if there is one.
     pub fn file(&self) -> Option<Arc<File>> {
-        self.lock().as_ref().map(ForeignEventFd::file)
+        self.lock().as_ref().map(NotifyFd::file)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<ForeignEventFd>> {
+    fn lock(&self) -> MutexGuard<'_, Option<NotifyFd>> {
         self.place.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
@@ -205,12 +206,12 @@ mod tests {
     use std::os::fd::{FromRawFd, OwnedFd};
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
-    fn foreign(event: &EventFd) -> ForeignEventFd {
+    fn foreign(event: &EventFd) -> NotifyFd {
         let duplicate = event.try_clone().unwrap();
         // SAFETY: the duplicate's descriptor is handed over and the wrapper forgotten.
         let file = unsafe { File::from_raw_fd(duplicate.as_raw_fd()) };
         std::mem::forget(duplicate);
-        ForeignEventFd::new(file).unwrap()
+        NotifyFd::new(file).unwrap()
     }
 
     #[test]
@@ -240,7 +241,7 @@ mod tests {
             File::from(OwnedFd::from(write_end)),
         ];
         for file in files {
-            for refuses in [ForeignEventFd::new, ForeignEventFd::or_socket] {
+            for refuses in [NotifyFd::new, NotifyFd::or_socket] {
                 let error = refuses(file.try_clone().unwrap()).unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
             }
@@ -251,8 +252,8 @@ mod tests {
     fn full_or_closed_socket_does_not_block_its_signal() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let file = File::from(OwnedFd::from(ours));
-        assert!(ForeignEventFd::new(file.try_clone().unwrap()).is_err(), "no kick descriptor");
-        let event = ForeignEventFd::or_socket(file).unwrap();
+        assert!(NotifyFd::new(file.try_clone().unwrap()).is_err(), "no kick descriptor");
+        let event = NotifyFd::or_socket(file).unwrap();
         event.signal().unwrap();
         let mut bytes = [0; 8];
         (&theirs).read_exact(&mut bytes).unwrap();
@@ -262,6 +263,6 @@ mod tests {
         drop(theirs);
         assert_eq!(event.signal().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
         let (ours, _theirs) = UnixDatagram::pair().unwrap();
-        assert!(ForeignEventFd::or_socket(File::from(OwnedFd::from(ours))).is_err());
+        assert!(NotifyFd::or_socket(File::from(OwnedFd::from(ours))).is_err());
     }
 }
