@@ -253,7 +253,7 @@ impl Queue {
     }
 
     /// Takes all frames that wait, and throws them away. Where more come all the time, this ends after
-    /// [`DRAIN_TIME`], and at least [`DRAINED_FRAMES`].
+    /// 50 ms, and at least 1000 frames.
     pub fn drain(&self) {
         let end = Instant::now() + DRAIN_TIME;
         let is_enough = |frame| frame >= DRAINED_FRAMES && Instant::now() > end;
