@@ -352,12 +352,16 @@ pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
 pub fn set_access(path: &Path, group: Option<u32>, mode: u32) -> io::Result<()> {
     let mut options = fs::OpenOptions::new();
     let file = options.read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
-    if !file.metadata()?.file_type().is_socket() {
+    let metadata = file.metadata()?;
+    if !metadata.file_type().is_socket() {
         return Err(io::Error::other("it is no socket"));
     }
     // A descriptor of this kind changes nothing, but its name does.
     let held = format!("/proc/self/fd/{}", file.as_raw_fd());
-    chown(&held, None, group)?;
+    // The units permit no chown(2) at all.
+    if group.is_some_and(|group| group != metadata.gid()) {
+        chown(&held, None, group)?;
+    }
     fs::set_permissions(held, Permissions::from_mode(mode))
 }
 
@@ -409,7 +413,9 @@ impl Access {
     /// Has the socket itself keep it, whose file may be gone when another daemon or port takes it over.
     fn keep(self, listener: &UnixListener) -> io::Result<()> {
         let socket = fs::File::from(listener.as_fd().try_clone_to_owned()?);
-        fchown(&socket, None, Some(self.group))?;
+        if socket.metadata()?.gid() != self.group {
+            fchown(&socket, None, Some(self.group))?;
+        }
         socket.set_permissions(Permissions::from_mode(self.mode))
     }
 
