@@ -2,7 +2,6 @@
 //! Each command is one that a page has, and each line that the daemon and `ctl` print is explained there.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::os::unix::net::UnixStream;
 use std::process::Output;
 
@@ -210,7 +209,6 @@ fn an_operator_goes_by_the_pages() {
     debian.install(&package().file);
     let machine = Machine::boot(debian);
     machine.enter_network();
-    fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
     let mut walk = Walk { book: Book::read(), machine, unexplained: vec![] };
 
     // A daemon for one machine.

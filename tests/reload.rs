@@ -9,7 +9,8 @@ use crate::support::daemon::{Daemon, port};
 use crate::support::driver::{Card, HEADER, Options};
 use crate::support::frontend::Frontend;
 use crate::support::network::{
-    Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip, output, wait_for_carrier,
+    Wire, enter_namespace_with_tap, enter_namespace_with_veth, ip, output, silence_kernel,
+    wait_for_carrier,
 };
 use crate::support::traffic::{check_both_ways, frame, tcp_frame};
 use crate::support::{eventually, needs_root, one_at_a_time};
@@ -412,7 +413,7 @@ fn a_tap_may_go_down_and_up_get_another_name_and_move_elsewhere() {
     ip(&format!("link set other netns {process}"));
     let file = std::fs::File::open(format!("/proc/{process}/ns/net")).unwrap();
     nix::sched::setns(file, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-    std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+    silence_kernel();
     ip("link set other up");
     check_both_ways(&Wire::open("other"), &mut card, 50);
     child.kill().unwrap();

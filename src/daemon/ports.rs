@@ -350,10 +350,14 @@ impl Ports {
     }
 
     /// Ends a port, the oldest of that name: waits for it, but not for long.
-    pub(super) fn end(&mut self, name: &str) {
-        let Ok(place) = self.place(name) else { return };
+    ///
+    /// # Errors
+    /// There is no such port.
+    pub(super) fn end(&mut self, name: &str) -> Result<(), Refusal> {
+        let place = self.place(name)?;
         let port = self.ports.remove(place);
         self.let_go(port);
+        Ok(())
     }
 
     /// Ends the port that was started last.
@@ -385,8 +389,7 @@ impl Ports {
         if let Some(place) = self.missing.iter().position(|missing| missing == name) {
             self.missing.remove(place);
         } else {
-            self.place(name)?;
-            self.end(name);
+            self.end(name)?;
         }
         info!("{name}: removed {origin}");
         Ok(())

@@ -105,7 +105,7 @@ impl Ports {
             return Err(refusal);
         }
         old.end(&config);
-        self.end(name);
+        self.end(name)?;
         self.find(new_name)?.tell(Order::Resume);
         Ok(())
     }
@@ -131,7 +131,7 @@ impl Ports {
             return Err(refusal);
         }
         old.tell(Order::CommitHandover);
-        self.end(name);
+        self.end(name)?;
         let failed = match self.start_anew(new_name, &config, true, base.endpoint) {
             Ok(()) => {
                 if config.frontend != old_config.frontend {

@@ -13,6 +13,7 @@ use nix::unistd::Pid;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::eventually;
+use super::network::silence_kernel;
 
 const RELEASE: &str = "bookworm";
 /// What it has beyond the essential.
@@ -293,10 +294,11 @@ impl Machine {
         fs::write(path, text).unwrap();
     }
 
-    /// Moves this thread into its network.
+    /// Moves this thread into its network, without traffic of the kernel's own.
     pub(crate) fn enter_network(&self) {
         let network = fs::File::open(format!("/proc/{}/ns/net", self.first)).unwrap();
         setns(network, CloneFlags::CLONE_NEWNET).unwrap();
+        silence_kernel();
     }
 }
 

@@ -22,6 +22,11 @@ pub(crate) fn enter_new_namespace() {
 /// The same, without traffic of the kernel's own: no router solicitations and the like.
 pub(crate) fn enter_quiet_namespace() {
     enter_new_namespace();
+    silence_kernel();
+}
+
+/// Has the kernel send no frames of its own in this thread's network namespace.
+pub(crate) fn silence_kernel() {
     std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
 }
 
