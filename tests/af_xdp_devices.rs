@@ -16,7 +16,8 @@ use crate::support::{eventually, needs_program, needs_root};
 /// and keeps them beside.
 fn enter_namespace_with_bridge(tenants: &[&str]) {
     enter_quiet_namespace();
-    ip("link add br0 type bridge");
+    // One that snoops joins a multicast group, and says so to all.
+    ip("link add br0 type bridge mcast_snooping 0");
     ip("link set br0 up");
     for name in tenants {
         ip(&format!("link add {name} type veth peer name {name}-br"));
