@@ -1,12 +1,11 @@
 //! The daemon as a child process.
 
 use std::fs;
-use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -310,13 +309,19 @@ impl Daemon {
         self.directory.as_path().join("log")
     }
 
-    /// What it has logged so far.
+    /// What it has logged so far. A thread of its own writes the lines, a little after what they tell of:
+    /// this waits until no more come for 10 ms.
     pub(crate) fn log(&self) -> String {
-        let mut text = String::new();
-        if let Ok(mut file) = fs::File::open(self.log_path()) {
-            let _ = file.read_to_string(&mut text);
+        let read = || fs::read(self.log_path()).unwrap_or_default();
+        let (mut bytes, mut quiet) = (read(), 0);
+        let end = Instant::now() + Duration::from_millis(200);
+        while quiet < 2 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+            let now = read();
+            quiet = if now.len() == bytes.len() { quiet + 1 } else { 0 };
+            bytes = now;
         }
-        text
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     pub(crate) fn connect(&self) -> UnixStream {

@@ -254,8 +254,9 @@ pub(crate) fn iperf_with(guest: &str, options: &str) -> f64 {
     const TOO_EARLY: [&str; 4] = ["refused", "busy", "reset by peer", "No route to host"];
     eventually(&format!("iperf3 {options}"), || {
         std::thread::sleep(Duration::from_millis(200));
-        let output = Command::new("iperf3")
-            .args(["-c", guest, "-f", "m"])
+        // A client of UDP never ends where nobody answers.
+        let output = Command::new("timeout")
+            .args(["60", "iperf3", "-c", guest, "-f", "m"])
             .args(options.split_whitespace())
             .output()
             .unwrap();
