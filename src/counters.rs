@@ -124,7 +124,7 @@ impl<const N: usize> Histogram<N> {
 
 /// Why a frame was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(usize)]
+#[repr(u8)]
 pub enum Drop {
     /// Shorter than its headers.
     TooShort,
@@ -194,7 +194,7 @@ impl Drop {
 
 /// Why a frame's payload was copied in user space, on a port that can do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(usize)]
+#[repr(u8)]
 pub enum CopyReason {
     /// The host completes its checksum: metadata or the sum itself goes with a private copy.
     Checksum,

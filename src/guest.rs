@@ -1,25 +1,30 @@
 //! Guest memory and virtqueues: the first of the two rooms where `unsafe` is allowed.
 //!
 //! Everything that comes out of here has been checked: a [`Chain`]'s segments lie inside mapped
-//! regions, its head is not lent twice, and it cannot outlive the memory table it points into.
+//! regions, its head is not in flight twice, and it cannot outlive the memory table it points into.
 //! The guest may write all of this memory at any moment, so each field is read once, checked as
 //! a copy, and used as that copy; nobody ever holds a `&[u8]` onto it.
 
 #![allow(unsafe_code)]
 
 pub mod chain;
+mod chain_table;
+mod descriptors;
 pub mod dirty;
 pub mod fault;
+
 pub mod inflight;
 pub mod layout;
 pub mod lost;
 pub mod memory;
 mod notify;
 pub mod quota;
+pub mod segment;
 pub mod unmapped;
 pub mod virtqueue;
 
-pub use chain::{Burst, Chain, Command, Direction, ReadSegment, Readable, Segment, Writable};
+pub use chain::{Chain, Command, Direction, Readable, Writable};
+pub use descriptors::MAX_SEGMENTS;
 pub use dirty::DirtyLog;
 pub use fault::Fault;
 pub use inflight::Inflight;
@@ -27,5 +32,6 @@ pub use layout::RingLayout;
 pub use lost::{contain_sigbus, contained};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
 pub use quota::{Allowance, MemoryQuota, Pinned, Reservation};
+pub use segment::{ReadSegment, Segment};
 pub use unmapped::Unmapped;
 pub use virtqueue::{Budget, Notification, Published, Virtqueue};

@@ -8,11 +8,11 @@
 //! # The story
 //!
 //! The guest **kicks**. The [`worker`] **pops a burst** of descriptor chains from the tx
-//! [virtqueue](guest::virtqueue) and lends it to the [`port`], which **transmits**. It pops the rx
-//! virtqueue's empty chains and **posts** them for frames to come. It **reaps** whatever the host
-//! has finished with, **retires** those chains into the used rings, **publishes** each ring once,
-//! and **calls** the guest if it asked. When a turn moves nothing, it **arms** both rings, looks
-//! once more, and sleeps.
+//! [virtqueue](guest::virtqueue) and has the [`port`] **transmit** it. It pops the rx virtqueue's empty
+//! chains, which the port **posts** for frames to come. The port **reaps** whatever the host has finished
+//! with, and completes those chains in the used rings; the worker **publishes** each ring once, and
+//! **calls** the guest if it asked. When a turn moves nothing, it **enables notifications** of both rings,
+//! looks once more, and sleeps.
 //!
 //! tx and rx are always the guest's: tx is from the guest to the host. A *burst* is at most 64
 //! chains. A *session* is one memory table, one feature set and running rings; it ends with

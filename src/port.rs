@@ -1,8 +1,8 @@
 //! The seam between a virtqueue and the host's network.
 //!
-//! A port borrows descriptor chains, a burst at a time, and gives each of them back: a loan, not a
-//! `read_frame(&mut [u8])`. That is what lets the host read and write guest memory itself, and
-//! lets a session end at any moment.
+//! A port is shown the virtqueues. It has the host read and write the guest's buffers themselves, and
+//! completes chains when the host has finished with them: no `read_frame(&mut [u8])`. A chain that has not
+//! completed is as it was popped, so a session can end at any moment.
 
 pub mod af_xdp;
 mod announcer;
@@ -23,27 +23,53 @@ pub use tap::TapState;
 use crate::capture::Capture;
 use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
-use crate::guest::{Burst, Chain, GuestMemory, Readable, Writable};
+use crate::guest::{GuestMemory, Readable, Virtqueue, Writable};
 use crate::policy::{Filter, FilterView, Limits, LiveFilter, Rules};
 use crate::sandbox::Role;
 use crate::traffic::{Tally, Traffic};
 use crate::vnet_header::{Admission, PrivateStart, Surplus};
 
+/// The virtqueues of a session: both, or one of them.
+#[derive(Debug)]
+pub struct Virtqueues<'mem> {
+    /// Frames from the guest.
+    pub tx: Option<Virtqueue<'mem, Readable>>,
+    /// Buffers for frames to the guest.
+    pub rx: Option<Virtqueue<'mem, Writable>>,
+}
+
+impl Virtqueues<'_> {
+    /// Number of rx buffers in flight.
+    #[inline]
+    pub fn buffers(&self) -> usize {
+        self.rx.as_ref().map_or(0, Virtqueue::in_flight)
+    }
+}
+
 /// One queue pair's way to the host's network, for one session.
 ///
-/// Chains come back in the order in which they were lent, each direction for itself. What the host
-/// refuses comes back as dropped; a host side that is gone is the port's to report and to retry,
-/// and drops frames meanwhile.
+/// A frame that the host refuses completes as dropped. A host side that is gone is the port's to report and
+/// to retry; frames complete as dropped meanwhile.
+///
+/// [`Loopback`](loopback::Loopback) is a whole port in 150 lines.
 pub trait Port<'mem> {
-    /// Borrows chains to send, oldest first; leaves behind those the host has no room for yet.
-    fn transmit(&mut self, burst: &mut Burst<'mem, Readable>);
+    /// Sends the chains of the tx virtqueue before position `until`, oldest first. Returns whether it has
+    /// taken all: the host may have no room for more.
+    fn transmit(
+        &mut self,
+        queues: &mut Virtqueues<'mem>,
+        until: u16,
+        done: &mut Completions,
+    ) -> bool;
 
-    /// Borrows empty buffers for frames to come, oldest first; leaves behind those it has no use
-    /// for yet.
-    fn post(&mut self, buffers: &mut Burst<'mem, Writable>);
+    /// rx buffers that it keeps in flight at the most.
+    fn max_buffers(&self) -> usize;
 
-    /// Gives back everything that has finished.
-    fn reap(&mut self, finished: &mut Finished<'mem>);
+    /// Takes rx buffers that were popped since the last call.
+    fn post(&mut self, queues: &mut Virtqueues<'mem>);
+
+    /// Completes all chains that the host has finished with.
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions);
 
     /// Takes this many frames for the guest from the host each time from now on; the rest stays
     /// there.
@@ -53,7 +79,7 @@ pub trait Port<'mem> {
     fn mode(&self) -> Mode;
 
     /// What to wait for while idle.
-    fn readiness(&self) -> Readiness<'_>;
+    fn readiness(&self, queues: &Virtqueues<'mem>) -> Readiness<'_>;
 
     /// Tells whether waiting showed the port's descriptor readable.
     fn woken(&mut self, readable: bool);
@@ -64,11 +90,12 @@ pub trait Port<'mem> {
         None
     }
 
-    /// Tells that it did.
+    /// Handles an event on the descriptor from [`events`](Self::events).
     fn host_changed(&mut self) {}
 
-    /// Stops the host side and gives back every chain still borrowed.
-    fn recall(&mut self, finished: &mut Finished<'mem>);
+    /// Stops the host side: it touches no chain any more. Completes what the host has finished with, and
+    /// leaves the others in flight.
+    fn stop(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions);
 }
 
 /// How a port moves frames.
@@ -144,81 +171,90 @@ pub enum Outcome {
     Dropped(Drop),
 }
 
-/// Chains that a port gives back, in the order of their rings.
+/// Frames and bytes of a burst, headers excluded.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Moved {
+    /// Frames.
+    pub frames: u64,
+    /// Bytes, virtio headers excluded.
+    pub bytes: u64,
+    /// What the frames are on the wire beyond themselves.
+    pub surplus: Surplus,
+}
+
+/// What became of frames in a turn: the sums, and what is not in a chain's used entry.
 #[derive(Debug, Default)]
-pub struct Finished<'mem> {
-    /// Frames from the guest, and what became of them.
-    pub tx: Vec<(Chain<'mem, Readable>, Outcome)>,
-    /// Buffers that hold a frame for the guest, or a part of one, and the bytes in each.
-    pub rx: Vec<(Chain<'mem, Writable>, u32)>,
-    /// Frames that were put into the buffers of `rx`.
-    pub rx_frames: u64,
-    /// Bytes of those frames, headers excluded.
-    pub rx_bytes: u64,
-    /// What those frames are on the wire beyond themselves.
-    pub rx_surplus: Surplus,
-    /// The same for the frames in `tx` that were sent.
-    pub tx_surplus: Surplus,
+pub struct Completions {
+    /// Frames that the guest was given.
+    pub rx: Moved,
+    /// Frames from the guest that were sent.
+    pub tx: Moved,
     /// Frames that never reached the guest, why, and how many.
     pub rx_dropped: Vec<(Drop, u64)>,
-    /// For each of the frames in `rx` that was copied in user space, why.
+    /// Frames from the guest that were not sent, why, and how many.
+    pub tx_dropped: Vec<(Drop, u64)>,
+    /// For each frame to the guest that was copied in user space, why.
     pub rx_copied: Vec<CopyReason>,
-    /// The same for `tx`.
+    /// The same for frames from the guest.
     pub tx_copied: Vec<CopyReason>,
-    /// While there is a capture: the private starts of frames that are in `tx`, or will be.
-    pub tx_starts: VecDeque<(u16, PrivateStart)>,
-    /// Chains from the guest that were not looked at: only `recall` gives such back.
-    pub unused_tx: Vec<Chain<'mem, Readable>>,
-    /// Buffers that hold nothing: only `recall` gives such back.
-    pub unused_rx: Vec<Chain<'mem, Writable>>,
+    /// Whether somebody captures frames.
+    pub captures: bool,
+    /// While somebody does: frames from the guest that have completed, or will, oldest first.
+    pub captured: VecDeque<Captured>,
 }
 
-/// Private starts of frames that a capture will want, each with its chain's head.
+/// A frame from the guest, as a capture shows it.
 #[derive(Debug)]
-pub struct KeptStarts {
-    capture: Arc<Capture>,
-    /// Whether there was a capture when the burst began.
-    pub wanted: bool,
-    starts: VecDeque<(u16, PrivateStart)>,
+pub struct Captured {
+    /// Position of its chain.
+    pub position: u16,
+    /// What was checked of it, and sent; nothing of a frame that was not looked at.
+    pub start: Option<PrivateStart>,
+    /// What became of it.
+    pub outcome: Outcome,
 }
 
-impl KeptStarts {
-    fn new(capture: Arc<Capture>) -> Self {
-        KeptStarts { capture, wanted: false, starts: VecDeque::new() }
-    }
-
-    /// Looks whether there is a capture: once a burst.
-    #[inline]
-    fn refresh(&mut self) {
-        self.wanted = self.capture.is_on();
-    }
-
-    /// Keeps the start that [`admit`](crate::vnet_header::admit) made of a chain's frame.
+impl Completions {
+    /// Keeps what [`admit`](crate::vnet_header::admit) copied of a frame for the capture.
     #[inline(never)]
-    fn keep(&mut self, head: u16, start: &PrivateStart, outcome: Outcome) {
+    fn capture(&mut self, position: u16, start: &PrivateStart, outcome: Outcome) {
         // Of these nothing was copied.
-        if ![Drop::TooShort, Drop::TooLong].map(Outcome::Dropped).contains(&outcome) {
-            self.starts.push_back((head, start.clone()));
+        let unread = [Drop::TooShort, Drop::TooLong].map(Outcome::Dropped).contains(&outcome);
+        let start = (!unread).then(|| start.clone());
+        // A frame that was to be segmented can be begun twice.
+        self.captured.pop_back_if(|last| last.position == position);
+        self.captured.push_back(Captured { position, start, outcome });
+    }
+
+    /// Counts a frame from the guest that is not sent.
+    #[inline(never)]
+    fn count_dropped(&mut self, reason: Drop) {
+        match self.tx_dropped.last_mut() {
+            Some((last, count)) if *last == reason => *count += 1,
+            _ => self.tx_dropped.push((reason, 1)),
         }
     }
 
-    /// Gives them to the capture.
-    #[inline]
-    fn finish(&mut self, finished: &mut Finished<'_>) {
-        if !self.starts.is_empty() {
-            finished.tx_starts.append(&mut self.starts);
+    /// Completes the oldest frame from the guest, which is not sent.
+    #[inline(never)]
+    fn drop_oldest(&mut self, tx: &mut Virtqueue<'_, Readable>, reason: Drop) {
+        let position = tx.next_used();
+        let outcome = Outcome::Dropped(reason);
+        match self.captured.iter_mut().find(|captured| captured.position == position) {
+            Some(captured) => captured.outcome = outcome,
+            None if self.captures => {
+                self.captured.push_back(Captured { position, start: None, outcome });
+            }
+            None => {}
         }
+        self.count_dropped(reason);
+        tx.push_used(0);
     }
-}
 
-impl<'mem> Finished<'mem> {
-    /// Takes over chains of frames from the guest, and what became of these.
-    #[inline]
-    pub fn take_tx(&mut self, done: &mut Vec<(Chain<'mem, Readable>, Outcome)>) {
-        if self.tx.is_empty() {
-            std::mem::swap(&mut self.tx, done);
-        } else {
-            self.tx.append(done);
+    /// Completes all frames from the guest before position `until` as dropped.
+    pub fn drop_all(&mut self, tx: &mut Virtqueue<'_, Readable>, until: u16, reason: Drop) {
+        for _ in tx.positions(until) {
+            self.drop_oldest(tx, reason);
         }
     }
 }
@@ -346,11 +382,12 @@ impl HostQueue {
     pub fn session<'mem>(
         &'mem mut self,
         memory: &'mem Arc<GuestMemory>,
+        queues: &Virtqueues<'mem>,
         terms: &Terms,
     ) -> Box<dyn Port<'mem> + 'mem> {
         match self {
             HostQueue::Tap(queue) => Box::new(queue.session(terms)),
-            HostQueue::AfXdp(queue) => Box::new(queue.session(memory, terms)),
+            HostQueue::AfXdp(queue) => Box::new(queue.session(memory, queues, terms)),
             HostQueue::Loopback => Box::new(loopback::Loopback::new(terms)),
         }
     }
@@ -451,14 +488,7 @@ pub struct Terms {
 impl Terms {
     /// What frames from the guest may be, up to `max_frame` bytes if not segmented.
     fn admission(&self, max_frame: usize) -> Admission {
-        Admission {
-            header_length: self.negotiated.header_length(),
-            offloads: self.negotiated.host(),
-            max_frame,
-            rules: self.rules.clone(),
-            filter: FilterView::new(self.tx_filter.clone()),
-            peeks: false,
-            copies_small: false,
-        }
+        let filter = FilterView::new(self.tx_filter.clone());
+        Admission::new(&self.negotiated, max_frame, self.rules.clone(), filter)
     }
 }

@@ -9,12 +9,12 @@
 
 mod headers;
 
-use std::ops::AddAssign;
+use std::ops::{AddAssign, Range};
 use std::sync::Arc;
 
 use crate::counters::Drop;
-use crate::features::{HEADER_LENGTH, Offloads};
-use crate::guest::{Chain, Readable};
+use crate::features::{HEADER_LENGTH, Negotiated, Offloads};
+use crate::guest::{Chain, Readable, Segment};
 use crate::policy::{FilterView, Rules};
 
 pub use headers::Headers;
@@ -68,6 +68,18 @@ impl PrivateStart {
         &self.bytes[..self.length]
     }
 
+    /// Whether the frame is to be segmented.
+    #[inline]
+    pub fn is_segmented(&self) -> bool {
+        self.bytes[1] != GSO_NONE
+    }
+
+    /// Whether the host has to complete a checksum.
+    #[inline]
+    pub fn needs_checksum(&self) -> bool {
+        self.bytes[0] & NEEDS_CSUM != 0
+    }
+
     /// What the frame of `length` bytes is on the wire beyond itself.
     #[inline]
     pub fn surplus(&self, length: usize) -> Surplus {
@@ -110,6 +122,9 @@ pub struct VnetHeader {
 }
 
 impl VnetHeader {
+    /// Offset of `num_buffers`, which headers to the guest have.
+    pub const NUM_BUFFERS: usize = 10;
+
     /// Reads the fields from the first ten bytes.
     #[inline]
     pub fn parse(bytes: &[u8; 10]) -> Self {
@@ -137,6 +152,13 @@ impl VnetHeader {
         bytes[..8].copy_from_slice(&word.to_le_bytes());
         bytes[8..10].copy_from_slice(&self.csum_offset.to_le_bytes());
         bytes
+    }
+
+    /// Whether a header that begins with these bytes asks neither for a checksum nor for segmentation.
+    #[inline]
+    fn asks_for_nothing(bytes: u16) -> bool {
+        const FLAGS_AND_TYPE: u16 = u16::from_le_bytes([NEEDS_CSUM, 0xff]);
+        bytes & FLAGS_AND_TYPE == 0
     }
 
     /// Whether the reader has to complete a checksum.
@@ -208,13 +230,84 @@ pub struct Admission {
     pub rules: Option<Arc<Rules>>,
     /// And what the operator denies.
     pub filter: FilterView,
-    /// Whether frames are looked at for another reason, and their headers copied for that.
-    pub peeks: bool,
     /// Whether frames that fit a [`PrivateStart`] are copied whole: where a second piece costs more.
     pub copies_small: bool,
+    /// Whether somebody else looks at frames, and their headers are copied for that.
+    pub peeks: bool,
+    /// Bytes of chains whose frames are sent without a further look if they ask for nothing.
+    plain: Range<usize>,
+    /// The same of those that are copied whole.
+    small: Range<usize>,
+    /// Both.
+    unseen: Range<usize>,
 }
 
+/// How a frame was admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admitted {
+    /// It asks for nothing: it is sent behind [`PLAIN_HEADER`], and nothing of it was copied.
+    Plain,
+    /// It begins with what was copied.
+    Copied,
+}
+
+/// Bytes of a chain at the most whose frame is copied whole, where that is done.
+const SMALL: usize = HEADER_LENGTH + MAX_HEADERS;
+
+/// Before each frame that asks for nothing.
+pub const PLAIN_HEADER: [u8; HEADER_LENGTH] = [0; HEADER_LENGTH];
+
 impl Admission {
+    /// By the negotiated features, and what an operator has set.
+    pub fn new(
+        negotiated: &Negotiated,
+        max_frame: usize,
+        rules: Option<Arc<Rules>>,
+        filter: FilterView,
+    ) -> Self {
+        Admission {
+            header_length: negotiated.header_length(),
+            offloads: negotiated.host(),
+            max_frame,
+            rules,
+            filter,
+            copies_small: false,
+            peeks: false,
+            plain: 0..0,
+            small: 0..0,
+            unseen: 0..0,
+        }
+    }
+
+    /// Prepares for a burst. Headers are copied if somebody else `peeks`.
+    pub fn begin_burst(&mut self, peeks: bool) {
+        self.filter.refresh();
+        self.peeks = peeks;
+        self.unseen = match self.judges() || peeks {
+            true => 0..0,
+            false => self.header_length + ETHERNET_LENGTH..self.header_length + self.max_frame + 1,
+        };
+        let Range { start, end } = self.unseen;
+        let copied = if self.copies_small { SMALL + 1 } else { start };
+        self.small = start..copied.min(end);
+        self.plain = copied.max(start)..end;
+    }
+
+    /// Whether the frame in `chain` is sent without a further look at it.
+    #[inline(always)]
+    pub fn is_plain(&self, chain: &Segment<'_>) -> bool {
+        // Read once: nothing else of the header counts.
+        self.plain.contains(&chain.len())
+            && chain.first_u16().is_some_and(VnetHeader::asks_for_nothing)
+    }
+
+    /// The same for a frame that is copied whole.
+    #[inline(always)]
+    fn is_small(&self, chain: &Segment<'_>) -> bool {
+        self.small.contains(&chain.len())
+            && chain.first_u16().is_some_and(VnetHeader::asks_for_nothing)
+    }
+
     /// Whether frames are judged by their headers, which must be sent as they were then.
     #[inline]
     pub fn judges(&self) -> bool {
@@ -241,14 +334,63 @@ impl Admission {
     }
 }
 
-/// Checks a frame from the guest, and puts the start that is to be sent in its stead into `start`.
+/// Checks a frame from the guest. Unless it is plain, what is to be sent in place of its start is in `start`.
 ///
 /// # Errors
 /// Why the frame must be dropped. Behind its virtio header `start` has what was judged then, unless the
 /// frame is too short or too long.
 #[inline(always)]
 pub fn admit(
-    chain: &Chain<'_, Readable>,
+    chain: &Chain<'_, '_, Readable>,
+    admission: &Admission,
+    start: &mut PrivateStart,
+) -> Result<Admitted, Drop> {
+    if let Some(only) = chain.only_piece() {
+        if admission.is_plain(&only) {
+            return Ok(Admitted::Plain);
+        }
+        if admission.is_small(&only) {
+            start.length = only.copy_to(&mut start.bytes);
+            start.set_header(VnetHeader::default(), admission.header_length);
+            return Ok(Admitted::Copied);
+        }
+    }
+    admit_copied(chain, admission, start).map(|()| Admitted::Copied)
+}
+
+/// The same for a frame that may not be plain, whose start is copied in any case.
+///
+/// # Errors
+/// As for [`admit`].
+#[inline(never)]
+pub fn admit_copied(
+    chain: &Chain<'_, '_, Readable>,
+    admission: &Admission,
+    start: &mut PrivateStart,
+) -> Result<(), Drop> {
+    let header_length = admission.header_length;
+    // Nearly always it lies in one piece, nobody looks at it, and it is not to be segmented.
+    if let Some(only) = chain.only_piece().filter(|only| admission.unseen.contains(&only.len()))
+        && only.first_u16().is_some_and(|bytes| bytes >> 8 == u16::from(GSO_NONE))
+        && let Some(header) = only.first_bytes().map(|bytes| VnetHeader::parse(&bytes))
+        && !header.is_segmented()
+    {
+        // This copy of the header counts, and no other.
+        let checked = check_plain(&header, only.len() - header_length, &admission.offloads)?;
+        start.length = match admission.small.contains(&only.len()) {
+            true => only.copy_to(&mut start.bytes),
+            false => header_length,
+        };
+        start.set_header(checked, header_length);
+        return Ok(());
+    }
+    admit_any(chain, admission, start)
+}
+
+/// The same for a frame of any kind, of which as much is copied as is looked at.
+#[inline(never)]
+fn admit_any(
+    chain: &Chain<'_, '_, Readable>,
     admission: &Admission,
     start: &mut PrivateStart,
 ) -> Result<(), Drop> {
@@ -260,32 +402,23 @@ pub fn admit(
         return Err(Drop::TooShort);
     }
     // Read once: only this copy counts.
-    let bytes: [u8; HEADER_LENGTH] = chain.first_bytes();
-    let header = VnetHeader::parse(bytes.first_chunk().expect("a header has 10 bytes"));
-    let mut copied = header_length;
-    if !header.is_segmented() {
+    start.length = chain.read_start(&mut start.bytes);
+    let header = start.header();
+    let checked = if !header.is_segmented() {
         if frame_length > admission.max_frame {
             return Err(Drop::TooLong);
         }
-        let small = admission.copies_small && chain.len() <= start.bytes.len();
-        if small || admission.judges() || admission.peeks {
-            copied = chain.read_start(&mut start.bytes);
-        }
-        start.length = copied;
-        let checked = check_plain(&header, frame_length, &admission.offloads)?;
-        start.set_header(checked, header_length);
+        check_plain(&header, frame_length, &admission.offloads)?
     } else {
         if frame_length > MAX_FRAME {
             return Err(Drop::TooLong);
         }
-        copied = chain.read_start(&mut start.bytes);
-        start.length = copied;
-        let frame = &start.bytes[header_length..copied];
-        let checked = check_segmented(&header, frame, frame_length, &admission.offloads)?;
-        start.set_header(checked, header_length);
-    }
+        let frame = &start.bytes[header_length..start.length];
+        check_segmented(&header, frame, frame_length, &admission.offloads)?
+    };
+    start.set_header(checked, header_length);
     if admission.judges() {
-        admission.judge(&start.header(), &start.bytes[header_length..copied])?;
+        admission.judge(&start.header(), &start.bytes[header_length..start.length])?;
     }
     Ok(())
 }

@@ -61,6 +61,30 @@ fn frames_go_both_ways_unchanged_in_order_and_uncopied() {
 }
 
 #[test]
+fn rings_of_the_socket_wrap_at_any_burst_size() {
+    needs_root!("rings_of_the_socket_wrap_at_any_burst_size");
+    let (_daemon, wire, mut card) = start(&[], Options { size: 256, ..Options::default() });
+    let mut first = 0;
+    for burst in (1..=100).chain(1..=40) {
+        (first..first + burst).for_each(|number| wire.send(&frame(number, 60)));
+        for number in first..first + burst {
+            assert_eq!(card.receive(0)[HEADER..], frame(number, 60));
+        }
+        for (slot, number) in (first..first + burst).enumerate() {
+            card.queue_tx(0, slot as u64, &[0; HEADER], &frame(number, 60));
+        }
+        card.tx[0].publish();
+        for number in first..first + burst {
+            assert_eq!(wire.receive(1000).unwrap(), frame(number, 60));
+        }
+        for _ in 0..burst {
+            card.tx[0].wait_used();
+        }
+        first += burst;
+    }
+}
+
+#[test]
 fn an_old_driver_s_header_of_ten_bytes_is_understood() {
     needs_root!("an_old_driver_s_header_of_ten_bytes_is_understood");
     let (_daemon, wire, mut card) =

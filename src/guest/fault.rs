@@ -24,7 +24,7 @@ pub enum Fault {
     HeadOfferedTwice(u16),
     /// A chain's next descriptor is none.
     NextOutOfRange(u16),
-    /// The chain has more descriptors than the ring, or more than [`MAX_SEGMENTS`](super::virtqueue::MAX_SEGMENTS) pieces.
+    /// The chain has more descriptors than the ring, or more than [`MAX_SEGMENTS`](super::MAX_SEGMENTS) pieces.
     ChainTooLong {
         /// Head of the chain.
         head: u16,

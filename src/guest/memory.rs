@@ -16,10 +16,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
 
-use super::chain::Segment;
 use super::dirty::DirtyLog;
 use super::inflight::Inflight;
 use super::quota::{Allowance, MemoryQuota, Reservation};
+use super::segment::Segment;
 use super::unmapped::Unmapped;
 use crate::sys::process::file_facts;
 
@@ -279,8 +279,9 @@ impl<'mem> Window<'mem> {
     /// No region.
     pub(super) const EMPTY: Self = Window { guest_address: 0, mapped: Segment::EMPTY };
 
+    /// The memory from `address` to the end of the region, if it is in it.
     #[inline]
-    fn at(&self, address: u64) -> Option<Segment<'mem>> {
+    pub(super) fn at(&self, address: u64) -> Option<Segment<'mem>> {
         let offset = address.wrapping_sub(self.guest_address) as usize;
         (offset < self.mapped.len()).then(|| self.mapped.skip(offset))
     }

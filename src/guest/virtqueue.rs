@@ -1,29 +1,32 @@
 //! The device's end of one split virtqueue (virtio 1.3, section 2.7).
 //!
 //! Ring addresses are resolved to pointers once, when the ring starts; from then on the verbs are
-//! *pop*, *retire* (or *take back*), *publish* and *arm*.
+//! *pop*, *push used*, *publish* and *enable notifications*.
 //!
-//! Invariant: chains are retired in the order in which they were popped. So at any time the used
-//! index is the first chain that has not been finished, and whoever starts the ring next,
-//! this daemon or its successor, resumes there without asking anybody.
+//! Invariant: chains complete in the order in which they were popped, so a position in the ring is a
+//! chain's identity, and the chains in flight are a range of positions. At any time the used index is the
+//! first chain that has not completed, and whoever starts the ring next, this daemon or its successor,
+//! resumes there without asking anybody.
+//!
+//! ```text
+//! published  ≤  next_used  ≤  next_avail  ≤  seen_avail
+//!      '- completed -'- in flight -'- to be popped -'
+//! ```
 
 use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 
-use virtio_queue::desc::split::Descriptor;
-
-use super::chain::{Burst, Chain, Direction, Segment, Segments, Unaligned};
+use super::chain::{Chain, Direction, Readable};
+use super::chain_table::{ChainTable, Slot};
+use super::descriptors::Descriptors;
 use super::dirty::DirtyLog;
 use super::fault::Fault;
 use super::inflight::InflightRing;
 use super::layout::RingLayout;
-use super::memory::{GuestMemory, Window};
+use super::memory::GuestMemory;
 use super::notify::{LittleEndian, Shared, ask, look, show};
-
-/// Segments of one chain at the most: what fits one `writev` (`IOV_MAX`, 1024) beside a header of
-/// our own. A frame of 64 KiB in pages has 18.
-pub const MAX_SEGMENTS: usize = 1022;
+use super::segment::Segment;
 
 /// Bytes of a chain that a port writes at most: a frame of 64 KiB with its headers, twice over. A TAP's
 /// largest frame is 64 KiB (`GSO_LEGACY_MAX_SIZE` of the kernel), and a page of AF_XDP is less.
@@ -46,8 +49,8 @@ pub struct Notification {
 pub enum Published {
     /// There was nothing to show.
     Nothing,
-    /// The used index moved; the driver wants no interrupt for that.
-    Quietly,
+    /// The used index moved; the driver wants no notification of that.
+    Suppressed,
     /// The used index moved, and the driver wants to be called.
     Call,
 }
@@ -65,34 +68,38 @@ pub struct Budget {
 #[derive(Debug)]
 pub struct Virtqueue<'mem, D: Direction> {
     memory: &'mem GuestMemory,
-    descriptors: NonNull<u8>,
+    descriptors: Descriptors<'mem>,
     avail: NonNull<u8>,
     used: NonNull<u8>,
     size: u16,
-    notification: Notification,
-    /// Avail index of the chain to pop next.
+    event_idx: bool,
+    /// Position of the chain to pop next.
     next_avail: u16,
-    /// The driver's avail index as it was last read.
+    /// The driver's available index as it was last read.
     seen_avail: u16,
-    /// Used index of the chain to retire next.
+    /// Position of the chain to complete next.
     next_used: u16,
     /// The used index in guest memory.
     published: u16,
     /// Used index at the last decision about a call; nothing after a start, when the driver's
     /// wishes before it are unknown and a call too many does no harm.
     called_at: Option<u16>,
-    /// Avail index at which the driver was last told to kick.
+    /// Available index at which the driver was last told to kick.
     armed: Option<u16>,
-    /// One bit per head that is on loan.
-    on_loan: Box<[u64]>,
-    /// Segment lists of chains that went back, for chains to come: no allocation per frame.
-    spare: Vec<Vec<Segment<'mem>>>,
-    /// The region of the last buffer.
-    region: Window<'mem>,
+    /// The chains by position, those that have completed and are not published among them.
+    chains: ChainTable<'mem>,
+    /// For each head, whether it is in flight.
+    is_in_flight: Box<[bool]>,
+    /// Bytes of the chains in flight.
+    bytes: usize,
+    /// Pieces of chains that have several, and have completed since the last publication.
+    pieces: usize,
     /// Where it is noted what is written, and the guest's address of the used ring.
     log: Option<(&'mem DirtyLog, u64)>,
-    /// Where it is noted which chains are in flight.
+    /// Where it is noted for the frontend which chains are in flight.
     inflight: Option<InflightRing<'mem>>,
+    /// One of the two is there.
+    is_noted: bool,
     direction: PhantomData<D>,
 }
 
@@ -107,24 +114,28 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         notification: Notification,
     ) -> Result<Self, Fault> {
         let [descriptors, avail, used] = layout.resolve(memory)?;
+        let Notification { event_idx, indirect } = notification;
+        let size = layout.size;
         let mut queue = Virtqueue {
             memory,
-            descriptors,
+            descriptors: Descriptors::new(memory, descriptors, size, indirect),
             avail,
             used,
-            size: layout.size,
-            notification,
+            size,
+            event_idx,
             next_avail: 0,
             seen_avail: 0,
             next_used: 0,
             published: 0,
             called_at: None,
             armed: None,
-            on_loan: vec![0; usize::from(layout.size).div_ceil(64)].into_boxed_slice(),
-            spare: Vec::new(),
-            region: Window::EMPTY,
+            chains: ChainTable::new(size),
+            is_in_flight: vec![false; usize::from(size)].into_boxed_slice(),
+            bytes: 0,
+            pieces: 0,
             log: memory.log().map(|log| (&**log, layout.used.0)),
             inflight: None,
+            is_noted: memory.log().is_some(),
             direction: PhantomData,
         };
         let used = queue.used_u16(2).load(Ordering::Relaxed);
@@ -142,12 +153,25 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         self.inflight = self.memory.inflight().and_then(|buffer| buffer.ring(index, self.size));
         if let Some(inflight) = &mut self.inflight {
             inflight.clear(self.next_used);
+            self.is_noted = true;
         }
     }
 
-    /// Used index of the first chain that is not finished: where the next start resumes.
+    /// Position of the first chain that has not completed: where the next start resumes.
+    #[inline]
     pub fn next_used(&self) -> u16 {
         self.next_used
+    }
+
+    /// Position of the chain that is popped next: the end of those in flight.
+    #[inline]
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// The used index that the driver sees: the first chain that has completed since is there.
+    pub fn published(&self) -> u16 {
+        self.published
     }
 
     /// Number of descriptors.
@@ -155,31 +179,127 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         self.size
     }
 
-    /// Pops chains into `burst` until the budget is spent or none is left; returns how many.
+    /// Number of chains in flight.
+    #[inline]
+    pub fn in_flight(&self) -> usize {
+        self.next_avail.wrapping_sub(self.next_used).into()
+    }
+
+    /// Number of chains that have completed since the last publication.
+    #[inline]
+    pub fn completed(&self) -> usize {
+        self.next_used.wrapping_sub(self.published).into()
+    }
+
+    /// Bytes of all chains in flight.
+    #[inline]
+    pub fn bytes_in_flight(&self) -> usize {
+        self.bytes
+    }
+
+    /// The chain at a position: one in flight, or one that has completed and is not published, of which
+    /// only what was written counts. Any other position gives a chain that was in its place.
+    #[inline]
+    pub fn chain(&self, position: u16) -> Chain<'_, 'mem, D> {
+        debug_assert!(
+            position.wrapping_sub(self.published) < self.next_avail.wrapping_sub(self.published),
+            "no chain is at {position}"
+        );
+        self.chains.chain(position)
+    }
+
+    /// The only piece of the chain at a position, as [`chain`](Self::chain) shows it, unless it has any other
+    /// number of pieces.
+    #[inline(always)]
+    pub fn only_piece(&self, position: u16) -> Option<Segment<'mem>> {
+        self.chains.only_piece(position)
+    }
+
+    /// Positions of chains in flight before `until`, oldest first.
+    pub fn positions(&self, until: u16) -> impl ExactSizeIterator<Item = u16> + use<D> {
+        let first = self.next_used;
+        (0..until.wrapping_sub(first)).map(move |index| first.wrapping_add(index))
+    }
+
+    /// Pops chains until the budget is spent or none is left; returns how many.
     ///
     /// # Errors
-    /// A [`Fault`] of the guest's; chains popped before it stay in `burst`.
+    /// A [`Fault`] of the guest's; chains popped before it are in flight.
     // By itself, or its variables would compete with all of the worker's turn for registers.
     #[inline(never)]
-    pub fn pop(&mut self, burst: &mut Burst<'mem, D>, budget: Budget) -> Result<usize, Fault> {
+    pub fn pop(&mut self, budget: Budget) -> Result<usize, Fault> {
         if self.next_avail == self.seen_avail && !self.look()? {
             return Ok(0);
         }
-        let waiting = usize::from(self.seen_avail.wrapping_sub(self.next_avail));
-        let most = waiting.min(budget.chains);
-        let mut bytes = 0;
-        for popped in 0..most {
-            if bytes >= budget.bytes {
-                return Ok(popped);
-            }
-            let chain = self.pop_one()?;
-            bytes += chain.len();
-            burst.push_back(chain);
+        let first = self.next_avail;
+        let waiting = usize::from(self.seen_avail.wrapping_sub(first));
+        let popped = self.pop_available(waiting.min(budget.chains), budget.bytes);
+        if self.inflight.is_some() {
+            self.note_popped(first);
         }
-        Ok(most)
+        popped.map(|()| self.next_avail.wrapping_sub(first).into())
     }
 
-    /// Looks at the driver's avail index; says whether there is anything to pop.
+    /// Pops up to `chains` chains, fewer if they have `bytes` before.
+    #[inline]
+    fn pop_available(&mut self, chains: usize, bytes: usize) -> Result<(), Fault> {
+        let end = self.next_avail.wrapping_add(chains as u16);
+        let enough = self.bytes.saturating_add(bytes);
+        loop {
+            let head = self.pop_simple(end, enough)?;
+            // Nearly always that was all.
+            let Some(head) = head else { return Ok(()) };
+            self.collect(self.next_avail, head)?;
+            self.next_avail = self.next_avail.wrapping_add(1);
+        }
+    }
+
+    /// Pops chains of one piece before position `end`, until `enough` bytes are in flight. Returns the head
+    /// of the first chain that is of another kind, and is taken but not collected.
+    #[inline(always)]
+    fn pop_simple(&mut self, end: u16, enough: usize) -> Result<Option<u16>, Fault> {
+        // Copies of what the loop needs, which is in registers then.
+        let (avail, size, descriptors) = (self.avail, self.size, self.descriptors);
+        let is_in_flight = &mut *self.is_in_flight;
+        let mut chains = self.chains.writer();
+        let first = usize::from(self.next_avail);
+        let most = usize::from(end.wrapping_sub(self.next_avail));
+        let (mut popped, mut bytes) = (0, self.bytes);
+        let result = loop {
+            if popped == most || bytes >= enough {
+                break Ok(None);
+            }
+            let slot = chains.slot(first + popped);
+            let head = avail_u16(avail, 4 + 2 * slot.index(), size).load(Ordering::Relaxed);
+            let Some(is_in_flight) = is_in_flight.get_mut(usize::from(head)) else {
+                break Err(Fault::HeadOutOfRange(head));
+            };
+            if std::mem::replace(is_in_flight, true) {
+                break Err(Fault::HeadOfferedTwice(head));
+            }
+            let Some(piece) = descriptors.only_piece::<D>(head) else { break Ok(Some(head)) };
+            if !D::WRITABLE {
+                piece.prefetch();
+            }
+            chains.set_one(slot, head, piece);
+            bytes += piece.len();
+            popped += 1;
+        };
+        self.next_avail = self.next_avail.wrapping_add(popped as u16);
+        self.bytes = bytes;
+        result
+    }
+
+    /// Collects the pieces of a chain of any kind.
+    #[inline(never)]
+    fn collect(&mut self, position: u16, head: u16) -> Result<(), Fault> {
+        let Self { chains, descriptors, .. } = self;
+        let collect = |pieces: &mut Vec<_>| descriptors.collect::<D>(head, pieces);
+        self.bytes += chains.set_list(position, head, collect)? as usize;
+        Ok(())
+    }
+
+    /// Looks at the driver's available index; says whether there is anything to pop.
     ///
     /// # Errors
     /// [`Fault::AvailIndex`] if it claims more chains than the ring has room for.
@@ -189,191 +309,64 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     }
 
     fn see(&mut self, index: u16) -> Result<bool, Fault> {
-        let outstanding = index.wrapping_sub(self.next_used);
-        let lent = self.next_avail.wrapping_sub(self.next_used);
-        if outstanding > self.size || outstanding < lent {
+        let outstanding = index.wrapping_sub(self.published);
+        let popped = self.next_avail.wrapping_sub(self.published);
+        if outstanding > self.size || outstanding < popped {
             return Err(Fault::AvailIndex { index, expected: self.next_avail });
         }
         self.seen_avail = index;
         Ok(index != self.next_avail)
     }
 
-    #[inline]
-    fn pop_one(&mut self) -> Result<Chain<'mem, D>, Fault> {
-        let position = self.next_avail;
-        let slot = usize::from(position & (self.size - 1));
-        let head = self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed);
-        if head >= self.size {
-            return Err(Fault::HeadOutOfRange(head));
-        }
-        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-        if self.on_loan[word] & bit != 0 {
-            return Err(Fault::HeadOfferedTwice(head));
-        }
-        let (segments, length) = self.walk(head)?;
-        self.on_loan[word] |= bit;
-        self.next_avail = position.wrapping_add(1);
-        if let Some(inflight) = &mut self.inflight {
-            inflight.popped(head);
-        }
-        Ok(Chain::new(position, head, length, segments))
-    }
-
-    /// The segments of the chain at `head`, and their bytes.
-    #[inline]
-    fn walk(&mut self, head: u16) -> Result<(Segments<'mem>, u32), Fault> {
-        let first = self.descriptor(self.descriptors, head);
-        let length = first.len();
-        // Nearly always: one descriptor, in one region.
-        if !D::MIXED
-            && first.flags() == D::FLAGS
-            && length > 0
-            && let Some(found) = self.memory.at(first.addr().0, &mut self.region)
-            && length as usize <= found.len()
-        {
-            let segment = found.first(length as usize);
-            if !D::WRITABLE {
-                segment.prefetch();
-            }
-            return Ok((Segments::One(segment), length));
-        }
-        let mut list = self.spare.pop().unwrap_or_default();
-        let length = self.walk_all(head, first, &mut list)?;
-        Ok((Segments::List(list), length))
-    }
-
-    /// Collects the segments of the chain at `head`, of any kind; returns their bytes.
-    #[inline(never)]
-    fn walk_all(
-        &mut self,
-        head: u16,
-        first: Descriptor,
-        segments: &mut Vec<Segment<'mem>>,
-    ) -> Result<u32, Fault> {
-        if !first.refers_to_indirect_table() {
-            return self.walk_table(head, first, self.descriptors, self.size, segments);
-        }
-        if !self.notification.indirect || first.has_next() {
-            return Err(Fault::IndirectNotAllowed { head });
-        }
-        // A chain may not be longer than the ring, however it is stored (section 2.7.5.3.1).
-        let length = first.len();
-        if length == 0 || !length.is_multiple_of(16) || length / 16 > u32::from(self.size) {
-            return Err(Fault::IndirectLength(length));
-        }
-        let table = self
-            .memory
-            .resolve(first.addr(), length.into())
-            .ok_or(Fault::BufferUnmapped { address: first.addr().0, length })?;
-        let entries = (length / 16) as u16;
-        let first = self.descriptor(table, 0);
-        self.walk_table(head, first, table, entries, segments)
-    }
-
-    #[inline]
-    fn walk_table(
-        &mut self,
-        head: u16,
-        first: Descriptor,
-        table: NonNull<u8>,
-        entries: u16,
-        segments: &mut Vec<Segment<'mem>>,
-    ) -> Result<u32, Fault> {
-        let mut descriptor = first;
-        let mut total = 0u32;
-        let mut in_answer = !D::MIXED;
-        // A chain without a loop passes each descriptor once at the most.
-        for _ in 0..entries {
-            if descriptor.refers_to_indirect_table() {
-                return Err(Fault::IndirectNotAllowed { head });
-            }
-            if D::MIXED && !in_answer && descriptor.is_write_only() {
-                segments.push(Segment::EMPTY);
-                in_answer = true;
-            }
-            if descriptor.is_write_only() != (D::WRITABLE && in_answer) {
-                return Err(Fault::WrongDirection { head });
-            }
-            total = total.checked_add(descriptor.len()).ok_or(Fault::ChainTooLarge { head })?;
-            self.map(head, descriptor, segments)?;
-            if !descriptor.has_next() {
-                return Ok(total);
-            }
-            let next = descriptor.next();
-            if next >= entries {
-                return Err(Fault::NextOutOfRange(next));
-            }
-            descriptor = self.descriptor(table, next);
-        }
-        Err(Fault::ChainTooLong { head })
-    }
-
-    /// Adds the descriptor's memory to `segments`, in as many pieces as it spans regions.
-    #[inline]
-    fn map(
-        &mut self,
-        head: u16,
-        descriptor: Descriptor,
-        segments: &mut Vec<Segment<'mem>>,
-    ) -> Result<(), Fault> {
-        let (mut address, mut left) = (descriptor.addr().0, descriptor.len() as usize);
-        let unmapped =
-            Fault::BufferUnmapped { address: descriptor.addr().0, length: descriptor.len() };
-        while left > 0 {
-            let Some(found) = self.memory.at(address, &mut self.region) else {
-                return Err(unmapped);
-            };
-            if segments.len() >= MAX_SEGMENTS {
-                return Err(Fault::ChainTooLong { head });
-            }
-            let segment = found.first(left);
-            segments.push(segment);
-            left -= segment.len();
-            address = address.wrapping_add(segment.len() as u64);
-        }
-        Ok(())
-    }
-
-    #[inline]
-    fn descriptor(&self, table: NonNull<u8>, index: u16) -> Descriptor {
-        // SAFETY: the caller has checked `index` against the table's number of entries, and the
-        // table was resolved with 16 bytes for each, at any alignment (indirect tables have no rule
-        // about theirs). Volatile: the guest may write meanwhile, and the copy must be the one
-        // value that all checks see.
-        let [address, rest] = unsafe {
-            let words = table.cast::<Unaligned<u64>>().add(2 * usize::from(index));
-            [words.read_volatile().0, words.add(1).read_volatile().0].map(u64::from_le)
-        };
-        let (length, flags, next) = (rest as u32, (rest >> 32) as u16, (rest >> 48) as u16);
-        Descriptor::new(address, length, flags, next)
-    }
-
-    /// Writes the chain's used entry: the device has finished with it, and has written `written`
-    /// bytes to it. The driver sees it when it is published.
+    /// Writes the used entry of the oldest chain in flight: the device has finished with it, and has
+    /// written `written` bytes to it. The driver sees it when it is published. Returns the chain's bytes.
     ///
     /// # Panics
-    /// If an older chain is still on loan.
-    #[inline]
-    pub fn retire(&mut self, chain: Chain<'mem, D>, written: u32) {
-        let (position, head, segments) = chain.into_parts();
-        assert_eq!(position, self.next_used, "chains must be retired in the order of the ring");
-        let slot = usize::from(position & (self.size - 1));
-        // SAFETY: `start` resolved 6 + 8 × size bytes of used ring at an address aligned to 4,
-        // and slot < size. Relaxed: `publish` orders these stores.
-        unsafe {
-            let entry = self.used.add(4 + 8 * slot).cast::<u32>().as_ptr();
-            AtomicU32::from_ptr(entry).store(u32::from(head).to_le(), Ordering::Relaxed);
-            AtomicU32::from_ptr(entry.add(1)).store(written.to_le(), Ordering::Relaxed);
+    /// If none is in flight.
+    #[inline(always)]
+    pub fn push_used(&mut self, written: u32) -> usize {
+        let position = self.next_used;
+        assert!(position != self.next_avail, "only a chain in flight completes");
+        let slot = self.chains.slot(position);
+        let (head, length, pieces) = self.chains.facts(slot);
+        write_used(self.used, slot, head, written);
+        if self.is_noted || pieces != 1 {
+            self.note_used(position, written, pieces);
+        }
+        if D::WRITABLE {
+            self.chains.set_written(slot, written);
+        }
+        if let Some(is_in_flight) = self.is_in_flight.get_mut(usize::from(head)) {
+            *is_in_flight = false;
         }
         self.next_used = position.wrapping_add(1);
+        self.bytes -= length as usize;
+        length as usize
+    }
+
+    /// Notes what is of use later: for a VMM that copies memory, for another backend, for the list of
+    /// pieces.
+    #[inline(never)]
+    fn note_used(&mut self, position: u16, written: u32, pieces: u16) {
         if let Some(inflight) = &mut self.inflight {
-            inflight.retired(head);
+            inflight.retired(self.chains.facts(self.chains.slot(position)).0);
         }
         if self.log.is_some() {
-            self.log_used(4 + 8 * slot, 8);
-            self.log_buffers(&segments, written);
+            self.log_used(4 + 8 * usize::from(position & (self.size - 1)), 8);
+            self.log_buffers(position, written);
         }
-        self.release(head, segments);
+        if pieces != 1 {
+            self.pieces += usize::from(pieces);
+        }
+    }
+
+    #[cold]
+    fn note_popped(&mut self, first: u16) {
+        let Some(inflight) = &mut self.inflight else { return };
+        for index in 0..self.next_avail.wrapping_sub(first) {
+            let slot = self.chains.slot(first.wrapping_add(index));
+            inflight.popped(self.chains.facts(slot).0);
+        }
     }
 
     /// Notes that bytes of the used ring were written.
@@ -389,14 +382,10 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     /// written too, and to several chains if it needed them. So the work for a chain has a limit, and
     /// does not grow with buffers of gigabytes.
     #[cold]
-    fn log_buffers(&self, segments: &Segments<'mem>, written: u32) {
+    fn log_buffers(&self, position: u16, written: u32) {
         let Some((log, _)) = self.log.filter(|_| D::WRITABLE) else { return };
-        let segments = match segments {
-            Segments::One(only) => std::slice::from_ref(only),
-            Segments::List(list) => list,
-        };
         let mut left = MAX_WRITTEN.max(written as usize);
-        for segment in segments {
+        for segment in self.chains.chain::<D>(position).segments() {
             let length = segment.len().min(left);
             self.memory.mark(log, segment.address(), length);
             left -= length;
@@ -406,34 +395,35 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         }
     }
 
-    /// Takes a chain back that was not used, when the ring stops: the next start pops it again.
-    pub fn take_back(&mut self, chain: Chain<'mem, D>) {
-        let (_, head, segments) = chain.into_parts();
-        if let Some(inflight) = &mut self.inflight {
-            inflight.taken_back(head);
+    /// Takes back all chains in flight, when the ring stops: the next start pops them again.
+    pub fn unpop_all(&mut self) {
+        for position in self.positions(self.next_avail) {
+            let (head, _, pieces) = self.chains.facts(self.chains.slot(position));
+            if let Some(inflight) = &mut self.inflight {
+                inflight.taken_back(head);
+            }
+            if self.log.is_some() {
+                self.log_buffers(position, 0);
+            }
+            if pieces != 1 {
+                self.pieces += usize::from(pieces);
+            }
+            self.is_in_flight[usize::from(head)] = false;
         }
-        if self.log.is_some() {
-            self.log_buffers(&segments, 0);
-        }
-        self.release(head, segments);
+        self.next_avail = self.next_used;
+        self.bytes = 0;
     }
 
-    #[inline]
-    fn release(&mut self, head: u16, segments: Segments<'mem>) {
-        self.on_loan[usize::from(head / 64)] &= !(1 << (head % 64));
-        if let Segments::List(mut list) = segments {
-            list.clear();
-            self.spare.push(list);
-        }
-    }
-
-    /// Shows the driver what was retired, with one store, and tells what it wants done.
+    /// Shows the driver which chains have completed, with one store, and tells what it wants done.
     pub fn publish(&mut self) -> Published {
         if self.next_used == self.published {
             return Published::Nothing;
         }
         self.published = self.next_used;
-        let event_idx = self.notification.event_idx;
+        if self.pieces > 0 {
+            self.chains.forget(std::mem::take(&mut self.pieces));
+        }
+        let event_idx = self.event_idx;
         let wish = self.avail_u16(if event_idx { 4 + 2 * usize::from(self.size) } else { 0 });
         let wish = show(&self.used_u16(2), self.next_used, &wish);
         if let Some(inflight) = &mut self.inflight {
@@ -448,16 +438,16 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         } else {
             wish & AVAIL_F_NO_INTERRUPT == 0
         };
-        if call { Published::Call } else { Published::Quietly }
+        if call { Published::Call } else { Published::Suppressed }
     }
 
     /// Asks the driver to kick when it makes something available. Returns true if it already has:
     /// then there may be no kick, and the ring must be popped again before sleeping.
     ///
     /// # Errors
-    /// As [`pop`](Self::pop), for the avail index.
-    pub fn arm(&mut self) -> Result<bool, Fault> {
-        let (offset, value) = match self.notification.event_idx {
+    /// As [`pop`](Self::pop), for the available index.
+    pub fn enable_notify(&mut self) -> Result<bool, Fault> {
+        let (offset, value) = match self.event_idx {
             true => (self.avail_event(), self.next_avail),
             false => (0, 0),
         };
@@ -469,11 +459,11 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         self.see(index)
     }
 
-    /// Asks the driver not to kick. With EVENT_IDX that needs no store once the index armed at has
-    /// been passed.
-    pub fn disarm(&mut self) {
+    /// Asks the driver not to kick. With EVENT_IDX that needs no store once the index that it was to kick
+    /// at has been passed.
+    pub fn disable_notify(&mut self) {
         let Some(index) = self.armed.take() else { return };
-        let (offset, value) = match self.notification.event_idx {
+        let (offset, value) = match self.event_idx {
             true if index != self.next_avail => return,
             // As if it had been.
             true => (self.avail_event(), index.wrapping_sub(1)),
@@ -485,25 +475,77 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         }
     }
 
-    /// Where in the used ring the driver reads at which avail index to kick, with EVENT_IDX.
+    /// Where in the used ring the driver reads at which available index to kick, with EVENT_IDX.
     fn avail_event(&self) -> usize {
         4 + 8 * usize::from(self.size)
     }
 
-    /// A 16-bit field of the avail ring. Callers stay within 6 + 2 × size bytes.
     #[inline]
-    fn avail_u16(&self, offset: usize) -> LittleEndian<'_> {
-        debug_assert!(offset < 6 + 2 * usize::from(self.size));
-        // SAFETY: `start` resolved that many bytes at an even address, and offsets are even.
-        LittleEndian(unsafe { AtomicU16::from_ptr(self.avail.add(offset).cast().as_ptr()) })
+    fn avail_u16(&self, offset: usize) -> LittleEndian<'mem> {
+        avail_u16(self.avail, offset, self.size)
     }
 
     /// A 16-bit field of the used ring. Callers stay within 6 + 8 × size bytes.
     #[inline]
-    fn used_u16(&self, offset: usize) -> LittleEndian<'_> {
+    fn used_u16(&self, offset: usize) -> LittleEndian<'mem> {
         debug_assert!(offset < 6 + 8 * usize::from(self.size));
-        // SAFETY: `start` resolved that many bytes at an even address, and offsets are even.
+        // SAFETY: `start` resolved that many bytes at an even address, for `'mem`, and offsets are even.
         LittleEndian(unsafe { AtomicU16::from_ptr(self.used.add(offset).cast().as_ptr()) })
+    }
+}
+
+/// A 16-bit field of a ring's available ring. Callers stay within 6 + 2 × size bytes, while its memory is
+/// mapped.
+#[inline(always)]
+fn avail_u16<'mem>(avail: NonNull<u8>, offset: usize, size: u16) -> LittleEndian<'mem> {
+    debug_assert!(offset < 6 + 2 * usize::from(size));
+    // SAFETY: `start` resolved that many bytes at an even address, and offsets are even.
+    LittleEndian(unsafe { AtomicU16::from_ptr(avail.add(offset).cast().as_ptr()) })
+}
+
+impl Virtqueue<'_, Readable> {
+    /// Completes the `count` oldest chains in flight; returns their bytes.
+    ///
+    /// # Panics
+    /// If fewer are in flight.
+    #[inline]
+    pub fn push_used_run(&mut self, count: usize) -> usize {
+        assert!(count <= self.in_flight(), "only chains in flight complete");
+        if self.is_noted {
+            return (0..count).map(|_| self.push_used(0)).sum();
+        }
+        let (used, chains) = (self.used, &self.chains);
+        let is_in_flight = &mut *self.is_in_flight;
+        let (mut position, mut bytes, mut listed) = (self.next_used, 0, 0);
+        for _ in 0..count {
+            let slot = chains.slot(position);
+            let (head, length, pieces) = chains.facts(slot);
+            write_used(used, slot, head, 0);
+            if let Some(is_in_flight) = is_in_flight.get_mut(usize::from(head)) {
+                *is_in_flight = false;
+            }
+            if pieces != 1 {
+                listed += usize::from(pieces);
+            }
+            bytes += length as usize;
+            position = position.wrapping_add(1);
+        }
+        self.next_used = position;
+        self.bytes -= bytes;
+        self.pieces += listed;
+        bytes
+    }
+}
+
+/// Writes an entry of the used ring at `used`, of as many entries as the slot's table, while its memory is mapped.
+#[inline(always)]
+fn write_used(used: NonNull<u8>, slot: Slot, head: u16, written: u32) {
+    // SAFETY: `start` resolved 6 + 8 × size bytes of used ring at an address aligned to 4. Volatile: the
+    // driver may look, and sees an entry that the index does not cover yet.
+    unsafe {
+        let entry = used.add(4 + 8 * slot.index()).cast::<u32>();
+        entry.write_volatile(u32::from(head).to_le());
+        entry.add(1).write_volatile(written.to_le());
     }
 }
 

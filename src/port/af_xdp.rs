@@ -27,18 +27,17 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::{Finished, Mode, Port, Readiness, Terms};
+use super::{Completions, Mode, Port, Readiness, Terms, Virtqueues};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, PortOffloads};
-use crate::guest::{Burst, GuestMemory, Readable, Writable};
-use crate::port::Outcome;
+use crate::guest::{GuestMemory, Virtqueue};
 use crate::sys::link::Watch;
 use crate::sys::xsk::Statistics;
 use crate::vnet_header::LINK_OVERHEAD;
 
 pub use interface::Interface;
 use interface::{Failure, OpenSocket};
-use receiver::Receiver;
+use receiver::{MAX_BUFFERS, Receiver};
 use transmitter::Transmitter;
 use umem::LONGEST_FRAME;
 
@@ -99,11 +98,14 @@ impl XdpQueue {
     pub fn session<'mem>(
         &'mem mut self,
         memory: &'mem Arc<GuestMemory>,
+        queues: &Virtqueues<'mem>,
         terms: &Terms,
     ) -> XdpPort<'mem> {
+        let first_tx = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
+        let first_rx = queues.rx.as_ref().map_or(0, Virtqueue::next_used);
         XdpPort {
-            transmitter: Transmitter::new(terms, self.pair),
-            receiver: Receiver::new(&terms.negotiated, self.pair),
+            transmitter: Transmitter::new(terms, self.pair, first_tx),
+            receiver: Receiver::new(&terms.negotiated, self.pair, first_rx),
             host: self,
             memory,
             mtu: terms.mtu,
@@ -170,13 +172,22 @@ pub struct XdpPort<'mem> {
     filtered: Filtered,
     /// What the kernel has counted for the socket, when that was looked up last.
     statistics: Statistics,
-    transmitter: Transmitter<'mem>,
-    receiver: Receiver<'mem>,
+    transmitter: Transmitter,
+    receiver: Receiver,
 }
 
 impl<'mem> XdpPort<'mem> {
     /// Opens the socket, if it is not open and it is time to try.
-    fn open(&mut self) {
+    #[inline]
+    fn ensure_open(&mut self, queues: &Virtqueues<'mem>) {
+        if let State::Closed { .. } = self.state {
+            self.open(queues);
+        }
+    }
+
+    // By itself: it is left out where instructions are counted (`cargo bench -- instructions`).
+    #[inline(never)]
+    fn open(&mut self, queues: &Virtqueues<'mem>) {
         let State::Closed { since, retry } = self.state else { return };
         let now = Instant::now();
         if now < retry {
@@ -199,20 +210,22 @@ impl<'mem> XdpPort<'mem> {
             },
         );
         if opened.is_err() {
-            self.receiver.withdraw();
+            self.withdraw(queues);
         }
         match opened {
             Ok(socket) => {
                 if std::mem::take(&mut self.host.reported) {
                     info!("af_xdp {}: works again", self.host.interface.name());
                 }
-                self.filtered.counted = interface.filtered(pair);
+                self.filtered.counted = self.host.interface.filtered(pair);
                 self.statistics = Statistics::default();
                 // Kept first: whatever happens from here on, the socket is closed at the end.
                 self.state = State::Open(Box::new(socket));
                 if let State::Open(socket) = &mut self.state {
                     self.transmitter.begin(socket);
-                    self.receiver.post(socket);
+                    if let Some(rx) = &queues.rx {
+                        self.receiver.post(rx, socket);
+                    }
                 }
             }
             Err(Failure::Busy(error)) => {
@@ -226,20 +239,25 @@ impl<'mem> XdpPort<'mem> {
         }
     }
 
+    /// Has the receiver begin again with all buffers; returns how many frames were in some of them.
+    fn withdraw(&mut self, queues: &Virtqueues<'mem>) -> u64 {
+        self.receiver.withdraw(queues.rx.as_ref().map_or(0, Virtqueue::next_used))
+    }
+
     /// Counts the frames that the program has dropped since the last time.
-    fn count_filtered(&mut self, finished: &mut Finished<'mem>) {
+    fn count_filtered(&mut self, done: &mut Completions) {
         let now = self.host.interface.filtered(self.host.pair);
         let before = std::mem::replace(&mut self.filtered.counted, now);
         if let (Some(before), Some(now)) = (before, now)
             && now > before
         {
-            finished.rx_dropped.push((Drop::Filtered, now - before));
+            done.rx_dropped.push((Drop::Filtered, now - before));
         }
         self.filtered.at = Instant::now();
     }
 
     /// Counts frames that the kernel has dropped since the last time, by what it has counted by now.
-    fn count_lost(&mut self, now: Statistics, finished: &mut Finished<'mem>) {
+    fn count_lost(&mut self, now: Statistics, done: &mut Completions) {
         let before = std::mem::replace(&mut self.statistics, now);
         let too_long = now.too_long().saturating_sub(before.too_long());
         let lost = now.lost().saturating_sub(before.lost()).saturating_sub(too_long);
@@ -252,7 +270,7 @@ impl<'mem> XdpPort<'mem> {
         }
         for (reason, count) in [(Drop::TooLong, too_long), (Drop::NoRoom, lost)] {
             if count > 0 {
-                finished.rx_dropped.push((reason, count));
+                done.rx_dropped.push((reason, count));
             }
         }
     }
@@ -280,56 +298,90 @@ impl<'mem> XdpPort<'mem> {
     }
 
     /// Closes the socket: what was sent is finished, what was posted is ours again.
-    fn close(&mut self, finished: &mut Finished<'mem>) {
+    fn close(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
         let State::Open(open) = &mut self.state else { return };
         let pair = self.host.pair;
         self.host.interface.stop_receiving(pair);
         // What the kernel has not sent at once is under way, or never will be.
         let deadline = Instant::now() + LAST_FRAMES;
         loop {
-            self.receiver.reap(open, usize::MAX, finished);
-            self.transmitter.reap(open);
+            reap(&mut self.receiver, &mut self.transmitter, queues, open, usize::MAX, done);
             if !self.transmitter.is_waiting(open) || Instant::now() > deadline {
                 break;
             }
             std::thread::sleep(Duration::from_micros(100));
         }
-        self.transmitter.stop(open);
-        self.count_filtered(finished);
+        if let Some(tx) = &mut queues.tx {
+            self.transmitter.stop(tx, open, done);
+        }
+        self.count_filtered(done);
         let closed = State::Closed { since: None, retry: Instant::now() };
         let State::Open(open) = std::mem::replace(&mut self.state, closed) else { return };
         let statistics = self.host.interface.close(pair, *open);
-        self.count_lost(statistics, finished);
+        self.count_lost(statistics, done);
         // Not before here: the kernel writes no more.
-        let lost = self.receiver.withdraw();
+        let lost = self.withdraw(queues);
         if lost > 0 {
-            finished.rx_dropped.push((Drop::NoRoom, lost));
+            done.rx_dropped.push((Drop::NoRoom, lost));
         }
     }
 
     /// Something is wrong with the socket, of which a new one may be free.
-    fn open_anew(&mut self, why: &'static str, finished: &mut Finished<'mem>) {
+    fn open_anew(
+        &mut self,
+        why: &'static str,
+        queues: &mut Virtqueues<'mem>,
+        done: &mut Completions,
+    ) {
         if self.opened_anew.is_some_and(|at| at.elapsed() < RETRY) {
-            self.fail(&why, finished);
+            self.fail(&why, queues, done);
             return;
         }
         self.opened_anew = Some(Instant::now());
-        self.reopen(why, finished);
+        self.reopen(why, queues, done);
     }
 
     /// Closes the socket, and opens another.
-    fn reopen(&mut self, why: &'static str, finished: &mut Finished<'mem>) {
+    fn reopen(&mut self, why: &'static str, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
         warn!("af_xdp {}: opens its socket anew: {why}", self.host.interface.name());
-        self.close(finished);
-        self.transmitter.drop_unsent();
-        self.open();
+        self.close_and_drop(queues, done);
+        self.open(queues);
     }
 
     /// The device was found not to work any more.
-    fn fail(&mut self, why: &dyn fmt::Display, finished: &mut Finished<'mem>) {
-        self.close(finished);
-        self.transmitter.drop_unsent();
+    fn fail(
+        &mut self,
+        why: &dyn fmt::Display,
+        queues: &mut Virtqueues<'mem>,
+        done: &mut Completions,
+    ) {
+        self.close_and_drop(queues, done);
         self.gone(why);
+    }
+
+    /// Closes the socket, and drops the frames that were not sent.
+    fn close_and_drop(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
+        self.close(queues, done);
+        if let Some(tx) = &mut queues.tx {
+            self.transmitter.drop_all(tx, None, done);
+        }
+    }
+}
+
+/// Completes what the kernel has finished with, up to `most` frames for the guest.
+fn reap<'mem>(
+    receiver: &mut Receiver,
+    transmitter: &mut Transmitter,
+    queues: &mut Virtqueues<'mem>,
+    open: &mut OpenSocket,
+    most: usize,
+    done: &mut Completions,
+) {
+    if let Some(tx) = &mut queues.tx {
+        transmitter.reap(tx, open, done);
+    }
+    if let Some(rx) = &mut queues.rx {
+        receiver.reap(rx, open, most, done);
     }
 }
 
@@ -346,60 +398,67 @@ impl std::ops::Drop for XdpPort<'_> {
 }
 
 impl<'mem> Port<'mem> for XdpPort<'mem> {
-    fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
-        self.open();
-        match &mut self.state {
-            State::Open(open) => self.transmitter.transmit(burst, open),
+    fn transmit(
+        &mut self,
+        queues: &mut Virtqueues<'mem>,
+        until: u16,
+        done: &mut Completions,
+    ) -> bool {
+        self.ensure_open(queues);
+        let Some(tx) = &mut queues.tx else { return true };
+        let has_taken = match &mut self.state {
+            State::Open(open) => self.transmitter.transmit(tx, until, open, done),
             State::Closed { since: Some(Closed { gone: true, .. }), .. } => {
-                let dropped = Outcome::Dropped(Drop::HostRefused);
-                self.transmitter.done.extend(burst.drain(..).map(|chain| (chain, dropped)));
+                self.transmitter.drop_all(tx, Some(until), done);
+                true
             }
             // The queue is busy with its last socket: it takes some 30 ms.
-            State::Closed { .. } => {}
-        }
-        self.left_behind = !burst.is_empty();
+            State::Closed { .. } => false,
+        };
+        self.left_behind = !has_taken;
+        has_taken
     }
 
-    fn post(&mut self, buffers: &mut Burst<'mem, Writable>) {
-        self.receiver.take(buffers);
-        if self.receiver.has_buffers() {
-            self.open();
-        }
-        if let State::Open(open) = &mut self.state {
-            self.receiver.post(open);
+    fn max_buffers(&self) -> usize {
+        MAX_BUFFERS
+    }
+
+    fn post(&mut self, queues: &mut Virtqueues<'mem>) {
+        self.ensure_open(queues);
+        if let (State::Open(open), Some(rx)) = (&mut self.state, &queues.rx) {
+            self.receiver.post(rx, open);
         }
     }
 
-    fn reap(&mut self, finished: &mut Finished<'mem>) {
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
         if let State::Open(open) = &mut self.state {
             let kicked = self.transmitter.kick(open);
             if open.busy_poll {
                 // Its errors are those of sending.
                 let _ = open.socket.receive();
             }
-            self.transmitter.reap(open);
-            self.receiver.reap(open, self.rx_limit, finished);
+            let most = self.rx_limit;
+            reap(&mut self.receiver, &mut self.transmitter, queues, open, most, done);
             if let Some(error) = self.failed.take() {
-                self.fail(&error, finished);
+                self.fail(&error, queues, done);
             } else if let Err(error) = kicked {
-                self.fail(&error, finished);
+                self.fail(&error, queues, done);
             } else if let Some(why) = self.changed.take() {
-                self.reopen(why, finished);
+                self.reopen(why, queues, done);
             } else if let Some(fault) = self.receiver.fault() {
-                self.open_anew(fault, finished);
+                self.open_anew(fault, queues, done);
             }
-        } else if self.receiver.has_buffers() || self.is_gone() {
-            self.open();
+        } else if queues.buffers() > 0 || self.is_gone() {
+            self.open(queues);
         }
         if self.counts_dropped() && self.filtered.at.elapsed() >= FILTERED {
-            self.count_filtered(finished);
+            self.count_filtered(done);
             if let State::Open(open) = &self.state
                 && let Ok(statistics) = open.socket.statistics()
             {
-                self.count_lost(statistics, finished);
+                self.count_lost(statistics, done);
             }
         }
-        self.transmitter.finish(finished);
     }
 
     fn limit_rx(&mut self, frames: usize) {
@@ -415,7 +474,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         }
     }
 
-    fn readiness(&self) -> Readiness<'_> {
+    fn readiness(&self, queues: &Virtqueues<'mem>) -> Readiness<'_> {
         let (fd, timeout) = match &self.state {
             State::Open(open) => {
                 let wait = if self.transmitter.has_frames() {
@@ -441,7 +500,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
             read: fd.is_some() && self.receives && self.rx_limit > 0,
             write: false,
             watched: false,
-            starved: self.receiver.is_starved(),
+            starved: Receiver::is_starved(queues.buffers()),
             timeout,
         }
     }
@@ -467,10 +526,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         }
     }
 
-    fn recall(&mut self, finished: &mut Finished<'mem>) {
-        self.close(finished);
-        self.transmitter.finish(finished);
-        self.transmitter.recall(finished);
-        self.receiver.recall(finished);
+    fn stop(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
+        self.close(queues, done);
     }
 }

@@ -1,34 +1,41 @@
 //! A port that returns each frame to the guest that sent it: for tests of a frontend or a driver
 //! without any network, and of everything above the seam.
 
-use std::collections::VecDeque;
-
-use super::{Finished, KeptStarts, Mode, Outcome, Port, Readiness, Terms};
+use super::{Completions, Mode, Outcome, Port, Readiness, Terms, Virtqueues};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
-use crate::guest::{Burst, Chain, Readable, Writable};
-use crate::vnet_header::{Admission, LINK_OVERHEAD, PrivateStart, VnetHeader, admit};
+use crate::guest::{Chain, Readable, Virtqueue, Writable};
+use crate::vnet_header::{
+    Admission, Admitted, LINK_OVERHEAD, PLAIN_HEADER, PrivateStart, VnetHeader, admit,
+};
 
-/// Buffers that are borrowed ahead.
-const POSTED: usize = 256;
+/// rx buffers that are in flight at the most.
+const MAX_BUFFERS: usize = 256;
 
 /// A session of the loopback port.
 #[derive(Debug)]
-pub struct Loopback<'mem> {
+pub struct Loopback {
     admission: Admission,
     accepted: Offloads,
     mergeable: bool,
     start: PrivateStart,
-    posted: VecDeque<Chain<'mem, Writable>>,
-    done: Finished<'mem>,
-    kept: KeptStarts,
     /// A frame waits for buffers.
     starved: bool,
     /// Frames that it delivers each time at the most.
     rx_limit: usize,
 }
 
-impl Loopback<'_> {
+/// What can be done with a frame.
+enum Delivery {
+    /// It fits so many buffers.
+    Fits(Admitted, usize),
+    /// The guest has to provide more buffers.
+    Waits,
+    /// It never will.
+    Never(Drop),
+}
+
+impl Loopback {
     /// Begins a session.
     pub fn new(terms: &Terms) -> Self {
         let negotiated = &terms.negotiated;
@@ -37,105 +44,130 @@ impl Loopback<'_> {
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
             start: PrivateStart::default(),
-            posted: VecDeque::new(),
-            done: Finished::default(),
-            kept: KeptStarts::new(terms.capture.clone()),
             starved: false,
             rx_limit: usize::MAX,
         }
     }
-}
 
-impl<'mem> Loopback<'mem> {
-    /// Number of posted buffers that hold `length` bytes; nothing if they do not.
-    fn buffers_for(&self, length: usize) -> Option<usize> {
-        let most = if self.mergeable { self.posted.len() } else { self.posted.len().min(1) };
-        let mut room = 0;
-        (0..most)
-            .find(|&i| {
-                room += self.posted[i].len();
-                room >= length
-            })
-            .map(|last| last + 1)
+    /// Checks a frame, and looks for room for it.
+    fn judge(&mut self, frame: &Chain<'_, '_, Readable>, rx: &Virtqueue<'_, Writable>) -> Delivery {
+        let admitted = match admit(frame, &self.admission, &mut self.start) {
+            Err(reason) => return Delivery::Never(reason),
+            Ok(Admitted::Copied) if !self.start.header().accepted_by(&self.accepted) => {
+                return Delivery::Never(Drop::NotAccepted);
+            }
+            Ok(admitted) => admitted,
+        };
+        match self.buffers_for(frame.len(), rx) {
+            Some(buffers) => Delivery::Fits(admitted, buffers),
+            None if rx.in_flight() >= MAX_BUFFERS || (!self.mergeable && rx.in_flight() > 0) => {
+                Delivery::Never(Drop::NoRoom)
+            }
+            None => Delivery::Waits,
+        }
     }
 
-    /// Copies the frame into the oldest `buffers` posted.
-    fn deliver(&mut self, frame: &Chain<'mem, Readable>, buffers: usize) {
+    /// How many of the oldest buffers hold `length` bytes, if there are as many.
+    #[inline]
+    fn buffers_for(&self, length: usize, rx: &Virtqueue<'_, Writable>) -> Option<usize> {
+        if rx.in_flight() > 0 && rx.chain(rx.next_used()).len() >= length {
+            return Some(1);
+        }
+        let most = if self.mergeable { rx.in_flight() } else { 0 };
+        let mut room = 0;
+        let mut positions = rx.positions(rx.next_avail()).take(most);
+        let last = positions.position(|position| {
+            room += rx.chain(position).len();
+            room >= length
+        });
+        last.map(|last| last + 1)
+    }
+
+    /// Copies the frame into the oldest `buffers`; what was `checked` stands for its start.
+    fn deliver(
+        &self,
+        frame: &Chain<'_, '_, Readable>,
+        checked: &[u8],
+        buffers: usize,
+        rx: &mut Virtqueue<'_, Writable>,
+    ) {
         let mut copied = 0;
         for index in 0..buffers {
-            let buffer = self.posted.pop_front().expect("buffers_for has counted them");
+            let buffer = rx.chain(rx.next_used());
             let length = buffer.copy_from(frame, copied);
-            // What was checked stands for what it was copied from.
-            if let Some(checked) = self.start.bytes().get(copied..) {
+            if let Some(checked) = checked.get(copied..) {
                 buffer.write_at(0, &checked[..checked.len().min(length)]);
             }
             if index == 0 && self.admission.header_length == HEADER_LENGTH {
-                buffer.write_at(10, &(buffers as u16).to_le_bytes());
+                buffer.write_at(VnetHeader::NUM_BUFFERS, &(buffers as u16).to_le_bytes());
             }
             copied += length;
-            self.done.rx.push((buffer, length as u32));
+            rx.push_used(length as u32);
         }
-        self.done.rx_frames += 1;
-        self.done.rx_bytes += (copied - self.admission.header_length) as u64;
     }
 }
 
-impl<'mem> Port<'mem> for Loopback<'mem> {
-    fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
+impl<'mem> Port<'mem> for Loopback {
+    fn transmit(
+        &mut self,
+        queues: &mut Virtqueues<'mem>,
+        until: u16,
+        done: &mut Completions,
+    ) -> bool {
         self.starved = false;
-        self.admission.filter.refresh();
-        self.kept.refresh();
-        let before = self.done.rx_frames;
-        while ((self.done.rx_frames - before) as usize) < self.rx_limit
-            && let Some(frame) = burst.pop_front()
-        {
-            let outcome = match admit(&frame, &self.admission, &mut self.start) {
-                Err(reason) => Outcome::Dropped(reason),
-                Ok(()) => {
-                    let header = VnetHeader::parse(
-                        self.start.bytes().first_chunk().expect("a header has at least 10 bytes"),
-                    );
-                    if !header.accepted_by(&self.accepted) {
-                        Outcome::Dropped(Drop::NotAccepted)
-                    } else if let Some(buffers) = self.buffers_for(frame.len()) {
-                        let surplus =
-                            self.start.surplus(frame.len() - self.admission.header_length);
-                        self.done.rx_surplus += surplus;
-                        self.done.tx_surplus += surplus;
-                        self.deliver(&frame, buffers);
-                        Outcome::Sent
-                    } else if self.posted.len() >= POSTED
-                        || (!self.mergeable && !self.posted.is_empty())
-                    {
-                        Outcome::Dropped(Drop::NoRoom)
-                    } else {
-                        self.starved = true;
-                        burst.push_front(frame);
-                        return;
-                    }
+        self.admission.begin_burst(done.captures);
+        let Virtqueues { tx: Some(tx), rx: Some(rx) } = queues else { return false };
+        let mut delivered = 0;
+        while tx.next_used() != until {
+            if delivered == self.rx_limit {
+                return false;
+            }
+            let position = tx.next_used();
+            let frame = tx.chain(position);
+            let delivery = self.judge(&frame, rx);
+            let outcome = match delivery {
+                Delivery::Fits(..) => Outcome::Sent,
+                Delivery::Never(reason) => Outcome::Dropped(reason),
+                Delivery::Waits => {
+                    self.starved = true;
+                    return false;
                 }
             };
-            if self.kept.wanted {
-                self.kept.keep(frame.head(), &self.start, outcome);
+            if done.captures {
+                done.capture(position, &self.start, outcome);
             }
-            self.done.tx.push((frame, outcome));
+            match delivery {
+                Delivery::Fits(admitted, buffers) => {
+                    let length = frame.len() - self.admission.header_length;
+                    let checked = match admitted {
+                        Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length],
+                        Admitted::Copied => self.start.bytes(),
+                    };
+                    self.deliver(&frame, checked, buffers, rx);
+                    for moved in [&mut done.rx, &mut done.tx] {
+                        moved.frames += 1;
+                        moved.bytes += length as u64;
+                        if admitted == Admitted::Copied {
+                            moved.surplus += self.start.surplus(length);
+                        }
+                    }
+                    delivered += 1;
+                    tx.push_used(0);
+                }
+                Delivery::Never(reason) => done.drop_oldest(tx, reason),
+                Delivery::Waits => {}
+            }
         }
+        true
     }
 
-    fn post(&mut self, buffers: &mut Burst<'mem, Writable>) {
-        let wanted = POSTED.saturating_sub(self.posted.len()).min(buffers.len());
-        self.posted.extend(buffers.drain(..wanted));
+    fn max_buffers(&self) -> usize {
+        MAX_BUFFERS
     }
 
-    fn reap(&mut self, finished: &mut Finished<'mem>) {
-        finished.tx.append(&mut self.done.tx);
-        self.kept.finish(finished);
-        finished.rx.append(&mut self.done.rx);
-        finished.rx_frames += std::mem::take(&mut self.done.rx_frames);
-        finished.rx_bytes += std::mem::take(&mut self.done.rx_bytes);
-        finished.rx_surplus += std::mem::take(&mut self.done.rx_surplus);
-        finished.tx_surplus += std::mem::take(&mut self.done.tx_surplus);
-    }
+    fn post(&mut self, _queues: &mut Virtqueues<'mem>) {}
+
+    fn reap(&mut self, _queues: &mut Virtqueues<'mem>, _done: &mut Completions) {}
 
     fn limit_rx(&mut self, frames: usize) {
         self.rx_limit = frames;
@@ -145,15 +177,11 @@ impl<'mem> Port<'mem> for Loopback<'mem> {
         Mode::Loopback
     }
 
-    fn readiness(&self) -> Readiness<'_> {
+    fn readiness(&self, _queues: &Virtqueues<'mem>) -> Readiness<'_> {
         Readiness { starved: self.starved, ..Readiness::default() }
     }
 
     fn woken(&mut self, _readable: bool) {}
 
-    fn recall(&mut self, finished: &mut Finished<'mem>) {
-        finished.tx.append(&mut self.done.tx);
-        finished.rx.append(&mut self.done.rx);
-        finished.unused_rx.extend(self.posted.drain(..));
-    }
+    fn stop(&mut self, _queues: &mut Virtqueues<'mem>, _done: &mut Completions) {}
 }

@@ -18,18 +18,18 @@ use log::{info, warn};
 use serde::{Deserialize, Serialize};
 
 use super::mtu::MtuComparison;
-use super::{Finished, Mode, Port, Readiness, Terms};
+use super::{Completions, Mode, Port, Readiness, Terms, Virtqueues};
 use crate::config::TxMethod;
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
-use crate::guest::{Burst, Readable, Writable};
+use crate::guest::{Virtqueue, Writable};
 use crate::policy::Filter;
 use crate::sys::tap::{Identity, Queue, offload};
 use crate::sys::uring::Writer;
 use crate::vnet_header::LINK_OVERHEAD;
 
 pub use filter::TapFilter;
-use receiver::Receiver;
+use receiver::{MAX_BUFFERS, Receiver};
 use transmitter::Transmitter;
 
 /// Frames that one turn reads.
@@ -406,7 +406,7 @@ pub struct TapPort<'mem> {
     host: &'mem mut TapQueue,
     /// The MTU that the operator or the frontend set.
     mtu: u16,
-    transmitter: Transmitter<'mem>,
+    transmitter: Transmitter,
     receiver: Receiver<'mem>,
     bursts_since_woken: usize,
     /// Frames that are read each time at the most.
@@ -426,20 +426,20 @@ impl<'mem> TapPort<'mem> {
     }
 
     /// Has the kernel segment for a ring that cannot hold the largest frame, and only for such a ring.
-    fn fit_offloads(&mut self) {
+    fn fit_offloads(&mut self, rx: &Virtqueue<'mem, Writable>) {
         let is_small = self.receiver.is_small;
         if is_small == self.host.is_small {
             return;
         }
         self.host.set_small(is_small);
-        self.host.small_size = is_small.then_some(self.receiver.shape().0);
+        self.host.small_size = is_small.then_some(rx.size());
         self.receiver.expect(self.host.longest_frame(self.mtu));
         let (header_length, accepted) = self.receiver.terms();
         if let Err(error) = self.host.apply(header_length, &accepted) {
             return self.gone(&error);
         }
         if is_small {
-            let (size, bytes) = self.receiver.shape();
+            let (size, bytes) = (rx.size(), rx.bytes_in_flight() / rx.in_flight().max(1));
             info!(
                 "tap {}: rx ring too small for segments size={size} buffer={bytes}; the kernel segments \
                  frames to the guest",
@@ -450,27 +450,37 @@ impl<'mem> TapPort<'mem> {
 }
 
 impl<'mem> Port<'mem> for TapPort<'mem> {
-    fn transmit(&mut self, burst: &mut Burst<'mem, Readable>) {
+    fn transmit(
+        &mut self,
+        queues: &mut Virtqueues<'mem>,
+        until: u16,
+        done: &mut Completions,
+    ) -> bool {
         // A worker that goes from burst to burst does not wait, and so hears of no frames. After
         // one burst it most often does wait, and a read that finds nothing would be for nothing.
         self.receiver.may_have_frames |= self.bursts_since_woken > 0;
         self.bursts_since_woken += 1;
-        self.transmitter.transmit(burst, self.host);
+        if let Some(tx) = &mut queues.tx {
+            self.transmitter.transmit(tx, until, self.host, done);
+        }
+        !self.transmitter.blocked
     }
 
-    fn post(&mut self, buffers: &mut Burst<'mem, Writable>) {
-        if buffers.is_empty() {
-            return;
-        }
+    fn max_buffers(&self) -> usize {
+        MAX_BUFFERS
+    }
+
+    fn post(&mut self, queues: &mut Virtqueues<'mem>) {
+        let Some(rx) = &queues.rx else { return };
         if let Err(error) = self.host.set_attached(true) {
             self.gone(&error);
         }
-        self.receiver.take(buffers);
-        self.fit_offloads();
+        self.receiver.take(rx);
+        self.fit_offloads(rx);
     }
 
-    fn reap(&mut self, finished: &mut Finished<'mem>) {
-        self.transmitter.finish(finished);
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
+        let Some(rx) = &mut queues.rx else { return };
         let gone = self.gone_since.is_some_and(|at| at.elapsed() < RETRY);
         if gone || !self.receiver.may_have_frames {
             return;
@@ -478,13 +488,13 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         self.receiver.look();
         let asks = |last: Option<Instant>| last.is_none_or(|at| at.elapsed() >= ASK_FOR_MTU);
         for _ in 0..self.rx_limit {
-            if !self.receiver.can_read() {
+            if !self.receiver.can_read(rx) {
                 break;
             }
-            let dropped = finished.rx_dropped.len();
-            match self.receiver.read(&self.host.queue) {
-                Ok(Some(length)) => self.receiver.deliver(length, finished),
-                Ok(None) => finished.rx_dropped.push((Drop::NoRoom, 1)),
+            let dropped = done.rx_dropped.len();
+            match self.receiver.read(&self.host.queue, rx) {
+                Ok(Some(length)) => self.receiver.deliver(length, rx, done),
+                Ok(None) => done.rx_dropped.push((Drop::NoRoom, 1)),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => {
                         self.receiver.may_have_frames = false;
@@ -492,7 +502,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                     }
                     // The frame is lost: the guest's buffer has no room for a header, or is gone.
                     Some(libc::EINVAL | libc::EFAULT) => {
-                        finished.rx_dropped.push((Drop::NoRoom, 1));
+                        done.rx_dropped.push((Drop::NoRoom, 1));
                     }
                     _ => {
                         self.gone(&error);
@@ -501,14 +511,14 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                 },
             }
             self.gone_since = None;
-            if finished.rx_dropped.len() > dropped && asks(self.mtu_asked) {
+            if done.rx_dropped.len() > dropped && asks(self.mtu_asked) {
                 // Perhaps the device's MTU was raised: the next frame will find the room.
                 self.mtu_asked = Some(Instant::now());
                 self.receiver.expect(self.host.longest_frame(self.mtu));
             }
         }
         self.receiver.count();
-        self.fit_offloads();
+        self.fit_offloads(rx);
     }
 
     fn limit_rx(&mut self, frames: usize) {
@@ -523,32 +533,31 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         }
     }
 
-    fn readiness(&self) -> Readiness<'_> {
+    fn readiness(&self, queues: &Virtqueues<'mem>) -> Readiness<'_> {
         let timeout = match self.gone_since {
             Some(_) => Some(RETRY),
             None => self.receiver.patience(),
         };
+        let rx = queues.rx.as_ref();
+        let watches = rx.is_some_and(|rx| self.receiver.watches(rx));
         Readiness {
             fd: self.gone_since.is_none().then(|| self.host.queue.as_fd()),
-            read: self.receiver.watches() && self.rx_limit > 0,
+            read: watches && self.rx_limit > 0,
             write: self.transmitter.blocked,
             watched: true,
-            starved: !self.receiver.has_room(),
+            starved: !rx.is_some_and(|rx| self.receiver.has_room(rx)),
             timeout,
         }
     }
 
     fn woken(&mut self, readable: bool) {
         self.bursts_since_woken = 0;
-        if self.receiver.watches() && self.rx_limit > 0 && self.gone_since.is_none() {
-            // It is told once, and what could not be read then is still there.
-            self.receiver.may_have_frames |= readable;
-        }
+        // It is told once, and what could not be read then is still there.
+        self.receiver.may_have_frames |= readable;
     }
 
-    fn recall(&mut self, finished: &mut Finished<'mem>) {
-        self.transmitter.finish(finished);
-        finished.unused_rx.extend(self.receiver.hand_back());
+    fn stop(&mut self, _queues: &mut Virtqueues<'mem>, _done: &mut Completions) {
+        self.receiver.stop();
         if self.host.is_small {
             self.host.set_small(false);
             let (header_length, accepted) = self.receiver.terms();

@@ -91,22 +91,19 @@ impl Writer {
     /// result. The instance must be dropped: it holds the frames that the kernel did not take.
     ///
     /// # Panics
-    /// If there are more than [`MAX_WRITES`] frames, or fewer results than frames, or an earlier
-    /// burst was not submitted whole.
+    /// If there are more than [`MAX_WRITES`] frames, or an earlier burst was not submitted whole.
     pub fn write_all<'a>(
         &mut self,
-        frames: impl ExactSizeIterator<Item = &'a [ReadSegment<'a>]>,
-        results: &mut [i32],
+        frames: impl Iterator<Item = &'a [ReadSegment<'a>]>,
+        results: &mut [i32; MAX_WRITES],
     ) -> Result<(), SubmitError> {
-        let most = frames.len();
-        assert!(most <= MAX_WRITES && most <= results.len(), "a burst has at most 64 frames");
         let target = types::Fixed(0);
         let mut queue = self.ring.submission();
         // What is left of an earlier burst points to segments that may be gone.
         assert!(queue.is_empty(), "an instance that failed is not used again");
         let mut count = 0;
-        // No more than it has promised: each needs its place among the results.
-        for segments in frames.take(most) {
+        for segments in frames {
+            assert!(count < MAX_WRITES, "a burst has at most 64 frames");
             let entry = match segments {
                 // Saves the kernel a copy of the list.
                 [only] => opcode::Write::new(target, only.start(), only.len() as u32).build(),
@@ -140,7 +137,7 @@ impl Writer {
     }
 
     /// Takes the completions that are there; returns how many.
-    fn reap(&mut self, results: &mut [i32]) -> usize {
+    fn reap(&mut self, results: &mut [i32; MAX_WRITES]) -> usize {
         let mut count = 0;
         for completion in self.ring.completion() {
             results[completion.user_data() as usize] = completion.result();
@@ -156,7 +153,7 @@ impl Writer {
         &mut self,
         count: usize,
         mut pending: usize,
-        results: &mut [i32],
+        results: &mut [i32; MAX_WRITES],
         source: io::Error,
     ) -> SubmitError {
         let unsubmitted = self.ring.submission().len();
@@ -207,7 +204,7 @@ mod tests {
         let segments: Vec<_> = frames.iter().map(|frame| [ReadSegment::of_bytes(frame)]).collect();
         let burst = || segments.iter().map(|segments| &segments[..]);
         writer.script = [submit_only::<8>, fail].into();
-        let mut results = [0; 16];
+        let mut results = [0; MAX_WRITES];
         let error = writer.write_all(burst(), &mut results).unwrap_err();
         assert_eq!(error.submitted, 8);
         assert_eq!(error.source.raw_os_error(), Some(libc::EBUSY));
@@ -247,9 +244,9 @@ mod tests {
         let Ok(mut writer) = Writer::new(&ours) else { return };
         let segments = [[ReadSegment::of_bytes(b"a")], [ReadSegment::of_bytes(b"b")]];
         writer.script.push_back(submit_only::<1>);
-        let mut results = [0; 2];
+        let mut results = [0; MAX_WRITES];
         writer.write_all(segments.iter().map(|segments| &segments[..]), &mut results).unwrap();
-        assert_eq!(results, [1, 1]);
+        assert_eq!(results[..2], [1, 1]);
         for expected in [b"a", b"b"] {
             let mut byte = [0];
             theirs.recv(&mut byte).unwrap();

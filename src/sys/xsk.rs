@@ -59,6 +59,15 @@ impl Descriptor {
     pub const HAS_METADATA: u32 = libc::XDP_TX_METADATA;
     /// Says that the frame goes on in the next descriptor.
     pub const CONTINUES: u32 = libc::XDP_PKT_CONTD;
+
+    /// The same frame, with a number below 65536 in the part of its address that the kernel only adds to the
+    /// rest. The kernel completes an address as it got it, so the number comes back.
+    #[inline(always)]
+    #[must_use]
+    pub fn tagged(self, number: usize) -> Self {
+        let number = number as u64;
+        Descriptor { address: (self.address - number) | number << ADDRESS_BITS, ..self }
+    }
 }
 
 /// `struct xsk_tx_metadata` with a request to complete the checksum.

@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_net::{
 };
 
 use super::{Ring, RingState, Session};
-use crate::guest::{Budget, Burst, Chain, Command, Fault, Published, Virtqueue};
+use crate::guest::{Budget, Chain, Command, Fault, Published, Virtqueue};
 
 /// Commands that are answered in one turn.
 const BUDGET: Budget = Budget { chains: 16, bytes: usize::MAX };
@@ -49,9 +49,9 @@ impl<'s> ControlQueue<'s> {
     /// Asks for a kick; says whether there are commands already.
     ///
     /// # Errors
-    /// As [`Virtqueue::arm`].
+    /// As [`Virtqueue::enable_notify`].
     pub(super) fn arm(&mut self) -> Result<bool, Fault> {
-        self.queue.arm()
+        self.queue.enable_notify()
     }
 
     /// Answers a few commands; says whether there were any.
@@ -59,11 +59,10 @@ impl<'s> ControlQueue<'s> {
     /// # Errors
     /// As [`Virtqueue::pop`].
     pub(super) fn answer(&mut self) -> Result<bool, Fault> {
-        let mut burst = Burst::new();
-        let popped = self.queue.pop(&mut burst, BUDGET);
-        for chain in burst {
-            let written = carry_out(&chain, self.pairs);
-            self.queue.retire(chain, written);
+        let popped = self.queue.pop(BUDGET);
+        while self.queue.in_flight() > 0 {
+            let written = carry_out(&self.queue.chain(self.queue.next_used()), self.pairs);
+            self.queue.push_used(written);
         }
         if self.queue.publish() == Published::Call {
             self.ring.call.signal();
@@ -73,7 +72,7 @@ impl<'s> ControlQueue<'s> {
 }
 
 /// Answers a command of a device with so many queue pairs; returns the bytes written.
-fn carry_out(chain: &Chain<'_, Command>, pairs: u16) -> u32 {
+fn carry_out(chain: &Chain<'_, '_, Command>, pairs: u16) -> u32 {
     let (command, answer) = chain.parts();
     let (mut bytes, mut have) = ([0; 4], 0);
     for segment in command {

@@ -1,5 +1,6 @@
 //! A session of a worker: turns, and the sleep between them.
 
+use std::mem::take;
 use std::time::{Duration, Instant};
 
 use log::{debug, error, info, warn};
@@ -13,11 +14,9 @@ use super::spoofing::SpoofingLog;
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
 use crate::counters::{DirectionCounters, Drop};
-use crate::guest::{
-    Budget, Burst, Direction, Fault, GuestMemory, Published, Readable, Virtqueue, Writable,
-};
+use crate::guest::{Budget, Direction, Fault, GuestMemory, Published, Readable, Virtqueue};
 use crate::policy::{Limiter, Limits};
-use crate::port::{Finished, HostQueue, Outcome, Port, Terms};
+use crate::port::{Completions, HostQueue, Port, Terms, Virtqueues};
 use crate::status::PairStatus;
 use crate::vnet_header::LINK_OVERHEAD;
 
@@ -30,29 +29,24 @@ const LIMIT_CHANGES: Duration = Duration::from_millis(100);
 /// How long a worker that cannot wait does nothing, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// One direction of the pair: its ring, and what was popped from it and not yet lent.
-struct Side<'s, D: Direction> {
+/// One direction of the pair, beside its virtqueue.
+struct ActiveRing<'s> {
     ring: &'s Ring,
-    queue: Virtqueue<'s, D>,
-    burst: Burst<'s, D>,
-    /// How many of these the port's limit has let pass already.
-    passed: usize,
-    /// Segments, beyond the first of each frame, that the limit has counted in advance.
-    foreseen: u64,
     counters: &'s DirectionCounters,
-    /// Whether the card's link is up.
-    link: bool,
+    /// Whether its frames move: the ring is enabled, and the link is up.
+    is_enabled: bool,
 }
 
-impl<'s, D: Direction> Side<'s, D> {
-    fn start(
+impl<'s> ActiveRing<'s> {
+    /// Starts a ring of the session, if it has it.
+    fn start<D: Direction>(
         name: &str,
         session: &'s Session,
         index: u16,
         ring: &'s Option<Ring>,
         counters: &'s DirectionCounters,
-    ) -> Result<Option<Self>, Fault> {
-        let Some(ring) = ring else { return Ok(None) };
+    ) -> Result<(Option<Self>, Option<Virtqueue<'s, D>>), Fault> {
+        let Some(ring) = ring else { return Ok((None, None)) };
         let notification = session.negotiated.notification();
         let mut queue = Virtqueue::start(&session.memory, ring.layout, notification)?;
         queue.note_inflight(index);
@@ -64,38 +58,55 @@ impl<'s, D: Direction> Side<'s, D> {
                 ring.base
             );
         }
-        let (burst, link) = (Burst::new(), session.link);
-        Ok(Some(Side { ring, queue, burst, passed: 0, foreseen: 0, counters, link }))
+        let is_enabled = ring.state == RingState::Enabled && session.link;
+        Ok((Some(ActiveRing { ring, counters, is_enabled }), Some(queue)))
     }
 
-    /// Whether its frames move.
-    fn is_enabled(&self) -> bool {
-        self.ring.state == RingState::Enabled && self.link
-    }
-
-    /// Shows the driver what was retired, and calls it if it asked for that.
-    fn publish(&mut self) {
-        match self.queue.publish() {
+    /// Shows the driver what has completed, and calls it if it asked for that.
+    fn publish<D: Direction>(&self, queue: &mut Virtqueue<'_, D>) {
+        match queue.publish() {
             Published::Nothing => {}
             Published::Call if self.ring.call.signal() => self.counters.calls.add(1),
-            Published::Call | Published::Quietly => self.counters.calls_suppressed.add(1),
+            Published::Call | Published::Suppressed => self.counters.calls_suppressed.add(1),
         }
     }
 }
 
+/// How far the frames from the guest are, of those that were popped.
+#[derive(Default)]
+struct TxProgress {
+    /// The port has taken all that it was given.
+    has_taken: bool,
+    /// Up to this position the port's rate limit has let them pass.
+    admitted: u16,
+    /// Segments, beyond the first of each frame, charged to the rate limit before headers are checked.
+    precharged_segments: u64,
+}
+
+impl TxProgress {
+    /// Whether the port has taken all that was popped.
+    fn is_done(&self, queue: &Virtqueue<'_, Readable>) -> bool {
+        self.has_taken && self.admitted == queue.next_avail()
+    }
+}
+
 /// Everything of a running session.
-struct Serving<'s> {
-    rx: Option<Side<'s, Writable>>,
-    tx: Option<Side<'s, Readable>>,
+struct ActiveSession<'s> {
+    rx: Option<ActiveRing<'s>>,
+    tx: Option<ActiveRing<'s>>,
+    queues: Virtqueues<'s>,
+    progress: TxProgress,
     control: Option<ControlQueue<'s>>,
     port: Box<dyn Port<'s> + 's>,
-    finished: Finished<'s>,
+    done: Completions,
     memory: &'s GuestMemory,
     status: &'s PairStatus,
     /// When a kick for frames from the guest woke the worker, which are not used yet.
     kicked: Option<Instant>,
     header_length: usize,
     mtu: u16,
+    /// Why frames from the guest are dropped where they do not move.
+    not_moved: Drop,
     limits: &'s Limits,
     capture: &'s Capture,
     pair: u16,
@@ -120,43 +131,47 @@ pub(super) fn serve(
     let counters = &status.counters;
     counters.sessions.add(1);
     let (name, first) = (&options.name, 2 * options.pair);
-    let sides = Side::start(name, session, first, &session.rx, &counters.rx)
-        .and_then(|rx| Ok((rx, Side::start(name, session, first + 1, &session.tx, &counters.tx)?)));
-    let sides = sides.and_then(|(rx, tx)| Ok((rx, tx, ControlQueue::start(session)?)));
-    let (rx, tx, control) = match sides {
-        Ok(sides) => sides,
+    let started = ActiveRing::start(name, session, first, &session.rx, &counters.rx)
+        .and_then(|rx| {
+            Ok((rx, ActiveRing::start(name, session, first + 1, &session.tx, &counters.tx)?))
+        })
+        .and_then(|(rx, tx)| Ok((rx, tx, ControlQueue::start(session)?)));
+    let ((rx, rx_queue), (tx, tx_queue), control) = match started {
+        Ok(started) => started,
         Err(fault) => return stopped(session, options, &fault, Ended::default()),
     };
     let terms = Terms {
         negotiated: session.negotiated,
         mtu: session.mtu,
         link: session.link,
-        receives: rx.as_ref().is_some_and(Side::is_enabled),
+        receives: rx.as_ref().is_some_and(|rx| rx.is_enabled),
         rx_size: session.rx.as_ref().map_or(0, |ring| ring.layout.size),
         rules: session.rules.clone(),
         tx_filter: options.tx_filter.clone(),
         tally: options.tally.clone(),
         capture: options.capture.clone(),
     };
-    let port = host.session(&session.memory, &terms);
+    let queues = Virtqueues { tx: tx_queue, rx: rx_queue };
+    let port = host.session(&session.memory, &queues, &terms);
     let header_length = session.negotiated.header_length();
     let sizes = [&session.rx, &session.tx].into_iter().flatten().map(|ring| ring.layout.size);
     let smaller = sizes.min().unwrap_or(0);
-    let finished = Finished::default();
-    let memory = &*session.memory;
-    let limits = &*options.limits;
-    let mut serving = Serving {
+    let admitted = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
+    let mut active = ActiveSession {
         rx,
         tx,
+        queues,
+        progress: TxProgress { has_taken: true, admitted, precharged_segments: 0 },
         control,
         port,
-        finished,
-        memory,
+        done: Completions::default(),
+        memory: &session.memory,
         status,
         kicked: None,
         header_length,
         mtu: session.mtu,
-        limits,
+        not_moved: if session.link { Drop::Disabled } else { Drop::LinkDown },
+        limits: &options.limits,
         capture: &options.capture,
         pair: options.pair,
         rx_allowance: usize::MAX,
@@ -164,12 +179,12 @@ pub(super) fn serve(
         replies: Replies::new(),
         spoofing,
     };
-    let result = serving.turn_until_command(options, mailbox);
-    serving.surrender();
+    let result = active.turn_until_command(options, mailbox);
+    active.stop();
     let ended = Ended {
-        rx: serving.rx.as_ref().map(|side| side.queue.next_used()),
-        tx: serving.tx.as_ref().map(|side| side.queue.next_used()),
-        control: serving.control.as_ref().map(ControlQueue::next_used),
+        rx: active.queues.rx.as_ref().map(Virtqueue::next_used),
+        tx: active.queues.tx.as_ref().map(Virtqueue::next_used),
+        control: active.control.as_ref().map(ControlQueue::next_used),
         fault: None,
     };
     match result {
@@ -212,7 +227,7 @@ fn tell_frontend(session: &Session) {
     }
 }
 
-impl Serving<'_> {
+impl ActiveSession<'_> {
     /// Turns while something moves; else takes a nap where that pays, or arms the rings, looks once more,
     /// and sleeps.
     fn turn_until_command(
@@ -252,12 +267,12 @@ impl Serving<'_> {
             }
             self.status.counters.sleeps.add(1);
             self.status.set_mode(self.port.mode());
-            if self.tx.as_ref().is_some_and(|tx| tx.burst.is_empty()) {
+            if self.queues.tx.as_ref().is_some_and(|tx| self.progress.is_done(tx)) {
                 // What the last kick was for has been seen to before.
                 self.kicked = None;
             }
             let told = self.spoofing.report(&self.status.counters.tx);
-            let mut readiness = self.port.readiness();
+            let mut readiness = self.port.readiness(&self.queues);
             let timeouts = readiness.timeout.into_iter().chain(self.held_back()).chain(told);
             readiness.timeout = timeouts.min();
             let woken = sleeper.sleep(&readiness, mailbox).unwrap_or_else(|error| {
@@ -270,41 +285,72 @@ impl Serving<'_> {
         Ok(())
     }
 
-    /// One turn: lends, reaps, retires, publishes. Says whether anything moved.
+    /// One turn. Says whether anything moved.
     fn turn(&mut self) -> Result<bool, Fault> {
         if self.memory.is_lost() {
             return Err(Fault::MemoryLost);
         }
-        let mut moved = false;
-        if let Some(tx) = self.tx.as_mut().filter(|tx| tx.ring.state != RingState::Waiting) {
-            if tx.burst.is_empty() {
-                tx.queue.pop(&mut tx.burst, TX_BUDGET)?;
-            }
-            if !tx.burst.is_empty() {
-                tx.queue.disarm();
-                if tx.is_enabled() {
-                    let mtu = usize::from(self.mtu);
-                    transmit(&mut *self.port, tx, &self.limits.tx, self.header_length, mtu);
-                    #[cfg(debug_assertions)]
-                    crate::fault_point::panic_if("worker", |frames| {
-                        tx.counters.frames.get() >= frames
-                    });
-                } else {
-                    let reason = if tx.link { Drop::Disabled } else { Drop::LinkDown };
-                    let dropped = Outcome::Dropped(reason);
-                    self.finished.tx.extend(tx.burst.drain(..).map(|chain| (chain, dropped)));
-                }
-            }
+        self.done.captures = self.capture.is_on();
+        self.transmit()?;
+        let mut moved = self.post()?;
+        self.limit_rx();
+        self.port.reap(&mut self.queues, &mut self.done);
+        self.charge();
+        moved |= self.publish();
+        if moved {
+            self.status.counters.turns.add(1);
+            self.status.set_mode(self.port.mode());
         }
-        if let Some(rx) = self.rx.as_mut().filter(|rx| rx.is_enabled()) {
-            if rx.burst.is_empty() {
-                moved |= rx.queue.pop(&mut rx.burst, RX_BUDGET)? > 0;
-            }
-            if !rx.burst.is_empty() {
-                rx.queue.disarm();
-                self.port.post(&mut rx.burst);
-            }
+        Ok(moved)
+    }
+
+    /// Pops frames from the guest, once the port has taken all before them, and has it send them.
+    fn transmit(&mut self) -> Result<(), Fault> {
+        let (Some(tx), Some(queue)) = (&self.tx, &mut self.queues.tx) else { return Ok(()) };
+        if tx.ring.state == RingState::Waiting {
+            return Ok(());
         }
+        if self.progress.is_done(queue) && queue.pop(TX_BUDGET)? == 0 {
+            return Ok(());
+        }
+        queue.disable_notify();
+        if !tx.is_enabled {
+            self.progress.admitted = queue.next_avail();
+            self.done.drop_all(queue, self.progress.admitted, self.not_moved);
+            return Ok(());
+        }
+        let (before, mtu) = (self.progress.admitted, usize::from(self.mtu));
+        if self.progress.admit(queue, &self.limits.tx, self.header_length, mtu) {
+            tx.counters.limited.add(1);
+        }
+        let until = self.progress.admitted;
+        if self.progress.has_taken && until == before {
+            return Ok(());
+        }
+        self.progress.has_taken = self.port.transmit(&mut self.queues, until, &mut self.done);
+        #[cfg(debug_assertions)]
+        crate::fault_point::panic_if("worker", |frames| tx.counters.frames.get() >= frames);
+        Ok(())
+    }
+
+    /// Pops rx buffers, as many as the port has use for; says whether there were any.
+    fn post(&mut self) -> Result<bool, Fault> {
+        let Some(queue) = self.queues.rx.as_mut() else { return Ok(false) };
+        let wanted = self.port.max_buffers().saturating_sub(queue.in_flight());
+        if wanted == 0 || !self.rx.as_ref().is_some_and(|rx| rx.is_enabled) {
+            return Ok(false);
+        }
+        let budget = Budget { chains: RX_BUDGET.chains.min(wanted), ..RX_BUDGET };
+        if queue.pop(budget)? == 0 {
+            return Ok(false);
+        }
+        queue.disable_notify();
+        self.port.post(&mut self.queues);
+        Ok(true)
+    }
+
+    /// Has the port take as many frames for the guest as the port's rate limit lets pass.
+    fn limit_rx(&mut self) {
         let limited = self.limits.rx.is_limited();
         if limited || self.rx_allowance != usize::MAX {
             let before = self.rx_allowance;
@@ -314,14 +360,6 @@ impl Serving<'_> {
             }
             self.port.limit_rx(self.rx_allowance);
         }
-        self.port.reap(&mut self.finished);
-        self.charge();
-        moved |= self.retire();
-        if moved {
-            self.status.counters.turns.add(1);
-            self.status.set_mode(self.port.mode());
-        }
-        Ok(moved)
     }
 
     /// Answers the guest's commands; says whether there were any.
@@ -332,20 +370,22 @@ impl Serving<'_> {
     /// Counts, towards the port's limits, what is known of frames only now: those for the guest,
     /// and the segments of those from it.
     fn charge(&mut self) {
-        let Finished { rx_frames, rx_bytes, rx_surplus, tx_surplus, .. } = &mut self.finished;
-        let (rx, tx) = (std::mem::take(rx_surplus), std::mem::take(tx_surplus));
-        if self.limits.rx.is_limited() && *rx_frames > 0 {
-            self.limits.rx.charge(*rx_frames + rx.packets, *rx_bytes + rx.bytes);
+        let Completions { rx, tx, .. } = &self.done;
+        if self.limits.rx.is_limited() && rx.frames > 0 {
+            self.limits.rx.charge(rx.frames + rx.surplus.packets, rx.bytes + rx.surplus.bytes);
         }
-        if let Some(side) = self.tx.as_mut().filter(|_| self.limits.tx.is_limited()) {
-            let foreseen = side.foreseen.min(tx.packets);
-            side.foreseen -= foreseen;
-            if tx.packets > 0 {
-                self.limits.tx.charge(tx.packets - foreseen, tx.bytes);
+        if self.limits.tx.is_limited()
+            && let Some(queue) = &self.queues.tx
+        {
+            let progress = &mut self.progress;
+            let precharged = progress.precharged_segments.min(tx.surplus.packets);
+            progress.precharged_segments -= precharged;
+            if tx.surplus.packets > 0 {
+                self.limits.tx.charge(tx.surplus.packets - precharged, tx.surplus.bytes);
             }
-            if side.burst.is_empty() {
-                // What is left was foreseen for frames that were dropped.
-                side.foreseen = 0;
+            if progress.is_done(queue) {
+                // What is left was charged for frames that were dropped.
+                progress.precharged_segments = 0;
             }
         }
     }
@@ -353,77 +393,77 @@ impl Serving<'_> {
     /// How long a limit still holds back what it has held back in this turn.
     fn held_back(&self) -> Option<Duration> {
         let limits = self.limits;
-        let tx = self.tx.as_ref().is_some_and(|tx| tx.burst.len() > tx.passed);
+        let held = |queue: &Virtqueue<'_, _>| queue.next_avail() != self.progress.admitted;
+        let tx = self.queues.tx.as_ref().is_some_and(held);
         let tx = (tx && limits.tx.is_limited()).then(|| limits.tx.wait());
         let rx = (self.rx_allowance == 0).then(|| limits.rx.wait());
         tx.into_iter().chain(rx).min().map(|wait| wait.min(LIMIT_CHANGES))
     }
 
-    /// Writes used entries for everything that has finished, and publishes each ring once.
-    fn retire(&mut self) -> bool {
-        let finished = &mut self.finished;
+    /// Publishes the chains that have completed, and counts their frames; says whether there were any.
+    fn publish(&mut self) -> bool {
         if let Some(recorder) = self.capture.recorder() {
-            record(&recorder, self.pair, finished, self.header_length);
-        } else if !finished.tx_starts.is_empty() {
-            finished.tx_starts.clear();
+            record(&recorder, self.pair, &self.queues, &mut self.done, self.header_length);
+        } else if !self.done.captured.is_empty() {
+            self.done.captured.clear();
         }
-        let mut moved = false;
         // First what a guest is given: what a loopback carries is rather sent twice than lost if the
         // process is killed in between.
-        if let Some(rx) = self.rx.as_mut().filter(|_| !finished.rx.is_empty()) {
-            moved = true;
-            let retired = finished.rx.len();
-            rx.counters.bursts.observe(retired as u64);
-            for (chain, written) in finished.rx.drain(..) {
-                rx.queue.retire(chain, written);
-            }
-            self.naps.note(finished.rx_frames, retired);
-            self.replies.note_given(finished.rx_frames, finished.rx_bytes);
-            rx.counters.frames.add(std::mem::take(&mut finished.rx_frames));
-            rx.counters.bytes.add(std::mem::take(&mut finished.rx_bytes));
-            rx.publish();
-        }
-        if let Some(tx) = self.tx.as_mut().filter(|_| !finished.tx.is_empty()) {
-            moved = true;
-            let (mut frames, mut bytes) = (0, 0);
-            let retired = finished.tx.len();
-            tx.counters.bursts.observe(retired as u64);
-            for (chain, outcome) in finished.tx.drain(..) {
-                match outcome {
-                    Outcome::Sent => {
-                        frames += 1;
-                        bytes += (chain.len() - self.header_length) as u64;
-                    }
-                    Outcome::Dropped(reason) => {
-                        tx.counters.dropped(reason, 1);
-                        self.spoofing.note(reason);
-                    }
-                }
-                tx.queue.retire(chain, 0);
-            }
-            // A guest that floods lets its worker never sleep.
-            self.spoofing.report(tx.counters);
-            self.naps.note(frames, retired);
-            self.replies.note_sent();
-            tx.counters.frames.add(frames);
-            tx.counters.bytes.add(bytes);
-            tx.publish();
-            if let Some(kicked) = self.kicked.take() {
-                let waited = kicked.elapsed().as_micros() as u64;
-                self.status.counters.kick_to_used.observe(waited);
-            }
-        }
-        for (reason, frames) in finished.rx_dropped.drain(..) {
-            moved = true;
-            self.status.counters.rx.dropped(reason, frames);
-        }
+        let moved = self.publish_rx() | self.publish_tx();
         for (copied, counters) in [
-            (&mut finished.rx_copied, &self.status.counters.rx),
-            (&mut finished.tx_copied, &self.status.counters.tx),
+            (&mut self.done.rx_copied, &self.status.counters.rx),
+            (&mut self.done.tx_copied, &self.status.counters.tx),
         ] {
             copied.drain(..).for_each(|reason| counters.copied(reason, 1));
         }
         moved
+    }
+
+    fn publish_rx(&mut self) -> bool {
+        let (moved, counters) = (take(&mut self.done.rx), &self.status.counters.rx);
+        let mut any = false;
+        for (reason, frames) in self.done.rx_dropped.drain(..) {
+            any = true;
+            counters.dropped(reason, frames);
+        }
+        let (Some(rx), Some(queue)) = (&self.rx, &mut self.queues.rx) else { return any };
+        let completed = queue.completed();
+        if completed == 0 {
+            return any;
+        }
+        counters.bursts.observe(completed as u64);
+        self.naps.note(moved.frames, completed);
+        self.replies.note_given(moved.frames, moved.bytes);
+        counters.frames.add(moved.frames);
+        counters.bytes.add(moved.bytes);
+        rx.publish(queue);
+        true
+    }
+
+    fn publish_tx(&mut self) -> bool {
+        let (moved, counters) = (take(&mut self.done.tx), &self.status.counters.tx);
+        let (Some(tx), Some(queue)) = (&self.tx, &mut self.queues.tx) else { return false };
+        let completed = queue.completed();
+        if completed == 0 {
+            return false;
+        }
+        counters.bursts.observe(completed as u64);
+        for (reason, frames) in self.done.tx_dropped.drain(..) {
+            counters.dropped(reason, frames);
+            self.spoofing.note(reason);
+        }
+        // A guest that floods lets its worker never sleep.
+        self.spoofing.report(counters);
+        self.naps.note(moved.frames, completed);
+        self.replies.note_sent();
+        counters.frames.add(moved.frames);
+        counters.bytes.add(moved.bytes);
+        tx.publish(queue);
+        if let Some(kicked) = self.kicked.take() {
+            let waited = kicked.elapsed().as_micros() as u64;
+            self.status.counters.kick_to_used.observe(waited);
+        }
+        true
     }
 
     /// Turns for a while in which nothing may move; says whether something did.
@@ -450,9 +490,12 @@ impl Serving<'_> {
 
     /// Turns where the guest is about to answer what it was given, until it has.
     fn look_for_reply(&mut self, mailbox: &Mailbox) -> Result<bool, Fault> {
-        let Some(tx) = self.tx.as_mut().filter(|tx| tx.is_enabled()) else { return Ok(false) };
+        let Some(tx) = self.queues.tx.as_mut() else { return Ok(false) };
+        if !self.tx.as_ref().is_some_and(|tx| tx.is_enabled) {
+            return Ok(false);
+        }
         let Some(end) = self.replies.begin() else { return Ok(false) };
-        tx.queue.disarm();
+        tx.disable_notify();
         let mut moved = false;
         while !self.replies.have_come() && Instant::now() < end && !mailbox.has_command() {
             self.port.woken(true);
@@ -479,20 +522,24 @@ impl Serving<'_> {
 
     /// Asks the driver for kicks where they are of use; says whether it has been faster.
     ///
-    /// A ring whose burst waits for the port needs none: the port's readiness wakes the worker.
+    /// A ring whose chains wait for the port needs none: the port's readiness wakes the worker.
     /// Nor does the rx ring while the port has buffers enough.
     fn arm(&mut self) -> Result<bool, Fault> {
-        let starved = self.port.readiness().starved;
+        let starved = self.port.readiness(&self.queues).starved;
         let mut more = false;
-        let waiting = RingState::Waiting;
-        let tx = self.tx.as_mut().filter(|tx| tx.burst.is_empty() && tx.ring.state != waiting);
-        if let Some(tx) = tx {
-            more |= tx.queue.arm()?;
+        let serves = |tx: &ActiveRing<'_>| tx.ring.state != RingState::Waiting;
+        if let Some(queue) = &mut self.queues.tx
+            && self.progress.is_done(queue)
+            && self.tx.as_ref().is_some_and(serves)
+        {
+            more |= queue.enable_notify()?;
         }
-        let rx = self.rx.as_mut().filter(|rx| rx.is_enabled() && rx.burst.is_empty() && starved);
-        if let Some(rx) = rx {
+        if let Some(queue) = &mut self.queues.rx
+            && starved
+            && self.rx.as_ref().is_some_and(|rx| rx.is_enabled)
+        {
             self.status.counters.starved.add(1);
-            more |= rx.queue.arm()?;
+            more |= queue.enable_notify()?;
         }
         if let Some(control) = &mut self.control {
             more |= control.arm()?;
@@ -514,56 +561,46 @@ impl Serving<'_> {
         }
     }
 
-    /// Ends the host side; what was not used goes back, what was is shown to the driver.
-    fn surrender(&mut self) {
-        self.port.recall(&mut self.finished);
-        self.retire();
-        let (unused_tx, unused_rx) = (
-            std::mem::take(&mut self.finished.unused_tx),
-            std::mem::take(&mut self.finished.unused_rx),
-        );
-        if let Some(tx) = &mut self.tx {
-            for chain in unused_tx.into_iter().chain(tx.burst.drain(..)) {
-                tx.queue.take_back(chain);
-            }
+    /// Stops the host side; what has completed is shown to the driver, and the rest is as it was.
+    fn stop(&mut self) {
+        self.port.stop(&mut self.queues, &mut self.done);
+        self.publish();
+        if let Some(tx) = &mut self.queues.tx {
+            tx.unpop_all();
         }
-        if let Some(rx) = &mut self.rx {
-            for chain in unused_rx.into_iter().chain(rx.burst.drain(..)) {
-                rx.queue.take_back(chain);
-            }
+        if let Some(rx) = &mut self.queues.rx {
+            rx.unpop_all();
         }
     }
 }
 
-/// Lends the port as much of the burst as the port's limit lets pass.
-fn transmit<'s>(
-    port: &mut dyn Port<'s>,
-    tx: &mut Side<'s, Readable>,
-    limiter: &Limiter,
-    header_length: usize,
-    mtu: usize,
-) {
-    if !limiter.is_limited() {
-        tx.passed = 0;
-        return port.transmit(&mut tx.burst);
-    }
-    // Segments have the MTU, as a rule. How many there are is known when the header was checked.
-    let packets = |bytes: usize| {
-        if bytes <= mtu + LINK_OVERHEAD { 1 } else { bytes.div_ceil(mtu) as u64 }
-    };
-    let lengths = tx.burst.iter().map(|chain| chain.len().saturating_sub(header_length));
-    let lengths = lengths.skip(tx.passed);
-    let admitted = limiter.admit(lengths.clone().map(|bytes| (packets(bytes), bytes as u64)));
-    tx.foreseen += lengths.take(admitted).map(|bytes| packets(bytes) - 1).sum::<u64>();
-    tx.passed += admitted;
-    if tx.passed == 0 {
-        return;
-    }
-    let mut rest = tx.burst.split_off(tx.passed);
-    port.transmit(&mut tx.burst);
-    tx.passed = tx.burst.len();
-    if !rest.is_empty() {
-        tx.counters.limited.add(1);
-        tx.burst.append(&mut rest);
+impl TxProgress {
+    /// Lets frames pass, as many of those that were popped as the rate limit does; says whether it holds
+    /// back any behind others.
+    fn admit(
+        &mut self,
+        queue: &Virtqueue<'_, Readable>,
+        limiter: &Limiter,
+        header_length: usize,
+        mtu: usize,
+    ) -> bool {
+        let popped = queue.next_avail();
+        if !limiter.is_limited() || self.admitted == popped {
+            self.admitted = popped;
+            return false;
+        }
+        // Segments have the MTU, as a rule. How many there are is known when the header was checked.
+        let packets = |bytes: usize| {
+            if bytes <= mtu + LINK_OVERHEAD { 1 } else { bytes.div_ceil(mtu) as u64 }
+        };
+        let first = self.admitted;
+        let lengths = (0..popped.wrapping_sub(first)).map(|index| {
+            queue.chain(first.wrapping_add(index)).len().saturating_sub(header_length)
+        });
+        let admitted = limiter.admit(lengths.clone().map(|bytes| (packets(bytes), bytes as u64)));
+        self.precharged_segments +=
+            lengths.take(admitted).map(|bytes| packets(bytes) - 1).sum::<u64>();
+        self.admitted = first.wrapping_add(admitted as u16);
+        admitted > 0 && self.admitted != popped
     }
 }

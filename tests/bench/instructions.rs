@@ -7,10 +7,11 @@
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::process::{Command, Stdio, exit};
+use std::time::Duration;
 use std::{env, fs};
 
 use nix::sys::signal::Signal;
-use vhost_user_net::features::Offloads;
+use vhost_user_net::features::{Offer, OfferOptions, PortOffloads};
 use vhost_user_net::policy::FilterView;
 use vhost_user_net::vnet_header::{Admission, PrivateStart, admit};
 use vmm_sys_util::tempdir::TempDir;
@@ -30,6 +31,8 @@ const TOLERANCE: f64 = 1.03;
 const ADMISSIONS: usize = 10_000;
 /// Chains of a ring, which are all made available at once.
 const LAP: u16 = 256;
+/// Frames of a burst.
+const BURST: usize = 64;
 /// How often that is, in a short run and in a long one: what they have in common does not count.
 const LAPS: [usize; 2] = [8, 40];
 
@@ -89,11 +92,13 @@ fn count_all() -> Counts {
             ("worker-tap-tx", "--tap=tap0", worker_tx as Way),
             ("worker-tap-rx", "--tap=tap0", worker_rx),
             ("worker-af-xdp-tx", "--af-xdp=veth0", worker_tx),
+            ("worker-af-xdp-rx", "--af-xdp=veth0", worker_rx_posted),
             ("worker-loopback", "--loopback", worker_tx),
         ] {
             // In a thread, for it moves into a network namespace.
-            let measure =
-                |laps| std::thread::spawn(move || of_a_worker(port, way, laps)).join().unwrap();
+            let measure = |laps| {
+                std::thread::spawn(move || of_a_worker(name, port, way, laps)).join().unwrap()
+            };
             let frames = (LAPS[1] - LAPS[0]) * usize::from(LAP);
             let least = |laps| {
                 let runs = (0..RUNS).map(|_| measure(laps));
@@ -103,7 +108,8 @@ fn count_all() -> Counts {
             note(name, (long.0 - short.0) / frames as f64);
             // Ports share the C library's arena, and its lock: no burst allocates memory.
             assert!(short.1 > 0, "allocations are not counted");
-            assert!(long.1 < short.1 + LAPS[1] - LAPS[0], "{name} allocates: {short:?}, {long:?}");
+            let bursts = frames / BURST;
+            assert!(long.1 < short.1 + bursts, "{name} allocates: {short:?}, {long:?}");
         }
     } else {
         crate::support::skip("instructions of workers", "needs root for network namespaces");
@@ -145,22 +151,13 @@ pub(crate) fn counted(name: &str) {
         return ring::count();
     }
     let (_, (header, frame)) = frames().into_iter().find(|(it, _)| *it == name).unwrap();
-    let admission = Admission {
-        header_length: HEADER,
-        offloads: Offloads {
-            checksum: true,
-            tcp4: true,
-            tcp6: true,
-            ecn: true,
-            udp4: true,
-            udp6: true,
-        },
-        max_frame: 1522,
-        rules: None,
-        filter: FilterView::new(Default::default()),
-        peeks: false,
-        copies_small: true,
-    };
+    let options = OfferOptions { guest_segmentation: true, mac: false, ring_reset: false };
+    let offer = Offer::new(PortOffloads::ALL, options);
+    let negotiated = offer.accept(offer.bits()).unwrap();
+    let mut admission =
+        Admission::new(&negotiated, 1522, None, FilterView::new(Default::default()));
+    admission.copies_small = true;
+    admission.begin_burst(false);
     ring::with_frame(&header, &frame, |chain| {
         let mut start = PrivateStart::default();
         counted_header(&mut || {
@@ -188,11 +185,15 @@ fn frames() -> [(&'static str, Frame); 4] {
     ]
 }
 
-/// Moves so many laps of frames, and waits for each.
-type Way = fn(&mut Card, &Wire, usize);
+/// The host's end of the port's device, and the daemon.
+type Host<'a> = (&'a Wire, &'a Daemon);
 
-/// Instructions of a worker's session, and how often it allocates memory.
-fn of_a_worker(port: &str, way: Way, laps: usize) -> (f64, usize) {
+/// Moves so many laps of frames, and waits for each.
+type Way = fn(&mut Card, Host, usize);
+
+/// Instructions of a worker's session, and how often it allocates memory. Its profile is kept in the directory
+/// that KEEP_PROFILE names.
+fn of_a_worker(name: &str, port: &str, way: Way, laps: usize) -> (f64, usize) {
     let wire = if port == "--loopback" {
         enter_new_namespace();
         Wire::open("lo")
@@ -200,8 +201,14 @@ fn of_a_worker(port: &str, way: Way, laps: usize) -> (f64, usize) {
         enter_namespace_for(port)
     };
     let mut log_is_stderr = callgrind("*worker*session*serve*");
+    // Not opening a socket, nor what the kernel tells of the device, as often as it likes: these switch
+    // counting off again.
+    for function in ["*XdpPort*::open", "*XdpPort*::host_changed"] {
+        log_is_stderr.push(format!("--toggle-collect={function}"));
+    }
     let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-bench-").unwrap();
     let profile = directory.as_path().join("profile");
+    log_is_stderr.push("--separate-threads=yes".into());
     log_is_stderr.push(format!("--callgrind-out-file={}", profile.display()));
     let mut wrapper = vec!["valgrind"];
     wrapper.extend(log_is_stderr.iter().map(|option| &**option));
@@ -218,11 +225,26 @@ fn of_a_worker(port: &str, way: Way, laps: usize) -> (f64, usize) {
         Frontend::new(daemon.connect()),
         Options { size: LAP, features, ..Options::default() },
     );
-    way(&mut card, &wire, laps);
+    way(&mut card, (&wire, &daemon), laps);
     drop(card);
     daemon.signal(Signal::SIGTERM);
     daemon.wait();
-    (collected(&daemon.log()), allocations(&fs::read_to_string(profile).unwrap()))
+    let profiles = fs::read_dir(directory.as_path()).unwrap();
+    let profiles = profiles.map(|file| fs::read_to_string(file.unwrap().path()).unwrap());
+    // One for each thread, and the worker's is the only one that is not empty.
+    let (count, profile) =
+        profiles.map(|it| (total(&it), it)).max_by_key(|(count, _)| *count).unwrap();
+    if let Some(directory) = env::var_os("KEEP_PROFILE") {
+        let name = format!("{}/{name}-{laps}", directory.display());
+        fs::write(name, &profile).unwrap();
+    }
+    (count as f64, allocations(&profile))
+}
+
+/// Instructions of a profile.
+fn total(profile: &str) -> u64 {
+    let total = profile.lines().find_map(|line| line.strip_prefix("totals: "));
+    total.map_or(0, |total| total.trim().parse().unwrap())
 }
 
 /// Calls of `malloc` in a profile of callgrind's (Valgrind manual, "Callgrind format"): a function that is
@@ -245,7 +267,7 @@ fn allocations(profile: &str) -> usize {
 }
 
 /// The guest sends laps of frames; each is sent before the next.
-fn worker_tx(card: &mut Card, _: &Wire, laps: usize) {
+fn worker_tx(card: &mut Card, _: Host, laps: usize) {
     for slot in 0..u64::from(LAP) {
         card.queue_tx(0, slot, &[0; HEADER], &frame(0, 64));
     }
@@ -260,7 +282,7 @@ fn worker_tx(card: &mut Card, _: &Wire, laps: usize) {
 }
 
 /// The host sends laps of frames, each to a guest that has no buffers yet.
-fn worker_rx(card: &mut Card, wire: &Wire, laps: usize) {
+fn worker_rx(card: &mut Card, (wire, _): Host, laps: usize) {
     let send_lap = || (0..LAP).for_each(|_| wire.send(&frame(0, 64)));
     send_lap();
     for _ in 0..laps {
@@ -272,10 +294,32 @@ fn worker_rx(card: &mut Card, wire: &Wire, laps: usize) {
     wait_for_a_lap(|| card.rx[0].recycle());
 }
 
-fn wait_for_a_lap(mut done: impl FnMut() -> usize) {
+/// The host sends laps of frames to a guest that always has buffers for three of its four parts: elsewhere
+/// than in a TAP no frame waits for them.
+fn worker_rx_posted(card: &mut Card, (wire, daemon): Host, laps: usize) {
+    let part = usize::from(LAP) / 4;
+    // A frame too short for its header: when it is used, the socket is open, and buffers are posted next.
+    card.send(0, &[0; 5]);
+    std::thread::sleep(Duration::from_millis(50));
+    for _ in 0..4 * laps {
+        // As one burst.
+        daemon.signal(Signal::SIGSTOP);
+        (0..part).for_each(|_| wire.send(&frame(0, 64)));
+        daemon.signal(Signal::SIGCONT);
+        let rx = &mut card.rx[0];
+        wait_for(part, || rx.recycle());
+        rx.publish();
+    }
+}
+
+fn wait_for_a_lap(done: impl FnMut() -> usize) {
+    wait_for(LAP.into(), done);
+}
+
+fn wait_for(frames: usize, mut done: impl FnMut() -> usize) {
     let mut all = 0;
     eventually("all frames are moved", || {
         all += done();
-        all == usize::from(LAP)
+        all == frames
     });
 }

@@ -9,7 +9,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use vhost_user_net::guest::{
-    Budget, Burst, Chain, GuestMemory, Notification, Readable, RegionRequest, RingLayout, Virtqueue,
+    Budget, Chain, GuestMemory, Notification, Readable, RegionRequest, RingLayout, Virtqueue,
 };
 
 use super::measure::{ROUNDS, median};
@@ -103,31 +103,32 @@ fn with_our_ring<T>(bench: impl FnOnce(&mut dyn FnMut(u16)) -> T) -> T {
     let memory = rings.memory();
     let mut queue = start(&memory);
     let budget = Budget { chains: BURST.into(), bytes: usize::MAX };
-    let mut burst = Burst::new();
     bench(&mut |avail| {
         rings.offer(avail);
-        queue.pop(&mut burst, budget).unwrap();
-        for chain in burst.drain(..) {
-            black_box(chain.segments());
-            queue.retire(chain, 0);
+        queue.pop(budget).unwrap();
+        for position in queue.positions(queue.next_avail()) {
+            black_box(queue.chain(position).len());
         }
+        queue.push_used_run(queue.in_flight());
         black_box(queue.publish());
     })
 }
 
 /// Has `bench` use the chain of a frame, which stands behind its header.
-pub(super) fn with_frame(header: &[u8], frame: &[u8], bench: impl FnOnce(&Chain<'_, Readable>)) {
+pub(super) fn with_frame(
+    header: &[u8],
+    frame: &[u8],
+    bench: impl FnOnce(&Chain<'_, '_, Readable>),
+) {
     let bytes = [header, frame].concat();
     let rings = Rings::new(bytes.len() as u32);
     rings.shared.write_slice(&bytes, GuestAddress(BUFFERS)).unwrap();
     let memory = rings.memory();
     let mut queue = start(&memory);
     rings.offer(1);
-    let mut burst = Burst::new();
-    queue.pop(&mut burst, Budget { chains: 1, bytes: usize::MAX }).unwrap();
-    let chain = burst.pop_front().unwrap();
-    bench(&chain);
-    queue.retire(chain, 0);
+    queue.pop(Budget { chains: 1, bytes: usize::MAX }).unwrap();
+    bench(&queue.chain(queue.next_used()));
+    queue.push_used(0);
 }
 
 /// Chains that [`count`] pops and retires.

@@ -22,8 +22,8 @@ use vhost_user_net::counters::Drop;
 use vhost_user_net::device::{Device, Refusal};
 use vhost_user_net::features::{Negotiated, Offer, OfferOptions, PortOffloads, protocol_features};
 use vhost_user_net::guest::{
-    Budget, Burst, Chain, Direction, GuestMemory, Notification, Readable, RegionRequest,
-    RingLayout, Virtqueue, Writable,
+    Budget, Chain, Direction, GuestMemory, Notification, Readable, RegionRequest, RingLayout,
+    Virtqueue, Writable,
 };
 use vhost_user_net::net_config::{MacAddress, NetConfig};
 use vhost_user_net::policy::filter::{MAX_INSTRUCTIONS, classic, extended};
@@ -34,7 +34,7 @@ use vhost_user_net::port::HostQueue;
 use vhost_user_net::port::af_xdp::segmentation::Segmentation;
 use vhost_user_net::protocol::{Connection, Event};
 use vhost_user_net::sandbox::Sandbox;
-use vhost_user_net::vnet_header::{Admission, Headers, PrivateStart, admit};
+use vhost_user_net::vnet_header::{Admission, Admitted, Headers, PrivateStart, admit};
 use vhost_user_net::worker::{Worker, WorkerOptions};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -102,7 +102,7 @@ impl Guest {
     }
 
     /// Whether each byte of a chain lies in a region.
-    fn check<D: Direction>(&self, chain: &Chain<'_, D>) {
+    fn check<D: Direction>(&self, chain: &Chain<'_, '_, D>) {
         let mut total = 0;
         for segment in chain.segments() {
             let inside = |start: usize, length: usize| {
@@ -145,27 +145,39 @@ fn walk<D: Direction>(
     guest: &Guest,
     layout: RingLayout,
     notification: Notification,
-    mut each: impl FnMut(&Chain<'_, D>) -> u32,
+    mut each: impl FnMut(&Chain<'_, '_, D>) -> u32,
 ) {
     let Ok(mut queue) = Virtqueue::<D>::start(&guest.memory, layout, notification) else { return };
-    let mut burst = Burst::new();
     for last in [false, false, false, false, true] {
         let budget = Budget { chains: 8, bytes: 1 << 20 };
-        let popped = queue.pop(&mut burst, budget);
-        assert!(burst.len() <= usize::from(layout.size), "more chains than heads");
+        let popped = queue.pop(budget);
+        assert!(queue.in_flight() <= usize::from(layout.size), "more chains than heads");
+        for position in queue.positions(queue.next_avail()) {
+            guest.check(&queue.chain(position));
+        }
         if last {
             // As a session that ends.
-            burst.drain(..).for_each(|chain| queue.take_back(chain));
+            queue.unpop_all();
+            assert_eq!((queue.in_flight(), queue.bytes_in_flight()), (0, 0));
             return;
         }
-        queue.disarm();
-        for chain in burst.drain(..) {
-            guest.check(&chain);
+        queue.disable_notify();
+        let mut completed = Vec::new();
+        while queue.in_flight() > 0 {
+            let chain = queue.chain(queue.next_used());
             let written = each(&chain);
-            queue.retire(chain, written);
+            completed.push((chain.head(), chain.len()));
+            queue.push_used(written);
+        }
+        // What has completed is known until the driver may use it again.
+        assert_eq!(queue.completed(), completed.len());
+        for (index, (head, length)) in (0..).zip(completed) {
+            let chain = queue.chain(queue.published().wrapping_add(index));
+            assert_eq!(chain.head(), head);
+            assert!(chain.len() <= length);
         }
         queue.publish();
-        if popped.is_err() || queue.arm().is_err() {
+        if popped.is_err() || queue.enable_notify().is_err() {
             return;
         }
     }
@@ -184,9 +196,7 @@ fn walk_both(guest: &Guest, layout: RingLayout, notification: Notification) {
     let mut start = PrivateStart::default();
     let admission = admission(&negotiated(u64::MAX));
     walk::<Readable>(guest, layout, notification, |chain| {
-        if admit(chain, &admission, &mut start).is_ok() {
-            check_admitted(&start, &admission, chain.len() - admission.header_length);
-        }
+        check_admission(chain, &admission, &mut start);
         let mut bytes = [0; 64];
         chain.read_start(&mut bytes);
         0
@@ -280,15 +290,11 @@ fn negotiated(bits: u64) -> Negotiated {
 }
 
 fn admission(negotiated: &Negotiated) -> Admission {
-    Admission {
-        header_length: negotiated.header_length(),
-        offloads: negotiated.host(),
-        max_frame: 1522,
-        rules: None,
-        filter: FilterView::new(Arc::default()),
-        peeks: false,
-        copies_small: negotiated.mergeable(),
-    }
+    let filter = FilterView::new(Arc::default());
+    let mut admission = Admission::new(negotiated, 1522, None, filter);
+    admission.copies_small = negotiated.mergeable();
+    admission.begin_burst(false);
+    admission
 }
 
 /// Rules for a guest that has this Ethernet address and those of two prefixes.
@@ -354,6 +360,25 @@ fn check_judged(sent: &[u8], admission: &Admission) {
     }
 }
 
+/// Checks a frame as a port does, and the check.
+fn check_admission(
+    chain: &Chain<'_, '_, Readable>,
+    admission: &Admission,
+    start: &mut PrivateStart,
+) {
+    match admit(chain, admission, start) {
+        Ok(Admitted::Copied) => {
+            check_admitted(start, admission, chain.len() - admission.header_length);
+        }
+        Ok(Admitted::Plain) => {
+            assert!(!admission.judges(), "what is judged is copied");
+            let length = chain.len() - admission.header_length;
+            assert!((14..=admission.max_frame).contains(&length));
+        }
+        Err(_) => {}
+    }
+}
+
 /// What a frame may count on that was admitted.
 fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
     let header = start.header();
@@ -414,6 +439,7 @@ pub fn headers(mut data: &[u8]) {
         let live = Arc::new(LiveFilter::new(filter.parse().unwrap()));
         admission.filter = FilterView::new(live);
     }
+    admission.begin_burst(false);
     let mut bytes = data.to_vec();
     bytes.resize(length.clamp(data.len().min(0x3000), 0x3000), 0x11);
     Headers::parse(&bytes);
@@ -452,10 +478,7 @@ pub fn headers(mut data: &[u8]) {
             |chain| {
                 seen += 1;
                 assert_eq!(chain.len(), bytes.len());
-                if admit(chain, &admission, &mut start).is_ok() {
-                    let length = chain.len() - admission.header_length;
-                    check_admitted(&start, &admission, length);
-                }
+                check_admission(chain, &admission, &mut start);
                 0
             },
         );

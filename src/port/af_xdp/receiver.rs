@@ -7,23 +7,27 @@
 //! left, a few slots are posted all the same, so that the device never runs dry: frames in them
 //! wait for buffers to come.
 //!
-//! Invariant: chains go back in the order of the ring, and none before every older one, since the
+//! Invariant: chains complete in the order of the ring, and none before every older one, since the
 //! kernel may still write into an older one that is posted.
 
+mod posted;
+
 use std::collections::VecDeque;
-use std::mem;
 use std::time::{Duration, Instant};
+
+use posted::{Posted, PostedRing, Target};
 
 use super::interface::OpenSocket;
 use super::umem::{GuestUmem, RX_SLOTS};
 use crate::counters::{CopyReason, Drop};
 use crate::features::{HEADER_LENGTH, Negotiated};
-use crate::guest::{Burst, Chain, ReadSegment, Writable};
-use crate::port::Finished;
+use crate::guest::{Chain, ReadSegment, Virtqueue, Writable};
+use crate::port::Completions;
 use crate::sys::xsk::{ADDRESS_BITS, RingSizes, Socket};
+use crate::vnet_header::VnetHeader;
 
-/// Buffers that are borrowed ahead.
-const BORROWED: usize = 1024;
+/// Buffers that are in flight at the most.
+pub(super) const MAX_BUFFERS: usize = 1024;
 /// With fewer buffers than this the guest is asked for more.
 const FEW: usize = 32;
 /// Slots that are posted when the guest has no buffers left.
@@ -35,123 +39,88 @@ const STUCK: Duration = Duration::from_millis(100);
 /// Entries of a socket's rings. Every buffer posted finds room in the rx ring: the kernel never
 /// takes one up and drops its frame, which would change their order.
 pub(super) const RING_SIZES: RingSizes =
-    RingSizes { rx: (BORROWED + RX_SLOTS).next_power_of_two() as u32, tx: 512 };
-
-/// Where a posted address leads to.
-#[derive(Debug)]
-enum Target<'mem> {
-    /// A buffer of the guest's.
-    Guest(Chain<'mem, Writable>),
-    /// A slot of the arena.
-    Slot(usize),
-}
-
-/// A buffer that the kernel has.
-#[derive(Debug)]
-struct Posted<'mem> {
-    address: u64,
-    target: Target<'mem>,
-    /// Length in bytes of the frame that has arrived in it, with what the program put before it.
-    filled: Option<u32>,
-}
+    RingSizes { rx: (MAX_BUFFERS + RX_SLOTS).next_power_of_two() as u32, tx: 512 };
 
 /// A frame that is to be copied into the guest's buffers.
 #[derive(Debug)]
 enum Waiting {
     /// In a slot of the arena.
-    Slot { slot: usize, length: usize },
+    Slot { slot: u16, length: u16 },
     /// In memory of our own.
     Copy(Vec<u8>),
 }
 
 /// Buffers for frames to come.
 #[derive(Debug)]
-pub(super) struct Receiver<'mem> {
+pub(super) struct Receiver {
     pair: u16,
     /// Length in bytes of the header before each frame.
     pub(super) header_length: usize,
     mergeable: bool,
     /// In the order of the fill ring.
-    posted: VecDeque<Posted<'mem>>,
+    posted: PostedRing,
     /// How many of `posted` are slots.
     slots_posted: usize,
     /// How many of `posted` have a frame, and wait for an older one that has none.
     held: usize,
-    /// Buffers that have not been looked at, younger than all others.
-    fresh: VecDeque<Chain<'mem, Writable>>,
-    /// Buffers that are not posted, oldest first.
-    parked: VecDeque<Chain<'mem, Writable>>,
+    /// Position of the first buffer that was not looked at; all before it in flight are posted or parked.
+    fresh: u16,
+    /// Positions of buffers that are not posted, oldest first.
+    parked: VecDeque<u16>,
     /// Bytes in the smallest that was parked since none was.
     smallest: usize,
     waiting: VecDeque<Waiting>,
-    free_slots: Vec<usize>,
+    free_slots: Vec<u16>,
     /// Since when a buffer has been overtaken.
     overtaken: Option<Instant>,
     /// A buffer came back that had not been posted.
     confused: bool,
 }
 
-impl<'mem> Receiver<'mem> {
-    pub(super) fn new(negotiated: &Negotiated, pair: u16) -> Self {
+impl Receiver {
+    /// For a session that begins at position `fresh`.
+    pub(super) fn new(negotiated: &Negotiated, pair: u16, fresh: u16) -> Self {
         Receiver {
             pair,
             header_length: negotiated.header_length(),
             mergeable: negotiated.mergeable(),
-            posted: VecDeque::new(),
+            posted: PostedRing::new(),
             slots_posted: 0,
             held: 0,
-            fresh: VecDeque::new(),
+            fresh,
             parked: VecDeque::new(),
             smallest: usize::MAX,
             waiting: VecDeque::new(),
-            free_slots: (0..RX_SLOTS).collect(),
+            free_slots: all_slots(),
             overtaken: None,
             confused: false,
         }
     }
 
-    /// Whether any buffer of the guest's is here.
-    pub(super) fn has_buffers(&self) -> bool {
-        self.borrowed() > 0
-    }
-
-    /// Whether the guest is to say when it provides more.
-    pub(super) fn is_starved(&self) -> bool {
-        self.borrowed() < FEW
-    }
-
-    fn borrowed(&self) -> usize {
-        self.posted.len() - self.slots_posted + self.parked.len() + self.fresh.len()
-    }
-
-    /// Borrows buffers, as far as there is use for them.
-    pub(super) fn take(&mut self, buffers: &mut Burst<'mem, Writable>) {
-        let wanted = BORROWED.saturating_sub(self.borrowed()).min(buffers.len());
-        if self.fresh.is_empty() && wanted == buffers.len() {
-            mem::swap(&mut self.fresh, buffers);
-        } else {
-            self.fresh.extend(buffers.drain(..wanted));
-        }
+    /// Whether the guest is to say when it provides more than so many buffers.
+    pub(super) fn is_starved(buffers: usize) -> bool {
+        buffers < FEW
     }
 
     /// Parks a buffer, in its place in the ring's order.
-    fn park(&mut self, chain: Chain<'mem, Writable>) {
+    fn park(&mut self, position: u16, rx: &Virtqueue<'_, Writable>) {
         if self.parked.is_empty() {
             self.smallest = usize::MAX;
         }
-        self.smallest = self.smallest.min(chain.len());
+        self.smallest = self.smallest.min(rx.chain(position).len());
+        let age = |position: &u16| position.wrapping_sub(rx.next_used());
         let older = match self.parked.back() {
-            Some(last) if !last.is_older_than(&chain) => {
-                self.parked.partition_point(|parked| parked.is_older_than(&chain))
+            Some(last) if age(last) > age(&position) => {
+                self.parked.partition_point(|parked| age(parked) < age(&position))
             }
             _ => self.parked.len(),
         };
-        self.parked.insert(older, chain);
+        self.parked.insert(older, position);
     }
 
     /// Posts what can be posted.
-    pub(super) fn post(&mut self, open: &mut OpenSocket) {
-        self.post_all(&mut open.socket, &open.umem);
+    pub(super) fn post(&mut self, rx: &Virtqueue<'_, Writable>, open: &mut OpenSocket) {
+        self.post_all(rx, &mut open.socket, &open.umem);
         self.wake_driver(open);
     }
 
@@ -173,27 +142,51 @@ impl<'mem> Receiver<'mem> {
         }
     }
 
-    fn post_all(&mut self, socket: &mut Socket, umem: &GuestUmem) {
-        let mut fresh = mem::take(&mut self.fresh);
-        let mut staged = !fresh.is_empty();
-        let mut uncovered = self.is_uncovered(umem);
-        for chain in fresh.drain(..) {
-            let address =
-                if uncovered { None } else { umem.receivable(&chain, self.header_length) };
-            match address {
-                Some(address) => self.stage(socket, address, Target::Guest(chain)),
-                None => {
-                    self.park(chain);
-                    self.post_slots(socket, umem, 0);
-                    uncovered = self.is_uncovered(umem);
-                }
+    fn post_all(&mut self, rx: &Virtqueue<'_, Writable>, socket: &mut Socket, umem: &GuestUmem) {
+        let mut staged = self.fresh != rx.next_avail();
+        while self.fresh != rx.next_avail() {
+            if !self.is_uncovered(umem) {
+                self.post_suitable(rx, socket, umem);
+            }
+            if self.fresh != rx.next_avail() {
+                self.park(self.fresh, rx);
+                self.fresh = self.fresh.wrapping_add(1);
+                self.post_slots(socket, umem, 0);
             }
         }
-        self.fresh = fresh;
         staged |= self.post_slots(socket, umem, 0);
         if staged {
             socket.fill.submit();
         }
+    }
+
+    /// Posts buffers themselves, until one is not suitable.
+    #[inline(always)]
+    fn post_suitable(
+        &mut self,
+        rx: &Virtqueue<'_, Writable>,
+        socket: &mut Socket,
+        umem: &GuestUmem,
+    ) {
+        let (main, layout) = (umem.main_region(), umem.layout);
+        let before = self.header_length - layout.header;
+        let fresh = rx.next_avail().wrapping_sub(self.fresh);
+        let mut batch = socket.fill.batch(fresh.into());
+        let mut posted = self.posted.batch();
+        let mut position = self.fresh;
+        while position != rx.next_avail() {
+            let only = rx.only_piece(position).filter(|only| only.len() >= before + layout.writes);
+            let address = only.and_then(|only| main.address_of(&only.skip(before)));
+            let address = address.map(|address| address - layout.lead());
+            let address =
+                address.or_else(|| umem.receivable(&rx.chain(position), self.header_length));
+            let Some(address) = address else { break };
+            batch.stage(address);
+            posted.push(address, Target::Guest(position));
+            position = position.wrapping_add(1);
+        }
+        drop(posted);
+        self.fresh = position;
     }
 
     /// Whether frames in slots may need more buffers than are parked: those to come, which are
@@ -219,44 +212,46 @@ impl<'mem> Receiver<'mem> {
         while self.slots_posted + self.waiting.len() < wanted {
             let Some(slot) = self.free_slots.pop() else { break };
             self.slots_posted += 1;
-            self.stage(socket, umem.rx_slot(self.pair, slot), Target::Slot(slot));
+            let address = umem.rx_slot(self.pair, usize::from(slot));
+            self.stage(socket, address, Target::Slot(slot));
             any = true;
         }
         any
     }
 
-    #[inline(always)]
-    fn stage(&mut self, socket: &mut Socket, address: u64, target: Target<'mem>) {
+    fn stage(&mut self, socket: &mut Socket, address: u64, target: Target) {
         socket.fill.stage(address);
-        self.posted.push_back(Posted { address, target, filled: None });
+        self.posted.push(address, target);
     }
 
-    /// Gives back the buffers that frames have arrived in, up to `most` of these.
+    /// Completes the buffers that frames have arrived in, up to `most` of these.
+    // By itself, or its variables would compete with the transmitter's for registers.
+    #[inline(never)]
     pub(super) fn reap(
         &mut self,
+        rx: &mut Virtqueue<'_, Writable>,
         open: &mut OpenSocket,
         most: usize,
-        finished: &mut Finished<'mem>,
+        done: &mut Completions,
     ) {
         let (mut taken, mut delivered) = (0, false);
-        while taken < most
-            && let Some(descriptor) = open.socket.rx.take()
-        {
+        loop {
+            // Nearly always that is all.
+            let in_order = self.reap_in_order(rx, open, most - taken, done);
+            taken += in_order;
+            delivered |= in_order > 0;
+            if taken == most {
+                break;
+            }
+            let Some(descriptor) = open.socket.rx.take() else { break };
             taken += 1;
             let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
-            // Nearly always it is the oldest.
-            match self.posted.pop_front_if(|oldest| oldest.address == address) {
-                Some(oldest) => {
-                    delivered = true;
-                    self.deliver(oldest.target, descriptor.length, &open.umem, finished);
-                }
-                None => self.hold(address, descriptor.length),
-            }
-            if self.held > 0 {
-                delivered |= self.deliver_held(&open.umem, finished);
-            }
+            // What is longer than a chunk was not written to one.
+            delivered |= self.take_other(address, descriptor.length as u16, rx, &open.umem, done);
         }
-        self.serve_waiting(&open.umem, finished);
+        if !self.waiting.is_empty() {
+            self.serve_waiting(rx, &open.umem, done);
+        }
         if taken == 0 {
             return;
         }
@@ -274,34 +269,85 @@ impl<'mem> Receiver<'mem> {
         };
     }
 
+    /// Completes buffers of the guest's in which frames have arrived with their headers, while these are the
+    /// oldest of all, up to `most`; returns how many.
+    // By itself, so that all its variables are in registers.
+    #[inline(never)]
+    fn reap_in_order(
+        &mut self,
+        rx: &mut Virtqueue<'_, Writable>,
+        open: &mut OpenSocket,
+        most: usize,
+        done: &mut Completions,
+    ) -> usize {
+        // The program has put the header there, if the kernel copies.
+        let is_whole = open.umem.layout.header == self.header_length;
+        if !is_whole || self.held > 0 || !self.waiting.is_empty() {
+            return 0;
+        }
+        let (posted, mut bytes) = (&mut self.posted, 0);
+        let frames = open.socket.rx.take_while(most, |descriptor| {
+            let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
+            let is_next = posted.pop_guest(rx.next_used(), address);
+            if is_next {
+                rx.push_used(descriptor.length);
+                bytes += descriptor.length as usize;
+            }
+            is_next
+        });
+        done.rx.frames += frames as u64;
+        done.rx.bytes += (bytes - frames * self.header_length) as u64;
+        frames
+    }
+
+    /// Takes a frame in a buffer of any kind; says whether one was delivered.
+    #[inline(never)]
+    fn take_other(
+        &mut self,
+        address: u64,
+        length: u16,
+        rx: &mut Virtqueue<'_, Writable>,
+        umem: &GuestUmem,
+        done: &mut Completions,
+    ) -> bool {
+        let oldest = self.posted.pop_if(|oldest| oldest.is_at(address));
+        match oldest {
+            Some(oldest) => self.deliver(oldest.target(), length, rx, umem, done),
+            None => self.hold(address, length),
+        }
+        (self.held > 0 && self.deliver_held(rx, umem, done)) || oldest.is_some()
+    }
+
     /// Notes a frame that has arrived in a buffer which is not the oldest.
-    fn hold(&mut self, address: u64, length: u32) {
-        let waits = |posted: &Posted<'_>| posted.filled.is_none();
-        let is_its = |posted: &Posted<'_>| posted.address == address && waits(posted);
-        let Some(mut index) = self.posted.iter().position(is_its) else {
+    fn hold(&mut self, address: u64, length: u16) {
+        let Some(mut index) = self.posted.iter().position(|posted| posted.is_at(address)) else {
             self.confused = true;
             return;
         };
-        let is_slot = |posted: &Posted<'_>| matches!(posted.target, Target::Slot(_));
-        if is_slot(&self.posted[index])
-            && let Some(first) = self.posted.iter().position(|it| is_slot(it) && waits(it))
-        {
+        if self.posted.get_mut(index).is_slot() {
             // One slot is as good as another: frames stay in the order in which they came.
+            let free = |posted: &Posted| posted.is_slot() && posted.filled().is_none();
+            let first = self.posted.iter().position(free).unwrap_or(index);
             self.posted.swap(first, index);
             index = first;
         }
-        self.posted[index].filled = Some(length);
+        self.posted.get_mut(index).fill(length);
         self.held += 1;
     }
 
-    /// Delivers the frames in the oldest buffers; says whether there were any.
-    fn deliver_held(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) -> bool {
+    /// Delivers the frames in the oldest buffers that have waited for an older one; says whether there were
+    /// any.
+    #[inline(never)]
+    fn deliver_held(
+        &mut self,
+        rx: &mut Virtqueue<'_, Writable>,
+        umem: &GuestUmem,
+        done: &mut Completions,
+    ) -> bool {
         let before = self.held;
-        while let Some(Posted { target, filled: Some(length), .. }) =
-            self.posted.pop_front_if(|oldest| oldest.filled.is_some())
-        {
+        while let Some(posted) = self.posted.pop_if(|oldest| oldest.filled().is_some()) {
             self.held -= 1;
-            self.deliver(target, length, umem, finished);
+            self.deliver(posted.target(), posted.filled().unwrap_or(0), rx, umem, done);
         }
         self.held < before
     }
@@ -323,26 +369,28 @@ impl<'mem> Receiver<'mem> {
     }
 
     /// Delivers the frame in the buffer that was the oldest posted.
-    #[inline(always)]
     fn deliver(
         &mut self,
-        target: Target<'mem>,
-        length: u32,
+        target: Target,
+        length: u16,
+        rx: &mut Virtqueue<'_, Writable>,
         umem: &GuestUmem,
-        finished: &mut Finished<'mem>,
+        done: &mut Completions,
     ) {
         match target {
-            Target::Guest(chain) if self.is_next(&chain) => {
+            // The oldest of all, and no frame waits.
+            Target::Guest(position) if position == rx.next_used() && self.waiting.is_empty() => {
                 // The program has put it there, if the kernel copies.
-                let header = (self.header_length - umem.layout.header) as u32;
+                let header = self.header_length - umem.layout.header;
                 if header > 0 {
-                    write_header(&chain, self.header_length, 1);
+                    write_header(&rx.chain(position), self.header_length, 1);
                 }
-                finished.rx.push((chain, header + length));
-                finished.rx_frames += 1;
-                finished.rx_bytes += u64::from(header + length) - self.header_length as u64;
+                let written = header + usize::from(length);
+                rx.push_used(written as u32);
+                done.rx.frames += 1;
+                done.rx.bytes += (written - self.header_length) as u64;
             }
-            target => self.deliver_copied(target, length, umem, finished),
+            target => self.deliver_copied(target, length, rx, umem, done),
         }
     }
 
@@ -350,46 +398,44 @@ impl<'mem> Receiver<'mem> {
     #[inline(never)]
     fn deliver_copied(
         &mut self,
-        target: Target<'mem>,
-        length: u32,
+        target: Target,
+        length: u16,
+        rx: &mut Virtqueue<'_, Writable>,
         umem: &GuestUmem,
-        finished: &mut Finished<'mem>,
+        done: &mut Completions,
     ) {
-        let length = length as usize;
         match target {
-            Target::Guest(chain) => {
+            Target::Guest(position) => {
                 // Older buffers are parked: the frame is theirs, and its buffer one of them.
-                let mut bytes = vec![0; length - umem.layout.header];
-                if let Some(piece) = chain.first_after(self.header_length) {
+                let mut bytes = vec![0; usize::from(length) - umem.layout.header];
+                if let Some(piece) = rx.chain(position).first_after(self.header_length) {
                     piece.read(&mut bytes);
                 }
                 self.waiting.push_back(Waiting::Copy(bytes));
-                self.park(chain);
+                self.park(position, rx);
             }
             Target::Slot(slot) => {
                 self.slots_posted -= 1;
                 self.waiting.push_back(Waiting::Slot { slot, length });
             }
         }
-        self.serve_waiting(umem, finished);
-    }
-
-    /// Whether the buffer is the oldest of all, and no frame waits.
-    #[inline]
-    fn is_next(&self, chain: &Chain<'mem, Writable>) -> bool {
-        self.waiting.is_empty()
-            && self.parked.front().is_none_or(|parked| chain.is_older_than(parked))
+        self.serve_waiting(rx, umem, done);
     }
 
     /// Copies the frames that wait into the parked buffers.
-    #[inline]
-    fn serve_waiting(&mut self, umem: &GuestUmem, finished: &mut Finished<'mem>) {
+    fn serve_waiting(
+        &mut self,
+        rx: &mut Virtqueue<'_, Writable>,
+        umem: &GuestUmem,
+        done: &mut Completions,
+    ) {
         while let Some(frame) = self.waiting.pop_front() {
             let served = match &frame {
                 Waiting::Slot { slot, length } => {
-                    self.spread(umem.rx_frame(self.pair, *slot, *length).into(), umem, finished)
+                    let frame = umem.rx_frame(self.pair, usize::from(*slot), usize::from(*length));
+                    self.spread(frame.into(), rx, umem, done)
                 }
-                Waiting::Copy(bytes) => self.spread(ReadSegment::of_bytes(bytes), umem, finished),
+                Waiting::Copy(bytes) => self.spread(ReadSegment::of_bytes(bytes), rx, umem, done),
             };
             if !served {
                 self.waiting.push_front(frame);
@@ -401,57 +447,59 @@ impl<'mem> Receiver<'mem> {
         }
     }
 
-    /// Copies a frame into the oldest parked buffers; says whether they were there.
+    /// Copies a frame into the oldest buffers, which are parked; says whether they were there.
     fn spread(
         &mut self,
         frame: ReadSegment<'_>,
+        rx: &mut Virtqueue<'_, Writable>,
         umem: &GuestUmem,
-        finished: &mut Finished<'mem>,
+        done: &mut Completions,
     ) -> bool {
         let needed = self.header_length + frame.len();
-        let Some(buffers) = self.buffers_for(needed) else { return false };
-        let suitable = |chain| umem.receivable(chain, self.header_length).is_some();
-        let reason = match self.parked.front().is_some_and(suitable) {
-            true => CopyReason::Late,
-            false => CopyReason::Unsuitable,
+        let Some((buffers, room)) = self.buffers_for(needed, rx) else { return false };
+        let oldest = rx.chain(rx.next_used());
+        let reason = match umem.receivable(&oldest, self.header_length) {
+            Some(_) => CopyReason::Late,
+            None => CopyReason::Unsuitable,
         };
-        let (mut copied, first) = (0, finished.rx.len());
-        for index in 0..buffers {
-            let Some(chain) = self.parked.pop_front() else { break };
-            let lead = if index == 0 { self.header_length } else { 0 };
-            let part = chain.copy_segment(lead, frame.skip(copied));
-            copied += part;
-            finished.rx.push((chain, (lead + part) as u32));
-        }
-        if copied < frame.len() {
+        self.parked.drain(..buffers);
+        if room < needed {
             // One buffer, and too small: it goes back with nothing in it, which drivers take for
             // the faulty frame that it was.
-            finished.rx[first].1 = 0;
-            finished.rx_dropped.push((Drop::NoRoom, 1));
+            rx.push_used(0);
+            done.rx_dropped.push((Drop::NoRoom, 1));
             return true;
         }
-        write_header(&finished.rx[first].0, self.header_length, buffers as u16);
-        finished.rx_frames += 1;
-        finished.rx_bytes += copied as u64;
-        finished.rx_copied.push(reason);
+        write_header(&oldest, self.header_length, buffers as u16);
+        let mut copied = 0;
+        for index in 0..buffers {
+            let lead = if index == 0 { self.header_length } else { 0 };
+            let part = rx.chain(rx.next_used()).copy_segment(lead, frame.skip(copied));
+            copied += part;
+            rx.push_used((lead + part) as u32);
+        }
+        done.rx.frames += 1;
+        done.rx.bytes += copied as u64;
+        done.rx_copied.push(reason);
         true
     }
 
-    /// How many of the oldest buffers hold `bytes`, if they are parked and nothing older is
-    /// posted.
-    fn buffers_for(&self, bytes: usize) -> Option<usize> {
-        let oldest_posted = self.posted.iter().find_map(|posted| match &posted.target {
-            Target::Guest(chain) => Some(chain),
+    /// How many of the oldest buffers hold `needed` bytes, and what they hold, if they are parked and
+    /// nothing older is posted. It is one that holds less, where a frame takes one buffer.
+    fn buffers_for(&self, needed: usize, rx: &Virtqueue<'_, Writable>) -> Option<(usize, usize)> {
+        let age = |position: u16| position.wrapping_sub(rx.next_used());
+        let oldest_posted = self.posted.iter().find_map(|posted| match posted.target() {
+            Target::Guest(position) => Some(age(position)),
             Target::Slot(_) => None,
         });
         let mut room = 0;
-        for (index, chain) in self.parked.iter().enumerate() {
-            if oldest_posted.is_some_and(|posted| posted.is_older_than(chain)) {
+        for (index, position) in self.parked.iter().enumerate() {
+            if oldest_posted.is_some_and(|posted| posted < age(*position)) {
                 return None;
             }
-            room += chain.len();
-            if room >= bytes || !self.mergeable {
-                return Some(index + 1);
+            room += rx.chain(*position).len();
+            if room >= needed || !self.mergeable {
+                return Some((index + 1, room));
             }
         }
         None
@@ -459,37 +507,31 @@ impl<'mem> Receiver<'mem> {
 
     /// Takes back what the kernel had: its socket is closed. Returns how many frames are lost that
     /// had arrived in buffers.
-    pub(super) fn withdraw(&mut self) -> u64 {
-        let mut lost = 0;
-        let mut chains: Vec<_> = self.parked.drain(..).chain(self.fresh.drain(..)).collect();
-        for posted in self.posted.drain(..) {
-            lost += u64::from(posted.filled.is_some());
-            if let Target::Guest(chain) = posted.target {
-                chains.push(chain);
-            }
-        }
-        chains.sort_by(|a, b| b.is_older_than(a).cmp(&a.is_older_than(b)));
-        self.fresh.extend(chains);
-        lost += self.waiting.len() as u64;
+    pub(super) fn withdraw(&mut self, first: u16) -> u64 {
+        let filled = self.posted.iter().filter(|posted| posted.filled().is_some()).count();
+        let lost = filled + self.waiting.len();
+        self.posted.clear();
+        self.parked.clear();
         self.waiting.clear();
+        // All that are in flight are to be looked at again.
+        self.fresh = first;
         self.slots_posted = 0;
         self.held = 0;
-        self.free_slots = (0..RX_SLOTS).collect();
+        self.free_slots = all_slots();
         self.overtaken = None;
         self.confused = false;
-        lost
+        lost as u64
     }
+}
 
-    /// Gives back all buffers, which hold nothing, when the session ends.
-    pub(super) fn recall(&mut self, finished: &mut Finished<'mem>) {
-        finished.unused_rx.extend(self.fresh.drain(..));
-    }
+fn all_slots() -> Vec<u16> {
+    (0..RX_SLOTS as u16).collect()
 }
 
 /// Writes the header of a frame that needs nothing done to it, in so many buffers. Not before the
 /// frame has arrived: a device may have used its place for a header of its own.
-fn write_header(chain: &Chain<'_, Writable>, length: usize, buffers: u16) {
+fn write_header(chain: &Chain<'_, '_, Writable>, length: usize, buffers: u16) {
     let mut header = [0; HEADER_LENGTH];
-    header[10..12].copy_from_slice(&buffers.to_le_bytes());
+    header[VnetHeader::NUM_BUFFERS..].copy_from_slice(&buffers.to_le_bytes());
     chain.write_at(0, &header[..length]);
 }

@@ -4,83 +4,62 @@
 //! several pieces, or was judged by rules, which its headers must not change after, is copied into
 //! the arena: measured, that costs a tenth of what the kernel takes for a frame of two descriptors (docs/af-xdp.md). So is each segment of a frame that is to be cut.
 //!
-//! Invariant: a chain is given back when the kernel has completed its frame, and in the order of
-//! the ring. The kernel completes an address as it got it, so each carries its frame's number in
+//! Invariant: a chain completes when the kernel has completed its frame, and in the order of the ring.
+//! The kernel completes an address as it got it, so each carries its frame's number in
 //! the part that the kernel only adds to the rest.
 
-use std::collections::VecDeque;
+mod frames;
+
 use std::io;
+
+use frames::{Frame, Frames};
 
 use super::checksum;
 use super::interface::OpenSocket;
 use super::segmentation::Segmentation;
-use super::umem::TX_SLOTS;
 use crate::counters::{CopyReason, Drop};
-use crate::guest::{Burst, Chain, Readable, Segment};
-use crate::port::{Finished, KeptStarts, Outcome, Terms};
+use crate::guest::{Chain, Readable, Segment, Virtqueue};
+use crate::port::{Completions, Outcome, Terms};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor, checksum_request};
 use crate::traffic::{Notes, Way};
-use crate::vnet_header::{Admission, PrivateStart, Surplus, VnetHeader, admit};
+use crate::vnet_header::{Admission, PrivateStart, VnetHeader, admit_copied};
 
 /// Calls for one burst at the most: a kernel before Linux 6.17 sends 32 frames at a time.
 const SENDS: usize = 16;
 
-/// A frame on its way.
-#[derive(Debug)]
-struct InFlight<'mem> {
-    /// What it came from; nothing for a segment that others of its chain follow.
-    chain: Option<Chain<'mem, Readable>>,
-    /// The kernel has it.
-    pending: bool,
-    outcome: Outcome,
-}
-
 /// Frames from the guest on their way.
 #[derive(Debug)]
-pub(super) struct Transmitter<'mem> {
+pub(super) struct Transmitter {
     pair: u16,
     admission: Admission,
     notes: Notes,
-    kept: KeptStarts,
-    /// Whether admitted frames are noted, or their starts kept.
-    watched: bool,
+    /// Whether admitted frames are noted.
+    peeks: bool,
     /// The start of the frame that was admitted last.
     start: PrivateStart,
     /// How that frame is being cut, and where in its payload the next segment begins.
     cut: Option<(Segmentation, usize)>,
-    /// Oldest first; their number is counted from `oldest`.
-    in_flight: VecDeque<InFlight<'mem>>,
-    /// Number of the oldest frame.
-    oldest: usize,
-    /// What is to be given back.
-    pub(super) done: Vec<(Chain<'mem, Readable>, Outcome)>,
-    copied: Vec<CopyReason>,
-    /// What the frames admitted are on the wire beyond themselves.
-    surplus: Surplus,
-    /// Chains of frames that the kernel has not sent.
-    unsent: Vec<Chain<'mem, Readable>>,
+    frames: Frames,
+    /// Position of the chain to take next: those before it are in `frames`.
+    next: u16,
     /// A frame whose checksum is completed.
     scratch: Vec<u8>,
     /// The kernel has not taken everything yet.
     unfinished: bool,
 }
 
-impl<'mem> Transmitter<'mem> {
-    pub(super) fn new(terms: &Terms, pair: u16) -> Self {
+impl Transmitter {
+    /// For a session that begins at position `next`.
+    pub(super) fn new(terms: &Terms, pair: u16, next: u16) -> Self {
         Transmitter {
             pair,
             admission: terms.admission(0),
             notes: Notes::new(terms.tally.clone()),
-            kept: KeptStarts::new(terms.capture.clone()),
-            watched: false,
+            peeks: false,
             start: PrivateStart::default(),
             cut: None,
-            in_flight: VecDeque::with_capacity(TX_SLOTS),
-            oldest: 0,
-            done: Vec::new(),
-            copied: Vec::new(),
-            surplus: Surplus::default(),
-            unsent: Vec::new(),
+            frames: Frames::new(),
+            next,
             scratch: Vec::new(),
             unfinished: false,
         }
@@ -94,55 +73,125 @@ impl<'mem> Transmitter<'mem> {
 
     /// Whether the kernel has frames of ours.
     pub(super) fn has_frames(&self) -> bool {
-        !self.in_flight.is_empty()
+        self.frames.len() > 0
     }
 
-    /// Hands frames to the kernel, as far as there are places for them.
-    pub(super) fn transmit(&mut self, burst: &mut Burst<'mem, Readable>, open: &mut OpenSocket) {
-        self.admission.filter.refresh();
-        self.admission.peeks = self.notes.wanted();
-        self.kept.refresh();
-        self.watched = self.admission.peeks || self.kept.wanted;
-        while self.in_flight.len() < TX_SLOTS && open.socket.tx.room() > 0 {
-            let Some(chain) = burst.front() else { break };
-            if self.cut.is_none()
-                && let Err(reason) = self.begin_frame(chain)
-            {
-                let outcome = Outcome::Dropped(reason);
-                if self.kept.wanted {
-                    self.kept.keep(chain.head(), &self.start, outcome);
-                }
-                let chain = burst.pop_front();
-                self.in_flight.push_back(InFlight { chain, pending: false, outcome });
-                continue;
+    /// Hands the frames before position `until` to the kernel, as far as there are places for them. Says
+    /// whether it has taken all.
+    pub(super) fn transmit(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        until: u16,
+        open: &mut OpenSocket,
+        done: &mut Completions,
+    ) -> bool {
+        self.peeks = self.notes.wanted();
+        // A capture shows what was judged.
+        self.admission.begin_burst(self.peeks || done.captures);
+        loop {
+            let room = open.socket.tx.room(self.frames.room() as u32) as usize;
+            let room = room - self.stage_plain(tx, until, open, room);
+            if self.next == until || room == 0 {
+                break;
             }
-            let slot = (self.oldest + self.in_flight.len()) % TX_SLOTS;
-            let mut descriptor = match &self.cut {
-                Some((how, offset)) => self.place_segment(chain, *how, *offset, slot, open),
-                None => self.place(chain, slot, open),
-            };
-            // The kernel adds both parts, and completes them as they are: the slot comes back.
-            descriptor.address -= slot as u64;
-            descriptor.address |= (slot as u64) << ADDRESS_BITS;
-            open.socket.tx.stage(descriptor);
-            self.unfinished = true;
-            // The last segment takes the chain with it.
-            let chain = if self.cut.is_none() { burst.pop_front() } else { None };
-            self.in_flight.push_back(InFlight { chain, pending: true, outcome: Outcome::Sent });
+            // One that is not plain.
+            let (chain, slot) = (tx.chain(self.next), self.frames.next_slot());
+            match self.place_checked(&chain, slot, open, done) {
+                Ok(descriptor) => {
+                    open.socket.tx.stage(descriptor.tagged(slot));
+                    // The last segment takes the chain with it.
+                    let ends_chain = self.cut.is_none();
+                    self.next = self.next.wrapping_add(u16::from(ends_chain));
+                    self.frames.push(Frame::pending(ends_chain));
+                    self.unfinished = true;
+                }
+                Err(reason) => self.refuse(reason, done),
+            }
         }
         open.socket.tx.submit();
         self.notes.publish();
+        self.next == until
+    }
+
+    /// Stages frames that ask for nothing, up to `room` of them, from where they lie, until one is of another
+    /// kind; returns how many.
+    #[inline(always)]
+    fn stage_plain(
+        &mut self,
+        tx: &Virtqueue<'_, Readable>,
+        until: u16,
+        open: &mut OpenSocket,
+        room: usize,
+    ) -> usize {
+        if self.cut.is_some() {
+            return 0;
+        }
+        let OpenSocket { socket, umem, .. } = open;
+        let (main, header_length) = (umem.main_region(), self.admission.header_length);
+        let mut batch = socket.tx.batch(room as u32);
+        let mut next = self.next;
+        let mut staged = 0;
+        while next != until && staged < room {
+            let piece = tx.only_piece(next).filter(|piece| self.admission.is_plain(piece));
+            let Some(piece) = piece.map(|piece| piece.skip(header_length)) else { break };
+            let address = main.address_of(&piece).or_else(|| umem.sendable(&piece));
+            let Some(address) = address else { break };
+            let descriptor = Descriptor { address, length: piece.len() as u32, options: 0 };
+            batch.stage(descriptor.tagged(self.frames.next_slot()));
+            self.frames.push(Frame::pending(true));
+            next = next.wrapping_add(1);
+            staged += 1;
+        }
+        self.next = next;
+        self.unfinished |= staged > 0;
+        staged
+    }
+
+    /// Puts a frame that is not sent among the others.
+    #[inline(never)]
+    fn refuse(&mut self, reason: Drop, done: &mut Completions) {
+        if done.captures {
+            done.capture(self.next, &self.start, Outcome::Dropped(reason));
+        }
+        self.next = self.next.wrapping_add(1);
+        self.frames.push(Frame::dropped(reason));
+    }
+
+    /// Where a frame of any kind is sent from, or the next segment of the frame that is being cut.
+    #[inline(never)]
+    fn place_checked(
+        &mut self,
+        chain: &Chain<'_, '_, Readable>,
+        slot: usize,
+        open: &OpenSocket,
+        done: &mut Completions,
+    ) -> Result<Descriptor, Drop> {
+        if self.cut.is_none() {
+            self.begin_frame(chain, done)?;
+        }
+        Ok(match &self.cut {
+            Some((how, offset)) => self.place_segment(chain, *how, *offset, slot, open, done),
+            None => self.place(chain, slot, open, done),
+        })
     }
 
     /// Checks the frame, and sees whether it is to be cut.
-    #[inline]
-    fn begin_frame(&mut self, chain: &Chain<'mem, Readable>) -> Result<(), Drop> {
-        admit(chain, &self.admission, &mut self.start)?;
-        if self.start.header().is_segmented() {
-            self.begin_cut(chain)?;
+    fn begin_frame(
+        &mut self,
+        chain: &Chain<'_, '_, Readable>,
+        done: &mut Completions,
+    ) -> Result<(), Drop> {
+        admit_copied(chain, &self.admission, &mut self.start)?;
+        if self.start.is_segmented() {
+            self.begin_cut(chain, done)?;
         }
-        if self.watched {
-            self.watch(chain);
+        if done.captures {
+            done.capture(self.next, &self.start, Outcome::Sent);
+        }
+        if self.peeks {
+            let header_length = self.admission.header_length;
+            let frame = &self.start.bytes()[header_length..];
+            self.notes.note(Way::Tx, frame, chain.len() - header_length);
         }
         Ok(())
     }
@@ -150,7 +199,11 @@ impl<'mem> Transmitter<'mem> {
     /// Sees how the frame that was just admitted is to be cut.
     // This and what follows by itself: most frames have no need of it.
     #[inline(never)]
-    fn begin_cut(&mut self, chain: &Chain<'mem, Readable>) -> Result<(), Drop> {
+    fn begin_cut(
+        &mut self,
+        chain: &Chain<'_, '_, Readable>,
+        done: &mut Completions,
+    ) -> Result<(), Drop> {
         let header_length = self.admission.header_length;
         let length = chain.len() - header_length;
         let headers = &self.start.bytes()[header_length..];
@@ -159,44 +212,30 @@ impl<'mem> Transmitter<'mem> {
                 return Err(Drop::TooLong);
             }
             self.cut = Some((how, 0));
-            self.surplus += self.start.surplus(length);
+            done.tx.surplus += self.start.surplus(length);
         }
         Ok(())
     }
 
-    /// Notes who sends the frame that was just admitted, and keeps its start for a capture.
-    #[inline(never)]
-    fn watch(&mut self, chain: &Chain<'mem, Readable>) {
-        if self.kept.wanted {
-            self.kept.keep(chain.head(), &self.start, Outcome::Sent);
-        }
-        if !self.admission.peeks {
-            return;
-        }
-        let header_length = self.admission.header_length;
-        let frame = &self.start.bytes()[header_length..];
-        self.notes.note(Way::Tx, frame, chain.len() - header_length);
-    }
-
     /// Where the frame is to be sent from.
-    #[inline]
     fn place(
         &mut self,
-        chain: &Chain<'mem, Readable>,
+        chain: &Chain<'_, '_, Readable>,
         slot: usize,
         open: &OpenSocket,
+        done: &mut Completions,
     ) -> Descriptor {
         let header_length = self.admission.header_length;
-        let length = chain.len() - header_length;
         // Headers that were judged go out as they were then.
-        let as_it_is = !self.start.header().needs_checksum() && !self.admission.judges();
+        let as_it_is = !self.start.needs_checksum() && !self.admission.judges();
+        let length = chain.len() - header_length;
         let in_place = chain
             .first_after(header_length)
             .filter(|piece| as_it_is && piece.len() == length)
             .and_then(|piece| open.umem.sendable(&piece));
         match in_place {
             Some(address) => Descriptor { address, length: length as u32, options: 0 },
-            None => self.place_copy(chain, slot, open),
+            None => self.place_copy(chain, slot, open, done),
         }
     }
 
@@ -204,9 +243,10 @@ impl<'mem> Transmitter<'mem> {
     #[inline(never)]
     fn place_copy(
         &mut self,
-        chain: &Chain<'mem, Readable>,
+        chain: &Chain<'_, '_, Readable>,
         slot: usize,
         open: &OpenSocket,
+        done: &mut Completions,
     ) -> Descriptor {
         let header_length = self.admission.header_length;
         let length = chain.len() - header_length;
@@ -220,7 +260,7 @@ impl<'mem> Transmitter<'mem> {
         } else {
             (CopyReason::Pieces, 0)
         };
-        self.copied.push(reason);
+        done.tx_copied.push(reason);
         Descriptor { address, length: length as u32, options }
     }
 
@@ -228,11 +268,12 @@ impl<'mem> Transmitter<'mem> {
     #[inline(never)]
     fn place_segment(
         &mut self,
-        chain: &Chain<'mem, Readable>,
+        chain: &Chain<'_, '_, Readable>,
         how: Segmentation,
         offset: usize,
         slot: usize,
         open: &OpenSocket,
+        done: &mut Completions,
     ) -> Descriptor {
         let header_length = self.admission.header_length;
         let (headers, payload) = (how.headers(), how.payload_at(offset));
@@ -241,7 +282,7 @@ impl<'mem> Transmitter<'mem> {
         frame.write(&how.headers_at(whole, offset)[..headers]);
         chain.copy_to(header_length + headers + offset, &frame.skip(headers));
         if how.is_last(offset) {
-            self.copied.push(CopyReason::Segmentation);
+            done.tx_copied.push(CopyReason::Segmentation);
             self.cut = None;
         } else {
             self.cut = Some((how, offset + payload));
@@ -294,86 +335,107 @@ impl<'mem> Transmitter<'mem> {
     /// The device dropped the frame that the kernel took last: it is completed all the same.
     fn note_refused(&mut self, open: &mut OpenSocket) {
         let unsent = open.socket.tx.pending() as usize;
-        let mut pending = self.in_flight.iter_mut().rev().filter(|frame| frame.pending);
-        if let Some(frame) = pending.nth(unsent) {
-            frame.outcome = Outcome::Dropped(Drop::HostRefused);
+        let age = self.frames.pending().nth(unsent);
+        if let Some(frame) = age.and_then(|age| self.frames.get_mut(age)) {
+            frame.refuse();
         }
     }
 
-    /// Notes what the kernel has completed.
-    pub(super) fn reap(&mut self, open: &mut OpenSocket) {
+    /// Completes chains whose frames the kernel has completed.
+    pub(super) fn reap(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        open: &mut OpenSocket,
+        done: &mut Completions,
+    ) {
+        let mut whole = 0;
         let mut any = false;
         while let Some(address) = open.socket.completion.take() {
             any = true;
             let slot = (address >> ADDRESS_BITS) as usize;
-            match slot.wrapping_sub(self.oldest) % TX_SLOTS {
-                // Nearly always it is the oldest.
-                0 => self.give_back_oldest(),
-                place => {
-                    if let Some(frame) = self.in_flight.get_mut(place) {
-                        frame.pending = false;
-                    }
-                }
+            // Nearly always it is the oldest.
+            if self.frames.pop_whole(slot) {
+                whole += 1;
+                continue;
             }
+            let age = self.frames.age(slot);
+            if let Some(frame) = self.frames.get_mut(age) {
+                frame.complete();
+            }
+            self.complete_chains(tx, whole, done);
+            whole = 0;
         }
         if any {
             open.socket.completion.release();
         }
-        while self.in_flight.front().is_some_and(|frame| !frame.pending) {
-            self.give_back_oldest();
+        self.complete_chains(tx, whole, done);
+    }
+
+    /// Completes the chains of so many `whole` frames that were sent, and then of those that are the oldest.
+    #[inline]
+    fn complete_chains(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        whole: usize,
+        done: &mut Completions,
+    ) {
+        let bytes = tx.push_used_run(whole) - whole * self.admission.header_length;
+        done.tx.frames += whole as u64;
+        done.tx.bytes += bytes as u64;
+        while self.frames.get(0).is_some_and(|oldest| !oldest.is_pending()) {
+            self.complete_oldest(tx, done);
         }
     }
 
-    #[inline]
-    fn give_back_oldest(&mut self) {
-        let Some(frame) = self.in_flight.pop_front() else { return };
-        self.oldest = self.oldest.wrapping_add(1);
-        if let Some(chain) = frame.chain {
-            self.done.push((chain, frame.outcome));
+    /// Completes the oldest frame, and its chain if that ends with it.
+    #[inline(never)]
+    fn complete_oldest(&mut self, tx: &mut Virtqueue<'_, Readable>, done: &mut Completions) {
+        let Some(frame) = self.frames.pop_oldest().filter(Frame::ends_chain) else { return };
+        match frame.drop_reason() {
+            Some(reason) => done.drop_oldest(tx, reason),
+            None => {
+                done.tx.frames += 1;
+                done.tx.bytes += (tx.push_used(0) - self.admission.header_length) as u64;
+            }
         }
     }
 
     /// Whether the kernel is busy with frames: handed to the device, and not completed.
     pub(super) fn is_waiting(&self, open: &mut OpenSocket) -> bool {
-        let pending = self.in_flight.iter().filter(|frame| frame.pending).count();
-        pending > open.socket.tx.pending() as usize
+        self.frames.pending().count() > open.socket.tx.pending() as usize
     }
 
-    /// Takes back what the kernel has: nothing of it is touched once the socket is closed.
-    pub(super) fn stop(&mut self, open: &mut OpenSocket) {
+    /// Takes back what the kernel has, whose socket is closed next: nothing of it is touched from then on.
+    /// Chains that it has not sent stay in flight.
+    pub(super) fn stop(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        open: &mut OpenSocket,
+        done: &mut Completions,
+    ) {
         // The tx ring is taken from in order: what is left there are the youngest.
         let mut unsent = open.socket.tx.pending() as usize;
-        let mut chains = Vec::new();
         while unsent > 0
-            && let Some(frame) = self.in_flight.pop_back()
+            && let Some(youngest) = self.frames.pop_youngest()
         {
-            unsent -= usize::from(frame.pending);
-            chains.extend(frame.chain);
+            unsent -= usize::from(youngest.is_pending());
         }
-        let sent = self.in_flight.drain(..);
-        self.done.extend(sent.filter_map(|frame| Some((frame.chain?, frame.outcome))));
+        while self.frames.len() > 0 {
+            self.complete_oldest(tx, done);
+        }
         self.cut = None;
-        self.unsent.extend(chains.into_iter().rev());
-        self.oldest = 0;
+        self.frames = Frames::new();
         self.unfinished = false;
     }
 
-    /// Drops what the kernel has not sent: the device does not work.
-    pub(super) fn drop_unsent(&mut self) {
-        let dropped = Outcome::Dropped(Drop::HostRefused);
-        self.done.extend(self.unsent.drain(..).map(|chain| (chain, dropped)));
-    }
-
-    /// Gives back what has finished.
-    pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
-        finished.take_tx(&mut self.done);
-        self.kept.finish(finished);
-        finished.tx_copied.append(&mut self.copied);
-        finished.tx_surplus += std::mem::take(&mut self.surplus);
-    }
-
-    /// Gives back what the kernel has not sent, when the session ends.
-    pub(super) fn recall(&mut self, finished: &mut Finished<'mem>) {
-        finished.unused_tx.append(&mut self.unsent);
+    /// Drops what the kernel has not sent, or all frames before position `until`: the device does not work.
+    pub(super) fn drop_all(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        until: Option<u16>,
+        done: &mut Completions,
+    ) {
+        self.next = until.unwrap_or(self.next);
+        done.drop_all(tx, self.next, Drop::HostRefused);
     }
 }

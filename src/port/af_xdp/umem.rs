@@ -71,7 +71,7 @@ impl FrameLayout {
     }
 
     /// From an address in the fill ring to where its frame will start.
-    fn lead(&self) -> u64 {
+    pub(super) fn lead(&self) -> u64 {
         u64::from(KERNEL_HEADROOM + self.headroom())
     }
 
@@ -96,12 +96,31 @@ struct Region {
     page: u64,
 }
 
+/// The largest region, in copy mode: nearly all of a guest's buffers lie in it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct MainRegion {
+    start: usize,
+    length: usize,
+    offset: u64,
+}
+
+impl MainRegion {
+    /// The address of `segment`, if it lies in the region.
+    #[inline(always)]
+    pub(super) fn address_of(&self, segment: &Segment<'_>) -> Option<u64> {
+        let at = segment.address().wrapping_sub(self.start);
+        let fits = at < self.length && segment.len() <= self.length - at;
+        fits.then(|| self.offset + at as u64)
+    }
+}
+
 /// A UMEM that holds the guest's memory.
 #[derive(Debug)]
 pub(super) struct GuestUmem {
     memory: Arc<Umem>,
     /// In the order of their mappings.
     regions: Vec<Region>,
+    main: MainRegion,
     pub(super) layout: FrameLayout,
     /// From the registration on the kernel keeps all of it in memory.
     _pinned: Pinned,
@@ -124,8 +143,15 @@ impl GuestUmem {
         };
         let mut regions: Vec<_> = mappings.iter().zip(memory.parts()).map(place).collect();
         regions.sort_by_key(|region| region.mapped.start);
+        let largest = regions.iter().max_by_key(|region| region.mapped.len());
+        let main = largest.filter(|_| !layout.zero_copy).map(|region| MainRegion {
+            start: region.mapped.start,
+            length: region.mapped.len(),
+            offset: region.offset,
+        });
+        let main = main.unwrap_or_default();
         let pinned = Pinned::new(guest.quota(), memory.length() as u64);
-        Ok(GuestUmem { memory: Arc::new(memory), regions, layout, _pinned: pinned })
+        Ok(GuestUmem { memory: Arc::new(memory), regions, main, layout, _pinned: pinned })
     }
 
     /// The memory itself.
@@ -133,30 +159,30 @@ impl GuestUmem {
         &self.memory
     }
 
+    /// The largest region; an empty one with zero copy, which has rules about pages.
     #[inline]
+    pub(super) fn main_region(&self) -> MainRegion {
+        self.main
+    }
+
     fn region_of(&self, segment: &Segment<'_>) -> Option<&Region> {
         let address = segment.address();
         let holds = |region: &Region| {
             region.mapped.contains(&address) && segment.len() <= region.mapped.end - address
         };
-        // Nearly all of a guest's buffers lie in its largest region, and there are few.
-        if let [only] = &self.regions[..] {
-            return holds(only).then_some(only);
-        }
         let behind = self.regions.partition_point(|region| region.mapped.start <= address);
         self.regions[..behind].last().filter(|region| holds(region))
     }
 
     /// Whether the `length` bytes at `offset` are in one page of the region: what a device can
     /// rely on to be contiguous.
-    #[inline]
     fn in_one_page(&self, region: &Region, offset: u64, length: u64) -> bool {
         let first = self.memory.start() as u64 + offset;
         first / region.page == (first + length - 1) / region.page
     }
 
     /// The address to send the guest's `segment` from; nothing if it must be copied.
-    #[inline]
+    #[inline(never)]
     pub(super) fn sendable(&self, segment: &Segment<'_>) -> Option<u64> {
         let region = self.region_of(segment)?;
         let offset = region.offset + (segment.address() - region.mapped.start) as u64;
@@ -166,10 +192,10 @@ impl GuestUmem {
 
     /// The address to post such that a frame lands right behind the header's place in `chain`;
     /// nothing if the longest frame would not fit there, or the device can't write there.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn receivable(
         &self,
-        chain: &Chain<'_, Writable>,
+        chain: &Chain<'_, '_, Writable>,
         header_length: usize,
     ) -> Option<u64> {
         let room = chain.first_after(header_length - self.layout.header)?;

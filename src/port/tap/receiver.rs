@@ -1,23 +1,21 @@
 //! Buffers for frames to come: the kernel reads each frame straight into the oldest of them.
 
-use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
-use crate::guest::virtqueue::MAX_SEGMENTS;
-use crate::guest::{Burst, Chain, Segment, Writable};
-use crate::port::{Finished, Terms};
+use crate::guest::{Chain, MAX_SEGMENTS, Segment, Virtqueue, Writable};
+use crate::port::{Completions, Terms};
 use crate::sys::tap::Queue;
 use crate::traffic::{Notes, Way};
 use crate::vnet_header::{
     ETHERNET_LENGTH, LINK_OVERHEAD, MAX_FRAME, MAX_HEADERS, Surplus, VnetHeader,
 };
 
-/// Buffers that are borrowed ahead, which bounds what a session holds. Eight frames of 64 KiB in
+/// Buffers that are in flight at the most, which bounds what a session holds. Eight frames of 64 KiB in
 /// the 1.5 KiB buffers of a Linux driver.
-const POSTED: usize = 512;
+pub(super) const MAX_BUFFERS: usize = 512;
 /// How long frames wait for the guest to provide the buffers that the largest of them could need.
 const PATIENCE: Duration = Duration::from_millis(10);
 
@@ -29,15 +27,10 @@ pub(super) struct Receiver<'mem> {
     mergeable: bool,
     /// The card's MTU in bytes.
     mtu: u16,
-    /// Descriptors of the ring.
-    ring_size: u16,
     /// Longest frame in bytes that the device can deliver, header included.
     largest: usize,
     /// Bytes of buffers with which frames are read at once.
     enough: usize,
-    posted: VecDeque<Chain<'mem, Writable>>,
-    /// Bytes in `posted`.
-    room: usize,
     /// What the next frame may take: the segments of the oldest `window_chains` chains, of which those
     /// that follow each other in memory, as a driver's buffers often do, are one.
     window: Vec<Segment<'mem>>,
@@ -46,6 +39,8 @@ pub(super) struct Receiver<'mem> {
     notes: Notes,
     /// Whether frames are noted.
     peeks: bool,
+    /// There was no buffer when frames were last looked for.
+    had_none: bool,
     /// Whether to read: nobody has found the device empty since frames may have come.
     pub(super) may_have_frames: bool,
     /// Since when frames have waited for more buffers.
@@ -68,16 +63,14 @@ impl<'mem> Receiver<'mem> {
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
             mtu,
-            ring_size: terms.rx_size,
             largest: 0,
             enough: 0,
-            posted: VecDeque::new(),
-            room: 0,
             window: Vec::new(),
             window_chains: 0,
             window_room: 0,
             notes: Notes::new(terms.tally.clone()),
             peeks: false,
+            had_none: true,
             may_have_frames: receives,
             short_since: None,
             make_do: false,
@@ -103,19 +96,17 @@ impl<'mem> Receiver<'mem> {
         self.mergeable && self.accepted.segmentation()
     }
 
-    /// Finds out whether the ring can hold the largest frame, from its size and the buffers posted.
-    fn measure(&mut self) {
-        let buffers = self.posted.len();
+    /// Finds out whether the ring can hold the largest frame, from its size and the buffers in flight.
+    fn measure(&mut self, rx: &Virtqueue<'mem, Writable>) {
+        let (buffers, room) = (rx.in_flight(), rx.bytes_in_flight());
         if buffers == 0 || !self.segments() {
             return;
         }
         let wanted = self.header_length + MAX_FRAME;
-        if self.room >= wanted || buffers == POSTED {
+        if room >= wanted || buffers >= MAX_BUFFERS {
             self.has_held_largest = true;
             self.is_small = false;
-        } else if !self.has_held_largest
-            && usize::from(self.ring_size) * (self.room / buffers) < wanted
-        {
+        } else if !self.has_held_largest && usize::from(rx.size()) * (room / buffers) < wanted {
             self.is_small = true;
         }
     }
@@ -125,15 +116,11 @@ impl<'mem> Receiver<'mem> {
         (self.header_length, self.accepted)
     }
 
-    /// Descriptors of the ring, and bytes of each buffer posted on average.
-    pub(super) fn shape(&self) -> (u16, usize) {
-        (self.ring_size, self.room / self.posted.len().max(1))
-    }
-
-    /// All buffers that hold nothing, when the session ends.
-    pub(super) fn hand_back(&mut self) -> impl Iterator<Item = Chain<'mem, Writable>> {
+    /// Forgets the buffers that are in flight, when the session ends.
+    pub(super) fn stop(&mut self) {
         self.window.clear();
-        self.posted.drain(..)
+        self.window_chains = 0;
+        self.window_room = 0;
     }
 
     /// How long frames that are known to wait are to wait on for the guest's buffers.
@@ -141,48 +128,55 @@ impl<'mem> Receiver<'mem> {
         self.short_since.map(|since| PATIENCE.saturating_sub(since.elapsed()))
     }
 
-    /// Borrows buffers, as far as there is use for them.
-    pub(super) fn take(&mut self, buffers: &mut Burst<'mem, Writable>) {
-        let wanted = POSTED.saturating_sub(self.posted.len()).min(buffers.len());
+    /// Takes note of buffers that were popped.
+    pub(super) fn take(&mut self, rx: &Virtqueue<'mem, Writable>) {
         // Without buffers nobody has looked for frames.
-        self.may_have_frames |= self.posted.is_empty();
-        self.room += buffers.iter().take(wanted).map(Chain::len).sum::<usize>();
-        if wanted == buffers.len() {
-            self.posted.append(buffers);
-        } else {
-            self.posted.extend(buffers.drain(..wanted));
-        }
+        self.may_have_frames |= std::mem::take(&mut self.had_none);
         self.make_do = false;
-        self.measure();
+        self.measure(rx);
     }
 
-    /// Whether the largest frame that may come fits the buffers posted.
+    /// Whether the largest frame that may come fits the buffers in flight.
     ///
     /// A frame that is read into too few is lost, and a TAP does not tell the next frame's
     /// length. So frames wait for the guest's buffers instead, but for [`PATIENCE`] only, since
     /// the guest may have no more.
-    pub(super) fn has_room(&self) -> bool {
-        match self.posted.len() {
+    #[inline]
+    pub(super) fn has_room(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
+        match rx.in_flight() {
             0 => false,
-            POSTED => true,
-            _ => !self.mergeable || self.room >= self.enough,
+            MAX_BUFFERS.. => true,
+            _ => !self.mergeable || rx.bytes_in_flight() >= self.enough,
         }
     }
 
-    fn may_read(&self) -> bool {
-        self.has_room() || (self.make_do && !self.posted.is_empty())
+    fn may_read(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
+        self.has_room(rx) || (self.make_do && rx.in_flight() > 0)
     }
 
     /// Whether to wait for the device: not while frames are known to wait for buffers.
-    pub(super) fn watches(&self) -> bool {
-        !self.posted.is_empty() && (self.may_read() || !self.may_have_frames)
+    pub(super) fn watches(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
+        rx.in_flight() > 0 && (self.may_read(rx) || !self.may_have_frames)
     }
 
     /// As `may_read`, and keeps the time that frames have waited.
-    pub(super) fn can_read(&mut self) -> bool {
-        if self.has_room() || self.posted.is_empty() {
+    #[inline]
+    pub(super) fn can_read(&mut self, rx: &Virtqueue<'mem, Writable>) -> bool {
+        if self.has_room(rx) {
             self.short_since = None;
-        } else if !self.make_do {
+            return true;
+        }
+        self.may_make_do(rx)
+    }
+
+    #[inline(never)]
+    fn may_make_do(&mut self, rx: &Virtqueue<'mem, Writable>) -> bool {
+        if rx.in_flight() == 0 {
+            self.had_none = true;
+            self.short_since = None;
+            return false;
+        }
+        if !self.make_do {
             let since = *self.short_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= PATIENCE {
                 self.make_do = true;
@@ -190,23 +184,37 @@ impl<'mem> Receiver<'mem> {
                 self.is_small |= self.segments() && !self.has_held_largest;
             }
         }
-        self.may_read()
+        self.make_do
     }
 
     /// Reads the next frame into the oldest buffers; returns its length with header, or nothing if
     /// it is lost, being longer than what these hold.
-    pub(super) fn read(&mut self, queue: &Queue) -> io::Result<Option<usize>> {
+    pub(super) fn read(
+        &mut self,
+        queue: &Queue,
+        rx: &Virtqueue<'mem, Writable>,
+    ) -> io::Result<Option<usize>> {
         // Without segmentation the oldest buffer nearly always takes any frame.
-        if self.window.is_empty()
-            && let Some(oldest) = self.posted.front()
-            && oldest.len() > self.largest
-        {
-            let length = queue.read(oldest.segments())?;
-            return Ok((length < oldest.len()).then_some(length));
+        if self.window.is_empty() {
+            let oldest = rx.chain(rx.next_used());
+            if oldest.len() > self.largest {
+                let length = queue.read(oldest.segments())?;
+                return Ok((length < oldest.len()).then_some(length));
+            }
         }
-        let most = if self.mergeable { self.posted.len() } else { 1 };
+        self.read_spread(queue, rx)
+    }
+
+    /// Reads the next frame into as many of the oldest buffers as the largest could take.
+    #[inline(never)]
+    fn read_spread(
+        &mut self,
+        queue: &Queue,
+        rx: &Virtqueue<'mem, Writable>,
+    ) -> io::Result<Option<usize>> {
+        let most = if self.mergeable { rx.in_flight() } else { 1 };
         while self.window_room < self.largest && self.window_chains < most {
-            let chain = &self.posted[self.window_chains];
+            let chain = rx.chain(rx.next_used().wrapping_add(self.window_chains as u16));
             if self.window.len() + chain.segments().len() > MAX_SEGMENTS {
                 break;
             }
@@ -229,6 +237,7 @@ impl<'mem> Receiver<'mem> {
     }
 
     /// Takes `chains` of so many `bytes` from the window's start.
+    #[inline(never)]
     fn move_window(&mut self, chains: usize, mut bytes: usize) {
         self.window_chains -= chains;
         self.window_room -= bytes;
@@ -244,41 +253,64 @@ impl<'mem> Receiver<'mem> {
         self.window.drain(..gone);
     }
 
-    /// Gives back the buffers that the frame of `length` bytes takes, or counts it as dropped.
-    pub(super) fn deliver(&mut self, length: usize, finished: &mut Finished<'mem>) {
+    /// Completes the buffers that the frame of `length` bytes takes, or counts it as dropped.
+    pub(super) fn deliver(
+        &mut self,
+        length: usize,
+        rx: &mut Virtqueue<'mem, Writable>,
+        done: &mut Completions,
+    ) {
         if length < self.header_length {
-            finished.rx_dropped.push((Drop::TooShort, 1));
+            done.rx_dropped.push((Drop::TooShort, 1));
             return;
         }
-        match self.fit_header_to_guest() {
-            Ok(header) => finished.rx_surplus += self.surplus(&header, length),
-            Err(reason) => {
-                finished.rx_dropped.push((reason, 1));
-                return;
+        let first = rx.chain(rx.next_used());
+        let header: [u8; 10] = first.first_bytes();
+        // Nearly always it says nothing.
+        if header[..2] != [0, 0] {
+            match self.fit_header_to_guest(&VnetHeader::parse(&header), &first) {
+                Ok(header) => done.rx.surplus += self.surplus(&header, length),
+                Err(reason) => {
+                    done.rx_dropped.push((reason, 1));
+                    return;
+                }
             }
         }
         if self.peeks {
-            self.note(length);
+            self.note(&first, length);
         }
-        let (mut left, mut taken, first) = (length, 0, finished.rx.len());
-        while left > 0 {
-            let chain = self.posted.pop_front().expect("the window has room for the frame");
-            let part = left.min(chain.len());
-            left -= part;
-            taken += chain.len();
-            finished.rx.push((chain, part as u32));
-        }
-        let buffers = finished.rx.len() - first;
-        self.room -= taken;
-        if !self.window.is_empty() {
+        // The kernel knows a header of 10 bytes only, and leaves the rest as it was.
+        let has_number = self.header_length == HEADER_LENGTH;
+        if length <= first.len() {
+            if has_number {
+                first.write_at(VnetHeader::NUM_BUFFERS, &1u16.to_le_bytes());
+            }
+            let taken = rx.push_used(length as u32);
+            if !self.window.is_empty() {
+                self.move_window(1, taken);
+            }
+        } else {
+            let mut room = 0;
+            let needed = rx.positions(rx.next_avail()).take_while(|position| {
+                let before = room;
+                room += rx.chain(*position).len();
+                before < length
+            });
+            let buffers = needed.count();
+            if has_number {
+                first.write_at(VnetHeader::NUM_BUFFERS, &(buffers as u16).to_le_bytes());
+            }
+            let (mut left, mut taken) = (length, 0);
+            for _ in 0..buffers {
+                let part = left.min(rx.chain(rx.next_used()).len());
+                left -= part;
+                taken += rx.push_used(part as u32);
+            }
+            debug_assert_eq!(left, 0, "the window has room for the frame");
             self.move_window(buffers, taken);
         }
-        if self.header_length == HEADER_LENGTH {
-            // The kernel knows a header of 10 bytes only, and leaves the rest as it was.
-            finished.rx[first].0.write_at(10, &(buffers as u16).to_le_bytes());
-        }
-        finished.rx_frames += 1;
-        finished.rx_bytes += (length - self.header_length) as u64;
+        done.rx.frames += 1;
+        done.rx.bytes += (length - self.header_length) as u64;
     }
 
     /// Prepares for a burst of frames.
@@ -293,18 +325,22 @@ impl<'mem> Receiver<'mem> {
 
     /// Notes the frame in the oldest buffers, as far as the first of them shows it. The guest could
     /// have changed it already, and would fool itself.
-    fn note(&mut self, length: usize) {
+    #[inline(never)]
+    fn note(&mut self, first: &Chain<'_, 'mem, Writable>, length: usize) {
         let mut start = [0; HEADER_LENGTH + MAX_HEADERS];
-        let shown = self.posted[0].read_start(&mut start).min(length);
+        let shown = first.read_start(&mut start).min(length);
         let frame = start.get(self.header_length..shown).unwrap_or_default();
         self.notes.note(Way::Rx, frame, length - self.header_length);
     }
 
     /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,
     /// but frames may have been queued before that.
-    fn fit_header_to_guest(&self) -> Result<VnetHeader, Drop> {
-        let buffer = &self.posted[0];
-        let header = VnetHeader::parse(&buffer.first_bytes::<10>());
+    #[inline(never)]
+    fn fit_header_to_guest(
+        &self,
+        header: &VnetHeader,
+        buffer: &Chain<'_, 'mem, Writable>,
+    ) -> Result<VnetHeader, Drop> {
         if !header.accepted_by(&self.accepted) {
             return Err(Drop::NotAccepted);
         }
@@ -312,7 +348,7 @@ impl<'mem> Receiver<'mem> {
             // Section 5.1.6.4.1: flags are zero without GUEST_CSUM.
             buffer.write_at(0, &[0]);
         }
-        Ok(header)
+        Ok(*header)
     }
 
     /// What the frame of `length` bytes with its header is on the wire beyond itself. The guest may

@@ -1,6 +1,7 @@
-//! Chains on their way out: checked, and written a burst at a time.
+//! Frames from the guest: checked, and written a burst at a time.
 
 use std::io;
+use std::iter;
 use std::mem;
 use std::ops::Range;
 
@@ -8,190 +9,256 @@ use log::warn;
 
 use super::TapQueue;
 use crate::counters::Drop;
-use crate::guest::{Burst, Chain, ReadSegment, Readable};
-use crate::port::{Finished, KeptStarts, Outcome, Terms};
+use crate::guest::{Chain, ReadSegment, Readable, Virtqueue};
+use crate::port::{Completions, Outcome, Terms};
 use crate::sys::uring::MAX_WRITES;
 use crate::traffic::{Notes, Way};
-use crate::vnet_header::{Admission, PrivateStart, Surplus, admit};
+use crate::vnet_header::{Admission, Admitted, PLAIN_HEADER, PrivateStart, admit};
 
 /// Bursts from this many frames on go through io_uring: a submission of one costs more than a
 /// `writev`.
 const URING_FROM: usize = 2;
 
-/// Chains on their way out.
+/// A frame of a burst that is written at once.
+#[derive(Debug, Clone, Copy)]
+struct Frame {
+    admitted: Result<Admitted, Drop>,
+    /// Where its segments are in the list of all; none of a frame that is dropped.
+    first: u32,
+    end: u32,
+}
+
+impl Frame {
+    fn segments(&self) -> Range<usize> {
+        self.first as usize..self.end as usize
+    }
+}
+
+/// What writes frames.
 #[derive(Debug)]
-pub(super) struct Transmitter<'mem> {
+pub(super) struct Transmitter {
     admission: Admission,
     /// The card's MTU, by which `admission` is renewed.
     mtu: u16,
-    /// The checked start of each frame of a burst.
+    /// It was renewed in this burst.
+    renewed: bool,
+    /// The checked start of each frame of a burst that is not plain.
     starts: Vec<PrivateStart>,
-    /// What becomes of each frame of a burst.
-    outcomes: Vec<Outcome>,
-    /// Each frame to be written: its chain's place in the burst, and its part of the list of
-    /// segments.
-    bounds: Vec<(usize, Range<usize>)>,
+    frames: Vec<Frame>,
     /// Room for the segments of a burst's frames.
     segments: Vec<ReadSegment<'static>>,
-    /// What is to be given back.
-    done: Vec<(Chain<'mem, Readable>, Outcome)>,
-    /// What the frames sent are on the wire beyond themselves.
-    surplus: Surplus,
     notes: Notes,
-    kept: KeptStarts,
+    /// Whether admitted frames are noted.
+    peeks: bool,
     /// The device had no room for the last frame.
     pub(super) blocked: bool,
 }
 
-impl<'mem> Transmitter<'mem> {
+impl Transmitter {
     pub(super) fn new(terms: &Terms, longest: usize) -> Self {
+        let mut admission = terms.admission(longest);
+        // A second piece costs a write more than copying a small frame does.
+        admission.copies_small = true;
         Transmitter {
-            // A second piece costs a write more than copying a small frame does.
-            admission: Admission { copies_small: true, ..terms.admission(longest) },
+            admission,
             mtu: terms.mtu,
-            notes: Notes::new(terms.tally.clone()),
-            kept: KeptStarts::new(terms.capture.clone()),
+            renewed: false,
             starts: vec![PrivateStart::default(); MAX_WRITES],
-            outcomes: Vec::new(),
-            bounds: Vec::new(),
+            frames: Vec::with_capacity(MAX_WRITES),
             segments: Vec::new(),
-            done: Vec::new(),
-            surplus: Surplus::default(),
+            notes: Notes::new(terms.tally.clone()),
+            peeks: false,
             blocked: false,
         }
     }
 
-    /// Sends what is admitted, until the device has no room.
-    pub(super) fn transmit(&mut self, burst: &mut Burst<'mem, Readable>, host: &mut TapQueue) {
+    /// Sends what is admitted of the frames before position `until`, until the device has no room.
+    pub(super) fn transmit(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        until: u16,
+        host: &mut TapQueue,
+        done: &mut Completions,
+    ) {
         self.blocked = false;
-        self.admission.filter.refresh();
-        self.admission.peeks = self.notes.wanted();
-        self.kept.refresh();
-        while !burst.is_empty() && !self.blocked {
-            self.admit(burst, host);
-            let dealt_with = self.write(burst, host);
-            self.take(burst, dealt_with);
+        self.renewed = false;
+        self.peeks = self.notes.wanted();
+        // A capture shows what was judged.
+        self.admission.begin_burst(self.peeks || done.captures);
+        let mut starts = mem::take(&mut self.starts);
+        while tx.next_used() != until && !self.blocked {
+            let frames = usize::from(until.wrapping_sub(tx.next_used()));
+            if frames >= URING_FROM && host.writer.is_some() {
+                self.send_at_once(tx, until, host, &mut starts, done);
+            } else {
+                self.send_next(tx, host, &mut starts[0], done);
+            }
         }
+        self.starts = starts;
         self.notes.publish();
     }
 
-    /// Checks the oldest frames, as many as are written at a time, and notes those that are dropped.
-    fn admit(&mut self, burst: &Burst<'mem, Readable>, host: &TapQueue) {
-        self.outcomes.clear();
-        let mut asked = false;
-        for (chain, start) in burst.iter().zip(&mut self.starts) {
-            let mut admitted = admit(chain, &self.admission, start);
-            if admitted == Err(Drop::TooLong) && !asked {
-                // Or the device's MTU was raised: once a burst it is asked.
-                asked = true;
-                self.admission.max_frame = host.longest_frame(self.mtu);
-                admitted = admit(chain, &self.admission, start);
-            }
-            self.outcomes.push(match admitted {
-                Ok(()) => Outcome::Sent,
-                Err(reason) => Outcome::Dropped(reason),
-            });
-        }
-    }
-
-    /// Takes chains that are dealt with from the burst.
-    fn take(&mut self, burst: &mut Burst<'mem, Readable>, count: usize) {
-        let header_length = self.admission.header_length;
-        if self.kept.wanted {
-            let dealt_with = burst.iter().take(count).zip(&self.outcomes).zip(&self.starts);
-            for ((chain, outcome), start) in dealt_with {
-                self.kept.keep(chain.head(), start, *outcome);
-            }
-        }
-        let dealt_with = burst.drain(..count).zip(&self.outcomes).zip(&self.starts);
-        for ((chain, outcome), start) in dealt_with {
-            if *outcome == Outcome::Sent {
-                let length = chain.len() - header_length;
-                self.surplus += start.surplus(length);
-                if self.admission.peeks {
-                    self.notes.note(Way::Tx, &start.bytes()[header_length..], length);
-                }
-            }
-            self.done.push((chain, *outcome));
-        }
-    }
-
-    /// Gives back what has finished.
-    pub(super) fn finish(&mut self, finished: &mut Finished<'mem>) {
-        finished.take_tx(&mut self.done);
-        self.kept.finish(finished);
-        finished.tx_surplus += mem::take(&mut self.surplus);
-    }
-
-    /// Writes the frames that were admitted, and notes what became of each. Returns how many chains
-    /// are dealt with; the rest wait for room.
-    fn write(&mut self, burst: &Burst<'mem, Readable>, host: &mut TapQueue) -> usize {
-        let mut segments = emptied(mem::take(&mut self.segments));
-        let starts = mem::take(&mut self.starts);
-        let dealt_with = self.write_segments(burst, host, &starts, &mut segments);
-        self.segments = emptied(segments);
-        self.starts = starts;
-        dealt_with
-    }
-
-    fn write_segments<'a>(
+    /// Checks a frame.
+    #[inline(always)]
+    fn admit(
         &mut self,
-        burst: &'a Burst<'mem, Readable>,
-        host: &mut TapQueue,
-        starts: &'a [PrivateStart],
-        segments: &mut Vec<ReadSegment<'a>>,
-    ) -> usize {
-        let Transmitter { outcomes, bounds, blocked, .. } = self;
-        // The checked start of each frame, then its chain from there on.
-        bounds.clear();
-        for (index, chain) in burst.iter().take(outcomes.len()).enumerate() {
-            if outcomes[index] != Outcome::Sent {
-                continue;
-            }
-            let start = starts[index].bytes();
-            let from = segments.len();
-            segments.push(ReadSegment::of_bytes(start));
-            if start.len() < chain.len() {
-                segments.extend(chain.segments_after(start.len()).map(ReadSegment::from));
-            }
-            bounds.push((index, from..segments.len()));
+        chain: &Chain<'_, '_, Readable>,
+        start: &mut PrivateStart,
+        host: &TapQueue,
+    ) -> Result<Admitted, Drop> {
+        let admitted = admit(chain, &self.admission, start);
+        if admitted != Err(Drop::TooLong) || self.renewed {
+            return admitted;
         }
+        // Or the device's MTU was raised: once a burst it is asked.
+        self.renewed = true;
+        self.admission.max_frame = host.longest_frame(self.mtu);
+        admit(chain, &self.admission, start)
+    }
 
-        let mut unwritten = &bounds[..];
-        if let Some(writer) = host.writer.as_mut().filter(|_| bounds.len() >= URING_FROM) {
-            let mut results = [0; MAX_WRITES];
-            let frames = bounds.iter().map(|(_, part)| &segments[part.clone()]);
-            let written = writer.write_all(frames, &mut results);
-            let submitted =
-                written.as_ref().map_or_else(|error| error.submitted, |()| bounds.len());
-            for ((index, _), result) in bounds[..submitted].iter().zip(results) {
-                if result < 0 {
-                    outcomes[*index] = Outcome::Dropped(Drop::HostRefused);
-                }
-            }
-            let Err(error) = written else { return outcomes.len() };
-            warn!(
-                "tap {}: io_uring failed after {submitted} of {} frames, writing frame by frame \
-                 from now on: {}",
-                host.queue.identity().name,
-                bounds.len(),
-                error.source
-            );
-            host.writer = None;
-            unwritten = &bounds[submitted..];
+    /// What a frame begins with that was admitted.
+    #[inline(always)]
+    fn checked<'a>(&self, admitted: Admitted, start: &'a PrivateStart) -> &'a [u8] {
+        match admitted {
+            Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length],
+            Admitted::Copied => start.bytes(),
         }
-        for (index, part) in unwritten {
-            match host.queue.write(&segments[part.clone()]) {
+    }
+
+    /// Sends the oldest frame.
+    fn send_next(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        host: &mut TapQueue,
+        start: &mut PrivateStart,
+        done: &mut Completions,
+    ) {
+        let chain = tx.chain(tx.next_used());
+        let mut admitted = self.admit(&chain, start, host);
+        if let Ok(how) = admitted {
+            let checked = self.checked(how, start);
+            let first = ReadSegment::of_bytes(checked);
+            let written = if checked.len() >= chain.len() {
+                host.queue.write(&[first])
+            } else if let Some(rest) = chain.only_after(checked.len()) {
+                host.queue.write(&[first, rest.into()])
+            } else {
+                let rest = chain.segments_after(checked.len()).map(ReadSegment::from);
+                host.queue.write(&iter::once(first).chain(rest).collect::<Vec<_>>())
+            };
+            match written {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    *blocked = true;
-                    return *index;
+                    self.blocked = true;
+                    return;
                 }
-                Err(_) => outcomes[*index] = Outcome::Dropped(Drop::HostRefused),
+                Err(_) => admitted = Err(Drop::HostRefused),
             }
         }
-        outcomes.len()
+        self.complete(tx, admitted, start, done);
     }
+
+    /// Sends the oldest frames with one system call, as many as go into it.
+    fn send_at_once(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        until: u16,
+        host: &mut TapQueue,
+        starts: &mut [PrivateStart],
+        done: &mut Completions,
+    ) {
+        let mut frames = mem::take(&mut self.frames);
+        let mut segments = emptied(mem::take(&mut self.segments));
+        for (position, start) in tx.positions(until).zip(&mut *starts) {
+            let chain = tx.chain(position);
+            let admitted = self.admit(&chain, start, host);
+            let first = segments.len() as u32;
+            if let Ok(how) = admitted {
+                let checked = self.checked(how, start);
+                segments.push(ReadSegment::of_bytes(checked));
+                match chain.only_after(checked.len()) {
+                    Some(rest) => segments.push(rest.into()),
+                    None if checked.len() < chain.len() => {
+                        segments.extend(chain.segments_after(checked.len()).map(ReadSegment::from));
+                    }
+                    None => {}
+                }
+            }
+            frames.push(Frame { admitted, first, end: segments.len() as u32 });
+        }
+        let dealt_with = write_at_once(&mut frames, &segments, host);
+        self.segments = emptied(segments);
+        for (frame, start) in frames[..dealt_with].iter().zip(&*starts) {
+            self.complete(tx, frame.admitted, start, done);
+        }
+        frames.clear();
+        self.frames = frames;
+    }
+
+    /// Completes the oldest frame.
+    #[inline(always)]
+    fn complete(
+        &mut self,
+        tx: &mut Virtqueue<'_, Readable>,
+        admitted: Result<Admitted, Drop>,
+        start: &PrivateStart,
+        done: &mut Completions,
+    ) {
+        let header_length = self.admission.header_length;
+        if done.captures {
+            let outcome = admitted.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
+            done.capture(tx.next_used(), start, outcome);
+        }
+        let how = match admitted {
+            Ok(how) => how,
+            Err(reason) => return done.drop_oldest(tx, reason),
+        };
+        let length = tx.push_used(0) - header_length;
+        done.tx.frames += 1;
+        done.tx.bytes += length as u64;
+        if how == Admitted::Copied {
+            if start.is_segmented() {
+                done.tx.surplus += start.surplus(length);
+            }
+            if self.peeks {
+                self.notes.note(Way::Tx, &start.bytes()[header_length..], length);
+            }
+        }
+    }
+}
+
+/// Writes the frames that were admitted with one system call, and notes which the device refuses. Returns how
+/// many frames are dealt with. Where the others are not, io_uring is not used any more.
+fn write_at_once(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut TapQueue) -> usize {
+    let Some(writer) = &mut host.writer else { return 0 };
+    let mut results = [0; MAX_WRITES];
+    let parts = frames.iter().map(Frame::segments).filter(|part| !part.is_empty());
+    let written = writer.write_all(parts.map(|part| &segments[part]), &mut results);
+    let submitted = written.as_ref().map_or_else(|error| error.submitted, |()| MAX_WRITES);
+    let admitted = frames.iter().filter(|frame| !frame.segments().is_empty()).count();
+    let mut results = results.iter().take(submitted);
+    for (index, frame) in frames.iter_mut().enumerate() {
+        if frame.segments().is_empty() {
+            continue;
+        }
+        match results.next() {
+            Some(result) if *result < 0 => frame.admitted = Err(Drop::HostRefused),
+            Some(_) => {}
+            None => {
+                if let Err(error) = written {
+                    warn!(
+                        "tap {}: io_uring failed after {submitted} of {admitted} frames, writing frame \
+                         by frame from now on: {}",
+                        host.queue.identity().name,
+                        error.source
+                    );
+                }
+                host.writer = None;
+                return index;
+            }
+        }
+    }
+    frames.len()
 }
 
 /// The same memory for segments of other memory.

@@ -130,17 +130,17 @@ impl<T: Plain> Producer<T> {
         Producer { ring, staged: 0, consumed: 0 }
     }
 
-    /// Entries that can be staged now.
+    /// Entries that can be staged now: as many as are `wanted`, if there is room for them.
     #[inline]
-    pub fn room(&mut self) -> u32 {
+    pub fn room(&mut self, wanted: u32) -> u32 {
         let size = self.ring.mask + 1;
         let used = self.staged.wrapping_sub(self.consumed);
-        if used < size {
-            return size - used;
+        if used.saturating_add(wanted) <= size {
+            return wanted;
         }
         // Acquire: the kernel has read the entries that its index covers.
         self.consumed = self.ring.consumer().load(Ordering::Acquire);
-        size.saturating_sub(self.staged.wrapping_sub(self.consumed))
+        wanted.min(size.saturating_sub(self.staged.wrapping_sub(self.consumed)))
     }
 
     /// Puts an entry behind the others.
@@ -149,10 +149,17 @@ impl<T: Plain> Producer<T> {
     /// If there is no room.
     #[inline]
     pub fn stage(&mut self, entry: T) {
-        assert!(self.room() > 0, "an entry is staged only where there is room");
-        // SAFETY: inside the ring; the kernel does not read it before `submit`.
-        unsafe { self.ring.entry(self.staged).write_volatile(entry) };
-        self.staged = self.staged.wrapping_add(1);
+        self.batch(1).stage(entry);
+    }
+
+    /// Entries that are put behind the others, up to `most` of them.
+    ///
+    /// # Panics
+    /// If there is no room for as many.
+    #[inline(always)]
+    pub fn batch(&mut self, most: u32) -> Batch<'_, T> {
+        assert!(self.room(most) >= most, "entries are staged only where there is room");
+        Batch { next: self.staged, end: self.staged.wrapping_add(most), producer: self }
     }
 
     /// Shows the kernel what was staged.
@@ -174,6 +181,35 @@ impl<T: Plain> Producer<T> {
     #[inline]
     pub fn needs_wakeup(&self) -> bool {
         self.ring.needs_wakeup()
+    }
+}
+
+/// Entries that are being staged.
+#[derive(Debug)]
+pub struct Batch<'r, T> {
+    producer: &'r mut Producer<T>,
+    next: u32,
+    end: u32,
+}
+
+impl<T: Plain> Batch<'_, T> {
+    /// Puts an entry behind the others.
+    ///
+    /// # Panics
+    /// If it is one more than there was to be.
+    #[inline(always)]
+    pub fn stage(&mut self, entry: T) {
+        assert!(self.next != self.end, "a batch has an end");
+        // SAFETY: inside the ring; the kernel does not read it before `submit`.
+        unsafe { self.producer.ring.entry(self.next).write_volatile(entry) };
+        self.next = self.next.wrapping_add(1);
+    }
+}
+
+impl<T> Drop for Batch<'_, T> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.producer.staged = self.next;
     }
 }
 
@@ -206,6 +242,28 @@ impl<T: Plain> Consumer<T> {
         let entry = unsafe { self.ring.entry(self.taken).read_volatile() };
         self.taken = self.taken.wrapping_add(1);
         Some(entry)
+    }
+
+    /// Takes entries while `wants` them, up to `most`; returns how many.
+    #[inline(always)]
+    pub fn take_while(&mut self, most: usize, mut wants: impl FnMut(T) -> bool) -> usize {
+        if self.taken == self.produced {
+            self.produced = self.ring.producer().load(Ordering::Acquire);
+        }
+        let (first, waiting) = (self.taken, self.produced.wrapping_sub(self.taken));
+        let most = waiting.min(u32::try_from(most).unwrap_or(u32::MAX));
+        let ring = &self.ring;
+        let mut count = 0;
+        while count < most {
+            // SAFETY: as in `take`.
+            let entry = unsafe { ring.entry(first.wrapping_add(count)).read_volatile() };
+            if !wants(entry) {
+                break;
+            }
+            count += 1;
+        }
+        self.taken = first.wrapping_add(count);
+        count as usize
     }
 
     /// Gives back to the kernel the entries that were taken.
