@@ -20,7 +20,6 @@ use std::time::Duration;
 pub use announcer::Announcer;
 pub use tap::TapState;
 
-use crate::capture::Capture;
 use crate::counters::{CopyReason, Drop};
 use crate::features::{Negotiated, PortOffloads};
 use crate::guest::{GuestMemory, Readable, Virtqueue, Writable};
@@ -240,10 +239,13 @@ impl Completions {
     fn drop_oldest(&mut self, tx: &mut Virtqueue<'_, Readable>, reason: Drop) {
         let position = tx.next_used();
         let outcome = Outcome::Dropped(reason);
-        match self.captured.iter_mut().find(|captured| captured.position == position) {
+        // Younger frames may be there already.
+        let age = |position: u16| position.wrapping_sub(tx.published());
+        let place = self.captured.partition_point(|it| age(it.position) < age(position));
+        match self.captured.get_mut(place).filter(|it| it.position == position) {
             Some(captured) => captured.outcome = outcome,
             None if self.captures => {
-                self.captured.push_back(Captured { position, start: None, outcome });
+                self.captured.insert(place, Captured { position, start: None, outcome });
             }
             None => {}
         }
@@ -481,8 +483,6 @@ pub struct Terms {
     pub tx_filter: Arc<LiveFilter>,
     /// Where frames are counted by whom they go to and come from.
     pub tally: Arc<Tally>,
-    /// Where frames are put for an operator to look at.
-    pub capture: Arc<Capture>,
 }
 
 impl Terms {
@@ -490,5 +490,69 @@ impl Terms {
     fn admission(&self, max_frame: usize) -> Admission {
         let filter = FilterView::new(self.tx_filter.clone());
         Admission::new(&self.negotiated, max_frame, self.rules.clone(), filter)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::guest::{Budget, Notification, RegionRequest, RingLayout};
+    use crate::sys::process::sealed_memory;
+
+    /// A tx ring on memory of a page, in which the driver has made four chains of a byte available.
+    fn memory() -> GuestMemory {
+        let file = sealed_memory(c"port", 0x1000).unwrap();
+        for head in 0..4_u16 {
+            let place = u64::from(head);
+            file.write_all_at(&0x800_u64.to_le_bytes(), 16 * place).unwrap();
+            file.write_all_at(&1_u32.to_le_bytes(), 16 * place + 8).unwrap();
+            file.write_all_at(&head.to_le_bytes(), 0x100 + 4 + 2 * place).unwrap();
+        }
+        file.write_all_at(&4_u16.to_le_bytes(), 0x100 + 2).unwrap();
+        let request =
+            RegionRequest { guest_address: 0, size: 0x1000, frontend_address: 0, file_offset: 0 };
+        GuestMemory::map([(request, file)]).unwrap()
+    }
+
+    fn ring(memory: &GuestMemory) -> Virtqueue<'_, Readable> {
+        let [descriptors, avail, used] = [0, 0x100, 0x200].map(GuestAddress);
+        let layout = RingLayout { size: 4, descriptors, avail, used };
+        let notification = Notification { event_idx: false, indirect: false };
+        let mut tx = Virtqueue::start(memory, layout, notification).unwrap();
+        assert_eq!(tx.pop(Budget { chains: 4, bytes: usize::MAX }), Ok(4));
+        tx
+    }
+
+    #[test]
+    fn captured_frames_stay_in_the_order_of_the_ring() {
+        let memory = memory();
+        let mut tx = ring(&memory);
+        let mut done = Completions { captures: true, ..Completions::default() };
+        // A younger frame was kept first, when a capture began.
+        done.capture(2, &PrivateStart::default(), Outcome::Sent);
+        done.drop_oldest(&mut tx, Drop::TooShort);
+        done.drop_oldest(&mut tx, Drop::TooLong);
+        done.drop_oldest(&mut tx, Drop::HostRefused);
+        let kept: Vec<_> = done.captured.iter().map(|it| (it.position, it.outcome)).collect();
+        let dropped = [Drop::TooShort, Drop::TooLong, Drop::HostRefused].map(Outcome::Dropped);
+        assert_eq!(kept, [(0, dropped[0]), (1, dropped[1]), (2, dropped[2])]);
+    }
+
+    #[test]
+    fn positions_beyond_the_chains_in_flight_complete_nothing() {
+        let memory = memory();
+        let mut tx = ring(&memory);
+        let mut done = Completions::default();
+        done.drop_all(&mut tx, 3, Drop::Disabled);
+        assert_eq!((tx.completed(), tx.in_flight()), (3, 1));
+        // A port that was told of nothing since stands behind.
+        for until in [0, 2, 5, 0xffff] {
+            done.drop_all(&mut tx, until, Drop::HostRefused);
+            assert_eq!((tx.completed(), tx.in_flight()), (3, 1), "{until}");
+        }
     }
 }

@@ -232,8 +232,6 @@ pub struct Admission {
     pub filter: FilterView,
     /// Whether frames that fit a [`PrivateStart`] are copied whole: where a second piece costs more.
     pub copies_small: bool,
-    /// Whether somebody else looks at frames, and their headers are copied for that.
-    pub peeks: bool,
     /// Bytes of chains whose frames are sent without a further look if they ask for nothing.
     plain: Range<usize>,
     /// The same of those that are copied whole.
@@ -272,7 +270,6 @@ impl Admission {
             rules,
             filter,
             copies_small: false,
-            peeks: false,
             plain: 0..0,
             small: 0..0,
             unseen: 0..0,
@@ -282,7 +279,6 @@ impl Admission {
     /// Prepares for a burst. Headers are copied if somebody else `peeks`.
     pub fn begin_burst(&mut self, peeks: bool) {
         self.filter.refresh();
-        self.peeks = peeks;
         self.unseen = match self.judges() || peeks {
             true => 0..0,
             false => self.header_length + ETHERNET_LENGTH..self.header_length + self.max_frame + 1,

@@ -116,6 +116,24 @@ fn a_device_may_go_down_and_up() {
 }
 
 #[test]
+fn a_device_may_go_while_the_tx_ring_is_disabled() {
+    needs_root!("a_device_may_go_while_the_tx_ring_is_disabled");
+    let (daemon, wire, mut card) = start(&[], Options::default());
+    card.frontend.enable(1, false);
+    // They are drained, and never reach the port.
+    (0..3).for_each(|number| card.send(0, &frame(number, 100)));
+    ip("link set veth0 down");
+    eventually("the port has noticed", || daemon.log().contains("does not work"));
+    ip("link set veth0 up");
+    eventually("the port has noticed", || daemon.log().contains("works again"));
+    eventually("frames come", || {
+        wire.send(&frame(7, 100));
+        card.try_receive(0).is_some()
+    });
+    assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
+}
+
+#[test]
 fn a_device_may_be_deleted_and_made_again() {
     needs_root!("a_device_may_be_deleted_and_made_again");
     let _alone = one_at_a_time();

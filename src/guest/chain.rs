@@ -48,7 +48,6 @@ impl Direction for Command {
 }
 
 /// A descriptor chain in flight.
-#[derive(Clone, Copy)]
 pub struct Chain<'q, 'mem, D: Direction> {
     /// The first piece, which is the only one where `list` is empty.
     first: Segment<'mem>,

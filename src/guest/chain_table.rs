@@ -16,7 +16,7 @@ const KEPT: usize = 1024;
 #[derive(Debug, Clone, Copy)]
 struct Entry {
     /// Where its only piece is mapped. Of a chain with any other number of pieces: the number of its first
-    /// one among all that there have been.
+    /// one among all that there have been, here so that an entry has 16 bytes.
     start: *mut u8,
     length: u32,
     head: u16,
@@ -30,7 +30,7 @@ impl Entry {
 /// Notes chains of one piece.
 pub(super) struct Writer<'t, 'mem> {
     entries: &'t mut [Entry],
-    memory: PhantomData<Segment<'mem>>,
+    memory: PhantomData<&'t mut Segment<'mem>>,
 }
 
 /// A place in the ring, of the table that it is from.
@@ -93,12 +93,14 @@ impl<'mem> ChainTable<'mem> {
 
     #[inline(always)]
     fn entry(&self, Slot(slot): Slot) -> &Entry {
+        debug_assert!(slot < self.entries.len());
         // SAFETY: `slot` made it, below the length, which is a power of two (`new`).
         unsafe { self.entries.get_unchecked(slot) }
     }
 
     #[inline(always)]
     fn entry_mut(&mut self, Slot(slot): Slot) -> &mut Entry {
+        debug_assert!(slot < self.entries.len());
         // SAFETY: as above.
         unsafe { self.entries.get_unchecked_mut(slot) }
     }
@@ -140,8 +142,9 @@ impl<'mem> ChainTable<'mem> {
     #[inline]
     pub(super) fn chain<D: Direction>(&self, position: u16) -> Chain<'_, 'mem, D> {
         let Entry { start, length, head, pieces } = *self.entry(self.slot(position));
-        if let Some(only) = self.only_piece(position) {
-            return Chain::of_one(head, only);
+        if pieces == 1 {
+            // SAFETY: `Writer::set_one` or `set_list` took it from a segment at least as long.
+            return Chain::of_one(head, unsafe { Segment::at(start, length as usize) });
         }
         let first = start.addr().wrapping_sub(self.first_piece);
         let list = self.pieces.get(first..first + usize::from(pieces)).unwrap_or_default();
@@ -152,7 +155,7 @@ impl<'mem> ChainTable<'mem> {
     #[inline(always)]
     pub(super) fn only_piece(&self, position: u16) -> Option<Segment<'mem>> {
         let Entry { start, length, pieces, .. } = *self.entry(self.slot(position));
-        // SAFETY: `Writer::set_one` or `set_list` took it from a segment at least as long.
+        // SAFETY: as above.
         (pieces == 1).then(|| unsafe { Segment::at(start, length as usize) })
     }
 

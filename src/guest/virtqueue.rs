@@ -215,10 +215,13 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         self.chains.only_piece(position)
     }
 
-    /// Positions of chains in flight before `until`, oldest first.
+    /// Positions of chains in flight before `until`, oldest first; none if `until` is not among them, nor
+    /// right behind them.
     pub fn positions(&self, until: u16) -> impl ExactSizeIterator<Item = u16> + use<D> {
         let first = self.next_used;
-        (0..until.wrapping_sub(first)).map(move |index| first.wrapping_add(index))
+        let count = until.wrapping_sub(first);
+        let count = if usize::from(count) <= self.in_flight() { count } else { 0 };
+        (0..count).map(move |index| first.wrapping_add(index))
     }
 
     /// Pops chains until the budget is spent or none is left; returns how many.
@@ -255,7 +258,8 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     }
 
     /// Pops chains of one piece before position `end`, until `enough` bytes are in flight. Returns the head
-    /// of the first chain that is of another kind, and is taken but not collected.
+    /// of the first chain that is of another kind, which is noted as in flight and not collected: a queue
+    /// that fails to is not used again.
     #[inline(always)]
     fn pop_simple(&mut self, end: u16, enough: usize) -> Result<Option<u16>, Fault> {
         // Copies of what the loop needs, which is in registers then.
@@ -270,7 +274,9 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
                 break Ok(None);
             }
             let slot = chains.slot(first + popped);
-            let head = avail_u16(avail, 4 + 2 * slot.index(), size).load(Ordering::Relaxed);
+            // SAFETY: the slot is below the ring's size.
+            let head = unsafe { avail_u16(avail, 4 + 2 * slot.index(), size) };
+            let head = head.load(Ordering::Relaxed);
             let Some(is_in_flight) = is_in_flight.get_mut(usize::from(head)) else {
                 break Err(Fault::HeadOutOfRange(head));
             };
@@ -329,7 +335,8 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         assert!(position != self.next_avail, "only a chain in flight completes");
         let slot = self.chains.slot(position);
         let (head, length, pieces) = self.chains.facts(slot);
-        write_used(self.used, slot, head, written);
+        // SAFETY: the slot is of this ring's table.
+        unsafe { write_used(self.used, slot, head, written) };
         if self.is_noted || pieces != 1 {
             self.note_used(position, written, pieces);
         }
@@ -482,7 +489,8 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
 
     #[inline]
     fn avail_u16(&self, offset: usize) -> LittleEndian<'mem> {
-        avail_u16(self.avail, offset, self.size)
+        // SAFETY: callers keep to it, and `start` has resolved the ring for `'mem`.
+        unsafe { avail_u16(self.avail, offset, self.size) }
     }
 
     /// A 16-bit field of the used ring. Callers stay within 6 + 8 × size bytes.
@@ -494,17 +502,20 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
     }
 }
 
-/// A 16-bit field of a ring's available ring. Callers stay within 6 + 2 × size bytes, while its memory is
-/// mapped.
+/// A 16-bit field of the available ring at `avail`, which `start` has resolved.
+///
+/// # Safety
+/// The offset is even, and below 6 + 2 × size bytes, which are mapped for `'mem`.
 #[inline(always)]
-fn avail_u16<'mem>(avail: NonNull<u8>, offset: usize, size: u16) -> LittleEndian<'mem> {
+unsafe fn avail_u16<'mem>(avail: NonNull<u8>, offset: usize, size: u16) -> LittleEndian<'mem> {
     debug_assert!(offset < 6 + 2 * usize::from(size));
-    // SAFETY: `start` resolved that many bytes at an even address, and offsets are even.
+    // SAFETY: the caller's; the ring is at an even address.
     LittleEndian(unsafe { AtomicU16::from_ptr(avail.add(offset).cast().as_ptr()) })
 }
 
 impl Virtqueue<'_, Readable> {
-    /// Completes the `count` oldest chains in flight; returns their bytes.
+    /// Completes the `count` oldest chains in flight; returns their bytes. It is what as many calls of
+    /// [`push_used`](Self::push_used) do, in two thirds of the instructions.
     ///
     /// # Panics
     /// If fewer are in flight.
@@ -520,7 +531,8 @@ impl Virtqueue<'_, Readable> {
         for _ in 0..count {
             let slot = chains.slot(position);
             let (head, length, pieces) = chains.facts(slot);
-            write_used(used, slot, head, 0);
+            // SAFETY: the slot is of this ring's table.
+            unsafe { write_used(used, slot, head, 0) };
             if let Some(is_in_flight) = is_in_flight.get_mut(usize::from(head)) {
                 *is_in_flight = false;
             }
@@ -537,9 +549,12 @@ impl Virtqueue<'_, Readable> {
     }
 }
 
-/// Writes an entry of the used ring at `used`, of as many entries as the slot's table, while its memory is mapped.
+/// Writes an entry of the used ring at `used`, which `start` has resolved.
+///
+/// # Safety
+/// The slot is of the same ring's table, and the ring is mapped.
 #[inline(always)]
-fn write_used(used: NonNull<u8>, slot: Slot, head: u16, written: u32) {
+unsafe fn write_used(used: NonNull<u8>, slot: Slot, head: u16, written: u32) {
     // SAFETY: `start` resolved 6 + 8 × size bytes of used ring at an address aligned to 4. Volatile: the
     // driver may look, and sees an entry that the index does not cover yet.
     unsafe {

@@ -387,7 +387,7 @@ fn reap<'mem>(
 
 impl std::ops::Drop for XdpPort<'_> {
     /// Closes the socket of a session that panicked: else the kernel would write to the guest's memory
-    /// after the session's end. Every other session has closed it in `recall`.
+    /// after the session's end. Every other session has closed it in `stop`.
     fn drop(&mut self) {
         let closed = State::Closed { since: None, retry: Instant::now() };
         if let State::Open(open) = std::mem::replace(&mut self.state, closed) {

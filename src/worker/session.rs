@@ -149,7 +149,6 @@ pub(super) fn serve(
         rules: session.rules.clone(),
         tx_filter: options.tx_filter.clone(),
         tally: options.tally.clone(),
-        capture: options.capture.clone(),
     };
     let queues = Virtqueues { tx: tx_queue, rx: rx_queue };
     let port = host.session(&session.memory, &queues, &terms);

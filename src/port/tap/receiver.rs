@@ -266,8 +266,9 @@ impl<'mem> Receiver<'mem> {
         }
         let first = rx.chain(rx.next_used());
         let header: [u8; 10] = first.first_bytes();
-        // Nearly always it says nothing.
-        if header[..2] != [0, 0] {
+        // Nearly always it says nothing. A guest may have made it say nothing of a frame that is cut.
+        let is_long = length - self.header_length > usize::from(self.mtu) + LINK_OVERHEAD;
+        if header[..2] != [0, 0] || is_long {
             match self.fit_header_to_guest(&VnetHeader::parse(&header), &first) {
                 Ok(header) => done.rx.surplus += self.surplus(&header, length),
                 Err(reason) => {

@@ -235,7 +235,16 @@ fn write_at_once(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut 
     let parts = frames.iter().map(Frame::segments).filter(|part| !part.is_empty());
     let written = writer.write_all(parts.map(|part| &segments[part]), &mut results);
     let submitted = written.as_ref().map_or_else(|error| error.submitted, |()| MAX_WRITES);
-    let admitted = frames.iter().filter(|frame| !frame.segments().is_empty()).count();
+    if let Err(error) = written {
+        let admitted = frames.iter().filter(|frame| !frame.segments().is_empty()).count();
+        warn!(
+            "tap {}: io_uring failed after {submitted} of {admitted} frames, writing frame by frame from \
+             now on: {}",
+            host.queue.identity().name,
+            error.source
+        );
+        host.writer = None;
+    }
     let mut results = results.iter().take(submitted);
     for (index, frame) in frames.iter_mut().enumerate() {
         if frame.segments().is_empty() {
@@ -244,18 +253,7 @@ fn write_at_once(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut 
         match results.next() {
             Some(result) if *result < 0 => frame.admitted = Err(Drop::HostRefused),
             Some(_) => {}
-            None => {
-                if let Err(error) = written {
-                    warn!(
-                        "tap {}: io_uring failed after {submitted} of {admitted} frames, writing frame \
-                         by frame from now on: {}",
-                        host.queue.identity().name,
-                        error.source
-                    );
-                }
-                host.writer = None;
-                return index;
-            }
+            None => return index,
         }
     }
     frames.len()

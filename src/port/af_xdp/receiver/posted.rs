@@ -58,6 +58,7 @@ impl Posted {
 
     /// Notes the frame that waits in it, which is not empty.
     pub(super) fn fill(&mut self, length: u16) {
+        debug_assert!(length > 0);
         self.length = length.into();
     }
 }
