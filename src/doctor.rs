@@ -90,7 +90,7 @@ impl Examination {
         findings.extend(vmm::check(&host, sealed));
         findings.extend(memory::check(&host, &myself, &wishes));
         findings.extend(limits::check(&host, &myself, &wishes));
-        findings.extend(placement::check(&host, &wishes));
+        findings.extend(placement::check(&host, &network, &wishes));
         findings.extend(stack::check(&host, &myself, &network, &wishes));
         Report { findings, json }
     }

@@ -268,7 +268,8 @@ impl Endpoint {
                     if before != FileState::Gone {
                         warn!(
                             "{name}: socket file was deleted path={path}: cannot make it again: {error}; \
-                             nobody else can connect; see to its directory, or restart the daemon"
+                             nobody else can connect; put its directory back, or restart the daemon (a new \
+                             directory of that name is closed to it)"
                         );
                     }
                     look(Some("its socket file was deleted: no other VMM can connect"), None)

@@ -12,7 +12,6 @@ mod chain_table;
 mod descriptors;
 pub mod dirty;
 pub mod fault;
-
 pub mod inflight;
 pub mod layout;
 pub mod lost;

@@ -206,12 +206,18 @@ fn a_file_that_is_wrong_changes_nothing() {
     assert!(daemon.log().contains(":3:1: unknown field `tup`"), "{}", daemon.log());
     // Nor is a port lost for another that can't be had; what can't change is said.
     let wrong = "log-level = \"debug\"\n".to_owned() + CONTROL + &loopback("one");
-    daemon.write_config(&(wrong + &port("two", "tap = \"lo\"")));
+    let three = loopback("three");
+    daemon.write_config(&(wrong + &port("two", "tap = \"lo\"") + &three));
     let output = daemon.ctl(&["reload"]);
-    let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(text.contains("two: not added: "), "{text}");
-    assert!(text.contains("log-level: can't change while the daemon runs"), "{text}");
+    // What was done is said too, and each failure on a line.
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), "three: added\n");
+    let text = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[0].contains("log-level: can't change while the daemon runs"), "{text}");
+    assert!(lines[1].contains("two: not added: "), "{text}");
+    assert_eq!(lines[2..], ["vhost-user-net: reload: done=1 failed=2"]);
+    assert!(daemon.ask(&["list"]).ends_with("\ntwo is not started: the log says why\n"));
     one.check_echo(50);
     assert!(!daemon.path("two").exists(), "a socket is left behind");
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::record::capture;
-use super::reload::{add, conflict, reload};
+use super::reload::{Outcome, add, conflict, reload};
 use super::requests::Wanted;
 use super::stats::rates;
 use super::top::{Look, top};
@@ -282,6 +282,15 @@ impl Question {
                 }
                 Ok(self.show(&add(&mut daemon, &config, false)?))
             }
+            Verb::Ask(command @ Command::List {}) if !self.json => {
+                let list = self.show(&daemon.ask(command, &[])?);
+                let about = daemon.ask(&Command::Features {}, &[])?;
+                let missing = about["missing"].as_array().map_or(&[][..], Vec::as_slice);
+                let missing = missing
+                    .iter()
+                    .map(|name| format!("{} is not started: the log says why\n", plain(name)));
+                Ok(list + &missing.collect::<String>())
+            }
             Verb::Ask(command) => Ok(self.show(&daemon.ask(command, &[])?)),
             Verb::Capture { port, wanted, write } => {
                 // Standard output may be the capture.
@@ -312,14 +321,18 @@ impl Question {
             })
         };
         let file = file.cloned().map_or_else(own, Ok)?;
-        let outcome = reload(daemon, &file)?;
-        if !outcome.failed.is_empty() {
-            return Err(Failure::Refused(outcome.failed.join("; ")));
+        let Outcome { done, failed } = reload(daemon, &file)?;
+        let shown = match self.json {
+            true => format!("{:#}\n", json!(done)),
+            false => done.iter().map(|line| format!("{line}\n")).collect(),
+        };
+        if failed.is_empty() {
+            return Ok(shown);
         }
-        if self.json {
-            return Ok(format!("{:#}\n", json!(outcome.done)));
-        }
-        Ok(outcome.done.iter().map(|line| format!("{line}\n")).collect())
+        // What was done is said too: it is not undone.
+        print(&shown);
+        failed.iter().for_each(|line| eprintln!("vhost-user-net: {line}"));
+        Err(Failure::Refused(format!("reload: done={} failed={}", done.len(), failed.len())))
     }
 
     fn show(&self, reply: &Value) -> String {

@@ -260,6 +260,7 @@ fn answer(
                 "daemon": env!("CARGO_PKG_VERSION"),
                 "version": VERSION,
                 "started": about,
+                "missing": ports.missing(),
             });
             let features =
                 ports.iter().map(|port| (port.name().to_owned(), report::features(port)));

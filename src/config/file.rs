@@ -140,8 +140,10 @@ fn wrong(error: &toml::de::Error) -> Wrong {
     let lines: Vec<&str> = error.message().lines().collect();
     let mut what = lines.join(", ");
     // What else there could be takes 400 letters.
-    if let Some((unknown, _)) = what.split_once(", expected one of `") {
-        what = format!("{unknown}; 'man vhost-user-net-run' names the keys");
+    if let Some((unknown, _)) = what.split_once(", expected one of `")
+        && unknown.starts_with("unknown field")
+    {
+        what = format!("{unknown}; 'man vhost-user-net.toml' names the keys");
     }
     (error.span().map(|span| span.start), what)
 }

@@ -350,7 +350,7 @@ fn remove_socket(mut endpoint: Endpoint, frontend: &Frontend) {
 /// Why a key does not change while a VMM is connected.
 fn lost(key: &str, why: &str) -> Refusal {
     Refusal::CannotBeDone(format!(
-        "{key} not changed while its VMM is connected: {why}; stop the VMM and reload, or remove and add \
-         the port"
+        "cannot change {key} while its VMM is connected: {why}; stop the VMM and reload, or remove and \
+         add the port"
     ))
 }

@@ -85,6 +85,11 @@ fn mtu(network: &Network, link: &Link, port: &Port, what: &str) -> Finding {
     Finding::pass("mtu", what, format!("its MTU of {} takes the card's {wanted}", link.mtu))
 }
 
+/// Whether a device's driver has zero copy, or does not tell.
+pub(super) fn has_zero_copy(link: &Link) -> bool {
+    ethtool::xdp_features(link.index).map_or(true, |features| features & xdp::ZERO_COPY != 0)
+}
+
 /// Whether the driver runs programs, and redirects frames to sockets.
 fn is_native(features: u64) -> bool {
     features & (xdp::BASIC | xdp::REDIRECT) == xdp::BASIC | xdp::REDIRECT

@@ -5,13 +5,11 @@ use super::finding::{Finding, quoted};
 use super::network::Network;
 use crate::port::af_xdp::joining::Joining;
 use crate::port::af_xdp::program;
-use crate::port::af_xdp::tags::Tags;
+use crate::port::af_xdp::tags::{CHECKSUMS, Tags};
 use crate::sys::ethtool::Features;
 use crate::sys::link::Link;
 
 const CHECK: &str = "offloads";
-/// Checksums that are left to whoever sends: the kernel's names.
-const CHECKSUMS: [&str; 3] = ["tx-checksum-ip-generic", "tx-checksum-ipv4", "tx-checksum-ipv6"];
 const SEGMENTATION: &str = "tx-tcp-segmentation";
 
 fn features(network: &Network, link: &Link) -> Option<Features> {

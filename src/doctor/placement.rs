@@ -3,8 +3,10 @@
 
 use std::collections::BTreeSet;
 
+use super::device;
 use super::finding::Finding;
 use super::host::Host;
+use super::network::Network;
 use super::options::{Port, Wishes};
 use crate::config::Mode;
 use crate::sys::link::Link;
@@ -138,9 +140,9 @@ fn online(host: &Host) -> Processors {
 }
 
 /// Checks isolation and the IOMMU.
-pub(super) fn check(host: &Host, wishes: &Wishes) -> Vec<Finding> {
+pub(super) fn check(host: &Host, network: &Network, wishes: &Wishes) -> Vec<Finding> {
     let wanted: Processors = wishes.ports.iter().flat_map(|port| port.cpus.clone()).collect();
-    vec![isolation(host, &wanted), iommu(host, wishes)]
+    vec![isolation(host, &wanted), iommu(host, network, wishes)]
 }
 
 fn isolation(host: &Host, wanted: &Processors) -> Finding {
@@ -173,10 +175,13 @@ fn isolation(host: &Host, wanted: &Processors) -> Finding {
     Finding::warn("isolation", what, why)
 }
 
-fn iommu(host: &Host, wishes: &Wishes) -> Finding {
+fn iommu(host: &Host, network: &Network, wishes: &Wishes) -> Finding {
     let units = host.list("/sys/class/iommu").len();
     let groups = host.list("/sys/kernel/iommu_groups");
-    let may_write = wishes.af_xdp().any(|(port, af_xdp)| port.named && af_xdp.mode != Mode::Copy);
+    let may_write = wishes.af_xdp().any(|(port, af_xdp)| {
+        let zero_copy = || network.find(&af_xdp.name).is_none_or(device::has_zero_copy);
+        port.named && af_xdp.mode != Mode::Copy && zero_copy()
+    });
     if units == 0 && groups.is_empty() {
         let why = "none is seen: with zero copy a card writes to guests' memory, and nothing but its \
                    driver keeps it from the rest";

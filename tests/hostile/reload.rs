@@ -113,10 +113,10 @@ fn hostile_70_change_that_a_vmm_cannot_survive_is_refused() {
     let tap = "tap = \"tap0\"\n";
     let pairs = "queue-pairs = 2\n";
     let wrong = [
-        (tap.to_owned(), "queue-pairs not changed while its VMM is connected"),
+        (tap.to_owned(), "cannot change queue-pairs while its VMM is connected"),
         (
             format!("{tap}{pairs}guest-tso = false"),
-            "guest-tso not changed while its VMM is connected: it has accepted GUEST_TSO4",
+            "cannot change guest-tso while its VMM is connected: it has accepted GUEST_TSO4",
         ),
         (format!("{tap}{pairs}max-memory = \"1m\""), "max-memory not changed"),
         (format!("{tap}{pairs}require-sealed-memory = true"), "require-sealed-memory not changed"),
@@ -155,7 +155,7 @@ fn hostile_70_af_xdp_in_place_of_a_tap_is_refused() {
     scene.check(&mut card);
     describe(&scene, "af-xdp = \"veth0\"\n");
     let text = refused(&scene);
-    let why = "tap, af-xdp not changed while its VMM is connected: it has accepted GUEST_CSUM";
+    let why = "cannot change tap, af-xdp while its VMM is connected: it has accepted GUEST_CSUM";
     assert!(text.contains(why), "{text}");
     scene.check(&mut card);
     drop(card);

@@ -35,7 +35,7 @@ fn judged(host: &Host, cpus: &[usize]) -> Vec<Finding> {
     let mut wishes = Wishes::new(Options { queue_pairs: 1, ..Options::default() }, None, &network);
     wishes.ports[0].cpus = cpus.to_vec();
     let mut found = of_device(host, &link, &wishes.ports[0], "device e");
-    found.extend(check(host, &wishes));
+    found.extend(check(host, &Network::default(), &wishes));
     found
 }
 

@@ -17,7 +17,7 @@ use super::joining::Joining;
 use super::program::Attachment;
 use super::receiver::RING_SIZES;
 use super::steering::Steering;
-use super::tags::Tags;
+use super::tags::{self, Tags};
 use super::umem::{FrameLayout, GuestUmem};
 use super::{MAX_MTU, OpenError, XdpQueue};
 use crate::config::AfXdp;
@@ -147,11 +147,13 @@ impl Interface {
         interface.layout(&link, mtu, HEADER_LENGTH, false)?;
         if link.is_veth {
             let peer = link.veth_peer.and_then(|peer| link::at(peer).ok());
-            let peer = peer.map_or("NAME".into(), |peer| peer.name);
-            info!(
-                "af_xdp {name}: the other end of a veth must send whole frames, with their \
-                 checksums: 'ethtool -K {peer} tx off'"
-            );
+            if peer.as_ref().is_none_or(|peer| tags::leaves_checksums(peer).unwrap_or(true)) {
+                let peer = peer.map_or("NAME".into(), |peer| peer.name);
+                warn!(
+                    "af_xdp {name}: the other end of a veth must send whole frames, with their \
+                     checksums: 'ethtool -K {peer} tx off'"
+                );
+            }
         }
         if pairs > 1 {
             info!(

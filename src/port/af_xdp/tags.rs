@@ -1,5 +1,5 @@
 //! VLAN tags that the kernel, or a card, keeps beside a frame: an XDP program does not get them, and
-//! the guest then takes the frame for an untagged one.
+//! the guest then takes the frame for an untagged one. And checksums that the sender has left open.
 
 use std::fmt;
 
@@ -15,6 +15,15 @@ const OF_PEER: [(&str, &str); 2] =
     [("tx-vlan-hw-insert", "txvlan"), ("tx-vlan-stag-hw-insert", "tx-vlan-stag-hw-insert")];
 const OF_CARD: [(&str, &str); 2] =
     [("rx-vlan-hw-parse", "rxvlan"), ("rx-vlan-stag-hw-parse", "rx-vlan-stag-hw-parse")];
+
+/// Checksums that are left to whoever sends: the kernel's names.
+pub const CHECKSUMS: [&str; 3] = ["tx-checksum-ip-generic", "tx-checksum-ipv4", "tx-checksum-ipv6"];
+
+/// Whether a device leaves checksums to whoever gets its frames; `None` if it does not tell.
+pub(super) fn leaves_checksums(link: &Link) -> Option<bool> {
+    let features = Ethtool::open().and_then(|ethtool| ethtool.features(link.index)).ok()?;
+    Some(CHECKSUMS.iter().any(|name| features.active.contains(*name)))
+}
 
 /// Whether the tags of frames to the guest are in the frames, where no program puts them back.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
