@@ -225,15 +225,6 @@ impl Completions {
         self.captured.push_back(Captured { position, start, outcome });
     }
 
-    /// Counts a frame from the guest that is not sent.
-    #[inline(never)]
-    fn count_dropped(&mut self, reason: Drop) {
-        match self.tx_dropped.last_mut() {
-            Some((last, count)) if *last == reason => *count += 1,
-            _ => self.tx_dropped.push((reason, 1)),
-        }
-    }
-
     /// Completes the oldest frame from the guest, which is not sent.
     #[inline(never)]
     fn drop_oldest(&mut self, tx: &mut Virtqueue<'_, Readable>, reason: Drop) {
@@ -249,7 +240,10 @@ impl Completions {
             }
             None => {}
         }
-        self.count_dropped(reason);
+        match self.tx_dropped.last_mut() {
+            Some((last, count)) if *last == reason => *count += 1,
+            _ => self.tx_dropped.push((reason, 1)),
+        }
         tx.push_used(0);
     }
 

@@ -38,6 +38,12 @@ pub(super) struct Writer<'t, 'mem> {
 pub(super) struct Slot(usize);
 
 impl Slot {
+    /// That of a position. The number of entries is a power of two (`ChainTable::new`).
+    #[inline(always)]
+    fn of(position: usize, entries: &[Entry]) -> Self {
+        Slot(position & (entries.len() - 1))
+    }
+
     /// Its index, below the ring's size.
     #[inline(always)]
     pub(super) fn index(self) -> usize {
@@ -49,7 +55,7 @@ impl<'mem> Writer<'_, 'mem> {
     /// The place of a position.
     #[inline(always)]
     pub(super) fn slot(&self, position: usize) -> Slot {
-        Slot(position & (self.entries.len() - 1))
+        Slot::of(position, self.entries)
     }
 
     /// Notes a chain.
@@ -88,7 +94,7 @@ impl<'mem> ChainTable<'mem> {
     /// The place of a position.
     #[inline(always)]
     pub(super) fn slot(&self, position: u16) -> Slot {
-        Slot(usize::from(position) & (self.entries.len() - 1))
+        Slot::of(position.into(), &self.entries)
     }
 
     #[inline(always)]

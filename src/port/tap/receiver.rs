@@ -39,9 +39,8 @@ pub(super) struct Receiver<'mem> {
     notes: Notes,
     /// Whether frames are noted.
     peeks: bool,
-    /// There was no buffer when frames were last looked for.
-    had_none: bool,
-    /// Whether to read: nobody has found the device empty since frames may have come.
+    /// Whether to read: nobody has found the device empty since frames may have come. Without buffers nobody
+    /// looks, so it stays.
     pub(super) may_have_frames: bool,
     /// Since when frames have waited for more buffers.
     short_since: Option<Instant>,
@@ -70,7 +69,6 @@ impl<'mem> Receiver<'mem> {
             window_room: 0,
             notes: Notes::new(terms.tally.clone()),
             peeks: false,
-            had_none: true,
             may_have_frames: receives,
             short_since: None,
             make_do: false,
@@ -130,8 +128,6 @@ impl<'mem> Receiver<'mem> {
 
     /// Takes note of buffers that were popped.
     pub(super) fn take(&mut self, rx: &Virtqueue<'mem, Writable>) {
-        // Without buffers nobody has looked for frames.
-        self.may_have_frames |= std::mem::take(&mut self.had_none);
         self.make_do = false;
         self.measure(rx);
     }
@@ -172,7 +168,6 @@ impl<'mem> Receiver<'mem> {
     #[inline(never)]
     fn may_make_do(&mut self, rx: &Virtqueue<'mem, Writable>) -> bool {
         if rx.in_flight() == 0 {
-            self.had_none = true;
             self.short_since = None;
             return false;
         }
