@@ -1,5 +1,6 @@
 //! Ports that are added, changed and removed while others carry traffic.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -110,6 +111,22 @@ fn reload_takes_no_descriptor_of_the_opener_s_own() {
     reload(&daemon, 4);
     card(&daemon, "new").check_echo(10);
     stays.check_echo(10);
+}
+
+#[test]
+fn the_opener_has_nothing_that_the_daemon_was_started_with() {
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    // Whoever starts the daemon may leave something open that no port names.
+    let (left, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+    fcntl(&left, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    let file = CONTROL.to_owned() + &loopback("stays");
+    let daemon = Daemon::with_config(&file, "stays");
+    let number = left.as_raw_fd();
+    let odd = format!("[[port]]\nname = \"odd\"\nfd = {number}\nloopback = true\n");
+    daemon.write_config(&(file + &odd));
+    reload(&daemon, 1);
+    let refused = format!("odd: not added: use descriptor {number} (--fd): ");
+    assert!(daemon.log().contains(&refused), "{}", daemon.log());
 }
 
 #[test]

@@ -16,6 +16,7 @@ use log::{LevelFilter, error, info, warn};
 use crate::api::client::{Connection, Wish};
 use crate::api::reload::{mend, reload, start_missing};
 use crate::logging::Log;
+use crate::sys::process::close_inherited;
 
 /// Starts it; returns the daemon's end of the connection with it. It ends when that is closed, and by no
 /// signal: it inherits our mask.
@@ -36,6 +37,8 @@ pub(super) fn start(file: &Path, level: LevelFilter) -> io::Result<UnixStream> {
 
 /// What it does: has the daemon's ports be what `file` says, each time that it is told to.
 pub fn run(file: &Path, level: LevelFilter) -> io::Result<()> {
+    // Those that a port uses were taken before we were started: of the others, none is ours.
+    close_inherited();
     let mut log = Log::new(level);
     log.start(|| Ok(()))?;
     let result = serve(file);

@@ -142,6 +142,15 @@ pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Closes what the process that started us left open and nobody has taken.
+pub fn close_inherited() {
+    let left = mem::take(&mut *INHERITED.lock().unwrap_or_else(PoisonError::into_inner));
+    for number in left {
+        // SAFETY: as in `inherit`: it has just been taken out of the set, and nobody else owns it.
+        drop(unsafe { OwnedFd::from_raw_fd(number) });
+    }
+}
+
 /// Binds the calling thread to one processor.
 ///
 /// # Errors

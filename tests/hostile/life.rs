@@ -371,7 +371,7 @@ fn hostile_50_names_are_names_and_nothing_else() {
     // A file's name with a line of its own in it.
     let forged = "x\n[2026-01-01T00:00:00Z WARN ] quiet: forged";
     let name = std::ffi::CString::new(forged).unwrap();
-    let memory = memfd_create(name.as_c_str(), MFdFlags::empty()).unwrap();
+    let memory = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC).unwrap();
     let mut frontend = scene.frontend();
     frontend.begin();
     frontend.refused(FrontendReq::SET_VRING_CALL, &[0; 8], &[memory.as_raw_fd()]);

@@ -32,7 +32,8 @@ pub(crate) fn memfd(size: u64) -> File {
 /// A memfd of `size` bytes in huge pages of 2 MiB, if the machine has that many to give.
 pub(crate) fn huge_memfd(size: u64) -> Option<File> {
     use nix::sys::memfd::{MFdFlags, memfd_create};
-    let file = File::from(memfd_create(c"guest", MFdFlags::MFD_HUGETLB).ok()?);
+    let file =
+        File::from(memfd_create(c"guest", MFdFlags::MFD_HUGETLB | MFdFlags::MFD_CLOEXEC).ok()?);
     file.set_len(size).unwrap();
     Some(file)
 }
