@@ -4,14 +4,12 @@
 use std::cell::RefCell;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::gettid;
 use vhost_user_net::config::Attach;
 use vhost_user_net::port::af_xdp::program::Attachment;
 use vhost_user_net::sys::bpf::Program;
@@ -168,12 +166,9 @@ impl Load {
 
     /// The same, beside what it does already.
     pub(super) fn send_live(&mut self, device: &str, length: usize) {
-        let device = link::find(device).unwrap().index;
-        // r0 = XDP_TX; exit
-        let sender = Program::load("sender", &[0x3_0000_00b7, 0x95]).unwrap();
-        let frame = frame(length);
+        let mut send = live_sender(device, length);
         // Each run takes ten milliseconds to begin.
-        self.run(move || sender.run_live(device, &frame, 1_000_000).unwrap());
+        self.run(move || send(1_000_000));
     }
 
     /// Takes what a guest gets, beside the sender; returns the number of frames so far. It comes before
@@ -185,8 +180,7 @@ impl Load {
         let mut begins = true;
         self.run(move || {
             if std::mem::take(&mut begins) {
-                let words = ["--fifo", "--pid", "1", &gettid().to_string()];
-                assert!(Command::new("chrt").args(words).status().unwrap().success());
+                take_precedence();
             }
             counter.fetch_add(card.recycle(0) as u64, Ordering::Relaxed);
             card.rx[0].want_no_call();
@@ -237,6 +231,24 @@ impl Drop for Load {
         self.stop.store(true, Ordering::Relaxed);
         self.threads.drain(..).for_each(|thread| thread.join().unwrap());
     }
+}
+
+/// Sends so many frames as fast as the kernel can.
+pub(super) fn live_sender(device: &str, length: usize) -> impl FnMut(u32) + Send + use<> {
+    let device = link::find(device).unwrap().index;
+    // r0 = XDP_TX; exit
+    let sender = Program::load("sender", &[0x3_0000_00b7, 0x95]).unwrap();
+    let frame = frame(length);
+    move |count| sender.run_live(device, &frame, count).unwrap()
+}
+
+/// Has the calling thread run before all that are not of its kind (SCHED_FIFO of sched(7)).
+#[allow(unsafe_code)]
+pub(super) fn take_precedence() {
+    let parameters = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the structure lives through the call, which concerns this thread alone.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &parameters) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Where a frame is sent from.

@@ -32,11 +32,15 @@ fn main() {
         instructions::counted(name);
         return;
     }
-    if let [_, plain, socket, tap] = &words[..]
-        && plain == "--plain-backend"
-    {
-        peers::serve_plain(socket.as_ref(), tap).unwrap();
-        return;
+    if let [_, mode, socket, tap] = &words[..] {
+        match &**mode {
+            "--plain-backend" => return peers::serve_plain(socket.as_ref(), tap).unwrap(),
+            "--vhost-net" => return peers::serve_vhost_net(socket.as_ref(), tap).unwrap(),
+            _ => {}
+        }
+    }
+    if words.iter().any(|word| word == "count") {
+        return peers::count();
     }
     // cargo passes --bench.
     let wanted: Vec<String> =

@@ -5,10 +5,13 @@
 //! take turns: those that poll are stopped (SIGSTOP) between theirs.
 
 mod cases;
+mod counted;
 mod kernel_guest;
+mod own_guest;
 mod party;
 mod plain;
 mod report;
+mod vhost_net;
 
 use std::fs;
 use std::path::PathBuf;
@@ -16,10 +19,11 @@ use std::path::PathBuf;
 use vhost_user_net::sys::process::pin_this_thread;
 
 use crate::support::network::enter_quiet_namespace;
-use party::{CONTESTANTS, Party, missing};
+use party::{CONTESTANTS, COUNTED, Contestant, Party, missing};
 use report::Report;
 
 pub(crate) use plain::serve as serve_plain;
+pub(crate) use vhost_net::serve as serve_vhost_net;
 
 /// Which cases are measured, if not all.
 const CASES: &str = "COMPARE_CASES";
@@ -35,20 +39,11 @@ pub(super) fn run() {
     let wanted: Vec<&str> = wanted.split_whitespace().collect();
     let is_wanted = |name: &str| wanted.is_empty() || wanted.contains(&name);
     let mut report = Report::default();
-    let mut contestants = CONTESTANTS.to_vec();
-    contestants.retain(|contestant| match missing(contestant) {
-        Some(why) => {
-            report.skip(contestant.name, why);
-            false
-        }
-        None => true,
-    });
-    let names = std::env::var(PARTIES).unwrap_or_default();
-    contestants.retain(|it| names.split(';').any(|part| it.name.contains(part)));
+    let mut contestants = present(&CONTESTANTS, &mut report);
     if !is_wanted("ovs") && !wanted.is_empty() {
         contestants.retain(|contestant| !matches!(contestant.kind, party::Kind::Ovs(_)));
     }
-    let parties: Vec<Party> = (1..).zip(&contestants).map(|(n, it)| Party::start(*it, n)).collect();
+    let parties = start(&contestants);
     for (name, measure) in cases::WITH_PARTIES {
         if is_wanted(name) {
             measure(&parties, &mut report);
@@ -65,9 +60,45 @@ pub(super) fn run() {
     println!("\nfigures, table and picture: {}", directory.display());
 }
 
+/// Those that can take part here, and are wanted.
+fn present(contestants: &[Contestant], report: &mut Report) -> Vec<Contestant> {
+    let names = std::env::var(PARTIES).unwrap_or_default();
+    let mut contestants = contestants.to_vec();
+    contestants.retain(|it| names.split(';').any(|part| part.is_empty() || it.name == part));
+    contestants.retain(|contestant| match missing(contestant) {
+        Some(why) => {
+            report.skip(contestant.name, why);
+            false
+        }
+        None => true,
+    });
+    contestants
+}
+
+fn start(contestants: &[Contestant]) -> Vec<Party> {
+    (1..).zip(contestants).map(|(number, it)| Party::start(*it, number)).collect()
+}
+
+/// What a frame costs the daemon, vhost-net and the plain backend in executed instructions, the kernel's
+/// included: for a machine whose clock counts these, and which has one processor (`tests/bench/vhost-net`).
+pub(super) fn count() {
+    enter_a_namespace();
+    let mut report = Report::counted();
+    let parties = start(&present(&COUNTED, &mut report));
+    let wanted = std::env::var(CASES).unwrap_or_default();
+    counted::count(
+        &parties,
+        |case| wanted.is_empty() || wanted.split(';').any(|part| part == case),
+        &mut report,
+    );
+    println!("\n{}{}", report.tables(), report.claims());
+}
+
 /// Moves this thread into a quiet namespace, whose TCP is any Linux's: the machine's default may be BBR,
-/// whose timers would run on the backend's processor.
+/// whose timers would run on the backend's processor. A host may permit none but some to its namespaces.
 fn enter_a_namespace() {
     enter_quiet_namespace();
-    fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic").unwrap();
+    let control = "/proc/sys/net/ipv4/tcp_congestion_control";
+    let _ = ["cubic", "reno"].into_iter().find(|name| fs::write(control, name).is_ok());
+    println!("TCP's congestion control: {}", fs::read_to_string(control).unwrap().trim());
 }

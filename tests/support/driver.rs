@@ -287,16 +287,20 @@ pub(crate) struct Options {
     pub(crate) huge: bool,
 }
 
+impl Options {
+    pub(crate) const DEFAULT: Self = Options {
+        features: VERSION_1 | EVENT_IDX | INDIRECT | MRG_RXBUF | PROTOCOL,
+        size: 256,
+        pairs: 1,
+        buffer: 2048,
+        indirect: false,
+        huge: false,
+    };
+}
+
 impl Default for Options {
     fn default() -> Self {
-        Options {
-            features: VERSION_1 | EVENT_IDX | INDIRECT | MRG_RXBUF | PROTOCOL,
-            size: 256,
-            pairs: 1,
-            buffer: 2048,
-            indirect: false,
-            huge: false,
-        }
+        Self::DEFAULT
     }
 }
 

@@ -95,6 +95,9 @@ pub(crate) struct Wire(OwnedFd);
 /// experimental).
 pub(crate) const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
+/// Of linux/if_packet.h.
+const PACKET_VNET_HDR: libc::c_int = 15;
+
 impl Wire {
     pub(crate) fn open(device: &str) -> Self {
         Self::try_open(device).unwrap_or_else(|| panic!("there is no {device}"))
@@ -122,6 +125,19 @@ impl Wire {
     /// Sends a frame, if the device is there, is up and has room.
     pub(crate) fn try_send(&self, frame: &[u8]) -> nix::Result<()> {
         send(self.0.as_raw_fd(), frame, MsgFlags::empty()).map(|sent| assert_eq!(sent, frame.len()))
+    }
+
+    /// Has a virtio header, of 10 bytes, before each frame that is sent or comes (PACKET_VNET_HDR of
+    /// packet(7)): for the benchmark.
+    #[allow(dead_code, unsafe_code)]
+    pub(crate) fn has_header(&self) {
+        let on: libc::c_int = 1;
+        let (fd, length) = (self.0.as_raw_fd(), size_of_val(&on) as u32);
+        // SAFETY: the value is an int, and lives through the call.
+        let result = unsafe {
+            libc::setsockopt(fd, libc::SOL_PACKET, PACKET_VNET_HDR, (&raw const on).cast(), length)
+        };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     }
 
     /// Sends the frame 32 times with one system call, however few arrive: for the benchmark.

@@ -11,7 +11,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use vmm_sys_util::tempdir::TempDir;
 
+use super::vhost_net;
 use crate::af_xdp::veth;
+use crate::measure::backend_processor;
 use crate::support::daemon::Daemon;
 use crate::support::eventually;
 use crate::support::network::{ip, output};
@@ -24,6 +26,8 @@ pub(super) enum Kind {
     Ours(&'static [&'static str]),
     /// The plain backend.
     Plain,
+    /// The kernel's.
+    VhostNet,
     /// DPDK's testpmd, `net_vhost` and a driver for the device.
     Dpdk(&'static str),
     /// Open vSwitch with DPDK, and a driver for the device.
@@ -45,7 +49,8 @@ pub(super) struct Contestant {
 const BUSY_POLL: &str = "--busy-poll=10000";
 
 /// All of them.
-pub(super) const CONTESTANTS: [Contestant; 8] = [
+pub(super) const CONTESTANTS: [Contestant; 9] = [
+    VHOST_NET,
     Contestant { name: "vhost-user-net, TAP", kind: Kind::Ours(&[]), tap: true, polls: false },
     Contestant { name: "plain backend, TAP", kind: Kind::Plain, tap: true, polls: false },
     Contestant { name: "DPDK, TAP", kind: Kind::Dpdk("net_tap"), tap: true, polls: true },
@@ -66,6 +71,23 @@ pub(super) const CONTESTANTS: [Contestant; 8] = [
     },
 ];
 
+const VHOST_NET: Contestant =
+    Contestant { name: "vhost-net, TAP", kind: Kind::VhostNet, tap: true, polls: false };
+
+/// Those whose instructions are counted.
+pub(super) const COUNTED: [Contestant; 5] = [
+    VHOST_NET,
+    Contestant { name: "vhost-user-net, TAP", kind: Kind::Ours(&[]), tap: true, polls: false },
+    Contestant {
+        name: "vhost-user-net, TAP, writev",
+        kind: Kind::Ours(&["--tx-method=writev"]),
+        tap: true,
+        polls: false,
+    },
+    Contestant { name: "vhost-user-net, AF_XDP", kind: Kind::Ours(&[]), tap: false, polls: false },
+    Contestant { name: "plain backend, TAP", kind: Kind::Plain, tap: true, polls: false },
+];
+
 /// A running backend.
 pub(super) struct Party {
     pub(super) contestant: Contestant,
@@ -79,7 +101,8 @@ pub(super) struct Party {
 
 enum Program {
     Ours(Daemon),
-    Plain(Child),
+    /// A mode of this benchmark's.
+    Bench(Child),
     Dpdk(Testpmd),
     Ovs(Ovs),
 }
@@ -103,20 +126,15 @@ impl Party {
             Kind::Ours(options) => {
                 let port = if contestant.tap { "tap" } else { "af-xdp" };
                 let port = format!("--{port}={device}");
+                let affinity = format!("--cpu-affinity={}", backend_processor());
                 let all: Vec<&str> =
-                    [&port, "--cpu-affinity=1"].into_iter().chain(options.to_vec()).collect();
+                    [&*port, &affinity].into_iter().chain(options.to_vec()).collect();
                 let daemon = Daemon::start(&all);
                 socket = daemon.socket();
                 Program::Ours(daemon)
             }
-            Kind::Plain => {
-                let child = Command::new(std::env::current_exe().unwrap())
-                    .args(["--plain-backend".as_ref(), socket.as_os_str(), device.as_ref()])
-                    .stdin(Stdio::null())
-                    .spawn()
-                    .unwrap();
-                Program::Plain(child)
-            }
+            Kind::Plain => Program::Bench(bench("--plain-backend", &socket, &device)),
+            Kind::VhostNet => Program::Bench(bench("--vhost-net", &socket, &device)),
             Kind::Dpdk(driver) => {
                 let device = format!("{driver}0,iface={device}");
                 Program::Dpdk(Testpmd::backend("1", &socket, &device))
@@ -172,15 +190,16 @@ impl Party {
     fn process(&self) -> u32 {
         match &self.program {
             Program::Ours(daemon) => daemon.process(),
-            Program::Plain(child) => child.id(),
+            Program::Bench(child) => child.id(),
             Program::Dpdk(testpmd) => testpmd.process(),
             Program::Ovs(ovs) => ovs.switch.id(),
         }
     }
 
-    /// On-CPU nanoseconds of all its threads.
+    /// On-CPU nanoseconds of all its threads, and of those of the kernel's that serve it.
     pub(super) fn cpu(&self) -> u64 {
-        crate::support::cpu_nanoseconds(self.process())
+        let threads = vhost_net::kernel_threads(self.process());
+        threads.into_iter().chain([self.process()]).map(crate::support::cpu_nanoseconds).sum()
     }
 
     /// Ticks (10 ms) in user space, and in the kernel, as it samples them.
@@ -217,7 +236,7 @@ impl Party {
 impl Drop for Party {
     fn drop(&mut self) {
         self.resume();
-        if let Program::Plain(child) = &mut self.program {
+        if let Program::Bench(child) = &mut self.program {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -233,6 +252,15 @@ pub(super) fn memory_of(process: u32) -> [u64; 2] {
     };
     let huge = value("HugetlbPages:");
     [value("RssAnon:") + huge, value("VmRSS:") + huge]
+}
+
+/// Starts this benchmark in another mode, as a backend.
+fn bench(mode: &str, socket: &Path, device: &str) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args([mode.as_ref(), socket.as_os_str(), device.as_ref()])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 fn device(tap: bool, number: u8) -> String {
@@ -319,6 +347,9 @@ pub(super) fn missing(contestant: &Contestant) -> Option<&'static str> {
         }
         Kind::Ovs(_) if free_huge_pages() < OVS_HUGE_PAGES => {
             Some("there are no 256 MiB of huge pages for it")
+        }
+        Kind::VhostNet if !Path::new("/dev/vhost-net").exists() => {
+            Some("there is no /dev/vhost-net")
         }
         _ => None,
     }

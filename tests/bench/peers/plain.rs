@@ -20,6 +20,7 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
+use crate::measure::backend_processor;
 use crate::support::driver::{CSUM, EVENT_IDX, GUEST_CSUM, HOST_TSO, PROTOCOL, VERSION_1};
 
 const RX: u16 = 0;
@@ -134,7 +135,7 @@ impl VhostUserBackendMut for Plain {
 
 /// Serves one frontend after the other at `socket`, with this TAP.
 pub(crate) fn serve(socket: &Path, tap: &str) -> io::Result<()> {
-    pin_this_thread(1)?;
+    pin_this_thread(backend_processor())?;
     let queue = Queue::open(tap, false)?;
     queue.set_header_length(12)?;
     let tap = Arc::new(OwnedFd::from(queue));

@@ -9,13 +9,18 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::measure::median;
+use crate::measure::{Cost, median};
+
+/// Turns of each measurement.
+pub(super) const ROUNDS: usize = 9;
 
 /// What a run has measured.
 #[derive(Default)]
 pub(super) struct Report {
     figures: Vec<Figure>,
     skipped: Vec<(String, String)>,
+    /// Whether the machine's clock is its count of executed instructions.
+    is_counted: bool,
 }
 
 /// A figure of one subject, as often as it was measured.
@@ -51,9 +56,24 @@ const FRAMES: &[&str] = &[
     "paced tx 64, one by one",
     "64 KiB tx",
 ];
+/// What is counted.
+const COUNTED: &[&str] = &[
+    "tx 64",
+    "tx 512",
+    "tx 1500",
+    "rx 64",
+    "rx 512",
+    "rx 1500",
+    "loop 64",
+    "64 KiB tx",
+    "64 KiB rx",
+    "tx 64, one by one",
+    "request and answer",
+];
 const TCP: &[&str] = &["TCP to host", "TCP to guest"];
 
-const SECTIONS: [Section; 13] = [
+const SECTIONS: [Section; 14] = [
+    Section { title: "Executed instructions of a frame", unit: "instructions", cases: COUNTED },
     Section { title: "Processor time of a frame", unit: "ns", cases: FRAMES },
     Section { title: "Frames in a second, millions", unit: "Mpps", cases: FRAMES },
     Section { title: "TCP, Gbit/s", unit: "Gbit/s", cases: TCP },
@@ -92,6 +112,27 @@ const SECTIONS: [Section; 13] = [
 ];
 
 impl Report {
+    /// One of a machine whose clock is its count of executed instructions.
+    pub(super) fn counted() -> Self {
+        Report { is_counted: true, ..Self::default() }
+    }
+
+    /// How often each is measured. Counts hardly differ.
+    pub(super) fn rounds(&self) -> usize {
+        if self.is_counted { 3 } else { ROUNDS }
+    }
+
+    /// Notes what a frame costs, and how many there are in a second.
+    pub(super) fn add_costs(&mut self, case: &str, subject: &str, costs: &[Cost]) {
+        let each = costs.iter().map(Cost::ns).collect();
+        if self.is_counted {
+            return self.add(case, subject, "instructions", each);
+        }
+        self.add(case, subject, "ns", each);
+        let rates = costs.iter().map(|cost| cost.rate() / 1e6).collect();
+        self.add(case, subject, "Mpps", rates);
+    }
+
     /// Notes a figure.
     pub(super) fn add(&mut self, case: &str, subject: &str, unit: &'static str, values: Vec<f64>) {
         println!("{case:<28} {subject:<36} {:>12.3} {unit}", median(values.clone()));
@@ -162,7 +203,7 @@ impl Report {
         })
     }
 
-    fn tables(&self) -> String {
+    pub(super) fn tables(&self) -> String {
         let mut text = String::new();
         for section in &SECTIONS {
             let subjects = self.subjects(section);
