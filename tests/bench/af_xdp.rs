@@ -19,8 +19,8 @@ use vhost_user_net::sys::umem::Umem;
 use vhost_user_net::sys::xsk::{Binding, CHUNK, Descriptor, Registration, RingSizes, Socket};
 
 use super::measure::{
-    BATCH, Cost, GUEST, LENGTHS, TURN, bare, cost, frame, head, in_turns, receive_frames, row,
-    send_frames, sent,
+    BATCH, Cost, Fresh, GUEST, LENGTHS, TURN, bare, cost, frame, head, in_turns, receive_frames,
+    row, send_frames, sent,
 };
 use crate::support::daemon::Daemon;
 use crate::support::driver::{Card, Options};
@@ -126,6 +126,19 @@ impl Bare {
     pub(super) fn send(&mut self, length: usize, place: Place) -> Cost {
         self.prepare(length);
         bare(|| self.send_batch(length, place))
+    }
+
+    /// The same where they are, of frames that the other processor has just written.
+    pub(super) fn send_fresh(&mut self, length: usize) -> Cost {
+        let (umem, bytes, first) = (self.umem.clone(), frame(length), self.next);
+        let mut fresh = Fresh::written_by(BUFFERS / 2, move |number| {
+            let place = AREA + (first + number) % BUFFERS * u64::from(CHUNK) + PLACE;
+            umem.arena(place as usize, bytes.len()).write(&bytes);
+        });
+        bare(|| {
+            fresh.take(BATCH as u64);
+            self.send_batch(length, Place::There)
+        })
     }
 
     /// Receives what the sender sends.

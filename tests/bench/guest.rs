@@ -1,13 +1,16 @@
 //! TCP and pings between the host and a real Linux guest: this daemon against QEMU's own virtio-net,
-//! each on a TAP of its own. Both guests run all the time, and are measured in turns.
+//! each on a TAP of its own. The guests are measured in turns, and one that is not stands still: an emulated
+//! processor takes a real one even for its clock, and two of them have a ping wait for either.
 
 use super::measure::median;
-use super::tuning::{half_and_most, round_trips};
+use super::tuning::{half_and_most, round_trips_of};
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_namespace_with_veth, enter_new_namespace, ip, output};
 use crate::support::vm::{HOST_ADDRESS, Vm, iperf, iperf_with, make_guest};
 
 const ROUNDS: usize = 5;
+/// Pings of a round.
+const PINGS: u32 = 300;
 const OURS: &str = "192.0.2.2";
 const THEIRS: &str = "198.51.100.2";
 
@@ -46,10 +49,12 @@ pub(super) fn measure() -> [(&'static str, Figures); 2] {
         [Vm::start(&daemon.socket(), &ours), Vm::start("/nonexistent".as_ref(), &theirs)];
     guests.iter_mut().for_each(|guest| guest.wait_ready());
 
+    guests.iter().for_each(Vm::pause);
     let mut figures = [("vhost-user-net, TAP", OURS), ("QEMU's own virtio-net, TAP", THEIRS)]
         .map(|(name, address)| (name, address, Figures::default()));
     for round in 0..=ROUNDS {
-        for (_, address, figures) in &mut figures {
+        for (guest, (_, address, figures)) in guests.iter().zip(&mut figures) {
+            guest.resume();
             for (direction, options) in ["-t 2 -R", "-t 2"].into_iter().enumerate() {
                 let rate = iperf_with(address, options);
                 // The first round warms up the guest's translated code.
@@ -58,10 +63,12 @@ pub(super) fn measure() -> [(&'static str, Figures); 2] {
                 }
             }
             if round > 0 {
-                figures.trips.extend(round_trips(address));
+                figures.trips.extend(round_trips_of(address, PINGS, 0.01));
             }
+            guest.pause();
         }
     }
+    guests.iter().for_each(Vm::resume);
     figures.map(|(name, _, figures)| (name, figures))
 }
 

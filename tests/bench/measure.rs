@@ -3,10 +3,13 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vhost_user_net::sys::process::pin_this_thread;
 
+use crate::af_xdp::Load;
 use crate::support::testpmd::Testpmd;
 
 /// How long a turn is measured.
@@ -72,6 +75,46 @@ pub(super) fn bare(mut step: impl FnMut() -> u64) -> Cost {
     };
     pin_this_thread(0).unwrap();
     cost
+}
+
+/// Frames that the other processor writes anew before each is sent, as a guest does: a loop that sends frames
+/// which its own caches have for good is no limit for a backend.
+pub(super) struct Fresh {
+    counts: Arc<Counts>,
+    /// Those that the loop has been given.
+    taken: u64,
+    _writer: Load,
+}
+
+#[derive(Default)]
+struct Counts {
+    written: AtomicU64,
+    sent: AtomicU64,
+}
+
+impl Fresh {
+    /// Has `write` write the n-th frame, at most `ahead` of them before they are sent.
+    pub(super) fn written_by(ahead: u64, write: impl Fn(u64) + Send + 'static) -> Self {
+        let counts = Arc::<Counts>::default();
+        let (its, mut writer) = (counts.clone(), Load::default());
+        writer.run(move || {
+            let number = its.written.load(Ordering::Relaxed);
+            if number - its.sent.load(Ordering::Acquire) < ahead {
+                write(number);
+                its.written.store(number + 1, Ordering::Release);
+            }
+        });
+        Fresh { counts, taken: 0, _writer: writer }
+    }
+
+    /// Waits for the next so many. Those before have been sent.
+    pub(super) fn take(&mut self, count: u64) {
+        self.counts.sent.store(self.taken, Ordering::Release);
+        self.taken += count;
+        while self.counts.written.load(Ordering::Acquire) < self.taken {
+            std::hint::spin_loop();
+        }
+    }
 }
 
 /// What a backend spends, by `cpu`, on each frame that `frames` counts while traffic runs.

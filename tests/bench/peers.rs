@@ -7,6 +7,7 @@
 mod cases;
 mod counted;
 mod kernel_guest;
+mod machine;
 mod own_guest;
 mod party;
 mod plain;

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
@@ -16,8 +17,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::af_xdp::Load;
 use super::measure::{
-    BATCH, Cost, GUEST, LENGTHS, bare, cost, frame, head, in_turns, receive_frames, received, row,
-    send_frames, sent,
+    BATCH, Cost, Fresh, GUEST, LENGTHS, bare, cost, frame, head, in_turns, receive_frames,
+    received, row, send_frames, sent,
 };
 use crate::support::daemon::Daemon;
 use crate::support::driver::HEADER;
@@ -36,7 +37,7 @@ pub(super) struct Bare {
     queue: Queue,
     file: File,
     uring: IoUring,
-    memory: Ram,
+    memory: Arc<Ram>,
     /// Number of the next place.
     next: u64,
 }
@@ -49,7 +50,7 @@ impl Bare {
         ip("link set bare0 up");
         let file = File::from(queue.as_fd().try_clone_to_owned().unwrap());
         let uring = IoUring::new(BATCH as u32).unwrap();
-        Bare { queue, file, uring, memory: Ram::new(0, PLACES * PLACE), next: 0 }
+        Bare { queue, file, uring, memory: Arc::new(Ram::new(0, PLACES * PLACE)), next: 0 }
     }
 
     /// Puts the frame, header first, wherever there is room for one; returns the number of places.
@@ -73,17 +74,23 @@ impl Bare {
         })
     }
 
-    /// The same, a batch by a system call.
-    pub(super) fn write_batches(&mut self, bytes: &[u8]) -> Cost {
+    /// The same, a batch by a system call; with `header`, after a header of the loop's own before each frame: of
+    /// a header that the guest could still change nothing is known.
+    pub(super) fn write_batches(&mut self, bytes: &[u8], header: Option<&[u8; HEADER]>) -> Cost {
         self.prepare(bytes);
-        bare(|| self.write_batch(bytes.len(), None))
+        bare(|| self.write_batch(bytes.len(), header))
     }
 
-    /// The same, with a header of the loop's own before each frame: of a header that the guest could
-    /// still change nothing is known.
-    pub(super) fn write_batches_in_two(&mut self, bytes: &[u8]) -> Cost {
-        self.prepare(bytes);
-        bare(|| self.write_batch(bytes.len(), Some(&[0; HEADER])))
+    /// The same, of frames that the other processor has just written.
+    pub(super) fn write_fresh(&mut self, bytes: &[u8], header: Option<&[u8; HEADER]>) -> Cost {
+        let (memory, bytes, first) = (self.memory.clone(), bytes.to_vec(), self.next + 1);
+        let length = bytes.len();
+        let write = move |number| memory.write((first + number) % PLACES * PLACE, &bytes);
+        let mut fresh = Fresh::written_by(PLACES / 2, write);
+        bare(|| {
+            fresh.take(BATCH as u64);
+            self.write_batch(length, header)
+        })
     }
 
     /// The same as `write_batches`, after a sleep that another thread ends each `pace`.
@@ -169,7 +176,7 @@ pub(super) fn run() {
         guest.pause();
         let [write, uring, tx] = in_turns([
             &mut || tap.borrow_mut().write(&bytes),
-            &mut || tap.borrow_mut().write_batches(&bytes),
+            &mut || tap.borrow_mut().write_batches(&bytes, None),
             &mut || {
                 guest.resume();
                 let cost = cost(|| received("tap0"), cpu);

@@ -7,6 +7,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use vmm_sys_util::tempdir::TempDir;
 
@@ -93,6 +95,18 @@ impl Vm {
         monitor.line();
         monitor.ask("qmp_capabilities", Value::Null);
         monitor
+    }
+
+    /// Has QEMU stand still: for the benchmark.
+    #[allow(dead_code)]
+    pub(crate) fn pause(&self) {
+        kill(Pid::from_raw(self.qemu.id() as i32), Signal::SIGSTOP).unwrap();
+    }
+
+    /// Has it go on.
+    #[allow(dead_code)]
+    pub(crate) fn resume(&self) {
+        kill(Pid::from_raw(self.qemu.id() as i32), Signal::SIGCONT).unwrap();
     }
 
     /// Ends QEMU at once.

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::kernel_guest::KernelGuest;
+use super::machine;
 use super::own_guest::{self, PACE};
 use super::party::{Kind, Party, memory_of};
 use super::report::{ROUNDS, Report};
@@ -40,7 +41,8 @@ pub(super) const WITH_PARTIES: [(&str, OfAll); 8] = [
 ];
 
 /// What needs none of them.
-pub(super) const ALONE: [(&str, Alone); 3] = [("ready", ready), ("ports", ports), ("vm", vm)];
+pub(super) const ALONE: [(&str, Alone); 4] =
+    [("calls", machine::calls), ("ready", ready), ("ports", ports), ("vm", vm)];
 
 /// Lengths of frames in bytes.
 const LENGTHS: [usize; 3] = [64, 512, 1500];
@@ -113,6 +115,9 @@ fn compare_with_testpmd<'a>(
     compare(case, all, report);
 }
 
+/// A header of a loop's own.
+const APART: Option<&[u8; HEADER]> = Some(&[0; HEADER]);
+
 /// Frames that the guest sends as fast as it can.
 fn tx(parties: &[Party], report: &mut Report) {
     let parties = without_busy_poll(parties);
@@ -131,14 +136,26 @@ fn tx(parties: &[Party], report: &mut Report) {
         let bytes = [&[0; HEADER][..], &frame(length)].concat();
         let bare: Measurements<'_> = vec![
             ("bare write loop", Box::new(|| bare_tap.borrow_mut().write(&bytes))),
-            ("bare io_uring loop", Box::new(|| bare_tap.borrow_mut().write_batches(&bytes))),
+            ("bare io_uring loop", Box::new(|| bare_tap.borrow_mut().write_batches(&bytes, None))),
+            (
+                "bare io_uring loop, fresh frames",
+                Box::new(|| bare_tap.borrow_mut().write_fresh(&bytes, None)),
+            ),
             (
                 "bare io_uring loop, header apart",
-                Box::new(|| bare_tap.borrow_mut().write_batches_in_two(&bytes)),
+                Box::new(|| bare_tap.borrow_mut().write_batches(&bytes, APART)),
+            ),
+            (
+                "bare io_uring loop, header apart, fresh frames",
+                Box::new(|| bare_tap.borrow_mut().write_fresh(&bytes, APART)),
             ),
             (
                 "bare AF_XDP loop",
                 Box::new(|| bare_veth.borrow_mut().send(length, af_xdp::Place::There)),
+            ),
+            (
+                "bare AF_XDP loop, fresh frames",
+                Box::new(|| bare_veth.borrow_mut().send_fresh(length)),
             ),
         ];
         let measure =

@@ -75,12 +75,18 @@ const VHOST_NET: Contestant =
     Contestant { name: "vhost-net, TAP", kind: Kind::VhostNet, tap: true, polls: false };
 
 /// Those whose instructions are counted.
-pub(super) const COUNTED: [Contestant; 5] = [
+pub(super) const COUNTED: [Contestant; 6] = [
     VHOST_NET,
     Contestant { name: "vhost-user-net, TAP", kind: Kind::Ours(&[]), tap: true, polls: false },
     Contestant {
         name: "vhost-user-net, TAP, writev",
         kind: Kind::Ours(&["--tx-method=writev"]),
+        tap: true,
+        polls: false,
+    },
+    Contestant {
+        name: "vhost-user-net, TAP, --busy-poll=0",
+        kind: Kind::Ours(&["--busy-poll=0"]),
         tap: true,
         polls: false,
     },
