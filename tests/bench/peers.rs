@@ -12,6 +12,7 @@ mod own_guest;
 mod party;
 mod plain;
 mod report;
+mod tap_reads;
 mod vhost_net;
 
 use std::fs;

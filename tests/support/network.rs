@@ -128,8 +128,8 @@ impl Wire {
     }
 
     /// Has a virtio header, of 10 bytes, before each frame that is sent or comes (PACKET_VNET_HDR of
-    /// packet(7)): for the benchmark.
-    #[allow(dead_code, unsafe_code)]
+    /// packet(7)).
+    #[allow(unsafe_code)]
     pub(crate) fn has_header(&self) {
         let on: libc::c_int = 1;
         let (fd, length) = (self.0.as_raw_fd(), size_of_val(&on) as u32);

@@ -11,6 +11,7 @@ use epoll::{ControlOptions, Event, Events};
 use super::own_guest::{Count, LONG_TX, PAYLOAD, compare_with_own_guests, send_over_and_over};
 use super::party::Party;
 use super::report::Report;
+use super::tap_reads;
 use crate::af_xdp::{Load, live_sender, take_precedence};
 use crate::measure::{frame, received, sent};
 use crate::support::driver::{Card, GUEST_CSUM, GUEST_TSO, HEADER, Options};
@@ -46,7 +47,20 @@ fn case(
 pub(super) fn count(parties: &[Party], is_wanted: impl Fn(&str) -> bool, report: &mut Report) {
     let parties: Vec<&Party> = parties.iter().collect();
     for Case { name, options, serve } in cases().into_iter().filter(|case| is_wanted(&case.name)) {
-        compare_with_own_guests(&name, Vec::new(), &parties, options, &*serve, report);
+        let length = name.strip_prefix("rx ").and_then(|length| length.parse().ok());
+        let load = |length| {
+            move |device: &str| {
+                let mut load = Load::default();
+                let mut send = flood(device, length);
+                let _sent = counted_each(PAUSE, &mut load, move || {
+                    send();
+                    0
+                });
+                load
+            }
+        };
+        let bare = length.map_or_else(Vec::new, |length| tap_reads::all(load(length)));
+        compare_with_own_guests(&name, bare, &parties, options, &*serve, report);
     }
 }
 
@@ -130,12 +144,17 @@ fn counted_each(
 /// What sends a burst of frames to a party's guest.
 fn bursts(party: &Party, length: usize) -> Box<dyn FnMut() + Send> {
     if party.contestant.tap {
-        let (wire, frame) = (Wire::open(&party.wire()), frame(length));
-        Box::new(move || (0..BURST / 32).for_each(|_| wire.flood(&frame)))
+        flood(&party.wire(), length)
     } else {
         let mut send = live_sender(&party.wire(), length);
         Box::new(move || send(BURST as u32))
     }
+}
+
+/// The same to a TAP.
+fn flood(device: &str, length: usize) -> Box<dyn FnMut() + Send> {
+    let (wire, frame) = (Wire::open(device), frame(length));
+    Box::new(move || (0..BURST / 32).for_each(|_| wire.flood(&frame)))
 }
 
 /// Has bursts come, and the guest take each before the next.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use nix::unistd::getppid;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::cases::Measurements;
 use super::report::Report;
 use crate::af_xdp::{self, Load};
 use crate::measure::{Cost, all_in_turns, bare, frame};
@@ -26,7 +27,7 @@ pub(super) fn calls(report: &mut Report) {
     let bytes = [&[0; HEADER][..], &frame(64)].concat();
     let event = EventFd::new(0).unwrap();
     let (from, mut to) = ([1u8; 1500], [0u8; 1500]);
-    let calls: Vec<(&str, Box<dyn FnMut() -> Cost + '_>)> = vec![
+    let calls: Measurements<'_> = vec![
         ("getppid", Box::new(|| each(|| _ = getppid()))),
         (
             "eventfd, write and read",
