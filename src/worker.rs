@@ -11,6 +11,7 @@ mod replies;
 mod session;
 mod sleeper;
 mod spoofing;
+mod tx_progress;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

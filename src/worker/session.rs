@@ -11,14 +11,14 @@ use super::recording::record;
 use super::replies::Replies;
 use super::sleeper::{Sleeper, Woken};
 use super::spoofing::SpoofingLog;
+use super::tx_progress::TxProgress;
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
 use crate::counters::{DirectionCounters, Drop};
-use crate::guest::{Budget, Direction, Fault, GuestMemory, Published, Readable, Virtqueue};
-use crate::policy::{Limiter, Limits};
+use crate::guest::{Budget, Direction, Fault, GuestMemory, Published, Virtqueue};
+use crate::policy::Limits;
 use crate::port::{Completions, HostQueue, Port, Terms, Virtqueues};
 use crate::status::PairStatus;
-use crate::vnet_header::LINK_OVERHEAD;
 
 /// What one turn takes from the tx ring: so many small frames take as long as so many bytes do, some 50 µs.
 const TX_BUDGET: Budget = Budget { chains: 64, bytes: 1 << 20 };
@@ -69,24 +69,6 @@ impl<'s> ActiveRing<'s> {
             Published::Call if self.ring.call.signal() => self.counters.calls.add(1),
             Published::Call | Published::Suppressed => self.counters.calls_suppressed.add(1),
         }
-    }
-}
-
-/// How far the frames from the guest are, of those that were popped.
-#[derive(Default)]
-struct TxProgress {
-    /// The port has taken all that it was given.
-    has_taken: bool,
-    /// Up to this position the port's rate limit has let them pass.
-    admitted: u16,
-    /// Segments, beyond the first of each frame, charged to the rate limit before headers are checked.
-    precharged_segments: u64,
-}
-
-impl TxProgress {
-    /// Whether the port has taken all that was popped.
-    fn is_done(&self, queue: &Virtqueue<'_, Readable>) -> bool {
-        self.has_taken && self.admitted == queue.next_avail()
     }
 }
 
@@ -570,36 +552,5 @@ impl ActiveSession<'_> {
         if let Some(rx) = &mut self.queues.rx {
             rx.unpop_all();
         }
-    }
-}
-
-impl TxProgress {
-    /// Lets frames pass, as many of those that were popped as the rate limit does; says whether it holds
-    /// back any behind others.
-    fn admit(
-        &mut self,
-        queue: &Virtqueue<'_, Readable>,
-        limiter: &Limiter,
-        header_length: usize,
-        mtu: usize,
-    ) -> bool {
-        let popped = queue.next_avail();
-        if !limiter.is_limited() || self.admitted == popped {
-            self.admitted = popped;
-            return false;
-        }
-        // Segments have the MTU, as a rule. How many there are is known when the header was checked.
-        let packets = |bytes: usize| {
-            if bytes <= mtu + LINK_OVERHEAD { 1 } else { bytes.div_ceil(mtu) as u64 }
-        };
-        let first = self.admitted;
-        let lengths = (0..popped.wrapping_sub(first)).map(|index| {
-            queue.chain(first.wrapping_add(index)).len().saturating_sub(header_length)
-        });
-        let admitted = limiter.admit(lengths.clone().map(|bytes| (packets(bytes), bytes as u64)));
-        self.precharged_segments +=
-            lengths.take(admitted).map(|bytes| packets(bytes) - 1).sum::<u64>();
-        self.admitted = first.wrapping_add(admitted as u16);
-        admitted > 0 && self.admitted != popped
     }
 }
