@@ -4,6 +4,7 @@
 //! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more. That holds
 //! for a session that panics too: unwinding drops it, and the thread serves the next one.
 
+mod active_ring;
 mod control_queue;
 mod naps;
 mod recording;

@@ -3,8 +3,9 @@
 use std::mem::take;
 use std::time::{Duration, Instant};
 
-use log::{debug, error, info, warn};
+use log::{debug, error, warn};
 
+use super::active_ring::ActiveRing;
 use super::control_queue::ControlQueue;
 use super::naps::Naps;
 use super::recording::record;
@@ -14,8 +15,8 @@ use super::spoofing::SpoofingLog;
 use super::tx_progress::TxProgress;
 use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
-use crate::counters::{DirectionCounters, Drop};
-use crate::guest::{Budget, Direction, Fault, GuestMemory, Published, Virtqueue};
+use crate::counters::Drop;
+use crate::guest::{Budget, Fault, GuestMemory, Virtqueue};
 use crate::policy::Limits;
 use crate::port::{Completions, HostQueue, Port, Terms, Virtqueues};
 use crate::status::PairStatus;
@@ -28,49 +29,6 @@ const RX_BUDGET: Budget = Budget { chains: 64, bytes: usize::MAX };
 const LIMIT_CHANGES: Duration = Duration::from_millis(100);
 /// How long a worker that cannot wait does nothing, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(10);
-
-/// One direction of the pair, beside its virtqueue.
-struct ActiveRing<'s> {
-    ring: &'s Ring,
-    counters: &'s DirectionCounters,
-    /// Whether its frames move: the ring is enabled, and the link is up.
-    is_enabled: bool,
-}
-
-impl<'s> ActiveRing<'s> {
-    /// Starts a ring of the session, if it has it.
-    fn start<D: Direction>(
-        name: &str,
-        session: &'s Session,
-        index: u16,
-        ring: &'s Option<Ring>,
-        counters: &'s DirectionCounters,
-    ) -> Result<(Option<Self>, Option<Virtqueue<'s, D>>), Fault> {
-        let Some(ring) = ring else { return Ok((None, None)) };
-        let notification = session.negotiated.notification();
-        let mut queue = Virtqueue::start(&session.memory, ring.layout, notification)?;
-        queue.note_inflight(index);
-        let used = queue.next_used();
-        if used != ring.base {
-            // cloud-hypervisor counts by the avail index, which would skip chains in flight.
-            info!(
-                "{name}: ring base {} differs from the used index, resuming at {used}",
-                ring.base
-            );
-        }
-        let is_enabled = ring.state == RingState::Enabled && session.link;
-        Ok((Some(ActiveRing { ring, counters, is_enabled }), Some(queue)))
-    }
-
-    /// Shows the driver what has completed, and calls it if it asked for that.
-    fn publish<D: Direction>(&self, queue: &mut Virtqueue<'_, D>) {
-        match queue.publish() {
-            Published::Nothing => {}
-            Published::Call if self.ring.call.signal() => self.counters.calls.add(1),
-            Published::Call | Published::Suppressed => self.counters.calls_suppressed.add(1),
-        }
-    }
-}
 
 /// Everything of a running session.
 struct ActiveSession<'s> {
