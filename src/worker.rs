@@ -6,6 +6,7 @@
 
 mod active_ring;
 mod control_queue;
+mod ending;
 mod naps;
 mod recording;
 mod replies;
@@ -333,7 +334,7 @@ fn run(
                     // A panic drops all of the session before it is caught; the host side outlives it.
                     catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| {
                         host.recover();
-                        session::panicked(&session, options)
+                        ending::panicked(&session, options)
                     })
                 });
                 status.set_fault(ended.fault.clone());

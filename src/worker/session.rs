@@ -3,17 +3,18 @@
 use std::mem::take;
 use std::time::{Duration, Instant};
 
-use log::{debug, error, warn};
+use log::{debug, warn};
 
 use super::active_ring::ActiveRing;
 use super::control_queue::ControlQueue;
+use super::ending::stopped;
 use super::naps::Naps;
 use super::recording::record;
 use super::replies::Replies;
 use super::sleeper::{Sleeper, Woken};
 use super::spoofing::SpoofingLog;
 use super::tx_progress::TxProgress;
-use super::{Ended, Mailbox, Ring, RingState, Session, WorkerOptions};
+use super::{Ended, Mailbox, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
 use crate::counters::Drop;
 use crate::guest::{Budget, Fault, GuestMemory, Virtqueue};
@@ -129,40 +130,6 @@ pub(super) fn serve(
     match result {
         Ok(()) => ended,
         Err(fault) => stopped(session, options, &fault, ended),
-    }
-}
-
-/// The guest broke its rings: says so in the log and to the frontend.
-fn stopped(session: &Session, options: &WorkerOptions, fault: &Fault, ended: Ended) -> Ended {
-    // Zeros where memory was may look like any fault.
-    let fault = if session.memory.is_lost() { &Fault::MemoryLost } else { fault };
-    warn!("{}: stopped until the guest resets: {fault}", options.name);
-    tell_frontend(session);
-    Ended { fault: Some(fault.to_string()), ..ended }
-}
-
-/// Tells the log and the frontend that the session has panicked, which dropped all of it. Chains that
-/// were in flight are not used: the rings resume at the used index in guest memory.
-pub(super) fn panicked(session: &Session, options: &WorkerOptions) -> Ended {
-    const FAULT: &str = "worker thread panicked (bug); the log has its message";
-    error!(
-        "{}: worker thread panicked (bug); queue pair stopped until the guest resets or the VMM reconnects",
-        options.name
-    );
-    tell_frontend(session);
-    let used = |ring: &Option<Ring>| ring.as_ref()?.layout.used_index(&session.memory).ok();
-    Ended {
-        rx: used(&session.rx),
-        tx: used(&session.tx),
-        control: used(&session.control),
-        fault: Some(FAULT.into()),
-    }
-}
-
-/// Signals the error descriptors of the session's rings.
-fn tell_frontend(session: &Session) {
-    for ring in [&session.rx, &session.tx, &session.control].into_iter().flatten() {
-        ring.error.signal();
     }
 }
 
