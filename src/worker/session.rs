@@ -1,4 +1,9 @@
 //! A session of a worker: turns, and the sleep between them.
+//!
+//! Invariant: when [`serve`] returns, the chains that have completed are published, and the others are
+//! available again. So the next session resumes at the used index.
+
+mod idle;
 
 use std::mem::take;
 use std::time::{Duration, Instant};
@@ -370,87 +375,6 @@ impl ActiveSession<'_> {
             self.status.counters.kick_to_used.observe(waited);
         }
         true
-    }
-
-    /// Turns for a while in which nothing may move; says whether something did.
-    fn look_on(&mut self, time: Option<Duration>, mailbox: &Mailbox) -> Result<bool, Fault> {
-        match time {
-            None => self.look_for_reply(mailbox),
-            Some(Duration::ZERO) => Ok(false),
-            Some(time) => self.busy_poll(time, mailbox),
-        }
-    }
-
-    fn busy_poll(&mut self, time: Duration, mailbox: &Mailbox) -> Result<bool, Fault> {
-        let end = Instant::now() + time;
-        while Instant::now() < end && !mailbox.has_command() {
-            self.port.woken(true);
-            if self.turn()? {
-                return Ok(true);
-            }
-            std::hint::spin_loop();
-        }
-        self.port.woken(false);
-        Ok(false)
-    }
-
-    /// Turns where the guest is about to answer what it was given, until it has.
-    fn look_for_reply(&mut self, mailbox: &Mailbox) -> Result<bool, Fault> {
-        let Some(tx) = self.queues.tx.as_mut() else { return Ok(false) };
-        if !self.tx.as_ref().is_some_and(|tx| tx.is_enabled) {
-            return Ok(false);
-        }
-        let Some(end) = self.replies.begin() else { return Ok(false) };
-        tx.disable_notify();
-        let mut moved = false;
-        while !self.replies.have_come() && Instant::now() < end && !mailbox.has_command() {
-            self.port.woken(true);
-            moved |= self.turn()?;
-            // Whoever waits for this processor may be the one who answers.
-            std::thread::yield_now();
-        }
-        self.replies.end();
-        let counters = &self.status.counters;
-        counters.looks.add(1);
-        counters.replies.add(self.replies.have_come().into());
-        Ok(moved)
-    }
-
-    /// Takes a nap, if that pays; says whether it did.
-    fn nap(&mut self) -> bool {
-        let rested = self.naps.take();
-        if rested {
-            self.status.counters.naps.add(1);
-            self.port.woken(true);
-        }
-        rested
-    }
-
-    /// Asks the driver for kicks where they are of use; says whether it has been faster.
-    ///
-    /// A ring whose chains wait for the port needs none: the port's readiness wakes the worker.
-    /// Nor does the rx ring while the port has buffers enough.
-    fn arm(&mut self) -> Result<bool, Fault> {
-        let starved = self.port.readiness(&self.queues).starved;
-        let mut more = false;
-        let serves = |tx: &ActiveRing<'_>| tx.ring.state != RingState::Waiting;
-        if let Some(queue) = &mut self.queues.tx
-            && self.progress.is_done(queue)
-            && self.tx.as_ref().is_some_and(serves)
-        {
-            more |= queue.enable_notify()?;
-        }
-        if let Some(queue) = &mut self.queues.rx
-            && starved
-            && self.rx.as_ref().is_some_and(|rx| rx.is_enabled)
-        {
-            self.status.counters.starved.add(1);
-            more |= queue.enable_notify()?;
-        }
-        if let Some(control) = &mut self.control {
-            more |= control.arm()?;
-        }
-        Ok(more)
     }
 
     fn note(&mut self, woken: Woken) {
