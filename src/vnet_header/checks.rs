@@ -1,0 +1,270 @@
+//! Checks of a copied header, against its frame and the negotiated features.
+//!
+//! Invariant: the header that a check returns has only fields that were checked, or that follow from the
+//! frame; everything else that the guest wrote is left out.
+
+use super::{
+    ETHERNET_LENGTH, GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, NEEDS_CSUM, VnetHeader,
+};
+use crate::counters::Drop;
+use crate::features::Offloads;
+
+/// Smallest segment that TCP or UDP may be cut into: Linux's TCP_MIN_GSO_SIZE. One byte a segment
+/// would make 65,000 packets of one frame.
+const MIN_SEGMENT: u16 = 8;
+/// `GSO_BY_FRAGS`, which has a meaning of its own inside Linux.
+const GSO_BY_FRAGS: u16 = 0xffff;
+/// Linux's UDP_MAX_SEGMENTS.
+const MAX_UDP_SEGMENTS: usize = 128;
+
+/// The header of a frame that is sent as it is, maybe with its checksum completed.
+#[inline]
+pub(super) fn check_plain(
+    header: &VnetHeader,
+    frame_length: usize,
+    offloads: &Offloads,
+) -> Result<VnetHeader, Drop> {
+    // Flags that only a device may set mean nothing here; nor do the other fields.
+    let none = VnetHeader::default();
+    if !header.needs_checksum() {
+        return Ok(none);
+    }
+    check_checksum(header, frame_length, offloads)?;
+    let VnetHeader { csum_start, csum_offset, .. } = *header;
+    Ok(VnetHeader { flags: NEEDS_CSUM, csum_start, csum_offset, ..none })
+}
+
+#[inline]
+fn check_checksum(
+    header: &VnetHeader,
+    frame_length: usize,
+    offloads: &Offloads,
+) -> Result<(), Drop> {
+    let (start, offset) = (usize::from(header.csum_start), usize::from(header.csum_offset));
+    let sound = offloads.checksum
+        && start >= ETHERNET_LENGTH
+        && start.is_multiple_of(2)
+        && offset.is_multiple_of(2)
+        && start + offset + 2 <= frame_length
+        && usize::from(header.hdr_len) <= frame_length;
+    if sound { Ok(()) } else { Err(Drop::BadHeader) }
+}
+
+/// A frame that the host is to segment: `copy` is its start.
+#[inline(never)]
+pub(super) fn check_segmented(
+    header: &VnetHeader,
+    copy: &[u8],
+    frame_length: usize,
+    offloads: &Offloads,
+) -> Result<VnetHeader, Drop> {
+    if !header.needs_checksum()
+        || !header.accepted_by(offloads)
+        || header.gso_size < MIN_SEGMENT
+        || header.gso_size == GSO_BY_FRAGS
+    {
+        return Err(Drop::BadHeader);
+    }
+    // Where the checksum lies follows from the headers, as is checked below.
+    if !offloads.checksum || usize::from(header.hdr_len) > frame_length {
+        return Err(Drop::BadHeader);
+    }
+    let headers = Headers::parse(copy).ok_or(Drop::BadHeader)?;
+    let transport = headers.transport;
+    let (protocol, checksum_at, version) = match header.gso_type {
+        GSO_UDP_L4 => (libc::IPPROTO_UDP, 6, None),
+        other => match other & !GSO_ECN {
+            GSO_TCPV4 => (libc::IPPROTO_TCP, 16, Some(4)),
+            GSO_TCPV6 => (libc::IPPROTO_TCP, 16, Some(6)),
+            _ => return Err(Drop::BadHeader),
+        },
+    };
+    if version.is_some_and(|version| version != headers.version)
+        || i32::from(headers.protocol) != protocol
+        || usize::from(header.csum_start) != transport
+        || header.csum_offset != checksum_at
+    {
+        return Err(Drop::BadHeader);
+    }
+    let tcp = protocol == libc::IPPROTO_TCP;
+    let transport_length = if tcp {
+        let length = usize::from(copy.get(transport + 12).ok_or(Drop::BadHeader)? >> 4) * 4;
+        if length < 20 {
+            return Err(Drop::BadHeader);
+        }
+        length
+    } else {
+        8
+    };
+    let header_end = transport + transport_length;
+    // All of the headers must be in the copy, or the guest could still change them.
+    if header_end > copy.len() {
+        return Err(Drop::BadHeader);
+    }
+    let payload = frame_length - header_end;
+    if !tcp && payload > MAX_UDP_SEGMENTS * usize::from(header.gso_size) {
+        return Err(Drop::BadHeader);
+    }
+    Ok(VnetHeader {
+        flags: NEEDS_CSUM,
+        gso_type: header.gso_type,
+        hdr_len: header_end as u16,
+        gso_size: header.gso_size,
+        csum_start: header.csum_start,
+        csum_offset: header.csum_offset,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Offloads =
+        Offloads { checksum: true, tcp4: true, tcp6: true, ecn: true, udp4: true, udp6: true };
+
+    fn tcp4() -> (VnetHeader, Vec<u8>) {
+        let mut frame = vec![0; 142];
+        frame[12..14].copy_from_slice(&[8, 0]);
+        frame[14] = 0x45;
+        frame[23] = 6;
+        frame[46] = 0x80;
+        let header = VnetHeader {
+            flags: NEEDS_CSUM,
+            gso_type: GSO_TCPV4,
+            hdr_len: 66,
+            gso_size: 1448,
+            csum_start: 34,
+            csum_offset: 16,
+        };
+        (header, frame)
+    }
+
+    fn check(header: VnetHeader, frame: &[u8]) -> Result<VnetHeader, Drop> {
+        check_segmented(&header, frame, 64_000, &ALL)
+    }
+
+    #[test]
+    fn a_tcp_frame_is_admitted_with_its_header_length_recalculated() {
+        let (header, frame) = tcp4();
+        let lie = VnetHeader { hdr_len: 0, ..header };
+        assert_eq!(check(lie, &frame), Ok(header));
+    }
+
+    #[test]
+    fn every_field_that_contradicts_the_frame_is_refused() {
+        let (good, frame) = tcp4();
+        let wrong = [
+            VnetHeader { gso_size: 0, ..good },
+            VnetHeader { gso_size: 1, ..good },
+            VnetHeader { gso_size: 65535, ..good },
+            VnetHeader { hdr_len: 64_001, ..good },
+            VnetHeader { flags: 0, ..good },
+            VnetHeader { gso_type: GSO_TCPV6, ..good },
+            VnetHeader { gso_type: GSO_UDP_L4, ..good },
+            VnetHeader { gso_type: 2, ..good },
+            VnetHeader { gso_type: 3, ..good },
+            VnetHeader { gso_type: 0x41, ..good },
+            VnetHeader { gso_type: GSO_ECN, ..good },
+            VnetHeader { csum_start: 33, ..good },
+            VnetHeader { csum_start: 12, ..good },
+            VnetHeader { csum_start: 36, ..good },
+            VnetHeader { csum_offset: 6, ..good },
+            VnetHeader { csum_offset: 65534, ..good },
+        ];
+        for header in wrong {
+            assert_eq!(check(header, &frame), Err(Drop::BadHeader), "{header:?}");
+        }
+    }
+
+    #[test]
+    fn malformed_ip_and_tcp_headers_are_refused() {
+        for (at, value) in [(12, 9), (14, 0x44), (14, 0x65), (23, 17), (46, 0x40)] {
+            let (header, mut frame) = tcp4();
+            frame[at] = value;
+            assert_eq!(check(header, &frame), Err(Drop::BadHeader), "byte {at} = {value:#x}");
+        }
+        let (header, frame) = tcp4();
+        assert_eq!(check(header, &frame[..60]), Err(Drop::BadHeader));
+    }
+
+    #[test]
+    fn vlan_tags_move_the_headers() {
+        let (header, mut frame) = tcp4();
+        frame.splice(12..12, [0x81, 0, 0, 7]);
+        assert_eq!(check(header, &frame), Err(Drop::BadHeader));
+        let moved = VnetHeader { csum_start: 38, ..header };
+        assert!(check(moved, &frame).is_ok());
+    }
+
+    #[test]
+    fn ipv6_extension_headers_are_walked() {
+        let mut frame = vec![0; 142];
+        frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+        frame[14] = 0x60;
+        frame[20] = 0;
+        frame[54] = 6;
+        frame[55] = 1;
+        frame[70 + 12] = 0x50;
+        let (header, _) = tcp4();
+        let header = VnetHeader { gso_type: GSO_TCPV6, csum_start: 70, ..header };
+        assert_eq!(check(header, &frame).unwrap().hdr_len, 90);
+        frame[55] = 255;
+        assert_eq!(check(header, &frame), Err(Drop::BadHeader));
+    }
+
+    #[test]
+    fn udp_may_be_cut_into_128_segments_at_the_most() {
+        let (header, mut frame) = tcp4();
+        frame[23] = 17;
+        let header = VnetHeader { gso_type: GSO_UDP_L4, csum_offset: 6, gso_size: 512, ..header };
+        assert!(check(header, &frame).is_ok());
+        assert_eq!(check(VnetHeader { gso_size: 256, ..header }, &frame), Err(Drop::BadHeader));
+    }
+
+    #[test]
+    fn a_plain_frame_loses_what_a_driver_may_not_set() {
+        let noise = VnetHeader {
+            flags: 0xfe,
+            hdr_len: 9,
+            gso_size: 9,
+            csum_start: 9,
+            ..VnetHeader::default()
+        };
+        assert_eq!(check_plain(&noise, 60, &ALL), Ok(VnetHeader::default()));
+    }
+
+    #[test]
+    fn checksums_must_lie_inside_the_frame_and_be_negotiated() {
+        let header = VnetHeader {
+            flags: NEEDS_CSUM,
+            csum_start: 34,
+            csum_offset: 16,
+            ..VnetHeader::default()
+        };
+        assert_eq!(check_plain(&header, 60, &ALL), Ok(header));
+        assert_eq!(check_plain(&header, 51, &ALL), Err(Drop::BadHeader));
+        assert_eq!(check_plain(&header, 60, &Offloads::default()), Err(Drop::BadHeader));
+    }
+
+    #[test]
+    fn judged_frames_may_open_their_own_checksum_only() {
+        let (_, mut frame) = tcp4();
+        frame[16..18].copy_from_slice(&128_u16.to_be_bytes());
+        let own = |frame: &[u8], start, offset| {
+            Headers::parse(frame).is_some_and(|headers| headers.own_checksum(frame, start, offset))
+        };
+        assert!(own(&frame, 34, 16));
+        for (start, offset) in [(34, 6), (34, 0), (20, 8), (14, 0), (32, 18), (36, 14)] {
+            assert!(!own(&frame, start, offset), "{start} {offset}");
+        }
+        for (at, bytes) in [(20, [0, 1]), (16, [0, 37]), (22, [0, 1])] {
+            let mut other = frame.clone();
+            other[at..at + 2].copy_from_slice(&bytes);
+            assert!(!own(&other, 34, 16), "byte {at}");
+        }
+        frame[23] = 17;
+        assert!(own(&frame, 34, 6) && !own(&frame, 34, 16));
+        frame.splice(12..12, [0x91, 0, 0, 7]);
+        assert!(own(&frame, 38, 6) && !own(&frame, 34, 6));
+    }
+}
