@@ -277,6 +277,8 @@ impl TapQueue {
         }
         let settings = (header_length, offloads);
         if *applied != Some(settings) {
+            // If one of both fails, neither is known.
+            *applied = None;
             self.queue.set_header_length(header_length)?;
             self.queue.set_offload(offloads)?;
             *applied = Some(settings);
