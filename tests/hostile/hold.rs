@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::libc::linger;
+use nix::libc::{SYS_epoll_pwait, linger};
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{setsockopt, sockopt::Linger};
@@ -17,23 +17,49 @@ use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::support::hostile::{Scene, note};
-use crate::support::needs_root;
 use crate::support::network::{enter_new_namespace, ip};
+use crate::support::{eventually, needs_root};
+
+/// A thread that is stopped; it goes on when this is dropped, or a failed test would wait for its process for
+/// ever.
+struct StoppedThread(Pid);
+
+impl Drop for StoppedThread {
+    fn drop(&mut self) {
+        // Fails if it has ended.
+        let _ = ptrace::detach(self.0, None);
+    }
+}
+
+/// Numbers of the system calls that wait for descriptors.
+#[cfg(target_arch = "x86_64")]
+const WAITS: [i64; 2] = [SYS_epoll_pwait, nix::libc::SYS_epoll_wait];
+#[cfg(not(target_arch = "x86_64"))]
+const WAITS: [i64; 1] = [SYS_epoll_pwait];
 
 /// Stops a port's control thread, as if a system call of its did not return.
-fn stop_control_thread(scene: &Scene) -> Pid {
+fn stop_control_thread(scene: &Scene) -> StoppedThread {
     let control = scene.daemon.thread("attacked");
-    ptrace::attach(control).unwrap();
-    waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
-    control
+    let mut stopped = None;
+    // Not between two calls: it might hold a lock there that others wait for.
+    eventually("the control thread waits for something", || {
+        ptrace::attach(control).unwrap();
+        waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
+        let thread = StoppedThread(control);
+        let call = fs::read_to_string(format!("/proc/{control}/syscall")).unwrap();
+        let number = call.split(' ').next().and_then(|number| number.parse().ok());
+        stopped = number.is_some_and(|number| WAITS.contains(&number)).then_some(thread);
+        stopped.is_some()
+    });
+    stopped.unwrap()
 }
 
 /// Ends the daemon, one of whose threads is stopped.
-fn ends_within_a_second(scene: &mut Scene, stopped: Pid) {
+fn ends_within_a_second(scene: &mut Scene, stopped: StoppedThread) {
     let asked = Instant::now();
     scene.daemon.signal(Signal::SIGTERM);
     // Whoever traces a thread must take note of its end, or the process does not end.
-    waitpid(stopped, Some(WaitPidFlag::__WALL)).unwrap();
+    waitpid(stopped.0, Some(WaitPidFlag::__WALL)).unwrap();
     assert!(scene.daemon.wait().success());
     assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use epoll::{ControlOptions, Event, Events};
 
 use super::own_guest::{Count, LONG_TX, PAYLOAD, compare_with_own_guests, send_over_and_over};
-use super::party::Party;
+use super::party::{Kind, Party};
 use super::report::Report;
 use super::tap_reads;
 use crate::af_xdp::{Load, live_sender, take_precedence};
@@ -143,7 +143,7 @@ fn counted_each(
 
 /// What sends a burst of frames to a party's guest.
 fn bursts(party: &Party, length: usize) -> Box<dyn FnMut() + Send> {
-    if party.contestant.tap {
+    if party.contestant.tap || party.contestant.kind == Kind::OnCard {
         flood(&party.wire(), length)
     } else {
         let mut send = live_sender(&party.wire(), length);

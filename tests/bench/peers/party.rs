@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getppid};
 use vmm_sys_util::tempdir::TempDir;
 
 use super::vhost_net;
@@ -24,6 +24,8 @@ use crate::support::testpmd::Testpmd;
 pub(super) enum Kind {
     /// This daemon, with these options.
     Ours(&'static [&'static str]),
+    /// This daemon on a card with zero copy, `eth0` of the emulated machine, whose wire leads to `eth1`.
+    OnCard,
     /// The plain backend.
     Plain,
     /// The kernel's.
@@ -75,7 +77,7 @@ const VHOST_NET: Contestant =
     Contestant { name: "vhost-net, TAP", kind: Kind::VhostNet, tap: true, polls: false };
 
 /// Those whose instructions are counted.
-pub(super) const COUNTED: [Contestant; 6] = [
+pub(super) const COUNTED: [Contestant; 7] = [
     VHOST_NET,
     Contestant { name: "vhost-user-net, TAP", kind: Kind::Ours(&[]), tap: true, polls: false },
     Contestant {
@@ -91,6 +93,12 @@ pub(super) const COUNTED: [Contestant; 6] = [
         polls: false,
     },
     Contestant { name: "vhost-user-net, AF_XDP", kind: Kind::Ours(&[]), tap: false, polls: false },
+    Contestant {
+        name: "vhost-user-net, AF_XDP, zero copy",
+        kind: Kind::OnCard,
+        tap: false,
+        polls: false,
+    },
     Contestant { name: "plain backend, TAP", kind: Kind::Plain, tap: true, polls: false },
 ];
 
@@ -118,8 +126,10 @@ impl Party {
     pub(super) fn start(contestant: Contestant, number: u8) -> Self {
         let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
         let mut socket = directory.as_path().join("socket");
-        let device = device(contestant.tap, number);
-        if contestant.tap {
+        let device = device(contestant, number);
+        if contestant.kind == Kind::OnCard {
+            take_cards();
+        } else if contestant.tap {
             // DPDK makes its device itself, with flags of its own.
             if !matches!(contestant.kind, Kind::Dpdk(_)) {
                 ip(&format!("tuntap add dev {device} mode tap vnet_hdr"));
@@ -129,7 +139,8 @@ impl Party {
         }
         let started = Instant::now();
         let program = match contestant.kind {
-            Kind::Ours(options) => {
+            Kind::Ours(_) | Kind::OnCard => {
+                let options = if let Kind::Ours(options) = contestant.kind { options } else { &[] };
                 let port = if contestant.tap { "tap" } else { "af-xdp" };
                 let port = format!("--{port}={device}");
                 let affinity = format!("--cpu-affinity={}", backend_processor());
@@ -174,9 +185,10 @@ impl Party {
     /// The device at the host's end: what the guest sends arrives there, and what is sent there goes
     /// to the guest.
     pub(super) fn wire(&self) -> String {
-        match self.contestant.tap {
-            true => device(true, self.number),
-            false => format!("party{}1", self.number),
+        match self.contestant {
+            Contestant { kind: Kind::OnCard, .. } => CARDS[1].into(),
+            Contestant { tap: true, .. } => device(self.contestant, self.number),
+            Contestant { tap: false, .. } => format!("party{}1", self.number),
         }
     }
 
@@ -269,8 +281,25 @@ fn bench(mode: &str, socket: &Path, device: &str) -> Child {
         .unwrap()
 }
 
-fn device(tap: bool, number: u8) -> String {
-    if tap { format!("tap{number}") } else { format!("party{number}0") }
+/// The cards of the emulated machine: the first has zero copy.
+const CARDS: [&str; 2] = ["eth0", "eth1"];
+
+/// Moves them into this thread's network namespace.
+fn take_cards() {
+    for card in CARDS {
+        let process = std::process::id();
+        let words = format!("--net=/proc/{}/ns/net ip link set {card} netns {process}", getppid());
+        assert_eq!(output("nsenter", &words), "");
+        ip(&format!("link set {card} up"));
+    }
+}
+
+fn device(contestant: Contestant, number: u8) -> String {
+    match contestant {
+        Contestant { kind: Kind::OnCard, .. } => CARDS[0].into(),
+        Contestant { tap: true, .. } => format!("tap{number}"),
+        Contestant { tap: false, .. } => format!("party{number}0"),
+    }
 }
 
 /// Open vSwitch: its database and its switch, which has one bridge between the two ports.
@@ -354,11 +383,20 @@ pub(super) fn missing(contestant: &Contestant) -> Option<&'static str> {
         Kind::Ovs(_) if free_huge_pages() < OVS_HUGE_PAGES => {
             Some("there are no 256 MiB of huge pages for it")
         }
+        Kind::OnCard if !zero_copy_is_there() => Some("no card here has zero copy"),
         Kind::VhostNet if !Path::new("/dev/vhost-net").exists() => {
             Some("there is no /dev/vhost-net")
         }
         _ => None,
     }
+}
+
+/// Whether this is the emulated machine, and its kernel's driver has zero copy: virtio_net's of Linux 6.18.
+fn zero_copy_is_there() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let version = (numbers.next(), numbers.next());
+    Path::new("/work/.command").exists() && version >= (Some(6), Some(18))
 }
 
 /// Huge pages of 2 MiB that its packets take.
