@@ -290,7 +290,8 @@ fn take_cards() {
         let process = std::process::id();
         let words = format!("--net=/proc/{}/ns/net ip link set {card} netns {process}", getppid());
         assert_eq!(output("nsenter", &words), "");
-        ip(&format!("link set {card} up"));
+        // The guest's address is not its own.
+        ip(&format!("link set {card} promisc on up"));
     }
 }
 

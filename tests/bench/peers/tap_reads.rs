@@ -1,13 +1,12 @@
-//! Ways to read a TAP's frames in user space, as bare loops.
+//! Ways to read a TAP's frames in user space, as bare loops. A multishot read of a TAP fails with EBADFD (Linux
+//! 7.3).
 
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicU16, Ordering};
 
-use io_uring::types::{BufRingEntry, Fixed, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use io_uring::types::Fixed;
+use io_uring::{IoUring, opcode};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user_net::sys::tap::Queue;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -61,7 +60,6 @@ pub(super) fn all<'a>(load: impl Fn(&str) -> Load + Copy + 'a) -> Measurements<'
     vec![
         ("bare read loop", Box::new(move || one_by_one(load))),
         ("bare io_uring loop, reads", Box::new(move || batches(load))),
-        ("bare io_uring loop, multishot read", Box::new(move || multishot(load))),
     ]
 }
 
@@ -103,66 +101,4 @@ fn batches(load: impl Fn(&str) -> Load) -> Cost {
         }
         frames
     })
-}
-
-/// One read that goes on for ever, to buffers that it takes from a ring.
-#[allow(unsafe_code)]
-fn multishot(load: impl Fn(&str) -> Load) -> Cost {
-    let reader = Reader::new("reads2");
-    fcntl(&reader.file, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
-    let entries = u32::from(BUFFERS);
-    let mut uring: IoUring = IoUring::builder()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_cqsize(2 * entries)
-        .build(8)
-        .unwrap();
-    uring.submitter().register_files(&[reader.file.as_raw_fd()]).unwrap();
-    let provided = Ram::new(0, 4096);
-    let ring = provided.memory().get_host_address(GuestAddress(0)).unwrap().cast::<BufRingEntry>();
-    // SAFETY: the ring is a page of memory that outlives the instance.
-    unsafe { uring.submitter().register_buf_ring_with_flags(ring as u64, BUFFERS, 0, 0).unwrap() };
-    // SAFETY: the tail is in the ring, and is written by atomic stores alone.
-    let tail = unsafe { AtomicU16::from_ptr(BufRingEntry::tail(ring).cast_mut()) };
-    let provide = |buffer: u16, at: u16| {
-        // SAFETY: an entry of the ring that the kernel does not look at before the tail is beyond it.
-        let entry = unsafe { &mut *ring.add(usize::from(at % BUFFERS)) };
-        entry.set_addr(reader.address(u64::from(buffer) * BUFFER) as u64);
-        entry.set_len(BUFFER as u32);
-        entry.set_bid(buffer);
-    };
-    (0..BUFFERS).for_each(|buffer| provide(buffer, buffer));
-    tail.store(BUFFERS, Ordering::Release);
-    let read = opcode::ReadMulti::new(Fixed(0), 0, 0).build();
-    // SAFETY: it reads to buffers of the ring alone.
-    unsafe { uring.submission().push(&read).unwrap() };
-    let load = load("reads2");
-    let cost = bare(|| {
-        let mut frames = 0;
-        let mut again = false;
-        let mut end = tail.load(Ordering::Relaxed);
-        for completion in uring.completion() {
-            if completion.result() > 0 {
-                let buffer = cqueue::buffer_select(completion.flags()).unwrap();
-                provide(buffer, end);
-                end = end.wrapping_add(1);
-                frames += 1;
-            }
-            again |= !cqueue::more(completion.flags());
-        }
-        tail.store(end, Ordering::Release);
-        if again {
-            // SAFETY: as above.
-            unsafe { uring.submission().push(&read).unwrap() };
-        }
-        let limit = Timespec::new().nsec(10_000_000);
-        match uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&limit)) {
-            Err(error) if error.raw_os_error() != Some(libc::ETIME) => panic!("{error}"),
-            _ => {}
-        }
-        frames
-    });
-    drop(uring);
-    drop(load);
-    cost
 }
