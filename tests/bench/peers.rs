@@ -29,7 +29,7 @@ pub(crate) use vhost_net::serve as serve_vhost_net;
 
 /// Which cases are measured, if not all.
 const CASES: &str = "COMPARE_CASES";
-/// Whose names contain one of these, if not all take part; separated by semicolons.
+/// Names of those that take part, separated by semicolons; all if there are none.
 const PARTIES: &str = "COMPARE_PARTIES";
 /// Where the figures are put.
 const DIRECTORY: &str = "COMPARE_DIRECTORY";
@@ -62,11 +62,16 @@ pub(super) fn run() {
     println!("\nfigures, table and picture: {}", directory.display());
 }
 
+/// Whether an environment variable names this, or nothing.
+fn is_named(variable: &str, name: &str) -> bool {
+    let names = std::env::var(variable).unwrap_or_default();
+    names.is_empty() || names.split(';').any(|it| it == name)
+}
+
 /// Those that can take part here, and are wanted.
 fn present(contestants: &[Contestant], report: &mut Report) -> Vec<Contestant> {
-    let names = std::env::var(PARTIES).unwrap_or_default();
     let mut contestants = contestants.to_vec();
-    contestants.retain(|it| names.split(';').any(|part| part.is_empty() || it.name == part));
+    contestants.retain(|it| is_named(PARTIES, it.name));
     contestants.retain(|contestant| match missing(contestant) {
         Some(why) => {
             report.skip(contestant.name, why);
@@ -87,12 +92,7 @@ pub(super) fn count() {
     enter_a_namespace();
     let mut report = Report::counted();
     let parties = start(&present(&COUNTED, &mut report));
-    let wanted = std::env::var(CASES).unwrap_or_default();
-    counted::count(
-        &parties,
-        |case| wanted.is_empty() || wanted.split(';').any(|part| part == case),
-        &mut report,
-    );
+    counted::count(&parties, |case| is_named(CASES, case), &mut report);
     println!("\n{}{}", report.tables(), report.claims());
 }
 

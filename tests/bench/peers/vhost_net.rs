@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd};
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -59,7 +59,7 @@ impl Card {
         queue.set_header_length(12)?;
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let net = Net::new(memory.clone()).map_err(io::Error::other)?;
-        let file = File::from(std::os::fd::AsFd::as_fd(&queue).try_clone_to_owned()?);
+        let file = File::from(queue.as_fd().try_clone_to_owned()?);
         Ok(Card { net, memory, tap: queue, file, places: Vec::new(), sizes: [0; RINGS] })
     }
 
