@@ -215,9 +215,15 @@ fn answers(party: &Party, mut card: Card, load: &mut Load) -> Count {
     load.run(move || {
         epoll::wait(calls, 10, &mut [Event::new(Events::empty(), 0)]).unwrap();
         let _ = card.rx[0].call.read();
-        card.tx[0].want_no_call();
-        card.rx[0].want_call();
-        return_frames(&mut card);
+        loop {
+            return_frames(&mut card);
+            card.tx[0].want_no_call();
+            card.rx[0].want_call();
+            // One that came before that calls nobody.
+            if card.ram.load(card.rx[0].used + 2) == card.rx[0].used_index {
+                break;
+            }
+        }
     });
     Box::new(move || answered.load(Ordering::Relaxed))
 }
