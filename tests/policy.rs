@@ -8,7 +8,7 @@ use crate::support::daemon::Daemon;
 use crate::support::driver::{CSUM, Card, GUEST_CSUM, GUEST_TSO, HEADER, HOST_TSO, Options};
 use crate::support::frontend::Frontend;
 use crate::support::needs_root;
-use crate::support::network::enter_namespace_for;
+use crate::support::network::{Wire, enter_namespace_for};
 use crate::support::traffic::{datagram, frame, tcp_frame};
 
 /// How long traffic runs.
@@ -97,6 +97,41 @@ fn a_guest_sends_no_more_than_it_may() {
     }
 }
 
+/// Sends the frame each `pause` to a guest that takes what comes, and does `beside` over and over meanwhile, if
+/// it is to; returns how many frames came, and in what time.
+fn receive_all(
+    card: &mut Card,
+    (wire, frame, pause): (&Wire, &[u8], Duration),
+    beside: Option<&(dyn Fn() + Sync)>,
+) -> (u64, Duration) {
+    let stop = AtomicBool::new(false);
+    let (mut received, started) = (0, Instant::now());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = wire.try_send(frame);
+                std::thread::sleep(pause);
+            }
+        });
+        if let Some(step) = beside {
+            let stop = &stop;
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    step();
+                }
+            });
+        }
+        while started.elapsed() < TIME {
+            while card.try_receive(0).is_some() {
+                received += 1;
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    (received, started.elapsed())
+}
+
 #[test]
 fn a_guest_is_given_no_more_than_it_may() {
     needs_root!("a_guest_is_given_no_more_than_it_may");
@@ -108,27 +143,12 @@ fn a_guest_is_given_no_more_than_it_may() {
             let wire = enter_namespace_for(option);
             let daemon = Daemon::start(&[option, &format!("--rx-limit={limit}")]);
             let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
-            let stop = AtomicBool::new(false);
-            let (mut received, started) = (0, Instant::now());
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    while !stop.load(Ordering::Relaxed) {
-                        let _ = wire.try_send(&frame);
-                        // More than may pass, and less than a processor's worth.
-                        std::thread::sleep(Duration::from_micros(20));
-                    }
-                });
-                while started.elapsed() < TIME {
-                    while card.try_receive(0).is_some() {
-                        received += 1;
-                    }
-                    std::thread::sleep(Duration::from_micros(50));
-                }
-                stop.store(true, Ordering::Relaxed);
-            });
+            // More than may pass, and less than a processor's worth.
+            let sent = (&wire, &*frame, Duration::from_micros(20));
+            let (received, time) = receive_all(&mut card, sent, None);
             // What one turn finds on the wire passes together, and is paid for afterwards.
             let burst = burst + 64.0 * each as f64;
-            Allowed { per_second, burst }.check(received, each, started.elapsed());
+            Allowed { per_second, burst }.check(received, each, time);
         }
     }
 }
@@ -151,36 +171,20 @@ fn segments_count_whatever_a_guest_writes_over_their_header() {
         let mut card = Card::start(Frontend::new(daemon.connect()), options);
         let (ram, first) = (card.ram.clone(), card.rx[0].buffer_area());
         let buffers = u64::from(options.size) * u64::from(options.buffer);
-        let stop = AtomicBool::new(false);
-        let (mut received, started) = (0, Instant::now());
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    let _ = wire.try_send(&frame);
-                    std::thread::sleep(Duration::from_micros(100));
-                }
-            });
-            scope.spawn(|| {
-                while erases && !stop.load(Ordering::Relaxed) {
-                    let places = (first..first + buffers).step_by(options.buffer as usize);
-                    places.for_each(|place| ram.write(place, &[0; HEADER - 2]));
-                }
-            });
-            while started.elapsed() < TIME {
-                while card.try_receive(0).is_some() {
-                    received += 1;
-                }
-                std::thread::sleep(Duration::from_micros(50));
-            }
-            stop.store(true, Ordering::Relaxed);
-        });
+        let erase = || {
+            let places = (first..first + buffers).step_by(options.buffer as usize);
+            places.for_each(|place| ram.write(place, &[0; HEADER - 2]));
+        };
+        let beside: Option<&(dyn Fn() + Sync)> = if erases { Some(&erase) } else { None };
+        let sent = (&wire, &*frame, Duration::from_micros(100));
+        let (received, time) = receive_all(&mut card, sent, beside);
         let allowed = Allowed { per_second: 20e3, burst: 50.0 + 64.0 * segments as f64 };
         if erases {
             // Of a header that says nothing the worst is assumed.
             assert!(received > 0);
-            allowed.check_most(received, segments, started.elapsed());
+            allowed.check_most(received, segments, time);
         } else {
-            allowed.check(received, segments, started.elapsed());
+            allowed.check(received, segments, time);
         }
     }
 }

@@ -190,11 +190,7 @@ impl Load {
         let taken = Arc::<AtomicU64>::default();
         let counter = taken.clone();
         card.rx[0].want_no_call();
-        let mut begins = true;
-        self.run(move || {
-            if std::mem::take(&mut begins) {
-                take_precedence();
-            }
+        self.run_urgent(move || {
             counter.fetch_add(card.recycle(0) as u64, Ordering::Relaxed);
             card.rx[0].want_no_call();
             std::thread::sleep(Duration::from_micros(100));
@@ -228,10 +224,24 @@ impl Load {
     }
 
     /// Does `step` over and over, in a thread of its own.
-    pub(super) fn run(&mut self, mut step: impl FnMut() + Send + 'static) {
+    pub(super) fn run(&mut self, step: impl FnMut() + Send + 'static) {
+        self.start_thread(|| {}, step);
+    }
+
+    /// The same, before all that is not urgent.
+    pub(super) fn run_urgent(&mut self, step: impl FnMut() + Send + 'static) {
+        self.start_thread(take_precedence, step);
+    }
+
+    fn start_thread(
+        &mut self,
+        begin: impl FnOnce() + Send + 'static,
+        mut step: impl FnMut() + Send + 'static,
+    ) {
         let stopped = self.stop.clone();
         self.threads.push(std::thread::spawn(move || {
             pin_this_thread(0).unwrap();
+            begin();
             while !stopped.load(Ordering::Relaxed) {
                 step();
             }
@@ -257,7 +267,7 @@ pub(super) fn live_sender(device: &str, length: usize) -> impl FnMut(u32) + Send
 
 /// Has the calling thread run before all that are not of its kind (SCHED_FIFO of sched(7)).
 #[allow(unsafe_code)]
-pub(super) fn take_precedence() {
+fn take_precedence() {
     let parameters = libc::sched_param { sched_priority: 1 };
     // SAFETY: the structure lives through the call, which concerns this thread alone.
     let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &parameters) };

@@ -294,8 +294,7 @@ fn worker_tx_woken(card: &mut Card, _: Host, laps: usize) {
         card.tx[0].wait_used();
         let tx = &card.tx[0];
         tx.want_no_call();
-        let event = tx.used + 4 + 8 * u64::from(tx.size);
-        eventually("it asks for a kick", || card.ram.load(event) == tx.avail_index);
+        eventually("it asks for a kick", || tx.avail_event() == tx.avail_index);
         // And sleeps soon after.
         std::thread::sleep(Duration::from_millis(1));
     }

@@ -12,7 +12,6 @@ mod own_guest;
 mod party;
 mod plain;
 mod report;
-mod tap_reads;
 mod vhost_net;
 
 use std::fs;

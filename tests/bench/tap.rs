@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::{IoUring, opcode, types};
+use io_uring::{IoUring, cqueue, opcode, types};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vhost_user_net::sys::process::pin_this_thread;
 use vhost_user_net::sys::tap::Queue;
@@ -138,9 +138,9 @@ impl Bare {
         BATCH as u64
     }
 
-    /// Reads frames of `length` bytes that the sender sends.
-    pub(super) fn read(&mut self, length: usize) -> Cost {
-        let _sender = Load::flooding("bare0", length);
+    /// Reads the frames that `load` sends to the device of this name, by a system call each.
+    pub(super) fn read(&mut self, load: impl FnOnce(&str) -> Load) -> Cost {
+        let _load = load("bare0");
         bare(|| {
             let place = self.next % PLACES * PLACE;
             match self.memory.fetch(place, PLACE as usize, &mut self.file) {
@@ -148,14 +148,40 @@ impl Bare {
                     self.next += 1;
                     1
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    let mut fds = [PollFd::new(self.queue.as_fd(), PollFlags::POLLIN)];
-                    poll(&mut fds, PollTimeout::from(100u16)).unwrap();
-                    0
-                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(),
                 Err(error) => panic!("{error}"),
             }
         })
+    }
+
+    /// The same, as many as a batch has by a system call. A multishot read of a TAP fails with EBADFD (Linux 7.3).
+    #[allow(unsafe_code)]
+    pub(super) fn read_batches(&mut self, load: impl FnOnce(&str) -> Load) -> Cost {
+        let mut uring = IoUring::builder().setup_coop_taskrun().build(BATCH as u32).unwrap();
+        uring.submitter().register_files(&[self.file.as_raw_fd()]).unwrap();
+        let _load = load("bare0");
+        let start = self.memory.memory().get_host_address(GuestAddress(0)).unwrap();
+        bare(|| {
+            for _ in 0..BATCH {
+                self.next += 1;
+                let place = start.wrapping_add((self.next % PLACES * PLACE) as usize);
+                let read = opcode::Read::new(types::Fixed(0), place, PLACE as u32).build();
+                // SAFETY: the memory lives as long as the instance, and this waits for all reads.
+                unsafe { uring.submission().push(&read).unwrap() };
+            }
+            uring.submit_and_wait(BATCH).unwrap();
+            match uring.completion().filter(|it: &cqueue::Entry| it.result() > 0).count() {
+                0 => self.wait(),
+                frames => frames as u64,
+            }
+        })
+    }
+
+    /// Waits for a frame; none was read.
+    fn wait(&self) -> u64 {
+        let mut fds = [PollFd::new(self.queue.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(100u16)).unwrap();
+        0
     }
 }
 
@@ -192,14 +218,17 @@ pub(super) fn run() {
         let mut guest = Testpmd::start_on("0", &daemon.socket(), 1, 1024, GUEST);
         receive_frames(&mut guest);
         guest.pause();
-        let [read, rx] = in_turns([&mut || tap.borrow_mut().read(length), &mut || {
-            guest.resume();
-            let sender = Load::flooding("tap0", length);
-            let cost = cost(|| sent("tap0"), cpu);
-            drop(sender);
-            guest.pause();
-            cost
-        }]);
+        let [read, rx] = in_turns([
+            &mut || tap.borrow_mut().read(|tap| Load::flooding(tap, length)),
+            &mut || {
+                guest.resume();
+                let sender = Load::flooding("tap0", length);
+                let cost = cost(|| sent("tap0"), cpu);
+                drop(sender);
+                guest.pause();
+                cost
+            },
+        ]);
         row("bare read loop", &read, None);
         row("vhost-user-net rx", &rx, Some(("read", &read)));
     }

@@ -187,7 +187,7 @@ impl Ring {
         let before = self.ram.load(self.avail + 2);
         self.ram.store(self.avail + 2, self.avail_index);
         let wanted = if self.event_idx {
-            let event = self.ram.load(self.used + 4 + 8 * u64::from(self.size));
+            let event = self.avail_event();
             let now = self.avail_index;
             now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
         } else {
@@ -199,9 +199,19 @@ impl Ring {
         wanted
     }
 
+    /// Behind which avail index the device asks for a kick.
+    pub(crate) fn avail_event(&self) -> u16 {
+        self.ram.load(self.used + 4 + 8 * u64::from(self.size))
+    }
+
+    /// Whether there are used entries that were not taken.
+    pub(crate) fn has_used(&self) -> bool {
+        self.ram.load(self.used + 2) != self.used_index
+    }
+
     /// The next used entry of a ring whose heads the caller keeps: its head and the bytes written.
     pub(crate) fn next_used(&mut self) -> Option<(u16, u32)> {
-        if self.ram.load(self.used + 2) == self.used_index {
+        if !self.has_used() {
             return None;
         }
         let entry = self.used + 4 + 8 * u64::from(self.used_index % self.size);

@@ -1,6 +1,7 @@
 //! What a frame costs in executed instructions, the kernel's included: in a machine of one processor whose
 //! clock is its count of them. `tests/bench/vhost-net` starts it.
 
+use std::cell::RefCell;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,15 +9,16 @@ use std::time::Duration;
 
 use epoll::{ControlOptions, Event, Events};
 
+use super::cases::Measurements;
 use super::own_guest::{Count, LONG_TX, PAYLOAD, compare_with_own_guests, send_over_and_over};
 use super::party::{Kind, Party};
 use super::report::Report;
-use super::tap_reads;
-use crate::af_xdp::{Load, live_sender, take_precedence};
+use crate::af_xdp::{Load, live_sender};
 use crate::measure::{frame, received, sent};
 use crate::support::driver::{Card, GUEST_CSUM, GUEST_TSO, HEADER, Options};
 use crate::support::network::{ETHERTYPE, Wire};
 use crate::support::traffic::tcp_frame;
+use crate::tap;
 
 /// Lengths of frames in bytes.
 const LENGTHS: [usize; 3] = [64, 512, 1500];
@@ -46,20 +48,25 @@ fn case(
 /// Counts them for these parties, if `is_wanted` says so of the case.
 pub(super) fn count(parties: &[Party], is_wanted: impl Fn(&str) -> bool, report: &mut Report) {
     let parties: Vec<&Party> = parties.iter().collect();
+    let bare_tap = RefCell::new(tap::Bare::new());
     for Case { name, options, serve } in cases().into_iter().filter(|case| is_wanted(&case.name)) {
-        let length = name.strip_prefix("rx ").and_then(|length| length.parse().ok());
-        let load = |length| {
-            move |device: &str| {
-                let mut load = Load::default();
-                let mut send = flood(device, length);
-                let _sent = counted_each(PAUSE, &mut load, move || {
+        let mut bare: Measurements<'_> = Vec::new();
+        if let Some(length) = name.strip_prefix("rx ").and_then(|length| length.parse().ok()) {
+            let load = move |device: &str| {
+                let (mut load, mut send) = (Load::default(), flood(device, length));
+                load.run_urgent(move || {
                     send();
-                    0
+                    std::thread::sleep(PAUSE);
                 });
                 load
-            }
-        };
-        let bare = length.map_or_else(Vec::new, |length| tap_reads::all(load(length)));
+            };
+            let tap = &bare_tap;
+            bare.push(("bare read loop", Box::new(move || tap.borrow_mut().read(load))));
+            bare.push((
+                "bare io_uring loop, reads",
+                Box::new(move || tap.borrow_mut().read_batches(load)),
+            ));
+        }
         compare_with_own_guests(&name, bare, &parties, options, &*serve, report);
     }
 }
@@ -133,8 +140,7 @@ fn counted_each(
 ) -> Count {
     let counted = Arc::<AtomicU64>::default();
     let counter = counted.clone();
-    load.run(move || {
-        take_precedence();
+    load.run_urgent(move || {
         counter.fetch_add(step(), Ordering::Relaxed);
         std::thread::sleep(pause);
     });
@@ -220,7 +226,7 @@ fn answers(party: &Party, mut card: Card, load: &mut Load) -> Count {
             card.tx[0].want_no_call();
             card.rx[0].want_call();
             // One that came before that calls nobody.
-            if card.ram.load(card.rx[0].used + 2) == card.rx[0].used_index {
+            if !card.rx[0].has_used() {
                 break;
             }
         }

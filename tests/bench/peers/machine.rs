@@ -44,7 +44,10 @@ pub(super) fn calls(report: &mut Report) {
         ),
         ("line from the other processor", Box::new(line)),
         ("write of 64 bytes to a TAP", Box::new(|| bare_tap.borrow_mut().write(&bytes))),
-        ("read of 64 bytes from a TAP", Box::new(|| bare_tap.borrow_mut().read(64))),
+        (
+            "read of 64 bytes from a TAP",
+            Box::new(|| bare_tap.borrow_mut().read(|tap| Load::flooding(tap, 64))),
+        ),
         (
             "64 bytes through AF_XDP",
             Box::new(|| bare_veth.borrow_mut().send(64, af_xdp::Place::There)),

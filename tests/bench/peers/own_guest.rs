@@ -94,7 +94,10 @@ pub(super) fn lean_rx(parties: &[Party], report: &mut Report) {
     let bare_veth = RefCell::new(af_xdp::Bare::on("lean0", false));
     for length in LENGTHS {
         let bare: Measurements<'_> = vec![
-            ("bare read loop", Box::new(|| bare_tap.borrow_mut().read(length))),
+            (
+                "bare read loop",
+                Box::new(|| bare_tap.borrow_mut().read(|tap| af_xdp::Load::flooding(tap, length))),
+            ),
             (
                 "bare AF_XDP loop",
                 Box::new(|| {
