@@ -427,7 +427,7 @@ fn all_that_the_pages_name_exists() {
 fn what_does_not_exist_is_found() {
     let cases = [
         ("[x](nowhere.md)", "there is no nowhere.md"),
-        ("[x](docs/control.md#no-such-heading)", "docs/control.md has no heading"),
+        ("[x](docs/monitoring.md#no-such-heading)", "docs/monitoring.md has no heading"),
         ("[x](#no-such-heading)", "has no heading for #no-such-heading"),
         ("see tests/no-such-test.rs.", "there is no tests/no-such-test.rs"),
         ("run `./no-such-script`", "there is no no-such-script"),
@@ -453,7 +453,7 @@ fn what_does_not_exist_is_found() {
         assert_eq!(found.len(), 1, "{text}: {found:?}");
         assert!(found[0].contains(complaint), "{text}: {found:?}");
     }
-    let right = "[x](docs/control.md#metrics), `ctl add|remove`, `vhost-user-net ctl --json show vm1`,\
+    let right = "[x](docs/monitoring.md#metrics), `ctl add|remove`, `vhost-user-net ctl --json show vm1`,\
                  `--tap=NAME`, tests/run, `ethtool --nonsense`, `guest::notify`, `cargo bench -- tap`";
     assert_eq!(wrong(&Page::new("README.md", right)), Vec::<String>::new());
 }
@@ -521,9 +521,7 @@ fn all_rooms_and_test_modules_are_in_their_tables() {
 
 #[test]
 fn reasons_of_drops_and_copies_are_explained() {
-    let text: String = ["data-path", "policy", "control", "af-xdp"]
-        .map(|name| Page::read(&format!("docs/{name}.md")).text)
-        .concat();
+    let text = Page::read("docs/monitoring.md").text;
     let reasons =
         Drop::ALL.map(Drop::name).into_iter().chain(CopyReason::ALL.map(CopyReason::name));
     for reason in reasons {
