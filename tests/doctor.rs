@@ -105,7 +105,7 @@ fn is_right(wrong: &Line, after: &[Line]) {
     show(wrong, right.unwrap_or_else(|| panic!("{wrong:?} and then {after:#?}")));
 }
 
-/// With --nocapture, this is what docs/doctor.md shows.
+/// Prints a finding, its fix, and the finding afterwards, with --nocapture.
 fn show(wrong: &Line, right: &Line) {
     let cure = wrong.cure.as_deref().unwrap_or_default();
     println!("\n    {} {} — {} — {cure}", wrong.status, wrong.what, wrong.why);
