@@ -15,15 +15,13 @@ mod replacing;
 mod supervision;
 mod waiting;
 
-use std::fmt;
-use std::io;
-
 use log::{error, warn};
 
 use crate::api::Server;
 use crate::api::scrape::Scrape;
 use crate::config::{Config, PortConfig};
 use crate::descriptors;
+use crate::error::{StartError, no_descriptor, no_thread};
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::port::af_xdp::program::read_kernel_files;
@@ -32,30 +30,11 @@ use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
 use handover::Predecessor;
 pub use handover::{PortHandover, too_late};
-pub(crate) use opening::{Descriptors, no_tap, open_queues};
+pub(crate) use opening::{Descriptors, open_queues};
 use ports::Opened;
 pub use ports::{Origin, Port, Ports, Refusal};
 use supervision::Supervisor;
 use waiting::Waiting;
-
-/// Why the daemon can't start: one line that names the thing and the way out.
-#[derive(Debug)]
-pub struct StartError(String);
-
-impl StartError {
-    /// With the line to show.
-    pub fn new(message: impl Into<String>) -> Self {
-        StartError(message.into())
-    }
-}
-
-impl fmt::Display for StartError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for StartError {}
 
 /// Runs all ports until a signal ends them, or the last inherited connection does.
 ///
@@ -185,12 +164,4 @@ fn open_ports(
         );
     }
     Ok((opened, missing.into_iter().map(|(name, _)| name.to_owned()).collect()))
-}
-
-fn no_thread(error: io::Error) -> StartError {
-    StartError::new(format!("start a thread: {error}"))
-}
-
-fn no_descriptor(error: io::Error) -> StartError {
-    StartError::new(format!("wait for descriptors: {error}"))
 }

@@ -28,7 +28,7 @@
 //! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
 //! [`counters`] what it did. What ports are
 //! doing is in their [`status`], which the [`api`] shows to operators; a [`capture`] is a copy of what
-//! they move. [`descriptors`] is how many may be open. [`logging`] writes lines that nobody waits for, and the [`sandbox`] is what all of
+//! they move. [`descriptors`] is how many may be open. [`error`] is why something does not start. [`logging`] writes lines that nobody waits for, and the [`sandbox`] is what all of
 //! this runs in. The [`doctor`] looks at a host before any of it does. Unsafe code is in [`guest`]
 //! and [`sys`] only, but for the first statement of `main`.
 
@@ -41,6 +41,7 @@ pub mod descriptors;
 pub mod device;
 pub mod doctor;
 pub mod endpoint;
+pub mod error;
 pub mod event;
 #[cfg(debug_assertions)]
 mod fault_point;

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::StartError;
 use super::ports::{Port, Ports};
 use crate::config::{Host, PortConfig};
+use crate::error::StartError;
 use crate::event::until;
 use crate::sys::device;
 use crate::sys::link::{Link, Questions, Tun, Watch};

@@ -22,7 +22,6 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use serde::{Deserialize, Serialize};
 
-use super::StartError;
 use super::control::{self, HandoverFds, Order};
 use super::ports::{Handover, Opened, Port, Ports, Refusal};
 use crate::api::Command;
@@ -30,6 +29,7 @@ use crate::api::client::{Connection, Failure};
 use crate::config::{Frontend, Host, PortOptions};
 use crate::counters::PairCounters;
 use crate::endpoint::Endpoint;
+use crate::error::StartError;
 use crate::port::TapState;
 
 /// Descriptors that a successor must have left for clients and connections.

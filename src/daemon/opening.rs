@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use log::info;
 
-use super::StartError;
 use crate::config::{Frontend, Host, PortConfig};
+use crate::error::StartError;
 use crate::port::af_xdp::Interface;
 use crate::port::tap::TapQueue;
 use crate::port::{HostQueue, TapState};
@@ -15,7 +15,6 @@ use crate::sys::device;
 use crate::sys::process::inherit;
 use crate::sys::tap::Queue;
 
-pub(crate) use tap::no_tap;
 use tap::open_tap;
 
 /// Descriptors that a port stands on: inherited, brought by an operator, or opened.

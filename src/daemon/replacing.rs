@@ -16,9 +16,9 @@ use log::{error, info, warn};
 
 use super::control::{Order, Predecessor};
 use super::ports::{Opened, Port, Ports, Prepared, Refusal, offer};
-use super::{StartError, no_descriptor};
 use crate::config::{Frontend, Host, PortConfig, PortOptions};
 use crate::endpoint::Endpoint;
+use crate::error::{StartError, no_descriptor};
 use crate::features::{PortOffloads, names};
 use crate::policy::Filter;
 use crate::port::TapState;
