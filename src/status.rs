@@ -2,102 +2,21 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use crate::config::Frontend;
-use crate::counters::PairCounters;
 use crate::descriptors::DescriptorQuota;
 use crate::guest::MemoryQuota;
 use crate::policy::{Limits, LiveFilter};
 use crate::port::{Mode, RxFilter};
-use crate::sys::eventfd::Waker;
-use crate::sys::process::ThreadClock;
 use crate::traffic::Traffic;
+use crate::worker::PairStatus;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nobody panics while holding one of these.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A queue pair.
-#[derive(Debug, Default)]
-pub struct PairStatus {
-    /// What it has counted.
-    pub counters: PairCounters,
-    /// Since when its thread runs, and by which clock.
-    thread: OnceLock<(Instant, ThreadClock)>,
-    mode: AtomicU8,
-    /// Woken when the port's device is found not to work.
-    trouble: OnceLock<Arc<Waker>>,
-    serving: AtomicBool,
-    fault: Mutex<Option<String>>,
-}
-
-impl PairStatus {
-    /// One that counts on from these.
-    pub fn counting_on(counters: PairCounters) -> Self {
-        PairStatus { counters, ..PairStatus::default() }
-    }
-
-    /// Its thread runs from now on, by this clock.
-    pub fn began(&self, clock: ThreadClock) {
-        let _ = self.thread.set((Instant::now(), clock));
-    }
-
-    /// How long its thread has run on a processor, and how long it has not; nothing when it has ended.
-    pub fn times(&self) -> Option<(Duration, Duration)> {
-        let (since, clock) = self.thread.get()?;
-        let busy = clock.elapsed()?;
-        Some((busy, since.elapsed().saturating_sub(busy)))
-    }
-
-    /// Has this woken when its device is found not to work.
-    pub fn tell_of_trouble(&self, waker: Arc<Waker>) {
-        let _ = self.trouble.set(waker);
-    }
-
-    /// How it moves frames now. Its worker says so.
-    #[inline]
-    pub fn set_mode(&self, mode: Mode) {
-        let before = self.mode.load(Ordering::Relaxed);
-        if before == mode as u8 {
-            return;
-        }
-        self.mode.store(mode as u8, Ordering::Relaxed);
-        if mode == Mode::Gone
-            && let Some(waker) = self.trouble.get()
-        {
-            waker.wake();
-        }
-    }
-
-    /// How it has moved frames last.
-    pub fn mode(&self) -> Mode {
-        let number = self.mode.load(Ordering::Relaxed);
-        Mode::ALL.into_iter().find(|mode| *mode as u8 == number).unwrap_or_default()
-    }
-
-    /// Its rings run from now on, or do no more.
-    pub fn set_serving(&self, serving: bool) {
-        self.serving.store(serving, Ordering::Relaxed);
-    }
-
-    /// Whether its rings run.
-    pub fn is_serving(&self) -> bool {
-        self.serving.load(Ordering::Relaxed)
-    }
-
-    /// Why it has stopped until the guest resets it, or that it goes on.
-    pub fn set_fault(&self, fault: Option<String>) {
-        *lock(&self.fault) = fault;
-    }
-
-    /// Why it has stopped, if it has.
-    pub fn fault(&self) -> Option<String> {
-        lock(&self.fault).clone()
-    }
 }
 
 /// The frontend, as far as there is one.

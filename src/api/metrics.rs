@@ -12,7 +12,8 @@ use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, P
 use crate::daemon::{Port, Ports};
 use crate::descriptors;
 use crate::guest::MemoryQuota;
-use crate::status::{PairStatus, PortStatus};
+use crate::status::PortStatus;
+use crate::worker::PairStatus;
 
 type PerDirection = (&'static str, &'static str, fn(&DirectionCounters) -> &Counter);
 type PerPair = (&'static str, &'static str, fn(&PairCounters) -> &Counter);
