@@ -28,9 +28,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::config::{Config, Frontend, MAX_QUEUE_PAIRS};
-use crate::daemon::{Ports, too_late};
 use crate::endpoint::{Endpoint, set_access};
 use crate::error::StartError;
+use crate::ports::{Ports, too_late};
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
 pub use requests::Command;

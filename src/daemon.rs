@@ -5,13 +5,8 @@
 //! changed and removed. It opens nothing: what a new port stands on is brought by the operator, or by
 //! the `opener`, a process that reads the file again when it is told to.
 
-mod control;
-mod devices;
 mod handover;
 pub mod opener;
-mod opening;
-mod ports;
-mod replacing;
 mod supervision;
 mod waiting;
 
@@ -25,14 +20,11 @@ use crate::error::{StartError, no_descriptor, no_thread};
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::port::af_xdp::program::read_kernel_files;
+use crate::ports::{Descriptors, Opened, Ports, check_devices};
 use crate::sandbox::{Role, Sandbox};
 use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
 use handover::Predecessor;
-pub use handover::{PortHandover, too_late};
-pub(crate) use opening::{Descriptors, open_queues};
-use ports::Opened;
-pub use ports::{Origin, Port, Ports, Refusal};
 use supervision::Supervisor;
 use waiting::Waiting;
 
@@ -77,7 +69,7 @@ fn serve(
         let name = pair[0];
         return Err(StartError::new(format!("two ports are called {name}: give one a name")));
     }
-    devices::check_devices(opened.iter().map(Opened::claim))?;
+    check_devices(opened.iter().map(Opened::claim))?;
     let mut listener = |name: &str| predecessor.as_mut().and_then(|it| it.listener(name));
     let control = listener("control");
     // Another address has another socket.

@@ -6,9 +6,8 @@ use serde::Serialize;
 
 use crate::config::Frontend;
 use crate::counters::{CopyReason, DirectionCounters, Drop};
-use crate::daemon::{Port, Ports};
 use crate::features;
-use crate::status::{FrontendStatus, PortStatus};
+use crate::ports::{FrontendStatus, Port, PortStatus, Ports};
 use crate::sys::link::{Drops, Link};
 use crate::traffic::{Row, Way};
 use crate::worker::PairStatus;

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use super::ports::Ports;
 use super::supervision::Supervisor;
 use crate::api::scrape::Scrape;
 use crate::api::{Server, Wanted};
 use crate::config::Config;
 use crate::event::{Interest, Poller, until};
+use crate::ports::Ports;
 use crate::sys::process::{Signal, Signals};
 
 /// What the main thread waits for.

@@ -19,9 +19,9 @@ use tap::open_tap;
 
 /// Descriptors that a port stands on: inherited, brought by an operator, or opened.
 #[derive(Debug, Default)]
-pub(crate) struct Descriptors {
-    pub(crate) frontend: Option<OwnedFd>,
-    pub(crate) tap_queues: Vec<OwnedFd>,
+pub struct Descriptors {
+    pub frontend: Option<OwnedFd>,
+    pub tap_queues: Vec<OwnedFd>,
 }
 
 impl Descriptors {
@@ -29,7 +29,7 @@ impl Descriptors {
     ///
     /// # Errors
     /// With the descriptor that is not there.
-    pub(crate) fn inherit(config: &PortConfig) -> Result<Self, StartError> {
+    pub fn inherit(config: &PortConfig) -> Result<Self, StartError> {
         let take = |number: RawFd, option: &str| {
             inherit(number).map_err(|error| {
                 StartError::new(format!("use descriptor {number} ({option}): {error}"))
@@ -53,7 +53,7 @@ impl Descriptors {
     ///
     /// # Errors
     /// There are too few or too many.
-    pub(crate) fn brought(config: &PortConfig, files: Vec<OwnedFd>) -> Result<Self, StartError> {
+    pub fn brought(config: &PortConfig, files: Vec<OwnedFd>) -> Result<Self, StartError> {
         let frontends = usize::from(!matches!(config.frontend, Frontend::Connect(_)));
         let queues = match config.host {
             Host::Tap(_) | Host::TapDescriptors(_) => usize::from(config.queue_pairs),
@@ -75,7 +75,7 @@ impl Descriptors {
 
 /// Opens the queues of a port's TAP, if it has one that is not open. `now` is what the device is called
 /// by now, if a port that runs has it.
-pub(crate) fn open_queues(
+pub fn open_queues(
     config: &PortConfig,
     now: Option<&str>,
 ) -> Result<Vec<OwnedFd>, StartError> {

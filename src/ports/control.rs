@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
+use super::PortStatus;
 use crate::config::Frontend;
 use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
@@ -17,7 +18,6 @@ use crate::event::{Interest, Poller, until};
 use crate::policy::{Filter, Rules};
 use crate::protocol::{self, Connection, Event, Message, Reply, Retold};
 use crate::sandbox::Role;
-use crate::status::PortStatus;
 use crate::sys::eventfd::Waker;
 use crate::traffic::Row;
 

@@ -1,5 +1,12 @@
 //! The ports of a daemon: started, changed, and stopped, each for itself.
 
+mod control;
+mod devices;
+mod handover;
+mod opening;
+mod replacing;
+mod status;
+
 use std::fmt;
 use std::fs::File;
 use std::io;
@@ -13,9 +20,6 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use super::control::{Control, Order, Predecessor};
-use super::devices::{Claim, Devices};
-use super::opening::{Descriptors, adopt_tap, open_host};
 use crate::capture::{self, Capture};
 use crate::config::{Host, PortConfig, PortOptions};
 use crate::counters::PairCounters;
@@ -29,11 +33,18 @@ use crate::net_config::NetConfig;
 use crate::policy::{Limiter, Limits, LiveFilter, Rules};
 use crate::port::{HostQueue, TapState};
 use crate::sandbox::{Role, Sandbox};
-use crate::status::{Filters, PortStatus};
 use crate::sys::eventfd::Waker;
 use crate::sys::process::host_memory;
 use crate::traffic::Row;
 use crate::worker::{Worker, WorkerOptions};
+
+use control::{Control, Order, Predecessor};
+use devices::{Claim, Devices};
+pub use devices::check_devices;
+pub use handover::{PortHandover, TAKE_OVER_TIMEOUT, too_late};
+use opening::{adopt_tap, open_host};
+pub use opening::{Descriptors, open_queues};
+pub use status::{Filters, FrontendStatus, PortStatus};
 
 /// How long a port's thread may take to carry an order out.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -49,7 +60,7 @@ const STOP_POLL: Duration = Duration::from_millis(1);
 static ABANDONED: AtomicUsize = AtomicUsize::new(0);
 
 /// What has been opened for a port, before anything is given up.
-pub(super) struct Opened {
+pub struct Opened {
     name: String,
     config: PortConfig,
     from_file: bool,
@@ -59,7 +70,7 @@ pub(super) struct Opened {
 
 impl Opened {
     /// Opens what `config` names, as far as it was not brought; says whether it stands in a file.
-    pub(super) fn new(
+    pub fn new(
         config: PortConfig,
         from_file: bool,
         brought: Descriptors,
@@ -76,7 +87,7 @@ impl Opened {
 
     /// Opens the host side only, of a port that another daemon serves. `tap` is its TAP's state, which
     /// is left as it is; daemons up to version 0.1.0 do not tell it, and their TAPs are set up anew.
-    pub(super) fn of_predecessor(
+    pub fn of_predecessor(
         name: String,
         config: PortConfig,
         from_file: bool,
@@ -90,24 +101,24 @@ impl Opened {
         Ok(Opened { name, config, from_file, queues, endpoint })
     }
 
-    pub(super) fn name(&self) -> &str {
+    pub fn name(&self) -> &str {
         &self.name
     }
 
     /// What its device can do with a frame's offloads.
-    pub(super) fn offloads(&self) -> PortOffloads {
+    pub fn offloads(&self) -> PortOffloads {
         self.queues[0].offloads()
     }
 
     /// The queues of a device that it takes for itself.
-    pub(super) fn claim(&self) -> Claim<'_> {
+    pub fn claim(&self) -> Claim<'_> {
         let device = self.queues[0].device().load(Ordering::Relaxed);
         Claim::new(&self.name, device, &self.config)
     }
 }
 
 /// A port whose workers run, and which nobody can connect to yet.
-pub(super) struct Prepared {
+pub struct Prepared {
     control: Control,
     /// What it will be, without its thread.
     port: Port,
@@ -116,24 +127,24 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    pub(super) fn status(&self) -> &PortStatus {
+    pub fn status(&self) -> &PortStatus {
         &self.port.status
     }
 
     /// Takes the port over from another daemon: started, it stands still until it is resumed.
-    pub(super) fn succeed(&mut self, predecessor: Predecessor) {
+    pub fn succeed(&mut self, predecessor: Predecessor) {
         self.predecessor = Some(predecessor);
     }
 }
 
 /// Counts the ports that run.
 #[derive(Debug)]
-pub(super) struct Running {
+pub struct Running {
     ports: AtomicUsize,
     /// The control thread of one has panicked.
     panicked: AtomicBool,
     /// Woken when a port has ended, or its device does not work.
-    pub(super) changed: Arc<Waker>,
+    pub changed: Arc<Waker>,
 }
 
 /// A port's share in [`Running`], for as long as its thread runs, however that ends.
@@ -203,7 +214,7 @@ pub struct Ports {
 
 /// Who has the ports.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Handover {
+pub enum Handover {
     /// This daemon.
     None,
     /// Nobody yet: another daemon is taking them over, and they resume here at this time.
@@ -214,7 +225,7 @@ pub(super) enum Handover {
 
 impl Ports {
     /// None yet.
-    pub(super) fn new(sandbox: Sandbox) -> Result<Self, StartError> {
+    pub fn new(sandbox: Sandbox) -> Result<Self, StartError> {
         // Not later: ports that are added to a sandboxed daemon need it too.
         host_memory();
         let changed = Arc::new(Waker::new().map_err(no_descriptor)?);
@@ -234,25 +245,25 @@ impl Ports {
         })
     }
 
-    pub(super) fn devices(&self) -> &Devices {
+    pub fn devices(&self) -> &Devices {
         &self.devices
     }
 
-    pub(super) fn devices_mut(&mut self) -> &mut Devices {
+    pub fn devices_mut(&mut self) -> &mut Devices {
         &mut self.devices
     }
 
-    pub(super) fn running(&self) -> &Arc<Running> {
+    pub fn running(&self) -> &Arc<Running> {
         &self.running
     }
 
     /// Whether any port's thread runs.
-    pub(super) fn any_runs(&self) -> bool {
+    pub fn any_runs(&self) -> bool {
         self.running.ports.load(Ordering::Acquire) > 0
     }
 
     /// Whether the control thread of a port has panicked since the daemon's start.
-    pub(super) fn any_panicked(&self) -> bool {
+    pub fn any_panicked(&self) -> bool {
         self.running.panicked.load(Ordering::Relaxed)
     }
 
@@ -262,7 +273,7 @@ impl Ports {
     }
 
     /// Starts a port's workers, which count on from these counters, or anew.
-    pub(super) fn prepare(
+    pub fn prepare(
         &self,
         opened: Opened,
         counters: Vec<PairCounters>,
@@ -271,7 +282,7 @@ impl Ports {
     }
 
     /// Closes what ports that have ended kept for a successor: else VMMs could still connect, to nobody.
-    pub(super) fn close_ended(&mut self) {
+    pub fn close_ended(&mut self) {
         for port in self.ports.iter_mut().filter(|port| port.status.has_ended()) {
             port.status.set_listener(None);
             port.queues.clear();
@@ -286,16 +297,16 @@ impl Ports {
         }
     }
 
-    pub(super) fn handover(&self) -> Handover {
+    pub fn handover(&self) -> Handover {
         self.handover
     }
 
-    pub(super) fn set_handover(&mut self, handover: Handover) {
+    pub fn set_handover(&mut self, handover: Handover) {
         self.handover = handover;
     }
 
     /// Lets frontends connect to a port.
-    pub(super) fn start(&mut self, prepared: Prepared) -> Result<&Port, StartError> {
+    pub fn start(&mut self, prepared: Prepared) -> Result<&Port, StartError> {
         let port = Port::start(prepared, self.sandbox, &self.running)?;
         self.missing.retain(|name| *name != port.name());
         self.ports.push(port);
@@ -329,7 +340,7 @@ impl Ports {
     }
 
     /// Checks that a port can be had beside all that run, but for `replaced`.
-    pub(super) fn check_addition(
+    pub fn check_addition(
         &self,
         config: &PortConfig,
         replaced: Option<&str>,
@@ -353,7 +364,7 @@ impl Ports {
     ///
     /// # Errors
     /// There is no such port.
-    pub(super) fn end(&mut self, name: &str) -> Result<(), Refusal> {
+    pub fn end(&mut self, name: &str) -> Result<(), Refusal> {
         let place = self.place(name)?;
         let port = self.ports.remove(place);
         self.let_go(port);
@@ -361,7 +372,7 @@ impl Ports {
     }
 
     /// Ends the port that was started last.
-    pub(super) fn end_last(&mut self) {
+    pub fn end_last(&mut self) {
         if let Some(port) = self.ports.pop() {
             self.let_go(port);
         }
@@ -448,7 +459,7 @@ impl Ports {
 
     /// A port whose TAP has gone, and that the daemon's file describes: it can be opened again when it
     /// is there again.
-    pub(super) fn to_be_mended(&self) -> Option<&str> {
+    pub fn to_be_mended(&self) -> Option<&str> {
         let is_tap = |port: &&Port| matches!(port.config.host, Host::Tap(_));
         let found = self.ports.iter().filter(|port| port.from_file && port.status.is_degraded());
         found.into_iter().find(is_tap).map(Port::name)
@@ -471,7 +482,7 @@ impl Ports {
 
     /// Stops all ports at once, so that none waits for another, and abandons those that have not
     /// stopped after [`EXIT_TIMEOUT`].
-    pub(super) fn stop(&mut self) {
+    pub fn stop(&mut self) {
         self.ports.iter().for_each(|port| port.tell(Order::Stop("the daemon stops")));
         let deadline = Instant::now() + EXIT_TIMEOUT;
         self.ports.drain(..).for_each(|mut port| {
@@ -573,27 +584,27 @@ impl Port {
     }
 
     /// Its TAP's queues, by other descriptors.
-    pub(super) fn queues(&self) -> io::Result<Vec<OwnedFd>> {
+    pub fn queues(&self) -> io::Result<Vec<OwnedFd>> {
         self.queues.iter().map(OwnedFd::try_clone).collect()
     }
 
     /// Its socket for frontends, by another descriptor.
-    pub(super) fn listener(&self) -> io::Result<Option<OwnedFd>> {
+    pub fn listener(&self) -> io::Result<Option<OwnedFd>> {
         self.status.listener()
     }
 
     /// Its TAP's state, for a successor.
-    pub(super) fn tap(&self) -> Option<&TapState> {
+    pub fn tap(&self) -> Option<&TapState> {
         self.tap.as_ref()
     }
 
     /// What its device can do with a frame's offloads.
-    pub(super) fn offloads(&self) -> PortOffloads {
+    pub fn offloads(&self) -> PortOffloads {
         self.offloads
     }
 
     /// Gives its thread an order, and does not wait.
-    pub(super) fn tell(&self, order: Order) {
+    pub fn tell(&self, order: Order) {
         // Whoever does not listen any more has ended.
         let _ = self.orders.send(order);
         self.wake.wake();
@@ -690,7 +701,7 @@ impl Port {
     }
 
     /// Has the port's thread do something, and waits until it has.
-    pub(super) fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, Refusal> {
+    pub fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, Refusal> {
         let (done, finished) = channel();
         self.tell(order(done));
         finished.recv_timeout(PATIENCE).map_err(|_| {
@@ -729,7 +740,7 @@ impl Drop for Port {
 }
 
 /// What a port offers on a device with these offloads.
-pub(super) fn offer(config: &PortConfig, offloads: PortOffloads) -> Offer {
+pub fn offer(config: &PortConfig, offloads: PortOffloads) -> Offer {
     let options = OfferOptions {
         guest_segmentation: config.guest_tso,
         mac: config.mac.is_some(),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::ports::{Port, Ports};
+use super::{Port, Ports};
 use crate::config::{Host, PortConfig};
 use crate::error::StartError;
 use crate::event::until;
@@ -91,7 +91,7 @@ impl Port {
 }
 
 /// Queues of a device that only one port can have.
-pub(super) struct Claim<'a> {
+pub struct Claim<'a> {
     port: &'a str,
     /// The device's index; 0 if it is not known.
     device: u32,
@@ -100,7 +100,7 @@ pub(super) struct Claim<'a> {
 
 impl<'a> Claim<'a> {
     /// That of a port on the device of that index.
-    pub(super) fn new(port: &'a str, device: u32, config: &PortConfig) -> Self {
+    pub fn new(port: &'a str, device: u32, config: &PortConfig) -> Self {
         let queues = match &config.host {
             Host::AfXdp(af_xdp) => af_xdp.queue..af_xdp.queue + config.queue_pairs,
             Host::Tap(_) | Host::TapDescriptors(_) | Host::Loopback => 0..u16::MAX,
@@ -110,7 +110,7 @@ impl<'a> Claim<'a> {
 }
 
 /// Checks that no two ports have queues of one device, whatever names it has.
-pub(super) fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), StartError> {
+pub fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), StartError> {
     let mut before: Vec<Claim<'_>> = Vec::new();
     for claim in claims.filter(|claim| claim.device != 0) {
         let overlaps = |other: &&Claim<'_>| {
@@ -178,12 +178,12 @@ impl Ports {
     }
 
     /// Becomes readable when some network device has changed.
-    pub(super) fn device_changes(&self) -> Option<BorrowedFd<'_>> {
+    pub fn device_changes(&self) -> Option<BorrowedFd<'_>> {
         self.devices().watch.as_ref().map(AsFd::as_fd)
     }
 
     /// Notes which devices have changed.
-    pub(super) fn note_device_changes(&mut self) {
+    pub fn note_device_changes(&mut self) {
         let devices = self.devices_mut();
         devices.forget();
         let Some(changed) = devices.watch.as_ref().map(Watch::clear) else { return };
@@ -197,7 +197,7 @@ impl Ports {
 
     /// Looks at the devices of new ports, and counts the queues of those that have changed; returns when to
     /// look again.
-    pub(super) fn look_at_devices(&mut self) -> Option<Duration> {
+    pub fn look_at_devices(&mut self) -> Option<Duration> {
         let mut known = std::mem::take(&mut self.devices_mut().known);
         let mut next = HashMap::new();
         let is_due = |port: &Port| known.get(&port.device_index()).is_none_or(Known::is_due);
