@@ -15,7 +15,6 @@ use sd_notify::{NotifyState, watchdog_enabled};
 
 use crate::ports::Ports;
 
-
 /// The way to the service manager, if one has started us.
 #[derive(Debug)]
 pub(super) struct Supervisor {

@@ -56,7 +56,7 @@ impl<'a> Waiting<'a> {
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
         poller.add(signals, Interest::Read, Source::Signal)?;
-        poller.add(&*ports.running().changed, Interest::Read, Source::Changed)?;
+        poller.add(ports.changed(), Interest::Read, Source::Changed)?;
         if let Some(fd) = ports.device_changes() {
             poller.add(fd, Interest::Read, Source::Devices)?;
         }
@@ -102,7 +102,7 @@ impl<'a> Waiting<'a> {
                         None => {}
                     },
                     Source::Changed => {
-                        self.ports.running().changed.clear();
+                        self.ports.changed().clear();
                         self.ports.close_ended();
                     }
                     Source::Devices => self.ports.note_device_changes(),

@@ -169,22 +169,22 @@ impl Ports {
     /// A port's device as it is now; `None` if the kernel does not tell.
     pub fn device(&self, port: &Port) -> Option<Link> {
         let index = port.device_index();
-        (index != 0).then(|| self.devices().at(index)).flatten()
+        (index != 0).then(|| self.devices.at(index)).flatten()
     }
 
     /// Queues of a port's TAP that other processes had when they were counted last.
     pub fn foreign_queues(&self, port: &Port) -> u32 {
-        self.devices().known.get(&port.device_index()).map_or(0, |known| known.foreign_queues)
+        self.devices.known.get(&port.device_index()).map_or(0, |known| known.foreign_queues)
     }
 
     /// Becomes readable when some network device has changed.
     pub fn device_changes(&self) -> Option<BorrowedFd<'_>> {
-        self.devices().watch.as_ref().map(AsFd::as_fd)
+        self.devices.watch.as_ref().map(AsFd::as_fd)
     }
 
     /// Notes which devices have changed.
     pub fn note_device_changes(&mut self) {
-        let devices = self.devices_mut();
+        let devices = &mut self.devices;
         devices.forget();
         let Some(changed) = devices.watch.as_ref().map(Watch::clear) else { return };
         let due = Instant::now() + SETTLE;
@@ -198,17 +198,17 @@ impl Ports {
     /// Looks at the devices of new ports, and counts the queues of those that have changed; returns when to
     /// look again.
     pub fn look_at_devices(&mut self) -> Option<Duration> {
-        let mut known = std::mem::take(&mut self.devices_mut().known);
+        let mut known = std::mem::take(&mut self.devices.known);
         let mut next = HashMap::new();
         let is_due = |port: &Port| known.get(&port.device_index()).is_none_or(Known::is_due);
         let on_taps = |port: &&Port| port.tap().is_some() && port.device_index() != 0;
         if self.iter().filter(on_taps).any(is_due) {
-            self.devices_mut().forget();
+            self.devices.forget();
         }
         for port in self.iter().filter(on_taps) {
             let index = port.device_index();
             let state = known.remove(&index).unwrap_or_else(|| {
-                if let Some(link) = self.devices().at(index) {
+                if let Some(link) = self.devices.at(index) {
                     warn_of_missing_owner(port, &link);
                 }
                 Known { due: Some(Instant::now() + SETTLE), foreign_queues: 0 }
@@ -216,7 +216,7 @@ impl Ports {
             next.insert(index, self.count_queues(port, state));
         }
         let due = next.values().filter_map(|known| known.due).min();
-        self.devices_mut().known = next;
+        self.devices.known = next;
         until(due)
     }
 
@@ -225,7 +225,7 @@ impl Ports {
         if !known.is_due() {
             return known;
         }
-        let Some(link) = self.devices().at(port.device_index()) else {
+        let Some(link) = self.devices.at(port.device_index()) else {
             return Known { due: None, ..known };
         };
         let (name, device) = (port.name(), &link.name);

@@ -14,7 +14,7 @@ use log::{info, warn};
 use serde::{Deserialize, Serialize};
 
 use super::control::{HandoverFds, Order, Predecessor};
-use super::{Handover, Opened, Port, Ports, Refusal};
+use super::{Opened, Port, Ports, Refusal};
 use crate::config::{Frontend, Host, PortOptions};
 use crate::counters::PairCounters;
 use crate::endpoint::Endpoint;
@@ -25,6 +25,17 @@ use crate::port::TapState;
 const SUSPEND_TIMEOUT: Duration = Duration::from_millis(500);
 /// Time from the first port's suspension to the successor's request to let go.
 pub const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Who has the ports.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Handover {
+    /// This daemon.
+    None,
+    /// Nobody yet: another daemon is taking them over, and they resume here at this time.
+    Until(Instant),
+    /// Another daemon, for good.
+    Committed,
+}
 
 /// A port, but for its descriptors. Later versions add keys and remove none.
 #[derive(Debug, Serialize, Deserialize)]
@@ -92,13 +103,21 @@ impl Ports {
             }
             Ok::<(), String>(())
         });
-        self.set_handover(Handover::Until(now + TAKE_OVER_TIMEOUT));
+        self.handover = Handover::Until(now + TAKE_OVER_TIMEOUT);
         if let Err(why) = passed {
             self.abort_handover("a port can't be passed on");
             return Err(Refusal::CannotBeDone(why));
         }
         info!("daemon: all ports suspended for a take-over");
         Ok(all)
+    }
+
+    /// The deadline of the hand-over under way, by which it is told from others.
+    pub fn handover_deadline(&self) -> Option<Instant> {
+        match self.handover {
+            Handover::Until(deadline) => Some(deadline),
+            Handover::None | Handover::Committed => None,
+        }
     }
 
     /// Resumes all ports, if another daemon has them.
@@ -111,7 +130,7 @@ impl Ports {
 
     /// Resumes all ports.
     pub fn resume(&mut self) {
-        self.set_handover(Handover::None);
+        self.handover = Handover::None;
         self.iter().for_each(|port| port.tell(Order::Resume));
     }
 
@@ -125,14 +144,14 @@ impl Ports {
             self.abort_handover("it took too long");
             return Err(too_late());
         }
-        self.set_handover(Handover::Committed);
+        self.handover = Handover::Committed;
         self.iter().for_each(|port| port.tell(Order::CommitHandover));
         Ok(())
     }
 
     /// Refuses what can't be done while another daemon has the ports.
     pub fn check_present(&self) -> Result<(), Refusal> {
-        match self.handover() {
+        match self.handover {
             Handover::None => Ok(()),
             Handover::Until(_) | Handover::Committed => Err(Refusal::CannotBeDone(
                 "another daemon is taking the ports over: try again in a few seconds".into(),

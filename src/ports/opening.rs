@@ -1,13 +1,17 @@
-//! What a port needs from the host: descriptors that it was promised, and its device's queues.
+//! What a port needs from the host: descriptors that it was promised, its device's queues, and its socket.
 
 mod tap;
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::Ordering;
 
 use log::info;
 
+use super::devices::Claim;
 use crate::config::{Frontend, Host, PortConfig};
+use crate::endpoint::Endpoint;
 use crate::error::StartError;
+use crate::features::PortOffloads;
 use crate::port::af_xdp::Interface;
 use crate::port::tap::TapQueue;
 use crate::port::{HostQueue, TapState};
@@ -20,7 +24,9 @@ use tap::open_tap;
 /// Descriptors that a port stands on: inherited, brought by an operator, or opened.
 #[derive(Debug, Default)]
 pub struct Descriptors {
+    /// The socket that the frontend connects to, or is connected to.
     pub frontend: Option<OwnedFd>,
+    /// The queues of a TAP, one per queue pair.
     pub tap_queues: Vec<OwnedFd>,
 }
 
@@ -73,12 +79,68 @@ impl Descriptors {
     }
 }
 
+/// What has been opened for a port, before anything is given up.
+pub struct Opened {
+    pub(super) name: String,
+    pub(super) config: PortConfig,
+    pub(super) from_file: bool,
+    pub(super) queues: Vec<HostQueue>,
+    pub(super) endpoint: Endpoint,
+}
+
+impl Opened {
+    /// Opens what `config` names, as far as it was not brought; says whether it stands in a file.
+    pub fn new(
+        config: PortConfig,
+        from_file: bool,
+        brought: Descriptors,
+    ) -> Result<Self, StartError> {
+        let (device, queues) = open_host(&config, brought.tap_queues)?;
+        let name = config.known_name().map_or(device, str::to_owned);
+        let was_brought = brought.frontend.is_some();
+        let endpoint = Endpoint::open(&config.frontend, brought.frontend)?;
+        if let Some(group) = config.socket_group.as_ref().filter(|_| !was_brought) {
+            endpoint.share_with(group)?;
+        }
+        Ok(Opened { name, config, from_file, queues, endpoint })
+    }
+
+    /// Opens the host side only, of a port that another daemon serves. `tap` is its TAP's state, which
+    /// is left as it is; daemons up to version 0.1.0 do not tell it, and their TAPs are set up anew.
+    pub(super) fn of_predecessor(
+        name: String,
+        config: PortConfig,
+        from_file: bool,
+        (tap_queues, tap): (Vec<OwnedFd>, Option<TapState>),
+        endpoint: Endpoint,
+    ) -> Result<Self, StartError> {
+        let queues = match tap {
+            Some(tap) => adopt_tap(&config, tap_queues, &tap)?,
+            None => open_host(&config, tap_queues)?.1,
+        };
+        Ok(Opened { name, config, from_file, queues, endpoint })
+    }
+
+    /// The port's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What its device can do with a frame's offloads.
+    pub(super) fn offloads(&self) -> PortOffloads {
+        self.queues[0].offloads()
+    }
+
+    /// The queues of a device that it takes for itself.
+    pub fn claim(&self) -> Claim<'_> {
+        let device = self.queues[0].device().load(Ordering::Relaxed);
+        Claim::new(&self.name, device, &self.config)
+    }
+}
+
 /// Opens the queues of a port's TAP, if it has one that is not open. `now` is what the device is called
 /// by now, if a port that runs has it.
-pub fn open_queues(
-    config: &PortConfig,
-    now: Option<&str>,
-) -> Result<Vec<OwnedFd>, StartError> {
+pub fn open_queues(config: &PortConfig, now: Option<&str>) -> Result<Vec<OwnedFd>, StartError> {
     match &config.host {
         Host::Tap(name) => {
             let name = now.unwrap_or(name);
@@ -97,7 +159,7 @@ pub fn open_queues(
 
 /// Opens the host side, one queue per pair, on what was brought for it; says what its device is
 /// called.
-pub(super) fn open_host(
+fn open_host(
     config: &PortConfig,
     brought: Vec<OwnedFd>,
 ) -> Result<(String, Vec<HostQueue>), StartError> {
@@ -162,7 +224,7 @@ pub(super) fn open_host(
 }
 
 /// The host side of a port on a TAP that another daemon serves. Nothing of the device is set.
-pub(super) fn adopt_tap(
+fn adopt_tap(
     config: &PortConfig,
     queues: Vec<OwnedFd>,
     state: &TapState,

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use super::control::{Order, Predecessor};
-use super::{Opened, Port, Ports, Prepared, Refusal, offer};
+use super::preparing::offer;
+use super::{Opened, Port, Ports, Prepared, Refusal};
 use crate::config::{Frontend, Host, PortConfig, PortOptions};
 use crate::endpoint::Endpoint;
 use crate::error::{StartError, no_descriptor};
