@@ -1,9 +1,8 @@
 //! The control thread of a port: connections, and their messages.
 
+mod handover;
+
 use std::io;
-use std::iter::Peekable;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::time::{Duration, Instant};
@@ -11,22 +10,17 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 
 use super::PortStatus;
-use crate::config::Frontend;
 use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
 use crate::policy::{Filter, Rules};
-use crate::protocol::{self, Connection, Event, Message, Reply, Retold};
+use crate::protocol::{Connection, Event, Message, Reply};
 use crate::sandbox::Role;
 use crate::sys::eventfd::Waker;
 use crate::traffic::Row;
 
-/// Time for a message that has begun to come in to end when another daemon waits.
-const MESSAGE_TIMEOUT: Duration = Duration::from_millis(100);
-/// Time for the whole replay of a port to come.
-const REPLAY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time that one message of a replay may block before orders are looked at again.
-const REPLAY_TURN: Duration = Duration::from_millis(20);
+pub(super) use handover::{HandoverFds, Predecessor};
+
 /// Messages handled before other descriptors are looked at again.
 const MESSAGES_PER_TURN: usize = 64;
 /// Time after which orders are looked at again, however many messages wait.
@@ -60,50 +54,6 @@ pub(super) enum Order {
     Resume,
     /// To end: another daemon serves the guest.
     CommitHandover,
-}
-
-/// A suspended port's descriptors, for another daemon.
-pub(super) struct HandoverFds {
-    /// The socket on which frontends connect.
-    pub(super) listener: Option<OwnedFd>,
-    /// The frontend's connection, unless the frontend prevents that it is passed on.
-    pub(super) connection: Option<OwnedFd>,
-    /// Where the replay of what the frontend has told is read from.
-    pub(super) replay: UnixStream,
-    /// Messages of the replay.
-    pub(super) messages: usize,
-}
-
-/// What another daemon has passed on of a port, as far as the control thread takes it.
-pub(super) struct Predecessor {
-    /// Where the replay of what the frontend has told is read from.
-    pub(super) replay: UnixStream,
-    /// Messages of the replay, if the predecessor counts them.
-    pub(super) messages: Option<usize>,
-    /// The frontend's connection.
-    pub(super) connection: Option<UnixStream>,
-    /// Hears whether the port can be resumed.
-    pub(super) done: Sender<Result<(), String>>,
-}
-
-/// What is still to be told of a replay.
-struct Replay {
-    socket: UnixStream,
-    messages: Peekable<std::vec::IntoIter<Retold>>,
-}
-
-impl Replay {
-    /// Sends a message, if there is room; says whether any is left.
-    fn send_next(&mut self) -> bool {
-        let Some(message) = self.messages.peek() else { return false };
-        match message.send(&self.socket) {
-            Ok(()) => drop(self.messages.next()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // Whoever reads has gone, or notices by the number of messages.
-            Err(_) => return false,
-        }
-        true
-    }
 }
 
 /// A port's device, and whoever speaks to it.
@@ -271,185 +221,6 @@ impl Control {
             // Whoever has not waited has given up.
             let _ = done.send(());
         }
-    }
-
-    /// Suspends the port, passes it on, and waits for what comes of that; says whether the thread is to
-    /// end.
-    fn prepare_handover(&mut self, reply: &Sender<Result<HandoverFds, String>>) -> bool {
-        let can_be_passed = self.bring_connection_to_rest();
-        self.device.suspend();
-        let replay = match self.handover_fds(can_be_passed) {
-            Ok((fds, replay)) => {
-                let _ = reply.send(Ok(fds));
-                Some(replay)
-            }
-            Err(error) => {
-                let _ = reply.send(Err(error.to_string()));
-                None
-            }
-        };
-        self.stand_still(replay)
-    }
-
-    /// Lets a message that has begun to come in come to its end. Says whether the connection can be
-    /// passed on, which a frontend can prevent: with half a message, by reading no replies, and with
-    /// sockets in flight.
-    fn bring_connection_to_rest(&mut self) -> bool {
-        let end = Instant::now() + MESSAGE_TIMEOUT;
-        while self.connection.as_ref().is_some_and(|connection| !connection.is_at_rest()) {
-            if Instant::now() > end {
-                warn!("{}: frontend is in the middle of a message", self.device.name());
-                return false;
-            }
-            std::thread::sleep(Duration::from_micros(100));
-            self.talk();
-        }
-        true
-    }
-
-    /// Waits until the port resumes or ends, and sends the rest of the replay meanwhile; says whether the
-    /// thread is to end.
-    fn stand_still(&mut self, mut replay: Option<Replay>) -> bool {
-        loop {
-            let order = if replay.as_mut().is_some_and(Replay::send_next) {
-                match self.orders.try_recv() {
-                    Err(TryRecvError::Empty) => continue,
-                    order => order.ok(),
-                }
-            } else {
-                // The end of the socket is the end of the replay.
-                replay = None;
-                self.orders.recv().ok()
-            };
-            match order {
-                Some(Order::CommitHandover) => {
-                    info!("{}: handed over", self.device.name());
-                    let gone = Endpoint::Connected(None);
-                    std::mem::replace(&mut self.endpoint, gone).give_away();
-                    self.connection = None;
-                    self.is_anothers = true;
-                    return true;
-                }
-                Some(Order::Resume) => {
-                    self.resume();
-                    return false;
-                }
-                Some(Order::Stop(why)) => {
-                    self.stops = why;
-                    return true;
-                }
-                None => return true,
-                Some(Order::CountTraffic(enable, done)) => {
-                    let _ = done.send(self.status.traffic.enable(enable));
-                }
-                // The sender is dropped: whoever waits is told that nobody answers.
-                Some(_) => {}
-            }
-        }
-    }
-
-    /// Serves the guest: again, after a take-over that failed, or for the first time, after one that
-    /// did not.
-    fn resume(&mut self) {
-        let name = self.device.name();
-        if std::mem::take(&mut self.is_anothers)
-            && let Frontend::Listen(path) = &self.status.frontend
-        {
-            self.endpoint.own(path);
-        }
-        if let Err(error) = self.status.filters.rx.reassert() {
-            warn!("{name}: cannot set its rx filter again: {error}");
-        }
-        self.device.resume();
-        info!("{}: resumed", self.device.name());
-    }
-
-    fn handover_fds(&self, can_be_passed: bool) -> io::Result<(HandoverFds, Replay)> {
-        let duplicate = |fd: BorrowedFd<'_>| fd.try_clone_to_owned();
-        let (ours, replay) = UnixStream::pair()?;
-        ours.set_write_timeout(Some(REPLAY_TURN))?;
-        let listener = self.endpoint.fd().map(duplicate).transpose()?;
-        let mut connection = self.connection.as_ref().filter(|_| can_be_passed);
-        if let Some(it) = connection
-            && !protocol::can_be_passed(it)?
-        {
-            connection = None;
-        }
-        if connection.is_none() && self.connection.is_some() {
-            warn!("{}: frontend will be disconnected by a take-over", self.device.name());
-        }
-        let connection = connection.map(|it| duplicate(it.as_fd())).transpose()?;
-        let messages = if connection.is_some() { self.device.retell()? } else { Vec::new() };
-        let fds = HandoverFds { listener, connection, replay, messages: messages.len() };
-        Ok((fds, Replay { socket: ours, messages: messages.into_iter().peekable() }))
-    }
-
-    /// Takes the frontend over that another daemon serves, and waits until the port may resume; says
-    /// whether it is to serve.
-    pub(super) fn take_over(&mut self, predecessor: Predecessor) -> bool {
-        self.is_anothers = true;
-        self.device.suspend();
-        let done = predecessor.done.clone();
-        let taken = self.restore(predecessor);
-        let failed = taken.is_err();
-        let _ = done.send(taken.map_err(|error| error.to_string()));
-        !failed && !self.stand_still(None)
-    }
-
-    /// Hears what the frontend has told its last backend. If that can't be carried out any more, since
-    /// the frontend has taken away what it is about, the frontend is disconnected: nobody else pays.
-    ///
-    /// # Errors
-    /// Part of the replay is missing, or there is no descriptor to be had.
-    fn restore(&mut self, predecessor: Predecessor) -> io::Result<()> {
-        let Predecessor { replay, messages, connection, .. } = predecessor;
-        let mut replay = Connection::new(replay)?;
-        let mut poller = Poller::new()?;
-        poller.add(&replay, Interest::Read, ())?;
-        let deadline = Instant::now() + REPLAY_TIMEOUT;
-        let (mut received, mut refusal) = (0, None);
-        loop {
-            match replay.receive()? {
-                Event::Message(message) => {
-                    received += 1;
-                    let code = message.code;
-                    if refusal.is_none()
-                        && let Err(why) = self.device.handle(message)
-                    {
-                        // Not for want of a descriptor: the frontend is not to pay for that.
-                        replay.as_fd().try_clone_to_owned()?;
-                        refusal = Some(format!("{code:?} is refused: {why}"));
-                    }
-                }
-                Event::Pending if Instant::now() > deadline => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::TimedOut,
-                        "the replay takes too long",
-                    ));
-                }
-                Event::Pending => poller.wait(until(Some(deadline)), |()| {})?,
-                Event::Closed if !replay.is_at_rest() => {
-                    return Err(io::Error::other("the replay ends in the middle of a message"));
-                }
-                Event::Closed => break,
-            }
-        }
-        if let Some(sent) = messages.filter(|sent| *sent != received) {
-            return Err(io::Error::other(format!("{received} of {sent} replay messages came")));
-        }
-        if let Some(why) = refusal {
-            warn!("{}: frontend disconnected: its state cannot be taken over: {why}", self.name());
-            self.device.forget();
-            return Ok(());
-        }
-        let Some(stream) = connection else { return Ok(()) };
-        let connection = Connection::new(stream)?;
-        self.poller.add(&connection, Interest::Read, Source::Connection)?;
-        let _ = self.poller.modify(Source::Endpoint, Interest::Edge);
-        self.status.connected(connection.peer());
-        self.status.set_features(self.device.features());
-        self.connection = Some(connection);
-        Ok(())
     }
 
     /// Takes a new connection, if there is one.
