@@ -1,4 +1,4 @@
-//! The ports of a daemon: added, changed, replaced and removed, each without regard to the others.
+//! The ports of a daemon. An operator or the file adds, changes, replaces and removes each port alone.
 
 mod changing;
 mod control;
@@ -41,15 +41,15 @@ pub use preparing::Prepared;
 use preparing::prepare;
 pub use status::{Filters, FrontendStatus, PortStatus};
 
-/// How long whoever removes a port waits until it has stopped.
+/// Time that a request to remove a port waits until the port has stopped.
 const REMOVE_TIMEOUT: Duration = Duration::from_millis(500);
-/// Time that all ports together have to stop when the daemon ends: it must have ended within a second.
+/// Time that all ports together have to stop when the daemon exits, which may take 1 s.
 const EXIT_TIMEOUT: Duration = Duration::from_millis(700);
 
-/// Who has a port added, changed or removed.
+/// The originator of a request to add, change or remove a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
-    /// An operator, by `ctl`.
+    /// An operator, who uses `ctl`.
     Operator,
     /// The daemon's file, which was read again.
     File,
@@ -64,14 +64,14 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Why an operator's wish is not fulfilled.
+/// The reason why a request is refused.
 #[derive(Debug)]
 pub enum Refusal {
-    /// There is no such port.
+    /// No port has this name.
     NoSuchPort(String),
-    /// It can't be done.
+    /// The request cannot be carried out, for this reason.
     CannotBeDone(String),
-    /// These keys can't change while the port runs: it has to be removed and added again.
+    /// These keys cannot change while the port runs: remove the port and add it again.
     NeedsRestart(Vec<&'static str>),
 }
 
@@ -89,14 +89,14 @@ pub struct Ports {
     ports: Vec<Port>,
     handover: Handover,
     devices: Devices,
-    /// Ports of the file that could not be started.
+    /// Names of the file's ports that could not be started.
     missing: Vec<String>,
 }
 
 impl Ports {
-    /// None yet.
+    /// Creates an empty collection.
     pub fn new(sandbox: Sandbox) -> Result<Self, StartError> {
-        // Not later: ports that are added to a sandboxed daemon need it too.
+        // Read here, since a port that is added later needs it, and the sandbox then forbids the read.
         host_memory();
         let running = Arc::new(Running::new().map_err(no_descriptor)?);
         let devices = Devices::new();
@@ -110,27 +110,27 @@ impl Ports {
         })
     }
 
-    /// The waker that is woken when a port has ended, or its device does not work.
+    /// Returns the waker that is woken when a port has ended, or its device does not work.
     pub fn changed(&self) -> &Waker {
         self.running.changed()
     }
 
-    /// Whether any port's thread runs.
+    /// Returns whether any port's control thread runs.
     pub fn any_runs(&self) -> bool {
         self.running.any_runs()
     }
 
-    /// Whether the control thread of a port has panicked since the daemon's start.
+    /// Returns whether a port's control thread has panicked since the daemon's start.
     pub fn any_panicked(&self) -> bool {
         self.running.any_panicked()
     }
 
-    /// The ports, in the order in which they were added.
+    /// Returns the ports in the order in which they were added.
     pub fn iter(&self) -> impl Iterator<Item = &Port> {
         self.ports.iter()
     }
 
-    /// Starts a port's workers, which count on from these counters, or anew.
+    /// Starts a port's workers. Their counters continue from `counters`, or start at zero.
     pub fn prepare(
         &self,
         opened: Opened,
@@ -139,13 +139,13 @@ impl Ports {
         prepare(opened, counters, self.sandbox)
     }
 
-    /// Closes what ports that have ended kept for a successor: else VMMs could still connect, to nobody.
+    /// Closes the descriptors that ended ports kept for a successor: no VMM may connect to an ended port.
     pub fn close_ended(&mut self) {
         let ended = self.ports.iter_mut().filter(|port| port.status().has_ended());
         ended.for_each(Port::close_kept);
     }
 
-    /// Lets frontends connect to a port.
+    /// Starts a port's control thread; VMMs can connect from now on.
     pub fn start(&mut self, prepared: Prepared) -> Result<&Port, StartError> {
         let port = Port::start(prepared, self.sandbox, &self.running)?;
         self.missing.retain(|name| *name != port.name());
@@ -153,7 +153,10 @@ impl Ports {
         Ok(&self.ports[self.ports.len() - 1])
     }
 
-    /// Adds a port on the descriptors that an operator has brought.
+    /// Adds a port on the descriptors that the request has brought.
+    ///
+    /// # Errors
+    /// The port cannot be opened, or conflicts with a port that runs.
     pub fn add(
         &mut self,
         options: PortOptions,
@@ -179,7 +182,7 @@ impl Ports {
         Ok(port)
     }
 
-    /// Checks that a port can be had beside all that run, but for `replaced`.
+    /// Checks that a port conflicts with no port that runs, except `replaced`.
     fn check_addition(&self, config: &PortConfig, replaced: Option<&str>) -> Result<(), Refusal> {
         if matches!(config.host, Host::AfXdp(_)) && !self.sandbox.has_af_xdp() {
             let why = "this daemon has given up what AF_XDP needs, since it was started without such \
@@ -196,10 +199,10 @@ impl Ports {
         Ok(())
     }
 
-    /// Ends a port, the oldest of that name: waits for it, but not for long.
+    /// Ends the oldest port of this name; waits up to 500 ms for its end.
     ///
     /// # Errors
-    /// There is no such port.
+    /// No port has this name.
     fn end(&mut self, name: &str) -> Result<(), Refusal> {
         let place = self.place(name)?;
         let port = self.ports.remove(place);
@@ -214,8 +217,8 @@ impl Ports {
         }
     }
 
-    /// Ends a port on a thread of its own. Its own threads can be stuck in what its VMM holds, and so can
-    /// whoever closes its socket: connections that wait there can carry descriptors that linger.
+    /// Ends a port on a thread of its own. The port's threads can block in a descriptor of its VMM. The close of
+    /// the port's socket can block too: pending connections can carry descriptors that linger.
     fn let_go(&self, port: Port) {
         let sandbox = self.sandbox;
         let (done, ended) = channel();
@@ -225,13 +228,16 @@ impl Ports {
                 let _ = done.send(());
             }
         };
-        // Without a thread to be had, the port has ended here.
+        // If no thread can be started, the port has ended on this thread.
         if thread::Builder::new().name("port-end".into()).spawn(end).is_ok() {
             let _ = ended.recv_timeout(REMOVE_TIMEOUT);
         }
     }
 
-    /// Stops a port: its rings first, then its frontend's connection.
+    /// Removes a port: first its rings stop, then its frontend is disconnected.
+    ///
+    /// # Errors
+    /// No port has this name.
     pub fn remove(&mut self, name: &str, origin: Origin) -> Result<(), Refusal> {
         if let Some(place) = self.missing.iter().position(|missing| missing == name) {
             self.missing.remove(place);
@@ -242,7 +248,10 @@ impl Ports {
         Ok(())
     }
 
-    /// Has a port be as `options` say, if it can while it runs: says whether it was not before.
+    /// Changes a running port to `options`; returns whether they differ from the present ones.
+    ///
+    /// # Errors
+    /// No port has this name, or the port cannot change while it runs.
     pub fn change(
         &mut self,
         name: &str,
@@ -253,8 +262,11 @@ impl Ports {
         self.ports[place].change(options, origin)
     }
 
-    /// Has a port's frames written to `output`, until its other end is closed, or the capture is
-    /// stopped.
+    /// Starts a capture of a port's frames into `output`. The capture ends when the reader closes `output`, or
+    /// by [`Port::stop_capture`].
+    ///
+    /// # Errors
+    /// No port has this name, or its frames are being captured already.
     pub fn capture(
         &self,
         name: &str,
@@ -264,7 +276,10 @@ impl Ports {
         self.find(name)?.start_capture(options, output, self.sandbox)
     }
 
-    /// A port by its name.
+    /// Returns the port of this name.
+    ///
+    /// # Errors
+    /// No port has this name.
     pub fn find(&self, name: &str) -> Result<&Port, Refusal> {
         Ok(&self.ports[self.place(name)?])
     }
@@ -274,8 +289,7 @@ impl Ports {
         found.ok_or_else(|| Refusal::NoSuchPort(name.chars().take(64).collect()))
     }
 
-    /// A port whose TAP has gone, and that the daemon's file describes: it can be opened again when it
-    /// is there again.
+    /// Returns the name of a port of the file whose TAP is gone: the helper process can open the TAP again.
     pub fn to_be_mended(&self) -> Option<&str> {
         let is_tap = |port: &&Port| matches!(port.config().host, Host::Tap(_));
         let found =
@@ -283,29 +297,28 @@ impl Ports {
         found.into_iter().find(is_tap).map(Port::name)
     }
 
-    /// Names of the file's ports that could not be started, and are tried again.
+    /// Returns the names of the file's ports that could not be started; the daemon tries them every second.
     pub fn missing(&self) -> &[String] {
         &self.missing
     }
 
-    /// These are the file's ports that could not be started.
+    /// Sets the names of the file's ports that could not be started.
     pub fn set_missing(&mut self, names: Vec<String>) {
         self.missing = names;
     }
 
-    /// Ports that were abandoned since the daemon's start: they did not stop in time.
+    /// Returns the number of ports that did not stop in time and were abandoned since the daemon's start.
     pub fn abandoned(&self) -> usize {
         abandoned()
     }
 
-    /// Stops all ports at once, so that none waits for another, and abandons those that have not
-    /// stopped after 700 ms.
+    /// Stops all ports at the same time, and abandons those that have not stopped after 700 ms.
     pub fn stop(&mut self) {
         self.ports.iter().for_each(|port| port.tell(Order::Stop("the daemon stops")));
         let deadline = Instant::now() + EXIT_TIMEOUT;
         self.ports.drain(..).for_each(|mut port| {
             port.finish(deadline);
-            // What it holds is closed by the exit, which nothing holds up.
+            // The exit closes what the port holds, and nothing delays the exit.
             std::mem::forget(port);
         });
     }

@@ -1,4 +1,4 @@
-//! A client's connection to the control socket: its requests are read and answered one after the other.
+//! A client's connection to the control socket: reading its requests, and answering one after the other.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -15,12 +15,12 @@ use crate::config::MAX_QUEUE_PAIRS;
 use crate::ports::{Ports, too_late};
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
-/// Longest request in bytes.
+/// Maximum length of a request in bytes.
 const MAX_LINE: usize = 16 << 10;
-/// Descriptors with a request at the most: a port's frontend, and the queues of its TAP.
+/// Maximum number of descriptors with a request: a port's frontend, and the queues of its TAP.
 const MAX_FILES: usize = 1 + MAX_QUEUE_PAIRS as usize;
 
-/// A client.
+/// A client of the control socket.
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) number: u32,
@@ -28,9 +28,9 @@ pub(super) struct Client {
     input: Vec<u8>,
     files: Vec<OwnedFd>,
     pub(super) output: Vec<u8>,
-    /// The deadline of the hand-over that it has asked for last, by which that is told from others.
+    /// The deadline of the hand-over that this client has asked for last, which identifies that hand-over.
     handover: Option<Instant>,
-    /// Ports whose traffic is counted for it, by name.
+    /// Names of the ports whose traffic is counted for this client.
     counting: BTreeSet<String>,
 }
 
@@ -40,27 +40,27 @@ impl Client {
         Client { number, stream, input, files, output, handover: None, counting }
     }
 
-    /// Whether it has the daemon's ports, which resume if it goes.
+    /// Returns whether this client has the daemon's ports, which resume when it disconnects.
     pub(super) fn has_ports(&self, ports: &Ports) -> bool {
         self.handover.is_some() && self.handover == ports.handover_deadline()
     }
 
-    /// Ends what was done for it.
+    /// Ends the hand-over and the counts that this client has asked for.
     pub(super) fn leave(&self, ports: &mut Ports) {
         if self.has_ports(ports) {
             ports.abort_handover("the other daemon has gone");
         }
         let counted = self.counting.iter().filter_map(|name| ports.find(name).ok());
         for port in counted {
-            // A port that does not answer is told again by the next who asks.
+            // If the port does not answer, the next client's request ends the count.
             let _ = port.count_traffic(false);
         }
     }
 
-    /// Sends the rest of the last reply; then reads, and answers one request after the other.
+    /// Sends the rest of the last reply; then reads, and answers the requests one after the other.
     ///
     /// # Errors
-    /// The client has gone, or has sent too much.
+    /// The client has disconnected, or has sent too much.
     pub(super) fn talk(
         &mut self,
         ports: &mut Ports,
@@ -90,7 +90,7 @@ impl Client {
         Ok(())
     }
 
-    /// Reads bytes and descriptors, as far as they have come.
+    /// Reads the bytes and descriptors that have arrived.
     fn receive(&mut self) -> io::Result<()> {
         let mut bytes = [0; 4096];
         match receive(&self.stream, &mut bytes, MAX_DESCRIPTORS) {
@@ -101,7 +101,7 @@ impl Client {
                 Ok(())
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            // Only blanks came with them: the opener's request is refused, since it lacks them.
+            // Only blanks came with the descriptors. The request is refused, since it lacks them.
             Err(error) if error.kind() == io::ErrorKind::Other && self.number == 0 => {
                 warn!("daemon: the helper process cannot pass descriptors: {error}");
                 Ok(())
@@ -116,7 +116,7 @@ impl Client {
         }
     }
 
-    /// Sends the reply; returns false if the client must read first.
+    /// Sends the reply; returns false if the client must read before there is room.
     fn send(&mut self) -> io::Result<bool> {
         while !self.output.is_empty() {
             match self.stream.write(&self.output) {
@@ -128,16 +128,16 @@ impl Client {
         Ok(true)
     }
 
-    /// Passes the descriptors of a reply.
+    /// Sends the descriptors of a reply.
     fn pass(&self, files: &[OwnedFd]) -> io::Result<()> {
         let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-        // Each message takes a kilobyte of the socket's buffer, which holds 200: there is no room only if the
-        // client has not read what came before.
+        // Each message takes 1 KiB of the socket's buffer, which holds 200. The buffer is full only if the client has
+        // not read earlier replies.
         send_with_files(&self.stream, &[], &files, b' ')
             .map_err(|error| io::Error::other(format!("cannot pass descriptors: {error}")))
     }
 
-    /// Refuses a request that is longer, or brings more descriptors, than any has to.
+    /// Refuses a request that exceeds the maximum length or number of descriptors.
     fn check_size(&mut self) -> io::Result<()> {
         let too_much = if self.input.len() > MAX_LINE {
             format!("a request has more than {MAX_LINE} bytes")
@@ -150,7 +150,7 @@ impl Client {
         Err(io::Error::new(io::ErrorKind::InvalidData, too_much))
     }
 
-    /// Carries a request out, as far as it is this client's to make, and keeps what it has from then on.
+    /// Carries out a request if this client may make it, and records the hand-over or count that it starts.
     fn answer(
         &mut self,
         command: Command,

@@ -1,15 +1,13 @@
-//! A daemon takes over all ports of another: connections, rings, TAP queues and counters.
+//! Taking over all ports of another daemon: connections, rings, TAP queues and counters.
 //!
-//! 1. The predecessor suspends all ports and passes on what they consist of (`hand-over`). What a
-//!    frontend has told is replayed as vhost-user messages, so both may be of different versions.
-//! 2. The successor builds the ports and starts their threads, which stand still. Nothing that both share
-//!    is changed: neither a TAP's settings nor guest memory.
-//! 3. The successor asks the predecessor to let go (`let-go`), and resumes the ports. The predecessor
-//!    exits.
+//! 1. The old daemon suspends all ports, and passes on their descriptions and descriptors (`hand-over`). The
+//!    frontend's messages are replayed as vhost-user messages, so the daemons may be of different versions.
+//! 2. The new daemon builds the ports and starts their control threads, which wait. Shared objects do not change:
+//!    neither a TAP's settings nor guest memory.
+//! 3. The new daemon asks the old one to let go (`let-go`), and resumes the ports. The old daemon exits.
 //!
-//! Until step 3 the predecessor can resume, and does so when the successor fails, dies, or takes longer
-//! than 2 s. No frontend can prevent a take-over: one that holds up its own port is
-//! disconnected.
+//! Until step 3 the old daemon can resume the ports. It does so if the new one fails, dies, or takes longer than
+//! 2 s. No frontend can prevent a take-over: a frontend that delays its own port is disconnected.
 
 use std::fmt;
 use std::io;
@@ -25,22 +23,22 @@ use crate::api::client::{Connection, Failure};
 use crate::error::StartError;
 use crate::ports::{PortHandover, Ports, TAKE_OVER_TIMEOUT};
 
-/// Descriptors that a successor must have left for clients and connections.
+/// Descriptors that the new daemon must have left for clients and connections.
 const SPARE_DESCRIPTORS: usize = 32;
 
-/// The daemon that is to be taken over from.
+/// The daemon whose ports are taken over.
 pub(super) struct Predecessor {
     connection: Connection,
     listeners: Vec<(String, OwnedFd)>,
-    /// When its ports were suspended, at the earliest.
+    /// Time before the request that suspends the old daemon's ports.
     suspended: Instant,
 }
 
 impl Predecessor {
-    /// Asks the one that listens on a control socket for the sockets that its clients connect to.
+    /// Asks the daemon that listens on a control socket for the sockets that its clients connect to.
     ///
     /// # Errors
-    /// Nobody listens there, or the daemon refuses.
+    /// No daemon listens there, or the daemon refuses.
     pub(super) fn find(control: &Path) -> Result<Self, StartError> {
         let shown = control.display();
         let failed = |error: &dyn fmt::Display| {
@@ -58,17 +56,17 @@ impl Predecessor {
         Ok(Predecessor { connection, listeners, suspended: Instant::now() })
     }
 
-    /// The socket for a kind of clients, once.
+    /// Takes the socket for one kind of clients.
     pub(super) fn listener(&mut self, name: &str) -> Option<OwnedFd> {
         let place = self.listeners.iter().position(|(it, _)| it == name)?;
         Some(self.listeners.remove(place).1)
     }
 
-    /// Builds and starts all its ports, which stand still. It resumes them itself as soon as the
-    /// connection to it is closed.
+    /// Builds all ports of the old daemon and starts their control threads, which wait. The old daemon resumes the
+    /// ports if the connection to it closes.
     ///
     /// # Errors
-    /// A port can't change hands, or can't be built.
+    /// A port cannot change hands, or cannot be built.
     pub(super) fn take_over(&mut self, ports: &mut Ports) -> Result<(), StartError> {
         self.suspended = Instant::now();
         let answer = self.connection.ask_for_files(&Command::HandOver {});
@@ -94,8 +92,7 @@ impl Predecessor {
         self.check_spare_descriptors(ports)
     }
 
-    /// Refuses to take over without the descriptors that are needed to serve: one for each session, and
-    /// some for clients.
+    /// Refuses a take-over without the descriptors to serve: one per session, and 32 for clients.
     fn check_spare_descriptors(&self, ports: &Ports) -> Result<(), StartError> {
         let pairs: usize = ports.iter().map(|port| port.status().pairs.len()).sum();
         let wanted = pairs + SPARE_DESCRIPTORS;
@@ -106,11 +103,11 @@ impl Predecessor {
         })
     }
 
-    /// Has it let go of the ports. Nobody else serves them then.
+    /// Asks the old daemon to let go of the ports; no other process serves them then.
     ///
     /// # Errors
-    /// It serves the ports again, or does not answer: it will, since the time that it waits is over by
-    /// then.
+    /// The old daemon has resumed the ports, or does not answer. It resumes them in that case, since its deadline is
+    /// over by then.
     pub(super) fn let_go(mut self) -> Result<(), StartError> {
         match self.connection.ask(&Command::LetGo {}, &[]) {
             Ok(_) => {}

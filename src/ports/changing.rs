@@ -1,4 +1,4 @@
-//! Changing a port while it runs: all of what differs, or nothing.
+//! Changing a port while it runs: every difference is applied, or none.
 
 use std::io;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::config::{PortConfig, PortOptions};
 use crate::policy::Rules;
 
 impl Port {
-    /// Changes all that differs, or nothing.
+    /// Applies every difference between `options` and the present ones, or none.
     pub(super) fn change(&mut self, options: PortOptions, origin: Origin) -> Result<bool, Refusal> {
         let config = options.check().map_err(Refusal::CannotBeDone)?;
         let fixed = self.config.fixed_differences(&config);
@@ -31,7 +31,7 @@ impl Port {
                 return Err(refusal);
             }
         }
-        // Nothing of this can fail.
+        // None of the following steps can fail.
         if config.tx_filter != self.config.tx_filter {
             self.status.filters.tx.set(config.tx_filter.clone());
         }
@@ -49,8 +49,8 @@ impl Port {
         Ok(true)
     }
 
-    /// Has the port's thread change what it has to. The rx filter comes first: the device may refuse it,
-    /// and nothing is changed then.
+    /// Orders the control thread to apply its part. The rx filter comes first: if the device refuses the
+    /// filter, nothing has changed.
     fn order_change(&self, config: &PortConfig) -> Result<io::Result<()>, Refusal> {
         if config.rx_filter != self.config.rx_filter {
             let filter = config.rx_filter.clone();
@@ -69,8 +69,8 @@ impl Port {
         Ok(Ok(()))
     }
 
-    /// Takes back what the port's thread, which does not answer in time, may still change: it finds these
-    /// orders behind those.
+    /// Orders the control thread to restore the old options, after it has not answered in time. The thread
+    /// receives these orders after those that it has not carried out yet.
     fn undo_change(&self, config: &PortConfig) {
         let old = &self.config;
         if config.rx_filter != old.rx_filter {

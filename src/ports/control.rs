@@ -1,4 +1,4 @@
-//! The control thread of a port: connections, and their messages.
+//! The control thread of a port: it accepts connections, and handles vhost-user messages and orders.
 
 mod handover;
 
@@ -21,12 +21,12 @@ use crate::traffic::Row;
 
 pub(super) use handover::{HandoverFds, Predecessor};
 
-/// Messages handled before other descriptors are looked at again.
+/// Messages handled before the thread looks at other descriptors again.
 const MESSAGES_PER_TURN: usize = 64;
-/// Time after which orders are looked at again, however many messages wait.
+/// Time after which the thread looks at orders again, however many messages wait.
 const TURN: Duration = Duration::from_millis(50);
 
-/// What the control thread waits for.
+/// An event that the control thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     Order,
@@ -34,46 +34,46 @@ enum Source {
     Connection,
 }
 
-/// What the main thread wants of a port.
+/// An order of the main thread.
 pub(super) enum Order {
-    /// To end, for this reason.
+    /// Stop, for this reason.
     Stop(&'static str),
-    /// To judge what the guest sends by these rules. When it does, the sender is used.
+    /// Apply these anti-spoofing rules to what the guest sends, then reply.
     Rules(Option<Arc<Rules>>, Sender<()>),
-    /// To move frames, or none. When it does, the sender is used.
+    /// Set the link up or down, then reply.
     Link(bool, Sender<()>),
-    /// To have what the guest is given judged by this. The sender hears of it.
+    /// Filter what the guest is given, and reply with the result.
     RxFilter(Filter, Sender<io::Result<()>>),
-    /// To count traffic by protocol and peer, or not. The sender hears of it.
+    /// Enable or disable the count of traffic by protocol and peer, and reply with the result.
     CountTraffic(bool, Sender<io::Result<()>>),
-    /// To tell what was counted.
+    /// Reply with the counted traffic.
     Traffic(Sender<io::Result<Vec<Row>>>),
-    /// To suspend the port and pass it on to another daemon. One of the next three orders follows.
+    /// Suspend the port, and reply with its descriptors. `Resume`, `CommitHandover` or `Stop` follows.
     PrepareHandover(Sender<Result<HandoverFds, String>>),
-    /// To serve the guest, or to serve it again.
+    /// Serve the guest, for the first time or again.
     Resume,
-    /// To end: another daemon serves the guest.
+    /// Stop: another daemon or port serves the guest.
     CommitHandover,
 }
 
-/// A port's device, and whoever speaks to it.
+/// A port's device, and the connection to its frontend.
 pub(super) struct Control {
     poller: Poller<Source>,
-    /// Woken when there is an order.
+    /// Woken by the main thread after it has sent an order.
     wake: Arc<Waker>,
     orders: Receiver<Order>,
     status: Arc<PortStatus>,
     device: Device,
     endpoint: Endpoint,
     connection: Option<Connection>,
-    /// Another daemon serves the guest: it has not let go yet, or it has taken over.
+    /// Whether another daemon serves the guest: it has not let go yet, or it has taken over.
     is_anothers: bool,
-    /// Why its thread ends.
+    /// The reason why the thread ends, for the log.
     stops: &'static str,
 }
 
 impl Control {
-    /// `wake` is woken when there is something among the `orders`.
+    /// Creates the control thread's state; the main thread wakes `wake` after it has sent an order.
     pub(super) fn new(
         device: Device,
         endpoint: Endpoint,
@@ -99,22 +99,22 @@ impl Control {
         })
     }
 
-    /// What its thread does.
+    /// Returns the sandbox role of the thread.
     pub(super) fn role(&self) -> Role {
         self.status.filters.rx.role()
     }
 
-    /// Lets frontends connect.
+    /// Listens, so that frontends can connect.
     pub(super) fn start(&self) -> io::Result<()> {
         self.endpoint.start()
     }
 
-    /// The port's name.
+    /// Returns the port's name.
     pub(super) fn name(&self) -> &str {
         self.device.name()
     }
 
-    /// Serves one frontend after the other until it is to stop.
+    /// Serves one frontend after the other until an order or the end of an inherited connection.
     pub(super) fn serve(&mut self) {
         loop {
             if self.connection.is_none() {
@@ -150,7 +150,7 @@ impl Control {
         }
     }
 
-    /// Says that a frontend waits, unless the first one has gone meanwhile.
+    /// Logs that another frontend waits, unless the first one has disconnected meanwhile.
     fn note_second_frontend(&self) {
         let Some(connection) = &self.connection else { return };
         let served = connection.peer().map_or("?".into(), |process| process.to_string());
@@ -162,23 +162,23 @@ impl Control {
         self.status.set_another_waits();
     }
 
-    /// Has the socket's file looked at.
+    /// Checks the socket's file, and watches the socket that replaces a deleted one.
     fn look_after_socket(&mut self) {
         let Some(look) = self.endpoint.look(self.device.name()) else { return };
         self.status.set_hidden(look.hidden);
         let Some((_old, fd)) = look.old.zip(self.endpoint.fd()) else { return };
         let interest = if self.connection.is_some() { Interest::Edge } else { Interest::Read };
         let replaced = self.poller.replace(Source::Endpoint, fd, interest);
-        // Whoever waits at the old one is to hear that it has gone.
+        // Frontends that wait at the old socket see its close.
         let kept = replaced.and_then(|()| fd.try_clone_to_owned());
         if let Err(error) = kept.map(|fd| self.status.set_listener(Some(fd))) {
             warn!("{}: wait for descriptors: {error}", self.device.name());
         }
     }
 
-    /// Carries orders out; says whether to end.
+    /// Carries out all orders that have come; returns whether the thread is to end.
     fn obey(&mut self) -> bool {
-        // Before they are looked at: one that comes later wakes again.
+        // The event is cleared first, so that a later order wakes the thread again.
         self.wake.clear();
         loop {
             let done = match self.orders.try_recv() {
@@ -209,7 +209,7 @@ impl Control {
                     }
                     continue;
                 }
-                // The port is not suspended.
+                // Both are for suspended ports only.
                 Ok(Order::Resume | Order::CommitHandover) => continue,
                 Err(TryRecvError::Empty) => return false,
                 Ok(Order::Stop(why)) => {
@@ -218,16 +218,16 @@ impl Control {
                 }
                 Err(TryRecvError::Disconnected) => return true,
             };
-            // Whoever has not waited has given up.
+            // The main thread may have given up waiting.
             let _ = done.send(());
         }
     }
 
-    /// Takes a new connection, if there is one.
+    /// Accepts a connection, if there is one.
     fn connect(&mut self) {
         let name = self.device.name();
         let stream = self.endpoint.connection(name);
-        // An accept that fails is tried again later, however readable the listener is.
+        // After an error the thread accepts again later, although the listener stays readable.
         let _ = self.poller.modify(Source::Endpoint, self.endpoint.interest());
         let Some(stream) = stream else { return };
         let watched = Connection::new(stream).and_then(|connection| {
@@ -237,7 +237,7 @@ impl Control {
         match watched {
             Ok(connection) => {
                 info!("{name}: frontend connected");
-                // The next frontend waits until this one has gone. That it does is told once.
+                // The next frontend waits until this one disconnects; the edge reports once that it waits.
                 let _ = self.poller.modify(Source::Endpoint, Interest::Edge);
                 self.status.connected(connection.peer());
                 self.connection = Some(connection);
@@ -246,7 +246,7 @@ impl Control {
         }
     }
 
-    /// Handles what the frontend has sent.
+    /// Handles the messages that the frontend has sent.
     fn talk(&mut self) {
         let end = Instant::now() + TURN;
         for _ in 0..MESSAGES_PER_TURN {
@@ -271,15 +271,15 @@ impl Control {
         }
     }
 
-    /// Carries a message out and replies.
+    /// Handles a message, and replies.
     ///
     /// # Errors
-    /// Why the connection has to be closed; nothing if the frontend has gone.
+    /// The reason why the connection must be closed; `None` if the frontend has disconnected.
     fn answer(&mut self, message: Message) -> Result<(), Option<String>> {
         let (code, need_reply) = (message.code, message.need_reply);
         #[cfg(debug_assertions)]
         crate::fault_point::panic_if("control", |number| u64::from(u32::from(code)) == number);
-        // SET_PROTOCOL_FEATURES itself may switch acknowledgements on: they count from then on.
+        // SET_PROTOCOL_FEATURES itself can enable acknowledgements, which apply to this message already.
         let handled = self.device.handle(message);
         let acknowledge = need_reply && self.device.acknowledges();
         self.status.set_features(self.device.features());
@@ -304,7 +304,7 @@ impl Control {
         }
     }
 
-    /// Lets go of the frontend and of all that it gave us, and waits for the next.
+    /// Closes the connection, and releases all that the frontend has passed.
     fn disconnect(&mut self, why: Option<&str>) {
         let name = self.device.name();
         match why {
@@ -321,13 +321,13 @@ impl Control {
         debug!("{}: stopped in {:?}", self.device.name(), started.elapsed());
         let _ = self.poller.remove(Source::Connection);
         self.connection = None;
-        // Not added again, which the kernel may refuse: nobody could connect any more.
+        // The source stays registered: the kernel may refuse to add it again, and then nobody could connect.
         let _ = self.poller.modify(Source::Endpoint, self.endpoint.interest());
         self.log_counters();
     }
 
-    /// Stops in the order in which nothing is left half done: rings first, then the connection,
-    /// then the socket's file (all when `self` is dropped).
+    /// Stops without a half-done step: first the rings, then the connection, then the socket's file. The last two
+    /// happen when `self` is dropped.
     pub(super) fn finish(mut self) {
         if self.is_anothers {
             return;
@@ -336,7 +336,7 @@ impl Control {
             info!("{}: frontend disconnected: {}", self.device.name(), self.stops);
             self.end_connection();
         }
-        // Whoever uses the device next would not know of it.
+        // The next user of the device must not meet this port's filter.
         if !self.status.filters.rx.get().is_none()
             && let Err(error) = self.status.filters.rx.set(&Filter::default())
         {

@@ -1,8 +1,8 @@
 //! Passing all ports to another daemon, and building ports that another daemon has passed on.
 //!
-//! The old daemon suspends its ports (`hand-over`) until the new one asks it to let go (`let-go`). The
-//! ports resume when the new daemon fails, goes, or takes longer than 2 s. What a frontend has told is
-//! replayed as vhost-user messages, so both daemons may be of different versions.
+//! The old daemon suspends its ports (`hand-over`) until the new one asks it to let go (`let-go`). The ports
+//! resume if the new daemon fails, dies, or takes longer than 2 s. The frontend's messages are replayed as
+//! vhost-user messages, so the two daemons may be of different versions.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -26,34 +26,34 @@ const SUSPEND_TIMEOUT: Duration = Duration::from_millis(500);
 /// Time from the first port's suspension to the successor's request to let go.
 pub const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Who has the ports.
+/// The owner of the ports.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Handover {
     /// This daemon.
     None,
-    /// Nobody yet: another daemon is taking them over, and they resume here at this time.
+    /// None: another daemon is taking the ports over. They resume here at this deadline.
     Until(Instant),
     /// Another daemon, for good.
     Committed,
 }
 
-/// A port, but for its descriptors. Later versions add keys and remove none.
+/// A port without its descriptors. Later versions add keys and remove none.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct PortHandover {
     name: String,
     options: PortOptions,
     #[serde(default)]
     from_file: bool,
-    /// Whether there is a socket that frontends connect to.
+    /// Whether the port has a socket that frontends connect to.
     listens: bool,
     /// Whether a frontend is connected, and its connection is passed on.
     connected: bool,
-    /// Queues of a TAP.
+    /// Number of a TAP's queues.
     queues: usize,
-    /// The TAP as the predecessor has opened it.
+    /// The TAP's state, as the old daemon has set it.
     #[serde(default)]
     tap: Option<TapState>,
-    /// Messages of the replay.
+    /// Number of messages of the replay.
     #[serde(default)]
     messages: Option<usize>,
     #[serde(default)]
@@ -62,7 +62,7 @@ pub struct PortHandover {
     counters: Vec<PairCounters>,
 }
 
-/// Why a successor does not get ports that are resumed.
+/// Creates the refusal for a successor whose deadline is over.
 pub fn too_late() -> Refusal {
     Refusal::CannotBeDone(format!(
         "the ports are resumed already: a take-over may take {} s",
@@ -71,12 +71,11 @@ pub fn too_late() -> Refusal {
 }
 
 impl Ports {
-    /// Suspends all ports that run, and passes them on: what they are, and their descriptors. They
-    /// resume after 2 s, unless they are [aborted](Self::abort_handover) or
-    /// [committed](Self::commit_handover) before.
+    /// Suspends all ports, and returns their descriptions and descriptors for another daemon. The ports resume after
+    /// 2 s, unless the hand-over is [aborted](Self::abort_handover) or [committed](Self::commit_handover) before.
     ///
     /// # Errors
-    /// A port can't change hands; all resume then.
+    /// A port cannot change hands; all ports resume.
     pub fn prepare_handover(&mut self) -> Result<(Vec<PortHandover>, Vec<OwnedFd>), Refusal> {
         self.check_present()?;
         let running = || self.iter().filter(|port| !port.status().has_ended());
@@ -112,7 +111,7 @@ impl Ports {
         Ok(all)
     }
 
-    /// The deadline of the hand-over under way, by which it is told from others.
+    /// Returns the deadline of the present hand-over, which identifies it.
     pub fn handover_deadline(&self) -> Option<Instant> {
         match self.handover {
             Handover::Until(deadline) => Some(deadline),
@@ -120,7 +119,7 @@ impl Ports {
         }
     }
 
-    /// Resumes all ports, if another daemon has them.
+    /// Resumes all ports if a hand-over is in progress.
     pub fn abort_handover(&mut self, why: &str) {
         if self.handover_deadline().is_some() {
             warn!("daemon: take-over aborted: {why}; resuming all ports");
@@ -134,10 +133,10 @@ impl Ports {
         self.iter().for_each(|port| port.tell(Order::Resume));
     }
 
-    /// Lets go of all ports: another daemon serves them. They stay handed over.
+    /// Ends all ports, which another daemon serves from now on.
     ///
     /// # Errors
-    /// It is too late: they are resumed.
+    /// The deadline is over; the ports have resumed.
     pub fn commit_handover(&mut self) -> Result<(), Refusal> {
         let deadline = self.handover_deadline();
         if deadline.is_none_or(|deadline| Instant::now() > deadline) {
@@ -149,7 +148,7 @@ impl Ports {
         Ok(())
     }
 
-    /// Refuses what can't be done while another daemon has the ports.
+    /// Refuses requests that need the ports' threads while another daemon takes the ports over.
     pub fn check_present(&self) -> Result<(), Refusal> {
         match self.handover {
             Handover::None => Ok(()),
@@ -159,7 +158,7 @@ impl Ports {
         }
     }
 
-    /// Resumes the ports if their successor has not taken them in time; returns how long it has left.
+    /// Resumes the ports if the hand-over's deadline is over; returns the time that is left.
     pub fn end_overdue_handover(&mut self) -> Option<Duration> {
         let left = self.handover_deadline()?.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -169,11 +168,11 @@ impl Ports {
         Some(left)
     }
 
-    /// Builds a port that was passed on, of the next descriptors, and starts its thread, which stands
-    /// still. The receiver hears whether it can be resumed.
+    /// Builds a port that another daemon has passed on, from the next descriptors of `files`, and starts its control
+    /// thread, which waits for an order to resume. The receiver gets the result of the replay.
     ///
     /// # Errors
-    /// What is missing, or can't be opened.
+    /// A descriptor is missing, or an object cannot be opened.
     pub fn restore_port(
         &mut self,
         told: PortHandover,
@@ -209,11 +208,11 @@ impl Ports {
 }
 
 impl Port {
-    /// What a successor needs of a port that was told to suspend. A port that does not do so in time is
-    /// passed on without its frontend. `None` if the port has ended.
+    /// Returns the description and the descriptors of a port that was ordered to suspend; `None` if the port has
+    /// ended. A port that does not suspend in time is passed on without its frontend.
     ///
     /// # Errors
-    /// No descriptor is to be had.
+    /// The process has no descriptor left.
     fn pass_on(
         &self,
         fds: &Receiver<Result<HandoverFds, String>>,

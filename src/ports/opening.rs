@@ -1,4 +1,4 @@
-//! What a port needs from the host: descriptors that it was promised, its device's queues, and its socket.
+//! Opening what a port needs from the host: inherited descriptors, the device's queues, and the socket.
 
 mod tap;
 
@@ -21,20 +21,20 @@ use crate::sys::tap::Queue;
 
 use tap::open_tap;
 
-/// Descriptors that a port stands on: inherited, brought by an operator, or opened.
+/// Descriptors that a port is built on: inherited, or passed with a request.
 #[derive(Debug, Default)]
 pub struct Descriptors {
-    /// The socket that the frontend connects to, or is connected to.
+    /// The listening socket, or the connection to the VMM.
     pub frontend: Option<OwnedFd>,
     /// The queues of a TAP, one per queue pair.
     pub tap_queues: Vec<OwnedFd>,
 }
 
 impl Descriptors {
-    /// Takes those that the process that started us left open for us.
+    /// Takes the descriptors that the process inherited for this port.
     ///
     /// # Errors
-    /// With the descriptor that is not there.
+    /// A descriptor that `config` names was not inherited.
     pub fn inherit(config: &PortConfig) -> Result<Self, StartError> {
         let take = |number: RawFd, option: &str| {
             inherit(number).map_err(|error| {
@@ -54,11 +54,11 @@ impl Descriptors {
         Ok(Descriptors { frontend, tap_queues })
     }
 
-    /// Sorts what an operator has brought: the frontend's socket, if it is not one to connect to,
-    /// and the queues of a TAP.
+    /// Assigns the descriptors of a request: the frontend's socket, unless the port connects to a VMM, then the
+    /// queues of a TAP.
     ///
     /// # Errors
-    /// There are too few or too many.
+    /// The number of descriptors is not the one that the port needs.
     pub fn brought(config: &PortConfig, files: Vec<OwnedFd>) -> Result<Self, StartError> {
         let frontends = usize::from(!matches!(config.frontend, Frontend::Connect(_)));
         let queues = match config.host {
@@ -79,7 +79,7 @@ impl Descriptors {
     }
 }
 
-/// What has been opened for a port, before anything is given up.
+/// What was opened for a port, before the process gives up any rights.
 pub struct Opened {
     pub(super) name: String,
     pub(super) config: PortConfig,
@@ -89,7 +89,10 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens what `config` names, as far as it was not brought; says whether it stands in a file.
+    /// Opens what `config` names and `brought` does not contain.
+    ///
+    /// # Errors
+    /// The cause, with the name of the object that cannot be opened.
     pub fn new(
         config: PortConfig,
         from_file: bool,
@@ -105,8 +108,8 @@ impl Opened {
         Ok(Opened { name, config, from_file, queues, endpoint })
     }
 
-    /// Opens the host side only, of a port that another daemon serves. `tap` is its TAP's state, which
-    /// is left as it is; daemons up to version 0.1.0 do not tell it, and their TAPs are set up anew.
+    /// Opens only the host side of a port that another daemon or port serves. `tap` is the state of its TAP, whose
+    /// settings do not change. Daemons up to version 0.1.0 do not pass it on; their TAPs are set up again.
     pub(super) fn of_predecessor(
         name: String,
         config: PortConfig,
@@ -121,32 +124,35 @@ impl Opened {
         Ok(Opened { name, config, from_file, queues, endpoint })
     }
 
-    /// The port's name.
+    /// Returns the port's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// What its device can do with a frame's offloads.
+    /// Returns the offloads of the port's device.
     pub(super) fn offloads(&self) -> PortOffloads {
         self.queues[0].offloads()
     }
 
-    /// The queues of a device that it takes for itself.
+    /// Returns the queues of a device that this port needs for itself.
     pub fn claim(&self) -> Claim<'_> {
         let device = self.queues[0].device().load(Ordering::Relaxed);
         Claim::new(&self.name, device, &self.config)
     }
 }
 
-/// Opens the queues of a port's TAP, if it has one that is not open. `now` is what the device is called
-/// by now, if a port that runs has it.
+/// Opens the queues of a port's TAP; returns none for other host sides and for inherited queues. `now` is the
+/// present name of the device, if a port that runs is on it.
+///
+/// # Errors
+/// The cause, with the TAP's name.
 pub fn open_queues(config: &PortConfig, now: Option<&str>) -> Result<Vec<OwnedFd>, StartError> {
     match &config.host {
         Host::Tap(name) => {
             let name = now.unwrap_or(name);
             let queues = open_tap(name, config.queue_pairs, config.mtu)?;
             for queue in queues.iter().filter(|queue| queue.identity().multi_queue) {
-                // Until a guest has buffers, frames are for the queues that are served already.
+                // Until a guest posts buffers, the kernel steers frames only to queues that are served already.
                 queue.set_attached(false).map_err(|error| {
                     StartError::new(format!("detach a queue of tap {name}: {error}"))
                 })?;
@@ -157,8 +163,8 @@ pub fn open_queues(config: &PortConfig, now: Option<&str>) -> Result<Vec<OwnedFd
     }
 }
 
-/// Opens the host side, one queue per pair, on what was brought for it; says what its device is
-/// called.
+/// Opens the host side, one queue per queue pair, on the descriptors in `brought`; returns the device's name
+/// and the queues.
 fn open_host(
     config: &PortConfig,
     brought: Vec<OwnedFd>,
@@ -223,7 +229,7 @@ fn open_host(
     Ok((name, queues))
 }
 
-/// The host side of a port on a TAP that another daemon serves. Nothing of the device is set.
+/// Builds the host side of a port on a TAP that another daemon serves, without a change of the TAP's settings.
 fn adopt_tap(
     config: &PortConfig,
     queues: Vec<OwnedFd>,

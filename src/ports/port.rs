@@ -1,4 +1,4 @@
-//! A port as the main thread has it: its control thread, and the orders that it is given.
+//! A port as the main thread sees it: its state, and the orders to its control thread.
 
 use std::fs::File;
 use std::io;
@@ -23,25 +23,25 @@ use crate::sandbox::{Role, Sandbox};
 use crate::sys::eventfd::Waker;
 use crate::traffic::Row;
 
-/// How long a port's thread may take to carry an order out.
+/// Time that a port's control thread may take to carry out an order.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Time that removed ports have to stop; one that takes longer is abandoned.
+/// Time that a removed port has to stop; a port that takes longer is abandoned.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-/// Interval at which a port that stops is looked at.
+/// Interval between two checks whether a port has stopped.
 const STOP_POLL: Duration = Duration::from_millis(1);
-/// Ports that did not stop in time, since the daemon's start.
+/// Number of ports that did not stop in time, since the daemon's start.
 static ABANDONED: AtomicUsize = AtomicUsize::new(0);
 
-/// Returns the number of ports that were abandoned since the daemon's start: they did not stop in time.
+/// Returns the number of ports that did not stop in time, since the daemon's start.
 pub(super) fn abandoned() -> usize {
     ABANDONED.load(Ordering::Relaxed)
 }
 
-/// Counts the ports that run.
+/// The number of control threads that run.
 #[derive(Debug)]
 pub(super) struct Running {
     ports: AtomicUsize,
-    /// The control thread of one has panicked.
+    /// Set when a control thread has panicked.
     panicked: AtomicBool,
     /// Woken when a port has ended, or its device does not work.
     changed: Arc<Waker>,
@@ -72,7 +72,7 @@ impl Running {
     }
 }
 
-/// A port's share in [`Running`], for as long as its thread runs, however that ends.
+/// A control thread's share in [`Running`], which ends with the thread, also by a panic.
 struct Alive(Arc<Running>, Arc<PortStatus>);
 
 impl Alive {
@@ -90,7 +90,7 @@ impl Drop for Alive {
     }
 }
 
-/// A port, which runs once it was started. It stops when it is dropped.
+/// A running port, which stops when this value is dropped.
 #[derive(Debug)]
 pub struct Port {
     pub(super) status: Arc<PortStatus>,
@@ -99,7 +99,7 @@ pub struct Port {
     pub(super) offered: u64,
     pub(super) offloads: PortOffloads,
     pub(super) capture: Arc<Capture>,
-    /// Its TAP's queues and their state, for another daemon.
+    /// The TAP's queues, for another daemon.
     pub(super) queues: Vec<OwnedFd>,
     pub(super) tap: Option<TapState>,
     pub(super) orders: Sender<Order>,
@@ -122,7 +122,7 @@ impl Port {
             let alive = alive;
             match sandbox.confine(control.role()) {
                 Ok(()) => {
-                    // A panic costs this port, and the rest of the thread ends it as an order would.
+                    // A panic ends this port only; the rest of the thread stops the port as an order would.
                     let serve = || {
                         if predecessor.is_none_or(|predecessor| control.take_over(predecessor)) {
                             control.serve();
@@ -145,70 +145,70 @@ impl Port {
         Ok(port)
     }
 
-    /// Its name.
+    /// Returns the port's name.
     pub fn name(&self) -> &str {
         &self.status.name
     }
 
-    /// What is known of it.
+    /// Returns the state that the port's threads write.
     pub fn status(&self) -> &Arc<PortStatus> {
         &self.status
     }
 
-    /// What was said about it.
+    /// Returns the options that describe the port.
     pub fn options(&self) -> &PortOptions {
         &self.config.options
     }
 
-    /// Whether the daemon's file describes it.
+    /// Returns whether the daemon's file describes the port.
     pub fn is_from_file(&self) -> bool {
         self.from_file
     }
 
-    /// Whether its host side is a TAP.
+    /// Returns whether the port is on a TAP.
     pub fn is_on_tap(&self) -> bool {
         self.tap.is_some()
     }
 
-    /// The feature bits that it offers.
+    /// Returns the feature bits that the port offers.
     pub fn offered(&self) -> u64 {
         self.offered
     }
 
-    /// What it was described as.
+    /// Returns the validated options that describe the port.
     pub fn config(&self) -> &PortConfig {
         &self.config
     }
 
-    /// Its TAP's queues, by other descriptors.
+    /// Duplicates the descriptors of the TAP's queues.
     pub(super) fn queues(&self) -> io::Result<Vec<OwnedFd>> {
         self.queues.iter().map(OwnedFd::try_clone).collect()
     }
 
-    /// Its socket for frontends, by another descriptor.
+    /// Duplicates the descriptor of the socket that VMMs connect to.
     pub(super) fn listener(&self) -> io::Result<Option<OwnedFd>> {
         self.status.listener()
     }
 
-    /// Its TAP's state, for a successor.
+    /// Returns the TAP's state, for another daemon.
     pub(super) fn tap(&self) -> Option<&TapState> {
         self.tap.as_ref()
     }
 
-    /// What its device can do with a frame's offloads.
+    /// Returns the offloads of the port's device.
     pub(super) fn offloads(&self) -> PortOffloads {
         self.offloads
     }
 
-    /// Gives its thread an order, and does not wait.
+    /// Sends an order to the control thread, and does not wait.
     pub(super) fn tell(&self, order: Order) {
-        // Whoever does not listen any more has ended.
+        // A thread that does not receive any more has ended.
         let _ = self.orders.send(order);
         self.wake.wake();
     }
 
-    /// Has its frames written to `output` by a thread of its own, until the other end of `output` is closed,
-    /// or the capture is stopped.
+    /// Starts a thread that writes the port's frames to `output`, until the reader closes `output` or the
+    /// capture is stopped.
     pub(super) fn start_capture(
         &self,
         options: capture::Options,
@@ -236,30 +236,36 @@ impl Port {
         })
     }
 
-    /// Closes what it kept for a successor: else VMMs could still connect to a port that has ended.
+    /// Closes the descriptors that an ended port kept for a successor: no VMM may connect any more.
     pub(super) fn close_kept(&mut self) {
         self.status.set_listener(None);
         self.queues.clear();
     }
 
-    /// Ends its capture; says what it has come to.
+    /// Stops the capture, and returns its result.
     pub fn stop_capture(&self) -> capture::Tally {
         self.capture.stop()
     }
 
-    /// Has its traffic counted by protocol and peer, or not any more.
+    /// Enables or disables the count of the port's traffic by protocol and peer.
+    ///
+    /// # Errors
+    /// The control thread does not answer, or the device cannot count.
     pub fn count_traffic(&self, enable: bool) -> Result<(), Refusal> {
         let done: io::Result<()> = self.order(|done| Order::CountTraffic(enable, done))?;
         done.map_err(|error| Refusal::CannotBeDone(format!("count its traffic: {error}")))
     }
 
-    /// What was counted so far, by protocol and peer.
+    /// Returns the traffic counted so far, by protocol and peer.
+    ///
+    /// # Errors
+    /// The control thread does not answer, or the device's counters cannot be read.
     pub fn traffic(&self) -> Result<Vec<Row>, Refusal> {
         let rows: io::Result<Vec<Row>> = self.order(Order::Traffic)?;
         rows.map_err(|error| Refusal::CannotBeDone(format!("read its traffic: {error}")))
     }
 
-    /// Has the port's thread do something, and waits until it has.
+    /// Sends an order to the control thread, and waits up to 1 s for the reply.
     pub(super) fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, Refusal> {
         let (done, finished) = channel();
         self.tell(order(done));
@@ -268,8 +274,8 @@ impl Port {
         })
     }
 
-    /// Waits until the port's thread has ended, or abandons it: what a tenant holds must not hold up
-    /// whoever removes its port. The thread keeps the guest's memory mapped until it ends.
+    /// Waits until the control thread has ended, or abandons it: no tenant may delay the removal of its port.
+    /// The thread keeps the guest's memory mapped until it ends.
     pub(super) fn finish(&mut self, deadline: Instant) {
         self.stop_capture();
         self.tell(Order::Stop("the port is removed"));

@@ -1,4 +1,4 @@
-//! From what was opened for a port to a port whose workers run, and which nobody can connect to yet.
+//! Preparing a port: its workers start, but no VMM can connect yet.
 
 use std::io;
 use std::sync::Arc;
@@ -22,12 +22,12 @@ use crate::sandbox::Sandbox;
 use crate::sys::eventfd::Waker;
 use crate::worker::{Worker, WorkerOptions};
 
-/// A port whose workers run, and which nobody can connect to yet.
+/// A port whose workers run, and which no VMM can connect to yet.
 pub struct Prepared {
     pub(super) control: Control,
-    /// What it will be, without its thread.
+    /// The port, without its control thread.
     pub(super) port: Port,
-    /// The daemon that the port is taken over from.
+    /// What another daemon has passed on of the port.
     pub(super) predecessor: Option<Predecessor>,
 }
 
@@ -36,13 +36,13 @@ impl Prepared {
         self.port.status()
     }
 
-    /// Takes the port over from another daemon: started, it stands still until it is resumed.
+    /// Has the port take over from another daemon: its control thread then waits for an order to resume.
     pub(super) fn succeed(&mut self, predecessor: Predecessor) {
         self.predecessor = Some(predecessor);
     }
 }
 
-/// Starts the workers of a port, which count on from these counters, or from zero.
+/// Starts the workers of a port. Their counters continue from `counters`, or start at zero.
 pub(super) fn prepare(
     opened: Opened,
     counters: Vec<PairCounters>,
@@ -136,7 +136,7 @@ pub(super) fn prepare(
     Ok(Prepared { control, port, predecessor: None })
 }
 
-/// Starts a worker for each queue, with options that differ by its place only.
+/// Starts one worker per queue pair; the workers' options differ only by the pair's number.
 fn start_workers(
     config: &PortConfig,
     shared: &WorkerOptions,
@@ -156,7 +156,7 @@ fn start_workers(
     queues.enumerate().map(start).collect()
 }
 
-/// What a port offers on a device with these offloads.
+/// Returns the features that a port offers on a device with these offloads.
 pub(super) fn offer(config: &PortConfig, offloads: PortOffloads) -> Offer {
     let options = OfferOptions {
         guest_segmentation: config.guest_tso,

@@ -1,4 +1,4 @@
-//! What may be known of a port from outside while it runs: its threads tell, whoever asks reads.
+//! The state of a port: its threads write it, and other threads read it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -15,68 +15,68 @@ use crate::traffic::Traffic;
 use crate::worker::PairStatus;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nobody panics while holding one of these.
+    // No thread panics while it holds one of these locks.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The frontend, as far as there is one.
+/// The state of the connection to the frontend.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct FrontendStatus {
-    /// Since when one is connected.
+    /// Start of the present connection.
     pub since: Option<Instant>,
-    /// The feature bits that it has set.
+    /// Feature bits that the frontend has set.
     pub features: Option<u64>,
-    /// Connections so far.
+    /// Number of connections so far.
     pub connections: u64,
-    /// Process that is connected, if that is known.
+    /// Process ID of the frontend, if the kernel tells it.
     pub process: Option<i32>,
-    /// Whether another one has connected since: it waits, or has gone again, which nobody sees.
+    /// Whether another frontend has connected since. It waits, or has disconnected again unnoticed.
     pub another_waits: bool,
-    /// Why no other VMM can find the port's socket, if that is so.
+    /// The reason why no other VMM can find the port's socket, if that is so.
     pub hidden: Option<&'static str>,
 }
 
-/// What is denied of a port's frames. Both may be changed while it runs.
+/// The packet filters of a port. Both can change while the port runs.
 #[derive(Debug)]
 pub struct Filters {
-    /// Of what the guest sends: by any thread, at the next burst.
+    /// Filter of the frames that the guest sends. Any thread sets it; it takes effect at the next burst.
     pub tx: Arc<LiveFilter>,
-    /// Of what it is given: by the port's control thread, at once.
+    /// Filter of the frames for the guest. The control thread sets it; it takes effect at once.
     pub rx: RxFilter,
 }
 
-/// A port.
+/// The state of a port.
 #[derive(Debug)]
 pub struct PortStatus {
-    /// Its name.
+    /// The port's name.
     pub name: String,
-    /// Where frames go, in words.
+    /// The host side, in words.
     pub host: String,
-    /// Index of its network device; 0 for none, and for one in another network namespace.
+    /// Index of the network device; 0 for none, and for a device in another network namespace.
     pub device: Arc<AtomicU32>,
-    /// Where its frontend comes from.
+    /// The source of frontend connections.
     pub frontend: Frontend,
-    /// How much it may move.
+    /// The rate limits.
     pub limits: Arc<Limits>,
-    /// What it may move.
+    /// The packet filters.
     pub filters: Filters,
-    /// Whom its guest speaks to, while somebody asks.
+    /// The traffic by protocol and peer, which is counted on request.
     pub traffic: Traffic,
-    /// Its limit on mapped bytes, and how many are mapped.
+    /// The limit on mapped bytes, and the number of mapped bytes.
     pub memory: Arc<MemoryQuota>,
-    /// Its part of the budget of descriptors.
+    /// The port's share of the descriptor limit.
     pub descriptors: Arc<DescriptorQuota>,
-    /// Its queue pairs.
+    /// The states of the queue pairs.
     pub pairs: Vec<Arc<PairStatus>>,
     connection: Mutex<FrontendStatus>,
-    /// Its socket for frontends, for another daemon or port.
+    /// The socket that VMMs connect to, for another daemon or port.
     listener: Mutex<Option<OwnedFd>>,
     link_down: AtomicBool,
     ended: AtomicBool,
 }
 
 impl PortStatus {
-    /// A port without a frontend.
+    /// Creates the state of a port without a frontend.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         name: String,
@@ -109,45 +109,45 @@ impl PortStatus {
         }
     }
 
-    /// Keeps its socket for frontends, for another daemon or port, or none any more.
+    /// Keeps the socket that VMMs connect to, for another daemon or port; `None` closes it.
     pub fn set_listener(&self, listener: Option<OwnedFd>) {
         *lock(&self.listener) = listener;
     }
 
-    /// That socket, by another descriptor.
+    /// Duplicates the descriptor of the socket that VMMs connect to.
     ///
     /// # Errors
-    /// No descriptor is to be had.
+    /// The process has no descriptor left.
     pub fn listener(&self) -> io::Result<Option<OwnedFd>> {
         lock(&self.listener).as_ref().map(OwnedFd::try_clone).transpose()
     }
 
-    /// An operator has plugged its cable in, or out.
+    /// Records whether the link is up.
     pub fn set_link(&self, up: bool) {
         self.link_down.store(!up, Ordering::Relaxed);
     }
 
-    /// Whether its cable is plugged in.
+    /// Returns whether the link is up.
     pub fn has_link(&self) -> bool {
         !self.link_down.load(Ordering::Relaxed)
     }
 
-    /// Its thread ends, and will not come back.
+    /// Records that the control thread has ended.
     pub fn set_ended(&self) {
         self.ended.store(true, Ordering::Relaxed);
     }
 
-    /// Whether its device does not work, as the last that was moved has shown.
+    /// Returns whether the port's device does not work, as the last transfer has shown.
     pub fn is_degraded(&self) -> bool {
         self.pairs.iter().any(|pair| pair.is_serving() && pair.mode() == Mode::Gone)
     }
 
-    /// Whether its thread has ended.
+    /// Returns whether the control thread has ended.
     pub fn has_ended(&self) -> bool {
         self.ended.load(Ordering::Relaxed)
     }
 
-    /// A frontend has connected: this process, if that is known.
+    /// Records a new connection; `process` is the frontend's process ID, if the kernel tells it.
     pub fn connected(&self, process: Option<i32>) {
         let mut status = lock(&self.connection);
         (status.since, status.process) = (Some(Instant::now()), process);
@@ -155,34 +155,34 @@ impl PortStatus {
         status.connections += 1;
     }
 
-    /// Another frontend has connected since.
+    /// Records that another frontend has connected since.
     pub fn set_another_waits(&self) {
         lock(&self.connection).another_waits = true;
     }
 
-    /// Why no VMM can find the port's socket, if that is so.
+    /// Records the reason why no VMM can find the port's socket, or `None`.
     pub fn set_hidden(&self, why: Option<&'static str>) {
         lock(&self.connection).hidden = why;
     }
 
-    /// So many frontends have connected before.
+    /// Sets the number of connections so far.
     pub fn set_connections(&self, connections: u64) {
         lock(&self.connection).connections = connections;
     }
 
-    /// It has gone.
+    /// Records that the frontend has disconnected.
     pub fn disconnected(&self) {
         let mut status = lock(&self.connection);
         (status.since, status.features, status.process) = (None, None, None);
         self.pairs.iter().for_each(|pair| pair.set_fault(None));
     }
 
-    /// It has set feature bits.
+    /// Records the feature bits that the frontend has set.
     pub fn set_features(&self, features: Option<u64>) {
         lock(&self.connection).features = features;
     }
 
-    /// What is known of its frontend.
+    /// Returns the state of the connection to the frontend.
     pub fn connection(&self) -> FrontendStatus {
         *lock(&self.connection)
     }

@@ -1,5 +1,5 @@
-//! The control thread's part of a hand-over: it suspends a port and passes its frontend on, or takes over
-//! a frontend that another daemon has passed on.
+//! The control thread's part of a hand-over. In the old daemon it suspends the port and passes its frontend on;
+//! in the new daemon it takes over the frontend.
 
 use std::io;
 use std::iter::Peekable;
@@ -16,51 +16,51 @@ use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
 use crate::protocol::{self, Connection, Event, Retold};
 
-/// Time for a message that has begun to come in to end when another daemon waits.
+/// Time that a frontend has to finish a message before a take-over disconnects it.
 const MESSAGE_TIMEOUT: Duration = Duration::from_millis(100);
-/// Time for the whole replay of a port to come.
+/// Time that the whole replay of a port may take.
 const REPLAY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time that one message of a replay may block before orders are looked at again.
+/// Time that one message of a replay may block before the thread looks at orders again.
 const REPLAY_TURN: Duration = Duration::from_millis(20);
 
 /// A suspended port's descriptors, for another daemon.
 pub(in crate::ports) struct HandoverFds {
-    /// The socket on which frontends connect.
+    /// The socket that frontends connect to.
     pub(in crate::ports) listener: Option<OwnedFd>,
-    /// The frontend's connection, unless the frontend prevents that it is passed on.
+    /// The frontend's connection, unless the frontend prevents a hand-over of the connection.
     pub(in crate::ports) connection: Option<OwnedFd>,
-    /// Where the replay of what the frontend has told is read from.
+    /// The socket from which the new daemon reads the replay of the frontend's messages.
     pub(in crate::ports) replay: UnixStream,
-    /// Messages of the replay.
+    /// Number of messages of the replay.
     pub(in crate::ports) messages: usize,
 }
 
-/// What another daemon has passed on of a port, as far as the control thread takes it.
+/// What another daemon has passed on of a port, for the control thread.
 pub(in crate::ports) struct Predecessor {
-    /// Where the replay of what the frontend has told is read from.
+    /// The socket from which the replay of the frontend's messages is read.
     pub(in crate::ports) replay: UnixStream,
-    /// Messages of the replay, if the predecessor counts them.
+    /// Number of messages of the replay, if the old daemon tells it.
     pub(in crate::ports) messages: Option<usize>,
     /// The frontend's connection.
     pub(in crate::ports) connection: Option<UnixStream>,
-    /// Hears whether the port can be resumed.
+    /// Receives whether the port can resume.
     pub(in crate::ports) done: Sender<Result<(), String>>,
 }
 
-/// What is still to be told of a replay.
+/// The messages of a replay that are not sent yet.
 struct Replay {
     socket: UnixStream,
     messages: Peekable<std::vec::IntoIter<Retold>>,
 }
 
 impl Replay {
-    /// Sends a message, if there is room; says whether any is left.
+    /// Sends one message if there is room; returns whether messages may be left.
     fn send_next(&mut self) -> bool {
         let Some(message) = self.messages.peek() else { return false };
         match message.send(&self.socket) {
             Ok(()) => drop(self.messages.next()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // Whoever reads has gone, or notices by the number of messages.
+            // The reader has gone, or notices by the number of messages.
             Err(_) => return false,
         }
         true
@@ -68,7 +68,7 @@ impl Replay {
 }
 
 impl Control {
-    /// Suspends the port, passes it on, and waits for what comes of that; says whether the thread is to
+    /// Suspends the port, replies with its descriptors, and waits for the outcome; returns whether the thread is to
     /// end.
     pub(super) fn prepare_handover(&mut self, reply: &Sender<Result<HandoverFds, String>>) -> bool {
         let can_be_passed = self.bring_connection_to_rest();
@@ -86,9 +86,8 @@ impl Control {
         self.stand_still(replay)
     }
 
-    /// Lets a message that has begun to come in come to its end. Says whether the connection can be
-    /// passed on, which a frontend can prevent: with half a message, by reading no replies, and with
-    /// sockets in flight.
+    /// Receives the rest of a message that has begun. Returns whether the connection can be passed on; a frontend
+    /// prevents that if it sends half a message, reads no replies, or has descriptors in flight.
     fn bring_connection_to_rest(&mut self) -> bool {
         let end = Instant::now() + MESSAGE_TIMEOUT;
         while self.connection.as_ref().is_some_and(|connection| !connection.is_at_rest()) {
@@ -102,8 +101,8 @@ impl Control {
         true
     }
 
-    /// Waits until the port resumes or ends, and sends the rest of the replay meanwhile; says whether the
-    /// thread is to end.
+    /// Waits until the port resumes or ends, and sends the rest of the replay meanwhile; returns whether the thread
+    /// is to end.
     fn stand_still(&mut self, mut replay: Option<Replay>) -> bool {
         loop {
             let order = if replay.as_mut().is_some_and(Replay::send_next) {
@@ -112,7 +111,7 @@ impl Control {
                     order => order.ok(),
                 }
             } else {
-                // The end of the socket is the end of the replay.
+                // Closing the socket ends the replay.
                 replay = None;
                 self.orders.recv().ok()
             };
@@ -137,14 +136,13 @@ impl Control {
                 Some(Order::CountTraffic(enable, done)) => {
                     let _ = done.send(self.status.traffic.enable(enable));
                 }
-                // The sender is dropped: whoever waits is told that nobody answers.
+                // The drop of the sender tells the main thread that nobody answers.
                 Some(_) => {}
             }
         }
     }
 
-    /// Serves the guest: again, after a take-over that failed, or for the first time, after one that
-    /// did not.
+    /// Serves the guest: again after an aborted take-over, or for the first time after a committed one.
     fn resume(&mut self) {
         let name = self.device.name();
         if std::mem::take(&mut self.is_anothers)
@@ -179,8 +177,8 @@ impl Control {
         Ok((fds, Replay { socket: ours, messages: messages.into_iter().peekable() }))
     }
 
-    /// Takes the frontend over that another daemon serves, and waits until the port may resume; says
-    /// whether it is to serve.
+    /// Takes over the frontend of another daemon, and waits until the port may resume; returns whether the thread
+    /// is to serve.
     pub(in crate::ports) fn take_over(&mut self, predecessor: Predecessor) -> bool {
         self.is_anothers = true;
         self.device.suspend();
@@ -191,11 +189,11 @@ impl Control {
         !failed && !self.stand_still(None)
     }
 
-    /// Hears what the frontend has told its last backend. If that can't be carried out any more, since
-    /// the frontend has taken away what it is about, the frontend is disconnected: nobody else pays.
+    /// Replays the messages that the frontend has sent to its last backend. If one is refused, since the frontend
+    /// has taken back what it refers to, only this frontend is disconnected.
     ///
     /// # Errors
-    /// Part of the replay is missing, or there is no descriptor to be had.
+    /// Part of the replay is missing, or the process has no descriptor left.
     fn restore(&mut self, predecessor: Predecessor) -> io::Result<()> {
         let Predecessor { replay, messages, connection, .. } = predecessor;
         let mut replay = Connection::new(replay)?;
@@ -211,7 +209,7 @@ impl Control {
                     if refusal.is_none()
                         && let Err(why) = self.device.handle(message)
                     {
-                        // Not for want of a descriptor: the frontend is not to pay for that.
+                        // A lack of descriptors must not disconnect the frontend: it fails the take-over.
                         replay.as_fd().try_clone_to_owned()?;
                         refusal = Some(format!("{code:?} is refused: {why}"));
                     }
