@@ -19,7 +19,7 @@ use log::{info, warn};
 use nix::unistd::getegid;
 
 use crate::config::Frontend;
-use crate::daemon::StartError;
+use crate::error::StartError;
 use crate::event::Interest;
 use crate::sandbox::find_group;
 use crate::sys::process::file_mode_mask;

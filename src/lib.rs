@@ -50,6 +50,7 @@ pub mod descriptors;
 pub mod device;
 pub mod doctor;
 pub mod endpoint;
+pub mod error;
 pub mod event;
 #[cfg(debug_assertions)]
 mod fault_point;
@@ -59,9 +60,9 @@ pub mod logging;
 pub mod net_config;
 pub mod policy;
 pub mod port;
+pub mod ports;
 pub mod protocol;
 pub mod sandbox;
-pub mod status;
 pub mod sys;
 pub mod traffic;
 pub mod vnet_header;

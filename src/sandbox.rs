@@ -23,7 +23,7 @@ use nix::unistd::{Gid, Group, Uid, User, geteuid, setgroups, setresgid, setresui
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 
 use crate::config::{Config, Confinement, Frontend, Host, MetricsAddress, PortConfig, Seccomp};
-use crate::daemon::StartError;
+use crate::error::StartError;
 use crate::sys::process::clear_file_mode_mask;
 
 /// What a thread does.

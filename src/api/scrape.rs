@@ -12,8 +12,9 @@ use log::warn;
 
 use super::{Wanted, metrics};
 use crate::config::{Frontend, MetricsAddress};
-use crate::daemon::{Ports, StartError};
 use crate::endpoint::{Accepting, Endpoint, set_access};
+use crate::error::StartError;
+use crate::ports::Ports;
 use crate::sys::socket::refuse_descriptors;
 
 /// The socket's name in the log.

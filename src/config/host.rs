@@ -7,7 +7,7 @@ use std::path::Path;
 use nix::unistd::geteuid;
 
 use super::{Config, Frontend, Host, MetricsAddress, PortConfig};
-use crate::daemon::no_tap;
+use crate::port::tap::no_tap;
 use crate::sandbox::{find_group, find_user};
 use crate::sys::link;
 use crate::sys::process::{check_cpus, check_writable};

@@ -5,7 +5,7 @@ use super::host::{Host, Myself, capability};
 use super::network::Network;
 use super::offloads;
 use super::options::Port;
-use crate::daemon::no_tap;
+use crate::port::tap::no_tap;
 use crate::sys::link::{Link, Tun};
 
 const CHECK: &str = "tap";

@@ -20,6 +20,7 @@ use log::{info, warn};
 use super::{Completions, Mode, Port, Readiness, Terms, Virtqueues};
 use crate::counters::Drop;
 use crate::guest::{Virtqueue, Writable};
+use crate::sys::link;
 
 pub use filter::TapFilter;
 pub use queue::{TapQueue, TapState};
@@ -219,5 +220,17 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             // Other queues are left segments again. The next session meets the error, if there is one.
             let _ = self.host.apply(header_length, &accepted);
         }
+    }
+}
+
+/// Explains why the network device `name` cannot be opened as a TAP by its name, and what to do about it.
+pub fn no_tap(name: &str) -> String {
+    match link::find(name) {
+        Ok(link) if link.is_macvtap() => format!(
+            "{name} is a {}, which is opened by its file; use --tap-fd=3 with the shell's \
+             3<>/dev/tap{}",
+            link.kind, link.index
+        ),
+        _ => format!("{name} is a network device, but no TAP; choose another name"),
     }
 }

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use nix::unistd::geteuid;
 
-use super::StartError;
+use crate::error::StartError;
+use crate::port::tap::no_tap;
 use crate::sys::device::{self, MAX_NAME};
 use crate::sys::link;
 use crate::sys::tap::Queue;
@@ -107,18 +108,6 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
         device::set_mtu(&name, mtu.into()).and_then(|()| device::set_up(&name)).map_err(failed)?;
     }
     Ok(queues)
-}
-
-/// Why a device cannot be opened as a TAP by its name, and what to do about it.
-pub(crate) fn no_tap(name: &str) -> String {
-    match link::find(name) {
-        Ok(link) if link.is_macvtap() => format!(
-            "{name} is a {}, which is opened by its file; use --tap-fd=3 with the shell's \
-             3<>/dev/tap{}",
-            link.kind, link.index
-        ),
-        _ => format!("{name} is a network device, but no TAP; choose another name"),
-    }
 }
 
 /// Has the host take no addresses and routes from what a TAP's guest sends, unlike the kernel's default
