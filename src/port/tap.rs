@@ -126,9 +126,9 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         if let Err(error) = self.host.set_attached(true) {
             self.gone(&error);
         }
-        self.gate.note_buffers();
         self.receiver.measure(rx);
         self.fit_offloads(rx);
+        self.gate.note_buffers(self.receiver.room(rx));
     }
 
     fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions) {
@@ -182,11 +182,11 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
     }
 
     fn readiness(&self, queues: &Virtqueues<'mem>) -> Readiness<'_> {
+        let room = queues.rx.as_ref().map_or(Room::None, |rx| self.receiver.room(rx));
         let timeout = match self.gone_since {
             Some(_) => Some(RETRY),
-            None => self.gate.timeout(),
+            None => self.gate.timeout(room),
         };
-        let room = queues.rx.as_ref().map_or(Room::None, |rx| self.receiver.room(rx));
         Readiness {
             fd: self.gone_since.is_none().then(|| self.host.queue.as_fd()),
             read: self.gate.waits_for_frames(room),

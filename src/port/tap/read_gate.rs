@@ -65,10 +65,11 @@ impl ReadGate {
         self.may_have_frames = false;
     }
 
-    /// Notes new buffers.
-    pub(super) fn note_buffers(&mut self) {
-        if let Shortage::TimedOut = self.shortage {
-            self.shortage = Shortage::None;
+    /// Notes new buffers, with which there is such `room`.
+    pub(super) fn note_buffers(&mut self, room: Room) {
+        match self.shortage {
+            Shortage::Since(_) if room == Room::Short => {}
+            _ => self.shortage = Shortage::None,
         }
     }
 
@@ -77,21 +78,8 @@ impl ReadGate {
         self.may_have_frames
     }
 
-    /// Whether to read now, with such `room`; starts the time-out if not.
-    #[inline]
-    pub(super) fn opens(&mut self, room: Room) -> bool {
-        if let (Shortage::Since(_), Room::None | Room::Enough) = (self.shortage, room) {
-            self.shortage = Shortage::None;
-        }
-        match room {
-            Room::None => false,
-            Room::Enough => true,
-            Room::Short => self.has_timed_out(),
-        }
-    }
-
-    #[inline(never)]
-    fn has_timed_out(&mut self) -> bool {
+    /// Whether frames have waited long enough for more buffers; starts the time-out if none runs.
+    pub(super) fn has_timed_out(&mut self) -> bool {
         match self.shortage {
             Shortage::None => self.shortage = Shortage::Since(Instant::now()),
             Shortage::Since(since) if since.elapsed() >= SHORTAGE_TIMEOUT => {
@@ -111,10 +99,12 @@ impl ReadGate {
     }
 
     /// Time until frames that wait for buffers are read without them.
-    pub(super) fn timeout(&self) -> Option<Duration> {
+    pub(super) fn timeout(&self, room: Room) -> Option<Duration> {
         match self.shortage {
-            Shortage::Since(since) => Some(SHORTAGE_TIMEOUT.saturating_sub(since.elapsed())),
-            Shortage::None | Shortage::TimedOut => None,
+            Shortage::Since(since) if room == Room::Short => {
+                Some(SHORTAGE_TIMEOUT.saturating_sub(since.elapsed()))
+            }
+            _ => None,
         }
     }
 }

@@ -119,15 +119,22 @@ impl<'mem> Receiver<'mem> {
         }
     }
 
-    /// Whether to read now. Frames that were waited for in vain show that the ring is small.
+    /// Whether to read now.
     #[inline]
     pub(super) fn can_read(&mut self, gate: &mut ReadGate, rx: &Virtqueue<'mem, Writable>) -> bool {
-        let room = self.room(rx);
-        let opens = gate.opens(room);
-        if opens && room == Room::Short {
-            self.is_small |= self.segments() && !self.has_held_largest;
+        match self.room(rx) {
+            Room::Enough => true,
+            Room::None => false,
+            Room::Short => self.makes_do(gate),
         }
-        opens
+    }
+
+    /// Whether frames have waited in vain for more buffers, which shows that the ring is small.
+    #[inline(never)]
+    fn makes_do(&mut self, gate: &mut ReadGate) -> bool {
+        let has_timed_out = gate.has_timed_out();
+        self.is_small |= has_timed_out && self.segments() && !self.has_held_largest;
+        has_timed_out
     }
 
     /// Reads the next frame into the oldest buffers; returns its length with header, or nothing if
