@@ -66,12 +66,9 @@ pub trait Port<'mem> {
     /// Takes rx buffers that were popped since the last call.
     fn post(&mut self, queues: &mut Virtqueues<'mem>);
 
-    /// Completes all chains that the host has finished with.
-    fn reap(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions);
-
-    /// Takes this many frames for the guest from the host each time from now on; the rest stays
-    /// there.
-    fn limit_rx(&mut self, frames: usize);
+    /// Completes all chains that the host has finished with; at most `rx_allowance` frames go to the guest, and
+    /// the others stay with the host.
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions);
 
     /// How it moves frames at the moment.
     fn mode(&self) -> Mode;

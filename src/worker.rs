@@ -8,13 +8,13 @@ mod active_ring;
 mod control_queue;
 mod ending;
 mod naps;
+mod rate_limit;
 mod recording;
 mod replies;
 mod session;
 mod sleeper;
 mod spoofing;
 mod status;
-mod tx_progress;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 
 use super::{Announcer, Port, TapState, Terms, Virtqueues, af_xdp, loopback, tap};
 use crate::features::PortOffloads;
-use crate::guest::GuestMemory;
+use crate::guest::{GuestMemory, Virtqueue};
 use crate::policy::{Filter, Limits, LiveFilter};
 use crate::sandbox::Role;
 use crate::traffic::{Tally, Traffic};
@@ -145,7 +145,10 @@ impl HostQueue {
         match self {
             HostQueue::Tap(queue) => Box::new(queue.session(terms)),
             HostQueue::AfXdp(queue) => Box::new(queue.session(memory, queues, terms)),
-            HostQueue::Loopback => Box::new(loopback::Loopback::new(terms)),
+            HostQueue::Loopback => {
+                let next_used = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
+                Box::new(loopback::Loopback::new(terms, next_used))
+            }
         }
     }
 }

@@ -19,10 +19,10 @@ pub struct Loopback {
     accepted: Offloads,
     mergeable: bool,
     start: PrivateStart,
+    /// Position in the tx ring up to which frames are to be delivered.
+    until: u16,
     /// A frame waits for buffers.
     starved: bool,
-    /// Frames that it delivers each time at the most.
-    rx_limit: usize,
 }
 
 /// What can be done with a frame.
@@ -36,16 +36,16 @@ enum Delivery {
 }
 
 impl Loopback {
-    /// Begins a session.
-    pub fn new(terms: &Terms) -> Self {
+    /// Begins a session at position `next_used` of the tx ring.
+    pub fn new(terms: &Terms, next_used: u16) -> Self {
         let negotiated = &terms.negotiated;
         Loopback {
             admission: terms.admission(usize::from(terms.mtu) + LINK_OVERHEAD),
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
             start: PrivateStart::default(),
+            until: next_used,
             starved: false,
-            rx_limit: usize::MAX,
         }
     }
 
@@ -110,18 +110,26 @@ impl Loopback {
 impl<'mem> Port<'mem> for Loopback {
     fn transmit(
         &mut self,
-        queues: &mut Virtqueues<'mem>,
+        _queues: &mut Virtqueues<'mem>,
         until: u16,
-        done: &mut Completions,
+        _done: &mut Completions,
     ) -> bool {
+        self.until = until;
+        true
+    }
+
+    fn max_buffers(&self) -> usize {
+        MAX_BUFFERS
+    }
+
+    fn post(&mut self, _queues: &mut Virtqueues<'mem>) {}
+
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions) {
         self.starved = false;
         self.admission.begin_burst(done.captures);
-        let Virtqueues { tx: Some(tx), rx: Some(rx) } = queues else { return false };
+        let Virtqueues { tx: Some(tx), rx: Some(rx) } = queues else { return };
         let mut delivered = 0;
-        while tx.next_used() != until {
-            if delivered == self.rx_limit {
-                return false;
-            }
+        while tx.next_used() != self.until && delivered < rx_allowance {
             let position = tx.next_used();
             let frame = tx.chain(position);
             let delivery = self.judge(&frame, rx);
@@ -130,7 +138,7 @@ impl<'mem> Port<'mem> for Loopback {
                 Delivery::Never(reason) => Outcome::Dropped(reason),
                 Delivery::Waits => {
                     self.starved = true;
-                    return false;
+                    return;
                 }
             };
             if done.captures {
@@ -158,19 +166,6 @@ impl<'mem> Port<'mem> for Loopback {
                 Delivery::Waits => {}
             }
         }
-        true
-    }
-
-    fn max_buffers(&self) -> usize {
-        MAX_BUFFERS
-    }
-
-    fn post(&mut self, _queues: &mut Virtqueues<'mem>) {}
-
-    fn reap(&mut self, _queues: &mut Virtqueues<'mem>, _done: &mut Completions) {}
-
-    fn limit_rx(&mut self, frames: usize) {
-        self.rx_limit = frames;
     }
 
     fn mode(&self) -> Mode {

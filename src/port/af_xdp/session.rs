@@ -36,8 +36,6 @@ pub struct XdpPort<'mem> {
     mtu: u16,
     /// Whether the guest has an rx ring.
     receives: bool,
-    /// Frames that are taken each time at the most.
-    rx_limit: usize,
     state: State,
     /// Frames from the guest were left behind.
     left_behind: bool,
@@ -98,7 +96,6 @@ impl XdpQueue {
             memory,
             mtu: terms.mtu,
             receives: terms.receives,
-            rx_limit: usize::MAX,
             left_behind: false,
             failed: None,
             changed: None,
@@ -143,15 +140,14 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         }
     }
 
-    fn reap(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions) {
         if let State::Open(open) = &mut self.state {
             let kicked = self.transmitter.kick(open);
             if open.busy_poll {
                 // Its errors are those of sending.
                 let _ = open.socket.receive();
             }
-            let most = self.rx_limit;
-            reap(&mut self.receiver, &mut self.transmitter, queues, open, most, done);
+            reap(&mut self.receiver, &mut self.transmitter, queues, open, rx_allowance, done);
             if let Some(error) = self.failed.take() {
                 self.fail(&error, queues, done);
             } else if let Err(error) = kicked {
@@ -172,10 +168,6 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
                 self.count_lost(statistics, done);
             }
         }
-    }
-
-    fn limit_rx(&mut self, frames: usize) {
-        self.rx_limit = frames;
     }
 
     fn mode(&self) -> Mode {
@@ -210,7 +202,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         };
         Readiness {
             fd,
-            read: fd.is_some() && self.receives && self.rx_limit > 0,
+            read: fd.is_some() && self.receives,
             write: false,
             watched: false,
             starved: Receiver::is_starved(queues.buffers()),

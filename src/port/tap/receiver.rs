@@ -1,8 +1,8 @@
 //! Buffers for frames to come: the kernel reads each frame straight into the oldest of them.
 
 use std::io;
-use std::time::{Duration, Instant};
 
+use super::read_gate::{ReadGate, Room};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
 use crate::guest::{Chain, MAX_SEGMENTS, Segment, Virtqueue, Writable};
@@ -16,8 +16,6 @@ use crate::vnet_header::{
 /// Buffers that are in flight at the most, which bounds what a session holds. Eight frames of 64 KiB in
 /// the 1.5 KiB buffers of a Linux driver.
 pub(super) const MAX_BUFFERS: usize = 512;
-/// How long frames wait for the guest to provide the buffers that the largest of them could need.
-const PATIENCE: Duration = Duration::from_millis(10);
 
 /// Buffers for frames to come.
 #[derive(Debug)]
@@ -39,13 +37,6 @@ pub(super) struct Receiver<'mem> {
     notes: Notes,
     /// Whether frames are noted.
     peeks: bool,
-    /// Whether to read: nobody has found the device empty since frames may have come. Without buffers nobody
-    /// looks, so it stays.
-    pub(super) may_have_frames: bool,
-    /// Since when frames have waited for more buffers.
-    short_since: Option<Instant>,
-    /// They waited long enough: read with the buffers that there are.
-    make_do: bool,
     /// The buffers held the largest frame at some time in this session.
     has_held_largest: bool,
     /// The ring cannot hold the largest frame that is to be segmented: the kernel is to segment for it.
@@ -56,7 +47,7 @@ impl<'mem> Receiver<'mem> {
     /// For frames up to `longest` bytes, but for those that are to be segmented. `is_small` if the ring is
     /// known not to hold these.
     pub(super) fn new(terms: &Terms, longest: usize, is_small: bool) -> Self {
-        let Terms { negotiated, mtu, receives, .. } = *terms;
+        let Terms { negotiated, mtu, .. } = *terms;
         let mut receiver = Receiver {
             header_length: negotiated.header_length(),
             accepted: negotiated.guest(),
@@ -69,9 +60,6 @@ impl<'mem> Receiver<'mem> {
             window_room: 0,
             notes: Notes::new(terms.tally.clone()),
             peeks: false,
-            may_have_frames: receives,
-            short_since: None,
-            make_do: false,
             has_held_largest: false,
             is_small,
         };
@@ -95,7 +83,7 @@ impl<'mem> Receiver<'mem> {
     }
 
     /// Finds out whether the ring can hold the largest frame, from its size and the buffers in flight.
-    fn measure(&mut self, rx: &Virtqueue<'mem, Writable>) {
+    pub(super) fn measure(&mut self, rx: &Virtqueue<'mem, Writable>) {
         let (buffers, room) = (rx.in_flight(), rx.bytes_in_flight());
         if buffers == 0 || !self.segments() {
             return;
@@ -121,65 +109,32 @@ impl<'mem> Receiver<'mem> {
         self.window_room = 0;
     }
 
-    /// How long frames that are known to wait are to wait on for the guest's buffers.
-    pub(super) fn patience(&self) -> Option<Duration> {
-        self.short_since.map(|since| PATIENCE.saturating_sub(since.elapsed()))
-    }
-
-    /// Takes note of buffers that were popped.
-    pub(super) fn take(&mut self, rx: &Virtqueue<'mem, Writable>) {
-        self.make_do = false;
-        self.measure(rx);
-    }
-
     /// Whether the largest frame that may come fits the buffers in flight.
-    ///
-    /// A frame that is read into too few is lost, and a TAP does not tell the next frame's
-    /// length. So frames wait for the guest's buffers instead, but for [`PATIENCE`] only, since
-    /// the guest may have no more.
     #[inline]
-    pub(super) fn has_room(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
+    pub(super) fn room(&self, rx: &Virtqueue<'mem, Writable>) -> Room {
         match rx.in_flight() {
-            0 => false,
-            MAX_BUFFERS.. => true,
-            _ => !self.mergeable || rx.bytes_in_flight() >= self.enough,
+            0 => Room::None,
+            1..MAX_BUFFERS if self.mergeable && rx.bytes_in_flight() < self.enough => Room::Short,
+            _ => Room::Enough,
         }
     }
 
-    fn may_read(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
-        self.has_room(rx) || (self.make_do && rx.in_flight() > 0)
-    }
-
-    /// Whether to wait for the device: not while frames are known to wait for buffers.
-    pub(super) fn watches(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
-        rx.in_flight() > 0 && (self.may_read(rx) || !self.may_have_frames)
-    }
-
-    /// As `may_read`, and keeps the time that frames have waited.
+    /// Whether to read now.
     #[inline]
-    pub(super) fn can_read(&mut self, rx: &Virtqueue<'mem, Writable>) -> bool {
-        if self.has_room(rx) {
-            self.short_since = None;
-            return true;
+    pub(super) fn can_read(&mut self, gate: &mut ReadGate, rx: &Virtqueue<'mem, Writable>) -> bool {
+        match self.room(rx) {
+            Room::Enough => true,
+            Room::None => false,
+            Room::Short => self.makes_do(gate),
         }
-        self.may_make_do(rx)
     }
 
+    /// Whether frames have waited in vain for more buffers, which shows that the ring is small.
     #[inline(never)]
-    fn may_make_do(&mut self, rx: &Virtqueue<'mem, Writable>) -> bool {
-        if rx.in_flight() == 0 {
-            self.short_since = None;
-            return false;
-        }
-        if !self.make_do {
-            let since = *self.short_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= PATIENCE {
-                self.make_do = true;
-                self.short_since = None;
-                self.is_small |= self.segments() && !self.has_held_largest;
-            }
-        }
-        self.make_do
+    fn makes_do(&mut self, gate: &mut ReadGate) -> bool {
+        let has_timed_out = gate.has_timed_out();
+        self.is_small |= has_timed_out && self.segments() && !self.has_held_largest;
+        has_timed_out
     }
 
     /// Reads the next frame into the oldest buffers; returns its length with header, or nothing if

@@ -76,9 +76,10 @@ impl ActiveSession<'_> {
     pub(super) fn arm(&mut self) -> Result<bool, Fault> {
         let starved = self.port.readiness(&self.queues).starved;
         let mut more = false;
+        let has_taken_all = self.has_taken_all();
         let serves = |tx: &ActiveRing<'_>| tx.ring.state != RingState::Waiting;
         if let Some(queue) = &mut self.queues.tx
-            && self.progress.is_done(queue)
+            && has_taken_all
             && self.tx.as_ref().is_some_and(serves)
         {
             more |= queue.enable_notify()?;
