@@ -27,9 +27,10 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::config::{Config, Frontend, MAX_QUEUE_PAIRS};
+use crate::config::{Config, Frontend};
 use crate::daemon::{Ports, StartError, too_late};
 use crate::endpoint::{Endpoint, set_access};
+use crate::net_config::MAX_QUEUE_PAIRS;
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
 pub use requests::Command;

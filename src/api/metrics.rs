@@ -7,11 +7,11 @@ use prometheus::proto::{Counter as Count, Gauge, LabelPair, Metric, MetricFamily
 use prometheus::{Encoder, TextEncoder};
 
 use super::report::{device_drops, state};
-use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, PairCounters};
 use crate::daemon::{Port, Ports};
 use crate::descriptors;
 use crate::guest::MemoryQuota;
+use crate::net_config::MAX_QUEUE_PAIRS;
 use crate::status::{PairStatus, PortStatus};
 
 type PerDirection = (&'static str, &'static str, fn(&DirectionCounters) -> &Counter);

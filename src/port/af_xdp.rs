@@ -11,6 +11,7 @@ mod abilities;
 mod checksum;
 mod interface;
 pub mod joining;
+mod options;
 pub mod program;
 mod receiver;
 pub mod segmentation;
@@ -31,6 +32,7 @@ use crate::sys::link::Watch;
 use crate::vnet_header::LINK_OVERHEAD;
 
 pub use interface::Interface;
+pub use options::{AfXdp, Attach, Mode};
 pub use session::XdpPort;
 use umem::LONGEST_FRAME;
 

@@ -22,7 +22,7 @@ use crate::counters::Drop;
 use crate::guest::{Virtqueue, Writable};
 
 pub use filter::TapFilter;
-pub use queue::{TapQueue, TapState};
+pub use queue::{TapQueue, TapState, TxMethod};
 use receiver::{MAX_BUFFERS, Receiver};
 use transmitter::Transmitter;
 

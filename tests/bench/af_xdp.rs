@@ -10,8 +10,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vhost_user_net::config::Attach;
 use vhost_user_net::guest::Umem;
+use vhost_user_net::port::af_xdp::Attach;
 use vhost_user_net::port::af_xdp::program::Attachment;
 use vhost_user_net::sys::bpf::Program;
 use vhost_user_net::sys::link;

@@ -637,7 +637,7 @@ pub fn requests(line: &[u8]) {
 fn check_options(options: PortOptions) {
     let Ok(config) = options.absolute().check() else { return };
     assert!(
-        config.queue_pairs > 0 && config.queue_pairs <= vhost_user_net::config::MAX_QUEUE_PAIRS
+        config.queue_pairs > 0 && config.queue_pairs <= vhost_user_net::net_config::MAX_QUEUE_PAIRS
     );
     assert_eq!(
         config.options.clone().check().as_ref(),
