@@ -24,7 +24,7 @@
 //! [`endpoint`], one after the other. [`protocol`] frames their messages and knows no device;
 //! [`device`] turns requests into sessions and knows no packets. A [`worker`] per queue pair runs
 //! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
-//! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
+//! [`vnet_header`] is what stands before each [`frame`] and is checked there. [`features`] and
 //! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
 //! [`counters`] what it did. What ports are
 //! doing is in their [`status`], which the [`api`] shows to operators; a [`capture`] is a copy of what
@@ -45,6 +45,7 @@ pub mod event;
 #[cfg(debug_assertions)]
 mod fault_point;
 pub mod features;
+pub mod frame;
 pub mod guest;
 pub mod logging;
 pub mod net_config;

@@ -8,9 +8,10 @@ use crate::config::Frontend;
 use crate::counters::{CopyReason, DirectionCounters, Drop};
 use crate::daemon::{Port, Ports};
 use crate::features;
+use crate::frame::Way;
 use crate::status::{FrontendStatus, PairStatus, PortStatus};
 use crate::sys::link::{Drops, Link};
-use crate::traffic::{Row, Way};
+use crate::traffic::Row;
 
 /// A port in a list.
 #[derive(Debug, Serialize)]

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
+use crate::frame::Way;
 use crate::guest::{Chain, MAX_SEGMENTS, Segment, Virtqueue, Writable};
 use crate::port::{Completions, Terms};
 use crate::sys::tap::Queue;
-use crate::traffic::{Notes, Way};
+use crate::traffic::Notes;
 use crate::vnet_header::{
     ETHERNET_LENGTH, LINK_OVERHEAD, MAX_FRAME, MAX_HEADERS, Surplus, VnetHeader,
 };

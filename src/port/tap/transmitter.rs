@@ -9,10 +9,11 @@ use log::warn;
 
 use super::TapQueue;
 use crate::counters::Drop;
+use crate::frame::Way;
 use crate::guest::{Chain, ReadSegment, Readable, Virtqueue};
 use crate::port::{Completions, Outcome, Terms};
 use crate::sys::uring::MAX_WRITES;
-use crate::traffic::{Notes, Way};
+use crate::traffic::Notes;
 use crate::vnet_header::{Admission, Admitted, PLAIN_HEADER, PrivateStart, admit};
 
 /// Bursts from this many frames on go through io_uring: a submission of one costs more than a

@@ -6,13 +6,13 @@
 
 use super::Transmitter;
 use crate::counters::{CopyReason, Drop};
+use crate::frame::Way;
 use crate::guest::{Chain, Readable, Segment};
 use crate::port::af_xdp::checksum;
 use crate::port::af_xdp::interface::OpenSocket;
 use crate::port::af_xdp::segmentation::Segmentation;
 use crate::port::{Completions, Outcome};
 use crate::sys::xsk::{Descriptor, checksum_request};
-use crate::traffic::Way;
 use crate::vnet_header::{VnetHeader, admit_copied};
 
 impl Transmitter {
