@@ -1,22 +1,22 @@
 //! `virtio_net_hdr` as a value: read once, checked, written (virtio 1.3, section 5.1.6).
 //!
-//! Invariant: no header that the guest wrote reaches the host. [`admit`] copies it, checks the
+//! Invariant: no header that the guest wrote reaches the host. [`HeaderChecks`] copy it, check the
 //! copy against the frame and the negotiated features, and what is sent begins with the copy. For
 //! a frame to be segmented the copy goes on through the TCP or UDP header, so that the very
-//! headers that were checked are the ones the kernel segments by; so it does where the operator has
-//! [`Rules`](crate::policy::Rules) or a filter for what the guest may send. The guest can rewrite its
-//! memory meanwhile and change nothing but its payload.
+//! headers that were checked are the ones the kernel segments by; so it does where somebody else
+//! inspects the frame's headers. The guest can rewrite its memory meanwhile and change nothing but its
+//! payload.
 
-mod admission;
 mod checks;
 mod headers;
+mod validation;
 
 use std::ops::AddAssign;
 
 use crate::features::{HEADER_LENGTH, Offloads};
 
-pub use admission::{Admission, Admitted, PLAIN_HEADER, PrivateStart, admit, admit_copied};
 pub use headers::Headers;
+pub use validation::{Admitted, HeaderChecks, PLAIN_HEADER, PrivateStart};
 
 const NEEDS_CSUM: u8 = 1;
 
@@ -37,7 +37,7 @@ pub const LINK_OVERHEAD: usize = ETHERNET_LENGTH + VLAN_TAGS * VLAN_TAG_LENGTH;
 pub const MAX_FRAME: usize = 65535 + LINK_OVERHEAD;
 
 /// Longest headers in bytes of a frame to be segmented: IPv4 and TCP, each with all options, behind
-/// two VLAN tags. [`admit`] copies as much.
+/// two VLAN tags. A [`PrivateStart`] has room for as many.
 pub const MAX_HEADERS: usize = LINK_OVERHEAD + 60 + 60;
 
 /// The header's fields.
