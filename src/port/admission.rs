@@ -8,9 +8,10 @@ use std::sync::Arc;
 
 use crate::counters::Drop;
 use crate::features::Negotiated;
+use crate::frame::Headers;
 use crate::guest::{Chain, Readable, Segment};
 use crate::policy::{FilterView, Rules};
-use crate::vnet_header::{Admitted, HeaderChecks, Headers, PrivateStart, VnetHeader};
+use crate::vnet_header::{Admitted, HeaderChecks, PrivateStart, VnetHeader};
 
 /// What a frame from the guest may be.
 #[derive(Debug, Clone)]

@@ -28,8 +28,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::features::{HEADER_LENGTH, PortOffloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::sys::link::Watch;
-use crate::vnet_header::LINK_OVERHEAD;
 
 pub use interface::Interface;
 pub use options::{AfXdp, Attach, Mode};

@@ -4,8 +4,9 @@
 use super::{Admission, Completions, Mode, Outcome, Port, Readiness, Terms, Virtqueues, admit};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::guest::{Chain, Readable, Virtqueue, Writable};
-use crate::vnet_header::{Admitted, LINK_OVERHEAD, PLAIN_HEADER, PrivateStart, VnetHeader};
+use crate::vnet_header::{Admitted, PLAIN_HEADER, PrivateStart, VnetHeader};
 
 /// rx buffers that are in flight at the most.
 const MAX_BUFFERS: usize = 256;

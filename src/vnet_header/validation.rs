@@ -7,9 +7,10 @@
 use std::ops::Range;
 
 use super::checks::{check_plain, check_segmented};
-use super::{ETHERNET_LENGTH, GSO_NONE, MAX_FRAME, MAX_HEADERS, NEEDS_CSUM, Surplus, VnetHeader};
+use super::{GSO_NONE, MAX_HEADERS, NEEDS_CSUM, Surplus, VnetHeader};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Negotiated, Offloads};
+use crate::frame::{ETHERNET_LENGTH, MAX_FRAME};
 use crate::guest::{Chain, Readable, Segment};
 
 /// Start of a frame in memory of our own: what [`HeaderChecks`] have passed.
@@ -63,7 +64,7 @@ impl PrivateStart {
     /// The virtio header.
     #[inline]
     pub fn header(&self) -> VnetHeader {
-        VnetHeader::parse(self.bytes.first_chunk().expect("a header has 10 bytes"))
+        VnetHeader::parse(self.bytes.first_chunk().expect("a header is longer"))
     }
 }
 
@@ -89,7 +90,7 @@ pub struct HeaderChecks {
     pub header_length: usize,
     /// What the guest may leave to the host.
     pub offloads: Offloads,
-    /// Longest frame in bytes that is not to be segmented: MTU and [`LINK_OVERHEAD`](super::LINK_OVERHEAD).
+    /// Longest frame in bytes that is not to be segmented: MTU and [`LINK_OVERHEAD`](crate::frame::LINK_OVERHEAD).
     pub max_frame: usize,
     /// Whether frames that fit a [`PrivateStart`] are copied whole: where a second piece costs more.
     pub copies_small: bool,

@@ -3,9 +3,9 @@
 //! Invariant: frames are admitted in the order of the ring, each once. Segments that were charged before the
 //! header was checked are noted, so that they are not charged again.
 
+use crate::frame::LINK_OVERHEAD;
 use crate::guest::{Readable, Virtqueue};
 use crate::policy::Limiter;
-use crate::vnet_header::LINK_OVERHEAD;
 
 /// How far the frames from the guest are, of those that were popped.
 pub(super) struct TxProgress {

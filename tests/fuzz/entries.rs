@@ -21,6 +21,7 @@ use vhost_user_net::config::PortOptions;
 use vhost_user_net::counters::Drop;
 use vhost_user_net::device::{Device, Refusal};
 use vhost_user_net::features::{Negotiated, Offer, OfferOptions, PortOffloads, protocol_features};
+use vhost_user_net::frame::Headers;
 use vhost_user_net::guest::{
     Budget, Chain, Direction, GuestMemory, Notification, Readable, RegionRequest, RingLayout,
     Virtqueue, Writable,
@@ -35,7 +36,7 @@ use vhost_user_net::port::af_xdp::segmentation::Segmentation;
 use vhost_user_net::port::{Admission, admit};
 use vhost_user_net::protocol::{Connection, Event};
 use vhost_user_net::sandbox::Sandbox;
-use vhost_user_net::vnet_header::{Admitted, Headers, PrivateStart};
+use vhost_user_net::vnet_header::{Admitted, PrivateStart};
 use vhost_user_net::worker::{Worker, WorkerOptions};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};

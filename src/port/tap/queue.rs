@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 
 use super::TapFilter;
 use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::policy::Filter;
 use crate::port::Terms;
 use crate::port::mtu::MtuComparison;
 use crate::sys::tap::{Identity, Queue, offload};
 use crate::sys::uring::Writer;
-use crate::vnet_header::LINK_OVERHEAD;
 
 /// How bursts of frames are written to a TAP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
