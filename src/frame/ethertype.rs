@@ -8,8 +8,14 @@ pub const ARP: u16 = 0x0806;
 pub const RARP: u16 = 0x8035;
 /// IPv6.
 pub const IPV6: u16 = 0x86dd;
-/// VLAN tags: a customer's (IEEE 802.1Q), a provider's (802.1ad), and the provider's of old.
-pub const VLAN_TAGS: [u16; 3] = [0x8100, 0x88a8, 0x9100];
+/// VLAN tag of a customer (IEEE 802.1Q).
+const CUSTOMER_TAG: u16 = 0x8100;
+/// VLAN tag of a provider (IEEE 802.1ad).
+const PROVIDER_TAG: u16 = 0x88a8;
+/// VLAN tag of a provider before that standard.
+const OLD_PROVIDER_TAG: u16 = 0x9100;
+/// All VLAN tags.
+pub const VLAN_TAGS: [u16; 3] = [CUSTOMER_TAG, PROVIDER_TAG, OLD_PROVIDER_TAG];
 
 /// Smallest ethertype. A smaller number is a length, and 802.2 LLC follows, which may carry any
 /// ethertype behind a SNAP header (IEEE 802.3, RFC 1042).
@@ -22,8 +28,9 @@ pub const CARRIERS: [u16; 18] = [
     0x892f, 0x893f, 0x894f, 0x9200, 0x9300, 0x9a22,
 ];
 
-/// Whether a VLAN tag follows.
+/// Whether it is the ethertype of a VLAN tag, which another ethertype follows.
 #[inline]
 pub fn is_vlan_tag(ethertype: u16) -> bool {
-    VLAN_TAGS.contains(&ethertype)
+    // A search in the array would be a call.
+    matches!(ethertype, CUSTOMER_TAG | PROVIDER_TAG | OLD_PROVIDER_TAG)
 }

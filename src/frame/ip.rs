@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use super::bytes_at;
 use super::protocol::{
-    AUTHENTICATION, DESTINATION, FRAGMENT, HOP_BY_HOP, OPTIONS, ROUTING, is_extension,
+    AUTHENTICATION, DESTINATION, FRAGMENT, HOP_BY_HOP, ROUTING, is_extension, is_option,
 };
 
 /// The header of an IPv4 packet, without its options (RFC 791).
@@ -145,7 +145,7 @@ impl Walk {
     fn has_length(self, protocol: u8) -> bool {
         match self.only_segmentable {
             true => matches!(protocol, HOP_BY_HOP | ROUTING | DESTINATION),
-            false => OPTIONS.contains(&protocol),
+            false => is_option(protocol),
         }
     }
 
@@ -204,6 +204,14 @@ mod tests {
         // Mobility headers are nothing that Linux segments behind.
         assert_eq!(behind(Walk::SEGMENTATION, &all), Some((135, Some(24))));
         assert_eq!(behind(Walk::SEGMENTATION, &[0, 44]), Some((44, Some(8))));
+    }
+
+    #[test]
+    fn tables_and_tests_of_numbers_agree() {
+        use crate::frame::{ethertype, protocol};
+        assert!((0..=u8::MAX).all(|it| is_option(it) == protocol::OPTIONS.contains(&it)));
+        let tags = ethertype::VLAN_TAGS;
+        assert!((0..=u16::MAX).all(|it| ethertype::is_vlan_tag(it) == tags.contains(&it)));
     }
 
     #[test]

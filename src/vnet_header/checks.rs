@@ -82,7 +82,7 @@ pub(super) fn check_segmented(
     if version.is_some_and(|version| version != headers.version)
         || headers.protocol != protocol
         || usize::from(header.csum_start) != transport
-        || usize::from(header.csum_offset) != checksum_at
+        || header.csum_offset != checksum_at
     {
         return Err(Drop::BadHeader);
     }
