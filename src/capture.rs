@@ -26,10 +26,10 @@ use pcap_file::pcapng::blocks::interface_statistics::{
 use pcap_file::{DataLink, Endianness, PcapError, PcapResult};
 
 use crate::counters::Drop;
+use crate::frame::Way;
 use crate::guest::ReadSegment;
 use crate::policy::Filter;
 use crate::sys::is_hung_up;
-use crate::traffic::Way;
 
 /// Longest part of a frame that is kept, in bytes: an unsegmented one whole.
 pub const MAX_SNAPLEN: u32 = 65_550;

@@ -17,12 +17,14 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use log::LevelFilter;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::api::client::Question;
 use crate::doctor::Examination;
 use crate::net_config::MacAddress;
 use crate::policy::{Filter, Identity, Limit};
+use crate::port::af_xdp::AfXdp;
+use crate::port::tap::TxMethod;
 use crate::sys::process::host_memory;
 
 pub use arguments::{command, parse};
@@ -31,9 +33,6 @@ pub use keys::{Key, Place, keys};
 pub(crate) use options::device_name;
 use options::socket_path;
 pub use options::{PortChanges, PortOptions};
-
-/// Queue pairs of a port at the most: virtio allows 32768, a frontend names rings with 8 bits.
-pub const MAX_QUEUE_PAIRS: u16 = 128;
 
 /// What the daemon is asked for.
 #[derive(Debug)]
@@ -213,56 +212,6 @@ pub enum Host {
     AfXdp(AfXdp),
     /// Back to the guest.
     Loopback,
-}
-
-/// AF_XDP sockets on a network device's queues, as `NAME[,queue=N][,mode=…][,attach=…][,steer=mac]`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct AfXdp {
-    /// The device's name.
-    pub name: String,
-    /// Queue of the first queue pair; the others follow it.
-    pub queue: u16,
-    /// Who moves frames between the device and the guest's memory.
-    pub mode: Mode,
-    /// Where the XDP program runs.
-    pub attach: Attach,
-    /// Whether the card is to bring frames for the guest's address to the queue.
-    pub steer: bool,
-}
-
-/// Who moves frames between the device and the guest's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Mode {
-    /// The device if its driver can, else the kernel.
-    Auto,
-    /// The kernel, by copying.
-    Copy,
-    /// The device.
-    ZeroCopy,
-}
-
-/// Where the XDP program runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Attach {
-    /// In the driver if it can, else in the kernel's generic code.
-    Auto,
-    /// In the driver.
-    Native,
-    /// In the kernel's generic code.
-    Generic,
-}
-
-/// How bursts of frames are written to a TAP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum TxMethod {
-    /// By io_uring where it is permitted, else by `writev`.
-    Auto,
-    /// One io_uring submission for a burst; an error where it is not permitted.
-    IoUring,
-    /// One system call for each frame.
-    Writev,
 }
 
 impl fmt::Display for Host {

@@ -18,7 +18,7 @@ pub mod lost;
 pub mod memory;
 mod notify;
 pub mod quota;
-pub mod segment;
+pub mod umem;
 pub mod unmapped;
 pub mod virtqueue;
 
@@ -31,6 +31,8 @@ pub use layout::RingLayout;
 pub use lost::{contain_sigbus, contained};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
 pub use quota::{Allowance, MemoryQuota, Pinned, Reservation};
-pub use segment::{ReadSegment, Segment};
+pub use umem::Umem;
 pub use unmapped::Unmapped;
 pub use virtqueue::{Budget, Notification, Published, Virtqueue};
+
+pub use crate::sys::segment::{ReadSegment, Segment};

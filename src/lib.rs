@@ -55,6 +55,7 @@ pub mod event;
 #[cfg(debug_assertions)]
 mod fault_point;
 pub mod features;
+pub mod frame;
 pub mod guest;
 pub mod logging;
 pub mod net_config;

@@ -4,6 +4,7 @@
 //! completes chains when the host has finished with them: no `read_frame(&mut [u8])`. A chain that has not
 //! completed is as it was popped, so a session can end at any moment.
 
+mod admission;
 pub mod af_xdp;
 mod announcer;
 mod completions;
@@ -16,6 +17,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use admission::{Admission, admit};
 pub use announcer::Announcer;
 pub use completions::{Captured, Completions, Moved, Outcome};
 pub use host::{HostQueue, RxFilter};
@@ -25,7 +27,6 @@ use crate::features::Negotiated;
 use crate::guest::{Readable, Virtqueue, Writable};
 use crate::policy::{FilterView, LiveFilter, Rules};
 use crate::traffic::Tally;
-use crate::vnet_header::Admission;
 
 /// The virtqueues of a session: both, or one of them.
 #[derive(Debug)]

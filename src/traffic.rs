@@ -7,25 +7,17 @@
 //! Invariant: a table has a fixed number of rows at the most, whatever comes over the wire.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::frame::Way;
 use crate::policy::filter::{Protocol, carried};
-use crate::port::af_xdp::Interface;
 
 /// Rows of a table at the most. What belongs to none of them is counted together.
 pub const MAX_ROWS: usize = 1024;
-
-/// Which way frames go: as the guest sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Way {
-    /// From the guest.
-    Tx,
-    /// To it.
-    Rx,
-}
 
 /// What rows differ by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -128,22 +120,37 @@ fn add(rows: &mut HashMap<Key, Volume>, key: Key, more: Volume) {
     volume.bytes += more.bytes;
 }
 
+/// A counter of frames that workers do not see: those for the guest that an XDP program brings.
+pub trait PeerCounter: fmt::Debug + Send + Sync {
+    /// Counts frames by their sender from now on, starting at zero, or no longer.
+    ///
+    /// # Errors
+    /// Those of loading an XDP program; nothing has changed then.
+    fn count_peers(&self, on: bool) -> io::Result<()>;
+
+    /// The counts since they were switched on; none if they are off.
+    ///
+    /// # Errors
+    /// Those of reading the XDP program's map.
+    fn peers(&self) -> io::Result<Vec<(Key, Volume)>>;
+}
+
 /// What is counted of a port.
 #[derive(Debug, Clone)]
 pub struct Traffic {
     tally: Arc<Tally>,
-    /// Whose XDP program counts frames for the guest. It goes with the port's queues.
-    interface: Option<Weak<Interface>>,
+    /// Counter of the frames that the workers do not see. It goes with the port's queues.
+    counter: Option<Weak<dyn PeerCounter>>,
 }
 
 impl Traffic {
     /// Of a port whose workers count in `tally`.
-    pub fn new(tally: Arc<Tally>, interface: Option<Weak<Interface>>) -> Self {
-        Traffic { tally, interface }
+    pub fn new(tally: Arc<Tally>, counter: Option<Weak<dyn PeerCounter>>) -> Self {
+        Traffic { tally, counter }
     }
 
-    fn interface(&self) -> Option<Arc<Interface>> {
-        self.interface.as_ref().and_then(Weak::upgrade)
+    fn counter(&self) -> Option<Arc<dyn PeerCounter>> {
+        self.counter.as_ref().and_then(Weak::upgrade)
     }
 
     /// Has frames counted from now on, from nothing, or not any more. For the port's control thread.
@@ -154,8 +161,8 @@ impl Traffic {
         if on == self.tally.is_on() {
             return Ok(());
         }
-        if let Some(interface) = self.interface() {
-            interface.count_peers(on).map_err(|error| io::Error::other(error.to_string()))?;
+        if let Some(counter) = self.counter() {
+            counter.count_peers(on)?;
         }
         self.tally.enable(on);
         Ok(())
@@ -167,8 +174,8 @@ impl Traffic {
     /// Those of reading the XDP program's map.
     pub fn snapshot(&self) -> io::Result<Vec<Row>> {
         let mut rows = self.tally.lock().clone();
-        if let Some(interface) = self.interface() {
-            for (key, volume) in interface.peers()? {
+        if let Some(counter) = self.counter() {
+            for (key, volume) in counter.peers()? {
                 add(&mut rows, key, volume);
             }
         }

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::requests::{Answer, Refused, carry_out};
 use super::{Command, House, VERSION, failure, parse};
-use crate::config::MAX_QUEUE_PAIRS;
+use crate::net_config::MAX_QUEUE_PAIRS;
 use crate::ports::{Ports, too_late};
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 

@@ -7,10 +7,10 @@ use prometheus::proto::{Counter as Count, Gauge, LabelPair, Metric, MetricFamily
 use prometheus::{Encoder, TextEncoder};
 
 use super::report::{device_drops, state};
-use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, PairCounters};
 use crate::descriptors;
 use crate::guest::MemoryQuota;
+use crate::net_config::MAX_QUEUE_PAIRS;
 use crate::ports::{Port, PortStatus, Ports};
 use crate::worker::PairStatus;
 

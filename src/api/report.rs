@@ -7,9 +7,10 @@ use serde::Serialize;
 use crate::config::Frontend;
 use crate::counters::{CopyReason, DirectionCounters, Drop};
 use crate::features;
+use crate::frame::Way;
 use crate::ports::{FrontendStatus, Port, PortStatus, Ports};
 use crate::sys::link::{Drops, Link};
-use crate::traffic::{Row, Way};
+use crate::traffic::Row;
 use crate::worker::PairStatus;
 
 /// A port in a list.

@@ -13,9 +13,11 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::net_backend::NetBackend;
-use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
-use crate::net_config::{MIN_MTU, MacAddress};
+use super::{Frontend, Host, PortConfig};
+use crate::net_config::{MAX_QUEUE_PAIRS, MIN_MTU, MacAddress};
 use crate::policy::{Filter, Identity, Limit};
+use crate::port::af_xdp::{AfXdp, Attach, Mode};
+use crate::port::tap::TxMethod;
 use crate::sys::device::MAX_ALTERNATIVE_NAME as MAX_NAME;
 use crate::sys::socket::MAX_PATH;
 

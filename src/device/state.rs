@@ -12,8 +12,8 @@ use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Device, Refusal, refused};
-use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::PairCounters;
+use crate::net_config::MAX_QUEUE_PAIRS;
 use crate::policy::limiter::Debt;
 use crate::protocol::Reply;
 use crate::sys::poll_two;

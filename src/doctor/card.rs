@@ -6,8 +6,8 @@ use std::io;
 use super::finding::{Finding, quoted};
 use super::network::Network;
 use super::options::Port;
-use crate::config::AfXdp;
 use crate::net_config::MacAddress;
+use crate::port::af_xdp::AfXdp;
 use crate::sys::ethtool::{Amount, Channels};
 use crate::sys::flow::{Rule, Rules};
 use crate::sys::link::Link;
@@ -175,8 +175,8 @@ fn steering(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Attach, Mode};
     use crate::doctor::Status;
+    use crate::port::af_xdp::{Attach, Mode};
 
     const fn amount(now: u32, most: u32) -> Amount {
         Amount { now, most }

@@ -3,8 +3,9 @@
 
 use std::path::PathBuf;
 
-use crate::config::{AfXdp, Attach, Config, Frontend, Host, Mode, PortConfig, device_name};
+use crate::config::{Config, Frontend, Host, PortConfig, device_name};
 use crate::net_config::MacAddress;
+use crate::port::af_xdp::{AfXdp, Attach, Mode};
 
 use super::network::Network;
 

@@ -8,7 +8,7 @@ use super::finding::Finding;
 use super::host::Host;
 use super::network::Network;
 use super::options::{Port, Wishes};
-use crate::config::Mode;
+use crate::port::af_xdp::Mode;
 use crate::sys::link::Link;
 
 /// Processors by their numbers.

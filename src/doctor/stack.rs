@@ -67,7 +67,7 @@ fn firewall(wishes: &Wishes) -> Vec<Finding> {
         let why = "it sees what comes from a TAP; it would see nothing of AF_XDP's";
         return vec![Finding::pass("firewall", "the host's firewall", why)];
     }
-    let judge = |(port, af_xdp): &(&super::options::Port, &crate::config::AfXdp)| {
+    let judge = |(port, af_xdp): &(&super::options::Port, &crate::port::af_xdp::AfXdp)| {
         let what = format!("the host's firewall and {}", af_xdp.name);
         if port.judged {
             let why =

@@ -20,8 +20,8 @@ use vm_memory::GuestAddress;
 use super::dirty::DirtyLog;
 use super::inflight::Inflight;
 use super::quota::{Allowance, MemoryQuota};
-use super::segment::Segment;
 use super::unmapped::Unmapped;
+use crate::sys::segment::Segment;
 
 pub use error::MemoryError;
 use region::Region;

@@ -21,6 +21,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::counters::Drop;
+use crate::frame::{ethertype, protocol};
 
 pub use classic::{MAX_INSTRUCTIONS, classic};
 pub use extended::{SEEN, SEEN_AT, extended, seen};
@@ -120,16 +121,18 @@ impl Rule {
         let protocol = match self.protocol {
             None => true,
             // RARP has ARP's packets.
-            Some(Protocol::Ethertype(facts::ARP)) if unknown => {
-                facts.ethertype.is(unknown, |it| [facts::ARP, facts::RARP].contains(&it))
+            Some(Protocol::Ethertype(ethertype::ARP)) if unknown => {
+                facts.ethertype.is(unknown, |it| [ethertype::ARP, ethertype::RARP].contains(&it))
             }
             Some(Protocol::Ethertype(wanted)) => facts.ethertype.is(unknown, |it| it == wanted),
             Some(Protocol::Other) => {
                 facts.ethertype.is(unknown, |it| !facts::UNDERSTOOD.contains(&it))
             }
-            Some(Protocol::Icmp) => is_ipv4() && facts.protocol.is(unknown, |it| it == facts::ICMP),
+            Some(Protocol::Icmp) => {
+                is_ipv4() && facts.protocol.is(unknown, |it| it == protocol::ICMP)
+            }
             Some(Protocol::Icmp6) => {
-                is_ipv6() && facts.protocol.is(unknown, |it| it == facts::ICMPV6)
+                is_ipv6() && facts.protocol.is(unknown, |it| it == protocol::ICMPV6)
             }
             Some(Protocol::Ip(wanted)) => facts.protocol.is(unknown, |it| it == wanted),
         };

@@ -11,6 +11,7 @@ mod abilities;
 mod checksum;
 mod interface;
 pub mod joining;
+mod options;
 pub mod program;
 mod receiver;
 pub mod segmentation;
@@ -27,10 +28,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::features::{HEADER_LENGTH, PortOffloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::sys::link::Watch;
-use crate::vnet_header::LINK_OVERHEAD;
 
 pub use interface::Interface;
+pub use options::{AfXdp, Attach, Mode};
 pub use session::XdpPort;
 use umem::LONGEST_FRAME;
 

@@ -62,7 +62,7 @@ pub struct Captured {
 }
 
 impl Completions {
-    /// Keeps what [`admit`](crate::vnet_header::admit) copied of a frame for the capture.
+    /// Keeps what [`admit`](super::admit) copied of a frame for the capture.
     #[inline(never)]
     pub(super) fn capture(&mut self, position: u16, start: &PrivateStart, outcome: Outcome) {
         // Of these nothing was copied.

@@ -14,7 +14,7 @@ use crate::features::PortOffloads;
 use crate::guest::{GuestMemory, Virtqueue};
 use crate::policy::{Filter, Limits, LiveFilter};
 use crate::sandbox::Role;
-use crate::traffic::{Tally, Traffic};
+use crate::traffic::{PeerCounter, Tally, Traffic};
 
 /// The host side of one queue pair: it stays open over all sessions.
 #[derive(Debug)]
@@ -119,11 +119,11 @@ impl HostQueue {
 
     /// What is counted of its port's traffic, in `tally` by those who serve the queues.
     pub fn traffic(&self, tally: Arc<Tally>) -> Traffic {
-        let interface = match self {
-            HostQueue::AfXdp(queue) => Some(Arc::downgrade(queue.interface())),
+        let counter: Option<Weak<dyn PeerCounter>> = match self {
+            HostQueue::AfXdp(queue) => Some(Arc::downgrade(queue.interface()) as _),
             HostQueue::Tap(_) | HostQueue::Loopback => None,
         };
-        Traffic::new(tally, interface)
+        Traffic::new(tally, counter)
     }
 
     /// Puts right what a session that panicked may have left half done.

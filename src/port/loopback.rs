@@ -1,13 +1,12 @@
 //! A port that returns each frame to the guest that sent it: for tests of a frontend or a driver
 //! without any network, and of everything above the seam.
 
-use super::{Completions, Mode, Outcome, Port, Readiness, Terms, Virtqueues};
+use super::{Admission, Completions, Mode, Outcome, Port, Readiness, Terms, Virtqueues, admit};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::guest::{Chain, Readable, Virtqueue, Writable};
-use crate::vnet_header::{
-    Admission, Admitted, LINK_OVERHEAD, PLAIN_HEADER, PrivateStart, VnetHeader, admit,
-};
+use crate::vnet_header::{Admitted, PLAIN_HEADER, PrivateStart, VnetHeader};
 
 /// rx buffers that are in flight at the most.
 const MAX_BUFFERS: usize = 256;
@@ -98,7 +97,7 @@ impl Loopback {
             if let Some(checked) = checked.get(copied..) {
                 buffer.write_at(0, &checked[..checked.len().min(length)]);
             }
-            if index == 0 && self.admission.header_length == HEADER_LENGTH {
+            if index == 0 && self.admission.header_length() == HEADER_LENGTH {
                 buffer.write_at(VnetHeader::NUM_BUFFERS, &(buffers as u16).to_le_bytes());
             }
             copied += length;
@@ -146,9 +145,9 @@ impl<'mem> Port<'mem> for Loopback {
             }
             match delivery {
                 Delivery::Fits(admitted, buffers) => {
-                    let length = frame.len() - self.admission.header_length;
+                    let length = frame.len() - self.admission.header_length();
                     let checked = match admitted {
-                        Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length],
+                        Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length()],
                         Admitted::Copied => self.start.bytes(),
                     };
                     self.deliver(&frame, checked, buffers, rx);

@@ -24,7 +24,7 @@ use crate::guest::{Virtqueue, Writable};
 use crate::sys::link;
 
 pub use filter::TapFilter;
-pub use queue::{TapQueue, TapState};
+pub use queue::{TapQueue, TapState, TxMethod};
 use read_gate::{ReadGate, Room};
 use receiver::{MAX_BUFFERS, Receiver};
 use transmitter::Transmitter;

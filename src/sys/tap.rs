@@ -10,8 +10,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
+use super::segment::{ReadSegment, Segment};
 use super::{check, device};
-use crate::guest::{ReadSegment, Segment};
 
 pub use filter::ProgramMemory;
 

@@ -3,11 +3,11 @@
 //! Invariant: the header that a check returns has only fields that were checked, or that follow from the
 //! frame; everything else that the guest wrote is left out.
 
-use super::{
-    ETHERNET_LENGTH, GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, NEEDS_CSUM, VnetHeader,
-};
+use super::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VnetHeader};
 use crate::counters::Drop;
 use crate::features::Offloads;
+use crate::frame::protocol::{TCP, TCP_CHECKSUM, UDP, UDP_CHECKSUM};
+use crate::frame::{ETHERNET_LENGTH, Headers};
 
 /// Smallest segment that TCP or UDP may be cut into: Linux's TCP_MIN_GSO_SIZE. One byte a segment
 /// would make 65,000 packets of one frame.
@@ -72,21 +72,21 @@ pub(super) fn check_segmented(
     let headers = Headers::parse(copy).ok_or(Drop::BadHeader)?;
     let transport = headers.transport;
     let (protocol, checksum_at, version) = match header.gso_type {
-        GSO_UDP_L4 => (libc::IPPROTO_UDP, 6, None),
+        GSO_UDP_L4 => (UDP, UDP_CHECKSUM, None),
         other => match other & !GSO_ECN {
-            GSO_TCPV4 => (libc::IPPROTO_TCP, 16, Some(4)),
-            GSO_TCPV6 => (libc::IPPROTO_TCP, 16, Some(6)),
+            GSO_TCPV4 => (TCP, TCP_CHECKSUM, Some(4)),
+            GSO_TCPV6 => (TCP, TCP_CHECKSUM, Some(6)),
             _ => return Err(Drop::BadHeader),
         },
     };
     if version.is_some_and(|version| version != headers.version)
-        || i32::from(headers.protocol) != protocol
+        || headers.protocol != protocol
         || usize::from(header.csum_start) != transport
         || header.csum_offset != checksum_at
     {
         return Err(Drop::BadHeader);
     }
-    let tcp = protocol == libc::IPPROTO_TCP;
+    let tcp = protocol == TCP;
     let transport_length = if tcp {
         let length = usize::from(copy.get(transport + 12).ok_or(Drop::BadHeader)? >> 4) * 4;
         if length < 20 {

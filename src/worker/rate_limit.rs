@@ -7,10 +7,10 @@
 use std::time::Duration;
 
 use crate::counters::PairCounters;
+use crate::frame::LINK_OVERHEAD;
 use crate::guest::{Readable, Virtqueue};
 use crate::policy::Limits;
 use crate::port::Completions;
-use crate::vnet_header::LINK_OVERHEAD;
 
 /// Longest wait for a limit, which an operator may change meanwhile.
 const LONGEST_WAIT: Duration = Duration::from_millis(100);

@@ -2,9 +2,9 @@
 //! back to the guest.
 
 use crate::capture::Recorder;
+use crate::frame::Way;
 use crate::guest::{Chain, Direction, ReadSegment};
 use crate::port::{Captured, Completions, Outcome, Virtqueues};
-use crate::traffic::Way;
 use crate::vnet_header::VnetHeader;
 
 /// Puts all frames that have completed into the capture. `header` is the length of the virtio header.

@@ -10,12 +10,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vhost_user_net::config::Attach;
+use vhost_user_net::guest::Umem;
+use vhost_user_net::port::af_xdp::Attach;
 use vhost_user_net::port::af_xdp::program::Attachment;
 use vhost_user_net::sys::bpf::Program;
 use vhost_user_net::sys::link;
 use vhost_user_net::sys::process::pin_this_thread;
-use vhost_user_net::sys::umem::Umem;
 use vhost_user_net::sys::xsk::{Binding, CHUNK, Descriptor, Registration, RingSizes, Socket};
 
 use super::measure::{

@@ -13,7 +13,8 @@ use std::{env, fs};
 use nix::sys::signal::Signal;
 use vhost_user_net::features::{Offer, OfferOptions, PortOffloads};
 use vhost_user_net::policy::FilterView;
-use vhost_user_net::vnet_header::{Admission, PrivateStart, admit};
+use vhost_user_net::port::{Admission, admit};
+use vhost_user_net::vnet_header::PrivateStart;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::ring;
@@ -160,7 +161,7 @@ pub(crate) fn counted(name: &str) {
     let negotiated = offer.accept(offer.bits()).unwrap();
     let mut admission =
         Admission::new(&negotiated, 1522, None, FilterView::new(Default::default()));
-    admission.copies_small = true;
+    admission.checks.copies_small = true;
     admission.begin_burst(false);
     ring::with_frame(&header, &frame, |chain| {
         let mut start = PrivateStart::default();

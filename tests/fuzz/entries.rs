@@ -21,6 +21,7 @@ use vhost_user_net::config::PortOptions;
 use vhost_user_net::counters::Drop;
 use vhost_user_net::device::{Device, Refusal};
 use vhost_user_net::features::{Negotiated, Offer, OfferOptions, PortOffloads, protocol_features};
+use vhost_user_net::frame::Headers;
 use vhost_user_net::guest::{
     Budget, Chain, Direction, GuestMemory, Notification, Readable, RegionRequest, RingLayout,
     Virtqueue, Writable,
@@ -32,9 +33,10 @@ use vhost_user_net::policy::{
 };
 use vhost_user_net::port::HostQueue;
 use vhost_user_net::port::af_xdp::segmentation::Segmentation;
+use vhost_user_net::port::{Admission, admit};
 use vhost_user_net::protocol::{Connection, Event};
 use vhost_user_net::sandbox::Sandbox;
-use vhost_user_net::vnet_header::{Admission, Admitted, Headers, PrivateStart, admit};
+use vhost_user_net::vnet_header::{Admitted, PrivateStart};
 use vhost_user_net::worker::{Worker, WorkerOptions};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -292,7 +294,7 @@ fn negotiated(bits: u64) -> Negotiated {
 fn admission(negotiated: &Negotiated) -> Admission {
     let filter = FilterView::new(Arc::default());
     let mut admission = Admission::new(negotiated, 1522, None, filter);
-    admission.copies_small = negotiated.mergeable();
+    admission.checks.copies_small = negotiated.mergeable();
     admission.begin_burst(false);
     admission
 }
@@ -368,12 +370,12 @@ fn check_admission(
 ) {
     match admit(chain, admission, start) {
         Ok(Admitted::Copied) => {
-            check_admitted(start, admission, chain.len() - admission.header_length);
+            check_admitted(start, admission, chain.len() - admission.header_length());
         }
         Ok(Admitted::Plain) => {
             assert!(!admission.judges(), "what is judged is copied");
-            let length = chain.len() - admission.header_length;
-            assert!((14..=admission.max_frame).contains(&length));
+            let length = chain.len() - admission.header_length();
+            assert!((14..=admission.checks.max_frame).contains(&length));
         }
         Err(_) => {}
     }
@@ -382,15 +384,15 @@ fn check_admission(
 /// What a frame may count on that was admitted.
 fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
     let header = start.header();
-    assert!(header.accepted_by(&admission.offloads), "{header:?}");
+    assert!(header.accepted_by(&admission.checks.offloads), "{header:?}");
     if header.needs_checksum() {
         let end = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
         assert!(end <= length, "{header:?} of {length} bytes");
     }
     if !header.is_segmented() {
-        assert!(length <= admission.max_frame);
+        assert!(length <= admission.checks.max_frame);
     }
-    let whole = &start.bytes()[admission.header_length..];
+    let whole = &start.bytes()[admission.header_length()..];
     check_judged(whole, admission);
     if header.needs_checksum() && admission.judges() {
         let at = usize::from(header.csum_start) + usize::from(header.csum_offset);
@@ -428,7 +430,7 @@ pub fn headers(mut data: &[u8]) {
     let length = usize::from(u16::from_le_bytes([low, high]));
     let negotiated = negotiated(bits);
     let mut admission = admission(&negotiated);
-    let address = admission.header_length + 6;
+    let address = admission.header_length() + 6;
     if bits >> 63 == 1
         && let Some(mac) = data.get(address..).and_then(|rest| rest.first_chunk())
     {
@@ -637,7 +639,7 @@ pub fn requests(line: &[u8]) {
 fn check_options(options: PortOptions) {
     let Ok(config) = options.absolute().check() else { return };
     assert!(
-        config.queue_pairs > 0 && config.queue_pairs <= vhost_user_net::config::MAX_QUEUE_PAIRS
+        config.queue_pairs > 0 && config.queue_pairs <= vhost_user_net::net_config::MAX_QUEUE_PAIRS
     );
     assert_eq!(
         config.options.clone().check().as_ref(),

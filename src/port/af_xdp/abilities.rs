@@ -9,10 +9,9 @@ use log::{debug, info, warn};
 
 use super::interface::OVERHEAD;
 use super::umem::FrameLayout;
-use super::{BUSY_LIMIT, BUSY_RETRY, OpenError};
-use crate::config::Mode;
+use super::{BUSY_LIMIT, BUSY_RETRY, Mode, OpenError};
+use crate::guest::Umem;
 use crate::sys::link;
-use crate::sys::umem::Umem;
 use crate::sys::xsk::{Binding, CHUNK, Registration, RingSizes, Socket};
 
 /// What device, driver and kernel can do.

@@ -21,9 +21,9 @@ use super::program::Attachment;
 use super::steering::Steering;
 use super::tags::{self, Tags};
 use super::umem::FrameLayout;
-use super::{MAX_MTU, OpenError, XdpQueue};
-use crate::config::AfXdp;
+use super::{AfXdp, MAX_MTU, OpenError, XdpQueue};
 use crate::features::HEADER_LENGTH;
+use crate::frame::{ETHERNET_LENGTH, VLAN_TAG_LENGTH};
 use crate::net_config::MacAddress;
 use crate::policy::Filter;
 use crate::port::mtu::MtuComparison;
@@ -36,7 +36,7 @@ use wanted::Wanted;
 
 /// What a frame has on top of its MTU at the most: an Ethernet header and a VLAN tag, as Linux
 /// forwards frames (`is_skb_forwardable`).
-pub(super) const OVERHEAD: usize = 18;
+pub(super) const OVERHEAD: usize = ETHERNET_LENGTH + VLAN_TAG_LENGTH;
 
 #[derive(Debug, Default)]
 struct Shared {

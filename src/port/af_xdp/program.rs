@@ -24,8 +24,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use log::{debug, info};
 
-use super::OpenError;
-use crate::config::Attach;
+use super::{Attach, OpenError};
 use crate::policy::Filter;
 use crate::policy::filter::SEEN;
 use crate::sys::bpf::{

@@ -20,10 +20,10 @@ use super::interface::OpenSocket;
 use super::segmentation::Segmentation;
 use crate::counters::Drop;
 use crate::guest::{Readable, Virtqueue};
-use crate::port::{Completions, Outcome, Terms};
+use crate::port::{Admission, Completions, Outcome, Terms};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor};
 use crate::traffic::Notes;
-use crate::vnet_header::{Admission, PrivateStart};
+use crate::vnet_header::PrivateStart;
 
 /// Calls for one burst at the most: a kernel before Linux 6.17 sends 32 frames at a time.
 const SENDS: usize = 16;
@@ -68,7 +68,7 @@ impl Transmitter {
 
     /// Prepares for a new socket.
     pub(super) fn begin(&mut self, open: &OpenSocket) {
-        self.admission.max_frame = open.umem.layout.longest;
+        self.admission.checks.max_frame = open.umem.layout.longest;
         self.unfinished = false;
     }
 
@@ -128,7 +128,7 @@ impl Transmitter {
             return 0;
         }
         let OpenSocket { socket, umem, .. } = open;
-        let (main, header_length) = (umem.main_region(), self.admission.header_length);
+        let (main, header_length) = (umem.main_region(), self.admission.header_length());
         let mut batch = socket.tx.batch(room as u32);
         let mut next = self.next;
         let mut staged = 0;
@@ -231,7 +231,7 @@ impl Transmitter {
         whole: usize,
         done: &mut Completions,
     ) {
-        let bytes = tx.push_used_run(whole) - whole * self.admission.header_length;
+        let bytes = tx.push_used_run(whole) - whole * self.admission.header_length();
         done.tx.frames += whole as u64;
         done.tx.bytes += bytes as u64;
         while self.frames.get(0).is_some_and(|oldest| !oldest.is_pending()) {
@@ -247,7 +247,7 @@ impl Transmitter {
             Some(reason) => done.drop_oldest(tx, reason),
             None => {
                 done.tx.frames += 1;
-                done.tx.bytes += (tx.push_used(0) - self.admission.header_length) as u64;
+                done.tx.bytes += (tx.push_used(0) - self.admission.header_length()) as u64;
             }
         }
     }

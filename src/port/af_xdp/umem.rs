@@ -13,9 +13,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::guest::memory::Mapped;
-use crate::guest::{Chain, GuestMemory, Pinned, Segment, Writable};
-use crate::sys::umem::Umem;
-use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, TX_METADATA};
+use crate::guest::{Chain, GuestMemory, Pinned, Segment, Umem, Writable};
+use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, Registrable, TX_METADATA};
 
 /// Frames from the guest that a queue pair has under way at the most. Each has a place in the
 /// arena, for when it can't be sent from where it lies.

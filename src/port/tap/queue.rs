@@ -12,14 +12,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::TapFilter;
-use crate::config::TxMethod;
 use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::policy::Filter;
 use crate::port::Terms;
 use crate::port::mtu::MtuComparison;
 use crate::sys::tap::{Identity, Queue, offload};
 use crate::sys::uring::Writer;
-use crate::vnet_header::LINK_OVERHEAD;
+
+/// How bursts of frames are written to a TAP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TxMethod {
+    /// By io_uring where it is permitted, else by `writev`.
+    Auto,
+    /// One io_uring submission for a burst; an error where it is not permitted.
+    IoUring,
+    /// One system call for each frame.
+    Writev,
+}
 
 /// One queue of a TAP device, for the daemon's life.
 #[derive(Debug)]

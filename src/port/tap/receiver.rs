@@ -4,14 +4,13 @@ use std::io;
 
 use super::read_gate::{ReadGate, Room};
 use crate::counters::Drop;
-use crate::features::{HEADER_LENGTH, Offloads};
+use crate::features::{HEADER_LENGTH, LEGACY_HEADER_LENGTH, Offloads};
+use crate::frame::{ETHERNET_LENGTH, LINK_OVERHEAD, MAX_FRAME, Way};
 use crate::guest::{Chain, MAX_SEGMENTS, Segment, Virtqueue, Writable};
 use crate::port::{Completions, Terms};
 use crate::sys::tap::Queue;
-use crate::traffic::{Notes, Way};
-use crate::vnet_header::{
-    ETHERNET_LENGTH, LINK_OVERHEAD, MAX_FRAME, MAX_HEADERS, Surplus, VnetHeader,
-};
+use crate::traffic::Notes;
+use crate::vnet_header::{MAX_HEADERS, Surplus, VnetHeader};
 
 /// Buffers that are in flight at the most, which bounds what a session holds. Eight frames of 64 KiB in
 /// the 1.5 KiB buffers of a Linux driver.
@@ -215,7 +214,7 @@ impl<'mem> Receiver<'mem> {
             return;
         }
         let first = rx.chain(rx.next_used());
-        let header: [u8; 10] = first.first_bytes();
+        let header: [u8; LEGACY_HEADER_LENGTH] = first.first_bytes();
         // Nearly always it says nothing. A guest may have made it say nothing of a frame that is cut.
         let is_long = length - self.header_length > usize::from(self.mtu) + LINK_OVERHEAD;
         if header[..2] != [0, 0] || is_long {
@@ -230,7 +229,7 @@ impl<'mem> Receiver<'mem> {
         if self.peeks {
             self.note(&first, length);
         }
-        // The kernel knows a header of 10 bytes only, and leaves the rest as it was.
+        // The kernel knows the legacy header only, and leaves the rest as it was.
         let has_number = self.header_length == HEADER_LENGTH;
         if length <= first.len() {
             if has_number {

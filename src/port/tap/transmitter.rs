@@ -9,11 +9,12 @@ use log::warn;
 
 use super::TapQueue;
 use crate::counters::Drop;
+use crate::frame::Way;
 use crate::guest::{Chain, ReadSegment, Readable, Virtqueue};
-use crate::port::{Completions, Outcome, Terms};
+use crate::port::{Admission, Completions, Outcome, Terms, admit};
 use crate::sys::uring::MAX_WRITES;
-use crate::traffic::{Notes, Way};
-use crate::vnet_header::{Admission, Admitted, PLAIN_HEADER, PrivateStart, admit};
+use crate::traffic::Notes;
+use crate::vnet_header::{Admitted, PLAIN_HEADER, PrivateStart};
 
 /// Bursts from this many frames on go through io_uring: a submission of one costs more than a
 /// `writev`.
@@ -58,7 +59,7 @@ impl Transmitter {
     pub(super) fn new(terms: &Terms, longest: usize) -> Self {
         let mut admission = terms.admission(longest);
         // A second piece costs a write more than copying a small frame does.
-        admission.copies_small = true;
+        admission.checks.copies_small = true;
         Transmitter {
             admission,
             mtu: terms.mtu,
@@ -112,7 +113,7 @@ impl Transmitter {
         }
         // Or the device's MTU was raised: once a burst it is asked.
         self.renewed = true;
-        self.admission.max_frame = host.longest_frame(self.mtu);
+        self.admission.checks.max_frame = host.longest_frame(self.mtu);
         admit(chain, &self.admission, start)
     }
 
@@ -120,7 +121,7 @@ impl Transmitter {
     #[inline(always)]
     fn checked<'a>(&self, admitted: Admitted, start: &'a PrivateStart) -> &'a [u8] {
         match admitted {
-            Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length],
+            Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length()],
             Admitted::Copied => start.bytes(),
         }
     }
@@ -204,7 +205,7 @@ impl Transmitter {
         start: &PrivateStart,
         done: &mut Completions,
     ) {
-        let header_length = self.admission.header_length;
+        let header_length = self.admission.header_length();
         if done.captures {
             let outcome = admitted.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
             done.capture(tx.next_used(), start, outcome);

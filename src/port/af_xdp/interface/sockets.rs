@@ -18,7 +18,7 @@ use crate::port::af_xdp::abilities::{refused, wait_for_device};
 use crate::port::af_xdp::receiver::RING_SIZES;
 use crate::port::af_xdp::umem::GuestUmem;
 use crate::sys::link;
-use crate::sys::xsk::{Binding, Registration, Socket, Statistics};
+use crate::sys::xsk::{Binding, Registrable, Registration, Socket, Statistics};
 
 /// Memory in bytes that the kernel may use for frames of a socket on their way: a full ring of
 /// them, at what each takes with its bookkeeping.

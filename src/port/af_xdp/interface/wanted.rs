@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::Interface;
+use crate::frame::Way;
 use crate::policy::Filter;
 use crate::policy::filter::seen;
 use crate::port::af_xdp::OpenError;
 use crate::port::af_xdp::program::{self, Attachment, Own, Peers};
 use crate::sys::link::Link;
-use crate::traffic::{Key, MAX_ROWS, Volume, Way};
+use crate::traffic::{Key, MAX_ROWS, PeerCounter, Volume};
 
 /// What is to be done with frames for our queues.
 #[derive(Debug, Clone, Default)]
@@ -54,30 +55,6 @@ impl Interface {
         Ok(())
     }
 
-    /// Has frames for the guest counted by who sends them, from nothing, or not any more.
-    ///
-    /// # Errors
-    /// Those of loading a program; nothing has changed then.
-    pub fn count_peers(&self, on: bool) -> Result<(), OpenError> {
-        let peers = on.then(program::peers).transpose().map_err(|error| {
-            OpenError(format!("count who sends to {}'s queues: {error}", self.name()))
-        })?;
-        self.want(|before| Wanted { peers: peers.map(Arc::new), ..before.clone() })
-    }
-
-    /// What was counted so.
-    ///
-    /// # Errors
-    /// Those of reading the program's map.
-    pub fn peers(&self) -> io::Result<Vec<(Key, Volume)>> {
-        let Some(peers) = self.lock().wanted.peers.clone() else { return Ok(Vec::new()) };
-        let row = |(key, [frames, bytes]): (_, [u64; 2])| {
-            let (protocol, peer) = seen(&key);
-            (Key { way: Way::Rx, protocol, peer }, Volume { frames, bytes })
-        };
-        Ok(peers.recent(2 * MAX_ROWS)?.into_iter().map(row).collect())
-    }
-
     /// How many frames for a queue pair the program has dropped so far, for whomever.
     pub(in crate::port::af_xdp) fn filtered(&self, pair: u16) -> Option<u64> {
         let shared = self.lock();
@@ -101,5 +78,24 @@ impl Interface {
     /// Those of loading a program; frames are judged as before then.
     pub fn set_filter(&self, filter: &Filter) -> Result<(), OpenError> {
         self.want(|before| Wanted { filter: filter.clone(), ..before.clone() })
+    }
+}
+
+impl PeerCounter for Interface {
+    fn count_peers(&self, on: bool) -> io::Result<()> {
+        let peers = on.then(program::peers).transpose().map_err(|error| {
+            io::Error::other(format!("count who sends to {}'s queues: {error}", self.name()))
+        })?;
+        self.want(|before| Wanted { peers: peers.map(Arc::new), ..before.clone() })
+            .map_err(|error| io::Error::other(error.to_string()))
+    }
+
+    fn peers(&self) -> io::Result<Vec<(Key, Volume)>> {
+        let Some(peers) = self.lock().wanted.peers.clone() else { return Ok(Vec::new()) };
+        let row = |(key, [frames, bytes]): (_, [u64; 2])| {
+            let (protocol, peer) = seen(&key);
+            (Key { way: Way::Rx, protocol, peer }, Volume { frames, bytes })
+        };
+        Ok(peers.recent(2 * MAX_ROWS)?.into_iter().map(row).collect())
     }
 }

@@ -6,14 +6,15 @@
 
 use super::Transmitter;
 use crate::counters::{CopyReason, Drop};
+use crate::frame::Way;
 use crate::guest::{Chain, Readable, Segment};
+use crate::port::admission::admit_copied;
 use crate::port::af_xdp::checksum;
 use crate::port::af_xdp::interface::OpenSocket;
 use crate::port::af_xdp::segmentation::Segmentation;
 use crate::port::{Completions, Outcome};
 use crate::sys::xsk::{Descriptor, checksum_request};
-use crate::traffic::Way;
-use crate::vnet_header::{VnetHeader, admit_copied};
+use crate::vnet_header::VnetHeader;
 
 impl Transmitter {
     /// Where a frame of any kind is sent from, or the next segment of the frame that is being cut.
@@ -48,7 +49,7 @@ impl Transmitter {
             done.capture(self.next, &self.start, Outcome::Sent);
         }
         if self.peeks {
-            let header_length = self.admission.header_length;
+            let header_length = self.admission.header_length();
             let frame = &self.start.bytes()[header_length..];
             self.notes.note(Way::Tx, frame, chain.len() - header_length);
         }
@@ -63,11 +64,11 @@ impl Transmitter {
         chain: &Chain<'_, '_, Readable>,
         done: &mut Completions,
     ) -> Result<(), Drop> {
-        let header_length = self.admission.header_length;
+        let header_length = self.admission.header_length();
         let length = chain.len() - header_length;
         let headers = &self.start.bytes()[header_length..];
         if let Some(how) = Segmentation::of(&self.start.header(), headers, length) {
-            if how.longest() > self.admission.max_frame {
+            if how.longest() > self.admission.checks.max_frame {
                 return Err(Drop::TooLong);
             }
             self.cut = Some((how, 0));
@@ -84,7 +85,7 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length;
+        let header_length = self.admission.header_length();
         // Headers that were judged go out as they were then.
         let as_it_is = !self.start.needs_checksum() && !self.admission.judges();
         let length = chain.len() - header_length;
@@ -107,7 +108,7 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length;
+        let header_length = self.admission.header_length();
         let length = chain.len() - header_length;
         let (frame, address) = open.umem.tx_frame(self.pair, slot, length);
         chain.copy_to(header_length, &frame);
@@ -134,7 +135,7 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length;
+        let header_length = self.admission.header_length();
         let (headers, payload) = (how.headers(), how.payload_at(offset));
         let (frame, address) = open.umem.tx_frame(self.pair, slot, headers + payload);
         let whole = &self.start.bytes()[header_length..];

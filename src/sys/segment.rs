@@ -1,7 +1,16 @@
-//! Pieces of memory that the kernel, or the daemon, reads and writes.
+//! Pieces of memory that the kernel, or the daemon, reads and writes: `iovec`s whose lifetime says how
+//! long they stay mapped.
 //!
 //! Invariant: nobody gets a slice of shared memory. What the guest may be writing is copied out, by
 //! volatile access, and only the copy is looked at.
+//!
+//! The type is of this room, since the system calls take it, and says nothing about where memory comes
+//! from. [`Segment::new`] is therefore an `unsafe fn`: its caller promises that the bytes stay mapped,
+//! readable and writable, for `'mem`. `guest` keeps the promise by borrowing the mapping of a region or
+//! of a UMEM, [`tap`](super::tap) with a byte of its own stack. Safe code can only make a segment smaller,
+//! or join two that are adjacent; code outside of `guest` and `sys` cannot write `unsafe`, so it cannot
+//! make one for memory of its choice. [`ReadSegment::of_bytes`] is safe: it borrows a slice, and a
+//! `ReadSegment` has no way to write.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -24,7 +33,7 @@ unsafe impl Send for Segment<'_> {}
 
 impl<'mem> Segment<'mem> {
     /// No bytes.
-    pub(super) const EMPTY: Self = Segment {
+    pub(crate) const EMPTY: Self = Segment {
         iovec: libc::iovec { iov_base: NonNull::<libc::c_void>::dangling().as_ptr(), iov_len: 0 },
         memory: PhantomData,
     };
@@ -46,7 +55,7 @@ impl<'mem> Segment<'mem> {
     /// # Safety
     /// As for [`new`](Self::new).
     #[inline]
-    pub(super) unsafe fn at(start: *mut u8, length: usize) -> Self {
+    pub(crate) unsafe fn at(start: *mut u8, length: usize) -> Self {
         let iovec = libc::iovec { iov_base: start.cast(), iov_len: length };
         Segment { iovec, memory: PhantomData }
     }
@@ -109,7 +118,7 @@ impl<'mem> Segment<'mem> {
 
     /// Has the processor fetch its first bytes: headers are looked at soon.
     #[inline]
-    pub(super) fn prefetch(&self) {
+    pub(crate) fn prefetch(&self) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a prefetch changes nothing, and faults nowhere.
         unsafe {
@@ -189,7 +198,7 @@ impl fmt::Debug for Segment<'_> {
 /// a [`Segment`] in the same system call.
 ///
 /// ```compile_fail,E0599
-/// # use vhost_user_net::guest::ReadSegment;
+/// # use vhost_user_net::sys::segment::ReadSegment;
 /// let bytes = [0u8; 4];
 /// // `bytes` is borrowed as constant: there is no way to write to it.
 /// ReadSegment::of_bytes(&bytes).write(&[1]);
@@ -255,7 +264,7 @@ impl fmt::Debug for ReadSegment<'_> {
 /// A number at any alignment.
 #[repr(C, packed)]
 #[derive(Clone, Copy)]
-pub(super) struct Unaligned<T>(pub(super) T);
+pub(crate) struct Unaligned<T>(pub(crate) T);
 
 /// Copies `length` bytes of shared memory such that each is read once, as words where it can.
 ///

@@ -10,8 +10,10 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 
-use crate::guest::memory::Mapped;
-use crate::guest::{Reservation, Segment};
+use super::memory::Mapped;
+use super::quota::Reservation;
+use crate::sys::segment::Segment;
+use crate::sys::xsk::Registrable;
 
 /// A range of memory for AF_XDP sockets.
 #[derive(Debug)]
@@ -32,6 +34,17 @@ pub struct Umem {
 unsafe impl Send for Umem {}
 // SAFETY: as above; concurrent copies may mix bytes, as they may with the guest or the kernel.
 unsafe impl Sync for Umem {}
+
+// SAFETY: `new` has mapped `length` bytes from `start`, and only `drop` unmaps them.
+unsafe impl Registrable for Umem {
+    fn start(&self) -> usize {
+        self.start.addr().get()
+    }
+
+    fn length(&self) -> usize {
+        self.length
+    }
+}
 
 impl Umem {
     /// Maps an arena of at least `arena` bytes, what `parts` map behind it in the order given, and
@@ -93,16 +106,6 @@ impl Umem {
             }
         }
         Ok(umem)
-    }
-
-    /// Its first address in this process.
-    pub fn start(&self) -> usize {
-        self.start.addr().get()
-    }
-
-    /// Length in bytes.
-    pub fn length(&self) -> usize {
-        self.length
     }
 
     /// Where each part lies, as offsets from the start.

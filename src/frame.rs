@@ -1,0 +1,195 @@
+//! Ethernet frames: the one parser of their headers, and the numbers that stand in them.
+//!
+//! Each reader needs a frame to a different depth, and says so by a parameter: how many VLAN tags are
+//! stepped over ([`Link::parse`]), and which IPv6 extension headers ([`Walk`]). So what the readers differ in
+//! stands where they call.
+//!
+//! | reader | VLAN tags | IPv6 extension headers |
+//! |---|---|---|
+//! | segmentation and checksums ([`Headers`]) | two: a provider's around a customer's | those that Linux segments behind ([`Walk::SEGMENTATION`]) |
+//! | anti-spoofing (`policy::rules`) | one, whose VLAN must be the guest's: the next switch would read a second | all, at most seven |
+//! | filters (`policy::filter`) | two: a frame with a third counts as unknown | all, at most six |
+//!
+//! Invariant: a frame is a slice of bytes that nobody changes, and may end anywhere. Nothing is read behind
+//! its end, no length in it is trusted, and every loop has a limit.
+
+pub mod ethertype;
+mod ip;
+pub mod protocol;
+
+pub use ip::{Ipv4, Ipv6, Upper, Walk};
+
+/// Direction of a frame, as the guest sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Way {
+    /// From the guest.
+    Tx,
+    /// To the guest.
+    Rx,
+}
+
+/// Length in bytes of the Ethernet header without VLAN tags.
+pub const ETHERNET_LENGTH: usize = 14;
+/// Length in bytes of a VLAN tag.
+pub const VLAN_TAG_LENGTH: usize = 4;
+/// Tags of one frame at the most: a provider's around a customer's.
+pub const MAX_VLAN_TAGS: usize = 2;
+/// Ethernet header and VLAN tags: what a frame has on top of its MTU.
+pub const LINK_OVERHEAD: usize = ETHERNET_LENGTH + MAX_VLAN_TAGS * VLAN_TAG_LENGTH;
+/// Longest frame of all, in bytes: the largest IP packet, which only exists unsegmented.
+pub const MAX_FRAME: usize = 65535 + LINK_OVERHEAD;
+
+/// Offset of the ethertype, or of the first VLAN tag.
+const ETHERTYPE_AT: usize = 12;
+
+/// `N` bytes at an offset, if there are as many.
+#[inline]
+pub fn bytes_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..)?.first_chunk().copied()
+}
+
+/// The 16-bit number at an offset, in the network's order.
+#[inline]
+pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes_at(bytes, at).map(u16::from_be_bytes)
+}
+
+/// The bytes before `end`, or all if there are fewer. Receivers cut off what follows a packet, by the packet's
+/// own length: padding holds no headers.
+#[inline]
+pub fn up_to(bytes: &[u8], end: usize) -> &[u8] {
+    bytes.get(..end).unwrap_or(bytes)
+}
+
+/// The VLAN tag that stands first in a frame: priority and VLAN identifier (IEEE 802.1Q).
+#[inline]
+pub fn first_vlan_tag(frame: &[u8]) -> Option<u16> {
+    let tagged = ethertype::is_vlan_tag(u16_at(frame, ETHERTYPE_AT)?);
+    if tagged { u16_at(frame, ETHERTYPE_AT + 2) } else { None }
+}
+
+/// The link layer of a frame: the Ethernet header, and VLAN tags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// Ethertype behind the tags that were stepped over. It is that of a tag if there are more.
+    pub ethertype: u16,
+    /// Offset of the packet in the frame, or of what follows the next tag's ethertype.
+    pub network: usize,
+}
+
+impl Link {
+    /// Reads the Ethernet header, and up to `max_tags` VLAN tags. Returns `None` if the frame ends before.
+    #[inline]
+    pub fn parse(frame: &[u8], max_tags: usize) -> Option<Self> {
+        let mut at = ETHERTYPE_AT;
+        let mut ethertype = u16_at(frame, at)?;
+        // Nearly always.
+        if ethertype != ethertype::IPV4 {
+            let last = ETHERTYPE_AT + max_tags * VLAN_TAG_LENGTH;
+            while at < last && ethertype::is_vlan_tag(ethertype) {
+                at += VLAN_TAG_LENGTH;
+                ethertype = u16_at(frame, at)?;
+            }
+        }
+        Some(Link { ethertype, network: at + 2 })
+    }
+}
+
+/// What segmentation needs to know of a frame's headers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Headers {
+    /// Version of IP.
+    pub version: u8,
+    /// IP protocol of the transport header.
+    pub protocol: u8,
+    /// Offset of the IP header in the frame.
+    pub network: usize,
+    /// Offset of the transport header in the frame.
+    pub transport: usize,
+}
+
+impl Headers {
+    /// Reads Ethernet, VLAN tags and IP. Returns `None` if they are malformed or reach beyond `frame`, and
+    /// for a later fragment, which has no transport header. (For IPv6 the protocol is that of the fragment
+    /// header then, which is no transport protocol's.)
+    ///
+    /// The packet's own length does not count: that of a frame to be segmented says little.
+    #[inline]
+    pub fn parse(frame: &[u8]) -> Option<Self> {
+        let Link { ethertype, network } = Link::parse(frame, MAX_VLAN_TAGS)?;
+        match ethertype {
+            ethertype::IPV4 => {
+                let header = Ipv4::parse(frame.get(network..)?)?;
+                let transport = network + header.header_length();
+                let headers =
+                    Headers { version: 4, protocol: header.protocol(), network, transport };
+                (header.fragment_offset() == 0).then_some(headers)
+            }
+            ethertype::IPV6 => Headers::of_ipv6(frame, network),
+            _ => None,
+        }
+    }
+
+    // By itself: what it keeps in registers costs IPv4 nothing then.
+    #[inline(never)]
+    fn of_ipv6(frame: &[u8], network: usize) -> Option<Self> {
+        let header = Ipv6::parse(frame.get(network..)?)?;
+        let start = network + Ipv6::LENGTH;
+        let upper = Walk::SEGMENTATION.walk(frame, header.next_header(), start)?;
+        let transport = upper.transport?;
+        Some(Headers { version: 6, protocol: upper.protocol, network, transport })
+    }
+
+    /// Whether a checksum that starts at `start` and is stored `offset` bytes further is the own TCP or
+    /// UDP checksum of the packet in `frame`, and lies inside the packet.
+    pub fn own_checksum(&self, frame: &[u8], start: usize, offset: usize) -> bool {
+        let own = match self.protocol {
+            protocol::TCP => protocol::TCP_CHECKSUM,
+            protocol::UDP => protocol::UDP_CHECKSUM,
+            _ => return false,
+        };
+        let packet = frame.get(self.network..).unwrap_or_default();
+        // Ethernet padding follows.
+        let length = match self.version {
+            4 => Ipv4::parse(packet).map(|header| header.total_length()),
+            _ => Ipv6::parse(packet).map(|header| header.total_length()),
+        };
+        let end = length.map_or(0, |length| self.network + length);
+        start == self.transport && offset == usize::from(own) && start + offset + 2 <= end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tagged(tags: &[u16]) -> Vec<u8> {
+        let mut frame = vec![2; ETHERTYPE_AT];
+        tags.iter().for_each(|tag| frame.extend([tag.to_be_bytes(), [0, 7]].concat()));
+        frame.extend(ethertype::IPV4.to_be_bytes());
+        frame
+    }
+
+    #[test]
+    fn as_many_tags_are_stepped_over_as_the_reader_allows() {
+        let frame = tagged(&ethertype::VLAN_TAGS);
+        for (max_tags, found) in ethertype::VLAN_TAGS.into_iter().enumerate() {
+            let network = ETHERNET_LENGTH + max_tags * VLAN_TAG_LENGTH;
+            assert_eq!(Link::parse(&frame, max_tags), Some(Link { ethertype: found, network }));
+        }
+        let network = ETHERNET_LENGTH + 3 * VLAN_TAG_LENGTH;
+        let link = Some(Link { ethertype: ethertype::IPV4, network });
+        assert_eq!((Link::parse(&frame, 3), Link::parse(&frame, 9)), (link, link));
+        for length in 0..frame.len() {
+            assert_eq!(Link::parse(&frame[..length], 3), None, "{length}");
+        }
+    }
+
+    #[test]
+    fn only_a_whole_tag_is_the_first_one() {
+        let frame = tagged(&[0x88a8]);
+        assert_eq!(first_vlan_tag(&frame), Some(7));
+        assert_eq!(first_vlan_tag(&frame[..15]), None);
+        assert_eq!(first_vlan_tag(&tagged(&[])), None);
+    }
+}
