@@ -1,17 +1,16 @@
-//! Ethernet frames: the one parser of their headers, and the numbers that stand in them.
+//! Ethernet frames: one parser of their headers, and the numbers in these headers.
 //!
-//! Each reader needs a frame to a different depth, and says so by a parameter: how many VLAN tags are
-//! stepped over ([`Link::parse`]), and which IPv6 extension headers ([`Walk`]). So what the readers differ in
-//! stands where they call.
+//! The readers of a frame parse it to different depths. Parameters say how deep: the number of VLAN tags
+//! that [`Link::parse`] steps over, and the IPv6 extension headers that a [`Walk`] steps over.
 //!
 //! | reader | VLAN tags | IPv6 extension headers |
 //! |---|---|---|
-//! | segmentation and checksums ([`Headers`]) | two: a provider's around a customer's | those that Linux segments behind ([`Walk::SEGMENTATION`]) |
-//! | anti-spoofing (`policy::rules`) | one, whose VLAN must be the guest's: the next switch would read a second | all, at most seven |
-//! | filters (`policy::filter`) | two: a frame with a third counts as unknown | all, at most six |
+//! | segmentation and checksums ([`Headers`]) | at most two: a provider's around a customer's | those behind which Linux segments ([`Walk::SEGMENTATION`]) |
+//! | anti-spoofing (`policy::rules`) | at most one, of an allowed VLAN: the next switch would act on a second | all, at most seven |
+//! | packet filters (`policy::filter`) | at most two: the rest of a frame with a third is unknown | all, at most six |
 //!
-//! Invariant: a frame is a slice of bytes that nobody changes, and may end anywhere. Nothing is read behind
-//! its end, no length in it is trusted, and every loop has a limit.
+//! Invariant: the parser reads a private copy, which may end anywhere. It reads nothing behind the end,
+//! checks each length in the frame before use, and each of its loops has a limit.
 
 pub mod ethertype;
 mod ip;
@@ -32,9 +31,9 @@ pub enum Way {
 pub const ETHERNET_LENGTH: usize = 14;
 /// Length in bytes of a VLAN tag.
 pub const VLAN_TAG_LENGTH: usize = 4;
-/// Tags of one frame at the most: a provider's around a customer's.
+/// Highest number of VLAN tags of a frame: a provider's around a customer's.
 pub const MAX_VLAN_TAGS: usize = 2;
-/// Ethernet header and VLAN tags: what a frame has on top of its MTU.
+/// Length in bytes of the Ethernet header and all VLAN tags, which the MTU does not include.
 pub const LINK_OVERHEAD: usize = ETHERNET_LENGTH + MAX_VLAN_TAGS * VLAN_TAG_LENGTH;
 /// Longest frame of all, in bytes: the largest IP packet, which only exists unsegmented.
 pub const MAX_FRAME: usize = 65535 + LINK_OVERHEAD;
@@ -54,14 +53,14 @@ pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     bytes_at(bytes, at).map(u16::from_be_bytes)
 }
 
-/// The bytes before `end`, or all if there are fewer. Receivers cut off what follows a packet, by the packet's
-/// own length: padding holds no headers.
+/// The bytes before `end`, or all if there are fewer. A receiver ignores the bytes behind a packet's own length:
+/// padding has no headers.
 #[inline]
 pub fn up_to(bytes: &[u8], end: usize) -> &[u8] {
     bytes.get(..end).unwrap_or(bytes)
 }
 
-/// The VLAN tag that stands first in a frame: priority and VLAN identifier (IEEE 802.1Q).
+/// The first VLAN tag of a frame: priority and VLAN identifier (IEEE 802.1Q).
 #[inline]
 pub fn first_vlan_tag(frame: &[u8]) -> Option<u16> {
     let tagged = ethertype::is_vlan_tag(u16_at(frame, ETHERTYPE_AT)?);
@@ -71,9 +70,9 @@ pub fn first_vlan_tag(frame: &[u8]) -> Option<u16> {
 /// The link layer of a frame: the Ethernet header, and VLAN tags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Link {
-    /// Ethertype behind the tags that were stepped over. It is that of a tag if there are more.
+    /// Ethertype behind the tags that were stepped over. In a frame with more tags it is the next tag's.
     pub ethertype: u16,
-    /// Offset of the packet in the frame, or of what follows the next tag's ethertype.
+    /// Offset in the frame of the bytes behind this ethertype: of the packet, if no tag is left.
     pub network: usize,
 }
 
@@ -83,7 +82,7 @@ impl Link {
     pub fn parse(frame: &[u8], max_tags: usize) -> Option<Self> {
         let mut at = ETHERTYPE_AT;
         let mut ethertype = u16_at(frame, at)?;
-        // Nearly always.
+        // Most frames.
         if ethertype != ethertype::IPV4 {
             let last = ETHERTYPE_AT + max_tags * VLAN_TAG_LENGTH;
             while at < last && ethertype::is_vlan_tag(ethertype) {
@@ -95,7 +94,7 @@ impl Link {
     }
 }
 
-/// What segmentation needs to know of a frame's headers.
+/// The headers of a frame, as segmentation and checksums need them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Headers {
     /// Version of IP.
@@ -113,7 +112,7 @@ impl Headers {
     /// for a later fragment, which has no transport header. (For IPv6 the protocol is that of the fragment
     /// header then, which is no transport protocol's.)
     ///
-    /// The packet's own length does not count: that of a frame to be segmented says little.
+    /// The packet's own length is not checked: each segment gets a new one.
     #[inline]
     pub fn parse(frame: &[u8]) -> Option<Self> {
         let Link { ethertype, network } = Link::parse(frame, MAX_VLAN_TAGS)?;
@@ -130,7 +129,7 @@ impl Headers {
         }
     }
 
-    // By itself: what it keeps in registers costs IPv4 nothing then.
+    // A function of its own, so that IPv4 saves no registers for it.
     #[inline(never)]
     fn of_ipv6(frame: &[u8], network: usize) -> Option<Self> {
         let header = Ipv6::parse(frame.get(network..)?)?;

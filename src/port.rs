@@ -4,7 +4,6 @@
 //! completes chains when the host has finished with them: no `read_frame(&mut [u8])`. A chain that has not
 //! completed is as it was popped, so a session can end at any moment.
 
-mod admission;
 pub mod af_xdp;
 mod announcer;
 mod completions;
@@ -12,16 +11,17 @@ mod host;
 pub mod loopback;
 mod mtu;
 pub mod tap;
+mod tx_stages;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use admission::{Admission, admit};
 pub use announcer::Announcer;
 pub use completions::{Captured, Completions, Moved, Outcome};
 pub use host::{HostQueue, RxFilter};
 pub use tap::TapState;
+pub use tx_stages::TxStages;
 
 use crate::features::Negotiated;
 use crate::guest::{Readable, Virtqueue, Writable};
@@ -180,9 +180,9 @@ pub struct Terms {
 }
 
 impl Terms {
-    /// What frames from the guest may be, up to `max_frame` bytes if not segmented.
-    fn admission(&self, max_frame: usize) -> Admission {
-        let filter = FilterView::new(self.tx_filter.clone());
-        Admission::new(&self.negotiated, max_frame, self.rules.clone(), filter)
+    /// The stages in front of the port, for frames of up to `max_frame` bytes, GSO frames excepted.
+    fn tx_stages(&self, max_frame: usize) -> TxStages {
+        let (rules, filter) = (self.rules.clone(), FilterView::new(self.tx_filter.clone()));
+        TxStages::new(&self.negotiated, max_frame, rules, filter, self.tally.clone())
     }
 }

@@ -139,7 +139,7 @@ pub trait PeerCounter: fmt::Debug + Send + Sync {
 #[derive(Debug, Clone)]
 pub struct Traffic {
     tally: Arc<Tally>,
-    /// Counter of the frames that the workers do not see. It goes with the port's queues.
+    /// Counter of the frames that the workers do not see. It is dropped with the port's queues.
     counter: Option<Weak<dyn PeerCounter>>,
 }
 

@@ -4,7 +4,7 @@
 pub const IPV4: u16 = 0x0800;
 /// ARP.
 pub const ARP: u16 = 0x0806;
-/// RARP, whose packets have the layout of [`ARP`]. Bridges may learn from them too.
+/// RARP, whose packets have the layout of [`ARP`]. Bridges may learn from RARP too.
 pub const RARP: u16 = 0x8035;
 /// IPv6.
 pub const IPV6: u16 = 0x86dd;
@@ -20,7 +20,7 @@ pub const VLAN_TAGS: [u16; 3] = [CUSTOMER_TAG, PROVIDER_TAG, OLD_PROVIDER_TAG];
 /// Smallest ethertype. A smaller number is a length, and 802.2 LLC follows, which may carry any
 /// ethertype behind a SNAP header (IEEE 802.3, RFC 1042).
 pub const MIN: u16 = 0x0600;
-/// Ethertypes that another packet or frame follows, which nobody looks at: TRILL, B.A.T.M.A.N.,
+/// Ethertypes of encapsulations, which no reader looks into: TRILL, B.A.T.M.A.N.,
 /// Ethernet in Ethernet, PPP, MPLS, PPPoE, LLC in jumbo frames, MACsec, PBB, Cisco's tags, HSR, the
 /// E-tag, NSH, and VLAN tags of old.
 pub const CARRIERS: [u16; 18] = [

@@ -33,14 +33,14 @@ impl<'a> Ipv4<'a> {
         usize::from(u16::from_be_bytes([self.0[2], self.0[3]]))
     }
 
-    /// Where the packet's part in this fragment begins, in units of eight bytes. Only at 0 a transport
-    /// header follows.
+    /// Offset of this fragment in the packet, in units of eight bytes. Only the fragment at 0 has a
+    /// transport header.
     #[inline]
     pub fn fragment_offset(self) -> u16 {
         u16::from_be_bytes([self.0[6], self.0[7]]) & 0x1fff
     }
 
-    /// The protocol of what follows.
+    /// Protocol of the next header.
     #[inline]
     pub fn protocol(self) -> u8 {
         self.0[9]
@@ -82,7 +82,7 @@ impl<'a> Ipv6<'a> {
         Ipv6::LENGTH + usize::from(u16::from_be_bytes([self.0[4], self.0[5]]))
     }
 
-    /// The protocol of what follows: a transport protocol, or an extension header.
+    /// Protocol of the next header: a transport protocol, or an extension header.
     #[inline]
     pub fn next_header(self) -> u8 {
         self.0[6]
@@ -106,37 +106,36 @@ impl<'a> Ipv6<'a> {
     }
 }
 
-/// What stands behind the extension headers of an IPv6 packet.
+/// The header behind the extension headers of an IPv6 packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Upper {
-    /// Its protocol. A later fragment says what it is of, which may be an extension header.
+    /// Its protocol. In a later fragment it is what the fragment header names, maybe an extension header.
     pub protocol: u8,
-    /// Where its header begins, which may be behind the packet's end; nothing in a later fragment.
+    /// Its offset, which may be behind the packet's end. `None` in a later fragment.
     pub transport: Option<usize>,
     /// Whether the packet is a fragment, the first one or a later one.
     pub is_fragment: bool,
 }
 
-/// How far a reader walks over the extension headers of an IPv6 packet (RFC 8200, section 4).
+/// A walk over the extension headers of an IPv6 packet (RFC 8200, section 4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Walk {
-    /// Only over headers behind which Linux segments, or all. Another one is what [`Upper`] says stands
-    /// there then.
+    /// Whether the walk ends at an extension header behind which Linux does not segment.
     only_segmentable: bool,
-    /// Over so many headers at the most: one more, and nobody knows what stands behind them.
+    /// Highest number of extension headers in a packet; the walk of a packet with more fails.
     max_headers: usize,
 }
 
 impl Walk {
-    /// No header is looked for that begins so many bytes behind the start of what is walked over.
+    /// Limit in bytes on the offset of a header; the walk of a packet with one at or behind it fails.
     pub const MAX_OFFSET: usize = 1024;
 
-    /// That of segmentation: over hop-by-hop options, routing header and destination options, as
+    /// The walk of segmentation: over hop-by-hop options, routing headers and destination options, as
     /// `ipv6_gso_pull_exthdrs` in net/ipv6/ip6_offload.c.
     pub const SEGMENTATION: Walk =
         Walk { only_segmentable: true, max_headers: Walk::MAX_OFFSET / 8 };
 
-    /// That of a reader of all headers, but not of more than `max_headers` in one packet.
+    /// A walk over all extension headers, at most `max_headers`.
     pub const fn over_all(max_headers: usize) -> Walk {
         Walk { only_segmentable: false, max_headers }
     }
@@ -149,8 +148,8 @@ impl Walk {
         }
     }
 
-    /// Walks from the header of protocol `first` at `start`. Returns `None` if headers are too many, or cut
-    /// short.
+    /// Walks from the header of protocol `first` at `start`. Returns `None` if there are too many headers, or
+    /// one is cut short.
     #[inline(always)]
     pub fn walk(self, packet: &[u8], first: u8, start: usize) -> Option<Upper> {
         let (mut protocol, mut at, mut is_fragment) = (first, start, false);
@@ -201,7 +200,7 @@ mod tests {
         let all = [0, 43, 60, 135, 139, 140];
         assert_eq!(behind(Walk::over_all(6), &all), Some((6, Some(48))));
         assert_eq!(behind(Walk::over_all(5), &all), None);
-        // Mobility headers are nothing that Linux segments behind.
+        // Linux does not segment behind a mobility header.
         assert_eq!(behind(Walk::SEGMENTATION, &all), Some((135, Some(24))));
         assert_eq!(behind(Walk::SEGMENTATION, &[0, 44]), Some((44, Some(8))));
     }
@@ -215,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn fragments_tell_what_they_are_of() {
+    fn fragments_name_their_protocol() {
         let mut first = headers(&[44]);
         let walk = Walk::over_all(6);
         let upper = walk.walk(&first, 44, 0).unwrap();
@@ -227,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_may_not_reach_far_behind_the_start() {
+    fn headers_behind_the_highest_offset_are_refused() {
         let mut far = headers(&[60]);
         far[1] = 126;
         assert_eq!(Walk::over_all(6).walk(&far, 60, 0).unwrap().transport, Some(1016));

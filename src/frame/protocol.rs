@@ -37,7 +37,7 @@ pub const FRAGMENT: u8 = 44;
 /// The authentication header, with its length in units of four bytes (RFC 4302).
 pub const AUTHENTICATION: u8 = 51;
 
-/// Protocols that another packet or frame follows, which nobody looks at: IPv4, IPv6, GRE, AH (in
+/// Protocols of encapsulations, which no reader looks into: IPv4, IPv6, GRE, AH (in
 /// IPv4), IP within IP, EtherIP, IPComp, L2TP and MPLS.
 pub const CARRIERS: [u8; 9] = [4, 41, 47, AUTHENTICATION, 94, 97, 108, 115, 137];
 

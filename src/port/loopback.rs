@@ -1,12 +1,12 @@
 //! A port that returns each frame to the guest that sent it: for tests of a frontend or a driver
 //! without any network, and of everything above the seam.
 
-use super::{Admission, Completions, Mode, Outcome, Port, Readiness, Terms, Virtqueues, admit};
+use super::{Completions, Mode, Outcome, Port, Readiness, Terms, TxStages, Virtqueues};
 use crate::counters::Drop;
 use crate::features::{HEADER_LENGTH, Offloads};
 use crate::frame::LINK_OVERHEAD;
 use crate::guest::{Chain, Readable, Virtqueue, Writable};
-use crate::vnet_header::{Admitted, PLAIN_HEADER, PrivateStart, VnetHeader};
+use crate::vnet_header::{Admitted, PrivateStart, VnetHeader};
 
 /// rx buffers that are in flight at the most.
 const MAX_BUFFERS: usize = 256;
@@ -14,7 +14,7 @@ const MAX_BUFFERS: usize = 256;
 /// A session of the loopback port.
 #[derive(Debug)]
 pub struct Loopback {
-    admission: Admission,
+    stages: TxStages,
     accepted: Offloads,
     mergeable: bool,
     start: PrivateStart,
@@ -39,7 +39,7 @@ impl Loopback {
     pub fn new(terms: &Terms, next_used: u16) -> Self {
         let negotiated = &terms.negotiated;
         Loopback {
-            admission: terms.admission(usize::from(terms.mtu) + LINK_OVERHEAD),
+            stages: terms.tx_stages(usize::from(terms.mtu) + LINK_OVERHEAD),
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
             start: PrivateStart::default(),
@@ -49,8 +49,8 @@ impl Loopback {
     }
 
     /// Checks a frame, and looks for room for it.
-    fn judge(&mut self, frame: &Chain<'_, '_, Readable>, rx: &Virtqueue<'_, Writable>) -> Delivery {
-        let admitted = match admit(frame, &self.admission, &mut self.start) {
+    fn place(&mut self, frame: &Chain<'_, '_, Readable>, rx: &Virtqueue<'_, Writable>) -> Delivery {
+        let admitted = match self.stages.check(frame, &mut self.start) {
             Err(reason) => return Delivery::Never(reason),
             Ok(Admitted::Copied) if !self.start.header().accepted_by(&self.accepted) => {
                 return Delivery::Never(Drop::NotAccepted);
@@ -97,7 +97,7 @@ impl Loopback {
             if let Some(checked) = checked.get(copied..) {
                 buffer.write_at(0, &checked[..checked.len().min(length)]);
             }
-            if index == 0 && self.admission.header_length() == HEADER_LENGTH {
+            if index == 0 && self.stages.header_length() == HEADER_LENGTH {
                 buffer.write_at(VnetHeader::NUM_BUFFERS, &(buffers as u16).to_le_bytes());
             }
             copied += length;
@@ -125,46 +125,39 @@ impl<'mem> Port<'mem> for Loopback {
 
     fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions) {
         self.starved = false;
-        self.admission.begin_burst(done.captures);
+        self.stages.begin_burst(done);
         let Virtqueues { tx: Some(tx), rx: Some(rx) } = queues else { return };
         let mut delivered = 0;
         while tx.next_used() != self.until && delivered < rx_allowance {
             let position = tx.next_used();
             let frame = tx.chain(position);
-            let delivery = self.judge(&frame, rx);
-            let outcome = match delivery {
-                Delivery::Fits(..) => Outcome::Sent,
-                Delivery::Never(reason) => Outcome::Dropped(reason),
+            let length = frame.len().saturating_sub(self.stages.header_length());
+            match self.place(&frame, rx) {
                 Delivery::Waits => {
                     self.starved = true;
                     return;
                 }
-            };
-            if done.captures {
-                done.capture(position, &self.start, outcome);
-            }
-            match delivery {
-                Delivery::Fits(admitted, buffers) => {
-                    let length = frame.len() - self.admission.header_length();
-                    let checked = match admitted {
-                        Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length()],
-                        Admitted::Copied => self.start.bytes(),
-                    };
-                    self.deliver(&frame, checked, buffers, rx);
+                Delivery::Never(reason) => {
+                    let outcome = Outcome::Dropped(reason);
+                    self.stages.observe(position, &self.start, length, outcome, done);
+                    done.drop_oldest(tx, reason);
+                }
+                Delivery::Fits(how, buffers) => {
+                    self.stages.observe(position, &self.start, length, Outcome::Sent, done);
+                    self.deliver(&frame, self.stages.checked(how, &self.start), buffers, rx);
                     for moved in [&mut done.rx, &mut done.tx] {
                         moved.frames += 1;
                         moved.bytes += length as u64;
-                        if admitted == Admitted::Copied {
+                        if how == Admitted::Copied {
                             moved.surplus += self.start.surplus(length);
                         }
                     }
                     delivered += 1;
                     tx.push_used(0);
                 }
-                Delivery::Never(reason) => done.drop_oldest(tx, reason),
-                Delivery::Waits => {}
             }
         }
+        self.stages.end_burst();
     }
 
     fn mode(&self) -> Mode {

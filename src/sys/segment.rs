@@ -5,7 +5,7 @@
 //! volatile access, and only the copy is looked at.
 //!
 //! The type is of this room, since the system calls take it, and says nothing about where memory comes
-//! from. [`Segment::new`] is therefore an `unsafe fn`: its caller promises that the bytes stay mapped,
+//! from. `Segment::new` is therefore an `unsafe fn`: its caller promises that the bytes stay mapped,
 //! readable and writable, for `'mem`. `guest` keeps the promise by borrowing the mapping of a region or
 //! of a UMEM, [`tap`](super::tap) with a byte of its own stack. Safe code can only make a segment smaller,
 //! or join two that are adjacent; code outside of `guest` and `sys` cannot write `unsafe`, so it cannot

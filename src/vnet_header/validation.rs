@@ -116,8 +116,8 @@ impl HeaderChecks {
         }
     }
 
-    /// Prepares for a burst. `copies_headers` says whether somebody inspects the headers of its frames: each
-    /// frame then begins with a copy of them.
+    /// Prepares for a burst. With `copies_headers` each of its frames is sent behind a copy of its headers, for
+    /// callers that inspect them.
     pub fn begin_burst(&mut self, copies_headers: bool) {
         self.unseen = match copies_headers {
             true => 0..0,
@@ -144,7 +144,8 @@ impl HeaderChecks {
             && chain.first_u16().is_some_and(VnetHeader::asks_for_nothing)
     }
 
-    /// Passes a frame that asks for nothing, and that nobody inspects. Returns nothing for any other frame.
+    /// Passes a frame whose header requests nothing, if no caller inspects headers. Returns `None` for any other
+    /// frame.
     #[inline(always)]
     pub fn pass_plain(
         &self,
@@ -162,8 +163,8 @@ impl HeaderChecks {
         })
     }
 
-    /// Checks the virtio header alone: of a frame in one piece that is not to be segmented, and that nobody
-    /// inspects. Returns nothing for any other frame.
+    /// Checks the virtio header of a frame in one piece that is not to be segmented, if no caller inspects
+    /// headers. Returns `None` for any other frame.
     #[inline(always)]
     pub fn check_header(
         &self,

@@ -33,7 +33,7 @@ use vhost_user_net::policy::{
 };
 use vhost_user_net::port::HostQueue;
 use vhost_user_net::port::af_xdp::segmentation::Segmentation;
-use vhost_user_net::port::{Admission, admit};
+use vhost_user_net::port::{Completions, TxStages};
 use vhost_user_net::protocol::{Connection, Event};
 use vhost_user_net::sandbox::Sandbox;
 use vhost_user_net::vnet_header::{Admitted, PrivateStart};
@@ -196,9 +196,9 @@ pub fn rings(mut data: &[u8]) {
 
 fn walk_both(guest: &Guest, layout: RingLayout, notification: Notification) {
     let mut start = PrivateStart::default();
-    let admission = admission(&negotiated(u64::MAX));
+    let stages = stages(&negotiated(u64::MAX));
     walk::<Readable>(guest, layout, notification, |chain| {
-        check_admission(chain, &admission, &mut start);
+        check_stages(chain, &stages, &mut start);
         let mut bytes = [0; 64];
         chain.read_start(&mut bytes);
         0
@@ -291,12 +291,12 @@ fn negotiated(bits: u64) -> Negotiated {
     offer().accept(bits & offer().bits()).unwrap()
 }
 
-fn admission(negotiated: &Negotiated) -> Admission {
+fn stages(negotiated: &Negotiated) -> TxStages {
     let filter = FilterView::new(Arc::default());
-    let mut admission = Admission::new(negotiated, 1522, None, filter);
-    admission.checks.copies_small = negotiated.mergeable();
-    admission.begin_burst(false);
-    admission
+    let mut stages = TxStages::new(negotiated, 1522, None, filter, Arc::default());
+    stages.headers.copies_small = negotiated.mergeable();
+    stages.begin_burst(&Completions::default());
+    stages
 }
 
 /// Rules for a guest that has this Ethernet address and those of two prefixes.
@@ -353,53 +353,49 @@ fn filters(data: &[u8]) {
 }
 
 /// What goes over the wire passes as what was judged did.
-fn check_judged(sent: &[u8], admission: &Admission) {
-    if let Some(rules) = &admission.rules {
+fn check_judged(sent: &[u8], stages: &TxStages) {
+    if let Some(rules) = &stages.anti_spoofing {
         assert_eq!(rules.check(sent), Ok(()), "what is sent is what was judged");
     }
-    if let Some(filter) = admission.filter.current() {
+    if let Some(filter) = stages.filter.current() {
         assert_eq!(filter.judge(sent), Ok(()), "what is sent is what was judged");
     }
 }
 
 /// Checks a frame as a port does, and the check.
-fn check_admission(
-    chain: &Chain<'_, '_, Readable>,
-    admission: &Admission,
-    start: &mut PrivateStart,
-) {
-    match admit(chain, admission, start) {
+fn check_stages(chain: &Chain<'_, '_, Readable>, stages: &TxStages, start: &mut PrivateStart) {
+    match stages.check(chain, start) {
         Ok(Admitted::Copied) => {
-            check_admitted(start, admission, chain.len() - admission.header_length());
+            check_admitted(start, stages, chain.len() - stages.header_length());
         }
         Ok(Admitted::Plain) => {
-            assert!(!admission.judges(), "what is judged is copied");
-            let length = chain.len() - admission.header_length();
-            assert!((14..=admission.checks.max_frame).contains(&length));
+            assert!(!stages.inspects_headers(), "what is judged is copied");
+            let length = chain.len() - stages.header_length();
+            assert!((14..=stages.headers.max_frame).contains(&length));
         }
         Err(_) => {}
     }
 }
 
 /// What a frame may count on that was admitted.
-fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
+fn check_admitted(start: &PrivateStart, stages: &TxStages, length: usize) {
     let header = start.header();
-    assert!(header.accepted_by(&admission.checks.offloads), "{header:?}");
+    assert!(header.accepted_by(&stages.headers.offloads), "{header:?}");
     if header.needs_checksum() {
         let end = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
         assert!(end <= length, "{header:?} of {length} bytes");
     }
     if !header.is_segmented() {
-        assert!(length <= admission.checks.max_frame);
+        assert!(length <= stages.headers.max_frame);
     }
-    let whole = &start.bytes()[admission.header_length()..];
-    check_judged(whole, admission);
-    if header.needs_checksum() && admission.judges() {
+    let whole = &start.bytes()[stages.header_length()..];
+    check_judged(whole, stages);
+    if header.needs_checksum() && stages.inspects_headers() {
         let at = usize::from(header.csum_start) + usize::from(header.csum_offset);
         for value in [0, 0x19, 0xff] {
             let mut completed = whole.to_vec();
             completed.iter_mut().skip(at).take(2).for_each(|byte| *byte = value);
-            check_judged(&completed, admission);
+            check_judged(&completed, stages);
         }
     }
     let Some(how) = Segmentation::of(&header, whole, length) else {
@@ -412,7 +408,7 @@ fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
         let headers = how.headers_at(whole, offset);
         assert!(how.headers() + how.payload_at(offset) <= how.longest());
         assert_eq!(headers[..12], whole[..12], "the addresses stay");
-        check_judged(&headers[..how.headers()], admission);
+        check_judged(&headers[..how.headers()], stages);
         if how.is_last(offset) {
             break;
         }
@@ -429,19 +425,19 @@ pub fn headers(mut data: &[u8]) {
     let [low, high] = take(&mut data);
     let length = usize::from(u16::from_le_bytes([low, high]));
     let negotiated = negotiated(bits);
-    let mut admission = admission(&negotiated);
-    let address = admission.header_length() + 6;
+    let mut stages = stages(&negotiated);
+    let address = stages.header_length() + 6;
     if bits >> 63 == 1
         && let Some(mac) = data.get(address..).and_then(|rest| rest.first_chunk())
     {
-        admission.rules = Some(Arc::new(rules(*mac)));
+        stages.anti_spoofing = Some(Arc::new(rules(*mac)));
     }
     if bits >> 62 & 1 == 1 {
         let filter = "deny tcp dport 0-99; allow udp; deny sport 1; default allow";
         let live = Arc::new(LiveFilter::new(filter.parse().unwrap()));
-        admission.filter = FilterView::new(live);
+        stages.filter = FilterView::new(live);
     }
-    admission.begin_burst(false);
+    stages.begin_burst(&Completions::default());
     let mut bytes = data.to_vec();
     bytes.resize(length.clamp(data.len().min(0x3000), 0x3000), 0x11);
     Headers::parse(&bytes);
@@ -480,7 +476,7 @@ pub fn headers(mut data: &[u8]) {
             |chain| {
                 seen += 1;
                 assert_eq!(chain.len(), bytes.len());
-                check_admission(chain, &admission, &mut start);
+                check_stages(chain, &stages, &mut start);
                 0
             },
         );

@@ -37,7 +37,7 @@ impl Rules {
         let upper = Walk::over_all(MAX_EXTENSIONS)
             .walk(packet.0, header.next_header(), Ipv6::LENGTH)
             .ok_or(Drop::Forbidden)?;
-        // Nothing in a later fragment.
+        // A later fragment has none.
         let payload = upper.transport.map(|at| packet.from(at)).transpose()?;
         let icmp = payload.filter(|_| upper.protocol == protocol::ICMPV6);
         if let Some(bytes) = icmp {

@@ -9,12 +9,10 @@ use log::warn;
 
 use super::TapQueue;
 use crate::counters::Drop;
-use crate::frame::Way;
 use crate::guest::{Chain, ReadSegment, Readable, Virtqueue};
-use crate::port::{Admission, Completions, Outcome, Terms, admit};
+use crate::port::{Completions, Outcome, Terms, TxStages};
 use crate::sys::uring::MAX_WRITES;
-use crate::traffic::Notes;
-use crate::vnet_header::{Admitted, PLAIN_HEADER, PrivateStart};
+use crate::vnet_header::{Admitted, PrivateStart};
 
 /// Bursts from this many frames on go through io_uring: a submission of one costs more than a
 /// `writev`.
@@ -38,37 +36,32 @@ impl Frame {
 /// What writes frames.
 #[derive(Debug)]
 pub(super) struct Transmitter {
-    admission: Admission,
-    /// The card's MTU, by which `admission` is renewed.
+    stages: TxStages,
+    /// The virtio-net device's MTU in bytes, by which the longest frame is renewed.
     mtu: u16,
-    /// It was renewed in this burst.
+    /// Whether that was renewed in this burst.
     renewed: bool,
     /// The checked start of each frame of a burst that is not plain.
     starts: Vec<PrivateStart>,
     frames: Vec<Frame>,
     /// Room for the segments of a burst's frames.
     segments: Vec<ReadSegment<'static>>,
-    notes: Notes,
-    /// Whether admitted frames are noted.
-    peeks: bool,
     /// The device had no room for the last frame.
     pub(super) blocked: bool,
 }
 
 impl Transmitter {
     pub(super) fn new(terms: &Terms, longest: usize) -> Self {
-        let mut admission = terms.admission(longest);
+        let mut stages = terms.tx_stages(longest);
         // A second piece costs a write more than copying a small frame does.
-        admission.checks.copies_small = true;
+        stages.headers.copies_small = true;
         Transmitter {
-            admission,
+            stages,
             mtu: terms.mtu,
             renewed: false,
             starts: vec![PrivateStart::default(); MAX_WRITES],
             frames: Vec::with_capacity(MAX_WRITES),
             segments: Vec::new(),
-            notes: Notes::new(terms.tally.clone()),
-            peeks: false,
             blocked: false,
         }
     }
@@ -83,9 +76,7 @@ impl Transmitter {
     ) {
         self.blocked = false;
         self.renewed = false;
-        self.peeks = self.notes.wanted();
-        // A capture shows what was judged.
-        self.admission.begin_burst(self.peeks || done.captures);
+        self.stages.begin_burst(done);
         let mut starts = mem::take(&mut self.starts);
         while tx.next_used() != until && !self.blocked {
             let frames = usize::from(until.wrapping_sub(tx.next_used()));
@@ -96,7 +87,7 @@ impl Transmitter {
             }
         }
         self.starts = starts;
-        self.notes.publish();
+        self.stages.end_burst();
     }
 
     /// Checks a frame.
@@ -107,23 +98,14 @@ impl Transmitter {
         start: &mut PrivateStart,
         host: &TapQueue,
     ) -> Result<Admitted, Drop> {
-        let admitted = admit(chain, &self.admission, start);
+        let admitted = self.stages.check(chain, start);
         if admitted != Err(Drop::TooLong) || self.renewed {
             return admitted;
         }
         // Or the device's MTU was raised: once a burst it is asked.
         self.renewed = true;
-        self.admission.checks.max_frame = host.longest_frame(self.mtu);
-        admit(chain, &self.admission, start)
-    }
-
-    /// What a frame begins with that was admitted.
-    #[inline(always)]
-    fn checked<'a>(&self, admitted: Admitted, start: &'a PrivateStart) -> &'a [u8] {
-        match admitted {
-            Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length()],
-            Admitted::Copied => start.bytes(),
-        }
+        self.stages.headers.max_frame = host.longest_frame(self.mtu);
+        self.stages.check(chain, start)
     }
 
     /// Sends the oldest frame.
@@ -137,7 +119,7 @@ impl Transmitter {
         let chain = tx.chain(tx.next_used());
         let mut admitted = self.admit(&chain, start, host);
         if let Ok(how) = admitted {
-            let checked = self.checked(how, start);
+            let checked = self.stages.checked(how, start);
             let first = ReadSegment::of_bytes(checked);
             let written = if checked.len() >= chain.len() {
                 host.queue.write(&[first])
@@ -175,7 +157,7 @@ impl Transmitter {
             let admitted = self.admit(&chain, start, host);
             let first = segments.len() as u32;
             if let Ok(how) = admitted {
-                let checked = self.checked(how, start);
+                let checked = self.stages.checked(how, start);
                 segments.push(ReadSegment::of_bytes(checked));
                 match chain.only_after(checked.len()) {
                     Some(rest) => segments.push(rest.into()),
@@ -205,25 +187,19 @@ impl Transmitter {
         start: &PrivateStart,
         done: &mut Completions,
     ) {
-        let header_length = self.admission.header_length();
-        if done.captures {
-            let outcome = admitted.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
-            done.capture(tx.next_used(), start, outcome);
-        }
+        let position = tx.next_used();
+        let length = tx.chain(position).len().saturating_sub(self.stages.header_length());
+        let outcome = admitted.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
+        self.stages.observe(position, start, length, outcome, done);
         let how = match admitted {
             Ok(how) => how,
             Err(reason) => return done.drop_oldest(tx, reason),
         };
-        let length = tx.push_used(0) - header_length;
+        tx.push_used(0);
         done.tx.frames += 1;
         done.tx.bytes += length as u64;
-        if how == Admitted::Copied {
-            if start.is_segmented() {
-                done.tx.surplus += start.surplus(length);
-            }
-            if self.peeks {
-                self.notes.note(Way::Tx, &start.bytes()[header_length..], length);
-            }
+        if how == Admitted::Copied && start.is_segmented() {
+            done.tx.surplus += start.surplus(length);
         }
     }
 }

@@ -6,9 +6,7 @@
 
 use super::Transmitter;
 use crate::counters::{CopyReason, Drop};
-use crate::frame::Way;
 use crate::guest::{Chain, Readable, Segment};
-use crate::port::admission::admit_copied;
 use crate::port::af_xdp::checksum;
 use crate::port::af_xdp::interface::OpenSocket;
 use crate::port::af_xdp::segmentation::Segmentation;
@@ -41,18 +39,12 @@ impl Transmitter {
         chain: &Chain<'_, '_, Readable>,
         done: &mut Completions,
     ) -> Result<(), Drop> {
-        admit_copied(chain, &self.admission, &mut self.start)?;
+        self.stages.check_copied(chain, &mut self.start)?;
         if self.start.is_segmented() {
             self.begin_cut(chain, done)?;
         }
-        if done.captures {
-            done.capture(self.next, &self.start, Outcome::Sent);
-        }
-        if self.peeks {
-            let header_length = self.admission.header_length();
-            let frame = &self.start.bytes()[header_length..];
-            self.notes.note(Way::Tx, frame, chain.len() - header_length);
-        }
+        let length = chain.len() - self.stages.header_length();
+        self.stages.observe(self.next, &self.start, length, Outcome::Sent, done);
         Ok(())
     }
 
@@ -64,11 +56,11 @@ impl Transmitter {
         chain: &Chain<'_, '_, Readable>,
         done: &mut Completions,
     ) -> Result<(), Drop> {
-        let header_length = self.admission.header_length();
+        let header_length = self.stages.header_length();
         let length = chain.len() - header_length;
         let headers = &self.start.bytes()[header_length..];
         if let Some(how) = Segmentation::of(&self.start.header(), headers, length) {
-            if how.longest() > self.admission.checks.max_frame {
+            if how.longest() > self.stages.headers.max_frame {
                 return Err(Drop::TooLong);
             }
             self.cut = Some((how, 0));
@@ -85,9 +77,9 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length();
+        let header_length = self.stages.header_length();
         // Headers that were judged go out as they were then.
-        let as_it_is = !self.start.needs_checksum() && !self.admission.judges();
+        let as_it_is = !self.start.needs_checksum() && !self.stages.inspects_headers();
         let length = chain.len() - header_length;
         let in_place = chain
             .first_after(header_length)
@@ -108,14 +100,14 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length();
+        let header_length = self.stages.header_length();
         let length = chain.len() - header_length;
         let (frame, address) = open.umem.tx_frame(self.pair, slot, length);
         chain.copy_to(header_length, &frame);
         frame.write(&self.start.bytes()[header_length..]);
         let (reason, options) = if self.start.header().needs_checksum() {
             (CopyReason::Checksum, self.complete(&frame, slot, open))
-        } else if self.admission.judges() {
+        } else if self.stages.inspects_headers() {
             (CopyReason::Rules, 0)
         } else {
             (CopyReason::Pieces, 0)
@@ -135,7 +127,7 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length();
+        let header_length = self.stages.header_length();
         let (headers, payload) = (how.headers(), how.payload_at(offset));
         let (frame, address) = open.umem.tx_frame(self.pair, slot, headers + payload);
         let whole = &self.start.bytes()[header_length..];
