@@ -27,9 +27,9 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::config::{Config, Frontend, MAX_QUEUE_PAIRS};
+use crate::config::{Config, MAX_QUEUE_PAIRS};
 use crate::daemon::{Ports, too_late};
-use crate::endpoint::{Endpoint, set_access};
+use crate::endpoint::{Endpoint, Frontend, set_access};
 use crate::error::StartError;
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 

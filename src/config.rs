@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::client::Question;
 use crate::doctor::Examination;
+use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
 use crate::policy::{Filter, Identity, Limit};
 use crate::sys::process::host_memory;
@@ -191,17 +192,6 @@ pub struct PortConfig {
     pub cpu_affinity: Vec<usize>,
 }
 
-/// Where the frontend comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Frontend {
-    /// Listen at a path.
-    Listen(PathBuf),
-    /// An inherited descriptor.
-    Inherited(RawFd),
-    /// Connect to a path.
-    Connect(PathBuf),
-}
-
 /// Where frames go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
@@ -272,17 +262,6 @@ impl fmt::Display for Host {
             Host::TapDescriptors(_) => f.write_str("tap"),
             Host::AfXdp(af_xdp) => write!(f, "af_xdp {} queue {}", af_xdp.name, af_xdp.queue),
             Host::Loopback => f.write_str("loopback"),
-        }
-    }
-}
-
-impl Frontend {
-    /// The option that names it.
-    fn key(&self) -> &'static str {
-        match self {
-            Frontend::Listen(_) => "socket-path",
-            Frontend::Inherited(_) => "fd",
-            Frontend::Connect(_) => "connect",
         }
     }
 }

@@ -18,7 +18,6 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use nix::unistd::getegid;
 
-use crate::config::Frontend;
 use crate::error::StartError;
 use crate::event::Interest;
 use crate::sandbox::find_group;
@@ -74,6 +73,28 @@ impl Accepting {
     /// What its listener is waited on for.
     pub fn interest(&self) -> Interest {
         if self.retry.is_some() { Interest::Nothing } else { Interest::Read }
+    }
+}
+
+/// Where a port's frontend comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Frontend {
+    /// Listen at a path.
+    Listen(PathBuf),
+    /// An inherited descriptor.
+    Inherited(RawFd),
+    /// Connect to a path.
+    Connect(PathBuf),
+}
+
+impl Frontend {
+    /// The option that names it.
+    pub(crate) fn key(&self) -> &'static str {
+        match self {
+            Frontend::Listen(_) => "socket-path",
+            Frontend::Inherited(_) => "fd",
+            Frontend::Connect(_) => "connect",
+        }
     }
 }
 

@@ -22,7 +22,8 @@ use nix::sys::prctl;
 use nix::unistd::{Gid, Group, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 
-use crate::config::{Config, Confinement, Frontend, Host, MetricsAddress, PortConfig, Seccomp};
+use crate::config::{Config, Confinement, Host, MetricsAddress, PortConfig, Seccomp};
+use crate::endpoint::Frontend;
 use crate::error::StartError;
 use crate::sys::process::clear_file_mode_mask;
 

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::config::Frontend;
 use crate::counters::PairCounters;
 use crate::descriptors::DescriptorQuota;
+use crate::endpoint::Frontend;
 use crate::guest::MemoryQuota;
 use crate::policy::{Limits, LiveFilter};
 use crate::port::{Mode, RxFilter};

@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use super::Command;
 use super::client::{Connection, Failure};
-use crate::config::{Frontend, Host, PortConfig, PortOptions, read_file};
+use crate::config::{Host, PortConfig, PortOptions, read_file};
 use crate::daemon::{Descriptors, open_queues};
-use crate::endpoint::{Endpoint, share};
+use crate::endpoint::{Endpoint, Frontend, share};
 use crate::error::StartError;
 use crate::sandbox::find_group;
 use crate::sys::device;

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::config::Frontend;
 use crate::counters::{CopyReason, DirectionCounters, Drop};
 use crate::daemon::{Port, Ports};
+use crate::endpoint::Frontend;
 use crate::features;
 use crate::status::{FrontendStatus, PairStatus, PortStatus};
 use crate::sys::link::{Drops, Link};

@@ -11,9 +11,9 @@ use std::time::Instant;
 use log::warn;
 
 use super::{Wanted, metrics};
-use crate::config::{Frontend, MetricsAddress};
+use crate::config::MetricsAddress;
 use crate::daemon::Ports;
-use crate::endpoint::{Accepting, Endpoint, set_access};
+use crate::endpoint::{Accepting, Endpoint, Frontend, set_access};
 use crate::error::StartError;
 use crate::sys::socket::refuse_descriptors;
 

@@ -249,7 +249,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::{AfXdp, Attach, Frontend, Host, Mode, PortConfig};
+    use crate::config::{AfXdp, Attach, Host, Mode, PortConfig};
+    use crate::endpoint::Frontend;
 
     fn read(arguments: &[&str]) -> Result<PortConfig, String> {
         let all = ["vhost-user-net"].iter().chain(arguments).map(Into::into);

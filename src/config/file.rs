@@ -263,7 +263,8 @@ fn position(text: &str, offset: usize) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Frontend, Host};
+    use crate::config::Host;
+    use crate::endpoint::Frontend;
     use crate::policy::Limit;
 
     #[test]

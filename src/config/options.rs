@@ -13,7 +13,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::net_backend::NetBackend;
-use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
+use super::{AfXdp, Attach, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
+use crate::endpoint::Frontend;
 use crate::net_config::{MIN_MTU, MacAddress};
 use crate::policy::{Filter, Identity, Limit};
 use crate::sys::device::MAX_ALTERNATIVE_NAME as MAX_NAME;

@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
-use crate::config::Frontend;
 use crate::device::{Device, Refusal};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Frontend};
 use crate::event::{Interest, Poller, until};
 use crate::policy::{Filter, Rules};
 use crate::protocol::{self, Connection, Event, Message, Reply, Retold};

@@ -26,9 +26,9 @@ use super::control::{self, HandoverFds, Order};
 use super::ports::{Handover, Opened, Port, Ports, Refusal};
 use crate::api::Command;
 use crate::api::client::{Connection, Failure};
-use crate::config::{Frontend, Host, PortOptions};
+use crate::config::{Host, PortOptions};
 use crate::counters::PairCounters;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Frontend};
 use crate::error::StartError;
 use crate::port::TapState;
 

@@ -6,7 +6,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use log::info;
 
-use crate::config::{Frontend, Host, PortConfig};
+use crate::config::{Host, PortConfig};
+use crate::endpoint::Frontend;
 use crate::error::StartError;
 use crate::port::af_xdp::Interface;
 use crate::port::tap::TapQueue;

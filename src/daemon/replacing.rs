@@ -16,8 +16,8 @@ use log::{error, info, warn};
 
 use super::control::{Order, Predecessor};
 use super::ports::{Opened, Port, Ports, Prepared, Refusal, offer};
-use crate::config::{Frontend, Host, PortConfig, PortOptions};
-use crate::endpoint::Endpoint;
+use crate::config::{Host, PortConfig, PortOptions};
+use crate::endpoint::{Endpoint, Frontend};
 use crate::error::{StartError, no_descriptor};
 use crate::features::{PortOffloads, names};
 use crate::policy::Filter;

@@ -3,7 +3,8 @@
 
 use std::path::PathBuf;
 
-use crate::config::{AfXdp, Attach, Config, Frontend, Host, Mode, PortConfig, device_name};
+use crate::config::{AfXdp, Attach, Config, Host, Mode, PortConfig, device_name};
+use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
 
 use super::network::Network;
