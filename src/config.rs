@@ -24,6 +24,7 @@ use crate::doctor::Examination;
 use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
 use crate::policy::{Filter, Identity, Limit};
+use crate::sandbox::{Confinement, Needs};
 use crate::sys::process::host_memory;
 
 pub use arguments::{command, parse};
@@ -119,30 +120,6 @@ impl fmt::Display for MetricsAddress {
             MetricsAddress::Tcp(address) => address.fmt(f),
         }
     }
-}
-
-/// What the daemon gives up once it has opened everything.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Confinement {
-    /// What happens at a system call that no thread of ours makes.
-    pub seccomp: Seccomp,
-    /// The user to become, by name or number.
-    pub user: Option<String>,
-    /// The group to become; without one, the user's.
-    pub group: Option<String>,
-}
-
-/// What happens at a system call that no thread of ours makes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Seccomp {
-    /// Kill the process.
-    #[default]
-    Kill,
-    /// Have the kernel log the call.
-    Log,
-    /// Install no filter.
-    None,
 }
 
 /// One card.
@@ -279,6 +256,22 @@ impl Host {
 }
 
 impl Config {
+    /// Rights that the sandboxed daemon needs for its ports, its control socket and its metrics.
+    pub fn needs(&self) -> Needs<'_> {
+        let listening = self.ports.iter().filter_map(|port| match &port.frontend {
+            Frontend::Listen(path) => Some(path.as_path()),
+            Frontend::Inherited(_) | Frontend::Connect(_) => None,
+        });
+        let metrics = match &self.metrics {
+            Some(MetricsAddress::Unix(path)) => Some(path.as_path()),
+            Some(MetricsAddress::Tcp(_)) | None => None,
+        };
+        Needs {
+            af_xdp: self.ports.iter().any(|port| matches!(port.host, Host::AfXdp(_))),
+            sockets: listening.chain(self.control.as_deref()).chain(metrics).collect(),
+        }
+    }
+
     /// What was said about the daemon itself, which can't change while it runs: keys and values.
     pub fn settings(&self) -> BTreeMap<&'static str, String> {
         let Config { log_level, control, metrics, confinement, .. } = self;

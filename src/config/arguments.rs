@@ -9,11 +9,10 @@ use log::LevelFilter;
 
 use crate::api::client::{Question, Verb};
 use crate::doctor::{self, Examination};
+use crate::sandbox::{Confinement, Seccomp};
 
 use super::options::{OPERATION, socket_path};
-use super::{
-    Config, Confinement, Invocation, MetricsAddress, PortOptions, Seccomp, check_start, file,
-};
+use super::{Config, Invocation, MetricsAddress, PortOptions, check_start, file};
 
 /// `--print-capabilities` of QEMU's backend program conventions.
 const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
