@@ -4,15 +4,10 @@
 //! user (SO_PEERCRED). A client can take little: lines are short, clients are few, and who does not
 //! read its replies is not read from. Descriptors come with the blanks before a request.
 
-pub mod client;
 mod metrics;
-mod record;
-pub mod reload;
 mod report;
-mod requests;
+pub mod requests;
 pub mod scrape;
-mod stats;
-pub mod top;
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -49,10 +44,10 @@ const RELOAD: &str = "{\"reload\":true}\n";
 
 /// A line from a client.
 #[derive(Debug, Serialize, Deserialize)]
-struct Request {
-    version: u32,
+pub(crate) struct Request {
+    pub(crate) version: u32,
     #[serde(flatten)]
-    command: Command,
+    pub(crate) command: Command,
 }
 
 /// What clients may ask about the daemon itself.

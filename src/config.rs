@@ -19,7 +19,7 @@ use std::time::Duration;
 use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
-use crate::api::client::Question;
+use crate::ctl::connection::Question;
 use crate::doctor::Examination;
 use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;

@@ -27,7 +27,7 @@
 //! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
 //! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
 //! [`counters`] what it did. What ports are
-//! doing is in their [`status`], which the [`api`] shows to operators; a [`capture`] is a copy of what
+//! doing is in their [`status`], which the [`api`] shows to operators and [`ctl`] asks for; a [`capture`] is a copy of what
 //! they move. [`descriptors`] is how many may be open. [`error`] is why something does not start. [`logging`] writes lines that nobody waits for, and the [`sandbox`] is what all of
 //! this runs in. The [`doctor`] looks at a host before any of it does. Unsafe code is in [`guest`]
 //! and [`sys`] only, but for the first statement of `main`.
@@ -36,6 +36,7 @@ pub mod api;
 pub mod capture;
 pub mod config;
 pub mod counters;
+pub mod ctl;
 pub mod daemon;
 pub mod descriptors;
 pub mod device;

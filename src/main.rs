@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use vhost_user_net::api::client::Failure;
+use vhost_user_net::ctl::connection::Failure;
 use vhost_user_net::config::{self, Invocation};
 use vhost_user_net::daemon;
 use vhost_user_net::sys::process::note_inherited;

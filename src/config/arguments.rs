@@ -7,7 +7,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueHint};
 use log::LevelFilter;
 
-use crate::api::client::{Question, Verb};
+use crate::ctl::connection::{Question, Verb};
 use crate::doctor::{self, Examination};
 use crate::sandbox::{Confinement, Seccomp};
 

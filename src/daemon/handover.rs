@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use super::control::{self, HandoverFds, Order};
 use super::ports::{Handover, Opened, Port, Ports, Refusal};
 use crate::api::Command;
-use crate::api::client::{Connection, Failure};
+use crate::ctl::connection::{Connection, Failure};
 use crate::config::{Host, PortOptions};
 use crate::counters::PairCounters;
 use crate::endpoint::{Endpoint, Frontend};

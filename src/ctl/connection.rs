@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::record::capture;
+use super::capture::capture;
 use super::reload::{Outcome, add, conflict, reload};
-use super::requests::Wanted;
 use super::stats::rates;
 use super::top::{Look, top};
-use super::{Command, Request, VERSION};
+use crate::api::requests::{Command, Wanted};
+use crate::api::{Request, VERSION};
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
 /// How long a daemon may take to reply.

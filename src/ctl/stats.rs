@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::Command;
-use super::client::{Connection, Failure};
+use super::connection::{Connection, Failure};
+use crate::api::requests::Command;
 
 /// Sum of a number over a port's queue pairs, at a path within each.
 fn sum(report: &Value, path: &str) -> f64 {

@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::Command;
-use super::client::{Connection, Failure, columns, plain, print, short};
+use super::connection::{Connection, Failure, columns, plain, print, short};
+use crate::api::requests::Command;
 
 /// How it is to be shown.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct Look {
     /// How long to count before each look, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = super::client::interval)]
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = super::connection::interval)]
     interval: Duration,
     /// How often to look [default: until it is interrupted].
     #[arg(long, value_name = "N")]

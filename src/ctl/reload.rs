@@ -6,8 +6,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::Command;
-use super::client::{Connection, Failure};
+use super::connection::{Connection, Failure};
+use crate::api::requests::Command;
 use crate::config::{Host, PortConfig, PortOptions, read_file};
 use crate::daemon::{Descriptors, open_queues};
 use crate::endpoint::{Endpoint, Frontend, share};

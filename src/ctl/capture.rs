@@ -5,9 +5,8 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use super::Command;
-use super::client::{Connection, Failure};
-use super::requests::Wanted;
+use super::connection::{Connection, Failure};
+use crate::api::requests::{Command, Wanted};
 use crate::event::{Interest, Poller};
 use crate::sys::process::Signals;
 
