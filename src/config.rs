@@ -19,7 +19,7 @@ use std::time::Duration;
 use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
-use crate::ctl::connection::Question;
+use crate::ctl;
 use crate::doctor::Examination;
 use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
@@ -43,7 +43,7 @@ pub enum Invocation {
     /// Run with this configuration.
     Run(Config),
     /// Ask a running daemon.
-    Ask(Question),
+    Ask(ctl::Options),
     /// Open what a running daemon is to have, which can't: its own child, by its standard input.
     Open(PathBuf, LevelFilter),
     /// Print this to standard error and exit with 2.

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::process::ExitCode;
 
-use vhost_user_net::ctl::connection::Failure;
 use vhost_user_net::config::{self, Invocation};
 use vhost_user_net::daemon;
 use vhost_user_net::sys::process::note_inherited;
@@ -31,19 +30,15 @@ fn main() -> ExitCode {
                 Err(_) => ExitCode::FAILURE,
             };
         }
-        Ok(Invocation::Ask(question)) => {
-            return match question.ask() {
+        Ok(Invocation::Ask(options)) => {
+            return match options.run() {
                 Ok(text) => {
                     let _ = std::io::stdout().write_all(text.as_bytes());
                     ExitCode::SUCCESS
                 }
-                Err(Failure::Refused(why) | Failure::NeedsRestart(why)) => {
-                    complain(why);
-                    ExitCode::FAILURE
-                }
-                Err(Failure::Unreachable(why) | Failure::Gone(why)) => {
-                    complain(why);
-                    ExitCode::from(3)
+                Err(failure) => {
+                    complain(&failure);
+                    ExitCode::from(failure.exit_status())
                 }
             };
         }

@@ -7,7 +7,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueHint};
 use log::LevelFilter;
 
-use crate::ctl::connection::{Question, Verb};
+use crate::ctl;
 use crate::doctor::{self, Examination};
 use crate::sandbox::{Confinement, Seccomp};
 
@@ -93,16 +93,7 @@ enum Command {
     /// Ask a running daemon, or change its ports while they run.
     ///
     /// Exits with 0, with 1 if the daemon says no, with 2 if this command line is wrong, and with 3 if it can't be asked.
-    Ctl {
-        /// The daemon's --control socket.
-        #[arg(long, value_name = "PATH", global = true, default_value = DEFAULT_CONTROL)]
-        control: PathBuf,
-        /// Print the reply in JSON.
-        #[arg(long, global = true)]
-        json: bool,
-        #[command(subcommand)]
-        verb: Verb,
-    },
+    Ctl(ctl::Options),
     /// Open what a daemon is to have when it reads its file again: started by the daemon.
     #[command(hide = true)]
     Opener {
@@ -113,9 +104,6 @@ enum Command {
         log_level: LevelFilter,
     },
 }
-
-/// Where a daemon's control socket is looked for.
-const DEFAULT_CONTROL: &str = "/run/vhost-user-net/control.sock";
 
 /// Reads a command line, program name first.
 ///
@@ -175,9 +163,7 @@ pub fn parse(
             let (file, ports) = (config.display(), checked.ports.len());
             Ok(Invocation::Print(format!("{notes}{file}: {ports} ports, nothing wrong\n")))
         }
-        Some(Command::Ctl { control: socket, json, verb }) => {
-            Ok(Invocation::Ask(Question { socket, json, verb }))
-        }
+        Some(Command::Ctl(options)) => Ok(Invocation::Ask(options)),
         Some(Command::Doctor(options)) => {
             let config = options.config.as_deref().map(file::read).transpose()?;
             Ok(Invocation::Examine(Examination::new(options, config)))

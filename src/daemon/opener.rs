@@ -13,8 +13,7 @@ use std::process::{Command, Stdio};
 
 use log::{LevelFilter, error, info, warn};
 
-use crate::ctl::connection::{Connection, Wish};
-use crate::ctl::reload::{mend, reload, start_missing};
+use crate::ctl::{Connection, Wish, mend, reload, start_missing};
 use crate::logging::Log;
 use crate::sys::process::close_inherited;
 
