@@ -1,7 +1,7 @@
-//! What the daemon is told at its start, checked: by the command line, or by a file for several
-//! ports.
+//! Validated configuration: the options of ports and of the daemon, from the command line or from a file that
+//! describes several ports.
 
-mod arguments;
+mod command_line;
 mod file;
 mod host;
 mod keys;
@@ -19,40 +19,22 @@ use std::time::Duration;
 use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
-use crate::ctl;
-use crate::doctor::Examination;
 use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
 use crate::policy::{Filter, Identity, Limit};
 use crate::sandbox::{Confinement, Needs};
 use crate::sys::process::host_memory;
 
-pub use arguments::{command, parse};
+pub(crate) use command_line::level;
+pub use command_line::{CheckOptions, DaemonOptions, RunOptions};
 pub use file::read as read_file;
 pub use keys::{Key, Place, keys};
-pub(crate) use options::device_name;
 use options::socket_path;
+pub(crate) use options::{OPERATION, device_name};
 pub use options::{PortChanges, PortOptions};
 
 /// Queue pairs of a port at the most: virtio allows 32768, a frontend names rings with 8 bits.
 pub const MAX_QUEUE_PAIRS: u16 = 128;
-
-/// What the daemon is asked for.
-#[derive(Debug)]
-pub enum Invocation {
-    /// Run with this configuration.
-    Run(Config),
-    /// Ask a running daemon.
-    Ask(ctl::Options),
-    /// Open what a running daemon is to have, which can't: its own child, by its standard input.
-    Open(PathBuf, LevelFilter),
-    /// Print this to standard error and exit with 2.
-    Usage(String),
-    /// Look at this host, and say what is wrong with it.
-    Examine(Examination),
-    /// Print this to standard output and exit with success.
-    Print(String),
-}
 
 /// Everything that the daemon is told at its start.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -20,8 +20,8 @@
 //!
 //! # The rooms
 //!
-//! [`config`] reads the command line; [`daemon`] opens what it names and serves frontends from an
-//! [`endpoint`], one after the other. [`protocol`] frames their messages and knows no device;
+//! [`cli`] parses the command line; [`config`] checks what it says, or a file. [`daemon`] opens what they
+//! name and serves frontends from an [`endpoint`], one after the other. [`protocol`] frames their messages and knows no device;
 //! [`device`] turns requests into sessions and knows no packets. A [`worker`] per queue pair runs
 //! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
 //! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
@@ -34,6 +34,7 @@
 
 pub mod api;
 pub mod capture;
+pub mod cli;
 pub mod config;
 pub mod counters;
 pub mod ctl;

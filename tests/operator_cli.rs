@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use clap_complete::Shell;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use vhost_user_net::config;
+use vhost_user_net::{cli, config};
 use vmm_sys_util::tempdir::TempDir;
 
 use crate::support::daemon::{Daemon, port, program};
@@ -27,7 +27,7 @@ fn commands() -> Vec<Vec<String>> {
         }
     }
     let mut all = Vec::new();
-    below(&config::command(), &[], &mut all);
+    below(&cli::command(), &[], &mut all);
     all
 }
 
@@ -69,7 +69,7 @@ fn summary_fits_a_screen_and_help_has_groups() {
         .collect();
     let groups = ["Commands", "Options", "Frontend", "Host side", "Policy", "Operation", "Tuning"];
     assert_eq!(heads, groups, "{help}");
-    for arg in config::command().get_arguments().filter_map(clap::Arg::get_long) {
+    for arg in cli::command().get_arguments().filter_map(clap::Arg::get_long) {
         assert!(help.contains(&format!("--{arg}")), "{arg} is not in {help}");
     }
 }
@@ -105,7 +105,7 @@ fn manual_pages_have_their_sections() {
         assert!(daemon.contains(&format!("\n.SH {head}\n")), "no {head}: {daemon}");
     }
     // Each option with its help, those that a summary leaves out too.
-    for arg in config::command().get_arguments() {
+    for arg in cli::command().get_arguments() {
         let help = arg.get_help().unwrap().to_string();
         let start: String = help.split_whitespace().take(4).collect::<Vec<_>>().join(" ");
         assert!(daemon.contains(&start), "no {start:?}: {daemon}");
@@ -226,7 +226,7 @@ fn refused(output: &Output, code: i32) -> String {
 #[test]
 fn ctl_alone_shows_its_subcommands() {
     let text = refused(&run(&["ctl"]), 2);
-    for command in config::command().find_subcommand("ctl").unwrap().get_subcommands() {
+    for command in cli::command().find_subcommand("ctl").unwrap().get_subcommands() {
         let shown = text.contains(&format!("\n  {} ", command.get_name()));
         assert_eq!(shown, !command.is_hide_set(), "{}: {text}", command.get_name());
     }
@@ -234,7 +234,7 @@ fn ctl_alone_shows_its_subcommands() {
 
 #[test]
 fn ctl_set_names_each_option_that_cannot_change() {
-    let command = config::command();
+    let command = cli::command();
     let set = command.find_subcommand("ctl").unwrap().find_subcommand("set").unwrap();
     let live: Vec<&str> = set.get_arguments().filter_map(clap::Arg::get_long).collect();
     let all = command.get_arguments().filter_map(clap::Arg::get_long);

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::fs;
 
 use clap::{Arg, Command};
+use vhost_user_net::cli;
 use vhost_user_net::config::{self, Place};
 
 use crate::support::daemon::{Daemon, port};
@@ -33,7 +34,7 @@ fn the_reference_is_what_the_program_says() {
 }
 
 fn reference() -> String {
-    let program = config::command();
+    let program = cli::command();
     let mut text = format!(
         "# Reference\n\n\
          Made from the program: its command line's description, and what `ctl metrics` says of a \

@@ -21,11 +21,11 @@ use crate::sys::device::MAX_ALTERNATIVE_NAME as MAX_NAME;
 use crate::sys::socket::MAX_PATH;
 
 /// Headings of the options' groups in the help.
-pub(super) const FRONTEND: &str = "Frontend";
-pub(super) const HOST_SIDE: &str = "Host side";
-pub(super) const POLICY: &str = "Policy";
-pub(super) const OPERATION: &str = "Operation";
-pub(super) const TUNING: &str = "Tuning";
+const FRONTEND: &str = "Frontend";
+const HOST_SIDE: &str = "Host side";
+const POLICY: &str = "Policy";
+pub(crate) const OPERATION: &str = "Operation";
+const TUNING: &str = "Tuning";
 /// Longest name of a port in bytes.
 const MAX_PORT_NAME: usize = 63;
 const DEFAULT_MTU: u16 = 1500;
