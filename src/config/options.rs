@@ -1,15 +1,14 @@
-//! What may be said about a port, by the command line or the file, and what it means.
+//! Options of a port, on the command line or in the file, and what they mean.
 
-use std::fmt;
-use std::net::IpAddr;
+mod changes;
+mod values;
+
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::net_backend::NetBackend;
@@ -19,6 +18,9 @@ use crate::net_config::{MIN_MTU, MacAddress};
 use crate::policy::{Filter, Identity, Limit};
 use crate::sys::device::MAX_ALTERNATIVE_NAME as MAX_NAME;
 use crate::sys::socket::MAX_PATH;
+
+pub use changes::PortChanges;
+use values::{ByteSize, CpuList, Prefix, on_or_off};
 
 /// Headings of the options' groups in the help.
 const FRONTEND: &str = "Frontend";
@@ -313,164 +315,11 @@ impl PortOptions {
     }
 }
 
-/// What may be changed about a port while it runs, and what is to be changed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-#[group(id = "changes", required = true, multiple = true)]
-pub struct PortChanges {
-    /// Limit what the guest sends, as 100mbit or 10kpps; none removes the limit.
-    #[arg(long, value_name = "RATE")]
-    tx_limit: Option<Limit>,
-    /// Limit what the guest is given; none removes the limit.
-    #[arg(long, value_name = "RATE")]
-    rx_limit: Option<Limit>,
-    /// Drop what these rules deny of the guest's frames; none removes them.
-    #[arg(long, value_name = "RULES")]
-    tx_filter: Option<Filter>,
-    /// Drop what these rules deny of frames to the guest; none removes them.
-    #[arg(long, value_name = "RULES")]
-    rx_filter: Option<Filter>,
-    /// Drop frames from addresses that are not the guest's own.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set)]
-    anti_spoofing: Option<bool>,
-    /// Let the guest send from these Ethernet addresses besides --mac, and from no others.
-    #[arg(long, value_name = "MAC[,MAC…]|none")]
-    source_mac: Option<List<MacAddress>>,
-    /// Let the guest send from these IP addresses or prefixes only; none allows any.
-    #[arg(long, value_name = "PREFIX[,PREFIX…]|none")]
-    source_ip: Option<List<Prefix>>,
-    /// Let the guest tag frames for these VLANs, and for no others.
-    #[arg(long, value_name = "N[,N…]|none")]
-    vlan: Option<List<u16>>,
-    /// Set the link state; off stops frames in both directions.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set)]
-    link: Option<bool>,
-}
-
-impl PortOptions {
-    /// These, changed.
-    pub fn with(self, changes: PortChanges) -> Self {
-        PortOptions {
-            tx_limit: changes.tx_limit.or(self.tx_limit),
-            rx_limit: changes.rx_limit.or(self.rx_limit),
-            tx_filter: changes.tx_filter.or(self.tx_filter),
-            rx_filter: changes.rx_filter.or(self.rx_filter),
-            anti_spoofing: changes.anti_spoofing.or(self.anti_spoofing),
-            source_mac: changes.source_mac.map_or(self.source_mac, |list| list.0),
-            source_ip: changes.source_ip.map_or(self.source_ip, |list| list.0),
-            vlan: changes.vlan.map_or(self.vlan, |list| list.0),
-            link: changes.link.or(self.link),
-            ..self
-        }
-    }
-}
-
 /// A list whose order says nothing, in one order and without repetitions.
 fn set_of<T: Ord>(mut list: Vec<T>) -> Vec<T> {
     list.sort_unstable();
     list.dedup();
     list
-}
-
-/// A list as one word of the command line: `a,b`, or `none`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-struct List<T>(Vec<T>);
-
-impl<T: FromStr<Err: fmt::Display>> FromStr for List<T> {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "none" {
-            return Ok(List(Vec::new()));
-        }
-        let parse = |item: &str| item.parse().map_err(|error| format!("'{item}': {error}"));
-        text.split(',').map(parse).collect::<Result<_, _>>().map(List)
-    }
-}
-
-/// IP addresses, as `192.0.2.5` or `2001:db8::/64`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-struct Prefix(IpNet);
-
-impl From<Prefix> for String {
-    fn from(Prefix(net): Prefix) -> Self {
-        net.to_string()
-    }
-}
-
-impl FromStr for Prefix {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
-        parsed.map(Prefix).ok_or_else(|| {
-            format!("'{text}' is no IP address or prefix: write 192.0.2.5 or 2001:db8::/64")
-        })
-    }
-}
-
-impl TryFrom<String> for Prefix {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-/// A number of bytes, as `512m`, `64g` or `1t`; the letters are powers of 1024.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-struct ByteSize(u64);
-
-/// Letters for powers of 1024, largest first, and how far each shifts.
-const BYTE_UNITS: [(char, u32); 4] = [('t', 40), ('g', 30), ('m', 20), ('k', 10)];
-
-impl From<ByteSize> for String {
-    fn from(ByteSize(bytes): ByteSize) -> Self {
-        let fits = |(_, shift): &&(char, u32)| bytes.is_multiple_of(1 << shift);
-        match BYTE_UNITS.iter().find(fits) {
-            Some((letter, shift)) => format!("{}{letter}", bytes >> shift),
-            None => bytes.to_string(),
-        }
-    }
-}
-
-impl FromStr for ByteSize {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let lower = text.to_ascii_lowercase();
-        let unit = BYTE_UNITS.iter().find(|(letter, _)| lower.ends_with(*letter));
-        let (digits, shift) =
-            unit.map_or((&lower[..], 0), |(_, shift)| (&lower[..lower.len() - 1], *shift));
-        let number = digits.parse::<u64>().ok().filter(|number| *number > 0);
-        number
-            .and_then(|number| number.checked_mul(1 << shift))
-            .map(ByteSize)
-            .ok_or_else(|| format!("'{text}' is no size in bytes: write 512m, 64g or 1t"))
-    }
-}
-
-impl TryFrom<String> for ByteSize {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-/// A list of processors, as `2,4-7`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-struct CpuList(Vec<usize>);
-
-impl From<CpuList> for String {
-    fn from(CpuList(cpus): CpuList) -> Self {
-        let numbers: Vec<String> = cpus.iter().map(usize::to_string).collect();
-        numbers.join(",")
-    }
 }
 
 /// A name that can stand in messages, paths and metrics as it is.
@@ -576,40 +425,6 @@ impl FromStr for AfXdp {
 }
 
 impl TryFrom<String> for AfXdp {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-fn on_or_off() -> impl TypedValueParser<Value = bool> {
-    PossibleValuesParser::new(["on", "off"]).map(|text| text == "on")
-}
-
-impl FromStr for CpuList {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let number = |text: &str| {
-            text.parse::<usize>().map_err(|_| format!("'{text}' is no processor number"))
-        };
-        let mut cpus = Vec::new();
-        for part in text.split(',') {
-            let (first, last) = match part.split_once('-') {
-                Some((first, last)) => (number(first)?, number(last)?),
-                None => (number(part)?, number(part)?),
-            };
-            if last < first || last >= libc::CPU_SETSIZE as usize {
-                return Err(format!("'{part}' is no range of processors"));
-            }
-            cpus.extend(first..=last);
-        }
-        Ok(CpuList(cpus))
-    }
-}
-
-impl TryFrom<String> for CpuList {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {
