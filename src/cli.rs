@@ -22,12 +22,9 @@ const USAGE_ERROR: u8 = 2;
 #[derive(Debug, Parser)]
 #[command(name = "vhost-user-net", version, max_term_width = 100)]
 #[command(
-    override_usage = "vhost-user-net [OPTIONS] <FRONTEND OPTION> <HOST SIDE OPTION>\n       \
-                            vhost-user-net <COMMAND>"
+    override_usage = "vhost-user-net <FRONTEND OPTION> <HOST SIDE OPTION> [OPTIONS] | <COMMAND>"
 )]
-#[command(
-    after_help = "All options: vhost-user-net --help. Units, files and examples: man vhost-user-net."
-)]
+#[command(after_help = "All options: vhost-user-net --help. Examples: man vhost-user-net.")]
 #[command(after_long_help = "Files, signals and examples: man vhost-user-net.")]
 #[command(group = ArgGroup::new("frontend").required(true))]
 #[command(group = ArgGroup::new("host").required(true))]
@@ -39,7 +36,7 @@ struct Arguments {
     port: PortOptions,
     #[command(flatten)]
     daemon: DaemonOptions,
-    /// Print what this program can do, as QEMU's conventions ask for, and exit.
+    /// Print this program's capabilities, as QEMU's conventions require, and exit.
     #[arg(long, help_heading = OPERATION, hide_short_help = true)]
     print_capabilities: bool,
 }
@@ -48,19 +45,20 @@ struct Arguments {
 enum Command {
     /// Serve the ports that a file describes.
     Run(RunOptions),
-    /// Check a file, and what of it this host has; print each mistake on a line.
+    /// Check a file against this host; print each mistake on a line.
     ///
-    /// Exits with 0, or with 2 if something is wrong.
+    /// Exits with 0, or with 2 after a mistake.
     CheckConfig(CheckOptions),
-    /// Check this host; print what is wrong and the command that fixes it.
+    /// Check this host; print faults and the commands that fix them.
     ///
-    /// Nothing is changed. Exits with 0, with 1 if something fails, and with 2 if this command line is wrong.
+    /// Changes nothing. Exits with 0, with 1 if a check fails, and with 2 if the command line is wrong.
     Doctor(doctor::Options),
     /// Ask a running daemon, or change its ports while they run.
     ///
-    /// Exits with 0, with 1 if the daemon says no, with 2 if this command line is wrong, and with 3 if it can't be asked.
+    /// Exits with 0, with 1 if the daemon refuses, with 2 if the command line is wrong, and with 3 if no
+    /// daemon can be asked.
     Ctl(ctl::Options),
-    /// Open what a daemon is to have when it reads its file again: started by the daemon.
+    /// Open what a daemon needs when it reads its file again; started by the daemon.
     #[command(hide = true)]
     Opener(opener::Options),
 }

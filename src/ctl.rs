@@ -30,11 +30,13 @@ const DEFAULT_CONTROL: &str = "/run/vhost-user-net/control.sock";
 /// Command line of `ctl`: the daemon to ask, and the action.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct Options {
-    /// The daemon's --control socket.
-    #[arg(long, value_name = "PATH", global = true, default_value = DEFAULT_CONTROL)]
+    /// Ask the daemon at this unix socket.
+    ///
+    /// [default: /run/vhost-user-net/control.sock]
+    #[arg(long, value_name = "PATH", global = true, default_value = DEFAULT_CONTROL, hide_default_value = true, display_order = 900)]
     control: PathBuf,
     /// Print the reply in JSON.
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 901)]
     json: bool,
     #[command(subcommand)]
     action: Action,
@@ -46,18 +48,18 @@ pub enum Action {
     /// One request to the daemon.
     #[command(flatten)]
     Request(Command),
-    /// Write a port's frames to a file, as pcapng, until it is interrupted.
+    /// Write a port's frames to a pcapng file until interrupted.
     Capture {
         /// The port's name.
         port: String,
         /// Frames to capture.
         #[command(flatten)]
         wanted: Wanted,
-        /// The file; - is standard output.
+        /// Write to this file; - is standard output.
         #[arg(short, long, value_name = "FILE")]
         write: PathBuf,
     },
-    /// Show whom a port's guest speaks to, by protocol and peer, and how much, as it happens.
+    /// Show a guest's traffic by protocol and peer until interrupted.
     Top {
         /// The port's name.
         port: String,
@@ -65,20 +67,20 @@ pub enum Action {
         #[command(flatten)]
         options: TopOptions,
     },
-    /// Print what ports move each second.
+    /// Print ports' frames, bits, drops and notifications per second.
     Stats {
-        /// Ports by name [default: all].
+        /// Names of ports [default: all].
         ports: Vec<String>,
-        /// Count for this many seconds before each table.
+        /// Count for this many seconds before each table, 0.01 to 86400.
         #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
         interval: Duration,
         /// Print this many tables.
         #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u64).range(1..))]
         count: u64,
     },
-    /// Have the daemon's ports be what its file says now, without touching those that are already.
+    /// Add, change and remove ports as the daemon's file says.
     Reload {
-        /// The file [default: the one that the daemon was started with].
+        /// Read this file [default: the one that the daemon was started with].
         #[arg(long, value_name = "FILE")]
         config: Option<PathBuf>,
     },

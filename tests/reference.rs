@@ -170,7 +170,8 @@ fn help(arg: &Arg) -> String {
     }
     let defaults: Vec<_> =
         arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
-    if arg.get_action().takes_values() && !defaults.is_empty() {
+    let hidden = arg.is_hide_default_value_set();
+    if arg.get_action().takes_values() && !defaults.is_empty() && !hidden {
         let _ = write!(text, " [default: {}]", defaults.join(", "));
     }
     text

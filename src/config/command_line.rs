@@ -15,22 +15,22 @@ use crate::sandbox::{Confinement, Seccomp};
 #[derive(Debug, clap::Args)]
 pub struct DaemonOptions {
     /// Log lines of this level and above.
-    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = level(), hide_possible_values = true, help_heading = OPERATION)]
+    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = level(), help_heading = OPERATION, hide_short_help = true)]
     log_level: LevelFilter,
-    /// Act on a system call outside the thread's allow-list.
+    /// Kill the process at a system call outside the thread's allow-list, log the call, or install no filter.
     #[arg(long, value_name = "ACTION", value_enum, default_value = "kill", help_heading = OPERATION, hide_short_help = true)]
     seccomp: Seccomp,
-    /// Become this user once everything is open [default: stay].
-    #[arg(long, value_name = "USER", help_heading = OPERATION)]
+    /// Become this user, by name or number, once everything is open [default: stay].
+    #[arg(long, value_name = "USER", help_heading = OPERATION, hide_short_help = true)]
     user: Option<String>,
-    /// Become this group [default: the user's].
+    /// Become this group, by name or number [default: the user's].
     #[arg(long, value_name = "GROUP", help_heading = OPERATION, hide_short_help = true)]
     group: Option<String>,
-    /// Listen on this unix socket for 'vhost-user-net ctl' [default: none].
-    #[arg(long, value_name = "PATH", help_heading = OPERATION)]
+    /// Serve ctl on this unix socket [default: none].
+    #[arg(long, value_name = "PATH", help_heading = OPERATION, hide_short_help = true)]
     control: Option<PathBuf>,
-    /// Serve metrics at 127.0.0.1:PORT or on a unix socket [default: none].
-    #[arg(long, value_name = "ADDRESS", value_hint = ValueHint::AnyPath, help_heading = OPERATION)]
+    /// Serve metrics at 127.0.0.1:PORT or /PATH [default: none].
+    #[arg(long, value_name = "ADDRESS", value_hint = ValueHint::AnyPath, help_heading = OPERATION, hide_short_help = true)]
     metrics: Option<MetricsAddress>,
 }
 
@@ -59,12 +59,12 @@ pub(crate) fn level() -> impl TypedValueParser<Value = LevelFilter> {
 /// Options of `run`.
 #[derive(Debug, clap::Args)]
 pub struct RunOptions {
-    /// The file, in TOML.
+    /// Read the ports from this file, in TOML.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
     /// Take over the ports of the daemon that listens on the file's control socket.
     ///
-    /// That daemon exits. Frontends notice a pause of some milliseconds.
+    /// That daemon exits with 0.
     #[arg(long)]
     take_over: bool,
 }
@@ -87,7 +87,7 @@ impl RunOptions {
 /// Options of `check-config`.
 #[derive(Debug, clap::Args)]
 pub struct CheckOptions {
-    /// The file.
+    /// The file to check.
     #[arg(value_name = "FILE")]
     config: PathBuf,
 }

@@ -43,109 +43,95 @@ pub struct PortOptions {
     #[arg(long, value_name = "PATH", group = "frontend", help_heading = FRONTEND)]
     socket_path: Option<PathBuf>,
     /// Let this group connect to --socket-path too [default: by the umask].
-    ///
-    /// QEMU often runs as another user than the daemon.
-    #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = FRONTEND)]
+    #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = FRONTEND, hide_short_help = true)]
     socket_group: Option<String>,
     /// Use this inherited descriptor: a unix socket that listens or is connected.
     #[arg(long, value_name = "N", group = "frontend", help_heading = FRONTEND, hide_short_help = true)]
     fd: Option<RawFd>,
-    /// Connect to the VMM's unix socket; reconnect whenever it has gone.
+    /// Connect to the VMM's unix socket.
     ///
-    /// Attempts start 5 ms apart, doubling to 500 ms.
+    /// Reconnect after 5 ms, doubling to 500 ms.
     #[arg(long, value_name = "PATH", group = "frontend", help_heading = FRONTEND)]
     connect: Option<PathBuf>,
 
-    /// Move frames through this TAP device; a missing one is created.
+    /// Move frames through this TAP; create it if missing.
     #[arg(long, value_name = "NAME", group = "host", help_heading = HOST_SIDE)]
     tap: Option<String>,
-    /// Use these inherited descriptors of a TAP device's queues, one for each queue pair.
+    /// Use these inherited descriptors of a TAP's queues, one for each queue pair.
     #[arg(long, value_name = "N[,N…]", group = "host", value_delimiter = ',', help_heading = HOST_SIDE, hide_short_help = true)]
     tap_fd: Vec<RawFd>,
-    /// Move frames through AF_XDP sockets on this device's queues.
+    /// Move frames through AF_XDP sockets of this device.
     ///
-    /// The sockets use guest memory. queue=N: first queue, one for each queue pair [default: 0].
-    /// mode=auto|copy|zero-copy: who moves frames, the kernel or the driver [default: auto].
-    /// attach=auto|native|generic: where the XDP program runs [default: auto]. steer=mac: bring
-    /// frames for --mac to the queue by a flow rule.
-    #[arg(long, value_name = "NAME[,KEY=VALUE]", group = "host", help_heading = HOST_SIDE)]
+    /// The value is NAME[,KEY=VALUE…]. queue=N: use this queue for the first queue pair, and the next ones
+    /// for the others [default: 0].
+    /// mode=auto|copy|zero-copy: have the kernel or the driver move frames [default: auto].
+    /// attach=auto|native|generic: run the XDP program here [default: auto]. steer=mac: steer frames
+    /// for --mac to the queue by a flow rule.
+    #[arg(long, value_name = "NAME[,…]", group = "host", help_heading = HOST_SIDE)]
     af_xdp: Option<AfXdp>,
-    /// Return each frame to the guest that sent it, to try out a VMM.
-    #[arg(long, group = "host", help_heading = HOST_SIDE)]
+    /// Return each frame to the guest that sent it.
+    #[arg(long, group = "host", help_heading = HOST_SIDE, hide_short_help = true)]
     loopback: bool,
     /// Take the value of cloud-hypervisor's own vhost_user_net backend.
     ///
-    /// Its keys are socket, client, tap, num_queues, mac and mtu. Addresses are not set, and rings
-    /// have the size that the VMM asks for.
+    /// Keys: socket, client, tap, num_queues, mac and mtu. queue_size is ignored; ip, mask and
+    /// host_mac are refused.
     #[arg(long, value_name = "KEY=VALUE[,…]", groups = ["frontend", "host"], help_heading = FRONTEND, hide_short_help = true)]
     #[serde(skip)]
     net_backend: Option<NetBackend>,
 
-    /// Serve this many queue pairs [default: 1, or one per --tap-fd].
-    #[arg(long, value_name = "N", help_heading = FRONTEND)]
+    /// Serve this many queue pairs, 1 to 128 [default: 1, or one per --tap-fd].
+    #[arg(long, value_name = "N", help_heading = FRONTEND, hide_short_help = true)]
     queue_pairs: Option<u16>,
-    /// Set the device's MAC address, for a VMM that sets none.
-    #[arg(long, value_name = "MAC", help_heading = FRONTEND)]
+    /// Set the device's MAC address [default: the VMM's].
+    #[arg(long, value_name = "MAC", help_heading = FRONTEND, hide_short_help = true)]
     mac: Option<MacAddress>,
-    /// Set the device's MTU in bytes [default: 1500].
-    ///
-    /// Frames up to the TAP's own MTU pass in any case.
-    #[arg(long, value_name = "N", help_heading = FRONTEND)]
+    /// Set the device's MTU in bytes, 68 or more [default: 1500].
+    #[arg(long, value_name = "N", help_heading = FRONTEND, hide_short_help = true)]
     mtu: Option<u16>,
-    /// Drop frames from addresses not the guest's own [default: off].
-    ///
-    /// Its own are --mac and --source-mac, and --source-ip if given. Frames of a router or a DHCP
-    /// server are dropped too.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY)]
+    /// Drop frames from other addresses than --mac, --source-mac and --source-ip [default: off].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY, hide_short_help = true)]
     anti_spoofing: Option<bool>,
-    /// Let the guest send from these Ethernet addresses too.
+    /// Let the guest send from these MAC addresses too [default: none].
     #[arg(long, value_name = "MAC[,…]", value_delimiter = ',', help_heading = POLICY, hide_short_help = true)]
     source_mac: Vec<MacAddress>,
     /// Let the guest send from these IP prefixes only [default: any].
-    #[arg(long, value_name = "PREFIX[,…]", value_delimiter = ',', help_heading = POLICY)]
+    #[arg(long, value_name = "PREFIX[,…]", value_delimiter = ',', help_heading = POLICY, hide_short_help = true)]
     source_ip: Vec<Prefix>,
-    /// Let the guest tag frames for these VLANs, with --anti-spoofing=on [default: none].
+    /// Let the guest tag frames for these VLANs, 1 to 4094, with --anti-spoofing=on [default: none].
     #[arg(long, value_name = "N[,…]", value_delimiter = ',', help_heading = POLICY, hide_short_help = true)]
     vlan: Vec<u16>,
-    /// Drop what these rules deny of the guest's frames [default: none].
+    /// Drop frames of the guest that these rules deny [default: none].
     ///
     /// Rules name protocols, ports and prefixes: "deny tcp dport 25; allow udp to 192.0.2.0/24;
     /// default deny". The first rule that a frame matches decides.
-    #[arg(long, value_name = "RULES", help_heading = POLICY)]
+    #[arg(long, value_name = "RULES", help_heading = POLICY, hide_short_help = true)]
     tx_filter: Option<Filter>,
-    /// Drop what these rules deny of frames to the guest [default: none].
-    ///
-    /// The kernel drops them.
-    #[arg(long, value_name = "RULES", help_heading = POLICY)]
+    /// Drop frames to the guest that these rules deny [default: none].
+    #[arg(long, value_name = "RULES", help_heading = POLICY, hide_short_help = true)]
     rx_filter: Option<Filter>,
-    /// Limit what the guest sends, as 100mbit,10kpps [default: none].
+    /// Limit what the guest sends, by bits, packets or both, as 100mbit,10kpps [default: none].
     ///
-    /// Either rate may stand alone. Bits count as on the wire. burst=BYTES and packet-burst=N say what may go at once after a
-    /// pause [default: what 10 ms bring].
-    #[arg(long, value_name = "RATE", help_heading = POLICY)]
+    /// Bits count as on the wire. burst=BYTES and packet-burst=N limit what goes at once after a pause
+    /// [default: 10 ms of the rate].
+    #[arg(long, value_name = "RATE", help_heading = POLICY, hide_short_help = true)]
     tx_limit: Option<Limit>,
-    /// Limit what the guest is given, likewise [default: none].
-    #[arg(long, value_name = "RATE", help_heading = POLICY)]
+    /// Limit what the guest receives, as --tx-limit does what it sends [default: none].
+    #[arg(long, value_name = "RATE", help_heading = POLICY, hide_short_help = true)]
     rx_limit: Option<Limit>,
-    /// Set the link state; off stops frames both ways [default: on].
-    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY)]
+    /// Set the link state; off stops traffic in both directions [default: on].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY, hide_short_help = true)]
     link: Option<bool>,
     /// Name the port in messages [default: the host device's name].
     #[arg(long, value_name = "NAME", help_heading = OPERATION, hide_short_help = true)]
     name: Option<String>,
-    /// Offer the guest unsegmented frames [default: on].
-    ///
-    /// Turn it off for guests that forward frames or attach XDP programs.
+    /// Offer the guest GSO frames [default: on].
     #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = TUNING, hide_short_help = true)]
     guest_tso: Option<bool>,
     /// Offer the reset of single rings, for ethtool -G and XDP sockets [default: off].
-    ///
-    /// The VMM must pass the reset on; QEMU up to 10.2 does not.
     #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = TUNING, hide_short_help = true)]
     ring_reset: Option<bool>,
-    /// Refuse guest memory whose file could be truncated, which would stop the port [default: off].
-    ///
-    /// QEMU's memory-backend-memfd is sealed; files in a file system can't be.
+    /// Refuse guest memory whose file could be truncated [default: off].
     #[arg(long, num_args = 0..=1, default_missing_value = "on", value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY, hide_short_help = true)]
     require_sealed_memory: Option<bool>,
     /// Map at most this many bytes of the VMM's memory, as 512m, 64g or 1t [default: twice the

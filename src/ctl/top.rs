@@ -14,13 +14,13 @@ use crate::api::requests::Command;
 /// Options of `ctl top`.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct TopOptions {
-    /// How long to count before each look, in seconds.
+    /// Count for this many seconds before each table, 0.01 to 86400.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = super::interval)]
     interval: Duration,
-    /// How often to look [default: until it is interrupted].
+    /// Print this many tables [default: until interrupted].
     #[arg(long, value_name = "N")]
     count: Option<u64>,
-    /// Rows to show at the most.
+    /// Show at most this many rows.
     #[arg(long, value_name = "N", default_value = "20")]
     rows: usize,
 }

@@ -12,31 +12,45 @@ use crate::policy::{Filter, Limit};
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 #[group(id = "changes", required = true, multiple = true)]
 pub struct PortChanges {
-    /// Limit what the guest sends, as 100mbit or 10kpps; none removes the limit.
-    #[arg(long, value_name = "RATE")]
+    /// Limit what the guest sends, as 10mbit,5kpps.
+    ///
+    /// none removes the limit.
+    #[arg(long, value_name = "RATE|none")]
     tx_limit: Option<Limit>,
-    /// Limit what the guest is given; none removes the limit.
-    #[arg(long, value_name = "RATE")]
+    /// Limit what the guest receives, likewise.
+    #[arg(long, value_name = "RATE|none")]
     rx_limit: Option<Limit>,
-    /// Drop what these rules deny of the guest's frames; none removes them.
-    #[arg(long, value_name = "RULES")]
+    /// Drop frames of the guest that these deny.
+    ///
+    /// none removes the rules.
+    #[arg(long, value_name = "RULES|none")]
     tx_filter: Option<Filter>,
-    /// Drop what these rules deny of frames to the guest; none removes them.
-    #[arg(long, value_name = "RULES")]
+    /// Drop frames to the guest that these deny.
+    ///
+    /// none removes the rules.
+    #[arg(long, value_name = "RULES|none")]
     rx_filter: Option<Filter>,
-    /// Drop frames from addresses that are not the guest's own.
+    /// Drop frames from other source addresses.
+    ///
+    /// The guest's own are --mac, --source-mac and --source-ip.
     #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set)]
     anti_spoofing: Option<bool>,
-    /// Let the guest send from these Ethernet addresses besides --mac, and from no others.
-    #[arg(long, value_name = "MAC[,MAC…]|none")]
+    /// Let the guest send from --mac and these.
+    ///
+    /// The value is MAC[,MAC…] or none.
+    #[arg(long, value_name = "LIST|none")]
     source_mac: Option<List<MacAddress>>,
-    /// Let the guest send from these IP addresses or prefixes only; none allows any.
-    #[arg(long, value_name = "PREFIX[,PREFIX…]|none")]
+    /// Let the guest send from these IPs only.
+    ///
+    /// The value is PREFIX[,PREFIX…] or none. none allows any.
+    #[arg(long, value_name = "LIST|none")]
     source_ip: Option<List<Prefix>>,
-    /// Let the guest tag frames for these VLANs, and for no others.
-    #[arg(long, value_name = "N[,N…]|none")]
+    /// Let the guest tag for these VLANs only.
+    ///
+    /// The value is N[,N…], 1 to 4094, or none.
+    #[arg(long, value_name = "LIST|none")]
     vlan: Option<List<u16>>,
-    /// Set the link state; off stops frames in both directions.
+    /// Set the link state; off stops all traffic.
     #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set)]
     link: Option<bool>,
 }
