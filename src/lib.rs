@@ -20,14 +20,14 @@
 //!
 //! # The rooms
 //!
-//! [`cli`] parses the command line; [`config`] checks what it says, or a file. [`daemon`] opens what they
-//! name and serves frontends from an [`endpoint`], one after the other. [`protocol`] frames their messages and knows no device;
-//! [`device`] turns requests into sessions and knows no packets. A [`worker`] per queue pair runs
+//! [`cli`] parses the command line; [`config`] checks what it says, or a file. The [`daemon`] starts the
+//! [`ports`] that they name. Each port serves frontends from an [`endpoint`], one after the other.
+//! [`protocol`] frames their messages and knows no device; [`device`] turns requests into sessions and knows no packets. A [`worker`] per queue pair runs
 //! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
 //! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
 //! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
 //! [`counters`] what it did. What ports are
-//! doing is in their [`status`], which the [`api`] shows to operators and [`ctl`] asks for; a [`capture`] is a copy of what
+//! doing is in their [status](ports::PortStatus), which the [`api`] shows to operators and [`ctl`] asks for; a [`capture`] is a copy of what
 //! they move. [`descriptors`] is how many may be open. [`error`] is why something does not start. [`logging`] writes lines that nobody waits for, and the [`sandbox`] is what all of
 //! this runs in. The [`doctor`] looks at a host before any of it does. Unsafe code is in [`guest`]
 //! and [`sys`] only, but for the first statement of `main`.
@@ -53,9 +53,9 @@ pub mod logging;
 pub mod net_config;
 pub mod policy;
 pub mod port;
+pub mod ports;
 pub mod protocol;
 pub mod sandbox;
-pub mod status;
 pub mod sys;
 pub mod traffic;
 pub mod vnet_header;

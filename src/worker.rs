@@ -13,6 +13,7 @@ mod replies;
 mod session;
 mod sleeper;
 mod spoofing;
+mod status;
 mod tx_progress;
 
 use std::io;
@@ -27,6 +28,7 @@ use log::error;
 use nix::sys::prctl;
 
 use spoofing::SpoofingLog;
+pub use status::PairStatus;
 
 use crate::capture::Capture;
 use crate::counters::PairCounters;
@@ -35,7 +37,6 @@ use crate::guest::{GuestMemory, RingLayout, contained};
 use crate::policy::{Limits, LiveFilter, Rules};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
-use crate::status::PairStatus;
 use crate::sys::eventfd::{ForeignEvent, NotifyFd, Waker};
 use crate::sys::process::{ThreadClock, interrupt, permit_interrupts, pin_this_thread};
 use crate::traffic::Tally;

@@ -9,10 +9,10 @@ use prometheus::{Encoder, TextEncoder};
 use super::report::{device_drops, state};
 use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, PairCounters};
-use crate::daemon::{Port, Ports};
 use crate::descriptors;
 use crate::guest::MemoryQuota;
-use crate::status::{PairStatus, PortStatus};
+use crate::ports::{Port, PortStatus, Ports};
+use crate::worker::PairStatus;
 
 type PerDirection = (&'static str, &'static str, fn(&DirectionCounters) -> &Counter);
 type PerPair = (&'static str, &'static str, fn(&PairCounters) -> &Counter);

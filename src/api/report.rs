@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::counters::{CopyReason, DirectionCounters, Drop};
-use crate::daemon::{Port, Ports};
 use crate::endpoint::Frontend;
 use crate::features;
-use crate::status::{FrontendStatus, PairStatus, PortStatus};
+use crate::ports::{FrontendStatus, Port, PortStatus, Ports};
 use crate::sys::link::{Drops, Link};
 use crate::traffic::{Row, Way};
+use crate::worker::PairStatus;
 
 /// A port in a list.
 #[derive(Debug, Serialize)]

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::{House, VERSION, metrics, report};
 use crate::capture::{MAX_SNAPLEN, Options, parse_filter};
 use crate::config::{PortChanges, PortOptions};
-use crate::daemon::{Origin, Ports, Refusal};
 use crate::policy::Filter;
+use crate::ports::{Origin, Ports, Refusal};
 
 /// What may be asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]

@@ -12,9 +12,9 @@ use log::warn;
 
 use super::{Wanted, metrics};
 use crate::config::MetricsAddress;
-use crate::daemon::Ports;
 use crate::endpoint::{Accepting, Endpoint, Frontend, set_access};
 use crate::error::StartError;
+use crate::ports::Ports;
 use crate::sys::socket::refuse_descriptors;
 
 /// The socket's name in the log.

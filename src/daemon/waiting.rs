@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use super::ports::Ports;
 use super::supervision::Supervisor;
 use crate::api::scrape::Scrape;
 use crate::api::{Server, Wanted};
 use crate::config::Config;
 use crate::event::{Interest, Poller, until};
+use crate::ports::Ports;
 use crate::sys::process::{Signal, Signals};
 
 /// What the main thread waits for.
@@ -56,7 +56,7 @@ impl<'a> Waiting<'a> {
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
         poller.add(signals, Interest::Read, Source::Signal)?;
-        poller.add(&*ports.running().changed, Interest::Read, Source::Changed)?;
+        poller.add(ports.changed(), Interest::Read, Source::Changed)?;
         if let Some(fd) = ports.device_changes() {
             poller.add(fd, Interest::Read, Source::Devices)?;
         }
@@ -102,7 +102,7 @@ impl<'a> Waiting<'a> {
                         None => {}
                     },
                     Source::Changed => {
-                        self.ports.running().changed.clear();
+                        self.ports.changed().clear();
                         self.ports.close_ended();
                     }
                     Source::Devices => self.ports.note_device_changes(),

@@ -19,13 +19,12 @@ use super::replies::Replies;
 use super::sleeper::{Sleeper, Woken};
 use super::spoofing::SpoofingLog;
 use super::tx_progress::TxProgress;
-use super::{Ended, Mailbox, RingState, Session, WorkerOptions};
+use super::{Ended, Mailbox, PairStatus, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
 use crate::counters::Drop;
 use crate::guest::{Budget, Fault, GuestMemory, Virtqueue};
 use crate::policy::Limits;
 use crate::port::{Completions, HostQueue, Port, Terms, Virtqueues};
-use crate::status::PairStatus;
 
 /// What one turn takes from the tx ring: so many small frames take as long as so many bytes do, some 50 µs.
 const TX_BUDGET: Budget = Budget { chains: 64, bytes: 1 << 20 };

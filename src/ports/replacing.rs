@@ -1,10 +1,8 @@
-//! Putting a port in the place of one that runs: the new port is built beside the old one, which goes on
-//! if that fails.
+//! Replacing a port that runs: the new port is built beside the old one, which resumes if that fails.
 //!
-//! What both need is duplicated: the listening socket, and a TAP's queues. The old port stands still
-//! while the new one starts, as in a take-over by another daemon, and resumes if the new one does not.
-//! Queues of a network device that AF_XDP binds to cannot be duplicated. There the old port ends first,
-//! and is started again if the new one cannot be.
+//! Both ports share the listening socket and a TAP's queues by duplicated descriptors. The old port is suspended
+//! while the new one starts, as in a take-over by another daemon. AF_XDP queues of a network device can be bound
+//! only once. There the old port ends first, and is started again if the new one cannot start.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -15,7 +13,8 @@ use std::time::{Duration, Instant};
 use log::{error, info, warn};
 
 use super::control::{Order, Predecessor};
-use super::ports::{Opened, Port, Ports, Prepared, Refusal, offer};
+use super::preparing::offer;
+use super::{Opened, Port, Ports, Prepared, Refusal};
 use crate::config::{Host, PortConfig, PortOptions};
 use crate::endpoint::{Endpoint, Frontend};
 use crate::error::{StartError, no_descriptor};
@@ -24,27 +23,27 @@ use crate::policy::Filter;
 use crate::port::TapState;
 use crate::sys::process::check_cpus;
 
-/// Time that a new port's thread may take to be ready.
+/// Time that a new port's control thread may take to be ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time that the kernel may take to free the queues of an AF_XDP socket that was closed.
+/// Time that the kernel may take to free the queues of a closed AF_XDP socket.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
-/// Time between two attempts.
+/// Interval between two attempts.
 const RELEASE_POLL: Duration = Duration::from_millis(5);
 
-/// What a port is built on.
+/// The descriptors that a new port is built on.
 struct Base {
     endpoint: Endpoint,
     queues: Vec<OwnedFd>,
-    /// The state of a TAP that another port has set up.
+    /// The state of a TAP that the old port has set up.
     tap: Option<TapState>,
 }
 
 impl Ports {
-    /// Puts the port that `options` describe in the place of the port `name`. `files` are its new
-    /// listening socket, if it has another one, and its TAP's queues, unless it has those of the old port.
+    /// Replaces the port `name` by the one that `options` describe. `files` are the new port's listening socket, if
+    /// its path differs, and its TAP's queues, if the TAP differs.
     ///
     /// # Errors
-    /// Why the new port cannot be had; the old one goes on.
+    /// The reason why the new port cannot start; the old one resumes.
     pub fn replace(
         &mut self,
         name: &str,
@@ -79,7 +78,7 @@ impl Ports {
         self.find(&new_name)
     }
 
-    /// Builds the new port while the old one runs, and has it take the place of that in one moment.
+    /// Builds the new port while the old one runs, then suspends the old one and starts the new one.
     fn replace_beside(
         &mut self,
         name: &str,
@@ -93,7 +92,7 @@ impl Ports {
             Opened::of_predecessor(new_name.into(), config.clone(), true, (queues, tap), endpoint)?;
         old.check_features(&config, opened.offloads())?;
         let prepared = self.prepare(opened, Vec::new())?;
-        // From here on the old port stands still.
+        // The old port is suspended from here on.
         let suspended = old.suspend();
         let started = suspended.and_then(|()| {
             let started = self.start_suspended(prepared)?;
@@ -110,7 +109,7 @@ impl Ports {
         Ok(())
     }
 
-    /// Ends the old port, and starts the new one then, or else the old one again.
+    /// Ends the old port, and starts the new one, or the old one again if that fails.
     fn replace_exclusively(
         &mut self,
         name: &str,
@@ -154,7 +153,7 @@ impl Ports {
         }
     }
 
-    /// Starts a port on a device whose queues become free in a moment.
+    /// Starts a port on a device whose queues the kernel is about to free.
     fn start_anew(
         &mut self,
         name: &str,
@@ -188,8 +187,8 @@ impl Ports {
         Ok(())
     }
 
-    /// Starts a port's thread, which stands still until it may resume. The inner error is the thread's: the
-    /// port is taken out again then.
+    /// Starts a port's control thread, which waits for an order to resume. If the thread fails, the port is removed
+    /// again, and the inner error is the thread's.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -198,7 +197,7 @@ impl Ports {
         mut prepared: Prepared,
     ) -> Result<Result<(), String>, StartError> {
         let (done, ready) = channel();
-        // It takes nobody's frontend over.
+        // An empty replay: the port takes over no frontend.
         let (replay, _) = UnixStream::pair().map_err(no_descriptor)?;
         prepared.succeed(Predecessor { replay, messages: Some(0), connection: None, done });
         self.start(prepared)?;
@@ -212,8 +211,8 @@ impl Ports {
 }
 
 impl Port {
-    /// Checks that a VMM that is connected finds all that it has with another configuration, but for
-    /// the features that follow from the device.
+    /// Checks that a connected VMM keeps all that it uses under `config`, except features that follow from the
+    /// device.
     fn check_frontend(&self, config: &PortConfig) -> Result<(), Refusal> {
         let old = self.config();
         let inherited = matches!(config.frontend, Frontend::Inherited(_));
@@ -241,7 +240,7 @@ impl Port {
         Ok(())
     }
 
-    /// Checks that a VMM that is connected finds all features that it has accepted on another device.
+    /// Checks that the new device offers all features that a connected VMM has accepted.
     fn check_features(&self, config: &PortConfig, offloads: PortOffloads) -> Result<(), Refusal> {
         const KEYS: [&str; 7] =
             ["tap", "tap-fd", "af-xdp", "loopback", "guest-tso", "ring-reset", "mac"];
@@ -256,7 +255,7 @@ impl Port {
         Err(lost(&keys.join(", "), &format!("it has accepted {features}")))
     }
 
-    /// What a port with another configuration is built on: `files`, and what this port has already.
+    /// Returns the descriptors that a port under `config` is built on: those in `files`, and those of this port.
     fn base_of(&self, config: &PortConfig, files: Vec<OwnedFd>) -> Result<Base, Refusal> {
         let old = self.config();
         let failed = |error| Refusal::from(no_descriptor(error));
@@ -282,7 +281,7 @@ impl Port {
         let is_tap = matches!(config.host, Host::Tap(_) | Host::TapDescriptors(_));
         let is_same = shares_host(old, config) && !self.status().is_degraded();
         if is_same && let Some(tap) = self.tap() {
-            // No frame is steered to them before a session has buffers for it, and a filter.
+            // The kernel steers no frame to these queues before a session has buffers and a filter for them.
             queues = tap.detach(queues).map_err(failed)?;
         }
         if is_tap && is_same && queues.is_empty() {
@@ -297,13 +296,13 @@ impl Port {
         Ok(Base { endpoint, queues, tap })
     }
 
-    /// Has its thread stand still until it hears of what has become of the new port.
+    /// Suspends the port until an order tells the outcome.
     fn suspend(&self) -> Result<(), Refusal> {
         let suspended: Result<_, String> = self.order(Order::PrepareHandover)?;
         suspended.map(drop).map_err(Refusal::CannotBeDone)
     }
 
-    /// Ends it, which stands still, and leaves to the new port what both have.
+    /// Ends this suspended port, and leaves what both ports share to the new one.
     fn end(&self, new: &PortConfig) {
         let old = self.config();
         let filter = &self.status().filters.rx;
@@ -326,12 +325,12 @@ impl Port {
     }
 }
 
-/// Whether two ports have the same TAP.
+/// Returns whether two ports have the same TAP.
 fn shares_host(old: &PortConfig, new: &PortConfig) -> bool {
     old.host == new.host && matches!(old.host, Host::Tap(_) | Host::TapDescriptors(_))
 }
 
-/// Whether two ports have queues of one device by AF_XDP, which only one can have at a time.
+/// Returns whether two ports have AF_XDP queues of one device, which only one port can bind at a time.
 fn is_on_same_device(old: &PortConfig, new: &PortConfig) -> bool {
     match (&old.host, &new.host) {
         (Host::AfXdp(old), Host::AfXdp(new)) => old.name == new.name,
@@ -339,15 +338,15 @@ fn is_on_same_device(old: &PortConfig, new: &PortConfig) -> bool {
     }
 }
 
-/// Removes the file of a socket that no port has any more.
+/// Removes the file of a socket that no port uses any more.
 fn remove_socket(mut endpoint: Endpoint, frontend: &Frontend) {
     if let Frontend::Listen(path) = frontend {
-        // It goes with its owner.
+        // Dropping the owner removes the file.
         endpoint.own(path);
     }
 }
 
-/// Why a key does not change while a VMM is connected.
+/// Creates the refusal to change a key while a VMM is connected.
 fn lost(key: &str, why: &str) -> Refusal {
     Refusal::CannotBeDone(format!(
         "cannot change {key} while its VMM is connected: {why}; stop the VMM and reload, or remove and \

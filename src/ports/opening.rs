@@ -1,14 +1,17 @@
-//! What a port needs from the host: descriptors that it was promised, and its device's queues.
+//! Opening what a port needs from the host: inherited descriptors, the device's queues, and the socket.
 
 mod tap;
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::Ordering;
 
 use log::info;
 
+use super::devices::Claim;
 use crate::config::{Host, PortConfig};
-use crate::endpoint::Frontend;
+use crate::endpoint::{Endpoint, Frontend};
 use crate::error::StartError;
+use crate::features::PortOffloads;
 use crate::port::af_xdp::Interface;
 use crate::port::tap::TapQueue;
 use crate::port::{HostQueue, TapState};
@@ -18,19 +21,21 @@ use crate::sys::tap::Queue;
 
 use tap::open_tap;
 
-/// Descriptors that a port stands on: inherited, brought by an operator, or opened.
+/// Descriptors that a port is built on: inherited, or passed with a request.
 #[derive(Debug, Default)]
-pub(crate) struct Descriptors {
-    pub(crate) frontend: Option<OwnedFd>,
-    pub(crate) tap_queues: Vec<OwnedFd>,
+pub struct Descriptors {
+    /// The listening socket, or the connection to the VMM.
+    pub frontend: Option<OwnedFd>,
+    /// The queues of a TAP, one per queue pair.
+    pub tap_queues: Vec<OwnedFd>,
 }
 
 impl Descriptors {
-    /// Takes those that the process that started us left open for us.
+    /// Takes the descriptors that the process inherited for this port.
     ///
     /// # Errors
-    /// With the descriptor that is not there.
-    pub(crate) fn inherit(config: &PortConfig) -> Result<Self, StartError> {
+    /// A descriptor that `config` names was not inherited.
+    pub fn inherit(config: &PortConfig) -> Result<Self, StartError> {
         let take = |number: RawFd, option: &str| {
             inherit(number).map_err(|error| {
                 StartError::new(format!("use descriptor {number} ({option}): {error}"))
@@ -49,12 +54,12 @@ impl Descriptors {
         Ok(Descriptors { frontend, tap_queues })
     }
 
-    /// Sorts what an operator has brought: the frontend's socket, if it is not one to connect to,
-    /// and the queues of a TAP.
+    /// Assigns the descriptors of a request: the frontend's socket, unless the port connects to a VMM, then the
+    /// queues of a TAP.
     ///
     /// # Errors
-    /// There are too few or too many.
-    pub(crate) fn brought(config: &PortConfig, files: Vec<OwnedFd>) -> Result<Self, StartError> {
+    /// The number of descriptors is not the one that the port needs.
+    pub fn brought(config: &PortConfig, files: Vec<OwnedFd>) -> Result<Self, StartError> {
         let frontends = usize::from(!matches!(config.frontend, Frontend::Connect(_)));
         let queues = match config.host {
             Host::Tap(_) | Host::TapDescriptors(_) => usize::from(config.queue_pairs),
@@ -74,18 +79,80 @@ impl Descriptors {
     }
 }
 
-/// Opens the queues of a port's TAP, if it has one that is not open. `now` is what the device is called
-/// by now, if a port that runs has it.
-pub(crate) fn open_queues(
-    config: &PortConfig,
-    now: Option<&str>,
-) -> Result<Vec<OwnedFd>, StartError> {
+/// What was opened for a port, before the process gives up any rights.
+pub struct Opened {
+    pub(super) name: String,
+    pub(super) config: PortConfig,
+    pub(super) from_file: bool,
+    pub(super) queues: Vec<HostQueue>,
+    pub(super) endpoint: Endpoint,
+}
+
+impl Opened {
+    /// Opens what `config` names and `brought` does not contain.
+    ///
+    /// # Errors
+    /// The cause, with the name of the object that cannot be opened.
+    pub fn new(
+        config: PortConfig,
+        from_file: bool,
+        brought: Descriptors,
+    ) -> Result<Self, StartError> {
+        let (device, queues) = open_host(&config, brought.tap_queues)?;
+        let name = config.known_name().map_or(device, str::to_owned);
+        let was_brought = brought.frontend.is_some();
+        let endpoint = Endpoint::open(&config.frontend, brought.frontend)?;
+        if let Some(group) = config.socket_group.as_ref().filter(|_| !was_brought) {
+            endpoint.share_with(group)?;
+        }
+        Ok(Opened { name, config, from_file, queues, endpoint })
+    }
+
+    /// Opens only the host side of a port that another daemon or port serves. `tap` is the state of its TAP, whose
+    /// settings do not change. Daemons up to version 0.1.0 do not pass it on; their TAPs are set up again.
+    pub(super) fn of_predecessor(
+        name: String,
+        config: PortConfig,
+        from_file: bool,
+        (tap_queues, tap): (Vec<OwnedFd>, Option<TapState>),
+        endpoint: Endpoint,
+    ) -> Result<Self, StartError> {
+        let queues = match tap {
+            Some(tap) => adopt_tap(&config, tap_queues, &tap)?,
+            None => open_host(&config, tap_queues)?.1,
+        };
+        Ok(Opened { name, config, from_file, queues, endpoint })
+    }
+
+    /// Returns the port's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns the offloads of the port's device.
+    pub(super) fn offloads(&self) -> PortOffloads {
+        self.queues[0].offloads()
+    }
+
+    /// Returns the queues of a device that this port needs for itself.
+    pub fn claim(&self) -> Claim<'_> {
+        let device = self.queues[0].device().load(Ordering::Relaxed);
+        Claim::new(&self.name, device, &self.config)
+    }
+}
+
+/// Opens the queues of a port's TAP; returns none for other host sides and for inherited queues. `now` is the
+/// present name of the device, if a port that runs is on it.
+///
+/// # Errors
+/// The cause, with the TAP's name.
+pub fn open_queues(config: &PortConfig, now: Option<&str>) -> Result<Vec<OwnedFd>, StartError> {
     match &config.host {
         Host::Tap(name) => {
             let name = now.unwrap_or(name);
             let queues = open_tap(name, config.queue_pairs, config.mtu)?;
             for queue in queues.iter().filter(|queue| queue.identity().multi_queue) {
-                // Until a guest has buffers, frames are for the queues that are served already.
+                // Until a guest posts buffers, the kernel steers frames only to queues that are served already.
                 queue.set_attached(false).map_err(|error| {
                     StartError::new(format!("detach a queue of tap {name}: {error}"))
                 })?;
@@ -96,9 +163,9 @@ pub(crate) fn open_queues(
     }
 }
 
-/// Opens the host side, one queue per pair, on what was brought for it; says what its device is
-/// called.
-pub(super) fn open_host(
+/// Opens the host side, one queue per queue pair, on the descriptors in `brought`; returns the device's name
+/// and the queues.
+fn open_host(
     config: &PortConfig,
     brought: Vec<OwnedFd>,
 ) -> Result<(String, Vec<HostQueue>), StartError> {
@@ -162,8 +229,8 @@ pub(super) fn open_host(
     Ok((name, queues))
 }
 
-/// The host side of a port on a TAP that another daemon serves. Nothing of the device is set.
-pub(super) fn adopt_tap(
+/// Builds the host side of a port on a TAP that another daemon serves, without a change of the TAP's settings.
+fn adopt_tap(
     config: &PortConfig,
     queues: Vec<OwnedFd>,
     state: &TapState,

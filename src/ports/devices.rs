@@ -1,5 +1,5 @@
-//! The network devices that ports are on: what the kernel drops there, who else has queues, and who can
-//! have some. Nothing here is on a frame's way.
+//! The network devices of ports: the kernel's drops, queues of other processes, and missing owners. No frame
+//! passes through here.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::ports::{Port, Ports};
+use super::{Port, Ports};
 use crate::config::{Host, PortConfig};
 use crate::error::StartError;
 use crate::event::until;
@@ -18,26 +18,26 @@ use crate::sys::device;
 use crate::sys::link::{Link, Questions, Tun, Watch};
 use crate::sys::tap::Queue;
 
-/// Time from a change of a device until its queues are counted: our own may come and go meanwhile, and the
-/// kernel keeps those of a process that was killed for a moment.
+/// Time from a change of a device to the count of its queues. Our own queues may come and go meanwhile, and the
+/// kernel keeps those of a killed process for a moment.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Age up to which what the kernel has told of all devices is told again.
+/// Maximum age of the kernel's answer about all devices.
 const VALIDITY: Duration = Duration::from_secs(1);
 
-/// All devices by their indexes, and when the kernel told of them.
+/// All devices by index, and the time of the kernel's answer.
 #[derive(Debug)]
 struct Seen {
     at: Instant,
     links: HashMap<u32, Link>,
 }
 
-/// What is known of a device.
+/// The state of a device's queue count.
 #[derive(Debug, Default)]
 struct Known {
-    /// When its queues are to be counted.
+    /// Time of the next count of the queues.
     due: Option<Instant>,
-    /// Queues that other processes had then.
+    /// Number of queues that other processes had at the last count.
     foreign_queues: u32,
 }
 
@@ -47,25 +47,25 @@ impl Known {
     }
 }
 
-/// Asks the kernel about devices, as far as netlink is permitted.
+/// The netlink sockets to ask the kernel about devices, as far as it permits.
 #[derive(Debug)]
 pub(super) struct Devices {
     questions: Option<Questions>,
     watch: Option<Watch>,
     known: HashMap<u32, Known>,
-    /// What the kernel has told last. Each question may wait for whoever changes devices: there is one for
-    /// all ports.
+    /// The kernel's last answer. Each request can wait for another process that changes devices, so one request
+    /// serves all ports.
     seen: RefCell<Option<Seen>>,
 }
 
 impl Devices {
-    /// Before the main thread's system calls are filtered.
+    /// Opens the sockets. Call it before the sandbox filters the main thread's system calls.
     pub(super) fn new() -> Self {
         let (questions, watch) = (Questions::open().ok(), Watch::new().ok());
         Devices { questions, watch, known: HashMap::new(), seen: RefCell::default() }
     }
 
-    /// A device as it was at most a second ago; `None` if it is not there, or the kernel does not tell.
+    /// Returns a device as it was at most 1 s ago; `None` if it does not exist, or the kernel does not tell.
     fn at(&self, index: u32) -> Option<Link> {
         let questions = self.questions.as_ref()?;
         let mut seen = self.seen.borrow_mut();
@@ -78,7 +78,7 @@ impl Devices {
         seen.links.get(&index).cloned()
     }
 
-    /// Has the kernel asked again.
+    /// Discards the last answer, so that the kernel is asked again.
     fn forget(&mut self) {
         self.seen.take();
     }
@@ -90,17 +90,17 @@ impl Port {
     }
 }
 
-/// Queues of a device that only one port can have.
-pub(super) struct Claim<'a> {
+/// The queues of a device that one port needs for itself.
+pub struct Claim<'a> {
     port: &'a str,
-    /// The device's index; 0 if it is not known.
+    /// The device's index; 0 if the index is unknown.
     device: u32,
     queues: Range<u16>,
 }
 
 impl<'a> Claim<'a> {
-    /// That of a port on the device of that index.
-    pub(super) fn new(port: &'a str, device: u32, config: &PortConfig) -> Self {
+    /// Creates the claim of a port on the device with this index.
+    pub fn new(port: &'a str, device: u32, config: &PortConfig) -> Self {
         let queues = match &config.host {
             Host::AfXdp(af_xdp) => af_xdp.queue..af_xdp.queue + config.queue_pairs,
             Host::Tap(_) | Host::TapDescriptors(_) | Host::Loopback => 0..u16::MAX,
@@ -109,8 +109,11 @@ impl<'a> Claim<'a> {
     }
 }
 
-/// Checks that no two ports have queues of one device, whatever names it has.
-pub(super) fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), StartError> {
+/// Checks that no two ports claim the same queues of a device, whatever name they use for it.
+///
+/// # Errors
+/// The names of both ports.
+pub fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), StartError> {
     let mut before: Vec<Claim<'_>> = Vec::new();
     for claim in claims.filter(|claim| claim.device != 0) {
         let overlaps = |other: &&Claim<'_>| {
@@ -129,8 +132,8 @@ pub(super) fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Resu
     Ok(())
 }
 
-/// Name and index of the device that a port is to be on; 0 where the index is not known. Why a device
-/// cannot be had is said when it is opened.
+/// Returns name and index of a port's device; 0 if the index is unknown. Opening the device reports why it cannot
+/// be had.
 fn find_device(config: &PortConfig, queues: &[OwnedFd]) -> (String, u32) {
     let queue = queues.first().and_then(|fd| Queue::inherit(fd.try_clone().ok()?).ok());
     if let Some(queue) = queue {
@@ -146,11 +149,11 @@ fn find_device(config: &PortConfig, queues: &[OwnedFd]) -> (String, u32) {
 }
 
 impl Ports {
-    /// Checks that no other port, but for `replaced`, has the device of one that is to run on `queues`, if
-    /// these came with it. Nothing of the device is set, which may be a running port's.
+    /// Checks that no port except `replaced` claims the device of a new port. `queues` are those that came with the
+    /// request. No setting of the device changes: it may be a running port's.
     ///
     /// # Errors
-    /// With the port that has the device.
+    /// The name of the port that has the device.
     pub(super) fn check_device(
         &self,
         config: &PortConfig,
@@ -166,25 +169,25 @@ impl Ports {
         check_devices(others.chain([Claim::new(name, device, config)]))
     }
 
-    /// A port's device as it is now; `None` if the kernel does not tell.
+    /// Returns a port's device as it is now; `None` if the kernel does not tell.
     pub fn device(&self, port: &Port) -> Option<Link> {
         let index = port.device_index();
-        (index != 0).then(|| self.devices().at(index)).flatten()
+        (index != 0).then(|| self.devices.at(index)).flatten()
     }
 
-    /// Queues of a port's TAP that other processes had when they were counted last.
+    /// Returns the number of queues of a port's TAP that other processes had at the last count.
     pub fn foreign_queues(&self, port: &Port) -> u32 {
-        self.devices().known.get(&port.device_index()).map_or(0, |known| known.foreign_queues)
+        self.devices.known.get(&port.device_index()).map_or(0, |known| known.foreign_queues)
     }
 
-    /// Becomes readable when some network device has changed.
-    pub(super) fn device_changes(&self) -> Option<BorrowedFd<'_>> {
-        self.devices().watch.as_ref().map(AsFd::as_fd)
+    /// Returns the descriptor that becomes readable when a network device has changed.
+    pub fn device_changes(&self) -> Option<BorrowedFd<'_>> {
+        self.devices.watch.as_ref().map(AsFd::as_fd)
     }
 
-    /// Notes which devices have changed.
-    pub(super) fn note_device_changes(&mut self) {
-        let devices = self.devices_mut();
+    /// Schedules a count of the queues of devices that have changed.
+    pub fn note_device_changes(&mut self) {
+        let devices = &mut self.devices;
         devices.forget();
         let Some(changed) = devices.watch.as_ref().map(Watch::clear) else { return };
         let due = Instant::now() + SETTLE;
@@ -195,20 +198,19 @@ impl Ports {
         }
     }
 
-    /// Looks at the devices of new ports, and counts the queues of those that have changed; returns when to
-    /// look again.
-    pub(super) fn look_at_devices(&mut self) -> Option<Duration> {
-        let mut known = std::mem::take(&mut self.devices_mut().known);
+    /// Checks the devices of new ports, and counts the queues that are due; returns the time until the next count.
+    pub fn look_at_devices(&mut self) -> Option<Duration> {
+        let mut known = std::mem::take(&mut self.devices.known);
         let mut next = HashMap::new();
         let is_due = |port: &Port| known.get(&port.device_index()).is_none_or(Known::is_due);
         let on_taps = |port: &&Port| port.tap().is_some() && port.device_index() != 0;
         if self.iter().filter(on_taps).any(is_due) {
-            self.devices_mut().forget();
+            self.devices.forget();
         }
         for port in self.iter().filter(on_taps) {
             let index = port.device_index();
             let state = known.remove(&index).unwrap_or_else(|| {
-                if let Some(link) = self.devices().at(index) {
+                if let Some(link) = self.devices.at(index) {
                     warn_of_missing_owner(port, &link);
                 }
                 Known { due: Some(Instant::now() + SETTLE), foreign_queues: 0 }
@@ -216,16 +218,16 @@ impl Ports {
             next.insert(index, self.count_queues(port, state));
         }
         let due = next.values().filter_map(|known| known.due).min();
-        self.devices_mut().known = next;
+        self.devices.known = next;
         until(due)
     }
 
-    /// Counts a TAP's queues if that is due.
+    /// Counts the queues of a port's TAP, if the count is due.
     fn count_queues(&self, port: &Port, known: Known) -> Known {
         if !known.is_due() {
             return known;
         }
-        let Some(link) = self.devices().at(port.device_index()) else {
+        let Some(link) = self.devices.at(port.device_index()) else {
             return Known { due: None, ..known };
         };
         let (name, device) = (port.name(), &link.name);
@@ -244,8 +246,8 @@ impl Ports {
     }
 }
 
-/// `tun_not_capable` of drivers/net/tun.c: without owner and group, whoever may open /dev/net/tun may have
-/// the device.
+/// Warns of a TAP without owner and group: every user who can open /dev/net/tun can attach to it
+/// (`tun_not_capable` of drivers/net/tun.c).
 fn warn_of_missing_owner(port: &Port, link: &Link) {
     let ownerless = |tun: &Tun| tun.owner.is_none() && tun.group.is_none();
     if link.tun.as_ref().is_some_and(ownerless) {
