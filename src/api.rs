@@ -4,16 +4,11 @@
 //! user (SO_PEERCRED). A client can take little: lines are short, clients are few, and who does not
 //! read its replies is not read from. Descriptors come with the blanks before a request.
 
-pub mod client;
 mod connection;
 mod metrics;
-mod record;
-pub mod reload;
 mod report;
-mod requests;
+pub mod requests;
 pub mod scrape;
-mod stats;
-pub mod top;
 
 use std::io::{self, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -27,8 +22,8 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::config::{Config, Frontend};
-use crate::endpoint::{Endpoint, set_access};
+use crate::config::Config;
+use crate::endpoint::{Endpoint, Frontend, set_access};
 use crate::error::StartError;
 use crate::ports::Ports;
 
@@ -44,10 +39,10 @@ const RELOAD: &str = "{\"reload\":true}\n";
 
 /// A line from a client.
 #[derive(Debug, Serialize, Deserialize)]
-struct Request {
-    version: u32,
+pub(crate) struct Request {
+    pub(crate) version: u32,
     #[serde(flatten)]
-    command: Command,
+    pub(crate) command: Command,
 }
 
 /// What clients may ask about the daemon itself.

@@ -1,7 +1,7 @@
-//! What the daemon is told at its start, checked: by the command line, or by a file for several
-//! ports.
+//! Validated configuration: the options of ports and of the daemon, from the command line or from a file that
+//! describes several ports.
 
-mod arguments;
+mod command_line;
 mod file;
 mod host;
 mod keys;
@@ -19,37 +19,21 @@ use std::time::Duration;
 use log::LevelFilter;
 use serde::Deserialize;
 
-use crate::api::client::Question;
-use crate::doctor::Examination;
+use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
 use crate::policy::{Filter, Identity, Limit};
 use crate::port::af_xdp::AfXdp;
 use crate::port::tap::TxMethod;
+use crate::sandbox::{Confinement, Needs};
 use crate::sys::process::host_memory;
 
-pub use arguments::{command, parse};
+pub(crate) use command_line::level;
+pub use command_line::{CheckOptions, DaemonOptions, RunOptions};
 pub use file::read as read_file;
 pub use keys::{Key, Place, keys};
-pub(crate) use options::device_name;
 use options::socket_path;
+pub(crate) use options::{OPERATION, device_name};
 pub use options::{PortChanges, PortOptions};
-
-/// What the daemon is asked for.
-#[derive(Debug)]
-pub enum Invocation {
-    /// Run with this configuration.
-    Run(Config),
-    /// Ask a running daemon.
-    Ask(Question),
-    /// Open what a running daemon is to have, which can't: its own child, by its standard input.
-    Open(PathBuf, LevelFilter),
-    /// Print this to standard error and exit with 2.
-    Usage(String),
-    /// Look at this host, and say what is wrong with it.
-    Examine(Examination),
-    /// Print this to standard output and exit with success.
-    Print(String),
-}
 
 /// Everything that the daemon is told at its start.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,30 +103,6 @@ impl fmt::Display for MetricsAddress {
     }
 }
 
-/// What the daemon gives up once it has opened everything.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Confinement {
-    /// What happens at a system call that no thread of ours makes.
-    pub seccomp: Seccomp,
-    /// The user to become, by name or number.
-    pub user: Option<String>,
-    /// The group to become; without one, the user's.
-    pub group: Option<String>,
-}
-
-/// What happens at a system call that no thread of ours makes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Seccomp {
-    /// Kill the process.
-    #[default]
-    Kill,
-    /// Have the kernel log the call.
-    Log,
-    /// Install no filter.
-    None,
-}
-
 /// One card.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortConfig {
@@ -190,17 +150,6 @@ pub struct PortConfig {
     pub cpu_affinity: Vec<usize>,
 }
 
-/// Where the frontend comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Frontend {
-    /// Listen at a path.
-    Listen(PathBuf),
-    /// An inherited descriptor.
-    Inherited(RawFd),
-    /// Connect to a path.
-    Connect(PathBuf),
-}
-
 /// Where frames go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
@@ -225,17 +174,6 @@ impl fmt::Display for Host {
     }
 }
 
-impl Frontend {
-    /// The option that names it.
-    fn key(&self) -> &'static str {
-        match self {
-            Frontend::Listen(_) => "socket-path",
-            Frontend::Inherited(_) => "fd",
-            Frontend::Connect(_) => "connect",
-        }
-    }
-}
-
 impl Host {
     /// The option that names it.
     fn key(&self) -> &'static str {
@@ -249,6 +187,22 @@ impl Host {
 }
 
 impl Config {
+    /// Rights that the sandboxed daemon needs for its ports, its control socket and its metrics.
+    pub fn needs(&self) -> Needs<'_> {
+        let listening = self.ports.iter().filter_map(|port| match &port.frontend {
+            Frontend::Listen(path) => Some(path.as_path()),
+            Frontend::Inherited(_) | Frontend::Connect(_) => None,
+        });
+        let metrics = match &self.metrics {
+            Some(MetricsAddress::Unix(path)) => Some(path.as_path()),
+            Some(MetricsAddress::Tcp(_)) | None => None,
+        };
+        Needs {
+            af_xdp: self.ports.iter().any(|port| matches!(port.host, Host::AfXdp(_))),
+            sockets: listening.chain(self.control.as_deref()).chain(metrics).collect(),
+        }
+    }
+
     /// What was said about the daemon itself, which can't change while it runs: keys and values.
     pub fn settings(&self) -> BTreeMap<&'static str, String> {
         let Config { log_level, control, metrics, confinement, .. } = self;

@@ -89,7 +89,7 @@ fn serve(
         // A port on AF_XDP may be added later.
         read_kernel_files();
     }
-    let sandbox = Sandbox::enter(config)?;
+    let sandbox = Sandbox::enter(&config.confinement, &config.needs())?;
     log.start(move || sandbox.confine(Role::Log)).map_err(no_thread)?;
     let mut ports = Ports::new(sandbox)?;
     ports.set_missing(missing);

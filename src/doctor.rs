@@ -25,7 +25,7 @@ mod tap;
 mod tun;
 mod vmm;
 
-use crate::config::{Config, Host as HostSide};
+use crate::config::{Config, Host as HostSide, read_file};
 
 pub use finding::{Finding, Status};
 pub use options::Options;
@@ -49,9 +49,13 @@ pub struct Report {
 }
 
 impl Examination {
-    /// With these options, and what their file says.
-    pub fn new(options: Options, config: Option<Config>) -> Self {
-        Examination { options, config }
+    /// Reads the file that the options name, if they name one.
+    ///
+    /// # Errors
+    /// One line that names the first mistake in the file.
+    pub fn new(options: Options) -> Result<Self, String> {
+        let config = options.config.as_deref().map(read_file).transpose()?;
+        Ok(Examination { options, config })
     }
 
     /// Looks at this host.

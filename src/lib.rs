@@ -43,8 +43,10 @@
 
 pub mod api;
 pub mod capture;
+pub mod cli;
 pub mod config;
 pub mod counters;
+pub mod ctl;
 pub mod daemon;
 pub mod descriptors;
 pub mod device;

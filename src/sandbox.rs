@@ -21,10 +21,43 @@ use log::{info, warn};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Group, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
+use serde::Deserialize;
 
-use crate::config::{Config, Confinement, Frontend, Host, MetricsAddress, PortConfig, Seccomp};
 use crate::error::StartError;
 use crate::sys::process::clear_file_mode_mask;
+
+/// Settings of the sandbox.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Confinement {
+    /// Action on a system call outside the thread's allow-list.
+    pub seccomp: Seccomp,
+    /// User to become, by name or number.
+    pub user: Option<String>,
+    /// Group to become, by name or number; without one, the user's.
+    pub group: Option<String>,
+}
+
+/// Action on a system call outside the thread's allow-list.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seccomp {
+    /// Kill the process.
+    #[default]
+    Kill,
+    /// Have the kernel log the call.
+    Log,
+    /// Install no filter.
+    None,
+}
+
+/// Rights that the process keeps in the sandbox.
+#[derive(Debug)]
+pub struct Needs<'a> {
+    /// Whether ports on AF_XDP are served, which need capabilities.
+    pub af_xdp: bool,
+    /// Paths of the sockets that the process listens on. It may remove each file and make it again.
+    pub sockets: Vec<&'a Path>,
+}
 
 /// What a thread does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,15 +93,14 @@ impl Sandbox {
     /// Leaves each thread all that it has.
     pub const NONE: Self = Sandbox { seccomp: Seccomp::None, af_xdp: true };
 
-    /// Gives up for the whole process what is not needed any more. All has been opened that
-    /// `config` names; no thread has been started.
+    /// Gives up for the whole process all rights but those that `needs` lists. Everything that the
+    /// configuration names is open; no thread has been started.
     ///
     /// # Errors
     /// No such user or group, or the kernel refuses to take something away. What the kernel does
     /// not know (landlock, by its version) is logged.
-    pub fn enter(config: &Config) -> Result<Self, StartError> {
-        let Config { confinement, ports, .. } = config;
-        let kept = capabilities_needed(ports);
+    pub fn enter(confinement: &Confinement, needs: &Needs<'_>) -> Result<Self, StartError> {
+        let kept = capabilities(needs);
         let failed =
             |what: &str, error: &dyn std::fmt::Display| StartError::new(format!("{what}: {error}"));
         // While we may: another user can't.
@@ -79,7 +111,8 @@ impl Sandbox {
         // A socket that is made again has its mode from the start, and no thread may set it later by path.
         clear_file_mode_mask();
         prctl::set_dumpable(false).map_err(|error| failed("switch core dumps off", &error))?;
-        let files = restrict_files(config).map_err(|error| failed("restrict files", &error))?;
+        let files =
+            restrict_files(&needs.sockets).map_err(|error| failed("restrict files", &error))?;
         let seccomp = confinement.seccomp;
         let calls = match seccomp {
             Seccomp::Kill => "a system call that is not a thread's ends the process",
@@ -87,7 +120,7 @@ impl Sandbox {
             Seccomp::None => "system calls are not filtered",
         };
         info!("sandbox: {user}, capabilities: {kept}; {files}; {calls}");
-        Ok(Sandbox { seccomp, af_xdp: has_af_xdp(ports) })
+        Ok(Sandbox { seccomp, af_xdp: needs.af_xdp })
     }
 
     /// Whether an AF_XDP port can be started still.
@@ -112,13 +145,9 @@ impl Sandbox {
     }
 }
 
-fn has_af_xdp(ports: &[PortConfig]) -> bool {
-    ports.iter().any(|port| matches!(port.host, Host::AfXdp(_)))
-}
-
-/// AF_XDP opens sockets for each session, and programs when its device comes anew.
-fn capabilities_needed(ports: &[PortConfig]) -> HashSet<Capability> {
-    if !has_af_xdp(ports) {
+/// AF_XDP opens sockets for each session, and loads programs when its device is back.
+fn capabilities(needs: &Needs<'_>) -> HashSet<Capability> {
+    if !needs.af_xdp {
         return HashSet::new();
     }
     HashSet::from([
@@ -206,7 +235,7 @@ fn drop_capabilities(needed: &HashSet<Capability>) -> Result<String, caps::error
 
 /// Has no file opened any more, no TCP port bound or connected to, no abstract socket, and no
 /// signal sent to anybody else, as far as the kernel knows how; says how far that was.
-fn restrict_files(config: &Config) -> Result<String, landlock::RulesetError> {
+fn restrict_files(sockets: &[&Path]) -> Result<String, landlock::RulesetError> {
     // Of an older kernel's, what there is.
     let abi = ABI::V6;
     let mut ruleset = Ruleset::default()
@@ -214,16 +243,7 @@ fn restrict_files(config: &Config) -> Result<String, landlock::RulesetError> {
         .handle_access(AccessNet::from_all(abi))?
         .scope(Scope::from_all(abi))?
         .create()?;
-    let listening = config.ports.iter().filter_map(|port| match &port.frontend {
-        Frontend::Listen(path) => Some(path.as_path()),
-        _ => None,
-    });
-    let metrics = match &config.metrics {
-        Some(MetricsAddress::Unix(path)) => Some(path.as_path()),
-        Some(MetricsAddress::Tcp(_)) | None => None,
-    };
-    let sockets = listening.chain(config.control.as_deref()).chain(metrics);
-    for directory in sockets.map(directory_of) {
+    for directory in sockets.iter().map(|path| directory_of(path)) {
         // Our own socket's file is removed at the end, and made again if somebody has deleted it.
         match PathFd::new(directory) {
             Ok(opened) => {

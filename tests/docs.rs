@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vhost_user_net::config;
 use vhost_user_net::counters::{CopyReason, Drop};
+use vhost_user_net::{cli, config};
 use vmm_sys_util::tempdir::TempDir;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -283,7 +283,7 @@ fn all_options(command: &clap::Command) -> BTreeSet<String> {
 
 /// What is wrong with a page's commands and options.
 fn wrong_commands(page: &Page) -> Vec<String> {
-    let program = config::command();
+    let program = cli::command();
     let ctl = program.find_subcommand("ctl").unwrap();
     let options = all_options(&program);
     let mut wrong = Vec::new();

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::config::Frontend;
 use crate::counters::{CopyReason, DirectionCounters, Drop};
+use crate::endpoint::Frontend;
 use crate::features;
 use crate::frame::Way;
 use crate::ports::{FrontendStatus, Port, PortStatus, Ports};

@@ -11,8 +11,8 @@ use std::time::Instant;
 use log::warn;
 
 use super::{Wanted, metrics};
-use crate::config::{Frontend, MetricsAddress};
-use crate::endpoint::{Accepting, Endpoint, set_access};
+use crate::config::MetricsAddress;
+use crate::endpoint::{Accepting, Endpoint, Frontend, set_access};
 use crate::error::StartError;
 use crate::ports::Ports;
 use crate::sys::socket::refuse_descriptors;

@@ -14,7 +14,8 @@ use toml::de::{DeArray, DeTable, DeValue, Deserializer};
 
 use super::host::{Finding, check_host};
 use super::options::socket_path;
-use super::{Config, Confinement, MetricsAddress, PortConfig, PortOptions, Seccomp, check_start};
+use super::{Config, MetricsAddress, PortConfig, PortOptions, check_start};
+use crate::sandbox::{Confinement, Seccomp};
 
 /// Longest file in bytes: 128 bytes a line, that is some hundred ports with all options.
 const MAX_FILE: u64 = 1 << 20;
@@ -263,7 +264,8 @@ fn position(text: &str, offset: usize) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Frontend, Host};
+    use crate::config::Host;
+    use crate::endpoint::Frontend;
     use crate::policy::Limit;
 
     #[test]

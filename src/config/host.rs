@@ -6,7 +6,8 @@ use std::path::Path;
 
 use nix::unistd::geteuid;
 
-use super::{Config, Frontend, Host, MetricsAddress, PortConfig};
+use super::{Config, Host, MetricsAddress, PortConfig};
+use crate::endpoint::Frontend;
 use crate::port::tap::no_tap;
 use crate::sandbox::{find_group, find_user};
 use crate::sys::link;

@@ -19,7 +19,7 @@ use std::time::Instant;
 use log::{info, warn};
 
 use crate::api::Command;
-use crate::api::client::{Connection, Failure};
+use crate::ctl::{Connection, Failure};
 use crate::error::StartError;
 use crate::ports::{PortHandover, Ports, TAKE_OVER_TIMEOUT};
 

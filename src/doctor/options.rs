@@ -3,7 +3,8 @@
 
 use std::path::PathBuf;
 
-use crate::config::{Config, Frontend, Host, PortConfig, device_name};
+use crate::config::{Config, Host, PortConfig, device_name};
+use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
 use crate::port::af_xdp::{AfXdp, Attach, Mode};
 
@@ -14,7 +15,7 @@ const DEFAULT_MTU: u16 = 1500;
 /// Who QEMU is under libvirt on Debian and Ubuntu.
 const LIBVIRT_USER: &str = "libvirt-qemu";
 
-/// What may be asked for.
+/// Command line of `doctor`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
 pub struct Options {
     /// Check what the ports of this file need.
@@ -23,22 +24,24 @@ pub struct Options {
     /// Check this TAP device.
     #[arg(long, value_name = "NAME", value_parser = device_name)]
     pub tap: Vec<String>,
-    /// Check this device for AF_XDP, written as for the daemon.
-    #[arg(long, value_name = "NAME[,queue=N][,mode=…][,attach=…][,steer=mac]")]
+    /// Check this device for AF_XDP.
+    ///
+    /// The value is that of the daemon's --af-xdp.
+    #[arg(long, value_name = "NAME[,…]")]
     pub af_xdp: Vec<AfXdp>,
-    /// Check whether a socket can be there.
+    /// Check that a socket can be made at this path.
     #[arg(long, value_name = "PATH")]
     pub socket_path: Vec<PathBuf>,
-    /// Queue pairs that --tap and --af-xdp are to have.
+    /// Check --tap and --af-xdp for this many queue pairs, 1 to 128.
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=128))]
     pub queue_pairs: u16,
-    /// The card's MTU in bytes [default: the file's, else 1500].
+    /// Check for this MTU in bytes, 68 or more [default: the file's, else 1500].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
     pub mtu: Option<u16>,
-    /// The user that QEMU runs as [default: libvirt-qemu, if there is one].
+    /// Check the rights of this user, as which QEMU runs [default: libvirt-qemu, if it exists].
     #[arg(long, value_name = "USER")]
     pub qemu_user: Option<String>,
-    /// Print a list in JSON.
+    /// Print the findings in JSON.
     #[arg(long)]
     pub json: bool,
 }

@@ -15,9 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use super::control::{HandoverFds, Order, Predecessor};
 use super::{Opened, Port, Ports, Refusal};
-use crate::config::{Frontend, Host, PortOptions};
+use crate::config::{Host, PortOptions};
 use crate::counters::PairCounters;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Frontend};
 use crate::error::StartError;
 use crate::port::TapState;
 

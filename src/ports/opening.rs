@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use log::info;
 
 use super::devices::Claim;
-use crate::config::{Frontend, Host, PortConfig};
-use crate::endpoint::Endpoint;
+use crate::config::{Host, PortConfig};
+use crate::endpoint::{Endpoint, Frontend};
 use crate::error::StartError;
 use crate::features::PortOffloads;
 use crate::port::af_xdp::Interface;

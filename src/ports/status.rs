@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::config::Frontend;
 use crate::descriptors::DescriptorQuota;
+use crate::endpoint::Frontend;
 use crate::guest::MemoryQuota;
 use crate::policy::{Limits, LiveFilter};
 use crate::port::{Mode, RxFilter};

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 
 use super::{Control, Order, Source};
-use crate::config::Frontend;
 use crate::endpoint::Endpoint;
+use crate::endpoint::Frontend;
 use crate::event::{Interest, Poller, until};
 use crate::protocol::{self, Connection, Event, Retold};
 

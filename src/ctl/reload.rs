@@ -6,10 +6,10 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::Command;
-use super::client::{Connection, Failure};
-use crate::config::{Frontend, Host, PortConfig, PortOptions, read_file};
-use crate::endpoint::{Endpoint, share};
+use super::connection::{Connection, Failure};
+use crate::api::requests::Command;
+use crate::config::{Host, PortConfig, PortOptions, read_file};
+use crate::endpoint::{Endpoint, Frontend, share};
 use crate::error::StartError;
 use crate::ports::{Descriptors, open_queues};
 use crate::sandbox::find_group;

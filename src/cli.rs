@@ -1,33 +1,30 @@
-//! The command line: one port by options, or several by a file.
+//! The command line: assembled of the pieces that the modules below own, parsed and carried out.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::Write;
+use std::process::ExitCode;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueHint};
-use log::LevelFilter;
 
-use crate::api::client::{Question, Verb};
+use crate::config::{CheckOptions, Config, DaemonOptions, OPERATION, PortOptions, RunOptions};
+use crate::ctl;
+use crate::daemon::{self, opener};
 use crate::doctor::{self, Examination};
-
-use super::options::{OPERATION, socket_path};
-use super::{
-    Config, Confinement, Invocation, MetricsAddress, PortOptions, Seccomp, check_start, file,
-};
 
 /// `--print-capabilities` of QEMU's backend program conventions.
 const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
+/// Exit status for a wrong command line or file.
+const USAGE_ERROR: u8 = 2;
 
 /// Serves the virtio-net devices of virtual machines over vhost-user
 #[derive(Debug, Parser)]
 #[command(name = "vhost-user-net", version, max_term_width = 100)]
 #[command(
-    override_usage = "vhost-user-net [OPTIONS] <FRONTEND OPTION> <HOST SIDE OPTION>\n       \
-                            vhost-user-net <COMMAND>"
+    override_usage = "vhost-user-net <FRONTEND OPTION> <HOST SIDE OPTION> [OPTIONS] | <COMMAND>"
 )]
-#[command(
-    after_help = "All options: vhost-user-net --help. Units, files and examples: man vhost-user-net."
-)]
+#[command(after_help = "All options: vhost-user-net --help. Examples: man vhost-user-net.")]
 #[command(after_long_help = "Files, signals and examples: man vhost-user-net.")]
 #[command(group = ArgGroup::new("frontend").required(true))]
 #[command(group = ArgGroup::new("host").required(true))]
@@ -37,94 +34,107 @@ struct Arguments {
     command: Option<Command>,
     #[command(flatten)]
     port: PortOptions,
-    /// Log lines of this level and above.
-    #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = level(), hide_possible_values = true, help_heading = OPERATION)]
-    log_level: LevelFilter,
-    /// Act on a system call outside the thread's allow-list.
-    #[arg(long, value_name = "ACTION", value_enum, default_value = "kill", help_heading = OPERATION, hide_short_help = true)]
-    seccomp: Seccomp,
-    /// Become this user once everything is open [default: stay].
-    #[arg(long, value_name = "USER", help_heading = OPERATION)]
-    user: Option<String>,
-    /// Become this group [default: the user's].
-    #[arg(long, value_name = "GROUP", help_heading = OPERATION, hide_short_help = true)]
-    group: Option<String>,
-    /// Listen on this unix socket for 'vhost-user-net ctl' [default: none].
-    #[arg(long, value_name = "PATH", help_heading = OPERATION)]
-    control: Option<PathBuf>,
-    /// Serve metrics at 127.0.0.1:PORT or on a unix socket [default: none].
-    #[arg(long, value_name = "ADDRESS", value_hint = ValueHint::AnyPath, help_heading = OPERATION)]
-    metrics: Option<MetricsAddress>,
-    /// Print what this program can do, as QEMU's conventions ask for, and exit.
+    #[command(flatten)]
+    daemon: DaemonOptions,
+    /// Print this program's capabilities, as QEMU's conventions require, and exit.
     #[arg(long, help_heading = OPERATION, hide_short_help = true)]
     print_capabilities: bool,
-}
-
-/// The levels of the log, by name.
-fn level() -> impl TypedValueParser<Value = LevelFilter> {
-    PossibleValuesParser::new(["off", "error", "warn", "info", "debug", "trace"])
-        .try_map(|text| text.parse::<LevelFilter>())
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve the ports that a file describes.
-    Run {
-        /// The file, in TOML.
-        #[arg(long, value_name = "FILE")]
-        config: PathBuf,
-        /// Take over the ports of the daemon that listens on the file's control socket.
-        ///
-        /// That daemon exits. Frontends notice a pause of some milliseconds.
-        #[arg(long)]
-        take_over: bool,
-    },
-    /// Check a file, and what of it this host has; print each mistake on a line.
+    Run(RunOptions),
+    /// Check a file against this host; print each mistake on a line.
     ///
-    /// Exits with 0, or with 2 if something is wrong.
-    CheckConfig {
-        /// The file.
-        #[arg(value_name = "FILE")]
-        config: PathBuf,
-    },
-    /// Check this host; print what is wrong and the command that fixes it.
+    /// Exits with 0, or with 2 after a mistake.
+    CheckConfig(CheckOptions),
+    /// Check this host; print faults and the commands that fix them.
     ///
-    /// Nothing is changed. Exits with 0, with 1 if something fails, and with 2 if this command line is wrong.
+    /// Changes nothing. Exits with 0, with 1 if a check fails, and with 2 if the command line is wrong.
     Doctor(doctor::Options),
     /// Ask a running daemon, or change its ports while they run.
     ///
-    /// Exits with 0, with 1 if the daemon says no, with 2 if this command line is wrong, and with 3 if it can't be asked.
-    Ctl {
-        /// The daemon's --control socket.
-        #[arg(long, value_name = "PATH", global = true, default_value = DEFAULT_CONTROL)]
-        control: PathBuf,
-        /// Print the reply in JSON.
-        #[arg(long, global = true)]
-        json: bool,
-        #[command(subcommand)]
-        verb: Verb,
-    },
-    /// Open what a daemon is to have when it reads its file again: started by the daemon.
+    /// Exits with 0, with 1 if the daemon refuses, with 2 if the command line is wrong, and with 3 if no
+    /// daemon can be asked.
+    Ctl(ctl::Options),
+    /// Open what a daemon needs when it reads its file again; started by the daemon.
     #[command(hide = true)]
-    Opener {
-        /// The file.
-        config: PathBuf,
-        /// What is logged.
-        #[arg(long, value_parser = level(), default_value = "info")]
-        log_level: LevelFilter,
-    },
+    Opener(opener::Options),
 }
 
-/// Where a daemon's control socket is looked for.
-const DEFAULT_CONTROL: &str = "/run/vhost-user-net/control.sock";
+/// A command line, parsed.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Serve ports.
+    Run(Config),
+    /// Act as the client of a running daemon.
+    Ctl(ctl::Options),
+    /// Act as the helper process of a running daemon, connected by standard input.
+    Opener(opener::Options),
+    /// Check this host.
+    Doctor(Examination),
+    /// Print this text to standard output and exit with 0.
+    Print(String),
+    /// Print this text to standard error and exit with 2.
+    Usage(String),
+}
 
-/// Reads a command line, program name first.
+impl Invocation {
+    /// Carries it out; returns the program's exit status.
+    pub fn run(self) -> ExitCode {
+        match self {
+            Invocation::Run(config) => match daemon::run(&config) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(error, 1),
+            },
+            Invocation::Ctl(options) => match options.run() {
+                Ok(text) => print(&text),
+                Err(failure) => fail(&failure, failure.exit_status()),
+            },
+            Invocation::Opener(options) => match opener::run(&options) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(_) => ExitCode::FAILURE,
+            },
+            Invocation::Doctor(examination) => {
+                let report = examination.run();
+                print(&report.show());
+                if report.fails() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+            }
+            Invocation::Print(text) => print(&text),
+            Invocation::Usage(text) => {
+                let _ = std::io::stderr().write_all(text.as_bytes());
+                ExitCode::from(USAGE_ERROR)
+            }
+        }
+    }
+}
+
+/// Runs the program with this command line, its name first; returns its exit status.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    match parse(arguments) {
+        Ok(invocation) => invocation.run(),
+        Err(error) => fail(error, USAGE_ERROR),
+    }
+}
+
+/// Writes to standard output. A reader that closes the pipe early has seen enough.
+fn print(text: &str) -> ExitCode {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+/// Writes a line to standard error. `eprintln!` would panic if nobody reads it, or its disk is full.
+fn fail(why: impl Display, status: u8) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "vhost-user-net: {why}");
+    ExitCode::from(status)
+}
+
+/// Parses a command line, program name first.
 ///
 /// # Errors
-/// One line that says what is wrong.
-pub fn parse(
-    arguments: impl IntoIterator<Item = std::ffi::OsString>,
-) -> Result<Invocation, String> {
+/// One line that names the mistake.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, String> {
     let arguments: Vec<_> = arguments.into_iter().collect();
     // By QEMU's conventions it stands alone, so nothing else is required beside it.
     if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
@@ -141,58 +151,22 @@ pub fn parse(
         }
         Err(error) => return Err(one_line(&error)),
     };
-    match arguments.command {
-        None => {
-            let ports = vec![arguments.port.check()?];
-            let Arguments { log_level, control, metrics, seccomp, user, group, .. } = arguments;
-            let control = control.map(socket_path).transpose()?;
-            check_start(&ports, control.as_deref())?;
-            let confinement = Confinement { seccomp, user, group };
-            let file = None;
-            let take_over = false;
-            Ok(Invocation::Run(Config {
-                log_level,
-                file,
-                take_over,
-                control,
-                metrics,
-                confinement,
-                ports,
-            }))
-        }
-        Some(Command::Run { config: path, take_over }) => {
-            let config = file::read(&path)?;
-            if take_over && config.control.is_none() {
-                let shown = path.display();
-                return Err(format!(
-                    "{shown}: take-over needs a control socket: control = \"PATH\""
-                ));
-            }
-            Ok(Invocation::Run(Config { take_over, ..config }))
-        }
-        Some(Command::CheckConfig { config }) => {
-            let (checked, notes) = file::check(&config)?;
-            let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();
-            let (file, ports) = (config.display(), checked.ports.len());
-            Ok(Invocation::Print(format!("{notes}{file}: {ports} ports, nothing wrong\n")))
-        }
-        Some(Command::Ctl { control: socket, json, verb }) => {
-            Ok(Invocation::Ask(Question { socket, json, verb }))
-        }
-        Some(Command::Doctor(options)) => {
-            let config = options.config.as_deref().map(file::read).transpose()?;
-            Ok(Invocation::Examine(Examination::new(options, config)))
-        }
-        Some(Command::Opener { config, log_level }) => Ok(Invocation::Open(config, log_level)),
-    }
+    Ok(match arguments.command {
+        None => Invocation::Run(arguments.daemon.check(arguments.port)?),
+        Some(Command::Run(options)) => Invocation::Run(options.read()?),
+        Some(Command::CheckConfig(options)) => Invocation::Print(options.check()?),
+        Some(Command::Ctl(options)) => Invocation::Ctl(options),
+        Some(Command::Doctor(options)) => Invocation::Doctor(Examination::new(options)?),
+        Some(Command::Opener(options)) => Invocation::Opener(options),
+    })
 }
 
-/// The command line's description: manual pages and completions are made from it.
+/// Returns the description of the command line, of which manual pages and completions are made.
 pub fn command() -> clap::Command {
     complete_paths_only(Arguments::command())
 }
 
-/// Has shells complete file names only where a value is a path.
+/// Sets value hints so that shells complete file names only where a value is a path.
 fn complete_paths_only(command: clap::Command) -> clap::Command {
     let no_path =
         |arg: &Arg| arg.get_action().takes_values() && arg.get_value_hint() == ValueHint::Unknown;
@@ -201,8 +175,8 @@ fn complete_paths_only(command: clap::Command) -> clap::Command {
         .mut_subcommands(complete_paths_only)
 }
 
-/// Why `ctl set` does not take an option of the program: it can't change while the port, or the daemon,
-/// runs.
+/// Returns why `ctl set` does not take an option of the program: it can't change while the port, or the
+/// daemon, runs.
 fn fixed_option(error: &clap::Error) -> Option<String> {
     let (Some(ContextValue::String(argument)), Some(ContextValue::StyledStr(usage))) =
         (error.get(ContextKind::InvalidArg), error.get(ContextKind::Usage))
@@ -228,7 +202,7 @@ fn fixed_option(error: &clap::Error) -> Option<String> {
     })
 }
 
-/// clap explains itself in a paragraph; the log has lines.
+/// Returns clap's error, which is a paragraph, as one line.
 fn one_line(error: &clap::Error) -> String {
     if let Some(why) = fixed_option(error) {
         return why;
@@ -249,7 +223,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::config::{Frontend, Host, PortConfig};
+    use crate::config::{Host, PortConfig};
+    use crate::endpoint::Frontend;
     use crate::port::af_xdp::{AfXdp, Attach, Mode};
 
     fn read(arguments: &[&str]) -> Result<PortConfig, String> {

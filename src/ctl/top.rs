@@ -7,32 +7,32 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::Command;
-use super::client::{Connection, Failure, columns, plain, print, short};
+use super::connection::{Connection, Failure};
+use super::text::{columns, plain, print, short};
+use crate::api::requests::Command;
 
-/// How it is to be shown.
+/// Options of `ctl top`.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
-pub struct Look {
-    /// How long to count before each look, in seconds.
-    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = super::client::interval)]
+pub struct TopOptions {
+    /// Count for this many seconds before each table, 0.01 to 86400.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = super::interval)]
     interval: Duration,
-    /// How often to look [default: until it is interrupted].
+    /// Print this many tables [default: until interrupted].
     #[arg(long, value_name = "N")]
     count: Option<u64>,
-    /// Rows to show at the most.
+    /// Show at most this many rows.
     #[arg(long, value_name = "N", default_value = "20")]
     rows: usize,
 }
 
-/// Shows traffic by protocol and peer, look after look. The daemon counts for as long as we are
-/// connected.
+/// Prints tables of traffic by protocol and peer. The daemon counts while the client is connected.
 ///
 /// # Errors
-/// The daemon can't be asked, or has no such port.
+/// The daemon cannot be asked, or has no such port.
 pub(super) fn top(
     daemon: &mut Connection,
     port: &str,
-    look: &Look,
+    options: &TopOptions,
     in_json: bool,
 ) -> Result<(), Failure> {
     let mut ask = || -> Result<(Instant, Vec<Value>), Failure> {
@@ -41,30 +41,30 @@ pub(super) fn top(
     };
     let (mut since, mut before) = ask()?;
     let clear = if io::stdout().is_terminal() && !in_json { "\x1b[H\x1b[2J" } else { "" };
-    for looked in 1.. {
-        std::thread::sleep(look.interval);
+    for shown in 1.. {
+        std::thread::sleep(options.interval);
         let (now, rows) = ask()?;
         let mut rates = rates(&before, &rows, now - since);
-        rates.truncate(look.rows);
+        rates.truncate(options.rows);
         let text = if in_json { format!("{:#}\n", json!(rates)) } else { table(&rates) };
         // Whoever closes the pipe has seen enough.
         if !print(&(clear.to_owned() + &text)) {
             return Ok(());
         }
         (since, before) = (now, rows);
-        if look.count.is_some_and(|count| looked >= count) {
+        if options.count.is_some_and(|count| shown >= count) {
             break;
         }
     }
     Ok(())
 }
 
-/// What a row is about.
+/// Returns the direction, protocol and peer of a row.
 fn key(row: &Value) -> String {
     [&row["way"], &row["protocol"], &row["peer"]].map(Value::to_string).concat()
 }
 
-/// What went each second, the most first.
+/// Returns the rates between two tables, highest bit rate first.
 fn rates(before: &[Value], rows: &[Value], time: Duration) -> Vec<Value> {
     let before: HashMap<String, &Value> = before.iter().map(|row| (key(row), row)).collect();
     let number = |row: Option<&&Value>, name: &str| -> u64 {

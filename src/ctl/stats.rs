@@ -1,23 +1,23 @@
-//! `vhost-user-net ctl stats`: what ports move each second, from two looks at their counters.
+//! `vhost-user-net ctl stats`: ports' rates, from the differences of their counters.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::Command;
-use super::client::{Connection, Failure};
+use super::connection::{Connection, Failure};
+use crate::api::requests::Command;
 
-/// Sum of a number over a port's queue pairs, at a path within each.
+/// Sums a number over a port's queue pairs, at a path within each.
 fn sum(report: &Value, path: &str) -> f64 {
     let pairs = report["queue_pairs"].as_array().map_or(&[][..], Vec::as_slice);
     pairs.iter().filter_map(|pair| pair.pointer(path)?.as_f64()).sum()
 }
 
-/// Shows the rates of these ports, or of all if there are none, over a time: as often as `count` says, or
-/// until nobody reads them.
+/// Shows the rates of these ports, or of all if `ports` is empty, over each interval `time`: `count` times,
+/// or until `show` returns false.
 ///
 /// # Errors
-/// The daemon can't be asked, or has no such port.
+/// The daemon cannot be asked, or has no such port.
 pub(super) fn rates(
     daemon: &mut Connection,
     ports: &[String],
@@ -29,17 +29,17 @@ pub(super) fn rates(
     let all = list.as_array().map_or(&[][..], Vec::as_slice);
     let all = all.iter().filter_map(|port| port["name"].as_str().map(str::to_owned));
     let names: Vec<String> = if ports.is_empty() { all.collect() } else { ports.to_vec() };
-    let mut look = || -> Result<Vec<(Instant, Value)>, Failure> {
-        let look = |port: &String| {
+    let mut sample = || -> Result<Vec<(Instant, Value)>, Failure> {
+        let report = |port: &String| {
             let report = daemon.ask(&Command::Show { port: port.clone() }, &[])?;
             Ok((Instant::now(), report))
         };
-        names.iter().map(look).collect()
+        names.iter().map(report).collect()
     };
-    let mut before = look()?;
+    let mut before = sample()?;
     for _ in 0..count {
         std::thread::sleep(time);
-        let after = look()?;
+        let after = sample()?;
         let pairs = before.iter().zip(&after);
         let rates: Vec<Value> = pairs.map(|(before, after)| difference(before, after)).collect();
         if !show(&rates) {
@@ -50,7 +50,7 @@ pub(super) fn rates(
     Ok(())
 }
 
-/// What a port moved each second between two looks.
+/// Returns a port's rates between two reports.
 fn difference((then, before): &(Instant, Value), (now, after): &(Instant, Value)) -> Value {
     let seconds = (*now - *then).as_secs_f64();
     let rate = |path: &str| ((sum(after, path) - sum(before, path)) / seconds).max(0.0);

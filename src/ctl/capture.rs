@@ -1,20 +1,19 @@
-//! `vhost-user-net ctl capture`: has a port's frames written to a file or a pipe.
+//! `vhost-user-net ctl capture`: writes a port's frames to a file or a pipe.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use super::Command;
-use super::client::{Connection, Failure};
-use super::requests::Wanted;
+use super::connection::{Connection, Failure};
+use crate::api::requests::{Command, Wanted};
 use crate::event::{Interest, Poller};
 use crate::sys::process::Signals;
 
-/// Captures until there is nothing more, or a signal comes; says what it has come to.
+/// Captures until the capture ends or a signal arrives; returns a line with the number of frames.
 ///
 /// # Errors
-/// The daemon can't be asked or says no, or the file can't be written.
+/// The daemon cannot be asked or refuses, or the file can't be written.
 pub(super) fn capture(
     daemon: &mut Connection,
     port: &str,
