@@ -80,7 +80,7 @@ pub struct Server {
 
 /// What a client is to be waited on for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
+pub enum ClientInterest {
     /// Its next request.
     Request,
     /// Room for the reply.
@@ -299,11 +299,15 @@ impl Server {
     }
 
     /// Serves a client that can be read from, or written to.
-    pub fn serve(&mut self, number: u32, ports: &mut Ports) -> Wanted {
-        let Some(mut client) = self.take(number) else { return Wanted::Nothing };
+    pub fn serve(&mut self, number: u32, ports: &mut Ports) -> ClientInterest {
+        let Some(mut client) = self.take(number) else { return ClientInterest::Nothing };
         match client.talk(ports, &self.house, &mut self.given_away) {
             Ok(()) => {
-                let wanted = if client.output.is_empty() { Wanted::Request } else { Wanted::Room };
+                let wanted = if client.output.is_empty() {
+                    ClientInterest::Request
+                } else {
+                    ClientInterest::Room
+                };
                 if number == 0 {
                     self.opener = Some(client);
                 } else {
@@ -319,7 +323,7 @@ impl Server {
                 {
                     warn!("control socket: a client is disconnected: {error}");
                 }
-                Wanted::Nothing
+                ClientInterest::Nothing
             }
         }
     }

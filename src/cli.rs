@@ -11,7 +11,7 @@ use clap::{Arg, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcomma
 use crate::config::{CheckOptions, Config, DaemonOptions, OPERATION, PortOptions, RunOptions};
 use crate::ctl;
 use crate::daemon::{self, opener};
-use crate::doctor::{self, Examination};
+use crate::doctor::{self, Doctor};
 
 /// `--print-capabilities` of QEMU's backend program conventions.
 const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
@@ -73,7 +73,7 @@ pub enum Invocation {
     /// Act as the helper process of a running daemon, connected by standard input.
     Opener(opener::Options),
     /// Check this host.
-    Doctor(Examination),
+    Doctor(Doctor),
     /// Print this text to standard output and exit with 0.
     Print(String),
     /// Print this text to standard error and exit with 2.
@@ -156,7 +156,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         Some(Command::Run(options)) => Invocation::Run(options.read()?),
         Some(Command::CheckConfig(options)) => Invocation::Print(options.check()?),
         Some(Command::Ctl(options)) => Invocation::Ctl(options),
-        Some(Command::Doctor(options)) => Invocation::Doctor(Examination::new(options)?),
+        Some(Command::Doctor(options)) => Invocation::Doctor(Doctor::new(options)?),
         Some(Command::Opener(options)) => Invocation::Opener(options),
     })
 }

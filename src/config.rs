@@ -21,7 +21,7 @@ use serde::Deserialize;
 
 use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
-use crate::policy::{Filter, Identity, Limit};
+use crate::policy::{AllowedSources, Filter, Limit};
 use crate::port::af_xdp::AfXdp;
 use crate::port::tap::TxMethod;
 use crate::sandbox::{Confinement, Needs};
@@ -123,7 +123,7 @@ pub struct PortConfig {
     /// The card's MTU in bytes.
     pub mtu: u16,
     /// Who the guest is, if it may only speak for itself.
-    pub identity: Option<Identity>,
+    pub allowed_sources: Option<AllowedSources>,
     /// What of it is denied.
     pub tx_filter: Filter,
     /// What is denied of what it is given.
@@ -260,7 +260,7 @@ impl PortConfig {
 
     /// True if what can change while the port runs is the same.
     pub fn is_live_equal(&self, other: &Self) -> bool {
-        let live = |it: &Self| (it.identity.clone(), it.link, it.rx_limit, it.tx_limit);
+        let live = |it: &Self| (it.allowed_sources.clone(), it.link, it.rx_limit, it.tx_limit);
         live(self) == live(other)
             && self.tx_filter == other.tx_filter
             && self.rx_filter == other.rx_filter
@@ -268,7 +268,7 @@ impl PortConfig {
 
     /// What an operator allows the guest, by option: the values in force, in words.
     pub fn policy(&self) -> [(&'static str, String); 6] {
-        let anti_spoofing = self.identity.as_ref().map_or("off".into(), ToString::to_string);
+        let anti_spoofing = self.allowed_sources.as_ref().map_or("off".into(), ToString::to_string);
         [
             ("anti-spoofing", anti_spoofing),
             ("tx-filter", self.tx_filter.to_string()),

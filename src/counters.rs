@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use histogram::Histogram;
 use reasons::ByReason;
-pub use reasons::{CopyReason, Drop};
+pub use reasons::{CopyReason, DropReason};
 
 /// Highest value that a counter can be restored to: 2^56. In bytes, 10 Gbit/s take two years for it.
 const MAX_RESTORED: u64 = 1 << 56;
@@ -63,7 +63,7 @@ pub struct DirectionCounters {
     /// Bytes of those frames, without the virtio header.
     pub bytes: Counter,
     /// Frames dropped, by reason.
-    drops: ByReason<Drop>,
+    drops: ByReason<DropReason>,
     /// Of those moved, frames whose payload was copied in user space, by reason.
     copies: ByReason<CopyReason>,
     /// Interrupts sent to the guest.
@@ -80,7 +80,7 @@ pub struct DirectionCounters {
 
 impl DirectionCounters {
     /// Counts dropped frames.
-    pub fn dropped(&self, reason: Drop, frames: u64) {
+    pub fn dropped(&self, reason: DropReason, frames: u64) {
         self.drops.of(reason).add(frames);
     }
 
@@ -95,7 +95,7 @@ impl DirectionCounters {
     }
 
     /// Frames dropped for `reason`.
-    pub fn drops(&self, reason: Drop) -> u64 {
+    pub fn drops(&self, reason: DropReason) -> u64 {
         self.drops.of(reason).get()
     }
 
@@ -125,9 +125,9 @@ impl PairCounters {
         for (ours, theirs) in [
             (&self.sessions, &told.sessions),
             (&self.turns, &told.turns),
-            (&self.looks, &told.looks),
-            (&self.replies, &told.replies),
-            (&self.naps, &told.naps),
+            (&self.poll_attempts, &told.poll_attempts),
+            (&self.poll_successes, &told.poll_successes),
+            (&self.coalesced_sleeps, &told.coalesced_sleeps),
             (&self.sleeps, &told.sleeps),
             (&self.starved, &told.starved),
         ] {
@@ -140,7 +140,7 @@ impl PairCounters {
 impl fmt::Display for DirectionCounters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} frames, {} bytes", self.frames.get(), self.bytes.get())?;
-        for reason in Drop::ALL {
+        for reason in DropReason::ALL {
             let count = self.drops(reason);
             if count > 0 {
                 write!(f, ", {count} dropped ({})", reason.name())?;
@@ -181,12 +181,15 @@ pub struct PairCounters {
     pub kick_to_used: Histogram<16>,
     /// Turns of the worker that moved something.
     pub turns: Counter,
-    /// Times that the worker looked on for a guest's answer to what it was given.
-    pub looks: Counter,
-    /// Times that it came meanwhile.
-    pub replies: Counter,
-    /// Times that the worker slept a little without being woken, since frames came closely.
-    pub naps: Counter,
+    /// Polls for a guest's reply.
+    #[serde(rename = "looks")]
+    pub poll_attempts: Counter,
+    /// Polls that ended with a reply.
+    #[serde(rename = "replies")]
+    pub poll_successes: Counter,
+    /// Sleeps to coalesce wake-ups, with notifications disabled.
+    #[serde(rename = "naps")]
+    pub coalesced_sleeps: Counter,
     /// Times that the worker went to sleep.
     pub sleeps: Counter,
     /// Times that rx had to wait for the guest to provide buffers.
@@ -216,7 +219,7 @@ mod tests {
     fn counters_are_handed_over_by_name() {
         let pair = PairCounters::default();
         pair.tx.frames.add(7);
-        pair.tx.dropped(Drop::SpoofedMac, 3);
+        pair.tx.dropped(DropReason::SpoofedMac, 3);
         pair.rx.copied(CopyReason::Late, 2);
         pair.kick_to_used.observe(5);
         let mut told = serde_json::to_value(&pair).unwrap();
@@ -226,7 +229,7 @@ mod tests {
         told["rx"]["drops"]["too_strange"] = 1.into();
         told["rx"].as_object_mut().unwrap().remove("bursts");
         let again: PairCounters = serde_json::from_value(told).unwrap();
-        assert_eq!((again.tx.frames.get(), again.tx.drops(Drop::SpoofedMac)), (7, 3));
+        assert_eq!((again.tx.frames.get(), again.tx.drops(DropReason::SpoofedMac)), (7, 3));
         assert_eq!(again.rx.copies(CopyReason::Late), 2);
         assert_eq!(again.kick_to_used.cumulated(), pair.kick_to_used.cumulated());
     }

@@ -17,9 +17,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::api::requests::{Command, Wanted};
-pub use connection::{Connection, Failure, Wish};
-pub use reload::{Outcome, mend, reload, start_missing};
+use crate::api::requests::{CaptureOptions, Command};
+pub use connection::{Connection, Failure, HelperRequest};
+pub use reload::{Outcome, reload, reopen_tap, start_missing};
 use reload::{add, conflict};
 use text::{plain, print};
 pub use top::TopOptions;
@@ -54,7 +54,7 @@ pub enum Action {
         port: String,
         /// Frames to capture.
         #[command(flatten)]
-        wanted: Wanted,
+        wanted: CaptureOptions,
         /// Write to this file; - is standard output.
         #[arg(short, long, value_name = "FILE")]
         write: PathBuf,

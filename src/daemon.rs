@@ -5,9 +5,9 @@
 //! descriptors of a new port, or the `opener`, a process that reads the file again on request.
 
 mod handover;
+mod main_loop;
 pub mod opener;
 mod supervision;
-mod waiting;
 
 use log::{error, warn};
 
@@ -24,8 +24,8 @@ use crate::sandbox::{Role, Sandbox};
 use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
 use handover::Predecessor;
+use main_loop::MainLoop;
 use supervision::Supervisor;
-use waiting::Waiting;
 
 /// Runs all ports until a signal ends the daemon, or the last inherited connection ends.
 ///
@@ -118,14 +118,14 @@ fn serve(
              ulimit -n {need}"
         );
     }
-    let mut waiting =
-        Waiting::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;
+    let mut main_loop =
+        MainLoop::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;
     if let Some(predecessor) = predecessor {
         predecessor.let_go()?;
-        waiting.succeed(config);
+        main_loop.take_over(config);
     }
-    let ended = waiting.until_the_end();
-    waiting.stop();
+    let ended = main_loop.run();
+    main_loop.stop();
     ended.map_err(|error| StartError::new(format!("wait for signals and operators: {error}")))
 }
 

@@ -10,7 +10,7 @@
 
 mod inflight;
 mod migration;
-mod retelling;
+mod replay;
 mod ring;
 mod state;
 
@@ -27,13 +27,13 @@ use crate::guest::layout::MAX_SIZE;
 use crate::guest::memory::MAX_SLOTS;
 use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError, MemoryQuota, Unmapped};
 use crate::net_config::{MIN_MTU, NetConfig};
-use crate::policy::{Limits, Rules};
+use crate::policy::{AntiSpoofing, Limits};
 use crate::port::Announcer;
 use crate::protocol::{Message, Reply, Request};
 use crate::sys::eventfd::NotifyFd;
 use crate::worker::{self, Ended, Session, Worker};
 
-use ring::{Kick, ToldRing};
+use ring::{Kick, VringState};
 use state::Transfer;
 
 /// A request that the device does not carry out.
@@ -77,7 +77,7 @@ impl From<MemoryError> for Refusal {
 
 /// What the frontend has told us over one connection.
 #[derive(Debug, Default)]
-struct Told {
+struct FrontendState {
     features: Option<Negotiated>,
     protocol_features: Option<ProtocolFeatures>,
     status: u8,
@@ -88,7 +88,7 @@ struct Told {
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<Inflight>>,
     transfer: Option<Transfer>,
-    rings: Vec<ToldRing>,
+    rings: Vec<VringState>,
     /// The channel for requests of ours, of which there are none yet.
     backend_requests: Option<Arc<File>>,
 }
@@ -102,7 +102,7 @@ pub struct Device {
     /// Largest MTU in bytes that the host side carries.
     largest_mtu: u16,
     requires_sealed_memory: bool,
-    rules: Option<Arc<Rules>>,
+    rules: Option<Arc<AntiSpoofing>>,
     announcer: Option<Announcer>,
     limits: Option<Arc<Limits>>,
     quota: Arc<MemoryQuota>,
@@ -110,7 +110,7 @@ pub struct Device {
     workers: Vec<Worker>,
     /// No session begins: another daemon serves the guest, or may do so soon.
     suspended: bool,
-    told: Told,
+    told: FrontendState,
 }
 
 impl Device {
@@ -129,7 +129,7 @@ impl Device {
             descriptors: None,
             workers,
             suspended: false,
-            told: Told::default(),
+            told: FrontendState::default(),
         };
         device.forget();
         device
@@ -157,7 +157,7 @@ impl Device {
     }
 
     /// Has the guest's frames judged by these rules from now on.
-    pub fn set_rules(&mut self, rules: Option<Arc<Rules>>) {
+    pub fn set_anti_spoofing(&mut self, rules: Option<Arc<AntiSpoofing>>) {
         self.rules = rules;
         self.restart_all();
     }
@@ -203,10 +203,10 @@ impl Device {
     /// The frontend has gone: ends all sessions and forgets all that it said.
     pub fn forget(&mut self) {
         worker::end_all(&mut self.workers);
-        let rings = (0..=2 * self.workers.len()).map(|_| ToldRing::default()).collect();
+        let rings = (0..=2 * self.workers.len()).map(|_| VringState::default()).collect();
         // Unmapped first, so that the next frontend has all of the port's limit.
         let memory = Arc::new(GuestMemory::within(self.quota.clone()));
-        self.told = Told { rings, memory, ..Told::default() };
+        self.told = FrontendState { rings, memory, ..FrontendState::default() };
         self.count_descriptors();
     }
 
@@ -222,10 +222,10 @@ impl Device {
 
     /// Descriptors that are kept for the frontend, but for its connection.
     fn kept_descriptors(&self) -> usize {
-        let Told { memory, log, inflight, transfer, backend_requests, .. } = &self.told;
+        let FrontendState { memory, log, inflight, transfer, backend_requests, .. } = &self.told;
         let few = [log.is_some(), inflight.is_some(), backend_requests.is_some()];
         let transfer = if matches!(transfer, Some(Transfer::Load(_))) { STATE } else { 0 };
-        let rings: usize = self.told.rings.iter().map(ToldRing::descriptors).sum();
+        let rings: usize = self.told.rings.iter().map(VringState::descriptors).sum();
         memory.len() + few.into_iter().filter(|is| *is).count() + transfer + rings
     }
 
@@ -233,7 +233,7 @@ impl Device {
     fn descriptors_after(&self, request: &Request) -> usize {
         let kept = self.kept_descriptors();
         let instead_of = |replaced: bool| kept + usize::from(!replaced);
-        let of_ring = |index: &u32, file: &Option<File>, has: fn(&ToldRing) -> bool| {
+        let of_ring = |index: &u32, file: &Option<File>, has: fn(&VringState) -> bool| {
             let ring = self.told.rings.get(*index as usize);
             ring.map_or(kept, |ring| instead_of(file.is_none() || has(ring)))
         };
@@ -242,7 +242,7 @@ impl Device {
                 (kept + regions.len()).saturating_sub(self.told.memory.len())
             }
             Request::AddMemReg(..) => kept + 1,
-            Request::SetVringKick { index, file } => of_ring(index, file, ToldRing::has_kick),
+            Request::SetVringKick { index, file } => of_ring(index, file, VringState::has_kick),
             Request::SetVringCall { index, file } => {
                 of_ring(index, file, |ring| ring.call.is_set())
             }
@@ -516,7 +516,7 @@ impl Device {
         Ok(None)
     }
 
-    fn ring(&mut self, index: u32) -> Result<&mut ToldRing, Refusal> {
+    fn ring(&mut self, index: u32) -> Result<&mut VringState, Refusal> {
         let (pairs, control) = (self.workers.len(), self.control_ring());
         let has = |at: &usize| *at < 2 * pairs || Some(*at) == control;
         match Some(index as usize).filter(has).and_then(|at| self.told.rings.get_mut(at)) {
@@ -531,10 +531,10 @@ impl Device {
 
     /// The ring, which must not run. User-mode Linux starts rings anew that it has only disabled: all
     /// such rings are stopped here, for their memory may be another driver's by now.
-    fn stopped_ring(&mut self, index: u32) -> Result<&mut ToldRing, Refusal> {
+    fn stopped_ring(&mut self, index: u32) -> Result<&mut VringState, Refusal> {
         if self.ring(index)?.is_idle() {
             self.end_all();
-            self.told.rings.iter_mut().filter(|ring| ring.is_idle()).for_each(ToldRing::stop);
+            self.told.rings.iter_mut().filter(|ring| ring.is_idle()).for_each(VringState::stop);
             self.restart_all();
         }
         let ring = self.ring(index)?;
@@ -577,7 +577,7 @@ impl Device {
 
     fn stop_all(&mut self) {
         self.end_all();
-        self.told.rings.iter_mut().for_each(ToldRing::stop);
+        self.told.rings.iter_mut().for_each(VringState::stop);
     }
 
     fn disable_all(&mut self) -> Result<Option<Reply>, Refusal> {

@@ -6,7 +6,7 @@
 //! | reader | VLAN tags | IPv6 extension headers |
 //! |---|---|---|
 //! | segmentation and checksums ([`Headers`]) | at most two: a provider's around a customer's | those behind which Linux segments ([`Walk::SEGMENTATION`]) |
-//! | anti-spoofing (`policy::rules`) | at most one, of an allowed VLAN: the next switch would act on a second | all, at most seven |
+//! | anti-spoofing (`policy::anti_spoofing`) | at most one, of an allowed VLAN: the next switch would act on a second | all, at most seven |
 //! | packet filters (`policy::filter`) | at most two: the rest of a frame with a third is unknown | all, at most six |
 //!
 //! Invariant: the parser reads a private copy, which may end anywhere. It reads nothing behind the end,
@@ -20,7 +20,7 @@ pub use ip::{Ipv4, Ipv6, Upper, Walk};
 
 /// Direction of a frame, as the guest sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Way {
+pub enum FrameDirection {
     /// From the guest.
     Tx,
     /// To the guest.

@@ -25,8 +25,8 @@ pub use tx_stages::TxStages;
 
 use crate::features::Negotiated;
 use crate::guest::{Readable, Virtqueue, Writable};
-use crate::policy::{FilterView, LiveFilter, Rules};
-use crate::traffic::Tally;
+use crate::policy::{AntiSpoofing, FilterView, LiveFilter};
+use crate::traffic::PeerTable;
 
 /// The virtqueues of a session: both, or one of them.
 #[derive(Debug)]
@@ -160,7 +160,7 @@ pub struct Readiness<'a> {
 
 /// What a session of a port is to keep to.
 #[derive(Debug, Clone)]
-pub struct Terms {
+pub struct SessionConfig {
     /// The features agreed on.
     pub negotiated: Negotiated,
     /// MTU in bytes.
@@ -172,17 +172,17 @@ pub struct Terms {
     /// Descriptors of that ring.
     pub rx_size: u16,
     /// What the guest may send.
-    pub rules: Option<Arc<Rules>>,
+    pub rules: Option<Arc<AntiSpoofing>>,
     /// What of it is denied.
     pub tx_filter: Arc<LiveFilter>,
     /// Where frames are counted by whom they go to and come from.
-    pub tally: Arc<Tally>,
+    pub peers: Arc<PeerTable>,
 }
 
-impl Terms {
+impl SessionConfig {
     /// The stages in front of the port, for frames of up to `max_frame` bytes, GSO frames excepted.
     fn tx_stages(&self, max_frame: usize) -> TxStages {
         let (rules, filter) = (self.rules.clone(), FilterView::new(self.tx_filter.clone()));
-        TxStages::new(&self.negotiated, max_frame, rules, filter, self.tally.clone())
+        TxStages::new(&self.negotiated, max_frame, rules, filter, self.peers.clone())
     }
 }

@@ -29,7 +29,7 @@ use crate::sandbox::{Role, Sandbox};
 use crate::sys::eventfd::Waker;
 use crate::sys::process::host_memory;
 
-use control::Order;
+use control::ControlCommand;
 use devices::Devices;
 pub use devices::{Claim, check_devices};
 use handover::Handover;
@@ -290,7 +290,7 @@ impl Ports {
     }
 
     /// Returns the name of a port of the file whose TAP is gone: the helper process can open the TAP again.
-    pub fn to_be_mended(&self) -> Option<&str> {
+    pub fn tap_to_reopen(&self) -> Option<&str> {
         let is_tap = |port: &&Port| matches!(port.config().host, Host::Tap(_));
         let found =
             self.ports.iter().filter(|port| port.is_from_file() && port.status().is_degraded());
@@ -314,7 +314,7 @@ impl Ports {
 
     /// Stops all ports at the same time, and abandons those that have not stopped after 700 ms.
     pub fn stop(&mut self) {
-        self.ports.iter().for_each(|port| port.tell(Order::Stop("the daemon stops")));
+        self.ports.iter().for_each(|port| port.send(ControlCommand::Stop("the daemon stops")));
         let deadline = Instant::now() + EXIT_TIMEOUT;
         self.ports.drain(..).for_each(|mut port| {
             port.finish(deadline);

@@ -6,7 +6,7 @@
 //! `vhost::vhost_user::message`.
 
 mod connection;
-mod retelling;
+mod replay;
 
 use std::fmt;
 use std::fs::File;
@@ -16,7 +16,7 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE, VHOST_USER_CONFIG_SI
 use crate::guest::RegionRequest;
 
 pub use connection::{Connection, Event};
-pub use retelling::{Retold, can_be_passed};
+pub use replay::{ReplayMessage, can_be_passed};
 
 /// Length in bytes of a message's header: request, flags, payload size.
 pub const HEADER_LENGTH: usize = 12;

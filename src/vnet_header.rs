@@ -22,7 +22,7 @@ use virtio_bindings::bindings::virtio_net::{
 use crate::features::{HEADER_LENGTH, LEGACY_HEADER_LENGTH, Offloads};
 use crate::frame::LINK_OVERHEAD;
 
-pub use validation::{Admitted, HeaderChecks, PLAIN_HEADER, PrivateStart};
+pub use validation::{HeaderChecks, HeaderCopy, PLAIN_HEADER, Validated};
 
 const NEEDS_CSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
 
@@ -33,7 +33,7 @@ const GSO_UDP_L4: u8 = VIRTIO_NET_HDR_GSO_UDP_L4 as u8;
 const GSO_ECN: u8 = VIRTIO_NET_HDR_GSO_ECN as u8;
 
 /// Longest headers in bytes of a frame to be segmented: IPv4 and TCP, each with all options, behind
-/// two VLAN tags. A [`PrivateStart`] has room for as many.
+/// two VLAN tags. A [`HeaderCopy`] has room for as many.
 pub const MAX_HEADERS: usize = LINK_OVERHEAD + 60 + 60;
 
 /// The header's fields.
@@ -110,7 +110,7 @@ impl VnetHeader {
     }
 
     /// Whether the frame is to be segmented.
-    pub fn is_segmented(&self) -> bool {
+    pub fn needs_segmentation(&self) -> bool {
         self.gso_type != GSO_NONE
     }
 
@@ -133,27 +133,27 @@ impl VnetHeader {
 /// What goes over the wire on top of frames themselves: each is sent in segments, which all have
 /// headers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Surplus {
+pub struct SegmentationOverhead {
     /// Segments, but for the first of each frame.
     pub packets: u64,
     /// Bytes of their headers.
     pub bytes: u64,
 }
 
-impl Surplus {
+impl SegmentationOverhead {
     /// That of a frame of `length` bytes with `header`, whose own headers take `headers` bytes.
     #[inline]
     pub fn of(header: &VnetHeader, headers: usize, length: usize) -> Self {
-        if !header.is_segmented() {
-            return Surplus::default();
+        if !header.needs_segmentation() {
+            return SegmentationOverhead::default();
         }
         let payload = length.saturating_sub(headers);
         let packets = payload.div_ceil(usize::from(header.gso_size.max(1))).saturating_sub(1);
-        Surplus { packets: packets as u64, bytes: (packets * headers) as u64 }
+        SegmentationOverhead { packets: packets as u64, bytes: (packets * headers) as u64 }
     }
 }
 
-impl AddAssign for Surplus {
+impl AddAssign for SegmentationOverhead {
     fn add_assign(&mut self, other: Self) {
         self.packets += other.packets;
         self.bytes += other.bytes;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vhost_user_net::counters::{CopyReason, Drop};
+use vhost_user_net::counters::{CopyReason, DropReason};
 use vhost_user_net::{cli, config};
 use vmm_sys_util::tempdir::TempDir;
 
@@ -545,8 +545,10 @@ fn all_modules_are_in_their_tables() {
 #[test]
 fn reasons_of_drops_and_copies_are_explained() {
     let text = Page::read("docs/monitoring.md").text;
-    let reasons =
-        Drop::ALL.map(Drop::name).into_iter().chain(CopyReason::ALL.map(CopyReason::name));
+    let reasons = DropReason::ALL
+        .map(DropReason::name)
+        .into_iter()
+        .chain(CopyReason::ALL.map(CopyReason::name));
     for reason in reasons {
         assert!(text.contains(&format!("`{reason}`")), "{reason} is not explained");
     }

@@ -7,7 +7,9 @@ use prometheus::proto::{Counter as Count, Gauge, LabelPair, Metric, MetricFamily
 use prometheus::{Encoder, TextEncoder};
 
 use super::report::{device_drops, state};
-use crate::counters::{CopyReason, Counter, DirectionCounters, Drop, Histogram, PairCounters};
+use crate::counters::{
+    CopyReason, Counter, DirectionCounters, DropReason, Histogram, PairCounters,
+};
 use crate::descriptors;
 use crate::guest::MemoryQuota;
 use crate::net_config::MAX_QUEUE_PAIRS;
@@ -26,12 +28,15 @@ const PER_DIRECTION: [PerDirection; 6] = [
     ("bursts_limited_total", "Bursts that the port's limit cut short", |it| &it.limited),
 ];
 
-const PER_PAIR: [PerPair; 7] = [
+const PER_PAIR: [PerPair; 10] = [
     ("sessions_total", "Times that the rings were started, or changed", |it| &it.sessions),
     ("turns_total", "Turns of the worker that moved something", |it| &it.turns),
-    ("looks_total", "Times that it looked on for a guest's answer", |it| &it.looks),
-    ("replies_total", "Times that the answer came meanwhile", |it| &it.replies),
-    ("naps_total", "Times that it slept a little without being woken", |it| &it.naps),
+    ("poll_attempts_total", "Polls for a guest's reply", |it| &it.poll_attempts),
+    ("poll_successes_total", "Polls that ended with a reply", |it| &it.poll_successes),
+    ("coalesced_sleeps_total", "Sleeps to coalesce wake-ups", |it| &it.coalesced_sleeps),
+    ("looks_total", "Deprecated: use poll_attempts_total", |it| &it.poll_attempts),
+    ("replies_total", "Deprecated: use poll_successes_total", |it| &it.poll_successes),
+    ("naps_total", "Deprecated: use coalesced_sleeps_total", |it| &it.coalesced_sleeps),
     ("sleeps_total", "Times that the worker went to sleep", |it| &it.sleeps),
     ("starved_total", "Times that frames waited for the guest's buffers", |it| &it.starved),
 ];
@@ -188,7 +193,9 @@ pub(super) fn text(ports: &Ports) -> String {
     });
     let help = "How the queue pair has moved frames last";
     families.push(family("queue_mode", help, MetricType::GAUGE, modes.collect()));
-    let drops = by_reason(&Drop::ALL.map(Drop::name), &|it, index| it.drops(Drop::ALL[index]));
+    let drops = by_reason(&DropReason::ALL.map(DropReason::name), &|it, index| {
+        it.drops(DropReason::ALL[index])
+    });
     let help = "Frames dropped, by reason";
     families.push(family("drops_total", help, MetricType::COUNTER, drops));
     let copies = by_reason(&CopyReason::ALL.map(CopyReason::name), &|it, index| {

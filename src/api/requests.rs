@@ -89,7 +89,7 @@ pub enum Command {
         port: String,
         /// What is to be captured.
         #[serde(flatten)]
-        wanted: Wanted,
+        wanted: CaptureOptions,
     },
     /// End that, and say what it has come to.
     #[command(skip)]
@@ -143,7 +143,7 @@ impl Command {
 
 /// What is to be captured.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
-pub struct Wanted {
+pub struct CaptureOptions {
     /// Keep at most this many bytes of each frame, 14 or more [default: all].
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(14..=MAX_SNAPLEN as i64))]
     pub(super) snaplen: Option<u32>,

@@ -309,8 +309,8 @@ mod tests {
         );
         assert_eq!((b.mtu, b.guest_tso, b.name.as_deref()), (1400, false, Some("b")));
         assert_eq!(b.cpu_affinity, [1, 3, 4]);
-        assert_eq!(a.identity, None);
-        let identity = b.identity.unwrap();
+        assert_eq!(a.allowed_sources, None);
+        let identity = b.allowed_sources.unwrap();
         assert_eq!((identity.macs.len(), identity.addresses.len()), (2, 2));
         let filter = "deny tcp dport 25; default allow".parse().unwrap();
         assert_eq!((&a.tx_filter, &b.tx_filter), (&filter, &filter));

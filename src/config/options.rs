@@ -15,7 +15,7 @@ use super::net_backend::NetBackend;
 use super::{Host, PortConfig};
 use crate::endpoint::Frontend;
 use crate::net_config::{MAX_QUEUE_PAIRS, MIN_MTU, MacAddress};
-use crate::policy::{Filter, Identity, Limit};
+use crate::policy::{AllowedSources, Filter, Limit};
 use crate::port::af_xdp::{AfXdp, Attach, Mode};
 use crate::port::tap::TxMethod;
 use crate::sys::device::MAX_ALTERNATIVE_NAME as MAX_NAME;
@@ -264,7 +264,7 @@ impl PortOptions {
             return Err(format!("vlan={vlan} is not between 1 and {MAX_VLAN}"));
         }
         let addresses = self.source_ip.into_iter().map(|Prefix(net)| net).collect();
-        let identity = anti_spoofing.then(|| Identity {
+        let allowed_sources = anti_spoofing.then(|| AllowedSources {
             macs: set_of(macs),
             addresses: set_of(addresses),
             vlans: set_of(self.vlan),
@@ -286,7 +286,7 @@ impl PortOptions {
             queue_pairs,
             mac: self.mac,
             mtu,
-            identity,
+            allowed_sources,
             tx_filter: self.tx_filter.unwrap_or_default(),
             rx_filter,
             rx_limit: self.rx_limit.unwrap_or_default(),

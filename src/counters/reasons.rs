@@ -10,7 +10,7 @@ use super::Counter;
 /// Why a frame was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Drop {
+pub enum DropReason {
     /// Shorter than its headers.
     TooShort,
     /// Longer than the port's MTU allows.
@@ -39,40 +39,40 @@ pub enum Drop {
     Filtered,
 }
 
-impl Drop {
+impl DropReason {
     /// All reasons.
-    pub const ALL: [Drop; 13] = [
-        Drop::TooShort,
-        Drop::TooLong,
-        Drop::BadHeader,
-        Drop::NoRoom,
-        Drop::NotAccepted,
-        Drop::Disabled,
-        Drop::LinkDown,
-        Drop::HostRefused,
-        Drop::SpoofedMac,
-        Drop::SpoofedAddress,
-        Drop::ForbiddenVlan,
-        Drop::Forbidden,
-        Drop::Filtered,
+    pub const ALL: [DropReason; 13] = [
+        DropReason::TooShort,
+        DropReason::TooLong,
+        DropReason::BadHeader,
+        DropReason::NoRoom,
+        DropReason::NotAccepted,
+        DropReason::Disabled,
+        DropReason::LinkDown,
+        DropReason::HostRefused,
+        DropReason::SpoofedMac,
+        DropReason::SpoofedAddress,
+        DropReason::ForbiddenVlan,
+        DropReason::Forbidden,
+        DropReason::Filtered,
     ];
 
     /// The reason as it is shown.
     pub fn name(self) -> &'static str {
         match self {
-            Drop::TooShort => "too_short",
-            Drop::TooLong => "too_long",
-            Drop::BadHeader => "bad_header",
-            Drop::NoRoom => "no_room",
-            Drop::NotAccepted => "not_accepted",
-            Drop::Disabled => "disabled",
-            Drop::LinkDown => "link_down",
-            Drop::HostRefused => "host_refused",
-            Drop::SpoofedMac => "spoofed_mac",
-            Drop::SpoofedAddress => "spoofed_address",
-            Drop::ForbiddenVlan => "forbidden_vlan",
-            Drop::Forbidden => "forbidden",
-            Drop::Filtered => "filtered",
+            DropReason::TooShort => "too_short",
+            DropReason::TooLong => "too_long",
+            DropReason::BadHeader => "bad_header",
+            DropReason::NoRoom => "no_room",
+            DropReason::NotAccepted => "not_accepted",
+            DropReason::Disabled => "disabled",
+            DropReason::LinkDown => "link_down",
+            DropReason::HostRefused => "host_refused",
+            DropReason::SpoofedMac => "spoofed_mac",
+            DropReason::SpoofedAddress => "spoofed_address",
+            DropReason::ForbiddenVlan => "forbidden_vlan",
+            DropReason::Forbidden => "forbidden",
+            DropReason::Filtered => "filtered",
         }
     }
 }
@@ -128,9 +128,9 @@ pub(super) trait Reason {
     fn number(self) -> usize;
 }
 
-impl Reason for Drop {
+impl Reason for DropReason {
     fn names() -> Vec<&'static str> {
-        Drop::ALL.map(Drop::name).to_vec()
+        DropReason::ALL.map(DropReason::name).to_vec()
     }
 
     fn number(self) -> usize {

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use super::connection::{Connection, Failure};
-use crate::api::requests::{Command, Wanted};
+use crate::api::requests::{CaptureOptions, Command};
 use crate::event::{Interest, Poller};
 use crate::sys::process::Signals;
 
@@ -17,7 +17,7 @@ use crate::sys::process::Signals;
 pub(super) fn capture(
     daemon: &mut Connection,
     port: &str,
-    wanted: &Wanted,
+    wanted: &CaptureOptions,
     file: &Path,
 ) -> Result<String, Failure> {
     let shown = file.display();
@@ -54,7 +54,7 @@ pub(super) fn capture(
             }
         }
     })();
-    let tally = daemon.ask(&stop, &[]);
+    let stats = daemon.ask(&stop, &[]);
     // What was on its way when a signal came.
     let rest = result.and_then(|()| io::copy(&mut frames, &mut output));
     match rest.and_then(|_| output.flush()) {
@@ -63,8 +63,8 @@ pub(super) fn capture(
         _ => drop(frames),
     }
     // The port may have gone meanwhile, and the numbers with it: the file has them.
-    let tally = tally.and_then(|_| daemon.ask(&stop, &[]));
-    Ok(tally.map_or(format!("{port}: capture ended\n"), |tally| {
-        format!("{port}: {} frames captured, {} left out\n", tally["captured"], tally["left_out"])
+    let stats = stats.and_then(|_| daemon.ask(&stop, &[]));
+    Ok(stats.map_or(format!("{port}: capture ended\n"), |stats| {
+        format!("{port}: {} frames captured, {} left out\n", stats["captured"], stats["left_out"])
     }))
 }

@@ -15,7 +15,7 @@ use crate::api::{Request, VERSION};
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
 
 /// Time within which a daemon must reply.
-const PATIENCE: Duration = Duration::from_secs(10);
+const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest reply in bytes.
 const MAX_REPLY: u64 = 64 << 20;
 
@@ -59,29 +59,29 @@ pub struct Connection {
     /// The daemon's address, for messages.
     daemon: String,
     /// Requests of the daemon that came while a reply was awaited.
-    wishes: VecDeque<Wish>,
+    wishes: VecDeque<HelperRequest>,
 }
 
 /// A request of a daemon to its helper process.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Wish {
+pub enum HelperRequest {
     /// Read the file again.
     Reload,
     /// Start ports of the file, by name.
     Start(Vec<String>),
     /// Open a port's TAP again, if it exists again.
-    Mend(String),
+    ReopenTap(String),
 }
 
-impl Wish {
+impl HelperRequest {
     fn parse(line: &Value) -> Option<Self> {
         if line["reload"] == true {
-            return Some(Wish::Reload);
+            return Some(HelperRequest::Reload);
         }
         if let Ok(names) = serde_json::from_value(line["start"].clone()) {
-            return Some(Wish::Start(names));
+            return Some(HelperRequest::Start(names));
         }
-        line["mend"].as_str().map(|port| Wish::Mend(port.to_owned()))
+        line["mend"].as_str().map(|port| HelperRequest::ReopenTap(port.to_owned()))
     }
 }
 
@@ -107,7 +107,7 @@ impl Connection {
         let request = Request { version: VERSION, command: command.clone() };
         let line = serde_json::to_string(&request)? + "\n";
         let stream = self.reader.get_ref();
-        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(REPLY_TIMEOUT))?;
         send_with_files(stream, line.as_bytes(), files, b' ')
     }
 
@@ -125,14 +125,14 @@ impl Connection {
     ///
     /// # Errors
     /// Reading fails, or a line is no message.
-    pub fn wish(&mut self) -> io::Result<Option<Wish>> {
+    pub fn wish(&mut self) -> io::Result<Option<HelperRequest>> {
         self.reader.get_ref().set_read_timeout(None)?;
         loop {
             if let Some(wish) = self.wishes.pop_front() {
                 return Ok(Some(wish));
             }
             match self.line() {
-                Ok(line) => self.wishes.extend(Wish::parse(&line)),
+                Ok(line) => self.wishes.extend(HelperRequest::parse(&line)),
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
                 Err(error) => return Err(error),
             }
@@ -148,7 +148,7 @@ impl Connection {
         let sent = self.send(command, files);
         let reply = loop {
             match self.line() {
-                Ok(line) => match Wish::parse(&line) {
+                Ok(line) => match HelperRequest::parse(&line) {
                     Some(wish) if self.wishes.contains(&wish) => {}
                     Some(wish) => self.wishes.push_back(wish),
                     None => break line,

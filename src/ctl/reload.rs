@@ -230,7 +230,7 @@ fn is_persistent(tap: &str) -> bool {
 ///
 /// # Errors
 /// The file is wrong, the daemon can't be asked, or the TAP can't be opened.
-pub fn mend(daemon: &mut Connection, file: &Path, name: &str) -> Result<bool, Failure> {
+pub fn reopen_tap(daemon: &mut Connection, file: &Path, name: &str) -> Result<bool, Failure> {
     let config = read_file(file).map_err(Failure::Refused)?;
     let port = config.ports.iter().find(|port| port.known_name() == Some(name));
     let there = |port: &&PortConfig| match &port.host {

@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 use log::{LevelFilter, error, info, warn};
 
 use crate::config::level;
-use crate::ctl::{Connection, Wish, mend, reload, start_missing};
+use crate::ctl::{Connection, HelperRequest, reload, reopen_tap, start_missing};
 use crate::logging::Log;
 use crate::sys::process::close_inherited;
 
@@ -65,9 +65,9 @@ fn serve(file: &Path) -> io::Result<()> {
     let mut said = Vec::new();
     while let Some(wish) = daemon.wish()? {
         match wish {
-            Wish::Reload => read_again(&mut daemon, file, &mut said),
-            Wish::Start(names) => start_again(&mut daemon, file, &names, &mut said),
-            Wish::Mend(port) => match mend(&mut daemon, file, &port) {
+            HelperRequest::Reload => read_again(&mut daemon, file, &mut said),
+            HelperRequest::Start(names) => start_again(&mut daemon, file, &names, &mut said),
+            HelperRequest::ReopenTap(port) => match reopen_tap(&mut daemon, file, &port) {
                 Ok(true) => info!("{port}: its TAP is there again, and opened"),
                 Ok(false) => {}
                 Err(error) => warn!("{port}: open its TAP again: {error}"),

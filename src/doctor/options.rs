@@ -72,7 +72,7 @@ pub(super) struct Socket {
 
 /// All that is to be checked.
 #[derive(Debug)]
-pub(super) struct Wishes {
+pub(super) struct Requirements {
     pub(super) ports: Vec<Port>,
     pub(super) sockets: Vec<Socket>,
     pub(super) qemu_user: Option<String>,
@@ -102,14 +102,14 @@ impl Port {
             mac: config.mac,
             cpus: config.cpu_affinity,
             busy_poll: config.busy_poll.is_some_and(|time| !time.is_zero()),
-            judged: config.identity.is_some(),
+            judged: config.allowed_sources.is_some(),
             require_sealed_memory: config.require_sealed_memory,
             named: true,
         }
     }
 }
 
-impl Wishes {
+impl Requirements {
     /// What `options` and `config` name; without a name, each TAP and each card of the host.
     pub(super) fn new(mut options: Options, config: Option<Config>, network: &Network) -> Self {
         let paths = std::mem::take(&mut options.socket_path).into_iter();
@@ -144,7 +144,7 @@ impl Wishes {
         let known = |name: &str| matches!(nix::unistd::User::from_name(name), Ok(Some(_)));
         let libvirt = || Some(LIBVIRT_USER.to_owned()).filter(|name| known(name));
         let mtu = ports.iter().map(|port| port.mtu).max().or(options.mtu).unwrap_or(DEFAULT_MTU);
-        Wishes { ports, sockets, qemu_user: options.qemu_user.or_else(libvirt), mtu }
+        Requirements { ports, sockets, qemu_user: options.qemu_user.or_else(libvirt), mtu }
     }
 
     /// The ports on AF_XDP, with their devices.

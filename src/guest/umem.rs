@@ -1,4 +1,4 @@
-//! The memory of AF_XDP sockets: a private arena, and files such as guest memory beside it, in
+//! The memory of AF_XDP sockets: a private bounce area, and files such as guest memory beside it, in
 //! one range of addresses.
 //!
 //! Invariant: all of the range is mapped for reading and writing as long as the value lives. What
@@ -23,7 +23,7 @@ pub struct Umem {
     reserved: (NonNull<u8>, usize),
     start: NonNull<u8>,
     length: usize,
-    arena: usize,
+    bounce_area: usize,
     parts: Vec<Range<usize>>,
     /// Its share of the address space of the process.
     _reservation: Reservation,
@@ -47,18 +47,21 @@ unsafe impl Registrable for Umem {
 }
 
 impl Umem {
-    /// Maps an arena of at least `arena` bytes, what `parts` map behind it in the order given, and
+    /// Maps a bounce area of at least `bounce_area` bytes, what `parts` map behind it in the order given, and
     /// `pad` bytes behind them. The parts should come with the largest pages first, so that little
     /// is lost between them.
     ///
     /// # Errors
     /// Those of mmap, and the limit of the process on mapped bytes; `InvalidInput` if the range
     /// would be longer than an address space.
-    pub fn new(arena: usize, parts: &[Mapped<'_>], pad: usize) -> io::Result<Self> {
+    pub fn new(bounce_area: usize, parts: &[Mapped<'_>], pad: usize) -> io::Result<Self> {
         let largest = parts.iter().map(|part| part.page() as usize).max().unwrap_or(PAGE);
-        let Plan { arena, lead, places, length, reserved } =
-            Plan::new(arena, parts.iter().map(|part| (part.length(), part.page() as usize)), pad)
-                .ok_or(io::ErrorKind::InvalidInput)?;
+        let Plan { bounce_area, lead, places, length, reserved } = Plan::new(
+            bounce_area,
+            parts.iter().map(|part| (part.length(), part.page() as usize)),
+            pad,
+        )
+        .ok_or(io::ErrorKind::InvalidInput)?;
         let reservation = Reservation::of_process(reserved as u64).map_err(io::Error::other)?;
         // SAFETY: a new mapping anywhere; nothing else refers to it.
         let whole = unsafe {
@@ -82,7 +85,7 @@ impl Umem {
             reserved: (whole, reserved),
             start,
             length,
-            arena,
+            bounce_area,
             parts: places,
             _reservation: reservation,
         };
@@ -113,27 +116,27 @@ impl Umem {
         &self.parts
     }
 
-    /// `length` bytes of the arena at `offset`.
+    /// `length` bytes of the bounce area at `offset`.
     ///
     /// # Panics
-    /// If they are not in the arena.
+    /// If they are not in the bounce area.
     #[inline]
-    pub fn arena(&self, offset: usize, length: usize) -> Segment<'_> {
-        let fits = offset.checked_add(length).is_some_and(|end| end <= self.arena);
-        assert!(fits, "the arena has {} bytes", self.arena);
+    pub fn bounce_area(&self, offset: usize, length: usize) -> Segment<'_> {
+        let fits = offset.checked_add(length).is_some_and(|end| end <= self.bounce_area);
+        assert!(fits, "the bounce_area has {} bytes", self.bounce_area);
         // SAFETY: inside the mapping, which lives as long as `self`.
         unsafe { Segment::new(self.start.add(offset), length) }
     }
 }
 
-/// Size of a page that an arena consists of, in bytes.
+/// Size of a page that a bounce area consists of, in bytes.
 const PAGE: usize = 4096;
 
 /// Where everything lies in a range, in bytes from its start.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
-    arena: usize,
-    /// What the arena leaves of the first large page, which is not part of the range.
+    bounce_area: usize,
+    /// What the bounce area leaves of the first large page, which is not part of the range.
     lead: usize,
     places: Vec<Range<usize>>,
     length: usize,
@@ -144,14 +147,14 @@ struct Plan {
 impl Plan {
     /// For parts of these lengths and page sizes; nothing if there is no such range.
     fn new(
-        arena: usize,
+        bounce_area: usize,
         parts: impl Iterator<Item = (usize, usize)> + Clone,
         pad: usize,
     ) -> Option<Self> {
         let largest = parts.clone().map(|(_, page)| page).max().unwrap_or(PAGE);
-        let arena = arena.checked_next_multiple_of(PAGE)?;
-        let mut end = arena.checked_next_multiple_of(largest)?;
-        let lead = end - arena;
+        let bounce_area = bounce_area.checked_next_multiple_of(PAGE)?;
+        let mut end = bounce_area.checked_next_multiple_of(largest)?;
+        let lead = end - bounce_area;
         let mut places = Vec::new();
         for (length, page) in parts {
             let start = end.checked_next_multiple_of(page)?;
@@ -160,7 +163,7 @@ impl Plan {
         }
         let length = (end - lead).checked_add(pad)?.checked_next_multiple_of(PAGE)?;
         let reserved = lead.checked_add(length)?.checked_add(largest)?;
-        Some(Plan { arena, lead, places, length, reserved })
+        Some(Plan { bounce_area, lead, places, length, reserved })
     }
 }
 
@@ -179,17 +182,17 @@ mod tests {
     #[test]
     fn arena_ends_where_its_segments_must() {
         let umem = Umem::new(2 * PAGE, &[], PAGE).unwrap();
-        assert_eq!(umem.arena(PAGE, PAGE).len(), PAGE);
+        assert_eq!(umem.bounce_area(PAGE, PAGE).len(), PAGE);
         for (offset, length) in [(PAGE, PAGE + 1), (2 * PAGE, 1), (usize::MAX, 2), (1, usize::MAX)]
         {
-            assert!(catch_unwind(|| umem.arena(offset, length).len()).is_err());
+            assert!(catch_unwind(|| umem.bounce_area(offset, length).len()).is_err());
         }
     }
 
     #[test]
     fn ranges_beyond_the_address_space_are_refused() {
-        for (arena, pad) in [(usize::MAX, 0), (usize::MAX - 4095, PAGE), (PAGE, usize::MAX)] {
-            assert!(Umem::new(arena, &[], pad).is_err(), "{arena} and {pad}");
+        for (bounce_area, pad) in [(usize::MAX, 0), (usize::MAX - 4095, PAGE), (PAGE, usize::MAX)] {
+            assert!(Umem::new(bounce_area, &[], pad).is_err(), "{bounce_area} and {pad}");
         }
         let large = 2 << 20;
         let parts = [(large, large), (PAGE, PAGE)].into_iter();

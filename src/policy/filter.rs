@@ -20,7 +20,7 @@ mod tests;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::frame::{ethertype, protocol};
 
 pub use classic::{MAX_INSTRUCTIONS, classic};
@@ -28,7 +28,7 @@ pub use extended::{SEEN, SEEN_AT, extended, seen};
 use facts::Facts;
 pub use facts::carried;
 
-/// Rules of a filter at the most.
+/// Most rules of a filter.
 pub const MAX_RULES: usize = 64;
 
 /// What becomes of a frame.
@@ -92,13 +92,13 @@ impl Filter {
     /// Judges a frame by its start, which must be what is sent.
     ///
     /// # Errors
-    /// [`Drop::Filtered`] if the filter denies it.
-    pub fn judge(&self, start: &[u8]) -> Result<(), Drop> {
+    /// [`DropReason::Filtered`] if the filter denies it.
+    pub fn check(&self, start: &[u8]) -> Result<(), DropReason> {
         let facts = Facts::read(start);
         let first = self.rules.iter().find(|rule| rule.decides(&facts));
         match first.map_or(self.default, |rule| rule.action) {
             Action::Allow => Ok(()),
-            Action::Deny => Err(Drop::Filtered),
+            Action::Deny => Err(DropReason::Filtered),
         }
     }
 }

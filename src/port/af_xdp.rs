@@ -7,8 +7,8 @@
 //! the most: it opens when the guest first has something for it, since that pins all of the
 //! guest's memory, and is closed before a single buffer goes back unfinished.
 
-mod abilities;
 mod checksum;
+mod device_caps;
 mod interface;
 pub mod joining;
 mod options;

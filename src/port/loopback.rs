@@ -1,12 +1,12 @@
 //! A port that returns each frame to the guest that sent it: for tests of a frontend or a driver
 //! without any network, and of everything above the seam.
 
-use super::{Completions, Mode, Outcome, Port, Readiness, Terms, TxStages, Virtqueues};
-use crate::counters::Drop;
+use super::{Completions, Mode, Outcome, Port, Readiness, SessionConfig, TxStages, Virtqueues};
+use crate::counters::DropReason;
 use crate::features::{HEADER_LENGTH, Offloads};
 use crate::frame::LINK_OVERHEAD;
 use crate::guest::{Chain, Readable, Virtqueue, Writable};
-use crate::vnet_header::{Admitted, PrivateStart, VnetHeader};
+use crate::vnet_header::{HeaderCopy, Validated, VnetHeader};
 
 /// rx buffers that are in flight at the most.
 const MAX_BUFFERS: usize = 256;
@@ -17,7 +17,7 @@ pub struct Loopback {
     stages: TxStages,
     accepted: Offloads,
     mergeable: bool,
-    start: PrivateStart,
+    start: HeaderCopy,
     /// Position in the tx ring up to which frames are to be delivered.
     until: u16,
     /// A frame waits for buffers.
@@ -27,22 +27,22 @@ pub struct Loopback {
 /// What can be done with a frame.
 enum Delivery {
     /// It fits so many buffers.
-    Fits(Admitted, usize),
+    Fits(Validated, usize),
     /// The guest has to provide more buffers.
     Waits,
     /// It never will.
-    Never(Drop),
+    Never(DropReason),
 }
 
 impl Loopback {
     /// Begins a session at position `next_used` of the tx ring.
-    pub fn new(terms: &Terms, next_used: u16) -> Self {
-        let negotiated = &terms.negotiated;
+    pub fn new(config: &SessionConfig, next_used: u16) -> Self {
+        let negotiated = &config.negotiated;
         Loopback {
-            stages: terms.tx_stages(usize::from(terms.mtu) + LINK_OVERHEAD),
+            stages: config.tx_stages(usize::from(config.mtu) + LINK_OVERHEAD),
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
-            start: PrivateStart::default(),
+            start: HeaderCopy::default(),
             until: next_used,
             starved: false,
         }
@@ -52,15 +52,15 @@ impl Loopback {
     fn place(&mut self, frame: &Chain<'_, '_, Readable>, rx: &Virtqueue<'_, Writable>) -> Delivery {
         let admitted = match self.stages.check(frame, &mut self.start) {
             Err(reason) => return Delivery::Never(reason),
-            Ok(Admitted::Copied) if !self.start.header().accepted_by(&self.accepted) => {
-                return Delivery::Never(Drop::NotAccepted);
+            Ok(Validated::Copied) if !self.start.header().accepted_by(&self.accepted) => {
+                return Delivery::Never(DropReason::NotAccepted);
             }
             Ok(admitted) => admitted,
         };
         match self.buffers_for(frame.len(), rx) {
             Some(buffers) => Delivery::Fits(admitted, buffers),
             None if rx.in_flight() >= MAX_BUFFERS || (!self.mergeable && rx.in_flight() > 0) => {
-                Delivery::Never(Drop::NoRoom)
+                Delivery::Never(DropReason::NoRoom)
             }
             None => Delivery::Waits,
         }
@@ -148,8 +148,8 @@ impl<'mem> Port<'mem> for Loopback {
                     for moved in [&mut done.rx, &mut done.tx] {
                         moved.frames += 1;
                         moved.bytes += length as u64;
-                        if how == Admitted::Copied {
-                            moved.surplus += self.start.surplus(length);
+                        if how == Validated::Copied {
+                            moved.overhead += self.start.overhead(length);
                         }
                     }
                     delivered += 1;

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::{Completions, Mode, Port, Readiness, Terms, Virtqueues};
-use crate::counters::Drop;
+use super::{Completions, Mode, Port, Readiness, SessionConfig, Virtqueues};
+use crate::counters::DropReason;
 use crate::guest::{Virtqueue, Writable};
 use crate::sys::link;
 
@@ -53,14 +53,14 @@ pub struct TapPort<'mem> {
 
 impl TapQueue {
     /// Begins a session: the device leaves to the guest what the guest has accepted, and no more.
-    pub fn session<'mem>(&'mem mut self, terms: &Terms) -> TapPort<'mem> {
-        let configured = self.configure(terms);
-        let longest = self.longest_frame(terms.mtu);
+    pub fn session<'mem>(&'mem mut self, config: &SessionConfig) -> TapPort<'mem> {
+        let configured = self.configure(config);
+        let longest = self.longest_frame(config.mtu);
         let mut port = TapPort {
-            transmitter: Transmitter::new(terms, longest),
-            receiver: Receiver::new(terms, longest, self.is_small),
-            mtu: terms.mtu,
-            gate: ReadGate::new(terms.receives),
+            transmitter: Transmitter::new(config, longest),
+            receiver: Receiver::new(config, longest, self.is_small),
+            mtu: config.mtu,
+            gate: ReadGate::new(config.receives),
             gone_since: None,
             mtu_asked: None,
             host: self,
@@ -147,7 +147,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             let dropped = done.rx_dropped.len();
             match self.receiver.read(&self.host.queue, rx) {
                 Ok(Some(length)) => self.receiver.deliver(length, rx, done),
-                Ok(None) => done.rx_dropped.push((Drop::NoRoom, 1)),
+                Ok(None) => done.rx_dropped.push((DropReason::NoRoom, 1)),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => {
                         self.gate.note_empty();
@@ -155,7 +155,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                     }
                     // The frame is lost: the guest's buffer has no room for a header, or is gone.
                     Some(libc::EINVAL | libc::EFAULT) => {
-                        done.rx_dropped.push((Drop::NoRoom, 1));
+                        done.rx_dropped.push((DropReason::NoRoom, 1));
                     }
                     _ => {
                         self.gone(&error);

@@ -1,19 +1,19 @@
 //! What a frame from the guest passes in front of a port, the same on every port: validation of its virtio-net
 //! header, anti-spoofing, the tx filter; then the capture and the count of peers.
 //!
-//! Invariant: what was checked is what is sent: the copy in a [`PrivateStart`], of which the host changes nothing
+//! Invariant: what was checked is what is sent: the copy in a [`HeaderCopy`], of which the host changes nothing
 //! afterwards but the frame's own checksum.
 
 use std::sync::Arc;
 
 use super::{Completions, Outcome};
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::features::Negotiated;
-use crate::frame::{Headers, Way};
+use crate::frame::{FrameDirection, Headers};
 use crate::guest::{Chain, Readable, Segment};
-use crate::policy::{FilterView, Rules};
-use crate::traffic::{Notes, Tally};
-use crate::vnet_header::{Admitted, HeaderChecks, PLAIN_HEADER, PrivateStart, VnetHeader};
+use crate::policy::{AntiSpoofing, FilterView};
+use crate::traffic::{Notes, PeerTable};
+use crate::vnet_header::{HeaderChecks, HeaderCopy, PLAIN_HEADER, Validated, VnetHeader};
 
 /// The stages of a session.
 #[derive(Debug)]
@@ -21,7 +21,7 @@ pub struct TxStages {
     /// Validation of the virtio-net header.
     pub headers: HeaderChecks,
     /// What the guest may send.
-    pub anti_spoofing: Option<Arc<Rules>>,
+    pub anti_spoofing: Option<Arc<AntiSpoofing>>,
     /// Frames that the operator denies.
     pub filter: FilterView,
     peers: Notes,
@@ -34,15 +34,15 @@ impl TxStages {
     pub fn new(
         negotiated: &Negotiated,
         max_frame: usize,
-        anti_spoofing: Option<Arc<Rules>>,
+        anti_spoofing: Option<Arc<AntiSpoofing>>,
         filter: FilterView,
-        tally: Arc<Tally>,
+        peers: Arc<PeerTable>,
     ) -> Self {
         TxStages {
             headers: HeaderChecks::new(negotiated, max_frame),
             anti_spoofing,
             filter,
-            peers: Notes::new(tally),
+            peers: Notes::new(peers),
             observes: false,
         }
     }
@@ -86,11 +86,11 @@ impl TxStages {
     pub fn check(
         &self,
         chain: &Chain<'_, '_, Readable>,
-        start: &mut PrivateStart,
-    ) -> Result<Admitted, Drop> {
+        start: &mut HeaderCopy,
+    ) -> Result<Validated, DropReason> {
         match self.headers.pass_plain(chain, start) {
             Some(how) => Ok(how),
-            None => self.check_copied(chain, start).map(|()| Admitted::Copied),
+            None => self.check_copied(chain, start).map(|()| Validated::Copied),
         }
     }
 
@@ -102,8 +102,8 @@ impl TxStages {
     pub(super) fn check_copied(
         &self,
         chain: &Chain<'_, '_, Readable>,
-        start: &mut PrivateStart,
-    ) -> Result<(), Drop> {
+        start: &mut HeaderCopy,
+    ) -> Result<(), DropReason> {
         // Nearly always it lies in one piece, no stage inspects it, and it is no GSO frame.
         match self.headers.check_header(chain, start) {
             Some(checked) => checked,
@@ -116,8 +116,8 @@ impl TxStages {
     fn check_any(
         &self,
         chain: &Chain<'_, '_, Readable>,
-        start: &mut PrivateStart,
-    ) -> Result<(), Drop> {
+        start: &mut HeaderCopy,
+    ) -> Result<(), DropReason> {
         self.headers.check_headers(chain, start)?;
         if self.inspects_headers() {
             self.inspect(&start.header(), &start.bytes()[self.header_length()..])?;
@@ -127,28 +127,28 @@ impl TxStages {
 
     /// Has anti-spoofing and the filter inspect a frame's headers.
     #[inline(never)]
-    fn inspect(&self, header: &VnetHeader, headers: &[u8]) -> Result<(), Drop> {
+    fn inspect(&self, header: &VnetHeader, headers: &[u8]) -> Result<(), DropReason> {
         // The host writes the checksum afterwards: it must not write over what was inspected. Validation has
         // seen to that for a GSO frame, of which the segments' own lengths count.
-        if header.needs_checksum() && !header.is_segmented() {
-            let parsed = Headers::parse(headers).ok_or(Drop::BadHeader)?;
+        if header.needs_checksum() && !header.needs_segmentation() {
+            let parsed = Headers::parse(headers).ok_or(DropReason::BadHeader)?;
             let (start, offset) = (header.csum_start.into(), header.csum_offset.into());
             if !parsed.own_checksum(headers, start, offset) {
-                return Err(Drop::BadHeader);
+                return Err(DropReason::BadHeader);
             }
         }
         if let Some(rules) = &self.anti_spoofing {
             rules.check(headers)?;
         }
-        self.filter.current().map_or(Ok(()), |filter| filter.judge(headers))
+        self.filter.current().map_or(Ok(()), |filter| filter.check(headers))
     }
 
     /// The checked bytes that replace a frame's start.
     #[inline(always)]
-    pub(super) fn checked<'a>(&self, how: Admitted, start: &'a PrivateStart) -> &'a [u8] {
+    pub(super) fn checked<'a>(&self, how: Validated, start: &'a HeaderCopy) -> &'a [u8] {
         match how {
-            Admitted::Plain => &PLAIN_HEADER[..self.header_length()],
-            Admitted::Copied => start.bytes(),
+            Validated::Plain => &PLAIN_HEADER[..self.header_length()],
+            Validated::Copied => start.bytes(),
         }
     }
 
@@ -158,7 +158,7 @@ impl TxStages {
     pub(super) fn observe(
         &mut self,
         position: u16,
-        start: &PrivateStart,
+        start: &HeaderCopy,
         length: usize,
         outcome: Outcome,
         done: &mut Completions,
@@ -172,7 +172,7 @@ impl TxStages {
     fn show(
         &mut self,
         position: u16,
-        start: &PrivateStart,
+        start: &HeaderCopy,
         length: usize,
         outcome: Outcome,
         done: &mut Completions,
@@ -181,7 +181,7 @@ impl TxStages {
             done.capture(position, start, outcome);
         }
         if outcome == Outcome::Sent && self.peers.wanted() {
-            self.peers.note(Way::Tx, &start.bytes()[self.header_length()..], length);
+            self.peers.note(FrameDirection::Tx, &start.bytes()[self.header_length()..], length);
         }
     }
 }

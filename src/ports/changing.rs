@@ -6,10 +6,10 @@ use std::sync::mpsc::channel;
 
 use log::info;
 
-use super::control::Order;
+use super::control::ControlCommand;
 use super::{Origin, Port, Refusal};
 use crate::config::{PortConfig, PortOptions};
-use crate::policy::Rules;
+use crate::policy::AntiSpoofing;
 
 impl Port {
     /// Applies every difference between `options` and the present ones, or none.
@@ -54,17 +54,20 @@ impl Port {
     fn order_change(&self, config: &PortConfig) -> Result<io::Result<()>, Refusal> {
         if config.rx_filter != self.config.rx_filter {
             let filter = config.rx_filter.clone();
-            let set: io::Result<()> = self.order(|done| Order::RxFilter(filter, done))?;
+            let set: io::Result<()> = self.order(|done| ControlCommand::RxFilter(filter, done))?;
             if set.is_err() {
                 return Ok(set);
             }
         }
-        if config.identity != self.config.identity {
-            let rules = config.identity.clone().map(|identity| Arc::new(Rules::new(identity)));
-            self.order(|done| Order::Rules(rules, done))?;
+        if config.allowed_sources != self.config.allowed_sources {
+            let rules = config
+                .allowed_sources
+                .clone()
+                .map(|identity| Arc::new(AntiSpoofing::new(identity)));
+            self.order(|done| ControlCommand::AntiSpoofing(rules, done))?;
         }
         if config.link != self.config.link {
-            self.order(|done| Order::Link(config.link, done))?;
+            self.order(|done| ControlCommand::Link(config.link, done))?;
         }
         Ok(Ok(()))
     }
@@ -74,14 +77,15 @@ impl Port {
     fn undo_change(&self, config: &PortConfig) {
         let old = &self.config;
         if config.rx_filter != old.rx_filter {
-            self.tell(Order::RxFilter(old.rx_filter.clone(), channel().0));
+            self.send(ControlCommand::RxFilter(old.rx_filter.clone(), channel().0));
         }
-        if config.identity != old.identity {
-            let rules = old.identity.clone().map(|identity| Arc::new(Rules::new(identity)));
-            self.tell(Order::Rules(rules, channel().0));
+        if config.allowed_sources != old.allowed_sources {
+            let rules =
+                old.allowed_sources.clone().map(|identity| Arc::new(AntiSpoofing::new(identity)));
+            self.send(ControlCommand::AntiSpoofing(rules, channel().0));
         }
         if config.link != old.link {
-            self.tell(Order::Link(old.link, channel().0));
+            self.send(ControlCommand::Link(old.link, channel().0));
         }
     }
 }

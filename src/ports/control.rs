@@ -13,7 +13,7 @@ use super::PortStatus;
 use crate::device::{Device, Refusal};
 use crate::endpoint::Endpoint;
 use crate::event::{Interest, Poller, until};
-use crate::policy::{Filter, Rules};
+use crate::policy::{AntiSpoofing, Filter};
 use crate::protocol::{Connection, Event, Message, Reply};
 use crate::sandbox::Role;
 use crate::sys::eventfd::Waker;
@@ -29,17 +29,17 @@ const TURN: Duration = Duration::from_millis(50);
 /// An event that the control thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
-    Order,
+    ControlCommand,
     Endpoint,
     Connection,
 }
 
 /// An order of the main thread.
-pub(super) enum Order {
+pub(super) enum ControlCommand {
     /// Stop, for this reason.
     Stop(&'static str),
     /// Apply these anti-spoofing rules to what the guest sends, then reply.
-    Rules(Option<Arc<Rules>>, Sender<()>),
+    AntiSpoofing(Option<Arc<AntiSpoofing>>, Sender<()>),
     /// Set the link up or down, then reply.
     Link(bool, Sender<()>),
     /// Filter what the guest is given, and reply with the result.
@@ -61,7 +61,7 @@ pub(super) struct Control {
     poller: Poller<Source>,
     /// Woken by the main thread after it has sent an order.
     wake: Arc<Waker>,
-    orders: Receiver<Order>,
+    orders: Receiver<ControlCommand>,
     status: Arc<PortStatus>,
     device: Device,
     endpoint: Endpoint,
@@ -79,10 +79,10 @@ impl Control {
         endpoint: Endpoint,
         status: Arc<PortStatus>,
         wake: Arc<Waker>,
-        orders: Receiver<Order>,
+        orders: Receiver<ControlCommand>,
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
-        poller.add(&*wake, Interest::Read, Source::Order)?;
+        poller.add(&*wake, Interest::Read, Source::ControlCommand)?;
         if let Some(fd) = endpoint.fd() {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
@@ -131,14 +131,14 @@ impl Control {
             let deadline = deadline.into_iter().chain(self.endpoint.next_look()).min();
             let (mut ordered, mut knocked) = (false, false);
             let waited = self.poller.wait(until(deadline), |source| {
-                ordered |= source == Source::Order;
+                ordered |= source == Source::ControlCommand;
                 knocked |= source == Source::Endpoint;
             });
             if let Err(error) = waited {
                 warn!("{}: wait for descriptors: {error}", self.device.name());
                 return;
             }
-            if ordered && self.obey() {
+            if ordered && self.handle_commands() {
                 return;
             }
             let served = self.connection.is_some();
@@ -177,42 +177,42 @@ impl Control {
     }
 
     /// Carries out all orders that have come; returns whether the thread is to end.
-    fn obey(&mut self) -> bool {
+    fn handle_commands(&mut self) -> bool {
         // The event is cleared first, so that a later order wakes the thread again.
         self.wake.clear();
         loop {
             let done = match self.orders.try_recv() {
-                Ok(Order::Rules(rules, done)) => {
-                    self.device.set_rules(rules);
+                Ok(ControlCommand::AntiSpoofing(rules, done)) => {
+                    self.device.set_anti_spoofing(rules);
                     done
                 }
-                Ok(Order::Link(up, done)) => {
+                Ok(ControlCommand::Link(up, done)) => {
                     self.device.set_link(up);
                     self.status.set_link(up);
                     done
                 }
-                Ok(Order::RxFilter(filter, done)) => {
+                Ok(ControlCommand::RxFilter(filter, done)) => {
                     let _ = done.send(self.status.filters.rx.set(&filter));
                     continue;
                 }
-                Ok(Order::CountTraffic(enable, done)) => {
+                Ok(ControlCommand::CountTraffic(enable, done)) => {
                     let _ = done.send(self.status.traffic.enable(enable));
                     continue;
                 }
-                Ok(Order::Traffic(reply)) => {
+                Ok(ControlCommand::Traffic(reply)) => {
                     let _ = reply.send(self.status.traffic.snapshot());
                     continue;
                 }
-                Ok(Order::PrepareHandover(reply)) => {
+                Ok(ControlCommand::PrepareHandover(reply)) => {
                     if self.prepare_handover(&reply) {
                         return true;
                     }
                     continue;
                 }
                 // Both are for suspended ports only.
-                Ok(Order::Resume | Order::CommitHandover) => continue,
+                Ok(ControlCommand::Resume | ControlCommand::CommitHandover) => continue,
                 Err(TryRecvError::Empty) => return false,
-                Ok(Order::Stop(why)) => {
+                Ok(ControlCommand::Stop(why)) => {
                     self.stops = why;
                     return true;
                 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use serde::{Deserialize, Serialize};
 
-use super::control::{HandoverFds, Order, Predecessor};
+use super::control::{ControlCommand, HandoverFds, Predecessor};
 use super::{Opened, Port, Ports, Refusal};
 use crate::config::{Host, PortOptions};
 use crate::counters::PairCounters;
@@ -89,7 +89,7 @@ impl Ports {
         let suspended: Vec<_> = running()
             .map(|port| {
                 let (reply, fds) = channel();
-                port.tell(Order::PrepareHandover(reply));
+                port.send(ControlCommand::PrepareHandover(reply));
                 (port, fds)
             })
             .collect();
@@ -130,7 +130,7 @@ impl Ports {
     /// Resumes all ports.
     pub fn resume(&mut self) {
         self.handover = Handover::None;
-        self.iter().for_each(|port| port.tell(Order::Resume));
+        self.iter().for_each(|port| port.send(ControlCommand::Resume));
     }
 
     /// Ends all ports, which another daemon serves from now on.
@@ -144,7 +144,7 @@ impl Ports {
             return Err(too_late());
         }
         self.handover = Handover::Committed;
-        self.iter().for_each(|port| port.tell(Order::CommitHandover));
+        self.iter().for_each(|port| port.send(ControlCommand::CommitHandover));
         Ok(())
     }
 

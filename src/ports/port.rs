@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use super::control::Order;
+use super::control::ControlCommand;
 use super::{PortStatus, Prepared, Refusal};
 use crate::capture::{self, Capture};
 use crate::config::{PortConfig, PortOptions};
@@ -24,7 +24,7 @@ use crate::sys::eventfd::Waker;
 use crate::traffic::Row;
 
 /// Time that a port's control thread may take to carry out an order.
-const PATIENCE: Duration = Duration::from_secs(1);
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time that a removed port has to stop; a port that takes longer is abandoned.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 /// Interval between two checks whether a port has stopped.
@@ -102,7 +102,7 @@ pub struct Port {
     /// The TAP's queues, for another daemon.
     pub(super) queues: Vec<OwnedFd>,
     pub(super) tap: Option<TapState>,
-    pub(super) orders: Sender<Order>,
+    pub(super) orders: Sender<ControlCommand>,
     pub(super) wake: Arc<Waker>,
     pub(super) thread: Option<JoinHandle<()>>,
 }
@@ -201,7 +201,7 @@ impl Port {
     }
 
     /// Sends an order to the control thread, and does not wait.
-    pub(super) fn tell(&self, order: Order) {
+    pub(super) fn send(&self, order: ControlCommand) {
         // A thread that does not receive any more has ended.
         let _ = self.orders.send(order);
         self.wake.wake();
@@ -223,9 +223,9 @@ impl Port {
         info!("{name}: captured by an operator");
         let started = thread::Builder::new().name("capture".into()).spawn(move || {
             match sandbox.confine(Role::Capture).and_then(|()| writer.run()) {
-                Ok(tally) => info!(
+                Ok(stats) => info!(
                     "{name}: capture ended: {} frames written, {} left out",
-                    tally.captured, tally.left_out
+                    stats.captured, stats.left_out
                 ),
                 Err(error) => warn!("{name}: capture: {error}"),
             }
@@ -243,7 +243,7 @@ impl Port {
     }
 
     /// Stops the capture, and returns its result.
-    pub fn stop_capture(&self) -> capture::Tally {
+    pub fn stop_capture(&self) -> capture::CaptureStats {
         self.capture.stop()
     }
 
@@ -252,7 +252,7 @@ impl Port {
     /// # Errors
     /// The control thread does not answer, or the device cannot count.
     pub fn count_traffic(&self, enable: bool) -> Result<(), Refusal> {
-        let done: io::Result<()> = self.order(|done| Order::CountTraffic(enable, done))?;
+        let done: io::Result<()> = self.order(|done| ControlCommand::CountTraffic(enable, done))?;
         done.map_err(|error| Refusal::CannotBeDone(format!("count its traffic: {error}")))
     }
 
@@ -261,15 +261,18 @@ impl Port {
     /// # Errors
     /// The control thread does not answer, or the device's counters cannot be read.
     pub fn traffic(&self) -> Result<Vec<Row>, Refusal> {
-        let rows: io::Result<Vec<Row>> = self.order(Order::Traffic)?;
+        let rows: io::Result<Vec<Row>> = self.order(ControlCommand::Traffic)?;
         rows.map_err(|error| Refusal::CannotBeDone(format!("read its traffic: {error}")))
     }
 
     /// Sends an order to the control thread, and waits up to 1 s for the reply.
-    pub(super) fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Result<T, Refusal> {
+    pub(super) fn order<T>(
+        &self,
+        order: impl FnOnce(Sender<T>) -> ControlCommand,
+    ) -> Result<T, Refusal> {
         let (done, finished) = channel();
-        self.tell(order(done));
-        finished.recv_timeout(PATIENCE).map_err(|_| {
+        self.send(order(done));
+        finished.recv_timeout(COMMAND_TIMEOUT).map_err(|_| {
             Refusal::CannotBeDone(format!("{}: its thread does not answer", self.name()))
         })
     }
@@ -278,7 +281,7 @@ impl Port {
     /// The thread keeps the guest's memory mapped until it ends.
     pub(super) fn finish(&mut self, deadline: Instant) {
         self.stop_capture();
-        self.tell(Order::Stop("the port is removed"));
+        self.send(ControlCommand::Stop("the port is removed"));
         let Some(thread) = self.thread.take() else { return };
         while !thread.is_finished() {
             if Instant::now() > deadline {

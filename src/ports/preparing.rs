@@ -16,7 +16,7 @@ use crate::error::{StartError, no_descriptor};
 use crate::features::{Offer, OfferOptions, PortOffloads};
 use crate::guest::MemoryQuota;
 use crate::net_config::NetConfig;
-use crate::policy::{Limiter, Limits, LiveFilter, Rules};
+use crate::policy::{AntiSpoofing, Limiter, Limits, LiveFilter};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
 use crate::sys::eventfd::Waker;
@@ -77,10 +77,10 @@ pub(super) fn prepare(
         pair: 0,
         capture: Arc::default(),
         tx_filter: filters.tx.clone(),
-        tally: Arc::default(),
+        peers: Arc::default(),
         sandbox,
     };
-    let traffic = queues[0].traffic(shared.tally.clone());
+    let traffic = queues[0].traffic(shared.peers.clone());
     let device = queues[0].device();
     let announcer = queues[0].announcer(&limits, &filters.tx).map_err(no_descriptor)?;
     let queues = queues
@@ -107,7 +107,9 @@ pub(super) fn prepare(
     status.set_listener(listener);
     info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
     let mut device = Device::new(name, offer, net_config, workers);
-    device.set_rules(config.identity.clone().map(|identity| Arc::new(Rules::new(identity))));
+    device.set_anti_spoofing(
+        config.allowed_sources.clone().map(|identity| Arc::new(AntiSpoofing::new(identity))),
+    );
     device.set_link(config.link);
     device.set_announcer(announcer);
     device.set_limits(status.limits.clone());

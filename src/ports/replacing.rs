@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use super::control::{Order, Predecessor};
+use super::control::{ControlCommand, Predecessor};
 use super::preparing::offer;
 use super::{Opened, Port, Ports, Prepared, Refusal};
 use crate::config::{Host, PortConfig, PortOptions};
@@ -100,12 +100,12 @@ impl Ports {
         });
         let old = self.find(name)?;
         if let Err(refusal) = started {
-            old.tell(Order::Resume);
+            old.send(ControlCommand::Resume);
             return Err(refusal);
         }
         old.end(&config);
         self.end(name)?;
-        self.find(new_name)?.tell(Order::Resume);
+        self.find(new_name)?.send(ControlCommand::Resume);
         Ok(())
     }
 
@@ -126,10 +126,10 @@ impl Ports {
             None => Endpoint::open(&old_config.frontend, None)?,
         };
         if let Err(refusal) = old.suspend() {
-            old.tell(Order::Resume);
+            old.send(ControlCommand::Resume);
             return Err(refusal);
         }
-        old.tell(Order::CommitHandover);
+        old.send(ControlCommand::CommitHandover);
         self.end(name)?;
         let failed = match self.start_anew(new_name, &config, true, base.endpoint) {
             Ok(()) => {
@@ -182,7 +182,7 @@ impl Ports {
         };
         self.start_suspended(prepared?)?.map_err(StartError::new)?;
         if let Ok(port) = self.find(name) {
-            port.tell(Order::Resume);
+            port.send(ControlCommand::Resume);
         }
         Ok(())
     }
@@ -298,7 +298,7 @@ impl Port {
 
     /// Suspends the port until an order tells the outcome.
     fn suspend(&self) -> Result<(), Refusal> {
-        let suspended: Result<_, String> = self.order(Order::PrepareHandover)?;
+        let suspended: Result<_, String> = self.order(ControlCommand::PrepareHandover)?;
         suspended.map(drop).map_err(Refusal::CannotBeDone)
     }
 
@@ -313,14 +313,14 @@ impl Port {
             warn!("{}: cannot remove its rx filter: {error}", self.name());
         }
         if old.frontend == new.frontend {
-            self.tell(Order::CommitHandover);
+            self.send(ControlCommand::CommitHandover);
         } else if shares_host(old, new) {
             if let Ok(Some(Ok(endpoint))) = self.listener().map(|fd| fd.map(Endpoint::taken)) {
                 remove_socket(endpoint, &old.frontend);
             }
-            self.tell(Order::CommitHandover);
+            self.send(ControlCommand::CommitHandover);
         } else {
-            self.tell(Order::Stop("the port is replaced"));
+            self.send(ControlCommand::Stop("the port is replaced"));
         }
     }
 }

@@ -1,32 +1,32 @@
 //! Validation of the virtio headers of frames from the guest: which frames are sent as they lie, and which
 //! begin with a copy of their headers.
 //!
-//! Invariant: a frame is sent behind [`PLAIN_HEADER`], or behind what a [`PrivateStart`] holds: bytes of
+//! Invariant: a frame is sent behind [`PLAIN_HEADER`], or behind what a [`HeaderCopy`] holds: bytes of
 //! our own, which were checked, and which the guest cannot change any more.
 
 use std::ops::Range;
 
 use super::checks::{check_plain, check_segmented};
-use super::{GSO_NONE, MAX_HEADERS, NEEDS_CSUM, Surplus, VnetHeader};
-use crate::counters::Drop;
+use super::{GSO_NONE, MAX_HEADERS, NEEDS_CSUM, SegmentationOverhead, VnetHeader};
+use crate::counters::DropReason;
 use crate::features::{HEADER_LENGTH, Negotiated, Offloads};
 use crate::frame::{ETHERNET_LENGTH, MAX_FRAME};
 use crate::guest::{Chain, Readable, Segment};
 
 /// Start of a frame in memory of our own: what [`HeaderChecks`] have passed.
 #[derive(Debug, Clone)]
-pub struct PrivateStart {
+pub struct HeaderCopy {
     bytes: [u8; HEADER_LENGTH + MAX_HEADERS],
     length: usize,
 }
 
-impl Default for PrivateStart {
+impl Default for HeaderCopy {
     fn default() -> Self {
-        PrivateStart { bytes: [0; HEADER_LENGTH + MAX_HEADERS], length: 0 }
+        HeaderCopy { bytes: [0; HEADER_LENGTH + MAX_HEADERS], length: 0 }
     }
 }
 
-impl PrivateStart {
+impl HeaderCopy {
     /// The checked bytes, virtio header first: they replace as many at the chain's start.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
@@ -34,7 +34,7 @@ impl PrivateStart {
 
     /// Whether the frame is to be segmented.
     #[inline]
-    pub fn is_segmented(&self) -> bool {
+    pub fn needs_segmentation(&self) -> bool {
         self.bytes[1] != GSO_NONE
     }
 
@@ -46,9 +46,9 @@ impl PrivateStart {
 
     /// What the frame of `length` bytes is on the wire beyond itself.
     #[inline]
-    pub fn surplus(&self, length: usize) -> Surplus {
+    pub fn overhead(&self, length: usize) -> SegmentationOverhead {
         let header = self.header();
-        Surplus::of(&header, header.hdr_len.into(), length)
+        SegmentationOverhead::of(&header, header.hdr_len.into(), length)
     }
 
     /// Puts the virtio header there, of which the guest has so many bytes.
@@ -70,7 +70,7 @@ impl PrivateStart {
 
 /// How a frame passed the checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Admitted {
+pub enum Validated {
     /// It asks for nothing: it is sent behind [`PLAIN_HEADER`], and nothing of it was copied.
     Plain,
     /// It begins with what was copied.
@@ -92,7 +92,7 @@ pub struct HeaderChecks {
     pub offloads: Offloads,
     /// Longest frame in bytes that is not to be segmented: MTU and [`LINK_OVERHEAD`](crate::frame::LINK_OVERHEAD).
     pub max_frame: usize,
-    /// Whether frames that fit a [`PrivateStart`] are copied whole: where a second piece costs more.
+    /// Whether frames that fit a [`HeaderCopy`] are copied whole: where a second piece costs more.
     pub copies_small: bool,
     /// Bytes of chains whose frames are sent without a further look if they ask for nothing.
     plain: Range<usize>,
@@ -150,16 +150,16 @@ impl HeaderChecks {
     pub fn pass_plain(
         &self,
         chain: &Chain<'_, '_, Readable>,
-        start: &mut PrivateStart,
-    ) -> Option<Admitted> {
+        start: &mut HeaderCopy,
+    ) -> Option<Validated> {
         let only = chain.only_piece()?;
         if self.is_plain(&only) {
-            return Some(Admitted::Plain);
+            return Some(Validated::Plain);
         }
         self.is_small(&only).then(|| {
             start.length = only.copy_to(&mut start.bytes);
             start.set_header(VnetHeader::default(), self.header_length);
-            Admitted::Copied
+            Validated::Copied
         })
     }
 
@@ -169,13 +169,13 @@ impl HeaderChecks {
     pub fn check_header(
         &self,
         chain: &Chain<'_, '_, Readable>,
-        start: &mut PrivateStart,
-    ) -> Option<Result<(), Drop>> {
+        start: &mut HeaderCopy,
+    ) -> Option<Result<(), DropReason>> {
         let only = chain.only_piece().filter(|only| self.unseen.contains(&only.len()))?;
         only.first_u16().filter(|bytes| bytes >> 8 == u16::from(GSO_NONE))?;
         // This copy of the header counts, and no other.
         let header = VnetHeader::parse(&only.first_bytes()?);
-        if header.is_segmented() {
+        if header.needs_segmentation() {
             return None;
         }
         let checked = check_plain(&header, only.len() - self.header_length, &self.offloads);
@@ -196,26 +196,26 @@ impl HeaderChecks {
     pub fn check_headers(
         &self,
         chain: &Chain<'_, '_, Readable>,
-        start: &mut PrivateStart,
-    ) -> Result<(), Drop> {
+        start: &mut HeaderCopy,
+    ) -> Result<(), DropReason> {
         let header_length = self.header_length;
         let Some(frame_length) = chain.len().checked_sub(header_length) else {
-            return Err(Drop::TooShort);
+            return Err(DropReason::TooShort);
         };
         if frame_length < ETHERNET_LENGTH {
-            return Err(Drop::TooShort);
+            return Err(DropReason::TooShort);
         }
         // Read once: only this copy counts.
         start.length = chain.read_start(&mut start.bytes);
         let header = start.header();
-        let checked = if !header.is_segmented() {
+        let checked = if !header.needs_segmentation() {
             if frame_length > self.max_frame {
-                return Err(Drop::TooLong);
+                return Err(DropReason::TooLong);
             }
             check_plain(&header, frame_length, &self.offloads)?
         } else {
             if frame_length > MAX_FRAME {
-                return Err(Drop::TooLong);
+                return Err(DropReason::TooLong);
             }
             let frame = &start.bytes[header_length..start.length];
             check_segmented(&header, frame, frame_length, &self.offloads)?

@@ -102,14 +102,14 @@ impl<'s> RateLimit<'s> {
     pub(super) fn charge(&mut self, done: &Completions, all_sent: bool) {
         let Completions { rx, tx, .. } = done;
         if self.limits.rx.is_limited() && rx.frames > 0 {
-            self.limits.rx.charge(rx.frames + rx.surplus.packets, rx.bytes + rx.surplus.bytes);
+            self.limits.rx.charge(rx.frames + rx.overhead.packets, rx.bytes + rx.overhead.bytes);
         }
         if !self.limits.tx.is_limited() {
             return;
         }
-        let precharged = self.precharged_segments.min(tx.surplus.packets);
-        if tx.surplus.packets > 0 {
-            self.limits.tx.charge(tx.surplus.packets - precharged, tx.surplus.bytes);
+        let precharged = self.precharged_segments.min(tx.overhead.packets);
+        if tx.overhead.packets > 0 {
+            self.limits.tx.charge(tx.overhead.packets - precharged, tx.overhead.bytes);
         }
         // What is left when all were sent was charged for frames that were dropped.
         self.precharged_segments = if all_sent { 0 } else { self.precharged_segments - precharged };

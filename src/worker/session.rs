@@ -11,19 +11,19 @@ use std::time::{Duration, Instant};
 use log::{debug, warn};
 
 use super::active_ring::ActiveRing;
+use super::adaptive_poll::AdaptivePoll;
+use super::coalescing::Coalescer;
 use super::control_queue::ControlQueue;
 use super::ending::stopped;
-use super::naps::Naps;
+use super::idle_wait::{IdleWait, WakeReasons};
 use super::rate_limit::RateLimit;
 use super::recording::record;
-use super::replies::Replies;
-use super::sleeper::{Sleeper, Woken};
 use super::spoofing::SpoofingLog;
 use super::{Ended, Mailbox, PairStatus, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::guest::{Budget, Fault, GuestMemory, Readable, Virtqueue};
-use crate::port::{Completions, HostQueue, Port, Terms, Virtqueues};
+use crate::port::{Completions, HostQueue, Port, SessionConfig, Virtqueues};
 
 /// What one turn takes from the tx ring: so many small frames take as long as so many bytes do, some 50 µs.
 const TX_BUDGET: Budget = Budget { chains: 64, bytes: 1 << 20 };
@@ -49,11 +49,11 @@ struct ActiveSession<'s> {
     kicked: Option<Instant>,
     header_length: usize,
     /// Why frames from the guest are dropped where they do not move.
-    not_moved: Drop,
+    not_moved: DropReason,
     capture: &'s Capture,
     pair: u16,
-    naps: Naps,
-    replies: Replies,
+    coalescer: Coalescer,
+    adaptive_poll: AdaptivePoll,
     spoofing: &'s mut SpoofingLog,
 }
 
@@ -80,7 +80,7 @@ pub(super) fn serve(
         Ok(started) => started,
         Err(fault) => return stopped(session, options, &fault, Ended::default()),
     };
-    let terms = Terms {
+    let config = SessionConfig {
         negotiated: session.negotiated,
         mtu: session.mtu,
         link: session.link,
@@ -88,10 +88,10 @@ pub(super) fn serve(
         rx_size: session.rx.as_ref().map_or(0, |ring| ring.layout.size),
         rules: session.rules.clone(),
         tx_filter: options.tx_filter.clone(),
-        tally: options.tally.clone(),
+        peers: options.peers.clone(),
     };
     let queues = Virtqueues { tx: tx_queue, rx: rx_queue };
-    let port = host.session(&session.memory, &queues, &terms);
+    let port = host.session(&session.memory, &queues, &config);
     let header_length = session.negotiated.header_length();
     let sizes = [&session.rx, &session.tx].into_iter().flatten().map(|ring| ring.layout.size);
     let smaller = sizes.min().unwrap_or(0);
@@ -109,11 +109,11 @@ pub(super) fn serve(
         status,
         kicked: None,
         header_length,
-        not_moved: if session.link { Drop::Disabled } else { Drop::LinkDown },
+        not_moved: if session.link { DropReason::Disabled } else { DropReason::LinkDown },
         capture: &options.capture,
         pair: options.pair,
-        naps: Naps::new(smaller),
-        replies: Replies::new(),
+        coalescer: Coalescer::new(smaller),
+        adaptive_poll: AdaptivePoll::new(),
         spoofing,
     };
     let result = active.turn_until_command(options, mailbox);
@@ -144,9 +144,9 @@ impl ActiveSession<'_> {
             self.control.as_ref().map(ControlQueue::ring),
         ];
         let mut complained = false;
-        let mut sleeper = loop {
-            match Sleeper::new(rings, self.port.events(), mailbox) {
-                Ok(sleeper) => break sleeper,
+        let mut idle_wait = loop {
+            match IdleWait::new(rings, self.port.events(), mailbox) {
+                Ok(idle_wait) => break idle_wait,
                 Err(_) if mailbox.has_command() => return Ok(()),
                 // The process may be out of descriptors for a while: no fault of the guest's.
                 Err(error) if !std::mem::replace(&mut complained, true) => warn!(
@@ -165,7 +165,7 @@ impl ActiveSession<'_> {
             }
             // The control virtqueue is served beside a flood: a guest's CPU waits for the answer.
             let moved = self.turn()? | self.answer()?;
-            if moved || self.look_on(options.busy_poll, mailbox)? || self.nap() || self.arm()? {
+            if moved || self.poll(options.busy_poll, mailbox)? || self.coalesce() || self.arm()? {
                 continue;
             }
             self.status.counters.sleeps.add(1);
@@ -179,10 +179,10 @@ impl ActiveSession<'_> {
             readiness.read &= !self.limit.blocks_rx();
             let limit = self.limit.wait(self.queues.tx.as_ref());
             readiness.timeout = readiness.timeout.into_iter().chain(limit).chain(told).min();
-            let woken = sleeper.sleep(&readiness, mailbox).unwrap_or_else(|error| {
+            let woken = idle_wait.sleep(&readiness, mailbox).unwrap_or_else(|error| {
                 debug!("{}: waiting failed: {error}", options.name);
                 std::thread::sleep(PAUSE);
-                Woken::default()
+                WakeReasons::default()
             });
             self.note(woken);
         }
@@ -295,8 +295,8 @@ impl ActiveSession<'_> {
             return any;
         }
         counters.bursts.observe(completed as u64);
-        self.naps.note(moved.frames, completed);
-        self.replies.note_given(moved.frames, moved.bytes);
+        self.coalescer.note(moved.frames, completed);
+        self.adaptive_poll.note_given(moved.frames, moved.bytes);
         counters.frames.add(moved.frames);
         counters.bytes.add(moved.bytes);
         rx.publish(queue);
@@ -317,8 +317,8 @@ impl ActiveSession<'_> {
         }
         // A guest that floods lets its worker never sleep.
         self.spoofing.report(counters);
-        self.naps.note(moved.frames, completed);
-        self.replies.note_sent();
+        self.coalescer.note(moved.frames, completed);
+        self.adaptive_poll.note_sent();
         counters.frames.add(moved.frames);
         counters.bytes.add(moved.bytes);
         tx.publish(queue);
@@ -329,7 +329,7 @@ impl ActiveSession<'_> {
         true
     }
 
-    fn note(&mut self, woken: Woken) {
+    fn note(&mut self, woken: WakeReasons) {
         if woken.rx {
             self.status.counters.rx.kicks.add(1);
         }

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use vhost_user_net::features::{Offer, OfferOptions, PortOffloads};
 use vhost_user_net::policy::FilterView;
 use vhost_user_net::port::{Completions, TxStages};
-use vhost_user_net::vnet_header::PrivateStart;
+use vhost_user_net::vnet_header::HeaderCopy;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::ring;
@@ -94,7 +94,7 @@ fn count_all() -> Counts {
     if nix::unistd::geteuid().is_root() {
         let lap = usize::from(LAP);
         for (name, port, way, lap) in [
-            ("worker-tap-tx", "--tap=tap0", worker_tx as Way, lap),
+            ("worker-tap-tx", "--tap=tap0", worker_tx as FrameDirection, lap),
             ("worker-tap-tx-woken", "--tap=tap0", worker_tx_woken, WAKES),
             ("worker-tap-rx", "--tap=tap0", worker_rx, lap),
             ("worker-af-xdp-tx", "--af-xdp=veth0", worker_tx, lap),
@@ -165,7 +165,7 @@ pub(crate) fn counted(name: &str) {
     stages.headers.copies_small = true;
     stages.begin_burst(&Completions::default());
     ring::with_frame(&header, &frame, |chain| {
-        let mut start = PrivateStart::default();
+        let mut start = HeaderCopy::default();
         counted_header(&mut || {
             stages.check(black_box(chain), &mut start).unwrap();
             black_box(&start);
@@ -195,11 +195,11 @@ fn frames() -> [(&'static str, Frame); 4] {
 type Host<'a> = (&'a Wire, &'a Daemon);
 
 /// Moves so many laps of frames, and waits for each.
-type Way = fn(&mut Card, Host, usize);
+type FrameDirection = fn(&mut Card, Host, usize);
 
 /// Instructions of a worker's session, and how often it allocates memory. Its profile is kept in the directory
 /// that KEEP_PROFILE names.
-fn of_a_worker(name: &str, port: &str, way: Way, laps: usize) -> (f64, usize) {
+fn of_a_worker(name: &str, port: &str, way: FrameDirection, laps: usize) -> (f64, usize) {
     let wire = if port == "--loopback" {
         enter_new_namespace();
         Wire::open("lo")

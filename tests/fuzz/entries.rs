@@ -18,7 +18,7 @@ use std::time::Duration;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_user_net::api::{self, Command};
 use vhost_user_net::config::PortOptions;
-use vhost_user_net::counters::Drop;
+use vhost_user_net::counters::DropReason;
 use vhost_user_net::device::{Device, Refusal};
 use vhost_user_net::features::{Negotiated, Offer, OfferOptions, PortOffloads, protocol_features};
 use vhost_user_net::frame::Headers;
@@ -29,14 +29,14 @@ use vhost_user_net::guest::{
 use vhost_user_net::net_config::{MacAddress, NetConfig};
 use vhost_user_net::policy::filter::{MAX_INSTRUCTIONS, classic, extended};
 use vhost_user_net::policy::{
-    Filter, FilterView, Identity, Limit, Limiter, Limits, LiveFilter, Rules,
+    AllowedSources, AntiSpoofing, Filter, FilterView, Limit, Limiter, Limits, LiveFilter,
 };
 use vhost_user_net::port::HostQueue;
 use vhost_user_net::port::af_xdp::segmentation::Segmentation;
 use vhost_user_net::port::{Completions, TxStages};
 use vhost_user_net::protocol::{Connection, Event};
 use vhost_user_net::sandbox::Sandbox;
-use vhost_user_net::vnet_header::{Admitted, PrivateStart};
+use vhost_user_net::vnet_header::{HeaderCopy, Validated};
 use vhost_user_net::worker::{Worker, WorkerOptions};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -195,7 +195,7 @@ pub fn rings(mut data: &[u8]) {
 }
 
 fn walk_both(guest: &Guest, layout: RingLayout, notification: Notification) {
-    let mut start = PrivateStart::default();
+    let mut start = HeaderCopy::default();
     let stages = stages(&negotiated(u64::MAX));
     walk::<Readable>(guest, layout, notification, |chain| {
         check_stages(chain, &stages, &mut start);
@@ -299,11 +299,11 @@ fn stages(negotiated: &Negotiated) -> TxStages {
     stages
 }
 
-/// Rules for a guest that has this Ethernet address and those of two prefixes.
-fn rules(mac: [u8; 6]) -> Rules {
+/// Anti-spoofing for a guest that has this Ethernet address and those of two prefixes.
+fn rules(mac: [u8; 6]) -> AntiSpoofing {
     let addresses = ["192.0.2.0/24", "2001:db8::/32"].map(|net| net.parse().unwrap());
     let macs = vec![MacAddress(mac)];
-    Rules::new(Identity { macs, addresses: addresses.to_vec(), vlans: vec![7] })
+    AntiSpoofing::new(AllowedSources { macs, addresses: addresses.to_vec(), vlans: vec![7] })
 }
 
 /// Bytes as the start of a frame from the guest, and as the text of a limit or a filter.
@@ -311,10 +311,10 @@ pub fn policy(data: &[u8]) {
     if data.len() >= 14 {
         let mac = data[6..12].try_into().unwrap();
         let verdict = rules(mac).check(data);
-        assert_ne!(verdict, Err(Drop::TooShort));
+        assert_ne!(verdict, Err(DropReason::TooShort));
         let mut other = mac;
         other[5] ^= 1;
-        assert_eq!(rules(other).check(data), Err(Drop::SpoofedMac));
+        assert_eq!(rules(other).check(data), Err(DropReason::SpoofedMac));
         if verdict.is_ok() {
             // Cut short, it shows less: it passes for the same reason, or not at all.
             let _ = rules(mac).check(&data[..data.len() - 1]);
@@ -340,7 +340,7 @@ fn filters(data: &[u8]) {
         WORD icmp6 to 2001:db8::/33; WORD ethertype 0x88cc; WORD proto 50; WORD ip6 from ::/0";
     let judge = |word: &str, default: &str| {
         let text = format!("{}; default {default}", RULES.replace("WORD", word));
-        text.parse::<Filter>().unwrap().judge(data)
+        text.parse::<Filter>().unwrap().check(data)
     };
     let passes = judge("allow", "deny").is_ok();
     assert!(!passes || judge("deny", "allow").is_err(), "allowed and denied by the same rules");
@@ -348,7 +348,7 @@ fn filters(data: &[u8]) {
         assert_eq!(filter.to_string().parse(), Ok(filter.clone()));
         assert!(classic(&filter).len() <= MAX_INSTRUCTIONS);
         extended(&filter);
-        let _ = filter.judge(data);
+        let _ = filter.check(data);
     }
 }
 
@@ -358,17 +358,17 @@ fn check_judged(sent: &[u8], stages: &TxStages) {
         assert_eq!(rules.check(sent), Ok(()), "what is sent is what was judged");
     }
     if let Some(filter) = stages.filter.current() {
-        assert_eq!(filter.judge(sent), Ok(()), "what is sent is what was judged");
+        assert_eq!(filter.check(sent), Ok(()), "what is sent is what was judged");
     }
 }
 
 /// Checks a frame as a port does, and the check.
-fn check_stages(chain: &Chain<'_, '_, Readable>, stages: &TxStages, start: &mut PrivateStart) {
+fn check_stages(chain: &Chain<'_, '_, Readable>, stages: &TxStages, start: &mut HeaderCopy) {
     match stages.check(chain, start) {
-        Ok(Admitted::Copied) => {
+        Ok(Validated::Copied) => {
             check_admitted(start, stages, chain.len() - stages.header_length());
         }
-        Ok(Admitted::Plain) => {
+        Ok(Validated::Plain) => {
             assert!(!stages.inspects_headers(), "what is judged is copied");
             let length = chain.len() - stages.header_length();
             assert!((14..=stages.headers.max_frame).contains(&length));
@@ -378,14 +378,14 @@ fn check_stages(chain: &Chain<'_, '_, Readable>, stages: &TxStages, start: &mut 
 }
 
 /// What a frame may count on that was admitted.
-fn check_admitted(start: &PrivateStart, stages: &TxStages, length: usize) {
+fn check_admitted(start: &HeaderCopy, stages: &TxStages, length: usize) {
     let header = start.header();
     assert!(header.accepted_by(&stages.headers.offloads), "{header:?}");
     if header.needs_checksum() {
         let end = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
         assert!(end <= length, "{header:?} of {length} bytes");
     }
-    if !header.is_segmented() {
+    if !header.needs_segmentation() {
         assert!(length <= stages.headers.max_frame);
     }
     let whole = &start.bytes()[stages.header_length()..];
@@ -399,7 +399,7 @@ fn check_admitted(start: &PrivateStart, stages: &TxStages, length: usize) {
         }
     }
     let Some(how) = Segmentation::of(&header, whole, length) else {
-        assert!(!header.is_segmented(), "a frame that can't be cut: {header:?}");
+        assert!(!header.needs_segmentation(), "a frame that can't be cut: {header:?}");
         return;
     };
     assert!(header.gso_size > 0 && how.headers() <= length);
@@ -467,7 +467,7 @@ pub fn headers(mut data: &[u8]) {
             avail: GuestAddress(AVAIL),
             used: GuestAddress(USED),
         };
-        let mut start = PrivateStart::default();
+        let mut start = HeaderCopy::default();
         let mut seen = 0;
         walk::<Readable>(
             guest,
@@ -505,7 +505,7 @@ impl Served {
             pair: 0,
             capture: Default::default(),
             tx_filter: Arc::default(),
-            tally: Arc::default(),
+            peers: Arc::default(),
             sandbox: Sandbox::NONE,
         };
         let worker = Worker::start(HostQueue::Loopback, options, Default::default()).unwrap();
@@ -608,11 +608,11 @@ pub fn judges(data: &[u8]) {
     };
     let given = std::str::from_utf8(text).ok().and_then(|text| text.parse::<Filter>().ok());
     let filter = given.unwrap_or_else(|| FILTER.parse().unwrap());
-    let passes = |text: &str, frame: &[u8]| text.parse::<Filter>().unwrap().judge(frame).is_ok();
+    let passes = |text: &str, frame: &[u8]| text.parse::<Filter>().unwrap().check(frame).is_ok();
     // The kernel has no shorter frames.
     if frame.len() >= 14 {
         let classic = receiver::run(&classic(&filter), frame) != 0;
-        assert_eq!(classic, filter.judge(frame).is_ok(), "{filter} of {frame:02x?}");
+        assert_eq!(classic, filter.check(frame).is_ok(), "{filter} of {frame:02x?}");
         receiver::check_received(frame, passes);
     }
 }

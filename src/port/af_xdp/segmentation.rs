@@ -33,7 +33,7 @@ impl Segmentation {
     /// How to cut a frame of `length` bytes that was admitted with this header, and whose headers
     /// `start` holds; nothing if it is not to be cut.
     pub fn of(header: &VnetHeader, start: &[u8], length: usize) -> Option<Self> {
-        if !header.is_segmented() {
+        if !header.needs_segmentation() {
             return None;
         }
         let Headers { version, protocol, network, transport } = Headers::parse(start)?;

@@ -17,9 +17,9 @@ use super::interface::OpenSocket;
 use super::receiver::{MAX_BUFFERS, Receiver};
 use super::transmitter::Transmitter;
 use super::{OpenError, XdpQueue};
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::guest::{GuestMemory, Virtqueue};
-use crate::port::{Completions, Mode, Port, Readiness, Terms, Virtqueues};
+use crate::port::{Completions, Mode, Port, Readiness, SessionConfig, Virtqueues};
 use crate::sys::xsk::Statistics;
 
 /// How soon to look whether the kernel has finished with frames that it was given.
@@ -85,17 +85,17 @@ impl XdpQueue {
         &'mem mut self,
         memory: &'mem Arc<GuestMemory>,
         queues: &Virtqueues<'mem>,
-        terms: &Terms,
+        config: &SessionConfig,
     ) -> XdpPort<'mem> {
         let first_tx = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
         let first_rx = queues.rx.as_ref().map_or(0, Virtqueue::next_used);
         XdpPort {
-            transmitter: Transmitter::new(terms, self.pair, first_tx),
-            receiver: Receiver::new(&terms.negotiated, self.pair, first_rx),
+            transmitter: Transmitter::new(config, self.pair, first_tx),
+            receiver: Receiver::new(&config.negotiated, self.pair, first_rx),
             host: self,
             memory,
-            mtu: terms.mtu,
-            receives: terms.receives,
+            mtu: config.mtu,
+            receives: config.receives,
             left_behind: false,
             failed: None,
             changed: None,
@@ -244,7 +244,7 @@ impl XdpPort<'_> {
         if let (Some(before), Some(now)) = (before, now)
             && now > before
         {
-            done.rx_dropped.push((Drop::Filtered, now - before));
+            done.rx_dropped.push((DropReason::Filtered, now - before));
         }
         self.filtered.at = Instant::now();
     }
@@ -261,7 +261,7 @@ impl XdpPort<'_> {
                 self.host.interface.name()
             );
         }
-        for (reason, count) in [(Drop::TooLong, too_long), (Drop::NoRoom, lost)] {
+        for (reason, count) in [(DropReason::TooLong, too_long), (DropReason::NoRoom, lost)] {
             if count > 0 {
                 done.rx_dropped.push((reason, count));
             }

@@ -2,7 +2,7 @@
 //!
 //! A frame in one piece is sent from where the guest put it. One that needs a checksum, lies in
 //! several pieces, or was judged by rules, which its headers must not change after, is copied into
-//! the arena: measured, that costs a tenth of what the kernel takes for a frame of two descriptors
+//! the bounce area: measured, that costs a tenth of what the kernel takes for a frame of two descriptors
 //! (docs/af-xdp.md). So is each segment of a frame that is to be cut.
 //!
 //! Invariant: a chain completes when the kernel has completed its frame, and in the order of the ring.
@@ -18,11 +18,11 @@ use frames::{Frame, Frames};
 
 use super::interface::OpenSocket;
 use super::segmentation::Segmentation;
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::guest::{Readable, Virtqueue};
-use crate::port::{Completions, Outcome, Terms, TxStages};
+use crate::port::{Completions, Outcome, SessionConfig, TxStages};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor};
-use crate::vnet_header::PrivateStart;
+use crate::vnet_header::HeaderCopy;
 
 /// Calls for one burst at the most: a kernel before Linux 6.17 sends 32 frames at a time.
 const SENDS: usize = 16;
@@ -33,7 +33,7 @@ pub(super) struct Transmitter {
     pair: u16,
     stages: TxStages,
     /// The start of the frame that was admitted last.
-    start: PrivateStart,
+    start: HeaderCopy,
     /// How that frame is being cut, and where in its payload the next segment begins.
     cut: Option<(Segmentation, usize)>,
     frames: Frames,
@@ -47,11 +47,11 @@ pub(super) struct Transmitter {
 
 impl Transmitter {
     /// For a session that begins at position `next`.
-    pub(super) fn new(terms: &Terms, pair: u16, next: u16) -> Self {
+    pub(super) fn new(config: &SessionConfig, pair: u16, next: u16) -> Self {
         Transmitter {
             pair,
-            stages: terms.tx_stages(0),
-            start: PrivateStart::default(),
+            stages: config.tx_stages(0),
+            start: HeaderCopy::default(),
             cut: None,
             frames: Frames::new(),
             next,
@@ -142,7 +142,7 @@ impl Transmitter {
 
     /// Puts a frame that is not sent among the others.
     #[inline(never)]
-    fn refuse(&mut self, reason: Drop, done: &mut Completions) {
+    fn refuse(&mut self, reason: DropReason, done: &mut Completions) {
         self.stages.observe(self.next, &self.start, 0, Outcome::Dropped(reason), done);
         self.next = self.next.wrapping_add(1);
         self.frames.push(Frame::dropped(reason));
@@ -278,6 +278,6 @@ impl Transmitter {
         done: &mut Completions,
     ) {
         self.next = until.unwrap_or(self.next);
-        done.drop_all(tx, self.next, Drop::HostRefused);
+        done.drop_all(tx, self.next, DropReason::HostRefused);
     }
 }

@@ -15,7 +15,7 @@ use super::TapFilter;
 use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
 use crate::frame::LINK_OVERHEAD;
 use crate::policy::Filter;
-use crate::port::Terms;
+use crate::port::SessionConfig;
 use crate::port::mtu::MtuComparison;
 use crate::sys::tap::{Identity, Queue, offload};
 use crate::sys::uring::Writer;
@@ -239,7 +239,7 @@ impl TapQueue {
     ///
     /// # Errors
     /// Those of the device.
-    pub(super) fn configure(&mut self, terms: &Terms) -> io::Result<()> {
+    pub(super) fn configure(&mut self, config: &SessionConfig) -> io::Result<()> {
         let generation = self.filter.generation();
         if self.generation != generation {
             self.generation = generation;
@@ -247,16 +247,16 @@ impl TapQueue {
             self.link = None;
             self.attached = attached(&self.queue);
         }
-        let accepted = terms.negotiated.guest();
-        let is_small = self.small_size == Some(terms.rx_size)
-            && terms.negotiated.mergeable()
+        let accepted = config.negotiated.guest();
+        let is_small = self.small_size == Some(config.rx_size)
+            && config.negotiated.mergeable()
             && accepted.segmentation();
         self.set_small(is_small);
-        self.apply(terms.negotiated.header_length(), &accepted)?;
-        if !terms.receives {
+        self.apply(config.negotiated.header_length(), &accepted)?;
+        if !config.receives {
             self.set_attached(false)?;
         }
-        self.set_link(terms.link)
+        self.set_link(config.link)
     }
 
     /// Forgets what a session that panicked may have set without noting it, and an io_uring instance that

@@ -3,14 +3,14 @@
 use std::io;
 
 use super::read_gate::{ReadGate, Room};
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::features::{HEADER_LENGTH, LEGACY_HEADER_LENGTH, Offloads};
-use crate::frame::{ETHERNET_LENGTH, LINK_OVERHEAD, MAX_FRAME, Way};
+use crate::frame::{ETHERNET_LENGTH, FrameDirection, LINK_OVERHEAD, MAX_FRAME};
 use crate::guest::{Chain, MAX_SEGMENTS, Segment, Virtqueue, Writable};
-use crate::port::{Completions, Terms};
+use crate::port::{Completions, SessionConfig};
 use crate::sys::tap::Queue;
 use crate::traffic::Notes;
-use crate::vnet_header::{MAX_HEADERS, Surplus, VnetHeader};
+use crate::vnet_header::{MAX_HEADERS, SegmentationOverhead, VnetHeader};
 
 /// Buffers that are in flight at the most, which bounds what a session holds. Eight frames of 64 KiB in
 /// the 1.5 KiB buffers of a Linux driver.
@@ -45,8 +45,8 @@ pub(super) struct Receiver<'mem> {
 impl<'mem> Receiver<'mem> {
     /// For frames up to `longest` bytes, but for those that are to be segmented. `is_small` if the ring is
     /// known not to hold these.
-    pub(super) fn new(terms: &Terms, longest: usize, is_small: bool) -> Self {
-        let Terms { negotiated, mtu, .. } = *terms;
+    pub(super) fn new(config: &SessionConfig, longest: usize, is_small: bool) -> Self {
+        let SessionConfig { negotiated, mtu, .. } = *config;
         let mut receiver = Receiver {
             header_length: negotiated.header_length(),
             accepted: negotiated.guest(),
@@ -57,7 +57,7 @@ impl<'mem> Receiver<'mem> {
             window: Vec::new(),
             window_chains: 0,
             window_room: 0,
-            notes: Notes::new(terms.tally.clone()),
+            notes: Notes::new(config.peers.clone()),
             peeks: false,
             has_held_largest: false,
             is_small,
@@ -210,7 +210,7 @@ impl<'mem> Receiver<'mem> {
         done: &mut Completions,
     ) {
         if length < self.header_length {
-            done.rx_dropped.push((Drop::TooShort, 1));
+            done.rx_dropped.push((DropReason::TooShort, 1));
             return;
         }
         let first = rx.chain(rx.next_used());
@@ -219,7 +219,7 @@ impl<'mem> Receiver<'mem> {
         let is_long = length - self.header_length > usize::from(self.mtu) + LINK_OVERHEAD;
         if header[..2] != [0, 0] || is_long {
             match self.fit_header_to_guest(&VnetHeader::parse(&header), &first) {
-                Ok(header) => done.rx.surplus += self.surplus(&header, length),
+                Ok(header) => done.rx.overhead += self.overhead(&header, length),
                 Err(reason) => {
                     done.rx_dropped.push((reason, 1));
                     return;
@@ -280,7 +280,7 @@ impl<'mem> Receiver<'mem> {
         let mut start = [0; HEADER_LENGTH + MAX_HEADERS];
         let shown = first.read_start(&mut start).min(length);
         let frame = start.get(self.header_length..shown).unwrap_or_default();
-        self.notes.note(Way::Rx, frame, length - self.header_length);
+        self.notes.note(FrameDirection::Rx, frame, length - self.header_length);
     }
 
     /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,
@@ -290,9 +290,9 @@ impl<'mem> Receiver<'mem> {
         &self,
         header: &VnetHeader,
         buffer: &Chain<'_, 'mem, Writable>,
-    ) -> Result<VnetHeader, Drop> {
+    ) -> Result<VnetHeader, DropReason> {
         if !header.accepted_by(&self.accepted) {
-            return Err(Drop::NotAccepted);
+            return Err(DropReason::NotAccepted);
         }
         if !self.accepted.checksum && header.flags != 0 {
             // Section 5.1.6.4.1: flags are zero without GUEST_CSUM.
@@ -303,18 +303,18 @@ impl<'mem> Receiver<'mem> {
 
     /// What the frame of `length` bytes with its header is on the wire beyond itself. The guest may
     /// have rewritten the header: however small it makes the segments, they fit the MTU.
-    fn surplus(&self, header: &VnetHeader, length: usize) -> Surplus {
+    fn overhead(&self, header: &VnetHeader, length: usize) -> SegmentationOverhead {
         /// IPv4 and TCP without options.
         const LEAST_HEADERS: u16 = 40;
         /// TCP with its usual options. Without them there is one segment less at the most.
         const TCP: usize = 32;
         let length = length - self.header_length;
         if length <= usize::from(self.mtu) + LINK_OVERHEAD {
-            return Surplus::default();
+            return SegmentationOverhead::default();
         }
         let gso_size = header.gso_size.min(self.mtu.saturating_sub(LEAST_HEADERS)).max(1);
         // The kernel's hdr_len is not the length of headers.
         let headers = usize::from(header.csum_start).clamp(34, 74) + TCP;
-        Surplus::of(&VnetHeader { gso_type: 1, gso_size, ..*header }, headers, length)
+        SegmentationOverhead::of(&VnetHeader { gso_type: 1, gso_size, ..*header }, headers, length)
     }
 }

@@ -8,11 +8,11 @@ use std::ops::Range;
 use log::warn;
 
 use super::TapQueue;
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::guest::{Chain, ReadSegment, Readable, Virtqueue};
-use crate::port::{Completions, Outcome, Terms, TxStages};
+use crate::port::{Completions, Outcome, SessionConfig, TxStages};
 use crate::sys::uring::MAX_WRITES;
-use crate::vnet_header::{Admitted, PrivateStart};
+use crate::vnet_header::{HeaderCopy, Validated};
 
 /// Bursts from this many frames on go through io_uring: a submission of one costs more than a
 /// `writev`.
@@ -21,7 +21,7 @@ const URING_FROM: usize = 2;
 /// A frame of a burst that is written at once.
 #[derive(Debug, Clone, Copy)]
 struct Frame {
-    admitted: Result<Admitted, Drop>,
+    admitted: Result<Validated, DropReason>,
     /// Where its segments are in the list of all; none of a frame that is dropped.
     first: u32,
     end: u32,
@@ -42,7 +42,7 @@ pub(super) struct Transmitter {
     /// Whether that was renewed in this burst.
     renewed: bool,
     /// The checked start of each frame of a burst that is not plain.
-    starts: Vec<PrivateStart>,
+    starts: Vec<HeaderCopy>,
     frames: Vec<Frame>,
     /// Room for the segments of a burst's frames.
     segments: Vec<ReadSegment<'static>>,
@@ -51,15 +51,15 @@ pub(super) struct Transmitter {
 }
 
 impl Transmitter {
-    pub(super) fn new(terms: &Terms, longest: usize) -> Self {
-        let mut stages = terms.tx_stages(longest);
+    pub(super) fn new(config: &SessionConfig, longest: usize) -> Self {
+        let mut stages = config.tx_stages(longest);
         // A second piece costs a write more than copying a small frame does.
         stages.headers.copies_small = true;
         Transmitter {
             stages,
-            mtu: terms.mtu,
+            mtu: config.mtu,
             renewed: false,
-            starts: vec![PrivateStart::default(); MAX_WRITES],
+            starts: vec![HeaderCopy::default(); MAX_WRITES],
             frames: Vec::with_capacity(MAX_WRITES),
             segments: Vec::new(),
             blocked: false,
@@ -95,11 +95,11 @@ impl Transmitter {
     fn admit(
         &mut self,
         chain: &Chain<'_, '_, Readable>,
-        start: &mut PrivateStart,
+        start: &mut HeaderCopy,
         host: &TapQueue,
-    ) -> Result<Admitted, Drop> {
+    ) -> Result<Validated, DropReason> {
         let admitted = self.stages.check(chain, start);
-        if admitted != Err(Drop::TooLong) || self.renewed {
+        if admitted != Err(DropReason::TooLong) || self.renewed {
             return admitted;
         }
         // Or the device's MTU was raised: once a burst it is asked.
@@ -113,7 +113,7 @@ impl Transmitter {
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
         host: &mut TapQueue,
-        start: &mut PrivateStart,
+        start: &mut HeaderCopy,
         done: &mut Completions,
     ) {
         let chain = tx.chain(tx.next_used());
@@ -135,7 +135,7 @@ impl Transmitter {
                     self.blocked = true;
                     return;
                 }
-                Err(_) => admitted = Err(Drop::HostRefused),
+                Err(_) => admitted = Err(DropReason::HostRefused),
             }
         }
         self.complete(tx, admitted, start, done);
@@ -147,7 +147,7 @@ impl Transmitter {
         tx: &mut Virtqueue<'_, Readable>,
         until: u16,
         host: &mut TapQueue,
-        starts: &mut [PrivateStart],
+        starts: &mut [HeaderCopy],
         done: &mut Completions,
     ) {
         let mut frames = mem::take(&mut self.frames);
@@ -183,8 +183,8 @@ impl Transmitter {
     fn complete(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
-        admitted: Result<Admitted, Drop>,
-        start: &PrivateStart,
+        admitted: Result<Validated, DropReason>,
+        start: &HeaderCopy,
         done: &mut Completions,
     ) {
         let position = tx.next_used();
@@ -198,8 +198,8 @@ impl Transmitter {
         tx.push_used(0);
         done.tx.frames += 1;
         done.tx.bytes += length as u64;
-        if how == Admitted::Copied && start.is_segmented() {
-            done.tx.surplus += start.surplus(length);
+        if how == Validated::Copied && start.needs_segmentation() {
+            done.tx.overhead += start.overhead(length);
         }
     }
 }
@@ -228,7 +228,7 @@ fn write_at_once(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut 
             continue;
         }
         match results.next() {
-            Some(result) if *result < 0 => frame.admitted = Err(Drop::HostRefused),
+            Some(result) if *result < 0 => frame.admitted = Err(DropReason::HostRefused),
             Some(_) => {}
             None => return index,
         }

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::{Control, Order, Source};
+use super::{Control, ControlCommand, Source};
 use crate::endpoint::Endpoint;
 use crate::endpoint::Frontend;
 use crate::event::{Interest, Poller, until};
-use crate::protocol::{self, Connection, Event, Retold};
+use crate::protocol::{self, Connection, Event, ReplayMessage};
 
 /// Time that a frontend has to finish a message before a take-over disconnects it.
 const MESSAGE_TIMEOUT: Duration = Duration::from_millis(100);
@@ -50,7 +50,7 @@ pub(in crate::ports) struct Predecessor {
 /// The messages of a replay that are not sent yet.
 struct Replay {
     socket: UnixStream,
-    messages: Peekable<std::vec::IntoIter<Retold>>,
+    messages: Peekable<std::vec::IntoIter<ReplayMessage>>,
 }
 
 impl Replay {
@@ -116,7 +116,7 @@ impl Control {
                 self.orders.recv().ok()
             };
             match order {
-                Some(Order::CommitHandover) => {
+                Some(ControlCommand::CommitHandover) => {
                     info!("{}: handed over", self.device.name());
                     let gone = Endpoint::Connected(None);
                     std::mem::replace(&mut self.endpoint, gone).give_away();
@@ -124,16 +124,16 @@ impl Control {
                     self.is_anothers = true;
                     return true;
                 }
-                Some(Order::Resume) => {
+                Some(ControlCommand::Resume) => {
                     self.resume();
                     return false;
                 }
-                Some(Order::Stop(why)) => {
+                Some(ControlCommand::Stop(why)) => {
                     self.stops = why;
                     return true;
                 }
                 None => return true,
-                Some(Order::CountTraffic(enable, done)) => {
+                Some(ControlCommand::CountTraffic(enable, done)) => {
                     let _ = done.send(self.status.traffic.enable(enable));
                 }
                 // The drop of the sender tells the main thread that nobody answers.
@@ -172,7 +172,7 @@ impl Control {
             warn!("{}: frontend will be disconnected by a take-over", self.device.name());
         }
         let connection = connection.map(|it| duplicate(it.as_fd())).transpose()?;
-        let messages = if connection.is_some() { self.device.retell()? } else { Vec::new() };
+        let messages = if connection.is_some() { self.device.replay()? } else { Vec::new() };
         let fds = HandoverFds { listener, connection, replay, messages: messages.len() };
         Ok((fds, Replay { socket: ours, messages: messages.into_iter().peekable() }))
     }

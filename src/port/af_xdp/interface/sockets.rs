@@ -14,7 +14,7 @@ use log::{debug, info, warn};
 use super::Interface;
 use crate::guest::GuestMemory;
 use crate::port::af_xdp::OpenError;
-use crate::port::af_xdp::abilities::{refused, wait_for_device};
+use crate::port::af_xdp::device_caps::{refused, wait_for_device};
 use crate::port::af_xdp::receiver::RING_SIZES;
 use crate::port::af_xdp::umem::GuestUmem;
 use crate::sys::link;

@@ -1,11 +1,11 @@
-//! Where a frame that is not plain is sent from: the guest's memory, or a slot of the arena that it is
+//! Where a frame that is not plain is sent from: the guest's memory, or a slot of the bounce area that it is
 //! copied into, whole or one segment at a time.
 //!
 //! Invariant: what was checked is what is sent. Headers that the checks or the operator's rules have looked
 //! at go out from the copy that they looked at.
 
 use super::Transmitter;
-use crate::counters::{CopyReason, Drop};
+use crate::counters::{CopyReason, DropReason};
 use crate::guest::{Chain, Readable, Segment};
 use crate::port::af_xdp::checksum;
 use crate::port::af_xdp::interface::OpenSocket;
@@ -23,7 +23,7 @@ impl Transmitter {
         slot: usize,
         open: &OpenSocket,
         done: &mut Completions,
-    ) -> Result<Descriptor, Drop> {
+    ) -> Result<Descriptor, DropReason> {
         if self.cut.is_none() {
             self.begin_frame(chain, done)?;
         }
@@ -38,9 +38,9 @@ impl Transmitter {
         &mut self,
         chain: &Chain<'_, '_, Readable>,
         done: &mut Completions,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         self.stages.check_copied(chain, &mut self.start)?;
-        if self.start.is_segmented() {
+        if self.start.needs_segmentation() {
             self.begin_cut(chain, done)?;
         }
         let length = chain.len() - self.stages.header_length();
@@ -55,16 +55,16 @@ impl Transmitter {
         &mut self,
         chain: &Chain<'_, '_, Readable>,
         done: &mut Completions,
-    ) -> Result<(), Drop> {
+    ) -> Result<(), DropReason> {
         let header_length = self.stages.header_length();
         let length = chain.len() - header_length;
         let headers = &self.start.bytes()[header_length..];
         if let Some(how) = Segmentation::of(&self.start.header(), headers, length) {
             if how.longest() > self.stages.headers.max_frame {
-                return Err(Drop::TooLong);
+                return Err(DropReason::TooLong);
             }
             self.cut = Some((how, 0));
-            done.tx.surplus += self.start.surplus(length);
+            done.tx.overhead += self.start.overhead(length);
         }
         Ok(())
     }
@@ -91,7 +91,7 @@ impl Transmitter {
         }
     }
 
-    /// Puts a copy of the frame into the arena.
+    /// Puts a copy of the frame into the bounce area.
     #[inline(never)]
     fn place_copy(
         &mut self,
@@ -143,7 +143,7 @@ impl Transmitter {
         Descriptor { address, length: (headers + payload) as u32, options }
     }
 
-    /// Has the checksum of a frame in the arena completed: by the kernel, or at once.
+    /// Has the checksum of a frame in the bounce area completed: by the kernel, or at once.
     fn complete(&mut self, frame: &Segment<'_>, slot: usize, open: &OpenSocket) -> u32 {
         let VnetHeader { csum_start, csum_offset, .. } = self.start.header();
         if open.metadata {

@@ -19,15 +19,15 @@ const IN_FLIGHT_TIMEOUT: Duration = Duration::from_millis(50);
 /// A message, and the descriptors that go with it: those that the port keeps, so that a replay takes no
 /// others.
 #[derive(Debug)]
-pub struct Retold {
+pub struct ReplayMessage {
     bytes: Vec<u8>,
     files: Vec<Arc<File>>,
 }
 
-impl Retold {
+impl ReplayMessage {
     fn new(code: FrontendReq, payload: &[u8], files: Vec<Arc<File>>) -> Self {
         let header = [u32::from(code), VERSION, payload.len() as u32].map(u32::to_ne_bytes);
-        Retold { bytes: [&header.concat(), payload].concat(), files }
+        ReplayMessage { bytes: [&header.concat(), payload].concat(), files }
     }
 
     /// One with a number of 64 bits.

@@ -7,7 +7,7 @@ use log::{error, info, warn};
 
 use super::supervision::Supervisor;
 use crate::api::scrape::Scrape;
-use crate::api::{Server, Wanted};
+use crate::api::{ClientInterest, Server};
 use crate::config::Config;
 use crate::event::{Interest, Poller, until};
 use crate::ports::Ports;
@@ -31,8 +31,8 @@ enum Source {
     Visitor(u32),
 }
 
-/// The main thread's waiting.
-pub(super) struct Waiting<'a> {
+/// The main thread's loop.
+pub(super) struct MainLoop<'a> {
     poller: Poller<Source>,
     signals: &'a Signals,
     server: Server,
@@ -46,7 +46,7 @@ pub(super) struct Waiting<'a> {
 /// How often a device that has gone is asked for.
 const MEND: Duration = Duration::from_secs(1);
 
-impl<'a> Waiting<'a> {
+impl<'a> MainLoop<'a> {
     pub(super) fn new(
         signals: &'a Signals,
         server: Server,
@@ -69,7 +69,7 @@ impl<'a> Waiting<'a> {
         if let Some(fd) = scrape.as_ref().and_then(Scrape::fd) {
             poller.add(fd, Interest::Read, Source::Scrape)?;
         }
-        Ok(Waiting { poller, signals, server, scrape, ports, supervisor, mended: None })
+        Ok(MainLoop { poller, signals, server, scrape, ports, supervisor, mended: None })
     }
 
     /// Waits for a signal that ends the daemon, or until no port runs and none can be added, and
@@ -78,7 +78,7 @@ impl<'a> Waiting<'a> {
     /// # Errors
     /// Waiting fails, or no port runs any more and one has panicked: a service manager is to start the
     /// daemon again.
-    pub(super) fn until_the_end(&mut self) -> io::Result<()> {
+    pub(super) fn run(&mut self) -> io::Result<()> {
         let mut happened = Vec::new();
         self.supervisor.ready(&self.ports);
         while !self.server.has_given_away() && (self.server.is_open() || self.ports.any_runs()) {
@@ -87,7 +87,7 @@ impl<'a> Waiting<'a> {
             let accept = self.wait_for_connections();
             let devices = self.ports.look_at_devices();
             let sockets = self.look_after_sockets();
-            let times = [time, self.mend(), overdue, accept, devices, sockets];
+            let times = [time, self.reopen_tap(), overdue, accept, devices, sockets];
             let time = times.into_iter().flatten().min();
             self.poller.wait(time, |source| happened.push(source))?;
             for source in happened.drain(..) {
@@ -145,7 +145,7 @@ impl<'a> Waiting<'a> {
     }
 
     /// Serves the ports that another daemon has let go of.
-    pub(super) fn succeed(&mut self, config: &Config) {
+    pub(super) fn take_over(&mut self, config: &Config) {
         self.ports.resume();
         config.control.iter().for_each(|path| self.server.own(path));
         if let (Some(scrape), Some(address)) = (&mut self.scrape, &config.metrics) {
@@ -166,8 +166,8 @@ impl<'a> Waiting<'a> {
 
     /// Has a port's TAP opened again, if it has gone, and ports started that could not be; returns when to
     /// look again.
-    fn mend(&mut self) -> Option<Duration> {
-        let port = self.ports.to_be_mended();
+    fn reopen_tap(&mut self) -> Option<Duration> {
+        let port = self.ports.tap_to_reopen();
         if port.is_none() && self.ports.missing().is_empty() {
             return None;
         }
@@ -251,11 +251,11 @@ impl<'a> Waiting<'a> {
         self.check(source, watched);
     }
 
-    fn wait_for(&mut self, source: Source, wanted: Wanted) {
+    fn wait_for(&mut self, source: Source, wanted: ClientInterest) {
         let watched = match wanted {
-            Wanted::Request => self.poller.modify(source, Interest::Read),
-            Wanted::Room => self.poller.modify(source, Interest::Write),
-            Wanted::Nothing => {
+            ClientInterest::Request => self.poller.modify(source, Interest::Read),
+            ClientInterest::Room => self.poller.modify(source, Interest::Write),
+            ClientInterest::Nothing => {
                 self.poller.forget(source);
                 Ok(())
             }

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::Interface;
-use crate::frame::Way;
+use crate::frame::FrameDirection;
 use crate::policy::Filter;
 use crate::policy::filter::seen;
 use crate::port::af_xdp::OpenError;
-use crate::port::af_xdp::program::{self, Attachment, Own, Peers};
+use crate::port::af_xdp::program::{self, Attachment, Peers, QueueProgram};
 use crate::sys::link::Link;
 use crate::traffic::{Key, MAX_ROWS, PeerCounter, Volume};
 
 /// What is to be done with frames for our queues.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Wanted {
+pub(super) struct QueueConfig {
     pub(super) filter: Filter,
     /// Where frames are counted by who sends them.
     peers: Option<Arc<Peers>>,
@@ -27,7 +27,7 @@ impl Interface {
     pub(super) fn attach(
         &self,
         link: &Link,
-        wanted: &Wanted,
+        wanted: &QueueConfig,
     ) -> Result<Arc<Attachment>, OpenError> {
         let attachment = Attachment::new(self.name(), link.index, self.options.attach)?;
         self.put(&attachment, wanted)?;
@@ -35,16 +35,16 @@ impl Interface {
         Ok(attachment)
     }
 
-    fn put(&self, attachment: &Attachment, wanted: &Wanted) -> Result<(), OpenError> {
+    fn put(&self, attachment: &Attachment, wanted: &QueueConfig) -> Result<(), OpenError> {
         let queues = self.queue(0)..self.queue(self.pairs);
-        let own = Own { filter: &wanted.filter, peers: wanted.peers.as_deref() };
-        attachment.set_own(queues, &own).map_err(|error| {
+        let own = QueueProgram { filter: &wanted.filter, peers: wanted.peers.as_deref() };
+        attachment.load_queue_program(queues, &own).map_err(|error| {
             OpenError(format!("set the filter of {}'s queues: {error}", self.name()))
         })
     }
 
     /// Has something else done with frames for our queues from now on.
-    fn want(&self, wanted: impl FnOnce(&Wanted) -> Wanted) -> Result<(), OpenError> {
+    fn want(&self, wanted: impl FnOnce(&QueueConfig) -> QueueConfig) -> Result<(), OpenError> {
         let mut shared = self.lock();
         let wanted = wanted(&shared.wanted);
         if let Some(attachment) = &shared.attachment {
@@ -77,7 +77,7 @@ impl Interface {
     /// # Errors
     /// Those of loading a program; frames are judged as before then.
     pub fn set_filter(&self, filter: &Filter) -> Result<(), OpenError> {
-        self.want(|before| Wanted { filter: filter.clone(), ..before.clone() })
+        self.want(|before| QueueConfig { filter: filter.clone(), ..before.clone() })
     }
 }
 
@@ -86,7 +86,7 @@ impl PeerCounter for Interface {
         let peers = on.then(program::peers).transpose().map_err(|error| {
             io::Error::other(format!("count who sends to {}'s queues: {error}", self.name()))
         })?;
-        self.want(|before| Wanted { peers: peers.map(Arc::new), ..before.clone() })
+        self.want(|before| QueueConfig { peers: peers.map(Arc::new), ..before.clone() })
             .map_err(|error| io::Error::other(error.to_string()))
     }
 
@@ -94,7 +94,7 @@ impl PeerCounter for Interface {
         let Some(peers) = self.lock().wanted.peers.clone() else { return Ok(Vec::new()) };
         let row = |(key, [frames, bytes]): (_, [u64; 2])| {
             let (protocol, peer) = seen(&key);
-            (Key { way: Way::Rx, protocol, peer }, Volume { frames, bytes })
+            (Key { way: FrameDirection::Rx, protocol, peer }, Volume { frames, bytes })
         };
         Ok(peers.recent(2 * MAX_ROWS)?.into_iter().map(row).collect())
     }

@@ -59,7 +59,7 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     // SAFETY: `contained` borrows the table for as long as its address is here, and the signal is
     // handled by the thread that caused it.
     let served = unsafe { SERVED.get().as_ref() };
-    if !served.is_some_and(|memory| memory.lose(address)) {
+    if !served.is_some_and(|memory| memory.replace_with_zeros(address)) {
         // Not the guest's: a fault of our own ends the process as it would without us.
         // SAFETY: sets the default action; the instruction faults once more.
         unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };

@@ -2,8 +2,8 @@
 
 use std::net::Ipv6Addr;
 
-use super::{Bytes, Rules};
-use crate::counters::Drop;
+use super::{AntiSpoofing, Bytes};
+use crate::counters::DropReason;
 use crate::frame::{Ipv6, Walk, protocol};
 use crate::net_config::MacAddress;
 
@@ -27,16 +27,16 @@ struct Message<'a> {
     is_whole: bool,
 }
 
-impl Rules {
-    pub(super) fn check_ipv6(&self, packet: Bytes<'_>) -> Result<(), Drop> {
-        let header = Ipv6::parse(packet.0).ok_or(Drop::Forbidden)?;
+impl AntiSpoofing {
+    pub(super) fn check_ipv6(&self, packet: Bytes<'_>) -> Result<(), DropReason> {
+        let header = Ipv6::parse(packet.0).ok_or(DropReason::Forbidden)?;
         // Receivers cut off what follows the packet: padding holds no headers.
         let length = header.total_length();
         let packet = packet.up_to(length);
         let source = header.source();
         let upper = Walk::over_all(MAX_EXTENSIONS)
             .walk(packet.0, header.next_header(), Ipv6::LENGTH)
-            .ok_or(Drop::Forbidden)?;
+            .ok_or(DropReason::Forbidden)?;
         // A later fragment has none.
         let payload = upper.transport.map(|at| packet.from(at)).transpose()?;
         let icmp = payload.filter(|_| upper.protocol == protocol::ICMPV6);
@@ -47,7 +47,7 @@ impl Rules {
         } else if let Some(udp) = payload.filter(|_| upper.protocol == protocol::UDP)
             && udp.u16(0)? == DHCPV6_SERVER
         {
-            return Err(Drop::Forbidden);
+            return Err(DropReason::Forbidden);
         }
         // Of a guest that has no address yet, and looks whether somebody else has it.
         if source.is_unspecified() && icmp.is_some() {
@@ -56,17 +56,17 @@ impl Rules {
         self.check_address(source.into())
     }
 
-    fn check_icmpv6(&self, message: &Message<'_>) -> Result<(), Drop> {
+    fn check_icmpv6(&self, message: &Message<'_>) -> Result<(), DropReason> {
         let Message { bytes, source, is_fragment, is_whole } = *message;
         let kind = bytes.u8(0)?;
         let options = match kind {
-            ROUTER_ADVERTISEMENT | REDIRECT => return Err(Drop::Forbidden),
+            ROUTER_ADVERTISEMENT | REDIRECT => return Err(DropReason::Forbidden),
             ROUTER_SOLICITATION => 8,
             NEIGHBOUR_SOLICITATION | NEIGHBOUR_ADVERTISEMENT => 24,
             _ => return Ok(()),
         };
         if is_fragment {
-            return Err(Drop::Forbidden);
+            return Err(DropReason::Forbidden);
         }
         // An advertisement claims its target, and so does a solicitation by nobody.
         let claims = kind == NEIGHBOUR_ADVERTISEMENT
@@ -76,13 +76,13 @@ impl Rules {
         }
         // Link-layer addresses of source and target, up to the packet's end.
         if !is_whole {
-            return Err(Drop::Forbidden);
+            return Err(DropReason::Forbidden);
         }
         let mut at = options;
         while at < bytes.0.len() {
             let length = usize::from(bytes.u8(at + 1)?) * 8;
             if length == 0 {
-                return Err(Drop::Forbidden);
+                return Err(DropReason::Forbidden);
             }
             if matches!(bytes.u8(at)?, 1 | 2) {
                 self.check_mac(bytes, at + 2)?;

@@ -1,4 +1,4 @@
-//! Naps: short sleeps that nobody ends, while frames come in such numbers that being woken for each
+//! Wake-up coalescing: short sleeps that nobody ends, while frames come in such numbers that being woken for each
 //! batch of them would cost more than they do.
 //!
 //! Both sides pay for a wake-up: the worker for its way into sleep and out of it, and whoever sends
@@ -21,7 +21,7 @@ const PARTS: u32 = 4;
 
 /// How many frames there have been since a worker ran out of them last.
 #[derive(Debug)]
-pub(super) struct Naps {
+pub(super) struct Coalescer {
     frames: u64,
     /// Chains that these took.
     chains: usize,
@@ -33,11 +33,11 @@ pub(super) struct Naps {
     room: u32,
 }
 
-impl Naps {
+impl Coalescer {
     /// For rings of which the smaller has so many entries.
     pub(super) fn new(smaller: u16) -> Self {
         let room = u32::from(smaller) / PARTS;
-        Naps { frames: 0, chains: 0, since: None, napped: Duration::ZERO, room }
+        Coalescer { frames: 0, chains: 0, since: None, napped: Duration::ZERO, room }
     }
 
     /// Notes that frames were moved, in so many chains.
@@ -77,20 +77,21 @@ mod tests {
     fn many_frames_twice_in_a_short_time_are_worth_a_nap() {
         // However long the test takes: from then on no time has passed.
         let soon = Some(Instant::now() + Duration::from_secs(60));
-        let mut naps = Naps { since: soon, ..Naps::new(256) };
-        naps.note(FRAMES - 1, 31);
-        naps.note(1, 1);
-        assert!(naps.take());
-        assert!(!naps.take(), "each counts once");
-        naps.note(FRAMES, 32);
-        assert!(!naps.take(), "the first time after a pause");
+        let mut coalescer = Coalescer { since: soon, ..Coalescer::new(256) };
+        coalescer.note(FRAMES - 1, 31);
+        coalescer.note(1, 1);
+        assert!(coalescer.take());
+        assert!(!coalescer.take(), "each counts once");
+        coalescer.note(FRAMES, 32);
+        assert!(!coalescer.take(), "the first time after a pause");
 
-        let mut naps = Naps { since: soon, ..Naps::new(256) };
-        naps.note(FRAMES - 1, 31);
-        assert!(!naps.take(), "too few");
-        let mut naps = Naps { since: Instant::now().checked_sub(PERIOD), ..Naps::new(256) };
-        naps.note(1000, 1000);
-        assert!(!naps.take(), "they took too long");
+        let mut coalescer = Coalescer { since: soon, ..Coalescer::new(256) };
+        coalescer.note(FRAMES - 1, 31);
+        assert!(!coalescer.take(), "too few");
+        let mut coalescer =
+            Coalescer { since: Instant::now().checked_sub(PERIOD), ..Coalescer::new(256) };
+        coalescer.note(1000, 1000);
+        assert!(!coalescer.take(), "they took too long");
     }
 
     #[test]
@@ -103,7 +104,7 @@ mod tests {
             (256, micros(100), 256, micros(25)),
             (2, micros(100), 64, Duration::ZERO),
         ] {
-            assert_eq!(Naps::new(size).length(time, chains), nap, "{size} {chains}");
+            assert_eq!(Coalescer::new(size).length(time, chains), nap, "{size} {chains}");
         }
     }
 }

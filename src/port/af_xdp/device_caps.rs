@@ -16,7 +16,7 @@ use crate::sys::xsk::{Binding, CHUNK, Registration, RingSizes, Socket};
 
 /// What device, driver and kernel can do.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Abilities {
+pub(super) struct DeviceCaps {
     /// The device itself reads and writes the UMEM.
     pub(super) zero_copy: bool,
     /// Frames to be sent may carry metadata.
@@ -25,7 +25,7 @@ pub(super) struct Abilities {
     pub(super) generic: bool,
 }
 
-impl Abilities {
+impl DeviceCaps {
     /// Binds a socket to each of the queues and closes it.
     ///
     /// # Errors
@@ -45,7 +45,7 @@ impl Abilities {
             )));
         }
         let zero_copy = mode != Mode::Copy && !generic;
-        let mut abilities = Abilities { zero_copy, metadata: true, generic };
+        let mut abilities = DeviceCaps { zero_copy, metadata: true, generic };
         for queue in queues.clone() {
             loop {
                 let binding = abilities.binding(device, queue);

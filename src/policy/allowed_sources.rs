@@ -8,7 +8,7 @@ use crate::net_config::MacAddress;
 
 /// Who a guest is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Identity {
+pub struct AllowedSources {
     /// Its Ethernet addresses; there is at least one.
     pub macs: Vec<MacAddress>,
     /// Its IP addresses; none: any. The IPv6 link-local addresses that follow from its Ethernet
@@ -18,7 +18,7 @@ pub struct Identity {
     pub vlans: Vec<u16>,
 }
 
-impl fmt::Display for Identity {
+impl fmt::Display for AllowedSources {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |items: Vec<String>| match items.len() {
             0 => "none".to_owned(),

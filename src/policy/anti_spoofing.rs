@@ -12,8 +12,8 @@ mod tests;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use super::Identity;
-use crate::counters::Drop;
+use super::AllowedSources;
+use crate::counters::DropReason;
 use crate::frame::{Ipv4, Link, bytes_at, ethertype, first_vlan_tag, protocol, up_to};
 use crate::net_config::MacAddress;
 
@@ -29,8 +29,8 @@ const BRIDGES: [u8; 5] = [0x01, 0x80, 0xc2, 0, 0];
 
 /// What a frame from the guest is judged by.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Rules {
-    identity: Identity,
+pub struct AntiSpoofing {
+    sources: AllowedSources,
     link_local: Vec<Ipv6Addr>,
 }
 
@@ -39,16 +39,16 @@ pub struct Rules {
 struct Bytes<'a>(&'a [u8]);
 
 impl<'a> Bytes<'a> {
-    fn u8(self, at: usize) -> Result<u8, Drop> {
-        self.0.get(at).copied().ok_or(Drop::Forbidden)
+    fn u8(self, at: usize) -> Result<u8, DropReason> {
+        self.0.get(at).copied().ok_or(DropReason::Forbidden)
     }
 
-    fn u16(self, at: usize) -> Result<u16, Drop> {
+    fn u16(self, at: usize) -> Result<u16, DropReason> {
         Ok(u16::from_be_bytes(self.array(at)?))
     }
 
-    fn array<const N: usize>(self, at: usize) -> Result<[u8; N], Drop> {
-        bytes_at(self.0, at).ok_or(Drop::Forbidden)
+    fn array<const N: usize>(self, at: usize) -> Result<[u8; N], DropReason> {
+        bytes_at(self.0, at).ok_or(DropReason::Forbidden)
     }
 
     /// Up to an end that may lie behind what was copied.
@@ -56,21 +56,21 @@ impl<'a> Bytes<'a> {
         Bytes(up_to(self.0, end))
     }
 
-    fn from(self, at: usize) -> Result<Bytes<'a>, Drop> {
-        self.0.get(at..).map(Bytes).ok_or(Drop::Forbidden)
+    fn from(self, at: usize) -> Result<Bytes<'a>, DropReason> {
+        self.0.get(at..).map(Bytes).ok_or(DropReason::Forbidden)
     }
 }
 
-impl Rules {
+impl AntiSpoofing {
     /// Whether an Ethernet address is the guest's.
     pub fn is_own(&self, address: MacAddress) -> bool {
-        self.identity.macs.contains(&address)
+        self.sources.macs.contains(&address)
     }
 
-    /// Rules for a guest.
-    pub fn new(identity: Identity) -> Self {
-        let link_local = identity.macs.iter().map(ipv6::link_local).collect();
-        Rules { identity, link_local }
+    /// Checks for a guest that owns `sources`.
+    pub fn new(sources: AllowedSources) -> Self {
+        let link_local = sources.macs.iter().map(ipv6::link_local).collect();
+        AntiSpoofing { sources, link_local }
     }
 
     /// Judges a frame by its start: at least the Ethernet header, and as much of the rest as rules
@@ -78,47 +78,48 @@ impl Rules {
     ///
     /// # Errors
     /// Why it must be dropped.
-    pub fn check(&self, start: &[u8]) -> Result<(), Drop> {
+    pub fn check(&self, start: &[u8]) -> Result<(), DropReason> {
         let frame = Bytes(start);
         self.check_mac(frame, 6)?;
         if start.starts_with(&BRIDGES) && start[5] <= 0xf {
-            return Err(Drop::Forbidden);
+            return Err(DropReason::Forbidden);
         }
         // The VLAN 0 is none: such a tag has a priority only.
         if let Some(id) = first_vlan_tag(start).map(|tag| tag & 0xfff)
             && id != 0
-            && !self.identity.vlans.contains(&id)
+            && !self.sources.vlans.contains(&id)
         {
-            return Err(Drop::ForbiddenVlan);
+            return Err(DropReason::ForbiddenVlan);
         }
-        let Link { ethertype, network } = Link::parse(start, MAX_TAGS).ok_or(Drop::Forbidden)?;
+        let Link { ethertype, network } =
+            Link::parse(start, MAX_TAGS).ok_or(DropReason::Forbidden)?;
         let packet = frame.from(network)?;
         match ethertype {
             ethertype::IPV4 => self.check_ipv4(packet),
             ethertype::IPV6 => self.check_ipv6(packet),
             ethertype::ARP | ethertype::RARP => self.check_arp(packet),
-            inner if ethertype::is_vlan_tag(inner) => Err(Drop::ForbiddenVlan),
-            _ => Err(Drop::Forbidden),
+            inner if ethertype::is_vlan_tag(inner) => Err(DropReason::ForbiddenVlan),
+            _ => Err(DropReason::Forbidden),
         }
     }
 
-    fn check_mac(&self, bytes: Bytes<'_>, at: usize) -> Result<(), Drop> {
+    fn check_mac(&self, bytes: Bytes<'_>, at: usize) -> Result<(), DropReason> {
         let mac = MacAddress(bytes.array(at)?);
-        if self.identity.macs.contains(&mac) { Ok(()) } else { Err(Drop::SpoofedMac) }
+        if self.sources.macs.contains(&mac) { Ok(()) } else { Err(DropReason::SpoofedMac) }
     }
 
-    fn check_address(&self, address: IpAddr) -> Result<(), Drop> {
-        let addresses = &self.identity.addresses;
+    fn check_address(&self, address: IpAddr) -> Result<(), DropReason> {
+        let addresses = &self.sources.addresses;
         let own = addresses.is_empty()
             || addresses.iter().any(|net| net.contains(&address))
             || matches!(address, IpAddr::V6(address) if self.link_local.contains(&address));
-        if own { Ok(()) } else { Err(Drop::SpoofedAddress) }
+        if own { Ok(()) } else { Err(DropReason::SpoofedAddress) }
     }
 
-    fn check_arp(&self, packet: Bytes<'_>) -> Result<(), Drop> {
+    fn check_arp(&self, packet: Bytes<'_>) -> Result<(), DropReason> {
         // Ethernet and IPv4, six and four bytes long.
         if packet.array(0)? != [0, 1, 8, 0, 6, 4] {
-            return Err(Drop::Forbidden);
+            return Err(DropReason::Forbidden);
         }
         self.check_mac(packet, 8)?;
         let sender = Ipv4Addr::from(packet.array::<4>(14)?);
@@ -126,12 +127,12 @@ impl Rules {
         if sender.is_unspecified() { Ok(()) } else { self.check_address(sender.into()) }
     }
 
-    fn check_ipv4(&self, packet: Bytes<'_>) -> Result<(), Drop> {
-        let header = Ipv4::parse(packet.0).ok_or(Drop::Forbidden)?;
+    fn check_ipv4(&self, packet: Bytes<'_>) -> Result<(), DropReason> {
+        let header = Ipv4::parse(packet.0).ok_or(DropReason::Forbidden)?;
         let header_length = header.header_length();
         let length = header.total_length();
         if length < header_length {
-            return Err(Drop::Forbidden);
+            return Err(DropReason::Forbidden);
         }
         // Receivers cut off what follows the packet: padding holds no headers.
         let packet = packet.up_to(length);
@@ -140,7 +141,7 @@ impl Rules {
             let from = packet.u16(header_length)?;
             let to = packet.u16(header_length + 2)?;
             if from == DHCP_SERVER {
-                return Err(Drop::Forbidden);
+                return Err(DropReason::Forbidden);
             }
             if source.is_unspecified() && from == DHCP_CLIENT && to == DHCP_SERVER {
                 return Ok(());

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures as ProtocolFeatures};
 
 use super::Device;
-use super::ring::{Kick, ToldRing};
+use super::ring::{Kick, VringState};
 use crate::guest::{GuestMemory, Inflight};
-use crate::protocol::{MAX_TABLE_REGIONS, Retold, can_be_passed};
+use crate::protocol::{MAX_TABLE_REGIONS, ReplayMessage, can_be_passed};
 use crate::sys::process::unwritable_memory;
 
 impl Device {
@@ -46,7 +46,7 @@ impl Device {
     ///
     /// # Errors
     /// No socket pair can be made.
-    pub fn retell(&self) -> io::Result<Vec<Retold>> {
+    pub fn replay(&self) -> io::Result<Vec<ReplayMessage>> {
         let told = &self.told;
         let mut messages = Vec::new();
         let needed = self.needed_protocol_features();
@@ -57,10 +57,10 @@ impl Device {
         // Before features that ask for it.
         if let Some(log) = &told.log {
             let (file, offset) = log.source();
-            messages.push(Retold::log(log.length(), offset, file.clone()));
+            messages.push(ReplayMessage::log(log.length(), offset, file.clone()));
         }
         if let Some(features) = told.features {
-            messages.push(Retold::number(FrontendReq::SET_FEATURES, features.bits()));
+            messages.push(ReplayMessage::number(FrontendReq::SET_FEATURES, features.bits()));
         }
         let regions = told.memory.regions().map(|(region, file)| (region, file.clone()));
         let mut regions: Vec<_> = regions.collect();
@@ -71,25 +71,26 @@ impl Device {
             regions.extend(unmapped.map(|region| (region.request, file.clone())));
         }
         if !needs_slots(&told.memory) {
-            messages.push(Retold::memory(regions));
+            messages.push(ReplayMessage::memory(regions));
         } else {
-            messages
-                .extend(regions.into_iter().map(|(region, file)| Retold::region(&region, file)));
+            messages.extend(
+                regions.into_iter().map(|(region, file)| ReplayMessage::region(&region, file)),
+            );
         }
         if let Some(inflight) = &told.inflight {
             let (file, offset) = inflight.source();
             let (rings, size) = inflight.shape();
             let length = Inflight::length(rings, size);
-            messages.push(Retold::inflight(length, offset, rings, size, file.clone()));
+            messages.push(ReplayMessage::inflight(length, offset, rings, size, file.clone()));
         }
         if let Some(file) = &told.backend_requests
             && can_be_passed(file)?
         {
             // Else it stays behind: nothing is sent by it.
-            messages.push(Retold::backend_requests(file.clone()));
+            messages.push(ReplayMessage::backend_requests(file.clone()));
         }
         if let Some(mtu) = told.mtu {
-            messages.push(Retold::number(FrontendReq::NET_SET_MTU, mtu.into()));
+            messages.push(ReplayMessage::number(FrontendReq::NET_SET_MTU, mtu.into()));
         }
         let mut sockets_pass = true;
         for (index, ring) in (0..).zip(&told.rings) {
@@ -101,7 +102,7 @@ impl Device {
             retell_ring(index, ring, &mut messages, &mut sockets_pass)?;
         }
         if told.status != 0 {
-            messages.push(Retold::number(FrontendReq::SET_STATUS, told.status.into()));
+            messages.push(ReplayMessage::number(FrontendReq::SET_STATUS, told.status.into()));
         }
         if !negotiated.contains(needed) {
             messages.push(protocol_features(negotiated));
@@ -120,17 +121,17 @@ fn needs_slots(memory: &GuestMemory) -> bool {
 /// `sockets_pass` is cleared by the first call socket that can't be passed on: each takes time to find out.
 fn retell_ring(
     index: u32,
-    ring: &ToldRing,
-    messages: &mut Vec<Retold>,
+    ring: &VringState,
+    messages: &mut Vec<ReplayMessage>,
     sockets_pass: &mut bool,
 ) -> io::Result<()> {
     if ring.size > 0 {
-        messages.push(Retold::ring(FrontendReq::SET_VRING_NUM, index, ring.size.into()));
+        messages.push(ReplayMessage::ring(FrontendReq::SET_VRING_NUM, index, ring.size.into()));
     }
-    messages.push(Retold::ring(FrontendReq::SET_VRING_BASE, index, ring.base.into()));
+    messages.push(ReplayMessage::ring(FrontendReq::SET_VRING_BASE, index, ring.base.into()));
     if let Some(places) = ring.addresses {
         let (descriptors, used, avail) = places.all();
-        messages.push(Retold::addresses(index, descriptors, used, avail));
+        messages.push(ReplayMessage::addresses(index, descriptors, used, avail));
     }
     for (code, event) in
         [(FrontendReq::SET_VRING_CALL, &ring.call), (FrontendReq::SET_VRING_ERR, &ring.error)]
@@ -141,22 +142,22 @@ fn retell_ring(
             *sockets_pass = *sockets_pass && can_be_passed(&file)?;
         }
         if *sockets_pass || !event.is_socket() {
-            messages.push(Retold::event(code, index, Some(file)));
+            messages.push(ReplayMessage::event(code, index, Some(file)));
         }
     }
     if let Some(enabled) = ring.enabled {
-        messages.push(Retold::ring(FrontendReq::SET_VRING_ENABLE, index, enabled.into()));
+        messages.push(ReplayMessage::ring(FrontendReq::SET_VRING_ENABLE, index, enabled.into()));
     }
     // One that has stopped for a fault stays so until the guest resets it.
     if let Kick::Given(kick) = &ring.kick
         && ring.fault.is_none()
     {
         let file = kick.as_ref().map(|event| event.file());
-        messages.push(Retold::event(FrontendReq::SET_VRING_KICK, index, file));
+        messages.push(ReplayMessage::event(FrontendReq::SET_VRING_KICK, index, file));
     }
     Ok(())
 }
 
-fn protocol_features(features: ProtocolFeatures) -> Retold {
-    Retold::number(FrontendReq::SET_PROTOCOL_FEATURES, features.bits())
+fn protocol_features(features: ProtocolFeatures) -> ReplayMessage {
+    ReplayMessage::number(FrontendReq::SET_PROTOCOL_FEATURES, features.bits())
 }

@@ -1,4 +1,4 @@
-//! Replies: looking on for a moment, where a guest is about to answer what it was given.
+//! Adaptive polling: after a request to the guest, the worker polls for its reply for a moment.
 //!
 //! Who sends a request and waits for the answer waits for each processor that has to be woken on the
 //! way. A guest that was just called answers within tens of microseconds, as a rule. A worker that looks
@@ -23,7 +23,7 @@ const PAUSES: [Duration; 2] = [Duration::from_micros(500), Duration::from_millis
 
 /// What a worker knows of a guest's answers.
 #[derive(Debug)]
-pub(super) struct Replies {
+pub(super) struct AdaptivePoll {
     /// What the guest was given, and whether it has sent something, since the worker last had nothing
     /// to do.
     frames: u64,
@@ -37,10 +37,10 @@ pub(super) struct Replies {
     paused_until: Instant,
 }
 
-impl Replies {
+impl AdaptivePoll {
     pub(super) fn new() -> Self {
         let now = Instant::now();
-        Replies {
+        AdaptivePoll {
             frames: 0,
             bytes: 0,
             sent: false,
@@ -103,69 +103,73 @@ mod tests {
 
     #[test]
     fn an_answer_to_few_frames_is_looked_for_once() {
-        let mut replies = Replies::new();
-        assert!(replies.begin().is_none());
+        let mut adaptive_poll = AdaptivePoll::new();
+        assert!(adaptive_poll.begin().is_none());
         for (frames, bytes, is_request) in [
             (1, 60, true),
             (FRAMES, BYTES, true),
             (FRAMES + 1, BYTES, false),
             (1, BYTES + 1, false),
         ] {
-            replies.note_given(frames, bytes);
-            assert_eq!(replies.begin().is_some(), is_request, "{frames} frames, {bytes} bytes");
-            assert!(replies.begin().is_none());
+            adaptive_poll.note_given(frames, bytes);
+            assert_eq!(
+                adaptive_poll.begin().is_some(),
+                is_request,
+                "{frames} frames, {bytes} bytes"
+            );
+            assert!(adaptive_poll.begin().is_none());
         }
-        replies.note_given(1, 60);
-        replies.note_sent();
-        assert!(replies.begin().is_none(), "it has been answered");
+        adaptive_poll.note_given(1, 60);
+        adaptive_poll.note_sent();
+        assert!(adaptive_poll.begin().is_none(), "it has been answered");
     }
 
     #[test]
     fn after_looks_in_vain_there_are_longer_and_longer_pauses() {
-        let mut replies = Replies::new();
+        let mut adaptive_poll = AdaptivePoll::new();
         for milliseconds in [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 64.0] {
-            replies.note_given(1, 60);
-            assert!(replies.begin().is_some());
-            assert!(!replies.have_come());
+            adaptive_poll.note_given(1, 60);
+            assert!(adaptive_poll.begin().is_some());
+            assert!(!adaptive_poll.have_come());
             let before = Instant::now();
-            replies.end();
+            adaptive_poll.end();
             let pause = Duration::from_secs_f64(milliseconds / 1e3);
-            assert!(replies.paused_until >= before + pause);
-            assert!(replies.paused_until <= Instant::now() + pause);
-            replies.note_given(1, 60);
-            replies.paused_until += Duration::from_secs(60);
-            assert!(replies.begin().is_none());
-            replies.paused_until = Instant::now();
+            assert!(adaptive_poll.paused_until >= before + pause);
+            assert!(adaptive_poll.paused_until <= Instant::now() + pause);
+            adaptive_poll.note_given(1, 60);
+            adaptive_poll.paused_until += Duration::from_secs(60);
+            assert!(adaptive_poll.begin().is_none());
+            adaptive_poll.paused_until = Instant::now();
         }
-        replies.note_given(1, 60);
-        assert!(replies.begin().is_some());
-        replies.note_sent();
-        assert!(replies.have_come());
-        replies.end();
-        assert!(replies.begin().is_none());
-        assert_eq!(replies.pause, PAUSES[0]);
-        replies.note_given(1, 60);
-        assert!(replies.begin().is_some(), "at once, after an answer");
+        adaptive_poll.note_given(1, 60);
+        assert!(adaptive_poll.begin().is_some());
+        adaptive_poll.note_sent();
+        assert!(adaptive_poll.have_come());
+        adaptive_poll.end();
+        assert!(adaptive_poll.begin().is_none());
+        assert_eq!(adaptive_poll.pause, PAUSES[0]);
+        adaptive_poll.note_given(1, 60);
+        assert!(adaptive_poll.begin().is_some(), "at once, after an answer");
     }
 
     #[test]
     fn looking_has_a_budget() {
-        let mut replies = Replies::new();
-        replies.budget = Duration::ZERO;
-        replies.note_given(1, 60);
-        assert!(replies.begin().is_none());
+        let mut adaptive_poll = AdaptivePoll::new();
+        adaptive_poll.budget = Duration::ZERO;
+        adaptive_poll.note_given(1, 60);
+        assert!(adaptive_poll.begin().is_none());
         // What a look takes is saved up again in so many times the time.
-        replies.counted = Instant::now().checked_sub(PART * LONGEST).unwrap();
-        replies.note_given(1, 60);
-        assert!(replies.begin().is_some());
-        replies.counted = Instant::now().checked_sub(LONGEST).unwrap();
-        replies.note_sent();
-        replies.end();
-        assert!(replies.budget < LONGEST);
-        replies.counted = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
-        replies.begin();
-        replies.note_given(1, 60);
-        assert!(replies.begin().is_some());
-        assert_eq!(replies.budget, SAVINGS, "and no more than this");
+        adaptive_poll.counted = Instant::now().checked_sub(PART * LONGEST).unwrap();
+        adaptive_poll.note_given(1, 60);
+        assert!(adaptive_poll.begin().is_some());
+        adaptive_poll.counted = Instant::now().checked_sub(LONGEST).unwrap();
+        adaptive_poll.note_sent();
+        adaptive_poll.end();
+        assert!(adaptive_poll.budget < LONGEST);
+        adaptive_poll.counted = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
+        adaptive_poll.begin();
+        adaptive_poll.note_given(1, 60);
+        assert!(adaptive_poll.begin().is_some());
+        assert_eq!(adaptive_poll.budget, SAVINGS, "and no more than this");
     }
 }

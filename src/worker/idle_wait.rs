@@ -24,7 +24,7 @@ enum Wake {
 
 /// What a sleep was ended by.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Woken {
+pub(super) struct WakeReasons {
     pub(super) rx: bool,
     pub(super) tx: bool,
     pub(super) port: bool,
@@ -32,7 +32,7 @@ pub(super) struct Woken {
 }
 
 /// The descriptors that a session waits on, but for the port's.
-pub(super) struct Sleeper {
+pub(super) struct IdleWait {
     poller: Poller<Wake>,
     /// How long to sleep at the most, where a driver was given no way to kick.
     polling: Option<Duration>,
@@ -40,7 +40,7 @@ pub(super) struct Sleeper {
     watched: Option<Interest>,
 }
 
-impl Sleeper {
+impl IdleWait {
     /// Waits for the kicks of the rx, the tx and the control ring, for the port's `events`, and for commands.
     ///
     /// # Errors
@@ -69,7 +69,7 @@ impl Sleeper {
         if let Some(events) = events {
             poller.add(events, Interest::Read, Wake::Host)?;
         }
-        Ok(Sleeper { poller, polling, watched: None })
+        Ok(IdleWait { poller, polling, watched: None })
     }
 
     /// Has the poller watch the port's descriptor for frames, or not: no call while that stays as it is.
@@ -87,8 +87,8 @@ impl Sleeper {
         &mut self,
         readiness: &Readiness<'_>,
         mailbox: &Mailbox,
-    ) -> io::Result<Woken> {
-        let mut woken = Woken::default();
+    ) -> io::Result<WakeReasons> {
+        let mut woken = WakeReasons::default();
         if let Some(fd) = readiness.fd.filter(|_| readiness.watched) {
             self.watch(fd, readiness.read)?;
         }
@@ -115,6 +115,6 @@ impl Sleeper {
             Some((fd, interest)) => self.poller.wait_also(fd, interest, timeout, note)?,
             None => self.poller.wait(timeout, note).map(|()| false)?,
         };
-        Ok(Woken { port: port || woken.port, ..woken })
+        Ok(WakeReasons { port: port || woken.port, ..woken })
     }
 }

@@ -5,12 +5,16 @@ use crate::frame::protocol::{ICMPV6, UDP};
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 const OTHER: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x57];
 
-fn rules(addresses: &[&str], vlans: &[u16]) -> Rules {
+fn rules(addresses: &[&str], vlans: &[u16]) -> AntiSpoofing {
     let addresses = addresses.iter().map(|net| net.parse().unwrap()).collect();
-    Rules::new(Identity { macs: vec![MacAddress(MAC)], addresses, vlans: vlans.to_vec() })
+    AntiSpoofing::new(AllowedSources {
+        macs: vec![MacAddress(MAC)],
+        addresses,
+        vlans: vlans.to_vec(),
+    })
 }
 
-fn strict() -> Rules {
+fn strict() -> AntiSpoofing {
     rules(&["192.0.2.5/32", "2001:db8::/64"], &[])
 }
 
@@ -80,20 +84,26 @@ fn a_guest_may_not_speak_for_others() {
     let mut other_mac = ipv4([192, 0, 2, 5], 6, &[0; 20]);
     other_mac[6..12].copy_from_slice(&OTHER);
     let frames = [
-        (other_mac, Drop::SpoofedMac),
-        (ipv4([192, 0, 2, 6], 6, &[0; 20]), Drop::SpoofedAddress),
-        (ipv4([0; 4], UDP, &udp(9, 67)), Drop::SpoofedAddress),
-        (arp(OTHER, [192, 0, 2, 5]), Drop::SpoofedMac),
-        (arp(MAC, [192, 0, 2, 1]), Drop::SpoofedAddress),
-        (ipv6("2001:db8:1::7", 6, &[0; 20]), Drop::SpoofedAddress),
-        (ipv6("fe80::1", 6, &[0; 20]), Drop::SpoofedAddress),
-        (ipv6("::", UDP, &udp(1, 2)), Drop::SpoofedAddress),
-        (ipv6("2001:db8::7", ICMPV6, &neighbour(136, "fe80::1", 2, MAC)), Drop::SpoofedAddress),
-        (ipv6("2001:db8::7", ICMPV6, &neighbour(136, "2001:db8::7", 2, OTHER)), Drop::SpoofedMac),
-        (ipv6("::", ICMPV6, &neighbour(135, "fe80::1", 14, [0; 6])), Drop::SpoofedAddress),
+        (other_mac, DropReason::SpoofedMac),
+        (ipv4([192, 0, 2, 6], 6, &[0; 20]), DropReason::SpoofedAddress),
+        (ipv4([0; 4], UDP, &udp(9, 67)), DropReason::SpoofedAddress),
+        (arp(OTHER, [192, 0, 2, 5]), DropReason::SpoofedMac),
+        (arp(MAC, [192, 0, 2, 1]), DropReason::SpoofedAddress),
+        (ipv6("2001:db8:1::7", 6, &[0; 20]), DropReason::SpoofedAddress),
+        (ipv6("fe80::1", 6, &[0; 20]), DropReason::SpoofedAddress),
+        (ipv6("::", UDP, &udp(1, 2)), DropReason::SpoofedAddress),
+        (
+            ipv6("2001:db8::7", ICMPV6, &neighbour(136, "fe80::1", 2, MAC)),
+            DropReason::SpoofedAddress,
+        ),
+        (
+            ipv6("2001:db8::7", ICMPV6, &neighbour(136, "2001:db8::7", 2, OTHER)),
+            DropReason::SpoofedMac,
+        ),
+        (ipv6("::", ICMPV6, &neighbour(135, "fe80::1", 14, [0; 6])), DropReason::SpoofedAddress),
         (
             ipv6("2001:db8::7", ICMPV6, &[133, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1]),
-            Drop::SpoofedMac,
+            DropReason::SpoofedMac,
         ),
     ];
     for (frame, reason) in frames {
@@ -105,15 +115,15 @@ fn a_guest_may_not_speak_for_others() {
 fn headers_in_padding_are_forbidden() {
     let mut frame = ipv4([192, 0, 2, 5], UDP, &udp(9, 9));
     frame[17] = 20;
-    assert_eq!(strict().check(&frame), Err(Drop::Forbidden));
+    assert_eq!(strict().check(&frame), Err(DropReason::Forbidden));
     frame[17] = 19;
-    assert_eq!(strict().check(&frame), Err(Drop::Forbidden));
+    assert_eq!(strict().check(&frame), Err(DropReason::Forbidden));
     // A first fragment that holds an extension header only, and a harmless message behind it.
     let message = [&[60, 0, 0, 1, 0, 0, 0, 9], &[ICMPV6, 0, 1, 4, 0, 0, 0, 0], &[128; 16][..]];
     let mut frame = ipv6("2001:db8::7", 44, &message.concat());
     assert_eq!(strict().check(&frame), Ok(()));
     frame[19] = 16;
-    assert_eq!(strict().check(&frame), Err(Drop::Forbidden));
+    assert_eq!(strict().check(&frame), Err(DropReason::Forbidden));
 }
 
 #[test]
@@ -149,7 +159,7 @@ fn a_guest_is_no_router_no_server_and_no_bridge() {
         spanning_tree,
     ];
     for frame in frames {
-        assert_eq!(strict().check(&frame), Err(Drop::Forbidden), "{frame:x?}");
+        assert_eq!(strict().check(&frame), Err(DropReason::Forbidden), "{frame:x?}");
     }
 }
 
@@ -177,9 +187,9 @@ fn a_guest_sets_the_tags_it_was_given() {
         (&[7], Ok(())),
         (&[0xe007], Ok(())),
         (&[0x2000], Ok(())),
-        (&[8], Err(Drop::ForbiddenVlan)),
-        (&[7, 7], Err(Drop::ForbiddenVlan)),
-        (&[7, 0], Err(Drop::ForbiddenVlan)),
+        (&[8], Err(DropReason::ForbiddenVlan)),
+        (&[7, 7], Err(DropReason::ForbiddenVlan)),
+        (&[7, 0], Err(DropReason::ForbiddenVlan)),
     ] {
         assert_eq!(rules.check(&tagged(tags)), verdict, "{tags:x?}");
     }
@@ -190,5 +200,5 @@ fn without_addresses_any_is_the_guests() {
     let rules = rules(&[], &[]);
     assert_eq!(rules.check(&ipv4([203, 0, 113, 1], 6, &[0; 20])), Ok(()));
     assert_eq!(rules.check(&arp(MAC, [203, 0, 113, 1])), Ok(()));
-    assert_eq!(rules.check(&arp(OTHER, [203, 0, 113, 1])), Err(Drop::SpoofedMac));
+    assert_eq!(rules.check(&arp(OTHER, [203, 0, 113, 1])), Err(DropReason::SpoofedMac));
 }
