@@ -35,31 +35,30 @@ use options::socket_path;
 pub(crate) use options::{OPERATION, device_name};
 pub use options::{PortChanges, PortOptions};
 
-/// Everything that the daemon is told at its start.
+/// Configuration of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// What is logged.
+    /// Lowest level of logged lines.
     pub log_level: LevelFilter,
-    /// The file that all of this was read from, if it was.
+    /// File that the configuration was read from.
     pub file: Option<PathBuf>,
-    /// Whether to go on with the ports of the daemon that operators ask there now.
+    /// Whether to take over the ports of the daemon that listens on `control`.
     pub take_over: bool,
-    /// Where operators ask and tell it things.
+    /// Path of the control socket.
     pub control: Option<PathBuf>,
-    /// Where Prometheus fetches metrics.
+    /// Address at which metrics are served.
     pub metrics: Option<MetricsAddress>,
-    /// What the daemon gives up once it has opened everything.
+    /// Settings of the sandbox that the daemon enters once everything is open.
     pub confinement: Confinement,
-    /// The cards that it serves from its start on; there is at least one, unless operators can add
-    /// some.
+    /// Ports that the daemon serves from its start: at least one, unless there is a control socket.
     pub ports: Vec<PortConfig>,
 }
 
-/// Where metrics are fetched: a unix socket by its path, or an address of this machine only.
+/// Address at which metrics are served: a unix socket, or a loopback address of this host.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub enum MetricsAddress {
-    /// A path.
+    /// Path of a unix socket.
     Unix(PathBuf),
     /// A loopback address and a TCP port.
     Tcp(SocketAddr),
@@ -103,54 +102,54 @@ impl fmt::Display for MetricsAddress {
     }
 }
 
-/// One card.
+/// Configuration of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortConfig {
-    /// What was said about it, as it was said.
+    /// Options that the configuration was made of.
     pub options: PortOptions,
-    /// Its name, if it is not to be called after its host side.
+    /// Name, unless the port is called after its host side.
     pub name: Option<String>,
-    /// Where the frontend comes from.
+    /// Origin of the frontend's connections.
     pub frontend: Frontend,
-    /// Whose members may connect to a socket that we make.
+    /// Group that may connect to the port's socket.
     pub socket_group: Option<String>,
-    /// Where frames go.
+    /// Host side.
     pub host: Host,
-    /// Pairs of rings.
+    /// Number of queue pairs, 1 to 128.
     pub queue_pairs: u16,
-    /// The card's address, if it is ours to set.
+    /// MAC address of the device, unless the VMM sets it.
     pub mac: Option<MacAddress>,
-    /// The card's MTU in bytes.
+    /// MTU of the device in bytes.
     pub mtu: u16,
-    /// Who the guest is, if it may only speak for itself.
+    /// Allowed source addresses, if anti-spoofing is on.
     pub allowed_sources: Option<AllowedSources>,
-    /// What of it is denied.
+    /// Packet filter for frames of the guest.
     pub tx_filter: Filter,
-    /// What is denied of what it is given.
+    /// Packet filter for frames to the guest.
     pub rx_filter: Filter,
-    /// How much it may be given.
+    /// Rate limit for frames to the guest.
     pub rx_limit: Limit,
-    /// How much it may send.
+    /// Rate limit for frames of the guest.
     pub tx_limit: Limit,
-    /// Whether frames move at all.
+    /// Link state; frames move only while it is up.
     pub link: bool,
-    /// Whether the guest may be given unsegmented frames.
+    /// Whether GSO frames are offered to the guest.
     pub guest_tso: bool,
-    /// Whether the guest may reset single rings.
+    /// Whether the reset of single rings is offered.
     pub ring_reset: bool,
-    /// Whether the guest's memory must not be truncatable.
+    /// Whether guest memory that can be truncated is refused.
     pub require_sealed_memory: bool,
-    /// Bytes of the VMM's files that can be mapped; if it is not said, by the host's RAM.
+    /// Limit on the mapped bytes of the VMM's files; see [`memory_limit`](Self::memory_limit) for its default.
     pub max_memory: Option<u64>,
-    /// How long to look for work before going to sleep; if it is not said, for a guest's answers only.
+    /// Time to poll before each sleep; `None` polls for replies of the guest only.
     pub busy_poll: Option<Duration>,
-    /// How bursts of frames are written to a TAP.
+    /// Method of writing bursts of frames to a TAP.
     pub tx_method: TxMethod,
-    /// Processors for the workers; none: all that the process may use.
+    /// CPUs of the workers, in turn; empty permits all CPUs of the process.
     pub cpu_affinity: Vec<usize>,
 }
 
-/// Where frames go.
+/// Host side of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
     /// A TAP device by name.
@@ -159,7 +158,7 @@ pub enum Host {
     TapDescriptors(Vec<RawFd>),
     /// AF_XDP sockets on a network device's queues.
     AfXdp(AfXdp),
-    /// Back to the guest.
+    /// None: each frame returns to the guest.
     Loopback,
 }
 
@@ -187,7 +186,7 @@ impl Host {
 }
 
 impl Config {
-    /// Rights that the sandboxed daemon needs for its ports, its control socket and its metrics.
+    /// Returns the rights that the sandboxed daemon needs for its ports, its control socket and its metrics.
     pub fn needs(&self) -> Needs<'_> {
         let listening = self.ports.iter().filter_map(|port| match &port.frontend {
             Frontend::Listen(path) => Some(path.as_path()),
@@ -203,7 +202,7 @@ impl Config {
         }
     }
 
-    /// What was said about the daemon itself, which can't change while it runs: keys and values.
+    /// Returns the daemon's own settings, which are fixed while it runs, as keys and values.
     pub fn settings(&self) -> BTreeMap<&'static str, String> {
         let Config { log_level, control, metrics, confinement, .. } = self;
         let Confinement { seccomp, user, group } = confinement;
@@ -221,7 +220,7 @@ impl Config {
 }
 
 impl PortConfig {
-    /// The port's name, unless it is to be called after a device that only its descriptors tell.
+    /// Returns the port's name; `None` if the port is called after the device of inherited descriptors.
     pub fn known_name(&self) -> Option<&str> {
         self.name.as_deref().or(match &self.host {
             Host::Tap(name) => Some(name),
@@ -231,8 +230,8 @@ impl PortConfig {
         })
     }
 
-    /// Keys whose meaning differs, and cannot change while the port runs. Values that are written out
-    /// and equal to the defaults make no difference, nor does the order of a list that has none.
+    /// Returns the keys that differ and are fixed while the port runs. A value equal to the default does not
+    /// differ from an omitted one, nor does the order of a set.
     pub fn fixed_differences(&self, other: &Self) -> Vec<&'static str> {
         let mut keys = Vec::new();
         let mut differ = |key, differs: bool| keys.extend(differs.then_some(key));
@@ -258,7 +257,7 @@ impl PortConfig {
         keys
     }
 
-    /// True if what can change while the port runs is the same.
+    /// Returns true if the settings that can change while the port runs are equal.
     pub fn is_live_equal(&self, other: &Self) -> bool {
         let live = |it: &Self| (it.allowed_sources.clone(), it.link, it.rx_limit, it.tx_limit);
         live(self) == live(other)
@@ -266,7 +265,7 @@ impl PortConfig {
             && self.rx_filter == other.rx_filter
     }
 
-    /// What an operator allows the guest, by option: the values in force, in words.
+    /// Returns the policy in force as options and their values.
     pub fn policy(&self) -> [(&'static str, String); 6] {
         let anti_spoofing = self.allowed_sources.as_ref().map_or("off".into(), ToString::to_string);
         [
@@ -279,13 +278,14 @@ impl PortConfig {
         ]
     }
 
-    /// Limit on the port's mapped bytes [default: twice the host's RAM, at least 64 GiB]. Guests can
-    /// have more memory than the host, which swaps or shares pages.
+    /// Returns the limit on the port's mapped bytes [default: twice the host's RAM, at least 64 GiB]. Guests
+    /// can have more memory than the host, which swaps or shares pages.
     pub fn memory_limit(&self) -> u64 {
         self.max_memory.unwrap_or_else(|| host_memory().saturating_mul(2).max(64 << 30))
     }
 
-    /// Why this port can't be had beside the port `name`, which has what `other` says if it runs.
+    /// Returns why this port and the port `name` exclude each other, if they do. `other` is that port's
+    /// configuration if it runs.
     pub fn conflict(&self, name: &str, other: Option<&Self>) -> Option<String> {
         if self.known_name() == Some(name) {
             return Some(format!("port {name} already exists; remove it first"));
@@ -294,7 +294,7 @@ impl PortConfig {
         Some(format!("{claim} belongs to port {name}; name another, or remove that port"))
     }
 
-    /// What only one port can have: each socket, name and host queue, as text.
+    /// Returns the sockets, names and host queues that only one port can have, as text.
     fn claims(&self) -> Vec<String> {
         let mut claims: Vec<String> = self.name.iter().map(|name| format!("name {name}")).collect();
         if let Frontend::Listen(path) | Frontend::Connect(path) = &self.frontend {
@@ -310,7 +310,7 @@ impl PortConfig {
         claims
     }
 
-    /// Inherited descriptors, which only one port can have while all are started.
+    /// Returns the inherited descriptors, which only one port can have at the start, as text.
     pub(crate) fn descriptors(&self) -> Vec<String> {
         let frontend = match self.frontend {
             Frontend::Inherited(number) => Some(number),
@@ -325,11 +325,10 @@ impl PortConfig {
     }
 }
 
-/// Checks that no two of the ports that are started together, nor the control socket, lay claim to
-/// one thing.
+/// Checks that the ports of one start and the control socket do not exclude each other.
 ///
 /// # Errors
-/// With what is named twice.
+/// The object that is named twice.
 fn check_start(ports: &[PortConfig], control: Option<&Path>) -> Result<(), String> {
     let descriptors = ports.iter().flat_map(PortConfig::descriptors);
     let control = control.map(|path| format!("socket {}", path.display()));
@@ -337,10 +336,10 @@ fn check_start(ports: &[PortConfig], control: Option<&Path>) -> Result<(), Strin
         .map_err(|claim| format!("{claim} is named twice"))
 }
 
-/// Checks that no two of these ports lay claim to one thing, nor to what `others` claim.
+/// Checks that no object is claimed by two of these ports, or by one of them and `others`.
 ///
 /// # Errors
-/// With what is named twice.
+/// The object that is named twice.
 fn check_claims(ports: &[&PortConfig], others: impl Iterator<Item = String>) -> Result<(), String> {
     let claims = ports.iter().flat_map(|port| port.claims());
     let mut claims: Vec<String> = claims.chain(others).collect();

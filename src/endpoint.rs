@@ -1,8 +1,8 @@
-//! Where connections to the frontend come from: a listening socket, an inherited descriptor, or
-//! connecting to the frontend's own socket.
+//! Origin of frontends' connections: a listening socket, an inherited descriptor, or the frontend's own
+//! socket.
 //!
-//! One frontend is served at a time. A second one waits in the listener's queue: a VMM that is
-//! restarted may connect before the end of its predecessor has been noticed.
+//! One frontend is served at a time. A second one waits in the listener's queue, because a restarted VMM
+//! may connect before the daemon notices the end of the first.
 
 mod socket_file;
 
@@ -23,24 +23,24 @@ use crate::sys::socket::{Inherited, bind, classify, connect_now, listen};
 use socket_file::FileState;
 pub use socket_file::{Look, SocketFile, set_access, share};
 
-/// Time between two attempts to connect: the first, and the longest, up to which it doubles.
+/// Pause between attempts to connect: the first, which doubles up to the last.
 const FIRST_RETRY: Duration = Duration::from_millis(5);
 const LAST_RETRY: Duration = Duration::from_millis(500);
 
-/// Time for which a listener is left alone after an accept that failed.
+/// Pause after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Whether a listener accepts, or pauses: a connection that waits makes it readable all the time, and the
-/// process may be out of descriptors. Nobody sleeps meanwhile.
+/// State of a listener: accepting, or pausing after a failed accept. The listener stays readable while a
+/// connection waits, and the process may be out of descriptors. No thread sleeps during the pause.
 #[derive(Debug, Default)]
 pub struct Accepting {
-    /// When to try again, after an accept that failed.
+    /// Time of the next attempt, after a failed accept.
     retry: Option<Instant>,
 }
 
 impl Accepting {
-    /// What an accept has brought. One that fails begins a pause, or prolongs it. `name` is the
-    /// listener's, for the log.
+    /// Returns the connection that an accept brought. A failed accept begins or prolongs the pause. `name` is
+    /// the listener's, for the log.
     pub fn connection<T>(&mut self, name: &str, accepted: io::Result<T>) -> Option<T> {
         let accepted = match accepted {
             Ok(stream) => Some(stream),
@@ -61,18 +61,18 @@ impl Accepting {
         accepted
     }
 
-    /// When to try again, while it pauses.
+    /// Returns the time of the next attempt during a pause.
     pub fn retry(&self) -> Option<Instant> {
         self.retry
     }
 
-    /// What its listener is waited on for.
+    /// Returns the events to wait for on the listener.
     pub fn interest(&self) -> Interest {
         if self.retry.is_some() { Interest::Nothing } else { Interest::Read }
     }
 }
 
-/// Where a port's frontend comes from.
+/// Origin of a port's frontend.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Frontend {
     /// Listen at a path.
@@ -84,7 +84,7 @@ pub enum Frontend {
 }
 
 impl Frontend {
-    /// The option that names it.
+    /// Returns the option that names it.
     pub(crate) fn key(&self) -> &'static str {
         match self {
             Frontend::Listen(_) => "socket-path",
@@ -97,28 +97,28 @@ impl Frontend {
 /// Source of connections.
 #[derive(Debug)]
 pub enum Endpoint {
-    /// A listening socket, and the file that we made for it, if we did.
+    /// A listening socket, and its file if this process owns that.
     Listener(UnixListener, Option<SocketFile>, Accepting),
-    /// A connection that we were given: there will be no other.
+    /// An inherited connection, which is the only one.
     Connected(Option<UnixStream>),
     /// A socket to connect to.
     Connect {
         /// The frontend's socket.
         path: PathBuf,
-        /// When to try next.
+        /// Time of the next attempt.
         next: Instant,
-        /// How long to wait after that.
+        /// Pause after the next attempt.
         wait: Duration,
     },
 }
 
 impl Endpoint {
-    /// Opens what the configuration names, or takes it over: `given` is its descriptor, if it names
-    /// one, or its socket, if somebody else has made that. Nobody can connect before
+    /// Opens the endpoint that the configuration names, or takes it over: `given` is the inherited descriptor
+    /// that it names, or a socket that another process made. No frontend can connect before
     /// [`start`](Self::start).
     ///
     /// # Errors
-    /// With the path or descriptor, what is wrong, and the way out.
+    /// The path or descriptor, the cause and the fix.
     pub fn open(frontend: &Frontend, given: Option<OwnedFd>) -> Result<Self, StartError> {
         match (frontend, given) {
             (Frontend::Inherited(number), Some(fd)) => Self::inherited(*number, fd),
@@ -156,15 +156,15 @@ impl Endpoint {
         }
     }
 
-    /// Goes on with another daemon's socket, whose file stays that one's until it is [owned](Self::own).
+    /// Takes over another daemon's socket. That daemon owns the file until [`own`](Self::own).
     ///
     /// # Errors
-    /// The descriptor can't be made non-blocking.
+    /// The descriptor cannot be made non-blocking.
     pub fn taken(fd: OwnedFd) -> io::Result<Self> {
         Ok(Endpoint::Listener(take_listener(fd)?, None, Accepting::default()))
     }
 
-    /// Has the socket's file, at `path`, looked after, and removed when we go.
+    /// Owns the socket's file at `path` from now on: checks it regularly and removes it at the end.
     pub fn own(&mut self, path: &Path) {
         // One that is ours already would be removed by this.
         if let Endpoint::Listener(listener, file @ None, _) = self {
@@ -172,17 +172,17 @@ impl Endpoint {
         }
     }
 
-    /// Lets members of a group connect, by name or number, and nobody else but the socket's owner.
+    /// Permits only the socket's owner and the members of a group, by name or number, to connect.
     ///
     /// # Errors
-    /// There is no such group, or we may not give it anything.
+    /// The group does not exist, or this process may not change the file.
     pub fn share_with(&self, group: &str) -> Result<(), StartError> {
         let Endpoint::Listener(_, Some(SocketFile { path, .. }), _) = self else { return Ok(()) };
         share(path, Some(group))
     }
 
-    /// Removes the socket's file at the process's end, which closes the socket: here, connections that wait
-    /// could hold up whoever closes it.
+    /// Removes the socket's file at the end of the process, which closes the socket. Closing it here could
+    /// block on connections that wait.
     pub fn end(self) {
         if let Endpoint::Listener(listener, file, _) = self {
             std::mem::forget(listener);
@@ -190,7 +190,7 @@ impl Endpoint {
         }
     }
 
-    /// Lets go of the socket without removing its file, which is another's from now on.
+    /// Closes the socket without removing its file, which another process owns from now on.
     pub fn give_away(self) {
         if let Endpoint::Listener(_, Some(file), _) = self {
             std::mem::forget(file);
@@ -200,7 +200,7 @@ impl Endpoint {
     /// Lets frontends connect.
     ///
     /// # Errors
-    /// Those of `listen`.
+    /// `listen` fails.
     pub fn start(&self) -> io::Result<()> {
         match self {
             Endpoint::Listener(listener, file, _) => {
@@ -216,7 +216,7 @@ impl Endpoint {
         }
     }
 
-    /// The descriptor that becomes readable when a frontend connects.
+    /// Returns the descriptor that becomes readable when a frontend connects.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Endpoint::Listener(listener, ..) => Some(listener.as_fd()),
@@ -224,7 +224,7 @@ impl Endpoint {
         }
     }
 
-    /// What another process needs to take it over, if it needs anything.
+    /// Returns the descriptor that another process needs to take the endpoint over.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Endpoint::Listener(listener, ..) => Some(listener.as_fd()),
@@ -233,7 +233,7 @@ impl Endpoint {
         }
     }
 
-    /// When to look again at the latest.
+    /// Returns the time by which [`connection`](Self::connection) must be called again.
     pub fn deadline(&self) -> Option<Instant> {
         match self {
             Endpoint::Connect { next, .. } => Some(*next),
@@ -242,12 +242,12 @@ impl Endpoint {
         }
     }
 
-    /// Whether there can be no further connection.
+    /// Returns true if no further connection can come.
     pub fn is_exhausted(&self) -> bool {
         matches!(self, Endpoint::Connected(None))
     }
 
-    /// When to look at the socket's file again, if it is ours.
+    /// Returns the time of the next check of the socket's file, if this process owns the file.
     pub fn next_look(&self) -> Option<Instant> {
         match self {
             Endpoint::Listener(_, Some(file), _) => Some(file.next_look),
@@ -255,8 +255,8 @@ impl Endpoint {
         }
     }
 
-    /// Looks whether the socket's file is there still, if it is [time](Self::next_look), and makes it
-    /// again if somebody has deleted it. Tells of a change, and logs it; `name` is for that.
+    /// Checks the socket's file, if it is [time](Self::next_look), and makes a deleted file again. Returns and
+    /// logs a change; `name` is for the log.
     pub fn look(&mut self, name: &str) -> Option<Look> {
         let Endpoint::Listener(listener, Some(file), _) = self else { return None };
         let before = file.look(listener)?;
@@ -295,7 +295,7 @@ impl Endpoint {
         }
     }
 
-    /// What its [descriptor](Self::fd) is waited on for.
+    /// Returns the events to wait for on its [descriptor](Self::fd).
     pub fn interest(&self) -> Interest {
         match self {
             Endpoint::Listener(.., accepting) => accepting.interest(),
@@ -303,7 +303,7 @@ impl Endpoint {
         }
     }
 
-    /// A new connection, if there is one now. `name` is for the log.
+    /// Returns a new connection, if there is one now. `name` is for the log.
     pub fn connection(&mut self, name: &str) -> Option<UnixStream> {
         match self {
             Endpoint::Listener(listener, _, accepting) => {
@@ -339,14 +339,14 @@ impl Endpoint {
     }
 }
 
-/// A listening socket that somebody else has made.
+/// Wraps a listening socket that another process made.
 fn take_listener(fd: OwnedFd) -> io::Result<UnixListener> {
     let listener = UnixListener::from(fd);
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
 
-/// Makes a socket at `path`, in place of one that nobody listens on any more.
+/// Makes a socket at `path`, in place of a stale one.
 fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
     let shown = path.display();
     let failed = |error: io::Error| {
@@ -363,11 +363,10 @@ fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
     Ok(Endpoint::Listener(listener, Some(file), Accepting::default()))
 }
 
-/// Removes a socket that nobody listens on any more: a killed process has left it behind, or one that
-/// may remove nothing.
+/// Removes a stale socket, which a killed process or one without the right to remove it left behind.
 ///
 /// # Errors
-/// It is no socket, somebody listens on it, or it can't be removed.
+/// It is no socket, a process listens on it, or it cannot be removed.
 pub fn remove_stale(path: &Path) -> Result<(), StartError> {
     let shown = path.display();
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };

@@ -41,7 +41,7 @@ fn info() -> LevelFilter {
     LevelFilter::Info
 }
 
-/// What a file says, and where each of its ports begins.
+/// Configuration of a file, and the place at which each port begins, in bytes.
 #[derive(Debug)]
 struct Parsed {
     config: Config,
@@ -51,7 +51,7 @@ struct Parsed {
 /// Reads a file.
 ///
 /// # Errors
-/// One line: the file, line and column, what is wrong there, and how many more mistakes there are.
+/// One line: the file, line and column, the first mistake, and the number of further mistakes.
 pub fn read(path: &Path) -> Result<Config, String> {
     let text = read_text(path)?;
     let Parsed { config, .. } = parse(&text).map_err(|wrong| {
@@ -66,11 +66,11 @@ pub fn read(path: &Path) -> Result<Config, String> {
     named(config, path)
 }
 
-/// Reads a file, and looks at what of it can be checked on this host. Returns the configuration, and what
-/// may be wrong with it, a line each.
+/// Reads a file and checks it against this host. Returns the configuration, and possible mistakes, a line
+/// each.
 ///
 /// # Errors
-/// What is wrong, a line each: the file, line and column, and the mistake.
+/// The mistakes, a line each: the file, line and column, and the mistake.
 pub(super) fn check(path: &Path) -> Result<(Config, Vec<String>), String> {
     let text = read_text(path)?;
     let lines = |wrong: &[Wrong]| -> Vec<String> {
@@ -122,10 +122,10 @@ fn read_text(path: &Path) -> Result<String, String> {
     })
 }
 
-/// What is wrong, and how many bytes stand before it.
+/// A mistake, and its place in bytes.
 type Wrong = (Option<usize>, String);
 
-/// A mistake with its place.
+/// Returns a mistake with the file, line and column.
 fn located(path: &Path, text: &str, (offset, what): &Wrong) -> String {
     let shown = path.display();
     match offset {
@@ -149,7 +149,7 @@ fn wrong(error: &toml::de::Error) -> Wrong {
     (error.span().map(|span| span.start), what)
 }
 
-/// Has a table's keys and values be what `T` has, each for itself; takes out those that are not.
+/// Checks each key and value of a table against `T`; removes those with mistakes.
 fn check_keys<T: DeserializeOwned>(table: &mut DeTable<'_>, mistakes: &mut Vec<Wrong>) {
     for (key, value) in std::mem::take(table) {
         let one = DeTable::from_iter([(key.clone(), value.clone())]);
@@ -166,7 +166,7 @@ fn check_keys<T: DeserializeOwned>(table: &mut DeTable<'_>, mistakes: &mut Vec<W
     }
 }
 
-/// Checks the keys of each `[[port]]`; takes out the ports with mistakes.
+/// Checks the keys of each `[[port]]`; removes the ports with mistakes.
 fn check_ports(ports: &mut DeValue<'_>, mistakes: &mut Vec<Wrong>) {
     let DeValue::Array(ports) = ports else { return };
     for port in std::mem::replace(ports, DeArray::new()).iter() {
@@ -181,12 +181,12 @@ fn check_ports(ports: &mut DeValue<'_>, mistakes: &mut Vec<Wrong>) {
     }
 }
 
-/// The first mistake in a file's text.
+/// Returns the first mistake in a file's text.
 pub(super) fn first_mistake(text: &str) -> Option<String> {
     parse(text).err().map(|wrong| wrong[0].1.clone())
 }
 
-/// Finds all mistakes, as far as one does not hide another.
+/// Parses a file's text and finds all mistakes that no other mistake hides.
 fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
     let (mut root, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
@@ -254,7 +254,7 @@ fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
     Ok(Parsed { config, places })
 }
 
-/// Line and column, counted from 1, of a byte.
+/// Returns the line and column of a byte, counted from 1.
 fn position(text: &str, offset: usize) -> (usize, usize) {
     let before = text.get(..offset).unwrap_or(text);
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);

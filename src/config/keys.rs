@@ -1,4 +1,4 @@
-//! The keys of the file, by the definitions that read it: for manual pages and the reference.
+//! The keys of the file, derived from the definitions that read it, for manual pages and the reference.
 
 use clap::{Arg, Args};
 

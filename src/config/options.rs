@@ -36,8 +36,8 @@ const DEFAULT_MTU: u16 = 1500;
 /// Highest number of a VLAN (IEEE 802.1Q).
 const MAX_VLAN: u16 = 4094;
 
-/// What may be said about a port, and what was not said: options of the command line and keys of
-/// the file have the same names and meanings.
+/// Options of a port, each present or omitted. Options of the command line and keys of the file have the
+/// same names and meanings.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct PortOptions {
@@ -155,8 +155,8 @@ pub struct PortOptions {
 }
 
 impl PortOptions {
-    /// These, and `defaults` for what they do not say. What names a frontend, a host or one card
-    /// has no default.
+    /// Returns these options, with `defaults` for omitted ones. Options that name a frontend, a host side or
+    /// one device have no default.
     pub(super) fn or(self, defaults: &Self) -> Self {
         PortOptions {
             socket_group: self.socket_group.or_else(|| defaults.socket_group.clone()),
@@ -179,7 +179,7 @@ impl PortOptions {
         }
     }
 
-    /// These, with paths that are the same from wherever one looks.
+    /// Returns these options with absolute paths.
     pub fn absolute(self) -> Self {
         let own = self.in_own_words();
         // Fails for an empty path, which is refused later.
@@ -191,7 +191,7 @@ impl PortOptions {
         }
     }
 
-    /// These, with what --net-backend says in options of our own.
+    /// Returns these options with --net-backend replaced by the options that it stands for.
     fn in_own_words(mut self) -> Self {
         let Some(backend) = self.net_backend.take() else { return self };
         let place = if backend.client { &mut self.connect } else { &mut self.socket_path };
@@ -205,10 +205,10 @@ impl PortOptions {
         }
     }
 
-    /// The port that they describe.
+    /// Returns the configuration of the port that they describe.
     ///
     /// # Errors
-    /// One line that says what is wrong.
+    /// One line that names the first mistake.
     pub fn check(mut self) -> Result<PortConfig, String> {
         self = self.in_own_words();
         let options = self.clone();
@@ -303,14 +303,14 @@ impl PortOptions {
     }
 }
 
-/// A list whose order says nothing, in one order and without repetitions.
+/// Returns a list sorted and without repetitions.
 fn set_of<T: Ord>(mut list: Vec<T>) -> Vec<T> {
     list.sort_unstable();
     list.dedup();
     list
 }
 
-/// A name that can stand in messages, paths and metrics as it is.
+/// Checks a port's name, which stands in messages, paths and metrics as it is.
 fn port_name(name: String) -> Result<String, String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if name.is_empty()
@@ -326,6 +326,7 @@ fn port_name(name: String) -> Result<String, String> {
     Ok(name)
 }
 
+/// Checks the length of a unix socket's path.
 pub(super) fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
@@ -340,7 +341,8 @@ pub(super) fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
     Ok(path)
 }
 
-/// A name that the kernel takes (`dev_valid_name`); `%` would make it number the device.
+/// Checks that the kernel accepts a device's name (`dev_valid_name`). With `%`, the kernel would number the
+/// device.
 pub(crate) fn device_name(name: &str) -> Result<String, String> {
     let bad = name.is_empty()
         || name.len() > MAX_NAME

@@ -1,4 +1,5 @@
-//! Having a daemon's ports be what its file says, without touching those that are already.
+//! Reload: ports are added, changed, replaced and removed until they are as the file says. Others are not
+//! touched.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,31 +17,30 @@ use crate::sandbox::find_group;
 use crate::sys::device;
 use crate::sys::link::find;
 
-/// What became of a port, or of the daemon's own settings: a line each.
+/// Results of a reload, a line for each port or setting.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// What was done.
+    /// Successes.
     pub done: Vec<String>,
-    /// What could not be.
+    /// Failures.
     pub failed: Vec<String>,
 }
 
-/// A port of the file that is to be started: instead of `old`, which runs, if it has one.
+/// A port of the file to start, in place of the running port `old` if there is one.
 struct Start<'a> {
     name: &'a str,
     config: &'a PortConfig,
     old: Option<String>,
-    /// Why it is started.
+    /// Reason for the start.
     why: String,
 }
 
-/// Reads `file` and has the daemon's ports be as it says. Ports that the file does not describe any more
-/// are removed, those that are new are added, and those that are different are changed. A port that
-/// cannot change while it runs is replaced, and goes on as it is if the new one cannot start. Ports that
-/// an operator has added stay.
+/// Reads `file` and changes the daemon's ports to what it says. New ports are added, different ones changed,
+/// and ports that the file no longer describes removed. A port that cannot change while it runs is replaced;
+/// it continues unchanged if the new one cannot start. Ports that an operator added stay.
 ///
 /// # Errors
-/// The file is wrong, or the daemon can't be asked. Nothing has been done then.
+/// The file has a mistake, or the daemon cannot be asked.
 pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> {
     let config = read_file(file).map_err(Failure::Refused)?;
     let mut outcome = Outcome::default();
@@ -120,18 +120,18 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
     }
 }
 
-/// Removes a port that the file does not describe, or that is started anew.
+/// Removes a port that the file does not describe, or that is started again.
 fn remove(daemon: &mut Connection, name: &str) -> Result<(), Failure> {
     let command = Command::Remove { port: name.to_owned(), from_file: true };
     daemon.ask(&command, &[]).map(drop)
 }
 
-/// What is said of a port that goes on as it was.
+/// Returns the line about a port that continues unchanged.
 fn keeps(name: &str, why: &str) -> String {
     format!("{name}: keeps the options it has: {why}")
 }
 
-/// Starts a port, instead of another if that runs.
+/// Starts a port, in place of a running one if it has one.
 fn begin(daemon: &mut Connection, start: &Start<'_>, outcome: &mut Outcome) -> Result<(), Failure> {
     let Start { name, config, old, why } = start;
     match old {
@@ -147,7 +147,7 @@ fn begin(daemon: &mut Connection, start: &Start<'_>, outcome: &mut Outcome) -> R
     Ok(())
 }
 
-/// A port's report, and what it was described as.
+/// Returns the report and the configuration of a running port.
 fn running_config(daemon: &mut Connection, name: &str) -> Result<(Value, PortConfig), Failure> {
     let mut report = daemon.ask(&Command::Show { port: name.to_owned() }, &[])?;
     let options = serde_json::from_value::<PortOptions>(report["options"].take());
@@ -155,11 +155,11 @@ fn running_config(daemon: &mut Connection, name: &str) -> Result<(Value, PortCon
     Ok((report, options.check().map_err(Failure::Refused)?))
 }
 
-/// Has a port take the place of the port `name`: opens what a daemon that has given up its rights can't
-/// open and the old port does not have, and passes it on. Returns what could not be done afterwards.
+/// Replaces the port `name`: opens the descriptors that neither the sandboxed daemon can open nor the old port
+/// has, and passes them on. Returns a failure after the replacement.
 ///
 /// # Errors
-/// What can't be opened, or why the daemon does not take it. The old port goes on.
+/// An object cannot be opened, or the daemon refuses the port. The old port continues.
 fn replace(
     daemon: &mut Connection,
     name: &str,
@@ -220,16 +220,16 @@ fn replace(
     Ok(failed.map(|error| format!("{name}: replaced, but: {error}")))
 }
 
-/// Whether a TAP outlives whoever has made it. If that is not known, it is left as it is.
+/// Returns true if a TAP outlives its maker, or if that is unknown.
 fn is_persistent(tap: &str) -> bool {
     find(tap).ok().and_then(|link| link.tun).is_none_or(|tun| tun.persistent)
 }
 
-/// Opens a port's TAP again, which had gone, if there is one of its name again: the port is replaced by
-/// the one that `file` describes. Says whether that was done.
+/// Opens a port's deleted TAP again, if a device of its name exists: replaces the port by the one that `file`
+/// describes. Returns true if it did.
 ///
 /// # Errors
-/// The file is wrong, the daemon can't be asked, or the TAP can't be opened.
+/// The file has a mistake, the daemon cannot be asked, or the TAP cannot be opened.
 pub fn reopen_tap(daemon: &mut Connection, file: &Path, name: &str) -> Result<bool, Failure> {
     let config = read_file(file).map_err(Failure::Refused)?;
     let port = config.ports.iter().find(|port| port.known_name() == Some(name));
@@ -241,11 +241,11 @@ pub fn reopen_tap(daemon: &mut Connection, file: &Path, name: &str) -> Result<bo
     replace(daemon, name, port).map(|_| true)
 }
 
-/// Why a port can't be had beside those that run, if it can't: the kernel would only say that something is
-/// busy.
+/// Returns why a port and a running one exclude each other, if they do. The kernel would only report that a
+/// device is busy.
 ///
 /// # Errors
-/// The daemon can't be asked.
+/// The daemon cannot be asked.
 pub(super) fn conflict(
     daemon: &mut Connection,
     config: &PortConfig,
@@ -262,10 +262,10 @@ pub(super) fn conflict(
     Ok(None)
 }
 
-/// Starts ports that `file` describes, as far as they can be started.
+/// Starts the ports `names` of `file`, as far as they can be started.
 ///
 /// # Errors
-/// The file is wrong, or the daemon can't be asked.
+/// The file has a mistake, or the daemon cannot be asked.
 pub fn start_missing(
     daemon: &mut Connection,
     file: &Path,
@@ -292,10 +292,10 @@ pub fn start_missing(
     Ok(outcome)
 }
 
-/// Adds a port: opens what a daemon that has given up its rights can't open, and passes it on.
+/// Adds a port: opens the descriptors that the sandboxed daemon cannot open, and passes them on.
 ///
 /// # Errors
-/// What can't be opened, or why the daemon does not take it.
+/// An object cannot be opened, or the daemon refuses the port.
 pub(super) fn add(
     daemon: &mut Connection,
     config: &PortConfig,
@@ -310,8 +310,7 @@ pub(super) fn add(
     }
 }
 
-/// Opens a port's socket and TAP. The TAP comes last: one that is made goes again if the socket cannot be
-/// had.
+/// Opens a port's socket and TAP. The TAP comes last, so that none is made if the socket cannot be opened.
 fn open(config: &PortConfig) -> Result<(Endpoint, Vec<OwnedFd>), StartError> {
     let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config)?;
     let endpoint = Endpoint::open(&config.frontend, frontend)?;
@@ -322,7 +321,7 @@ fn open(config: &PortConfig) -> Result<(Endpoint, Vec<OwnedFd>), StartError> {
     Ok((endpoint, tap_queues))
 }
 
-/// Passes an opened port on to the daemon.
+/// Passes an opened port to the daemon.
 fn pass(
     daemon: &mut Connection,
     config: &PortConfig,

@@ -1,4 +1,4 @@
-//! The file of a listening unix socket: who may connect, and whether it is still there.
+//! The file of a listening unix socket: its permissions, and checks that it still exists.
 
 use std::cell::Cell;
 use std::fs::{self, Permissions};
@@ -18,14 +18,14 @@ use crate::sandbox::find_group;
 use crate::sys::process::file_mode_mask;
 use crate::sys::socket::{bind, listen};
 
-/// Time between two looks at a socket's file.
+/// Time between two checks of a socket's file.
 const LOOK_INTERVAL: Duration = Duration::from_secs(4);
 
-/// Lets members of a group connect to the socket at `path`, and nobody else but its owner; without a
-/// group, whoever may by the umask.
+/// Permits only its owner and the members of `group` to connect to the socket at `path`; without a group,
+/// the umask decides.
 ///
 /// # Errors
-/// There is no such group, or we may not give it anything.
+/// The group does not exist, or this process may not change the file.
 pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
     let shown = path.display();
     let (gid, mode) = match group {
@@ -44,11 +44,11 @@ pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
     })
 }
 
-/// Gives the socket's file at `path` a mode, and a group if one is given. Whoever may write to its directory
-/// can't have another file changed: this one is held meanwhile, and a link is not followed.
+/// Sets the mode, and the group if one is given, of the socket's file at `path`. A user who can write to its
+/// directory cannot redirect the change: the file is held open, and links are not followed.
 ///
 /// # Errors
-/// There is no socket, or we may not change it.
+/// `path` is no socket, or this process may not change it.
 pub fn set_access(path: &Path, group: Option<u32>, mode: u32) -> io::Result<()> {
     let mut options = fs::OpenOptions::new();
     let file = options.read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
@@ -65,40 +65,40 @@ pub fn set_access(path: &Path, group: Option<u32>, mode: u32) -> io::Result<()> 
     fs::set_permissions(held, Permissions::from_mode(mode))
 }
 
-/// The file of a socket that we made: it is removed when we go, unless another has taken its
-/// place.
+/// The file of a socket that this process owns. Dropping it removes the file, unless another file has taken
+/// its place.
 #[derive(Debug)]
 pub struct SocketFile {
     pub(super) path: PathBuf,
-    /// Nothing if it was gone when we came.
+    /// Device and inode; `None` if the file was missing at the take-over.
     identity: Option<(u64, u64)>,
-    /// Who may connect, as of the last look or the start.
+    /// Permissions as of the last check or the start.
     access: Cell<Access>,
     pub(super) state: FileState,
     pub(super) next_look: Instant,
 }
 
-/// What has changed about a socket's file.
+/// A change of a socket's file.
 #[derive(Debug)]
 pub struct Look {
-    /// Why nobody else finds the port's socket, if that is so.
+    /// Reason why new clients do not reach the socket, if they do not.
     pub hidden: Option<&'static str>,
-    /// The socket that nobody finds any more, if another one is listened on instead.
+    /// The unreachable socket, if another one has replaced it.
     pub old: Option<UnixListener>,
 }
 
-/// What is found at a socket's path.
+/// Kind of file at a socket's path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FileState {
-    /// The file that we made.
+    /// The file of this process.
     Ours,
     /// Nothing.
     Gone,
-    /// Another file, which is not ours to remove.
+    /// Another process's file, which must not be removed.
     Replaced,
 }
 
-/// Who may connect to a socket.
+/// Permissions of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Access {
     mode: u32,
@@ -110,7 +110,8 @@ impl Access {
         Access { mode: metadata.mode() & 0o7777, group: metadata.gid() }
     }
 
-    /// Has the socket itself keep it, whose file may be gone when another daemon or port takes it over.
+    /// Stores the permissions in the socket itself, because its file may be missing when another daemon or port
+    /// takes the socket over.
     fn keep(self, listener: &UnixListener) -> io::Result<()> {
         let socket = fs::File::from(listener.as_fd().try_clone_to_owned()?);
         if socket.metadata()?.gid() != self.group {
@@ -119,7 +120,7 @@ impl Access {
         socket.set_permissions(Permissions::from_mode(self.mode))
     }
 
-    /// What a socket has [kept](Self::keep).
+    /// Returns the permissions [stored](Self::keep) in a socket.
     fn kept_by(listener: &UnixListener) -> io::Result<Self> {
         let socket = fs::File::from(listener.as_fd().try_clone_to_owned()?);
         let access = Access::of(&socket.metadata()?);
@@ -141,7 +142,7 @@ impl SocketFile {
         })
     }
 
-    /// The file of a socket that somebody else has made, which may be gone: it is made again then.
+    /// Takes over the file of a socket that another process made. A missing file is made again at the next check.
     pub(super) fn found(path: &Path, listener: &UnixListener) -> io::Result<Self> {
         match SocketFile::of(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(SocketFile {
@@ -155,7 +156,7 @@ impl SocketFile {
         }
     }
 
-    /// Notes who may connect.
+    /// Records the file's permissions.
     pub(super) fn note(&self, metadata: &fs::Metadata, listener: &UnixListener) {
         let access = Access::of(metadata);
         self.access.set(access);
@@ -163,7 +164,7 @@ impl SocketFile {
         let _ = access.keep(listener);
     }
 
-    /// Makes the file again, with a socket of its own.
+    /// Makes the file again, with a new socket.
     pub(super) fn make_again(&mut self) -> io::Result<UnixListener> {
         let Access { mode, group } = self.access.get();
         let made = bind(&self.path, mode)?;
@@ -183,7 +184,7 @@ impl SocketFile {
         Ok(made)
     }
 
-    /// Looks at the file, if it is time; tells its last state if that has changed, or if it is gone.
+    /// Checks the file, if it is time; returns its previous state if that has changed, or if the file is missing.
     pub(super) fn look(&mut self, listener: &UnixListener) -> Option<FileState> {
         if Instant::now() < self.next_look {
             return None;

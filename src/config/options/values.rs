@@ -65,7 +65,7 @@ impl TryFrom<String> for Prefix {
 #[serde(try_from = "String", into = "String")]
 pub(super) struct ByteSize(pub(super) u64);
 
-/// Letters for powers of 1024, largest first, and how far each shifts.
+/// Letters for powers of 1024, largest first, with their shifts in bits.
 const BYTE_UNITS: [(char, u32); 4] = [('t', 40), ('g', 30), ('m', 20), ('k', 10)];
 
 impl From<ByteSize> for String {
@@ -102,7 +102,7 @@ impl TryFrom<String> for ByteSize {
     }
 }
 
-/// A list of processors, as `2,4-7`.
+/// A list of CPUs, as `2,4-7`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(super) struct CpuList(pub(super) Vec<usize>);
