@@ -40,6 +40,9 @@
 //! [`worker`] runs the turns, [`device`] decides which sessions run, and [`port::loopback`] is a whole port
 //! in 150 lines. `docs/architecture.md` lists all modules in layers, and explains threads, sessions and
 //! errors. Unsafe code is in [`guest`] and [`sys`] only, except for the first statement of `main`.
+//!
+//! This crate is a program. Its modules are public for its tests and benchmarks, and are no interface for other
+//! crates: they change without notice, and the crate is not published.
 
 pub mod api;
 pub mod capture;
