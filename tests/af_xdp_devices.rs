@@ -184,7 +184,7 @@ fn mtu_beyond_af_xdp_is_refused_and_the_guest_is_served() {
     assert_eq!(configured_mtu(&mut guest.frontend), 3806);
     guest.send(0, &frame(2, 1400));
     assert_eq!(wire.receive(1000).unwrap(), frame(2, 1400));
-    let said = "af_xdp veth0: MTU differs device=1500 card=3806";
+    let said = "af_xdp veth0: MTU differs device=1500 guest=3806";
     eventually(said, || daemon.log().contains(said));
     drop((guest, daemon));
     let refused = crate::af_xdp::refused(&["--af-xdp=veth0", "--mtu=9000"]);
