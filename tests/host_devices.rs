@@ -96,7 +96,7 @@ fn device_under_two_names_starts_no_two_ports() {
     fs::write(&file, ports).unwrap();
     let output = program().args(["run", "--config"]).arg(file).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("port tap0 has its device under another name"), "{said}");
+    assert!(said.contains("port tap0 uses the same device under another name"), "{said}");
 }
 
 #[test]

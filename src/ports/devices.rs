@@ -53,13 +53,13 @@ pub(super) struct Devices {
     questions: Option<Questions>,
     watch: Option<Watch>,
     known: HashMap<u32, Known>,
-    /// The kernel's last answer. Each request can wait for another process that changes devices, so one request
+    /// The kernel's last answer. A request can wait for another process that changes devices, so one request
     /// serves all ports.
     seen: RefCell<Option<Seen>>,
 }
 
 impl Devices {
-    /// Opens the sockets. Call it before the sandbox filters the main thread's system calls.
+    /// Opens the sockets. The caller does so before the sandbox filters the main thread's system calls.
     pub(super) fn new() -> Self {
         let (questions, watch) = (Questions::open().ok(), Watch::new().ok());
         Devices { questions, watch, known: HashMap::new(), seen: RefCell::default() }
@@ -123,7 +123,7 @@ pub fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), 
         };
         if let Some(other) = before.iter().find(overlaps) {
             return Err(StartError::new(format!(
-                "cannot start port {}: port {} has its device under another name; name another device",
+                "cannot start port {}: port {} uses the same device under another name; choose another device",
                 claim.port, other.port
             )));
         }
@@ -132,8 +132,8 @@ pub fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), 
     Ok(())
 }
 
-/// Returns name and index of a port's device; 0 if the index is unknown. Opening the device reports why it cannot
-/// be had.
+/// Returns name and index of a port's device; 0 if the index is unknown. Opening the device reports any
+/// error.
 fn find_device(config: &PortConfig, queues: &[OwnedFd]) -> (String, u32) {
     let queue = queues.first().and_then(|fd| Queue::inherit(fd.try_clone().ok()?).ok());
     if let Some(queue) = queue {
@@ -253,8 +253,8 @@ fn warn_of_missing_owner(port: &Port, link: &Link) {
     if link.tun.as_ref().is_some_and(ownerless) {
         let device = &link.name;
         warn!(
-            "{}: tap {device} has no owner; every user of this host can attach to it and have its frames; \
-             make it with 'ip tuntap add dev {device} … user NAME'",
+            "{}: tap {device} has no owner; every user of this host can attach to it and read its frames; \
+             create it with 'ip tuntap add dev {device} … user NAME'",
             port.name()
         );
     }

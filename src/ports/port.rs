@@ -1,4 +1,4 @@
-//! A port as the main thread sees it: its state, and the orders to its control thread.
+//! A port as the main thread sees it: its state, and the commands to its control thread.
 
 use std::fs::File;
 use std::io;
@@ -23,7 +23,7 @@ use crate::sandbox::{Role, Sandbox};
 use crate::sys::eventfd::Waker;
 use crate::traffic::Row;
 
-/// Time that a port's control thread may take to carry out an order.
+/// Time that a port's control thread may take to carry out a command.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time that a removed port has to stop; a port that takes longer is abandoned.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
@@ -102,7 +102,7 @@ pub struct Port {
     /// The TAP's queues, for another daemon.
     pub(super) queues: Vec<OwnedFd>,
     pub(super) tap: Option<TapState>,
-    pub(super) orders: Sender<ControlCommand>,
+    pub(super) commands: Sender<ControlCommand>,
     pub(super) wake: Arc<Waker>,
     pub(super) thread: Option<JoinHandle<()>>,
 }
@@ -122,7 +122,7 @@ impl Port {
             let alive = alive;
             match sandbox.confine(control.role()) {
                 Ok(()) => {
-                    // A panic ends this port only; the rest of the thread stops the port as an order would.
+                    // A panic ends this port only; the rest of the thread stops the port as a command would.
                     let serve = || {
                         if predecessor.is_none_or(|predecessor| control.take_over(predecessor)) {
                             control.serve();
@@ -200,10 +200,10 @@ impl Port {
         self.offloads
     }
 
-    /// Sends an order to the control thread, and does not wait.
-    pub(super) fn send(&self, order: ControlCommand) {
+    /// Sends a command to the control thread, and does not wait.
+    pub(super) fn send(&self, command: ControlCommand) {
         // A thread that does not receive any more has ended.
-        let _ = self.orders.send(order);
+        let _ = self.commands.send(command);
         self.wake.wake();
     }
 
@@ -252,7 +252,8 @@ impl Port {
     /// # Errors
     /// The control thread does not answer, or the device cannot count.
     pub fn count_traffic(&self, enable: bool) -> Result<(), Refusal> {
-        let done: io::Result<()> = self.order(|done| ControlCommand::CountTraffic(enable, done))?;
+        let done: io::Result<()> =
+            self.request(|done| ControlCommand::CountTraffic(enable, done))?;
         done.map_err(|error| Refusal::CannotBeDone(format!("count its traffic: {error}")))
     }
 
@@ -261,17 +262,17 @@ impl Port {
     /// # Errors
     /// The control thread does not answer, or the device's counters cannot be read.
     pub fn traffic(&self) -> Result<Vec<Row>, Refusal> {
-        let rows: io::Result<Vec<Row>> = self.order(ControlCommand::Traffic)?;
+        let rows: io::Result<Vec<Row>> = self.request(ControlCommand::Traffic)?;
         rows.map_err(|error| Refusal::CannotBeDone(format!("read its traffic: {error}")))
     }
 
-    /// Sends an order to the control thread, and waits up to 1 s for the reply.
-    pub(super) fn order<T>(
+    /// Sends a command to the control thread, and waits up to 1 s for the reply.
+    pub(super) fn request<T>(
         &self,
-        order: impl FnOnce(Sender<T>) -> ControlCommand,
+        command: impl FnOnce(Sender<T>) -> ControlCommand,
     ) -> Result<T, Refusal> {
         let (done, finished) = channel();
-        self.send(order(done));
+        self.send(command(done));
         finished.recv_timeout(COMMAND_TIMEOUT).map_err(|_| {
             Refusal::CannotBeDone(format!("{}: its thread does not answer", self.name()))
         })

@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 
 use log::info;
 
-use super::control::{Control, Predecessor};
+use super::control::{Control, FrontendHandover};
 use super::{Filters, Opened, Port, PortStatus};
 use crate::config::{Host, PortConfig};
 use crate::counters::PairCounters;
@@ -28,7 +28,7 @@ pub struct Prepared {
     /// The port, without its control thread.
     pub(super) port: Port,
     /// What another daemon has passed on of the port.
-    pub(super) predecessor: Option<Predecessor>,
+    pub(super) predecessor: Option<FrontendHandover>,
 }
 
 impl Prepared {
@@ -36,8 +36,8 @@ impl Prepared {
         self.port.status()
     }
 
-    /// Has the port take over from another daemon: its control thread then waits for an order to resume.
-    pub(super) fn succeed(&mut self, predecessor: Predecessor) {
+    /// Has the port take over from another daemon: its control thread then waits for a command to resume.
+    pub(super) fn succeed(&mut self, predecessor: FrontendHandover) {
         self.predecessor = Some(predecessor);
     }
 }
@@ -118,7 +118,7 @@ pub(super) fn prepare(
     device.set_largest_mtu(largest_mtu);
     device.require_sealed_memory(config.require_sealed_memory);
     let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
-    let (orders, inbox) = channel();
+    let (commands, inbox) = channel();
     let control = Control::new(device, endpoint, status.clone(), wake.clone(), inbox);
     let control = control.map_err(no_descriptor)?;
     let (offered, queues, thread) = (offer.bits(), handles, None);
@@ -131,7 +131,7 @@ pub(super) fn prepare(
         capture,
         queues,
         tap,
-        orders,
+        commands,
         wake,
         thread,
     };

@@ -16,7 +16,7 @@ use crate::sys::tap::Queue;
 
 /// How long a TAP may be busy: the kernel keeps one for a while whose daemon was killed (see
 /// [`Writer`](crate::sys::uring::Writer)).
-const BUSY_PATIENCE: Duration = Duration::from_secs(1);
+const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long it is left alone between attempts.
 const BUSY_RETRY: Duration = Duration::from_millis(1);
 
@@ -45,7 +45,7 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
              'ip link delete {name} && {make}'"
         ))
     };
-    let until = Instant::now() + BUSY_PATIENCE;
+    let until = Instant::now() + BUSY_TIMEOUT;
     let (name, index, opened) = loop {
         let index = device::index(wanted).map_err(failed)?;
         if index.is_none() && wanted.len() > MAX_NAME {
