@@ -90,7 +90,7 @@ fn check(test: &str, preloaded: &str) {
     next.arg(&tree).arg(program().get_program()).args(["run", "--take-over", "--config"]);
     let next = next.arg(daemon.path("config")).stderr(daemon.open_log()).spawn().unwrap();
     daemon.become_successor(next);
-    eventually("it has taken over", || daemon.log().contains("took over;"));
+    eventually("it has taken over", || daemon.log().contains("daemon: took over ports="));
     loopback.check_echo(50);
     drop(loopback);
     check_operators(&daemon, &text);
