@@ -176,10 +176,11 @@ impl Ports {
             return Err(Refusal::CannotBeDone(why));
         }
         let prepared = self.prepare(opened, Vec::new())?;
-        let port = self.start(prepared)?;
+        let name = self.start(prepared)?.name().to_owned();
         let origin = if from_file { Origin::File } else { Origin::Operator };
-        info!("{}: added {origin}", port.name());
-        Ok(port)
+        info!("{name}: added {origin}");
+        self.log_created_tap(&name);
+        self.find(&name)
     }
 
     /// Checks that a port conflicts with no port that runs, except `replaced`.

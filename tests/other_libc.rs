@@ -114,7 +114,7 @@ fn check_operators(daemon: &Daemon, text: &str) {
     let [mut loopback, mut tap] = ["one", "two"].map(|name| card(daemon, name));
     loopback.check_echo(200);
     wait_for_carrier("tap0");
-    let captured = || daemon.log().matches("captured by an operator").count();
+    let captured = || daemon.log().matches("capture started by an operator").count();
     let (before, file) = (captured(), daemon.path("capture"));
     let mut capture = program();
     capture.arg("ctl").arg("--control").arg(daemon.path("control"));

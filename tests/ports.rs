@@ -29,7 +29,7 @@ fn several_ports_are_served_at_once_and_each_ends_for_itself() {
     two.check_echo(500);
     card(&daemon, "one").check_echo(500);
     let log = daemon.log();
-    for line in ["one: ready, 1 queue pairs", "two: ready", "one: frontend disconnected"] {
+    for line in ["one: ready queue_pairs=1", "two: ready", "one: frontend disconnected"] {
         assert!(log.contains(line), "{line}: {log}");
     }
     // Once by whoever waited for it to listen.

@@ -269,6 +269,10 @@ fn a_tap_port_is_added_to_a_daemon_that_can_open_nothing() {
         assert_eq!(output.status.code(), Some(1), "{words:?}: {text}");
         assert!(text.contains(said), "{words:?}: {text}");
     }
+    daemon.ask(&["add", "--connect=/tmp/x", "--tap=tap7"]);
+    let log = daemon.log();
+    assert!(log.contains("tap tap7: created; removed on exit"), "{log}");
+    assert!(!log.contains("tap tap0: created"), "{log}");
     check_both_ways(&wire, &mut card(&daemon, "guest"), 200);
 }
 

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
+use super::opening::log_created;
 use super::{Port, Ports};
 use crate::config::{Host, PortConfig};
 use crate::error::StartError;
@@ -173,6 +174,21 @@ impl Ports {
     pub fn device(&self, port: &Port) -> Option<Link> {
         let index = port.device_index();
         (index != 0).then(|| self.devices.at(index)).flatten()
+    }
+
+    /// Logs that the TAP of a new port was created for it, by the client or the helper process that passed its
+    /// queues: the TAP exists only until its last queue is closed, and no other process has a queue.
+    pub(super) fn log_created_tap(&mut self, name: &str) {
+        self.devices.forget();
+        let Ok(port) = self.find(name) else { return };
+        let pairs = u32::from(port.config().queue_pairs);
+        let is_new = |tun: &Tun| !tun.persistent && tun.queues <= pairs;
+        if matches!(port.config().host, Host::Tap(_))
+            && let Some(link) = self.device(port)
+            && link.tun.as_ref().is_some_and(is_new)
+        {
+            log_created(&link.name);
+        }
     }
 
     /// Returns the number of queues of a port's TAP that other processes had at the last count.

@@ -199,7 +199,7 @@ impl Ports {
         let mut prepared = self.prepare(opened, told.counters)?;
         prepared.status().set_connections(told.connections.saturating_sub(connected.into()));
         let (done, restored) = channel();
-        prepared.succeed(FrontendHandover {
+        prepared.take_over(FrontendHandover {
             replay,
             messages: told.messages,
             connection: connection.map(UnixStream::from),

@@ -71,6 +71,7 @@ impl Ports {
         if shares_host(old.config(), &config) || is_on_same_device(old.config(), &config) {
             old.check_features(&config, old.offloads())?;
         }
+        let is_same_tap = shares_host(old.config(), &config) && !old.status().is_degraded();
         let base = old.base_of(&config, files)?;
         self.check_device(&config, &base.queues, Some(name))?;
         if is_on_same_device(old.config(), &config) {
@@ -79,6 +80,9 @@ impl Ports {
             self.replace_beside(name, &new_name, config, base)?;
         }
         info!("{new_name}: replaced; its VMM reconnects");
+        if !is_same_tap {
+            self.log_created_tap(&new_name);
+        }
         self.find(&new_name)
     }
 
@@ -205,7 +209,7 @@ impl Ports {
         let (done, ready) = channel();
         // An empty replay: the port takes over no frontend.
         let (replay, _) = UnixStream::pair().map_err(no_descriptor)?;
-        prepared.succeed(FrontendHandover { replay, messages: Some(0), connection: None, done });
+        prepared.take_over(FrontendHandover { replay, messages: Some(0), connection: None, done });
         self.start(prepared)?;
         let ready = ready.recv_timeout(READY_TIMEOUT);
         let ready =
