@@ -24,7 +24,7 @@ const PORT: usize = 22;
 const PAIR: usize = 6;
 /// Further descriptors of a port on AF_XDP: maps, links and sockets of its program and device.
 const AF_XDP: usize = 12;
-/// Share of a port: 8 memory regions, the dirty log, the inflight buffer, the backend's channel, and a device state
+/// Share of a port: 8 memory regions, the dirty log, the inflight buffer, the backend channel, and a device state
 /// that comes by a pipe.
 const SHARE: usize = 8 + 1 + 1 + 1 + STATE;
 /// Descriptors of a device state: the frontend's, and both ends of the daemon's own pipe.

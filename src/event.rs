@@ -86,7 +86,7 @@ impl<T: Copy + PartialEq> Poller<T> {
     /// Watches `fd` for `event` in place of the descriptor watched so far, which must still be open.
     ///
     /// # Errors
-    /// As [`add`](Self::add).
+    /// Errors of [`remove`](Self::remove) and [`add`](Self::add).
     pub fn replace(&mut self, event: T, fd: impl AsFd, interest: Interest) -> io::Result<()> {
         self.remove(event)?;
         self.add(fd, interest, event)
@@ -130,7 +130,7 @@ impl<T: Copy + PartialEq> Poller<T> {
     /// Calls `each` for every event. Without `timeout`, the wait has no limit.
     ///
     /// # Errors
-    /// As epoll_wait(2), EINTR excepted.
+    /// Errors of epoll_wait(2), except EINTR.
     pub fn wait(&self, timeout: Option<Duration>, mut each: impl FnMut(T)) -> io::Result<()> {
         let mut events = [Event::new(Events::empty(), 0); MAX_EVENTS];
         // Rounded up, because callers repeat a wait that ends too early at once.
@@ -149,14 +149,14 @@ impl<T: Copy + PartialEq> Poller<T> {
         Ok(())
     }
 
-    /// Waits as [`wait`](Self::wait) does, and for one more descriptor, which epoll does not watch. Returns true if that
-    /// descriptor is ready. `timeout` is not rounded.
+    /// Waits as [`wait`](Self::wait) does, and for one more descriptor, which epoll does not watch. Returns true if
+    /// that descriptor is ready. `timeout` is not rounded.
     ///
     /// The kernel runs a callback of epoll at each event of a watched descriptor, during a wait or not. On an AF_XDP
     /// socket, that is one for each frame sent, and a tenth of the frame's cost.
     ///
     /// # Errors
-    /// As ppoll(2) and epoll_wait(2), EINTR excepted.
+    /// Errors of ppoll(2) and epoll_wait(2), except EINTR.
     pub fn wait_also(
         &self,
         fd: BorrowedFd<'_>,
