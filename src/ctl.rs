@@ -159,7 +159,12 @@ impl Options {
             })
         };
         let file = file.cloned().map_or_else(own, Ok)?;
-        let Outcome { done, failed } = reload(daemon, &file)?;
+        let reloaded = reload(daemon, &file);
+        if let Err(Failure::Refused(why)) = &reloaded {
+            // For the daemon's log. An older daemon does not know the request.
+            let _ = daemon.ask(&Command::ReloadRefused { why: why.clone() }, &[]);
+        }
+        let Outcome { done, failed } = reloaded?;
         let shown = match self.json {
             true => format!("{:#}\n", json!(done)),
             false => done.iter().map(|line| format!("{line}\n")).collect(),

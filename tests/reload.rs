@@ -221,6 +221,8 @@ fn a_file_that_is_wrong_changes_nothing() {
     reload(&daemon, 1);
     one.check_echo(50);
     assert!(daemon.log().contains(":3:1: unknown field `tup`"), "{}", daemon.log());
+    assert_eq!(daemon.ctl(&["reload"]).status.code(), Some(1));
+    assert!(daemon.log().contains("daemon: reload refused: "), "{}", daemon.log());
     // Nor is a port lost for another that can't be had; what can't change is said.
     let wrong = "log-level = \"debug\"\n".to_owned() + CONTROL + &loopback("one");
     let three = loopback("three");

@@ -210,7 +210,7 @@ pub(super) fn features(port: &Port) -> serde_json::Value {
 pub(super) fn traffic(row: &Row) -> serde_json::Value {
     let Row { key, volume } = row;
     serde_json::json!({
-        "way": if key.way == FrameDirection::Tx { "tx" } else { "rx" },
+        "way": if key.direction == FrameDirection::Tx { "tx" } else { "rx" },
         "protocol": key.protocol.map(|protocol| protocol.to_string()),
         "peer": key.peer,
         "frames": volume.frames,
