@@ -91,7 +91,7 @@ impl Log {
     /// Starts the log thread, which first calls `confine`. Returns after that call.
     ///
     /// # Errors
-    /// Those of creating a thread, and those of `confine`.
+    /// The errors of creating a thread, and of `confine`.
     pub fn start(
         &mut self,
         confine: impl FnOnce() -> io::Result<()> + Send + 'static,

@@ -133,7 +133,7 @@ pub fn at(index: u32) -> io::Result<Link> {
 /// Lists all devices of this network namespace.
 ///
 /// # Errors
-/// Those of netlink; EAGAIN if the kernel does not answer within 1 s.
+/// The errors of netlink; EAGAIN if the kernel does not answer within 1 s.
 pub fn all() -> io::Result<Vec<Link>> {
     Questions::open()?.all()
 }
@@ -177,7 +177,7 @@ impl Questions {
     /// Lists all devices of the network namespace in which the socket was opened.
     ///
     /// # Errors
-    /// Those of netlink; EAGAIN if the kernel does not answer within 1 s.
+    /// The errors of netlink; EAGAIN if the kernel does not answer within 1 s.
     pub fn all(&self) -> io::Result<Vec<Link>> {
         let mut links = Vec::new();
         self.ask(LinkMessage::default(), NLM_F_DUMP, |link| {

@@ -88,7 +88,7 @@ impl Queue {
     /// a macvtap, which has no filter.
     ///
     /// # Errors
-    /// Those of the ioctl.
+    /// The errors of the ioctl.
     pub fn clear_filter(&self) -> io::Result<()> {
         if self.identity.is_macvtap {
             return Ok(());
