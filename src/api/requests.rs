@@ -46,7 +46,7 @@ pub enum Command {
         /// The options that describe the port.
         #[command(flatten)]
         port: Box<PortOptions>,
-        /// Whether the daemon's file describes the port.
+        /// True if the daemon's file describes the port.
         #[arg(skip)]
         #[serde(default)]
         from_file: bool,
@@ -84,7 +84,7 @@ pub enum Command {
     Remove {
         /// The port's name.
         port: String,
-        /// Whether the port is removed because the daemon's file no longer describes it.
+        /// True if the port is removed because the daemon's file no longer describes it.
         #[arg(skip)]
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         from_file: bool,

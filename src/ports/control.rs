@@ -66,7 +66,7 @@ pub(super) struct Control {
     device: Device,
     endpoint: Endpoint,
     connection: Option<Connection>,
-    /// Whether another daemon serves the guest: before this one resumes the port, and after a hand-over.
+    /// True while another daemon serves the guest: before this one resumes the port, and after a hand-over.
     is_handed_over: bool,
     /// The reason why the thread ends, for the log.
     stop_reason: &'static str,
@@ -325,7 +325,7 @@ impl Control {
         debug!("{}: stopped in {:?}", self.device.name(), started.elapsed());
         let _ = self.poller.remove(Source::Connection);
         self.connection = None;
-        // The source stays registered: the kernel may refuse to add it again, and then nobody could connect.
+        // The source stays registered: the kernel may refuse to add it again, and then no frontend could connect.
         let _ = self.poller.modify(Source::Endpoint, self.endpoint.interest());
         self.log_counters();
     }

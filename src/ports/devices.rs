@@ -38,7 +38,7 @@ struct Seen {
 struct Known {
     /// Time of the next count of the queues.
     due: Option<Instant>,
-    /// Number of queues that other processes had at the last count.
+    /// Number of queues that other processes had open at the last count.
     foreign_queues: u32,
 }
 
@@ -66,7 +66,7 @@ impl Devices {
         Devices { questions, watch, known: HashMap::new(), seen: RefCell::default() }
     }
 
-    /// Returns a device as it was at most 1 s ago; `None` if it does not exist, or the kernel does not tell.
+    /// Returns a device as it was at most 1 s ago; `None` if it does not exist, or the kernel does not report it.
     fn at(&self, index: u32) -> Option<Link> {
         let questions = self.questions.as_ref()?;
         let mut seen = self.seen.borrow_mut();
@@ -170,7 +170,7 @@ impl Ports {
         check_devices(others.chain([Claim::new(name, device, config)]))
     }
 
-    /// Returns a port's device as it is now; `None` if the kernel does not tell.
+    /// Returns a port's device as it was at most 1 s ago; `None` if the kernel does not report it.
     pub fn device(&self, port: &Port) -> Option<Link> {
         let index = port.device_index();
         (index != 0).then(|| self.devices.at(index)).flatten()
@@ -191,7 +191,7 @@ impl Ports {
         }
     }
 
-    /// Returns the number of queues of a port's TAP that other processes had at the last count.
+    /// Returns the number of queues of a port's TAP that other processes had open at the last count.
     pub fn foreign_queues(&self, port: &Port) -> u32 {
         self.devices.known.get(&port.device_index()).map_or(0, |known| known.foreign_queues)
     }

@@ -44,9 +44,9 @@ pub struct PortHandover {
     options: PortOptions,
     #[serde(default)]
     from_file: bool,
-    /// Whether the port has a socket that frontends connect to.
+    /// True if the port has a listening socket.
     listens: bool,
-    /// Whether a frontend is connected, and its connection is passed on.
+    /// True if a frontend is connected, and its connection is passed on.
     connected: bool,
     /// Number of a TAP's queues.
     queues: usize,
@@ -96,8 +96,10 @@ impl Ports {
         let mut all = (Vec::new(), Vec::new());
         let passed = suspended.into_iter().try_for_each(|(port, fds)| {
             let passed = port.pass_on(&fds, now + SUSPEND_TIMEOUT);
-            if let Some((told, files)) = passed.map_err(|why| format!("{}: {why}", port.name()))? {
-                all.0.push(told);
+            if let Some((handover, files)) =
+                passed.map_err(|why| format!("{}: {why}", port.name()))?
+            {
+                all.0.push(handover);
                 all.1.extend(files);
             }
             Ok::<(), String>(())
@@ -178,10 +180,10 @@ impl Ports {
     /// A descriptor is missing, or an object cannot be opened.
     pub fn restore_port(
         &mut self,
-        told: PortHandover,
+        handover: PortHandover,
         files: &mut impl Iterator<Item = OwnedFd>,
     ) -> Result<(String, Receiver<Result<(), String>>), StartError> {
-        let PortHandover { name, options, from_file, listens, connected, queues, .. } = told;
+        let PortHandover { name, options, from_file, listens, connected, queues, .. } = handover;
         let failed = |why: String| StartError::new(format!("cannot take over port {name}: {why}"));
         let mut next = || files.next().ok_or_else(|| failed("descriptors are missing".into()));
         let listener = listens.then(&mut next).transpose()?;
@@ -194,14 +196,19 @@ impl Ports {
             (_, Some(fd)) => Endpoint::taken(fd).map_err(|error| failed(error.to_string()))?,
             (frontend, None) => Endpoint::open(frontend, None)?,
         };
-        let opened =
-            Opened::of_predecessor(name.clone(), config, from_file, (queues, told.tap), endpoint)?;
-        let mut prepared = self.prepare(opened, told.counters)?;
-        prepared.status().set_connections(told.connections.saturating_sub(connected.into()));
+        let opened = Opened::of_predecessor(
+            name.clone(),
+            config,
+            from_file,
+            (queues, handover.tap),
+            endpoint,
+        )?;
+        let mut prepared = self.prepare(opened, handover.counters)?;
+        prepared.status().set_connections(handover.connections.saturating_sub(connected.into()));
         let (done, restored) = channel();
         prepared.take_over(FrontendHandover {
             replay,
-            messages: told.messages,
+            messages: handover.messages,
             connection: connection.map(UnixStream::from),
             done,
         });
@@ -211,7 +218,7 @@ impl Ports {
 }
 
 impl Port {
-    /// Returns the description and the descriptors of a port that was told to suspend; `None` if the port has
+    /// Returns the description and the descriptors of a port that is about to suspend; `None` if the port has
     /// ended. A port that does not suspend in time is passed on without its frontend.
     ///
     /// # Errors
@@ -237,7 +244,7 @@ impl Port {
         let counters = self.status().pairs.iter();
         let counters = counters.map(|pair| serde_json::to_value(&pair.counters));
         let counters = counters.map(|value| value.and_then(serde_json::from_value));
-        let told = PortHandover {
+        let handover = PortHandover {
             name: self.name().to_owned(),
             options: self.options().clone(),
             from_file: self.is_from_file(),
@@ -250,6 +257,6 @@ impl Port {
             counters: counters.collect::<Result<_, _>>().map_err(|error| error.to_string())?,
         };
         let files = fds.listener.into_iter().chain(fds.connection).chain(queues);
-        Ok(Some((told, files.chain([fds.replay.into()]).collect())))
+        Ok(Some((handover, files.chain([fds.replay.into()]).collect())))
     }
 }

@@ -53,7 +53,7 @@ struct Replay {
 }
 
 impl Replay {
-    /// Sends one message if there is room; returns whether messages may be left.
+    /// Sends one message if the socket has space; returns whether messages may be left.
     fn send_next(&mut self) -> bool {
         let Some(message) = self.messages.peek() else { return false };
         match message.send(&self.socket) {
@@ -135,7 +135,7 @@ impl Control {
                 Some(ControlCommand::CountTraffic(enable, done)) => {
                     let _ = done.send(self.status.traffic.enable(enable));
                 }
-                // The drop of the sender tells the main thread that nobody answers.
+                // The drop of the sender ends the main thread's wait for a reply.
                 Some(_) => {}
             }
         }
