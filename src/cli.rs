@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_and_a_tap_are_enough() {
+    fn socket_and_tap_suffice() {
         let config = read(&["--socket-path=/run/a", "--tap=vnet0"]).unwrap();
         assert_eq!(config.frontend, Frontend::Listen("/run/a".into()));
         assert_eq!(config.host, Host::Tap("vnet0".into()));
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_is_understood() {
+    fn options_are_parsed() {
         let config = read(&[
             "--connect=/run/a",
             "--tap-fd=7,8",
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn an_af_xdp_port_is_a_device_and_what_differs_from_the_default() {
+    fn af_xdp_option_names_device_and_non_defaults() {
         let config = read(&["--socket-path=a", "--af-xdp=eth1"]).unwrap();
         let plain = AfXdp {
             name: "eth1".into(),
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn cloud_hypervisors_option_is_a_socket_and_a_tap() {
+    fn net_backend_equals_socket_and_tap() {
         let config = read(&["--net-backend=socket=/run/a,tap=vmtap0,num_queues=4"]).unwrap();
         let options = ["--socket-path=/run/a", "--tap=vmtap0", "--queue-pairs=2"];
         assert_eq!(config, read(&options).unwrap());
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_in_one_line_that_names_it() {
+    fn mistake_is_one_line_that_names_the_option() {
         let long = format!("--socket-path=/{}", "x".repeat(107));
         let cases: &[(&[&str], &str)] = &[
             (&["--tap=a"], "--socket-path"),
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_need_no_other_option() {
+    fn print_capabilities_needs_no_other_option() {
         let all = ["vhost-user-net", "--print-capabilities"].map(Into::into);
         let Ok(Invocation::Print(text)) = parse(all) else { panic!("not printed") };
         assert!(text.contains("\"type\": \"net\""));

@@ -272,7 +272,7 @@ mod tests {
     use crate::policy::Limit;
 
     #[test]
-    fn a_port_says_what_differs_from_the_defaults() {
+    fn port_overrides_defaults() {
         let config = parse(
             r#"
             log-level = "debug"
@@ -313,8 +313,8 @@ mod tests {
         assert_eq!((b.mtu, b.guest_tso, b.name.as_deref()), (1400, false, Some("b")));
         assert_eq!(b.cpu_affinity, [1, 3, 4]);
         assert_eq!(a.allowed_sources, None);
-        let identity = b.allowed_sources.unwrap();
-        assert_eq!((identity.macs.len(), identity.addresses.len()), (2, 2));
+        let sources = b.allowed_sources.unwrap();
+        assert_eq!((sources.macs.len(), sources.addresses.len()), (2, 2));
         let filter = "deny tcp dport 25; default allow".parse().unwrap();
         assert_eq!((&a.tx_filter, &b.tx_filter), (&filter, &filter));
         assert_eq!((a.rx_filter.is_none(), b.rx_filter.is_none()), (false, true));
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_its_place() {
+    fn mistake_has_line_and_column() {
         let port = "[[port]]\nsocket-path = \"/a\"\nloopback = true\n";
         let cases = [
             ("", (None, "no port")),
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn all_mistakes_are_said_at_once() {
+    fn all_mistakes_are_reported_at_once() {
         let text = "log-level = \"loud\"\nusr = \"x\"\n[defaults]\nmtu = 70000\n\
                     [[port]]\nsocket-path = \"/a\"\ntap = \"far/too\"\n\
                     [[port]]\nsocket-path = \"/b\"\ntup = \"\"\"\na\nb\"\"\"\nlink = \"on\"\n\
@@ -388,7 +388,7 @@ mod tests {
         {
             assert!(what.contains(named), "{what}");
         }
-        // What is no TOML may hide the rest.
+        // A syntax error may hide other mistakes.
         assert_eq!(parse("a = \nb = ]\n[[port\n").unwrap_err().len(), 3);
     }
 }

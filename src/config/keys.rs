@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_key_has_an_example_that_the_file_takes() {
+    fn every_key_has_a_valid_example() {
         let keys = keys();
         let named: BTreeSet<&str> = keys.iter().map(|key| key.name.as_str()).collect();
         let examples: BTreeSet<&str> = EXAMPLES.iter().map(|(key, _)| *key).collect();
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn default_is_the_keys_own_and_not_a_sub_options() {
+    fn default_of_a_sub_option_is_not_the_keys() {
         let keys = keys();
         let default =
             |name: &str| keys.iter().find(|key| key.name == name).unwrap().default.clone();

@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn its_keys_stand_for_options() {
+    fn net_backend_keys_become_options() {
         let text = "mac=52:54:00:00:00:01,mtu=9000,socket=/run/a,client=on,num_queues=4,\
                     queue_size=256,tap=vmtap0";
         let expected = NetBackend {
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_does_beyond_a_backend_is_refused_with_the_command_for_it() {
+    fn unsupported_key_is_refused_with_a_command() {
         let cases = [
             ("ip=192.168.100.1,mask=255.255.255.0", "'ip address add 192.168.100.1/24 dev t'"),
             ("ip=2001:db8::1,mask=ffff:ffff::", "'ip address add 2001:db8::1/32 dev t'"),

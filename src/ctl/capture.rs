@@ -58,7 +58,7 @@ pub(super) fn capture(
     // Frames that were in the pipe when the signal came.
     let rest = result.and_then(|()| io::copy(&mut frames, &mut output));
     match rest.and_then(|_| output.flush()) {
-        // Whoever closes the pipe early has seen enough.
+        // A reader that closes the pipe ends the capture without an error.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(failed(error)),
         _ => drop(frames),
     }

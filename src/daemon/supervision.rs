@@ -1,7 +1,7 @@
 //! Notifications to the service manager (sd_notify(3)): ready, status, watchdog and stopping. Without
 //! `NOTIFY_SOCKET` nothing is sent.
 //!
-//! The sandbox forbids the main thread to make such a socket. So the daemon connects the socket before, and each
+//! The daemon connects the socket before it enters the sandbox, which may forbid connect(2) to the main thread. Each
 //! message is one send(2).
 
 use std::env;

@@ -47,7 +47,7 @@ impl FromStr for Prefix {
     fn from_str(text: &str) -> Result<Self, String> {
         let parsed = text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
         parsed.map(Prefix).ok_or_else(|| {
-            format!("'{text}' is no IP address or prefix: write 192.0.2.5 or 2001:db8::/64")
+            format!("'{text}' is not an IP address or prefix; write 192.0.2.5 or 2001:db8::/64")
         })
     }
 }
