@@ -1,10 +1,10 @@
-//! A port's frames for an operator to look at, as pcapng.
+//! Captures: copies of a port's frames in pcapng format, for an operator.
 //!
-//! Invariant: of a frame from the guest a capture has the private start that was judged and sent, where
-//! there is one, and guest memory only for the rest.
+//! Workers put copies into a queue of bounded size and never wait: if the queue is full, a frame is left out and
+//! counted. A thread of the capture writes the queue to the client's descriptor, and ends when the client does.
 //!
-//! Workers put copies into a queue of bounded size and never wait: what finds no room is left out, and
-//! counted. A thread of the capture's own writes them to whoever has asked, and ends with them.
+//! Invariant: the capture has the private start of a frame from the guest, which was checked and sent, if there is
+//! one. Only the rest is read from guest memory.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -31,22 +31,22 @@ use crate::guest::ReadSegment;
 use crate::policy::Filter;
 use crate::sys::is_hung_up;
 
-/// Longest part of a frame that is kept, in bytes: an unsegmented one whole.
+/// Largest snaplen in bytes: a whole GSO frame.
 pub const MAX_SNAPLEN: u32 = 65_550;
-/// Frames that may wait to be written.
-const QUEUE: usize = 16 << 10;
-/// Bytes of frames that may wait to be written.
+/// Maximum number of frames in the queue.
+const QUEUE_FRAMES: usize = 16 << 10;
+/// Maximum number of bytes of frames in the queue.
 const QUEUE_BYTES: usize = 16 << 20;
-/// Bytes of a frame that a filter looks at, which are all that it may need.
-const FILTERED: usize = 142;
-/// How often to look whether whoever reads has gone, while there is nothing to write.
-const LOOK: Duration = Duration::from_millis(100);
+/// Bytes of a frame that a filter inspects: the longest headers that a filter can need.
+const FILTER_BYTES: usize = 142;
+/// Interval of checks for the end of the client, while the queue is empty.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Reads which frames are to be captured: `tcp dport 80; udp from 192.0.2.0/24` are those that match one
-/// of the parts; a whole list of rules, with its default, is taken as it is.
+/// Parses the choice of frames to capture. `tcp dport 80; udp from 192.0.2.0/24` selects frames that match one of
+/// the parts. A complete filter, with its default, selects the frames that it allows.
 ///
 /// # Errors
-/// As for a filter's rules.
+/// The text is empty, or a part is not a valid rule.
 pub fn parse_filter(text: &str) -> Result<Filter, String> {
     if text.contains("default") || text.trim() == "none" {
         return text.parse();
@@ -54,63 +54,68 @@ pub fn parse_filter(text: &str) -> Result<Filter, String> {
     let parts = text.split(';').map(str::trim).filter(|part| !part.is_empty());
     let rules: Vec<String> = parts.map(|part| format!("allow {part}; ")).collect();
     if rules.is_empty() {
-        return Err("it names no frames: write tcp dport 80, or leave it out for all".into());
+        return Err(
+            "the filter is empty; write for example tcp dport 80, or leave out --filter".into()
+        );
     }
     format!("{}default deny", rules.concat()).parse()
 }
 
-/// What is to be captured.
+/// Options of a capture.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// Bytes that are kept of a frame.
+    /// Maximum number of bytes kept of a frame.
     pub snaplen: u32,
-    /// Frames after which the capture ends; none: when it is stopped.
+    /// Number of frames after which the capture ends; `None` for no limit.
     pub count: Option<u64>,
-    /// Which frames: those that it allows.
+    /// Filter that allows the frames to capture.
     pub filter: Filter,
 }
 
 /// A captured frame.
 struct Record {
+    /// Time since the Unix epoch.
     time: Duration,
-    way: FrameDirection,
+    direction: FrameDirection,
     pair: u16,
     dropped: Option<DropReason>,
+    /// Length of the whole frame in bytes.
     length: u32,
     bytes: Vec<u8>,
 }
 
-/// Where workers put frames, until the capture is over.
+/// The workers' end of a capture's queue.
 #[derive(Debug)]
 pub struct Recorder {
     snaplen: usize,
     filter: Filter,
     queue: SyncSender<Record>,
-    waiting: AtomicUsize,
+    /// Bytes of frames in the queue.
+    queued: AtomicUsize,
     over: AtomicBool,
     written: AtomicU64,
     left_out: AtomicU64,
 }
 
 impl Recorder {
-    /// Puts a frame's copy into the queue, or counts that there is no room.
+    /// Puts a copy of a frame into the queue, or counts the frame as left out if the queue is full.
     pub fn record<'a>(
         &self,
-        way: FrameDirection,
+        direction: FrameDirection,
         pair: u16,
         dropped: Option<DropReason>,
         length: usize,
         segments: impl Iterator<Item = ReadSegment<'a>> + Clone,
     ) {
         if !self.filter.is_none() {
-            let mut start = [0; FILTERED];
-            let seen = copy(segments.clone(), &mut start[..length.min(FILTERED)]);
+            let mut start = [0; FILTER_BYTES];
+            let seen = copy(segments.clone(), &mut start[..length.min(FILTER_BYTES)]);
             if self.filter.check(&start[..seen]).is_err() {
                 return;
             }
         }
         let kept = length.min(self.snaplen);
-        if self.waiting.load(Ordering::Relaxed) + kept > QUEUE_BYTES {
+        if self.queued.load(Ordering::Relaxed) + kept > QUEUE_BYTES {
             self.left_out.fetch_add(1, Ordering::Relaxed);
             return;
         }
@@ -118,16 +123,16 @@ impl Recorder {
         let copied = copy(segments, &mut bytes);
         bytes.truncate(copied);
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.waiting.fetch_add(copied, Ordering::Relaxed);
-        let record = Record { time, way, pair, dropped, length: length as u32, bytes };
+        self.queued.fetch_add(copied, Ordering::Relaxed);
+        let record = Record { time, direction, pair, dropped, length: length as u32, bytes };
         if self.queue.try_send(record).is_err() {
-            self.waiting.fetch_sub(copied, Ordering::Relaxed);
+            self.queued.fetch_sub(copied, Ordering::Relaxed);
             self.left_out.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
-/// Fills `target` from segments; returns how many bytes there were.
+/// Fills `target` from segments. Returns the number of bytes copied.
 fn copy<'a>(segments: impl Iterator<Item = ReadSegment<'a>>, target: &mut [u8]) -> usize {
     let mut copied = 0;
     for segment in segments {
@@ -139,43 +144,43 @@ fn copy<'a>(segments: impl Iterator<Item = ReadSegment<'a>>, target: &mut [u8]) 
     copied
 }
 
-/// What a capture has come to.
+/// Counts of a capture.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct CaptureStats {
     /// Frames that were written.
     pub captured: u64,
-    /// Frames that found no room, for whoever reads was too slow.
+    /// Frames that were left out because the queue was full.
     pub left_out: u64,
 }
 
-/// A port's capture, if there is one.
+/// The current capture of a port, if any. A port has at most one at a time.
 #[derive(Debug, Default)]
 pub struct Capture {
     on: AtomicBool,
-    /// The last one, which may be over.
+    /// Recorder of the last capture, which may have ended.
     recorder: Mutex<Option<Arc<Recorder>>>,
 }
 
 impl Capture {
     fn lock(&self) -> MutexGuard<'_, Option<Arc<Recorder>>> {
-        // Nobody panics while holding it.
+        // No thread panics while it holds the lock.
         self.recorder.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True while a capture runs.
+    /// Returns true if a capture runs.
     #[inline]
     pub fn is_on(&self) -> bool {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// Where frames are to be put, if they are captured.
+    /// Returns the recorder of the running capture, if one runs.
     #[inline]
     pub fn recorder(&self) -> Option<Arc<Recorder>> {
         if self.is_on() { self.lock().clone() } else { None }
     }
 
-    /// Begins a capture of the port `name` with so many queue pairs. What is returned is to be
-    /// [run](Writer::run) by a thread; nothing, if one is running already.
+    /// Begins a capture of the port `name` with `pairs` queue pairs. A thread must [run](Writer::run) the writer.
+    /// Returns `None` if a capture runs already.
     pub fn begin(
         self: &Arc<Self>,
         name: &str,
@@ -187,12 +192,12 @@ impl Capture {
         if self.on.load(Ordering::Relaxed) {
             return None;
         }
-        let (queue, records) = sync_channel(QUEUE);
+        let (queue, records) = sync_channel(QUEUE_FRAMES);
         let new = Arc::new(Recorder {
             snaplen: options.snaplen as usize,
             filter: options.filter.clone(),
             queue,
-            waiting: AtomicUsize::new(0),
+            queued: AtomicUsize::new(0),
             over: AtomicBool::new(false),
             written: AtomicU64::new(0),
             left_out: AtomicU64::new(0),
@@ -203,7 +208,7 @@ impl Capture {
         Some(Writer { capture: self.clone(), recorder: new, records, options, names, output })
     }
 
-    /// Has it end, once what was captured is written; says what it has come to so far.
+    /// Stops the capture. The writer ends when it has written the queue. Returns the counts so far.
     pub fn stop(&self) -> CaptureStats {
         self.on.store(false, Ordering::Relaxed);
         let recorder = self.lock();
@@ -222,7 +227,7 @@ impl Recorder {
     }
 }
 
-/// What writes a capture.
+/// The writer of a capture.
 pub struct Writer {
     capture: Arc<Capture>,
     recorder: Arc<Recorder>,
@@ -233,15 +238,15 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Writes until the capture is stopped, has all that was asked for, or nobody reads it any more.
+    /// Writes until the capture is stopped, has reached its number of frames, or the reader has closed the output.
     ///
     /// # Errors
-    /// Those of writing, but for that last one.
+    /// A write fails, for another reason than a closed output.
     pub fn run(self) -> io::Result<CaptureStats> {
         let result = self.write_all();
         self.recorder.over.store(true, Ordering::Relaxed);
         {
-            // Unless there is another by now.
+            // Another capture may have begun.
             let recorder = self.capture.lock();
             if recorder.as_ref().is_some_and(|it| Arc::ptr_eq(it, &self.recorder)) {
                 self.capture.on.store(false, Ordering::Relaxed);
@@ -257,14 +262,14 @@ impl Writer {
     }
 
     fn write_all(&self) -> PcapResult<()> {
-        // The library writes a statistics block's time right in this order of bytes only.
+        // pcap-file writes a statistics block's time correctly in big-endian order only.
         let mut pcap =
             PcapNgWriter::with_endianness(BufWriter::new(&self.output), Endianness::Big)?;
         for name in &self.names {
             let options = vec![
                 InterfaceDescriptionOption::IfName(Cow::Borrowed(name)),
                 InterfaceDescriptionOption::IfDescription(Cow::Borrowed(
-                    "queue pair of a virtual machine's card; inbound is to the guest",
+                    "queue pair of a virtio-net device; inbound is to the guest",
                 )),
                 // Nanoseconds.
                 InterfaceDescriptionOption::IfTsResol(9),
@@ -280,7 +285,7 @@ impl Writer {
                 Err(TryRecvError::Disconnected) => break,
                 Err(TryRecvError::Empty) => {
                     pcap.get_mut().flush().map_err(PcapError::IoError)?;
-                    match self.records.recv_timeout(LOOK) {
+                    match self.records.recv_timeout(POLL_INTERVAL) {
                         Ok(record) => record,
                         Err(RecvTimeoutError::Timeout) => {
                             let over = self.recorder.over.load(Ordering::Relaxed);
@@ -293,7 +298,7 @@ impl Writer {
                     }
                 }
             };
-            self.recorder.waiting.fetch_sub(record.bytes.len(), Ordering::Relaxed);
+            self.recorder.queued.fetch_sub(record.bytes.len(), Ordering::Relaxed);
             time = record.time;
             pcap.write_pcapng_block(block(&record))?;
             let written = self.recorder.written.fetch_add(1, Ordering::Relaxed) + 1;
@@ -301,7 +306,7 @@ impl Writer {
                 break;
             }
         }
-        // All is counted with the first interface: the queue is one for all.
+        // All interfaces share one queue, so the first interface has all counts.
         let CaptureStats { captured, left_out } = self.recorder.stats();
         let options = vec![
             InterfaceStatisticsOption::IsbIfRecv(captured + left_out),
@@ -315,8 +320,8 @@ impl Writer {
 
 fn block(record: &Record) -> EnhancedPacketBlock<'_> {
     // The lowest bits of the flags: 1 is inbound, 2 is outbound (draft-ietf-opsawg-pcapng, section
-    // 4.3.1). The queue pair is the interface.
-    let direction = match record.way {
+    // 4.3.1). Each queue pair is an interface.
+    let direction = match record.direction {
         FrameDirection::Rx => 1,
         FrameDirection::Tx => 2,
     };
@@ -353,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_are_chosen_by_parts_or_by_a_whole_list() {
+    fn filter_is_a_list_of_parts_or_complete() {
         let parse = |text: &str| parse_filter(text).map(|filter| filter.to_string());
         let parts = "allow tcp dport 80; allow icmp; default deny";
         assert_eq!(parse("tcp dport 80; icmp").as_deref(), Ok(parts));
@@ -365,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn what_finds_no_room_is_counted_and_nobody_waits() {
+    fn full_queue_leaves_frames_out_and_never_blocks() {
         let options = Options { snaplen: 60_000, count: None, filter: Filter::default() };
         let (capture, writer, mut reader) = begin(options.clone());
         let recorder = capture.recorder().unwrap();
@@ -389,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_capture_ends_with_whoever_reads_it_and_another_may_begin() {
+    fn capture_ends_with_its_reader_and_another_may_begin() {
         let options = Options { snaplen: 64, count: None, filter: Filter::default() };
         let (capture, writer, reader) = begin(options.clone());
         let thread = std::thread::spawn(move || writer.run().unwrap());
@@ -402,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_frames_are_written_as_were_asked_for_and_so_much_of_each() {
+    fn capture_keeps_to_count_and_snaplen() {
         let (capture, writer, mut reader) =
             begin(Options { snaplen: 10, count: Some(2), filter: Filter::default() });
         let recorder = capture.recorder().unwrap();

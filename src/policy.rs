@@ -1,8 +1,7 @@
-//! What an operator allows a guest: addresses of its own, certain
-//! protocols and peers, and so much traffic.
+//! The operator's policy for a guest: anti-spoofing, packet filters and rate limits.
 //!
-//! Invariant: a rule judges a copy of the frame's headers that the guest can't reach, and what is
-//! sent begins with that copy.
+//! Invariant: anti-spoofing and filters check a copy of the frame's headers that the guest cannot change, and the
+//! frame that is sent begins with that copy.
 
 pub mod allowed_sources;
 pub mod anti_spoofing;

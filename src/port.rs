@@ -40,7 +40,7 @@ pub struct Virtqueues<'mem> {
 }
 
 impl Virtqueues<'_> {
-    /// Number of rx buffers in flight.
+    /// Returns the number of rx buffers in flight.
     #[inline]
     pub fn buffers(&self) -> usize {
         self.rx.as_ref().map_or(0, Virtqueue::in_flight)
@@ -168,7 +168,8 @@ pub trait Port<'mem> {
         done: &mut Completions,
     ) -> bool;
 
-    /// Maximum number of rx buffers in flight. The worker asks in each turn, and pops no more than that.
+    /// Returns the maximum number of rx buffers in flight. The worker asks in each turn, and pops no more than
+    /// that.
     fn max_buffers(&self) -> usize;
 
     /// Takes over the rx buffers that were popped since the last call: the chains in flight that end at
@@ -183,11 +184,12 @@ pub trait Port<'mem> {
     /// The worker calls it last in each turn. `rx_allowance` is 0 while the rate limit admits no frames.
     fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions);
 
-    /// The mode for reports and metrics. The worker asks after turns that move something, and before it sleeps.
+    /// Returns the mode for reports and metrics. The worker asks after turns that move something, and before it
+    /// sleeps.
     fn mode(&self) -> Mode;
 
-    /// Events that must wake the idle worker. The worker asks after a turn that moves nothing: once to learn
-    /// whether to enable the rx ring's notifications, and again just before it sleeps.
+    /// Returns the events that must wake the idle worker. The worker asks after a turn that moves nothing: once to
+    /// learn whether to enable the rx ring's notifications, and again just before it sleeps.
     fn readiness(&self, queues: &Virtqueues<'mem>) -> Readiness<'_>;
 
     /// Notes that the worker has slept, or polls. `readable` is true if frames from the host may have arrived.
@@ -195,8 +197,8 @@ pub trait Port<'mem> {
     /// The worker calls it after each sleep, and with true before each turn while it polls.
     fn woken(&mut self, readable: bool);
 
-    /// A descriptor that becomes readable when the host's device changes. The worker asks once, before the first
-    /// turn, and waits for the descriptor whenever it sleeps.
+    /// Returns a descriptor that becomes readable when the host's device changes. The worker asks once, before the
+    /// first turn, and waits for the descriptor whenever it sleeps.
     fn events(&self) -> Option<BorrowedFd<'_>> {
         None
     }
@@ -245,7 +247,7 @@ impl Mode {
         Mode::ZeroCopy,
     ];
 
-    /// Name in reports and metrics.
+    /// Returns the name in reports and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Mode::None => "none",
@@ -264,13 +266,13 @@ impl Mode {
 pub struct Readiness<'a> {
     /// The descriptor to wait for, if the port has one.
     pub fd: Option<BorrowedFd<'a>>,
-    /// Whether frames from the host, which make `fd` readable, must wake the worker.
+    /// True if frames from the host, which make `fd` readable, must wake the worker.
     pub read: bool,
-    /// Whether space for frames to the host, which makes `fd` writable, must wake the worker.
+    /// True if space for frames to the host, which makes `fd` writable, must wake the worker.
     pub write: bool,
-    /// Whether `fd` may stay registered with epoll, edge-triggered: only frames from the host make it ready.
+    /// True if `fd` may stay registered with epoll, edge-triggered: only frames from the host make it ready.
     pub watched: bool,
-    /// Whether the port needs more rx buffers, so that the driver must kick when it provides some.
+    /// True if the port needs more rx buffers, so that the driver must kick when it provides some.
     pub starved: bool,
     /// Longest sleep until the next turn.
     pub timeout: Option<Duration>,
@@ -283,9 +285,9 @@ pub struct SessionConfig {
     pub negotiated: Negotiated,
     /// MTU in bytes.
     pub mtu: u16,
-    /// Whether the virtio-net device's link is up.
+    /// True if the virtio-net device's link is up.
     pub link: bool,
-    /// Whether the guest has an enabled rx ring.
+    /// True if the guest has an enabled rx ring.
     pub receives: bool,
     /// Descriptors of the rx ring; 0 without one.
     pub rx_size: u16,

@@ -25,8 +25,8 @@ pub struct Key {
     pub direction: FrameDirection,
     /// Protocol of the frames; `None` if the headers do not show it, and in the row of further peers.
     pub protocol: Option<Protocol>,
-    /// IP address of the peer: the destination on tx, the source on rx. `None` if the frames are no IP packets, and in
-    /// the row of further peers.
+    /// IP address of the peer: the destination on tx, the source on rx. `None` if the frames are no IP packets, and
+    /// in the row of further peers.
     pub peer: Option<IpAddr>,
 }
 
@@ -66,7 +66,7 @@ impl PeerTable {
         self.on.store(on, Ordering::Relaxed);
     }
 
-    /// Whether frames are counted.
+    /// Returns true if frames are counted.
     #[inline]
     pub fn is_on(&self) -> bool {
         self.on.load(Ordering::Relaxed)
@@ -86,7 +86,7 @@ impl PeerNotes {
         PeerNotes { peers, seen: Vec::new() }
     }
 
-    /// Whether frames are counted. Workers ask once for each burst.
+    /// Returns true if frames are counted. Workers ask once for each burst.
     #[inline]
     pub fn is_on(&self) -> bool {
         self.peers.is_on()

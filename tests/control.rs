@@ -95,7 +95,7 @@ fn what_cant_be_done_is_said_with_an_exit_code() {
     let daemon = operated();
     let cases: [(&[&str], i32, &str); 4] = [
         (&["show", "nobody"], 1, "no port \"nobody\""),
-        (&["set", "one", "--tx-limit=10"], 2, "'10' is no limit"),
+        (&["set", "one", "--tx-limit=10"], 2, "'10' is not a limit"),
         (&["dance"], 2, "dance"),
         (&["--control=/nonexistent/socket", "list"], 3, "is the daemon started with --control?"),
     ];

@@ -1,4 +1,4 @@
-//! Who a guest is, for anti-spoofing.
+//! The source addresses and VLANs that anti-spoofing allows a guest.
 
 use std::fmt;
 
@@ -6,15 +6,15 @@ use ipnet::IpNet;
 
 use crate::net_config::MacAddress;
 
-/// Who a guest is.
+/// The source addresses and VLANs that a guest may use.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AllowedSources {
-    /// Its Ethernet addresses; there is at least one.
+    /// Ethernet addresses, at least one.
     pub macs: Vec<MacAddress>,
-    /// Its IP addresses; none: any. The IPv6 link-local addresses that follow from its Ethernet
-    /// addresses (RFC 4291, appendix A) are its own anyway.
+    /// IP addresses and prefixes; an empty list allows any. The IPv6 link-local addresses derived from `macs`
+    /// (RFC 4291, appendix A) are always allowed.
     pub addresses: Vec<IpNet>,
-    /// VLANs whose tags it may set itself.
+    /// VLANs whose tags the guest may set itself.
     pub vlans: Vec<u16>,
 }
 

@@ -1,10 +1,11 @@
-//! Anti-spoofing: a guest speaks for itself only, and not as a router or a DHCP server.
+//! Anti-spoofing: a guest uses its own addresses only, and acts neither as a router nor as a DHCP server.
 //!
-//! The rules are those of cloud networks' port security and of libvirt's filter `clean-traffic`:
-//! source addresses (Ethernet, IPv4, IPv6), ARP (RFC 826), neighbour discovery (RFC 4861), no DHCP
-//! server, no router advertisement or redirect, and, of VLANs, those that are named. What can't be
-//! judged does not pass: other protocols, headers that are cut short, and headers hidden in
-//! fragments (RFC 6980, RFC 7113).
+//! The rules follow cloud networks' port security and libvirt's filter `clean-traffic`. They check source addresses
+//! (Ethernet, IPv4, IPv6), ARP (RFC 826) and neighbour discovery (RFC 4861). They forbid DHCP servers, router
+//! advertisements and redirects, and VLANs that the operator has not named.
+//!
+//! A frame that cannot be checked is forbidden: other protocols, truncated headers, and headers hidden in fragments
+//! (RFC 6980, RFC 7113).
 
 mod ipv6;
 #[cfg(test)]
@@ -20,21 +21,21 @@ use crate::net_config::MacAddress;
 const DHCP_SERVER: u16 = 67;
 const DHCP_CLIENT: u16 = 68;
 
-/// VLAN tags that are read: a tag within a tag would be the next switch's to read.
+/// Maximum number of VLAN tags: an inner tag would become effective behind the next switch.
 const MAX_TAGS: usize = 1;
 
-/// Destinations of bridges' own protocols, such as spanning tree and LLDP: 01:80:c2:00:00:0x
+/// Prefix of the destinations of bridge protocols, such as spanning tree and LLDP: 01:80:c2:00:00:0x
 /// (IEEE 802.1Q, table 8-1).
-const BRIDGES: [u8; 5] = [0x01, 0x80, 0xc2, 0, 0];
+const BRIDGE_GROUP: [u8; 5] = [0x01, 0x80, 0xc2, 0, 0];
 
-/// What a frame from the guest is judged by.
+/// The anti-spoofing rules for one guest.
 #[derive(Debug, PartialEq, Eq)]
 pub struct AntiSpoofing {
     sources: AllowedSources,
     link_local: Vec<Ipv6Addr>,
 }
 
-/// The copied start of a frame, or a part of it. What it does not hold is forbidden.
+/// The copied start of a frame, or a part of it. A read beyond its end means that the frame is forbidden.
 #[derive(Clone, Copy)]
 struct Bytes<'a>(&'a [u8]);
 
@@ -51,7 +52,7 @@ impl<'a> Bytes<'a> {
         bytes_at(self.0, at).ok_or(DropReason::Forbidden)
     }
 
-    /// Up to an end that may lie behind what was copied.
+    /// Returns the bytes before `end`, which may lie beyond the copy.
     fn up_to(self, end: usize) -> Bytes<'a> {
         Bytes(up_to(self.0, end))
     }
@@ -62,29 +63,29 @@ impl<'a> Bytes<'a> {
 }
 
 impl AntiSpoofing {
-    /// Whether an Ethernet address is the guest's.
+    /// Returns true if the guest may use an Ethernet address.
     pub fn is_own(&self, address: MacAddress) -> bool {
         self.sources.macs.contains(&address)
     }
 
-    /// Checks for a guest that owns `sources`.
+    /// Creates the rules for a guest that may use `sources`.
     pub fn new(sources: AllowedSources) -> Self {
         let link_local = sources.macs.iter().map(ipv6::link_local).collect();
         AntiSpoofing { sources, link_local }
     }
 
-    /// Judges a frame by its start: at least the Ethernet header, and as much of the rest as rules
-    /// need to see. The frame must be sent with these very bytes.
+    /// Checks a frame by its start: at least the Ethernet header, and all headers up to the transport protocol's.
+    /// The frame must be sent with exactly these bytes.
     ///
     /// # Errors
-    /// Why it must be dropped.
+    /// The reason to drop the frame.
     pub fn check(&self, start: &[u8]) -> Result<(), DropReason> {
         let frame = Bytes(start);
         self.check_mac(frame, 6)?;
-        if start.starts_with(&BRIDGES) && start[5] <= 0xf {
+        if start.starts_with(&BRIDGE_GROUP) && start[5] <= 0xf {
             return Err(DropReason::Forbidden);
         }
-        // The VLAN 0 is none: such a tag has a priority only.
+        // A tag with VLAN 0 carries a priority only.
         if let Some(id) = first_vlan_tag(start).map(|tag| tag & 0xfff)
             && id != 0
             && !self.sources.vlans.contains(&id)
@@ -117,13 +118,13 @@ impl AntiSpoofing {
     }
 
     fn check_arp(&self, packet: Bytes<'_>) -> Result<(), DropReason> {
-        // Ethernet and IPv4, six and four bytes long.
+        // Hardware type Ethernet, protocol IPv4, address lengths 6 and 4 bytes.
         if packet.array(0)? != [0, 1, 8, 0, 6, 4] {
             return Err(DropReason::Forbidden);
         }
         self.check_mac(packet, 8)?;
         let sender = Ipv4Addr::from(packet.array::<4>(14)?);
-        // A probe (RFC 5227) has no address yet.
+        // A probe (RFC 5227) has sender address 0.0.0.0.
         if sender.is_unspecified() { Ok(()) } else { self.check_address(sender.into()) }
     }
 
@@ -134,7 +135,7 @@ impl AntiSpoofing {
         if length < header_length {
             return Err(DropReason::Forbidden);
         }
-        // Receivers cut off what follows the packet: padding holds no headers.
+        // Receivers ignore bytes behind the packet, so padding holds no headers.
         let packet = packet.up_to(length);
         let source = header.source();
         if header.fragment_offset() == 0 && header.protocol() == protocol::UDP {

@@ -1,13 +1,13 @@
-//! Lists of what is allowed and denied, by protocol, port and prefix: the first rule that a frame
+//! Packet filters: lists of rules that allow or deny by protocol, port and prefix. The first rule that a frame
 //! matches decides.
 //!
-//! One list has three judges that must agree: [`Filter::judge`], for frames from the guest, and the
-//! programs that the kernel runs on frames for it, for a socket filter (`classic`) or in an XDP
-//! program (`extended`). Both are emitted from the same steps (`steps`).
+//! A filter has three forms, which must agree. [`Filter::check`] checks frames from the guest. The kernel runs a
+//! program on frames to the guest: classic BPF as a socket filter of a TAP (`classic`), or eBPF in an XDP program
+//! (`extended`). Both programs are assembled from the same list of steps (`steps`).
 //!
-//! Invariant: what can't be known of a frame (a port in a later fragment, what lies behind a
-//! header that is cut short) counts against it: it matches a rule that denies, and none that
-//! allows. A frame that carries another one, which nobody looks at, matches every rule that denies.
+//! Invariant: an unknown property of a frame counts against the frame, for example a port in a later fragment, or
+//! the fields behind a truncated header. Such a frame matches a rule that denies, and no rule that allows. A frame
+//! that carries another packet or frame, which the filter does not parse, matches every rule that denies.
 
 mod classic;
 mod extended;
@@ -28,21 +28,21 @@ pub use extended::{SEEN, SEEN_AT, extended, seen};
 use facts::Facts;
 pub use facts::carried;
 
-/// Most rules of a filter.
+/// Maximum number of rules of a filter.
 pub const MAX_RULES: usize = 64;
 
-/// What becomes of a frame.
+/// The decision on a frame.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Action {
-    /// It passes.
+    /// The frame passes.
     #[default]
     Allow,
-    /// It is dropped.
+    /// The frame is dropped.
     Deny,
 }
 
-/// A list of rules, as `deny tcp dport 25; allow udp from 192.0.2.0/24; default deny`, or `none`,
-/// which allows all.
+/// A list of rules, such as `deny tcp dport 25; allow udp from 192.0.2.0/24; default deny`; or `none`, which allows
+/// all frames.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "language::Text", into = "String")]
 pub struct Filter {
@@ -50,7 +50,7 @@ pub struct Filter {
     default: Action,
 }
 
-/// What a frame must be for a rule to decide.
+/// A rule: the conditions that a frame must meet, and the action then. An absent condition matches all frames.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Rule {
     action: Action,
@@ -61,22 +61,22 @@ struct Rule {
     destination_port: Option<Ports>,
 }
 
-/// What a frame carries.
+/// The protocol that a frame carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Protocol {
-    /// By the Ethernet header, or the last VLAN tag.
+    /// Ethertype in the Ethernet header or in the last VLAN tag.
     Ethertype(u16),
-    /// ICMP, which is IPv4's.
+    /// ICMP in IPv4.
     Icmp,
-    /// ICMPv6, which is IPv6's.
+    /// ICMPv6 in IPv6.
     Icmp6,
-    /// By the header of IPv4, or the last one of IPv6.
+    /// Protocol number in the IPv4 header, or in the last of the IPv6 headers.
     Ip(u8),
-    /// Neither IPv4, IPv6 nor ARP.
+    /// Any protocol but IPv4, IPv6 and ARP.
     Other,
 }
 
-/// Ports, both ends included.
+/// A range of ports, both ends included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Ports {
     first: u16,
@@ -84,18 +84,18 @@ struct Ports {
 }
 
 impl Filter {
-    /// Whether it lets everything pass.
+    /// Returns true if the filter allows all frames.
     pub fn is_none(&self) -> bool {
         *self == Filter::default()
     }
 
-    /// Judges a frame by its start, which must be what is sent.
+    /// Checks a frame by its start. The frame must be sent with exactly these bytes.
     ///
     /// # Errors
-    /// [`DropReason::Filtered`] if the filter denies it.
+    /// [`DropReason::Filtered`] if the filter denies the frame.
     pub fn check(&self, start: &[u8]) -> Result<(), DropReason> {
         let facts = Facts::read(start);
-        let first = self.rules.iter().find(|rule| rule.decides(&facts));
+        let first = self.rules.iter().find(|rule| rule.matches(&facts));
         match first.map_or(self.default, |rule| rule.action) {
             Action::Allow => Ok(()),
             Action::Deny => Err(DropReason::Filtered),
@@ -104,7 +104,7 @@ impl Filter {
 }
 
 impl Rule {
-    fn decides(&self, facts: &Facts) -> bool {
+    fn matches(&self, facts: &Facts) -> bool {
         let unknown = self.action == Action::Deny;
         if unknown && facts.carries {
             return true;
@@ -120,7 +120,7 @@ impl Rule {
         let is_ipv6 = || facts.addresses.is(unknown, |pair| pair[0].is_ipv6());
         let protocol = match self.protocol {
             None => true,
-            // RARP has ARP's packets.
+            // RARP packets have ARP's format.
             Some(Protocol::Ethertype(ethertype::ARP)) if unknown => {
                 facts.ethertype.is(unknown, |it| [ethertype::ARP, ethertype::RARP].contains(&it))
             }

@@ -1,9 +1,9 @@
-//! How much traffic a port may have: a bucket of bits and one of packets for each direction.
+//! Rate limits of a port: for each direction a token bucket of bits and one of packets.
 //!
-//! A bucket is kept as a time: that at which it will be full again (the virtual scheduling
-//! algorithm of ITU-T I.371). A frame may pass while that time is no further away than the bucket
-//! takes to fill, and puts it off by as long as its own size takes. So a frame larger than what is
-//! left passes too, and the next one waits for longer: over time, the rate is kept.
+//! A bucket is represented by the time at which it will be full again (the virtual scheduling algorithm of ITU-T
+//! I.371). A frame passes unless that time is further away than an empty bucket takes to fill. The frame then
+//! postpones that time by its size divided by the rate. So a frame larger than the bucket's content passes too, and
+//! the next frame waits longer: over time, the rate is kept.
 
 use std::fmt;
 use std::str::FromStr;
@@ -13,36 +13,35 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// Units of time that a nanosecond has. 64 bits of them last for nine years.
+/// Units of time in a nanosecond. 64 bits of such units last for nine years.
 const UNITS: u64 = 64;
-/// How long a bucket takes to fill, if nothing else is said.
+/// Default burst, as the time in which the bucket fills.
 const DEFAULT_BURST: Duration = Duration::from_millis(10);
-/// Size of a bucket at the least, in bytes: some frames of usual length.
+/// Minimum default burst in bytes: ten frames of 1514 bytes.
 const MIN_BURST_BYTES: u64 = 16 << 10;
-/// The same in packets.
+/// Minimum default burst in packets.
 const MIN_BURST_PACKETS: u64 = 16;
-/// Highest rate in bits per second: the shortest frame takes some hundreds of units.
+/// Highest rate in bits per second, at which the shortest frame takes about 300 units of time.
 const MAX_BITS: u64 = 100_000_000_000;
-/// The same in packets.
+/// Highest rate in packets per second.
 const MAX_PACKETS: u64 = 1_000_000_000;
 
-/// So many per second over time, and so many at once.
+/// A rate, and the burst that may exceed it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
     /// Bits, or packets, per second.
     pub per_second: u64,
-    /// Bytes, or packets, that may come at once after a pause.
+    /// Bytes, or packets, that may pass at once after a pause.
     pub burst: u64,
 }
 
-/// What one direction of a port may move, as it is on the wire: a frame that is sent in segments
-/// counts as these.
+/// The rate limit of one direction of a port, on the wire: a GSO frame counts as its segments.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Limit {
-    /// Bits per second, and bytes at once.
+    /// Bits per second, with a burst in bytes; `None` for no limit.
     pub bits: Option<Rate>,
-    /// Packets per second, and at once.
+    /// Packets per second, with a burst in packets; `None` for no limit.
     pub packets: Option<Rate>,
 }
 
@@ -63,11 +62,11 @@ impl From<Limit> for String {
 impl FromStr for Limit {
     type Err = String;
 
-    /// Reads `100mbit`, `10kpps`, `1gbit,100kpps,burst=2m,packet-burst=500`, `none`.
+    /// Parses `100mbit`, `10kpps`, `1gbit,100kpps,burst=2m,packet-burst=500`, `none`.
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = |part: &str| {
             format!(
-                "'{part}' is no limit: write 100mbit, 10kpps, burst=256k, packet-burst=100, or none"
+                "'{part}' is not a limit; write 100mbit, 10kpps, burst=256k, packet-burst=100, or none"
             )
         };
         let (mut bits, mut packets, mut burst, mut packet_burst) = (None, None, None, None);
@@ -88,27 +87,46 @@ impl FromStr for Limit {
             };
             let number = scaled(number).ok_or_else(|| wrong(part))?;
             if place.replace(number).is_some() {
-                return Err(format!("'{part}' is said twice"));
+                return Err(format!("'{part}' is given twice"));
             }
         }
-        let rate =
-            |name, per_second: Option<u64>, burst: Option<u64>, size: u64, least, most| match (
-                per_second, burst,
-            ) {
-                (None, None) => Ok(None),
-                (None, Some(_)) => Err(format!("there is a burst of {name}, and no rate of them")),
-                (Some(rate), _) if rate > most => {
-                    Err(format!("{rate} {name} a second are more than {most}"))
-                }
-                (Some(per_second), burst) => {
-                    let by_time = per_second / size / (1000 / DEFAULT_BURST.as_millis() as u64);
-                    let burst = burst.unwrap_or(by_time.max(least));
-                    Ok(Some(Rate { per_second, burst }))
-                }
-            };
+        let rate = |unit,
+                    no_rate: &str,
+                    per_second: Option<u64>,
+                    burst: Option<u64>,
+                    size: u64,
+                    least,
+                    most| match (per_second, burst) {
+            (None, None) => Ok(None),
+            (None, Some(_)) => Err(no_rate.to_owned()),
+            (Some(rate), _) if rate > most => {
+                Err(format!("{rate} {unit}s per second exceed the maximum of {most}"))
+            }
+            (Some(per_second), burst) => {
+                let by_time = per_second / size / (1000 / DEFAULT_BURST.as_millis() as u64);
+                let burst = burst.unwrap_or(by_time.max(least));
+                Ok(Some(Rate { per_second, burst }))
+            }
+        };
         let limit = Limit {
-            bits: rate("bits", bits, burst, 8, MIN_BURST_BYTES, MAX_BITS)?,
-            packets: rate("packets", packets, packet_burst, 1, MIN_BURST_PACKETS, MAX_PACKETS)?,
+            bits: rate(
+                "bit",
+                "burst= requires a bit rate",
+                bits,
+                burst,
+                8,
+                MIN_BURST_BYTES,
+                MAX_BITS,
+            )?,
+            packets: rate(
+                "packet",
+                "packet-burst= requires a packet rate",
+                packets,
+                packet_burst,
+                1,
+                MIN_BURST_PACKETS,
+                MAX_PACKETS,
+            )?,
         };
         if limit == Limit::default() {
             return Err(wrong(text));
@@ -117,7 +135,7 @@ impl FromStr for Limit {
     }
 }
 
-/// A whole number from 1 on, with `k`, `m` or `g` behind it for powers of a thousand.
+/// Parses a whole number of at least 1, with an optional suffix `k`, `m` or `g` for powers of 1000.
 fn scaled(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor = match &text[digits.len()..] {
@@ -130,7 +148,7 @@ fn scaled(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(factor).filter(|number| *number > 0)
 }
 
-/// A number as people write it: `100m`.
+/// A number written with the longest suffix: `100m`.
 struct Short(u64);
 
 impl fmt::Display for Short {
@@ -157,28 +175,28 @@ impl fmt::Display for Limit {
     }
 }
 
-/// Both directions' limiters.
+/// The limiters of both directions.
 #[derive(Debug)]
 pub struct Limits {
-    /// Of frames to the guest.
+    /// Limiter of frames to the guest.
     pub rx: Limiter,
-    /// Of frames from the guest.
+    /// Limiter of frames from the guest.
     pub tx: Limiter,
 }
 
-/// A bucket that has run in part, or in advance.
+/// A token bucket. Its content can be negative after a large frame.
 #[derive(Debug, Clone, Copy)]
 struct Bucket {
-    /// Units of time for a thousand bytes, or packets.
+    /// Units of time for 1000 bytes, or 1000 packets.
     each: u64,
-    /// Units of time until an empty bucket is full.
+    /// Units of time in which an empty bucket fills.
     depth: u64,
-    /// When it will be full again.
+    /// Time at which the bucket will be full.
     full_at: u64,
 }
 
 impl Bucket {
-    /// `scale` is bits in a byte, or 1.
+    /// Creates a full bucket. `scale` is 8 for bytes at a rate in bits, and 1 for packets.
     fn new(rate: Rate, scale: u64, now: u64) -> Self {
         const SECOND: u64 = 1_000_000_000 * UNITS;
         let each = (1000 * scale).saturating_mul(SECOND) / rate.per_second;
@@ -187,12 +205,12 @@ impl Bucket {
         Bucket { each, depth: depth.min(u128::from(u64::MAX >> 2)) as u64, full_at: now }
     }
 
-    /// Units of time until something may pass.
+    /// Returns the units of time until a frame may pass.
     fn wait(&self, now: u64) -> u64 {
         self.full_at.saturating_sub(now.saturating_add(self.depth))
     }
 
-    /// Bytes or packets that it still has.
+    /// Returns the bytes or packets in the bucket.
     fn left(&self, now: u64) -> u64 {
         let time = now.saturating_add(self.depth).saturating_sub(self.full_at.max(now));
         time.saturating_mul(1000) / self.each.max(1)
@@ -227,24 +245,24 @@ impl Buckets {
     }
 }
 
-/// How far buckets are used up: nanoseconds until each is full again.
+/// Nanoseconds until each bucket is full, for a take-over by another daemon.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Debt {
     bytes: u64,
     packets: u64,
 }
 
-/// One direction's buckets, which all queue pairs of a port share.
+/// The buckets of one direction, which all queue pairs of a port share.
 #[derive(Debug)]
 pub struct Limiter {
-    /// Whether there is a limit at all.
+    /// True if a limit is set.
     limited: AtomicBool,
     buckets: Mutex<Buckets>,
     epoch: Instant,
 }
 
 impl Limiter {
-    /// Full buckets.
+    /// Creates a limiter with full buckets.
     pub fn new(limit: &Limit) -> Self {
         let limiter = Limiter {
             limited: AtomicBool::new(false),
@@ -255,7 +273,7 @@ impl Limiter {
         limiter
     }
 
-    /// Has another limit kept from now on.
+    /// Replaces the limit. The buckets are full then.
     pub fn set(&self, limit: &Limit) {
         let now = self.now();
         let bucket = |rate: Option<Rate>, scale| rate.map(|rate| Bucket::new(rate, scale, now));
@@ -264,19 +282,19 @@ impl Limiter {
         self.limited.store(*limit != Limit::default(), Ordering::Relaxed);
     }
 
-    /// The limit that is kept.
+    /// Returns the limit in force.
     pub fn limit(&self) -> Limit {
         self.lock().limit
     }
 
-    /// Whether there is a limit. If not, nothing has to be counted here.
+    /// Returns true if a limit is set. If not, callers need not charge frames.
     #[inline]
     pub fn is_limited(&self) -> bool {
         self.limited.load(Ordering::Relaxed)
     }
 
-    /// How many of these frames may pass now, each given by the packets and the bytes that it is.
-    /// They are counted.
+    /// Returns the number of frames that may pass now, and charges these frames. An item is a frame's number of
+    /// packets and of bytes.
     pub fn admit(&self, frames: impl Iterator<Item = (u64, u64)>) -> usize {
         let now = self.now();
         let mut buckets = self.lock();
@@ -291,8 +309,8 @@ impl Limiter {
         admitted
     }
 
-    /// How many frames may pass now, if each is as large as can be. They are to be counted by
-    /// [`charge`](Self::charge), since nobody knows their lengths yet.
+    /// Returns the number of frames of the largest size that may pass now. The caller must [`charge`](Self::charge)
+    /// the frames when their lengths are known.
     pub fn allowance(&self) -> usize {
         const LARGEST: u64 = 64 << 10;
         const SEGMENTS: u64 = 45;
@@ -306,13 +324,13 @@ impl Limiter {
         (bytes / LARGEST).min(packets / SEGMENTS).max(1) as usize
     }
 
-    /// Counts what has passed already, or more than was counted of it.
+    /// Charges packets and bytes that have passed already.
     pub fn charge(&self, packets: u64, bytes: u64) {
         let now = self.now();
         self.lock().charge(packets, bytes, now);
     }
 
-    /// How far it is used up.
+    /// Returns the buckets' debt.
     pub fn debt(&self) -> Debt {
         let now = self.now();
         let buckets = self.lock();
@@ -322,7 +340,7 @@ impl Limiter {
         Debt { bytes: owed(&buckets.bytes), packets: owed(&buckets.packets) }
     }
 
-    /// Takes another's debt over, of a minute at the most.
+    /// Takes over the debt of a predecessor's limiter, at most one minute of it.
     pub fn owe(&self, debt: &Debt) {
         const MOST: u64 = 60_000_000_000;
         let now = self.now();
@@ -335,13 +353,13 @@ impl Limiter {
         }
     }
 
-    /// How long nothing may pass.
+    /// Returns the time until a frame may pass.
     pub fn wait(&self) -> Duration {
         Duration::from_nanos(self.lock().wait(self.now()).div_ceil(UNITS))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Buckets> {
-        // Nobody panics while holding it.
+        // No thread panics while it holds the lock.
         self.buckets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -359,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_read_and_shown() {
+    fn limits_are_parsed_and_displayed() {
         let bits = |per_second, burst| Some(Rate { per_second, burst });
         assert_eq!(limit("100mbit").bits, bits(100_000_000, 125_000));
         assert_eq!(limit("64kbit").bits, bits(64_000, MIN_BURST_BYTES));
@@ -389,7 +407,8 @@ mod tests {
         }
     }
 
-    /// Frames of `length` bytes that pass in `time` of tries each `step`, and the longest run.
+    /// Simulates attempts each `step` during `time`. Returns the number of frames of `length` bytes that pass, and
+    /// the longest run of frames.
     fn pass(limit: &Limit, length: u64, time: Duration, step: Duration) -> (u64, u64) {
         let mut buckets = Buckets {
             limit: *limit,
@@ -413,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_is_kept_whatever_the_size_of_frames() {
+    fn rate_is_kept_for_all_frame_sizes() {
         for (rate, length, seconds) in [
             ("10mbit", 60, 1.0),
             ("10mbit", 65_000, 9.0),
@@ -439,16 +458,16 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_larger_than_the_bucket_passes_and_is_paid_for() {
+    fn frame_larger_than_the_bucket_passes_and_is_charged() {
         let mut bucket = Bucket::new(Rate { per_second: 8000, burst: 100 }, 8, 0);
         assert_eq!(bucket.wait(0), 0);
         bucket.charge(1000, 0);
-        // A thousand bytes at a thousand a second, of which a hundred were saved up.
+        // 1000 bytes at 1000 bytes per second, with a burst of 100 bytes.
         assert_eq!(bucket.wait(0), 900_000_000 * UNITS);
     }
 
     #[test]
-    fn no_limit_lets_all_pass_and_a_new_one_counts_at_once() {
+    fn limit_takes_effect_at_once() {
         let limiter = Limiter::new(&Limit::default());
         assert!(!limiter.is_limited());
         assert_eq!(limiter.admit(std::iter::repeat_n((1, 1500), 1000)), 1000);

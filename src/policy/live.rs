@@ -1,11 +1,11 @@
-//! A filter that operators may change while frames are judged by it.
+//! A packet filter that an operator can replace while workers use it.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Filter;
 
-/// A filter, and how often it was changed.
+/// A filter, and the number of its changes.
 #[derive(Debug, Default)]
 pub struct LiveFilter {
     changes: AtomicUsize,
@@ -13,42 +13,42 @@ pub struct LiveFilter {
 }
 
 impl LiveFilter {
-    /// With this filter to begin with.
+    /// Creates the live filter, with `filter` in force.
     pub fn new(filter: Filter) -> Self {
         LiveFilter { changes: AtomicUsize::new(0), filter: Mutex::new(Arc::new(filter)) }
     }
 
-    /// The filter that is in force.
+    /// Returns the filter in force.
     pub fn get(&self) -> Arc<Filter> {
         self.filter.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Has each burst from now on judged by this one.
+    /// Replaces the filter. Each worker uses the new one from its next burst on.
     pub fn set(&self, filter: Filter) {
         *self.filter.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(filter);
-        // After the filter: whoever sees the change finds it.
+        // Counted after the filter is replaced: a thread that sees the new count finds the new filter.
         self.changes.fetch_add(1, Ordering::Release);
     }
 }
 
-/// What one thread knows of it.
+/// One thread's view of a live filter.
 #[derive(Debug, Clone)]
 pub struct FilterView {
     live: Arc<LiveFilter>,
     seen: usize,
-    /// Nothing, if it lets everything pass.
+    /// The filter; `None` if it allows every frame.
     current: Option<Arc<Filter>>,
 }
 
 impl FilterView {
-    /// With the filter as it is now.
+    /// Creates a view of the filter in force.
     pub fn new(live: Arc<LiveFilter>) -> Self {
         let seen = live.changes.load(Ordering::Acquire);
         let current = Some(live.get()).filter(|filter| !filter.is_none());
         FilterView { live, seen, current }
     }
 
-    /// Looks whether it was changed: once a burst.
+    /// Updates the view if the filter has changed. Workers call it once for each burst.
     #[inline]
     pub fn refresh(&mut self) {
         if self.live.changes.load(Ordering::Acquire) != self.seen {
@@ -56,7 +56,7 @@ impl FilterView {
         }
     }
 
-    /// The filter, unless it lets everything pass.
+    /// Returns the filter; `None` if it allows every frame.
     #[inline]
     pub fn current(&self) -> Option<&Filter> {
         self.current.as_deref()
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_is_seen_at_the_next_look() {
+    fn change_is_seen_at_the_next_refresh() {
         let live = Arc::new(LiveFilter::default());
         let mut view = FilterView::new(live.clone());
         assert_eq!(view.current(), None);

@@ -63,8 +63,8 @@ impl Announcer {
     }
 }
 
-/// A reverse ARP request for the sender's own IP address (RFC 903), as QEMU and Linux send to announce a device.
-/// Switches learn the device's location from the source address, and no host answers.
+/// Builds a reverse ARP request for the sender's own IP address (RFC 903), as QEMU and Linux send to announce a
+/// device. Switches learn the device's location from the source address, and no host answers.
 fn reverse_arp(address: [u8; 6]) -> [u8; 60] {
     let mut frame = [0; 60];
     frame[..6].fill(0xff);

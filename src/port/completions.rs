@@ -43,7 +43,7 @@ pub struct Completions {
     pub rx_copied: Vec<CopyReason>,
     /// Reasons of copies in user space, one for each copied frame from the guest.
     pub tx_copied: Vec<CopyReason>,
-    /// Whether an operator captures frames.
+    /// True if an operator captures frames.
     pub captures: bool,
     /// During a capture, frames from the guest that have completed or will complete, oldest first.
     pub captured: VecDeque<Captured>,

@@ -28,7 +28,7 @@ pub enum HostQueue {
 }
 
 impl HostQueue {
-    /// Offloads that the port supports.
+    /// Returns the offloads that the port supports.
     pub fn offloads(&self) -> PortOffloads {
         match self {
             HostQueue::Tap(queue) => queue.offloads(),
@@ -69,7 +69,8 @@ impl HostQueue {
         })
     }
 
-    /// State of the TAP that a successor needs beside [`handle`](Self::handle); `None` for other queues.
+    /// Returns the state of the TAP that a successor needs beside [`handle`](Self::handle); `None` for other
+    /// queues.
     pub fn tap_state(&self) -> Option<TapState> {
         match self {
             HostQueue::Tap(queue) => Some(queue.state()),
@@ -77,7 +78,7 @@ impl HostQueue {
         }
     }
 
-    /// Current index of the device; 0 without a device, and for a device in another network namespace.
+    /// Returns the current index of the device; 0 without a device, and for a device in another network namespace.
     pub fn device(&self) -> Arc<AtomicU32> {
         match self {
             HostQueue::Tap(queue) => Arc::new(queue.state().index.unwrap_or(0).into()),
@@ -86,7 +87,7 @@ impl HostQueue {
         }
     }
 
-    /// Largest MTU in bytes that a virtio-net device on this queue can have.
+    /// Returns the largest MTU in bytes that a virtio-net device on this queue can have.
     pub fn largest_mtu(&self) -> u16 {
         match self {
             HostQueue::AfXdp(_) => af_xdp::MAX_MTU as u16,
@@ -94,7 +95,7 @@ impl HostQueue {
         }
     }
 
-    /// Sandbox role of the thread that serves the queue.
+    /// Returns the sandbox role of the thread that serves the queue.
     pub fn role(&self) -> Role {
         match self {
             HostQueue::AfXdp(_) => Role::XdpWorker,
@@ -102,7 +103,7 @@ impl HostQueue {
         }
     }
 
-    /// Filter of frames to the guest, for all queues of the port.
+    /// Returns the filter of frames to the guest, for all queues of the port.
     pub fn rx_filter(&self) -> RxFilter {
         let (backend, current) = match self {
             HostQueue::Tap(queue) => {
@@ -173,7 +174,7 @@ enum FilterBackend {
 }
 
 impl RxFilter {
-    /// The filter in force.
+    /// Returns the filter in force.
     pub fn get(&self) -> Arc<Filter> {
         self.current.get()
     }
@@ -213,7 +214,7 @@ impl RxFilter {
         }
     }
 
-    /// Sandbox role of the thread that calls [`set`](Self::set).
+    /// Returns the sandbox role of the thread that calls [`set`](Self::set).
     pub fn role(&self) -> Role {
         match self.backend {
             FilterBackend::Tap(_) | FilterBackend::Loopback => Role::Control,

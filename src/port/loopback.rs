@@ -20,7 +20,7 @@ pub struct Loopback {
     start: HeaderCopy,
     /// Position in the tx ring up to which the worker has submitted frames.
     until: u16,
-    /// Whether a frame waits for more rx buffers.
+    /// True if a frame waits for more rx buffers.
     starved: bool,
 }
 
@@ -66,7 +66,7 @@ impl Loopback {
         }
     }
 
-    /// Number of the oldest buffers that hold `length` bytes; `None` if all of them are too small.
+    /// Returns the number of oldest buffers that hold `length` bytes; `None` if all of them are too small.
     #[inline]
     fn buffers_for(&self, length: usize, rx: &Virtqueue<'_, Writable>) -> Option<usize> {
         if rx.in_flight() > 0 && rx.chain(rx.next_used()).len() >= length {

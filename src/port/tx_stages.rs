@@ -25,7 +25,7 @@ pub struct TxStages {
     /// The operator's tx filter.
     pub filter: FilterView,
     peers: PeerNotes,
-    /// Whether this burst's frames go into a capture, or are counted by peer.
+    /// True if this burst's frames go into a capture, or are counted by peer.
     observes: bool,
 }
 
@@ -59,19 +59,19 @@ impl TxStages {
         self.peers.publish();
     }
 
-    /// Length in bytes of the negotiated virtio-net header.
+    /// Returns the length in bytes of the negotiated virtio-net header.
     #[inline(always)]
     pub fn header_length(&self) -> usize {
         self.headers.header_length
     }
 
-    /// Whether the frame in `chain` passes without a copy or an inspection of its headers.
+    /// Returns true if the frame in `chain` passes without a copy or an inspection of its headers.
     #[inline(always)]
     pub(super) fn is_plain(&self, chain: &Segment<'_>) -> bool {
         self.headers.is_plain(chain)
     }
 
-    /// Whether anti-spoofing or the filter inspects headers. The inspected bytes must be sent unchanged.
+    /// Returns true if anti-spoofing or the filter inspects headers. The inspected bytes must be sent unchanged.
     #[inline]
     pub fn inspects_headers(&self) -> bool {
         self.anti_spoofing.is_some() || self.filter.current().is_some()
@@ -143,7 +143,7 @@ impl TxStages {
         self.filter.current().map_or(Ok(()), |filter| filter.check(headers))
     }
 
-    /// The checked bytes that replace the frame's start.
+    /// Returns the checked bytes that replace the frame's start.
     #[inline(always)]
     pub(super) fn checked<'a>(&self, how: Validated, start: &'a HeaderCopy) -> &'a [u8] {
         match how {

@@ -1,4 +1,4 @@
-//! Anti-spoofing of IPv6, with neighbour discovery.
+//! Anti-spoofing of IPv6 and of neighbour discovery.
 
 use std::net::Ipv6Addr;
 
@@ -15,7 +15,7 @@ const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
 
-/// Extension headers that one packet may have.
+/// Maximum number of extension headers of a packet.
 const MAX_EXTENSIONS: usize = 7;
 
 /// The ICMPv6 message of a packet.
@@ -23,21 +23,21 @@ struct Message<'a> {
     bytes: Bytes<'a>,
     source: Ipv6Addr,
     is_fragment: bool,
-    /// Whether all of the packet is there.
+    /// True if the copied bytes hold the whole packet.
     is_whole: bool,
 }
 
 impl AntiSpoofing {
     pub(super) fn check_ipv6(&self, packet: Bytes<'_>) -> Result<(), DropReason> {
         let header = Ipv6::parse(packet.0).ok_or(DropReason::Forbidden)?;
-        // Receivers cut off what follows the packet: padding holds no headers.
+        // Receivers ignore bytes behind the packet, so padding holds no headers.
         let length = header.total_length();
         let packet = packet.up_to(length);
         let source = header.source();
         let upper = Walk::over_all(MAX_EXTENSIONS)
             .walk(packet.0, header.next_header(), Ipv6::LENGTH)
             .ok_or(DropReason::Forbidden)?;
-        // A later fragment has none.
+        // A later fragment has no transport header.
         let payload = upper.transport.map(|at| packet.from(at)).transpose()?;
         let icmp = payload.filter(|_| upper.protocol == protocol::ICMPV6);
         if let Some(bytes) = icmp {
@@ -49,7 +49,7 @@ impl AntiSpoofing {
         {
             return Err(DropReason::Forbidden);
         }
-        // Of a guest that has no address yet, and looks whether somebody else has it.
+        // Duplicate address detection, before the guest has an address.
         if source.is_unspecified() && icmp.is_some() {
             return Ok(());
         }
@@ -68,13 +68,13 @@ impl AntiSpoofing {
         if is_fragment {
             return Err(DropReason::Forbidden);
         }
-        // An advertisement claims its target, and so does a solicitation by nobody.
+        // An advertisement claims its target, and so does a solicitation from the unspecified address.
         let claims = kind == NEIGHBOUR_ADVERTISEMENT
             || (kind == NEIGHBOUR_SOLICITATION && source.is_unspecified());
         if claims {
             self.check_address(Ipv6Addr::from(bytes.array::<16>(8)?).into())?;
         }
-        // Link-layer addresses of source and target, up to the packet's end.
+        // The options hold the link-layer addresses of source and target, up to the packet's end.
         if !is_whole {
             return Err(DropReason::Forbidden);
         }
@@ -93,7 +93,7 @@ impl AntiSpoofing {
     }
 }
 
-/// The interface's link-local address by modified EUI-64.
+/// Derives the link-local address of an interface by modified EUI-64.
 pub(super) fn link_local(mac: &MacAddress) -> Ipv6Addr {
     let [a, b, c, d, e, f] = mac.0.map(u16::from);
     Ipv6Addr::new(0xfe80, 0, 0, 0, (a ^ 2) << 8 | b, c << 8 | 0xff, 0xfe00 | d, e << 8 | f)

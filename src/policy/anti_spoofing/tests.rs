@@ -44,7 +44,7 @@ fn arp(mac: [u8; 6], address: [u8; 4]) -> Vec<u8> {
     ethernet(ARP, &rest)
 }
 
-/// A solicitation or advertisement with one option.
+/// Builds a neighbour solicitation or advertisement with one option.
 fn neighbour(kind: u8, target: &str, option: u8, mac: [u8; 6]) -> Vec<u8> {
     let target = target.parse::<Ipv6Addr>().unwrap().octets();
     [&[kind, 0, 0, 0, 0, 0, 0, 0], &target[..], &[option, 1], &mac[..]].concat()
@@ -55,7 +55,7 @@ fn udp(from: u16, to: u16) -> Vec<u8> {
 }
 
 #[test]
-fn a_guest_may_speak_for_itself() {
+fn own_addresses_pass() {
     let frames = [
         ipv4([192, 0, 2, 5], 6, &[0; 20]),
         ipv4([192, 0, 2, 5], UDP, &udp(68, 67)),
@@ -63,7 +63,7 @@ fn a_guest_may_speak_for_itself() {
         arp(MAC, [192, 0, 2, 5]),
         arp(MAC, [0; 4]),
         ipv6("2001:db8::7", 6, &[0; 20]),
-        // Its own link-local address, by its MAC address.
+        // The link-local address derived from its MAC address.
         ipv6("fe80::5054:ff:fe12:3456", UDP, &udp(546, 547)),
         ipv6("::", ICMPV6, &neighbour(135, "2001:db8::7", 14, [0; 6])),
         ipv6("2001:db8::7", ICMPV6, &neighbour(135, "2001:db8::1", 1, MAC)),
@@ -80,7 +80,7 @@ fn a_guest_may_speak_for_itself() {
 }
 
 #[test]
-fn a_guest_may_not_speak_for_others() {
+fn other_addresses_are_spoofed() {
     let mut other_mac = ipv4([192, 0, 2, 5], 6, &[0; 20]);
     other_mac[6..12].copy_from_slice(&OTHER);
     let frames = [
@@ -127,7 +127,7 @@ fn headers_in_padding_are_forbidden() {
 }
 
 #[test]
-fn a_guest_is_no_router_no_server_and_no_bridge() {
+fn router_dhcp_server_and_bridge_frames_are_forbidden() {
     let advertisement = [134, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let hidden = |extension: u8, header: &[u8]| {
         ipv6("2001:db8::7", extension, &[header, &advertisement].concat())
@@ -141,9 +141,9 @@ fn a_guest_is_no_router_no_server_and_no_bridge() {
         ipv6("2001:db8::7", ICMPV6, &[137, 0, 0, 0]),
         hidden(0, &[ICMPV6, 0, 0, 0, 0, 0, 0, 0]),
         hidden(44, &[ICMPV6, 0, 0, 1, 0, 0, 0, 1]),
-        // A destination header that reaches beyond what was copied.
+        // A destination options header that extends beyond the copy.
         hidden(60, &[ICMPV6, 200, 0, 0, 0, 0, 0, 0]),
-        // A neighbour's solicitation in a fragment, and an option without a length.
+        // A neighbour solicitation in a fragment, and an option of length 0.
         ipv6(
             "2001:db8::7",
             44,
@@ -164,7 +164,7 @@ fn a_guest_is_no_router_no_server_and_no_bridge() {
 }
 
 #[test]
-fn a_frame_cut_short_at_any_byte_is_dropped_or_shows_enough() {
+fn frame_truncated_at_any_byte_is_dropped() {
     let whole = ipv6("2001:db8::7", ICMPV6, &neighbour(136, "2001:db8::7", 2, MAC));
     for length in 14..whole.len() {
         assert!(strict().check(&whole[..length]).is_err(), "{length}");
@@ -172,7 +172,7 @@ fn a_frame_cut_short_at_any_byte_is_dropped_or_shows_enough() {
 }
 
 #[test]
-fn a_guest_sets_the_tags_it_was_given() {
+fn guest_may_set_only_configured_vlan_tags() {
     let tagged = |tags: &[u16]| {
         let mut frame = ipv4([192, 0, 2, 5], 6, &[0; 20]);
         for &tag in tags {
@@ -196,7 +196,7 @@ fn a_guest_sets_the_tags_it_was_given() {
 }
 
 #[test]
-fn without_addresses_any_is_the_guests() {
+fn empty_address_list_allows_any_address() {
     let rules = rules(&[], &[]);
     assert_eq!(rules.check(&ipv4([203, 0, 113, 1], 6, &[0; 20])), Ok(()));
     assert_eq!(rules.check(&arp(MAC, [203, 0, 113, 1])), Ok(()));

@@ -1,15 +1,15 @@
-//! A filter as a program of classic BPF, which the kernel runs for a socket or a TAP
+//! A filter as a classic BPF program, which the kernel runs for a socket or a TAP
 //! (`Documentation/networking/filter.rst`).
 //!
-//! Emitted from its end to its start, so that each jump's length is known: one over more than 255
-//! instructions goes by way of another.
+//! The program is emitted from its end to its start, so that the length of each jump is known. A conditional jump
+//! over more than 255 instructions goes through an unconditional one.
 
 use libc::sock_filter;
 
 use super::steps::{At, Label, Step, Steps, VARIABLES, Variable, Width};
 use super::{Action, Filter};
 
-/// Instructions of a program at the most (`BPF_MAXINSNS`).
+/// Maximum number of instructions of a program (`BPF_MAXINSNS`).
 pub const MAX_INSTRUCTIONS: usize = 4096;
 
 // Codes of linux/bpf_common.h.
@@ -33,7 +33,7 @@ const TO_INDEX: u16 = 0x07;
 /// `BPF_MEMWORDS`.
 const _: () = assert!(VARIABLES <= 16);
 
-/// The program of a filter: it returns 0 for a frame that is to be dropped.
+/// Returns the program of a filter. It returns 0 for a frame that must be dropped.
 pub fn classic(filter: &Filter) -> Vec<sock_filter> {
     let Steps { list, labels } = filter.steps();
     let mut emitter = Emitter { reversed: Vec::new(), places: vec![0; labels] };
@@ -43,9 +43,9 @@ pub fn classic(filter: &Filter) -> Vec<sock_filter> {
 }
 
 struct Emitter {
-    /// The last instruction first.
+    /// Instructions, last one first.
     reversed: Vec<sock_filter>,
-    /// How many instructions there are from each label on.
+    /// Number of instructions from each label to the end.
     places: Vec<usize>,
 }
 
@@ -54,29 +54,29 @@ impl Emitter {
         self.reversed.push(sock_filter { code, jt: 0, jf: 0, k });
     }
 
-    /// How many instructions the next one would jump over.
+    /// Returns the number of instructions that a jump from the next instruction to the label skips.
     fn distance(&self, label: Label) -> usize {
         self.reversed.len() - self.places[label.0]
     }
 
     fn branch(&mut self, code: u16, k: u32, yes: Label, no: Label) {
-        // A jump that comes between makes the other one longer.
+        // An unconditional jump in between makes the other jump longer.
         let near = |distance: usize| u8::try_from(distance).ok();
         let far = |distance: usize| distance + 1 > usize::from(u8::MAX);
         let (far_yes, far_no) = (far(self.distance(yes)), far(self.distance(no)));
-        let mut by_way = |label, is_far: bool| {
+        let mut trampoline = |label, is_far: bool| {
             is_far.then(|| {
                 self.push(JUMP, self.distance(label) as u32);
                 self.reversed.len()
             })
         };
-        let (way_no, way_yes) = (by_way(no, far_no), by_way(yes, far_yes));
-        let length = |way: Option<usize>, label| match way {
+        let (via_no, via_yes) = (trampoline(no, far_no), trampoline(yes, far_yes));
+        let length = |via: Option<usize>, label| match via {
             Some(place) => self.reversed.len() - place,
             None => self.distance(label),
         };
-        let jt = near(length(way_yes, yes)).expect("a near jump is short");
-        let jf = near(length(way_no, no)).expect("a near jump is short");
+        let jt = near(length(via_yes, yes)).expect("a near jump is short");
+        let jf = near(length(via_no, no)).expect("a near jump is short");
         self.reversed.push(sock_filter { code, jt, jf, k });
     }
 
@@ -93,7 +93,7 @@ impl Emitter {
         self.push(mode | size, offset);
     }
 
-    /// Goes to `beyond` if so many bytes at a place end behind the number that `code` and `k` load.
+    /// Jumps to `beyond` if `bytes` at a place end behind the number that the instruction `code` with `k` loads.
     fn check(&mut self, bytes: u32, at: At, beyond: Label, code: u16, k: u32) {
         self.places.push(self.reversed.len());
         let inside = Label(self.places.len() - 1);
@@ -111,7 +111,7 @@ impl Emitter {
     fn emit(&mut self, step: Step) {
         let memory = |variable: Variable, word| (variable as usize + word) as u32;
         match step {
-            // A load beyond the end would end the program.
+            // A load beyond the frame's end would terminate the program.
             Step::Load(width, at, beyond) => {
                 self.load(width, at);
                 self.check(width as u32, at, beyond, LOAD_LENGTH, 0);

@@ -1,4 +1,4 @@
-//! A filter as instructions of BPF, for an XDP program.
+//! A filter as eBPF instructions, for an XDP program.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -11,24 +11,24 @@ use crate::sys::bpf::instructions::{
     store32,
 };
 
-/// A, and the verdict.
+/// Register of the accumulator A, and of the verdict.
 const A: u8 = 0;
-/// Where the frame is: `struct xdp_md`.
+/// Register of the frame's `struct xdp_md`.
 const FRAME: u8 = 9;
-// Places on the stack, behind the variables.
+// Offsets on the stack, behind the variables.
 const INDEX: i16 = VARIABLES_AT - 4 * VARIABLES as i16;
 const LOADED: i16 = INDEX - 4;
 const VARIABLES_AT: i16 = -12;
 
 const XDP_LOAD_BYTES: i32 = 189;
 
-/// Bytes on the stack that hold what was seen of a frame, for [`seen`] to read: 16 of the source's
-/// address, 8 of the ports, and the rest.
+/// Number of bytes on the stack with the properties of a frame, which [`seen`] reads: 16 bytes of the source
+/// address, 8 of the ports, and the others.
 pub const SEEN: usize = 4 * (Variable::Source as usize + 4);
-/// Where they are.
+/// Offset of these bytes from the frame pointer (register 10).
 pub const SEEN_AT: i16 = VARIABLES_AT + 4 - SEEN as i16;
 
-/// What a frame carries, and where it comes from, by what the instructions have left in [`SEEN`].
+/// Returns a frame's protocol and source address, from the [`SEEN`] bytes that the instructions have left.
 pub fn seen(bytes: &[u8; SEEN]) -> (Option<Protocol>, Option<IpAddr>) {
     let variable = |variable: Variable, word: usize| {
         let at = SEEN - 4 * (variable as usize + word + 1);
@@ -51,11 +51,11 @@ pub fn seen(bytes: &[u8; SEEN]) -> (Option<Protocol>, Option<IpAddr>) {
     (protocol, source)
 }
 
-/// Instructions that judge the frame that register 9 describes (`struct xdp_md`), and leave 1 in
-/// register 0 if it passes, else 0. They use 0 to 5, and the stack but for its first 8 bytes.
+/// Returns instructions that check the frame whose `struct xdp_md` is in register 9. They leave 1 in register 0 if
+/// the frame passes, else 0. They use registers 0 to 5, and the stack except for its first 8 bytes.
 ///
-/// What lies where only the frame tells is copied by the kernel (`bpf_xdp_load_bytes`, Linux 5.18):
-/// to reach it by a pointer takes CAP_PERFMON, which the daemon gives up.
+/// Fields at an offset that depends on the frame are copied by the kernel (`bpf_xdp_load_bytes`, Linux 5.18). A
+/// read through a pointer would require CAP_PERFMON, which the daemon drops.
 pub fn extended(filter: &Filter) -> Vec<u64> {
     let Steps { list, labels } = filter.steps();
     let mut code = Assembly::default();
@@ -84,7 +84,7 @@ impl Emitter {
         self.code.jump(self.labels[label.0], instruction);
     }
 
-    /// A = the number in the network's order behind a pointer.
+    /// Loads the big-endian number at a pointer plus offset into A.
     fn take(&mut self, width: Width, pointer: u8, offset: i16) {
         match width {
             Width::Byte => self.push(load8(A, pointer, offset)),
@@ -97,10 +97,10 @@ impl Emitter {
     }
 
     fn emit(&mut self, step: Step) {
-        let slot =
+        let place =
             |variable: Variable, word: usize| VARIABLES_AT - 4 * (variable as usize + word) as i16;
         match step {
-            // The verifier wants it shown for each load.
+            // The verifier requires a bounds check at each load.
             Step::InFrame(..) => {}
             Step::Load(width, At::Start(offset), beyond)
             | Step::LoadInside(width, At::Start(offset), beyond) => {
@@ -134,12 +134,12 @@ impl Emitter {
                         self.code.extend([load32(1, 10, INDEX), add32(1, (offset + bytes) as i32)]);
                     }
                 }
-                self.push(load32(2, 10, slot(Variable::End, 0)));
+                self.push(load32(2, 10, place(Variable::End, 0)));
                 self.to(beyond, if_greater(1, 2, 0));
             }
             Step::Set(value) => self.push(set32(A, value as i32)),
-            Step::Get(variable, word) => self.push(load32(A, 10, slot(variable, word))),
-            Step::Put(variable, word) => self.push(store32(10, A, slot(variable, word))),
+            Step::Get(variable, word) => self.push(load32(A, 10, place(variable, word))),
+            Step::Put(variable, word) => self.push(store32(10, A, place(variable, word))),
             Step::And(mask) => self.push(and32(A, mask as i32)),
             Step::ShiftLeft(bits) => self.push(shift_left32(A, bits as i32)),
             Step::ShiftRight(bits) => self.push(shift_right32(A, bits as i32)),

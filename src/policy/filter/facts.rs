@@ -1,28 +1,28 @@
-//! What a frame shows of itself.
+//! The properties of a frame that rules test, read from its headers.
 
 use std::net::IpAddr;
 
 use super::Protocol;
 use crate::frame::{Ipv4, Ipv6, Link, MAX_VLAN_TAGS, Walk, ethertype, protocol, u16_at, up_to};
 
-/// Ethertypes that rules have words for; `other` is all the rest.
+/// Ethertypes with a keyword of their own. The keyword `other` means all others.
 pub(super) const UNDERSTOOD: [u16; 3] = [ethertype::IPV4, ethertype::IPV6, ethertype::ARP];
 
-/// VLAN tags that are looked behind.
+/// Maximum number of VLAN tags that are skipped.
 pub(super) const MAX_TAGS: usize = MAX_VLAN_TAGS;
-/// Extension headers that are looked behind.
+/// Maximum number of IPv6 extension headers that are skipped.
 pub(super) const MAX_EXTENSIONS: usize = 6;
-/// No header is looked for that begins so many bytes behind the frame's start.
+/// Offset in bytes from the frame's start. A header at this offset or behind it is not parsed.
 pub(super) const MAX_OFFSET: usize = Walk::MAX_OFFSET;
 
-/// Something about a frame.
+/// A property of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fact<T> {
-    /// It is so.
+    /// The frame shows the property.
     Known(T),
-    /// The frame has no such thing.
+    /// The frame has no such property.
     Absent,
-    /// The frame may have it, and does not show it.
+    /// The frame may have the property, and does not show it.
     Unknown,
 }
 
@@ -31,7 +31,7 @@ impl<T: Copy> Fact<T> {
         if let Fact::Known(it) = self { Some(it) } else { None }
     }
 
-    /// Whether it is as wanted; `unknown` if nobody knows.
+    /// Returns true if the property is as wanted; `unknown` if the frame does not show it.
     pub(super) fn is(self, unknown: bool, wanted: impl FnOnce(T) -> bool) -> bool {
         match self {
             Fact::Known(it) => wanted(it),
@@ -41,7 +41,7 @@ impl<T: Copy> Fact<T> {
     }
 }
 
-/// What rules ask for: of two, the source's first.
+/// All properties of a frame that rules test. Pairs have the source first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Facts {
     pub(super) ethertype: Fact<u16>,
@@ -52,8 +52,8 @@ pub(super) struct Facts {
     pub(super) carries: bool,
 }
 
-/// What a frame carries, as far as it shows that, and the addresses of its IP packet, if it has one:
-/// the source's first.
+/// Returns the protocol that a frame carries, if its headers show it, and the source and destination address of its
+/// IP packet, if it has one.
 pub fn carried(start: &[u8]) -> (Option<Protocol>, Option<[IpAddr; 2]>) {
     let facts = Facts::read(start);
     let addresses = facts.addresses.known();
@@ -61,7 +61,7 @@ pub fn carried(start: &[u8]) -> (Option<Protocol>, Option<[IpAddr; 2]>) {
     (protocol(facts.ethertype.known(), facts.protocol.known(), version), addresses)
 }
 
-/// What a packet with these numbers carries.
+/// Returns the protocol of a packet with these header fields.
 pub(super) fn protocol(
     ethertype: Option<u16>,
     protocol: Option<u8>,
@@ -86,7 +86,7 @@ impl Facts {
 
     /// Reads the start of a frame.
     pub(super) fn read(frame: &[u8]) -> Facts {
-        // A tag behind the last one that is looked behind may hide anything.
+        // A tag behind the last one that is skipped may hide any protocol.
         let link = Link::parse(frame, MAX_TAGS).filter(|it| !ethertype::is_vlan_tag(it.ethertype));
         let Some(Link { ethertype, network }) = link else { return Facts::UNKNOWN };
         let facts = match ethertype {
@@ -103,7 +103,7 @@ impl Facts {
         Facts { ethertype: Fact::Known(ethertype), ..facts }
     }
 
-    /// Reads an IPv4 packet; nothing if its header is cut short, longer than the packet, or none.
+    /// Reads an IPv4 packet. Returns `None` if its header is truncated, longer than the packet, or not IPv4.
     fn of_ipv4(frame: &[u8], network: usize) -> Option<Facts> {
         let header = Ipv4::parse(frame.get(network..)?)?;
         let (length, total) = (header.header_length(), header.total_length());
@@ -122,14 +122,14 @@ impl Facts {
         })
     }
 
-    /// Reads an IPv6 packet; nothing if its header is cut short, or none.
+    /// Reads an IPv6 packet. Returns `None` if its header is truncated, or not IPv6.
     fn of_ipv6(frame: &[u8], network: usize) -> Option<Facts> {
         let header = Ipv6::parse(frame.get(network..)?)?;
         let addresses = Fact::Known([header.source().into(), header.destination().into()]);
         let packet = up_to(frame, network + header.total_length());
         let walk = Walk::over_all(MAX_EXTENSIONS);
-        // A later fragment says by itself what protocol it is of. It may lie, and gains nothing: whoever
-        // puts the packet together believes the first fragment only.
+        // A later fragment names its protocol itself. A false protocol gains nothing: the receiver that reassembles
+        // the packet uses the first fragment's.
         let upper = walk
             .walk(packet, header.next_header(), network + Ipv6::LENGTH)
             .filter(|upper| !protocol::is_extension(upper.protocol));
@@ -144,7 +144,7 @@ impl Facts {
     }
 }
 
-/// The ports of a transport header at `at`, if it is not in another fragment.
+/// Reads the ports of the transport header at `at`; `None` means that the header is in another fragment.
 fn ports(frame: &[u8], protocol: u8, at: Option<usize>) -> Fact<[u16; 2]> {
     if !protocol::WITH_PORTS.contains(&protocol) {
         return Fact::Absent;

@@ -1,4 +1,5 @@
-//! A filter as text: `allow|deny` and what a frame must be, by `;`, and `default allow|deny` last.
+//! The text of a filter: rules of `allow` or `deny` and conditions, separated by `;`, and `default allow` or
+//! `default deny` last.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -12,7 +13,7 @@ use super::{Action, Filter, MAX_RULES, Ports, Protocol, Rule};
 use crate::frame::ethertype::{ARP, IPV4, IPV6, MIN as MIN_ETHERTYPE, is_vlan_tag};
 use crate::frame::protocol::{ICMP, ICMPV6, SCTP, TCP, UDP, WITH_PORTS, is_extension};
 
-/// A filter as a file has it: in one string, or in a list of parts.
+/// A filter in the configuration file: one string, or a list of parts.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "a filter is a string, or a list of strings")]
 pub(super) enum Text {
@@ -48,7 +49,9 @@ impl FromStr for Filter {
         }
         for part in parts {
             if default.is_some() {
-                return Err(format!("'{part}' comes behind the end: 'default …' is the last"));
+                return Err(format!(
+                    "'{part}' follows the end; 'default …' or 'none' must be last"
+                ));
             }
             let mut words = part.split_whitespace();
             match words.next().unwrap_or_default() {
@@ -59,11 +62,13 @@ impl FromStr for Filter {
                 first => rules.push(rule(action(first)?, words)?),
             }
             if rules.len() > MAX_RULES {
-                return Err(format!("'{part}' is one rule more than {MAX_RULES}"));
+                return Err(format!(
+                    "'{part}' is too many: a filter has at most {MAX_RULES} rules"
+                ));
             }
         }
-        let default =
-            default.ok_or("it ends with 'default allow' or 'default deny', or is 'none'")?;
+        let default = default
+            .ok_or("a filter must end with 'default allow' or 'default deny', or be 'none'")?;
         Ok(Filter { rules, default })
     }
 }
@@ -72,19 +77,23 @@ fn action(word: &str) -> Result<Action, String> {
     match word {
         "allow" => Ok(Action::Allow),
         "deny" => Ok(Action::Deny),
-        "" => Err("'default' is followed by allow or deny".into()),
-        _ => Err(format!("'{word}' is none of allow, deny and default")),
+        "" => Err("'default' must be followed by allow or deny".into()),
+        _ => Err(format!(
+            "'{word}' is unknown; a rule begins with allow or deny, the last part with default"
+        )),
     }
 }
 
 fn no_more(mut words: SplitWhitespace<'_>) -> Result<(), String> {
-    words.next().map_or(Ok(()), |word| Err(format!("'{word}' comes behind the end")))
+    words.next().map_or(Ok(()), |word| Err(format!("'{word}' follows the end; remove it")))
 }
 
 fn rule(action: Action, words: SplitWhitespace<'_>) -> Result<Rule, String> {
     let mut words = words.peekable();
     if words.peek().is_none() {
-        return Err(format!("'{action}' is followed by nothing: what is to be matched?"));
+        return Err(format!(
+            "'{action}' needs a condition; write for example {action} tcp dport 25"
+        ));
     }
     let mut rule = Rule {
         action,
@@ -96,7 +105,7 @@ fn rule(action: Action, words: SplitWhitespace<'_>) -> Result<Rule, String> {
     };
     let mut named = None;
     while let Some(word) = words.next() {
-        let mut value = || words.next().ok_or_else(|| format!("'{word}' is followed by nothing"));
+        let mut value = || words.next().ok_or_else(|| format!("'{word}' needs a value"));
         let again = match word {
             "from" => rule.from.replace(prefix(value()?)?).is_some(),
             "to" => rule.to.replace(prefix(value()?)?).is_some(),
@@ -108,8 +117,8 @@ fn rule(action: Action, words: SplitWhitespace<'_>) -> Result<Rule, String> {
                     "ethertype" => ethertype(value()?)?,
                     _ => by_name(word).ok_or_else(|| {
                         format!(
-                            "'{word}' is none of tcp, udp, icmp, icmp6, sctp, ip, ip6, arp, other, \
-                             proto, ethertype, from, to, sport and dport"
+                            "'{word}' is unknown; write tcp, udp, icmp, icmp6, sctp, ip, ip6, arp, \
+                             other, proto, ethertype, from, to, sport or dport"
                         )
                     })?,
                 };
@@ -118,14 +127,16 @@ fn rule(action: Action, words: SplitWhitespace<'_>) -> Result<Rule, String> {
             }
         };
         if again {
-            return Err(format!("'{word}' is one too many in a rule"));
+            return Err(format!(
+                "'{word}' is too many: a rule has one protocol, and each condition once"
+            ));
         }
     }
     agrees(&rule, named.unwrap_or_default())?;
     Ok(rule)
 }
 
-/// Whether there are frames that a rule for the protocol `named` so can match.
+/// Checks that some frame can match the rule, whose protocol the text calls `named`.
 fn agrees(rule: &Rule, named: &str) -> Result<(), String> {
     let has_ports = match rule.protocol {
         None => true,
@@ -133,25 +144,25 @@ fn agrees(rule: &Rule, named: &str) -> Result<(), String> {
         Some(_) => false,
     };
     if !has_ports && (rule.source_port.is_some() || rule.destination_port.is_some()) {
-        return Err(format!("'{named}' has no ports: sport and dport go with tcp, udp and sctp"));
+        return Err(format!("'{named}' has no ports: sport and dport require tcp, udp or sctp"));
     }
     let version = |net: &IpNet| if net.addr().is_ipv4() { "IPv4" } else { "IPv6" };
     let carrier = match rule.protocol {
         Some(Protocol::Ethertype(IPV4) | Protocol::Icmp) => Some("IPv4"),
         Some(Protocol::Ethertype(IPV6) | Protocol::Icmp6) => Some("IPv6"),
-        Some(Protocol::Ethertype(_) | Protocol::Other) => Some("not IP"),
+        Some(Protocol::Ethertype(_) | Protocol::Other) => Some("protocols other than IP"),
         Some(Protocol::Ip(_)) | None => rule.from.as_ref().map(version),
     };
     let mut nets = rule.from.iter().chain(&rule.to);
     match (carrier, nets.find(|net| carrier.is_some_and(|carrier| carrier != version(net)))) {
         (Some(carrier), Some(net)) => {
-            Err(format!("'{net}' matches nothing in a rule for what is {carrier}"))
+            Err(format!("'{net}' cannot match: the rule is for {carrier}"))
         }
         _ => Ok(()),
     }
 }
 
-/// Protocols that have names.
+/// Protocols with a keyword.
 const NAMES: [(&str, Protocol); 9] = [
     ("tcp", Protocol::Ip(TCP)),
     ("udp", Protocol::Ip(UDP)),
@@ -171,12 +182,12 @@ fn by_name(word: &str) -> Option<Protocol> {
 fn protocol(word: &str) -> Result<Protocol, String> {
     match word.parse() {
         Ok(number) if is_extension(number) => {
-            Err(format!("'{word}' is a header that others follow in IPv6, which is looked behind"))
+            Err(format!("'{word}' is an IPv6 extension header; name the protocol behind it"))
         }
-        // In the other version of IP they are not what they are called.
-        Ok(ICMP | ICMPV6) => Err(format!("'{word}' is written icmp or icmp6")),
+        // Each is the named protocol in one version of IP only.
+        Ok(ICMP | ICMPV6) => Err(format!("'{word}' is ambiguous; write icmp or icmp6")),
         Ok(number) => Ok(Protocol::Ip(number)),
-        Err(_) => Err(format!("'{word}' is no number of an IP protocol, which is 0 to 255")),
+        Err(_) => Err(format!("'{word}' is not an IP protocol; write a number from 0 to 255")),
     }
 }
 
@@ -187,22 +198,22 @@ fn ethertype(word: &str) -> Result<Protocol, String> {
     };
     match number {
         Ok(number) if is_vlan_tag(number) => {
-            Err(format!("'{word}' is a VLAN tag, which is looked behind"))
+            Err(format!("'{word}' is a VLAN tag; name the ethertype behind it"))
         }
         Ok(number) if number >= MIN_ETHERTYPE => Ok(Protocol::Ethertype(number)),
-        _ => Err(format!("'{word}' is no ethertype: write 0x{MIN_ETHERTYPE:04x} to 0xffff")),
+        _ => Err(format!("'{word}' is not an ethertype; write 0x{MIN_ETHERTYPE:04x} to 0xffff")),
     }
 }
 
 fn prefix(word: &str) -> Result<IpNet, String> {
     let parsed = word.parse().ok().or_else(|| word.parse::<IpAddr>().ok().map(IpNet::from));
     parsed.map(|net: IpNet| net.trunc()).ok_or_else(|| {
-        format!("'{word}' is no IP address or prefix: write 192.0.2.5 or 2001:db8::/64")
+        format!("'{word}' is not an IP address or prefix; write 192.0.2.5 or 2001:db8::/64")
     })
 }
 
 fn ports(word: &str) -> Result<Ports, String> {
-    let wrong = || format!("'{word}' is no port, and no range of ports: write 53 or 1000-2000");
+    let wrong = || format!("'{word}' is not a port or a range of ports; write 53 or 1000-2000");
     let number = |text: &str| text.parse().map_err(|_| wrong());
     let (first, last) = match word.split_once('-') {
         Some((first, last)) => (number(first)?, number(last)?),
@@ -287,7 +298,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_filter_is_shown_as_it_is_read() {
+    fn filter_is_displayed_as_it_is_parsed() {
         for text in [
             "none",
             "default deny",
@@ -305,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn what_means_the_same_is_shown_the_same() {
+    fn equal_filters_are_displayed_alike() {
         for (text, shown) in [
             ("default allow", "none"),
             (
@@ -320,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_the_word() {
+    fn errors_name_the_wrong_word() {
         let many = "deny arp;".repeat(MAX_RULES + 1) + "default allow";
         for (text, named) in [
             ("", "'default allow'"),
@@ -351,7 +362,7 @@ mod tests {
             ("default deny now", "'now'"),
             ("default deny; deny arp", "'deny arp'"),
             ("none; deny arp", "'deny arp'"),
-            (&many, "more than 64"),
+            (&many, "at most 64"),
         ] {
             let error = text.parse::<Filter>().unwrap_err();
             assert!(error.contains(named), "{text}: {error}");

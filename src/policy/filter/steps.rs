@@ -1,8 +1,8 @@
-//! A filter as steps of a simple machine, which the kernel's two kinds of programs both are: an
-//! accumulator, an index into the frame, variables, and jumps forward.
+//! A filter as steps of a simple machine: an accumulator, an index into the frame, variables, and jumps forward.
+//! Classic BPF and eBPF can both express each step.
 //!
-//! Every load says where to go if the frame ends before that. `reading` puts into variables what the frame
-//! shows, `rules` compares these.
+//! Every load names the label to jump to if the frame ends before the loaded bytes. The steps of `reading` store
+//! the frame's properties in variables, and the steps of `rules` compare the variables.
 
 mod reading;
 mod rules;
@@ -13,33 +13,35 @@ use super::{Action, Filter};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Label(pub(super) usize);
 
-/// A number that the program keeps, of 32 bits.
+/// A variable of the program, of 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
 pub(super) enum Variable {
     Ethertype,
-    /// Version of IP.
+    /// IP version.
     Version,
     Protocol,
     SourcePort,
     DestinationPort,
-    /// Four words of each address: IPv4 has one.
+    /// Source address: four words, of which IPv4 uses one.
     Source,
+    /// Destination address: four words, of which IPv4 uses one.
     Destination = Variable::Source as usize + 4,
     /// End of the IP packet by its length field, in bytes from the frame's start.
     End = Variable::Destination as usize + 4,
-    /// 1 if another packet or frame follows, which nobody looks at, else 0.
+    /// 1 if the frame carries another packet or frame, which the filter does not parse, else 0.
     Carries,
 }
 
-/// How many numbers there are.
+/// Number of 32-bit words of all variables.
 pub(super) const VARIABLES: usize = Variable::Carries as usize + 1;
 
-/// What stands in a variable that the frame has not, and that it may have, and does not show.
+/// Value of a variable whose property the frame does not have.
 pub(super) const ABSENT: u32 = 0x1_0000;
+/// Value of a variable whose property the frame may have, and does not show.
 pub(super) const UNKNOWN: u32 = 0x2_0000;
 
-/// Bytes of a load.
+/// Number of bytes of a load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Width {
     Byte = 1,
@@ -50,35 +52,36 @@ pub(super) enum Width {
 /// A place in the frame, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum At {
-    /// From its start.
+    /// Offset from the frame's start.
     Start(u32),
-    /// From the index.
+    /// Offset from the index.
     Index(u32),
 }
 
 /// A step. `A` is the accumulator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// A = the number at a place, if the frame has it.
+    /// A = the number at a place. Jumps to the label if the frame ends before it.
     Load(Width, At, Label),
-    /// The same, where an earlier step has seen that the frame has it. The label is for programs
-    /// that must show that once more.
+    /// A = the number at a place that an earlier step has found inside the frame. The label serves eBPF programs,
+    /// in which each load needs its own check.
     LoadInside(Width, At, Label),
-    /// Goes on if the packet has as many bytes at a place, by [`Variable::End`], else to the label.
-    /// It leaves any number in A.
+    /// Continues if the packet has that many bytes at a place, by [`Variable::End`]; else jumps to the label. A is
+    /// undefined afterwards.
     InPacket(u32, At, Label),
-    /// The same of the frame. It leaves any number in A.
+    /// Continues if the frame has that many bytes at a place; else jumps to the label. A is undefined afterwards.
     InFrame(u32, At, Label),
     Set(u32),
-    /// A = a variable, and back. Addresses have four words.
+    /// A = a word of a variable.
     Get(Variable, usize),
+    /// A word of a variable = A.
     Put(Variable, usize),
     And(u32),
     ShiftLeft(u32),
     ShiftRight(u32),
     Add(u32),
     AddIndex,
-    /// The index = A, which was seen to be less than [`MAX_OFFSET`](super::facts::MAX_OFFSET).
+    /// The index = A, which an earlier step has found to be less than [`MAX_OFFSET`](super::facts::MAX_OFFSET).
     ToIndex,
     IfEqual(u32, Label, Label),
     IfAtLeast(u32, Label, Label),
@@ -87,7 +90,7 @@ pub(super) enum Step {
     End(Action),
 }
 
-/// Steps, and how many labels there are.
+/// A list of steps, and the number of its labels.
 #[derive(Debug, Default)]
 pub(super) struct Steps {
     pub(super) list: Vec<Step>,
@@ -95,7 +98,7 @@ pub(super) struct Steps {
 }
 
 impl Filter {
-    /// The steps that judge a frame as this filter does.
+    /// Returns the steps that check a frame as [`check`](Filter::check) does.
     pub(super) fn steps(&self) -> Steps {
         let mut steps = Steps::default();
         steps.read();
@@ -123,7 +126,7 @@ impl Steps {
         self.add(Step::Place(label));
     }
 
-    /// Goes to `yes` if A is one of these, else on.
+    /// Jumps to `yes` if A is one of the values; else continues.
     fn if_one_of(&mut self, values: impl IntoIterator<Item = u32>, yes: Label) {
         for value in values {
             let no = self.label();

@@ -1,4 +1,4 @@
-//! The three judges agree, whatever the filter and the frame; and what they say is what was meant.
+//! The three forms of a filter agree for random filters and frames, and decide as documented.
 
 #[allow(unreachable_pub)]
 #[path = "../../../tests/fuzz/receiver.rs"]
@@ -24,7 +24,7 @@ use crate::sys::bpf::Program;
 use crate::sys::bpf::instructions::{add, copy, exit};
 use crate::sys::tap::{ProgramMemory, Queue};
 
-/// The filter as an XDP program that passes what is allowed.
+/// Loads the filter as an XDP program that passes allowed frames.
 fn load(filter: &Filter) -> std::io::Result<Program> {
     let mut program = vec![copy(9, 1)];
     program.extend(extended(filter));
@@ -33,11 +33,11 @@ fn load(filter: &Filter) -> std::io::Result<Program> {
     Program::load("vun_test", &program)
 }
 
-/// Whether this machine lets us load programs.
+/// Returns true if this process may load XDP programs.
 fn can_load() -> bool {
     let can = load(&Filter::default()).is_ok();
     if !can {
-        eprintln!("XDP programs are not tried: that takes CAP_BPF and CAP_NET_ADMIN");
+        eprintln!("XDP programs are skipped: they require CAP_BPF and CAP_NET_ADMIN");
     }
     can
 }
@@ -77,7 +77,7 @@ fn term() -> impl Strategy<Value = String> {
     ]
 }
 
-/// Filters, of whose rules the senseless ones are left out.
+/// Generates filters, without rules that no frame can match.
 fn filters() -> impl Strategy<Value = Filter> {
     let action = || select(vec!["allow", "deny"]);
     let rule = (action(), vec(term(), 1..4)).prop_map(|(word, terms)| {
@@ -90,7 +90,7 @@ fn filters() -> impl Strategy<Value = Filter> {
     })
 }
 
-/// Frames of few kinds, in every way that headers can follow each other, and cut short.
+/// Generates frames with headers in any order, some of them truncated.
 fn frames() -> impl Strategy<Value = Vec<u8>> {
     let tags = vec(select(vec![0x8100u16, 0x88a8, 0x9100]), 0..4);
     let ethertype = prop_oneof![
@@ -104,7 +104,7 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
     let addresses = select(vec![0u8, 1, 2, 127, 128, 255]);
     let ports = select(vec![0u8, 1, 2, 3, 4, 255]);
     let cut = prop_oneof![2 => Just(None), 1 => any::<u16>().prop_map(Some)];
-    // How many bytes the IP packet is shorter than what follows, or any other length.
+    // Number of bytes by which the IP length field is too small, or any number.
     let lie = prop_oneof![4 => Just(0u16), 2 => Just(8), 2 => 0u16..80, 1 => any::<u16>()];
     (
         tags,
@@ -198,12 +198,12 @@ fn passes(filter: &str, frame: &[u8]) -> bool {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
-    fn no_receiver_sees_what_was_denied(frames in vec(frames(), 1..20)) {
+    fn no_receiver_sees_denied_traffic(frames in vec(frames(), 1..20)) {
         frames.iter().for_each(|frame| check_received(frame, passes));
     }
 
     #[test]
-    fn the_judges_agree(filter in filters(), frames in vec(frames(), 1..20)) {
+    fn classic_bpf_agrees_with_check(filter in filters(), frames in vec(frames(), 1..20)) {
         prop_assert_eq!(filter.to_string().parse::<Filter>(), Ok(filter.clone()));
         let program = classic(&filter);
         prop_assert!(program.len() <= MAX_INSTRUCTIONS);
@@ -215,7 +215,7 @@ proptest! {
 }
 
 #[test]
-fn the_kernel_s_xdp_program_agrees_too() {
+fn xdp_program_agrees_with_check() {
     use proptest::test_runner::TestRunner;
     if !can_load() {
         return;
@@ -234,10 +234,10 @@ fn the_kernel_s_xdp_program_agrees_too() {
         .unwrap();
 }
 
-/// A TAP in a fresh namespace, and a socket that sends frames to whoever reads it.
+/// Creates a TAP in a new network namespace, and a socket that sends frames to it.
 fn tap() -> (Queue, OwnedFd) {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
-    // The host's own frames would come between.
+    // The host's own frames would disturb the test.
     std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap();
     let queue = Queue::open("tap0", false).unwrap();
     crate::sys::device::set_up(&queue.identity().name).unwrap();
@@ -248,7 +248,7 @@ fn tap() -> (Queue, OwnedFd) {
     let mut addresses = getifaddrs().unwrap().filter(is_tap);
     let address = addresses.find_map(|interface| interface.address?.as_link_addr().copied());
     bind(wire.as_raw_fd(), &address.unwrap()).unwrap();
-    // The kernel drops frames until it has noticed that there is a carrier.
+    // The kernel drops frames until it has noticed the carrier.
     while !queue.discard() {
         send(wire.as_raw_fd(), &[0; 60], MsgFlags::empty()).unwrap();
     }
@@ -257,10 +257,10 @@ fn tap() -> (Queue, OwnedFd) {
 }
 
 #[test]
-fn the_kernel_s_classic_program_agrees_too() {
+fn classic_bpf_in_the_kernel_agrees_with_check() {
     use proptest::test_runner::TestRunner;
     if !geteuid().is_root() {
-        eprintln!("classic programs are not tried: that takes root, for a TAP");
+        eprintln!("classic BPF in the kernel is skipped: a TAP requires root");
         return;
     }
     let (queue, wire) = tap();
@@ -283,7 +283,7 @@ fn the_kernel_s_classic_program_agrees_too() {
 }
 
 #[test]
-fn the_longest_filters_are_taken() {
+fn longest_filters_are_accepted() {
     for rule in [
         "deny tcp sport 1-9 dport 1-9 from 2001:db8::1 to 2001:db8::2;",
         "deny sport 1-9 dport 1-9 from 2001:db8::/63 to 2001:db8::/127;",
@@ -292,7 +292,7 @@ fn the_longest_filters_are_taken() {
         let filter = (rule.repeat(MAX_RULES) + "default allow").parse::<Filter>().unwrap();
         let program = classic(&filter);
         assert!(program.len() <= MAX_INSTRUCTIONS, "{} instructions", program.len());
-        // The ethertype is that of no rule, and carries nothing.
+        // No rule names this ethertype, and it carries no other packet.
         assert_eq!(run(&program, &[0x88; 60]), u32::MAX);
         if can_load() {
             load(&filter).unwrap_or_else(|error| panic!("{filter}: {error}"));
@@ -300,8 +300,8 @@ fn the_longest_filters_are_taken() {
     }
 }
 
-/// An IPv4 frame of a protocol, its first bytes behind the header, and how far from the start of
-/// the packet it is (in units of eight bytes).
+/// Builds an IPv4 frame from a protocol, the first bytes behind the header, and the fragment offset in units of 8
+/// bytes.
 fn ipv4(protocol: u8, transport: &[u8], fragment: u8) -> Vec<u8> {
     let mut frame = vec![2; 12];
     let length = 20 + transport.len() as u8;
@@ -312,7 +312,7 @@ fn ipv4(protocol: u8, transport: &[u8], fragment: u8) -> Vec<u8> {
 }
 
 #[test]
-fn what_can_t_be_known_counts_against_the_frame() {
+fn unknown_properties_count_against_the_frame() {
     let passes =
         |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().check(frame).is_ok();
     let (deny, allow) = ("deny tcp dport 25; default allow", "allow tcp dport 25; default deny");
@@ -329,12 +329,12 @@ fn what_can_t_be_known_counts_against_the_frame() {
         assert!(!passes(deny, &unknown), "{unknown:02x?}");
         assert!(!passes(allow, &unknown), "{unknown:02x?}");
     }
-    // Of another protocol: it has no such port.
+    // Another protocol has no such port.
     for other in [ipv4(17, &[0, 9, 0, 25], 1), ipv4(1, &[8, 0, 0, 25], 0)] {
         assert!(passes(deny, &other));
         assert!(!passes(allow, &other));
     }
-    // Two tags are looked behind.
+    // Two VLAN tags are skipped.
     let mut twice = smtp;
     (0..2).for_each(|_| drop(twice.splice(12..12, [0x88, 0xa8, 0, 7])));
     assert!(!passes(deny, &twice));
@@ -367,7 +367,7 @@ fn carriers_match_every_rule_that_denies() {
         }
         let filter: Filter = "allow tcp; allow arp; default deny".parse().unwrap();
         assert_eq!(filter.check(&frame), Err(DropReason::Filtered), "{frame:02x?}");
-        // Who names the carrier means it.
+        // A rule that names the carrier's protocol allows it.
         let named = if frame[12..14] == [8, 0] { "ip" } else { "other" };
         let filter: Filter = format!("allow {named}; deny tcp; default deny").parse().unwrap();
         assert_eq!(filter.check(&frame), Ok(()), "{frame:02x?}");
@@ -385,7 +385,7 @@ fn carriers_match_every_rule_that_denies() {
 }
 
 #[test]
-fn padding_shows_nothing() {
+fn padding_is_not_parsed() {
     let passes =
         |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().check(frame).is_ok();
     let (deny, allow) = ("deny tcp dport 25; default allow", "allow tcp dport 80; default deny");

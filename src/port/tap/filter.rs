@@ -62,7 +62,7 @@ impl TapFilter {
         if filter.is_none() { Ok(()) } else { self.set(&filter) }
     }
 
-    /// A number that changes whenever another daemon may have changed the device's settings.
+    /// Returns a number that changes whenever another daemon may have changed the device's settings.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
@@ -71,7 +71,7 @@ impl TapFilter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The filter in force.
+    /// Returns the filter in force.
     pub fn get(&self) -> Filter {
         self.lock().filter.clone()
     }

@@ -1,7 +1,7 @@
 //! A queue of a TAP, open for the daemon's life: the device's capabilities and settings.
 //!
-//! Invariant: the recorded offloads, link state and steering are the settings that the device has, so a session sets
-//! only what differs. If a session that panicked or another daemon may have changed a setting, the record is
+//! Invariant: the recorded offloads, link state and steering are the settings that the device has, so a session
+//! sets only what differs. If a session that panicked or another daemon may have changed a setting, the record is
 //! cleared, or read from the kernel again.
 
 use std::io;
@@ -42,18 +42,19 @@ pub struct TapQueue {
     reason: String,
     offloads: PortOffloads,
     settings: Arc<Settings>,
-    /// Whether this queue counts among the [small rings](Settings::small).
+    /// True if this queue counts among the [small rings](Settings::small).
     pub(super) is_small: bool,
     /// Size of the last session's rx ring, if the ring was small. A ring of the same size counts as small from the
     /// next session's first frame on.
     pub(super) small_size: Option<u16>,
-    /// Whether the device's link is up; `None` if another daemon may have set it.
+    /// True if the device's link is up; `None` if another daemon may have set it.
     link: Option<bool>,
     /// Link state that the session demands.
     wanted_link: bool,
-    /// Whether the kernel steers frames to this queue; `None` for a device with one queue.
+    /// True if the kernel steers frames to this queue; `None` for a device with one queue.
     attached: Option<bool>,
-    /// The filter's [generation](TapFilter::generation) that the recorded settings, `link` and `attached` belong to.
+    /// The filter's [generation](TapFilter::generation) that the recorded settings, `link` and `attached` belong
+    /// to.
     generation: u64,
 }
 
@@ -62,7 +63,8 @@ pub struct TapQueue {
 struct Settings {
     /// Header length and `TUN_F_*` that were set last; `None` if unknown.
     applied: Mutex<Option<(usize, u32)>>,
-    /// Number of rx rings that cannot hold a GSO frame of 64 KiB. If there is one, the kernel segments for all queues.
+    /// Number of rx rings that cannot hold a GSO frame of 64 KiB. If there is one, the kernel segments for all
+    /// queues.
     small: AtomicUsize,
     mtu: MtuComparison,
 }
@@ -73,8 +75,8 @@ impl Settings {
     }
 }
 
-/// State of a TAP that a predecessor has opened. A successor cannot read this state from the kernel without changing
-/// the device. It is part of the take-over's messages, so the names of its fields stay.
+/// State of a TAP that a predecessor has opened. A successor cannot read this state from the kernel without
+/// changing the device. It is part of the take-over's messages, so the names of its fields stay.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TapState {
     /// The device's name when it was opened.
@@ -114,8 +116,8 @@ impl TapState {
 }
 
 impl TapQueue {
-    /// Prepares the open queues of one device: sets the filter of frames to the guest, probes the device's offloads,
-    /// and chooses the method of writing.
+    /// Prepares the open queues of one device: sets the filter of frames to the guest, probes the device's
+    /// offloads, and chooses the method of writing.
     ///
     /// # Errors
     /// The device refuses a setting, or io_uring is not permitted and `method` demands it.
@@ -202,19 +204,19 @@ impl TapQueue {
         queues.into_iter().map(restore).collect()
     }
 
-    /// State that a successor needs beside the queues' descriptors.
+    /// Returns the state that a successor needs beside the queues' descriptors.
     pub fn state(&self) -> TapState {
         let Identity { name, index, multi_queue, is_macvtap } = self.queue.identity().clone();
         TapState { name, index, multi_queue, is_macvtap, offloads: self.offloads }
     }
 
-    /// Method of writing bursts, and the reason, for the log.
+    /// Returns the method of writing bursts, and the reason, for the log.
     pub fn tx_method(&self) -> String {
         let method = if self.writer.is_some() { "io_uring" } else { "writev" };
         format!("{method} ({})", self.reason)
     }
 
-    /// Offloads that the device supports.
+    /// Returns the offloads that the device supports.
     pub fn offloads(&self) -> PortOffloads {
         self.offloads
     }
@@ -224,12 +226,12 @@ impl TapQueue {
         self.queue.try_clone()
     }
 
-    /// Filter of frames to the guest, for all queues of the device.
+    /// Returns the filter of frames to the guest, for all queues of the device.
     pub fn filter(&self) -> &Arc<TapFilter> {
         &self.filter
     }
 
-    /// Name of the device when it was opened.
+    /// Returns the name of the device when it was opened.
     pub fn name(&self) -> &str {
         &self.queue.identity().name
     }
@@ -268,8 +270,8 @@ impl TapQueue {
         self.attached = attached(&self.queue);
     }
 
-    /// Longest frame in bytes without segmentation: by the larger MTU of the TAP, which can change at any time, and
-    /// of the virtio-net device.
+    /// Returns the length in bytes of the longest frame that is no GSO frame: by the larger MTU of the TAP, which
+    /// can change at any time, and of the virtio-net device.
     pub(super) fn longest_frame(&self, mtu: u16) -> usize {
         let device = self.queue.mtu().unwrap_or(0);
         if device > 0 {
@@ -305,11 +307,11 @@ impl TapQueue {
         }
     }
 
-    /// Sets the device's link, if the recorded state differs. While the link is down the host sends no frames, so none
-    /// queue up and arrive late.
+    /// Sets the device's link, if the recorded state differs. While the link is down the host sends no frames, so
+    /// none queue up and arrive late.
     ///
-    /// The kernel (`tun_net_change_carrier`) cannot set the link up while no queue is attached. Then the first queue
-    /// that is attached sets the link up.
+    /// The kernel (`tun_net_change_carrier`) cannot set the link up while no queue is attached. Then the first
+    /// queue that is attached sets the link up.
     fn set_link(&mut self, up: bool) -> io::Result<()> {
         self.wanted_link = up;
         if self.queue.identity().is_macvtap {
@@ -341,8 +343,8 @@ impl TapQueue {
     }
 }
 
-/// Asks the kernel whether it steers frames to a queue; `None` for a device with one queue. A queue of a device that
-/// is gone counts as detached.
+/// Asks the kernel whether it steers frames to a queue; `None` for a device with one queue. A queue of a device
+/// that is gone counts as detached.
 fn attached(queue: &Queue) -> Option<bool> {
     queue.identity().multi_queue.then(|| queue.is_attached().unwrap_or(false))
 }

@@ -33,7 +33,7 @@ enum Shortage {
 /// The state behind the decision to read.
 #[derive(Debug)]
 pub(super) struct ReadGate {
-    /// Whether frames may have arrived since the device was last found empty.
+    /// True if frames may have arrived since the device was last found empty.
     may_have_frames: bool,
     shortage: Shortage,
     /// Bursts of frames from the guest since the worker's last sleep.
@@ -46,15 +46,16 @@ impl ReadGate {
         ReadGate { may_have_frames: receives, shortage: Shortage::None, tx_bursts: 0 }
     }
 
-    /// Notes a burst of frames from the guest. A worker does not sleep between bursts, so epoll reports no frames to
-    /// it: from the second burst on, it reads without a report. After a single burst a read would mostly find nothing.
+    /// Notes a burst of frames from the guest. A worker does not sleep between bursts, so epoll reports no frames
+    /// to it: from the second burst on, it reads without a report. After a single burst a read would mostly find
+    /// nothing.
     pub(super) fn note_tx_burst(&mut self) {
         self.may_have_frames |= self.tx_bursts > 0;
         self.tx_bursts += 1;
     }
 
-    /// Notes that the worker slept. epoll reports the device as `readable` once only (edge-triggered), so frames that
-    /// were not read then still wait.
+    /// Notes that the worker slept. epoll reports the device as `readable` once only (edge-triggered), so frames
+    /// that were not read then still wait.
     pub(super) fn note_wake_up(&mut self, readable: bool) {
         self.tx_bursts = 0;
         self.may_have_frames |= readable;
@@ -73,12 +74,12 @@ impl ReadGate {
         }
     }
 
-    /// Whether frames may wait in the device.
+    /// Returns true if frames may wait in the device.
     pub(super) fn may_have_frames(&self) -> bool {
         self.may_have_frames
     }
 
-    /// Whether the wait for more buffers has timed out. The first call starts the timeout.
+    /// Returns true if the wait for more buffers has timed out. The first call starts the timeout.
     pub(super) fn has_timed_out(&mut self) -> bool {
         match self.shortage {
             Shortage::None => self.shortage = Shortage::Since(Instant::now()),
@@ -90,7 +91,7 @@ impl ReadGate {
         matches!(self.shortage, Shortage::TimedOut)
     }
 
-    /// Whether new frames must wake the worker: only if frames do not wait for buffers already.
+    /// Returns true if new frames must wake the worker: only if frames do not wait for buffers already.
     pub(super) fn waits_for_frames(&self, room: Room) -> bool {
         let waits_for_buffers = room == Room::Short
             && self.may_have_frames
@@ -98,7 +99,7 @@ impl ReadGate {
         room != Room::None && !waits_for_buffers
     }
 
-    /// Time until the wait for more buffers times out.
+    /// Returns the time until the wait for more buffers times out.
     pub(super) fn timeout(&self, room: Room) -> Option<Duration> {
         match self.shortage {
             Shortage::Since(since) if room == Room::Short => {

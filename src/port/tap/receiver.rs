@@ -12,7 +12,8 @@ use crate::sys::tap::Queue;
 use crate::traffic::PeerNotes;
 use crate::vnet_header::{MAX_HEADERS, SegmentationOverhead, VnetHeader};
 
-/// Maximum number of rx buffers in flight: enough for eight frames of 64 KiB in a Linux driver's buffers of 1.5 KiB.
+/// Maximum number of rx buffers in flight: enough for eight frames of 64 KiB in a Linux driver's buffers of 1.5
+/// KiB.
 pub(super) const MAX_BUFFERS: usize = 512;
 
 /// The rx side of a session on a TAP.
@@ -33,11 +34,11 @@ pub(super) struct Receiver<'mem> {
     window_chains: usize,
     window_bytes: usize,
     peers: PeerNotes,
-    /// Whether this burst's frames are counted by peer.
+    /// True if this burst's frames are counted by peer.
     counts_peers: bool,
-    /// Whether the buffers in flight could hold the largest frame at some time in this session.
+    /// True if the buffers in flight could hold the largest frame at some time in this session.
     has_held_largest: bool,
-    /// Whether the ring cannot hold the largest GSO frame, so that the kernel must segment.
+    /// True if the ring cannot hold the largest GSO frame, so that the kernel must segment.
     pub(super) is_small: bool,
 }
 
@@ -75,7 +76,7 @@ impl<'mem> Receiver<'mem> {
         self.enough = self.largest - tags;
     }
 
-    /// Whether the guest accepts GSO frames, in several buffers each.
+    /// Returns true if the guest accepts GSO frames, in several buffers each.
     fn accepts_gso(&self) -> bool {
         self.mergeable && self.accepted.segmentation()
     }
@@ -95,7 +96,8 @@ impl<'mem> Receiver<'mem> {
         }
     }
 
-    /// Settings that the device needs: length in bytes of the virtio-net header, and the accepted offloads.
+    /// Returns the settings that the device needs: length in bytes of the virtio-net header, and the accepted
+    /// offloads.
     pub(super) fn device_settings(&self) -> (usize, Offloads) {
         (self.header_length, self.accepted)
     }
@@ -117,7 +119,7 @@ impl<'mem> Receiver<'mem> {
         }
     }
 
-    /// Whether the buffers in flight permit a read now.
+    /// Returns true if the buffers in flight permit a read now.
     #[inline]
     pub(super) fn can_read(&mut self, gate: &mut ReadGate, rx: &Virtqueue<'mem, Writable>) -> bool {
         match self.room(rx) {
@@ -127,7 +129,7 @@ impl<'mem> Receiver<'mem> {
         }
     }
 
-    /// Whether the wait for more buffers has timed out. A timeout shows that the ring is small.
+    /// Returns true if the wait for more buffers has timed out. A timeout shows that the ring is small.
     #[inline(never)]
     fn has_timed_out(&mut self, gate: &mut ReadGate) -> bool {
         let has_timed_out = gate.has_timed_out();
@@ -135,8 +137,8 @@ impl<'mem> Receiver<'mem> {
         has_timed_out
     }
 
-    /// Reads the next frame into the oldest buffers. Returns the length with the virtio-net header, or `None` if the
-    /// frame is lost because it is longer than the buffers.
+    /// Reads the next frame into the oldest buffers. Returns the length with the virtio-net header, or `None` if
+    /// the frame is lost because it is longer than the buffers.
     pub(super) fn read(
         &mut self,
         queue: &Queue,
@@ -214,7 +216,8 @@ impl<'mem> Receiver<'mem> {
         }
         let first = rx.chain(rx.next_used());
         let header: [u8; LEGACY_HEADER_LENGTH] = first.first_bytes();
-        // Most frames have an empty header. The guest can clear a GSO frame's header at any time, so length counts too.
+        // Most frames have an empty header. The guest can clear a GSO frame's header at any time, so length counts
+        // too.
         let is_long = length - self.header_length > usize::from(self.mtu) + LINK_OVERHEAD;
         if header[..2] != [0, 0] || is_long {
             match self.fit_header_to_guest(&VnetHeader::parse(&header), &first) {
@@ -272,8 +275,8 @@ impl<'mem> Receiver<'mem> {
         self.peers.publish();
     }
 
-    /// Notes the peer of the frame in the oldest buffers, by the bytes in the first buffer. A guest that changes the
-    /// buffer meanwhile falsifies only its own counts.
+    /// Notes the peer of the frame in the oldest buffers, by the bytes in the first buffer. A guest that changes
+    /// the buffer meanwhile falsifies only its own counts.
     #[inline(never)]
     fn note_peer(&mut self, first: &Chain<'_, 'mem, Writable>, length: usize) {
         let mut start = [0; HEADER_LENGTH + MAX_HEADERS];
@@ -282,8 +285,8 @@ impl<'mem> Receiver<'mem> {
         self.peers.note(FrameDirection::Rx, frame, length - self.header_length);
     }
 
-    /// Checks the header that the kernel wrote. The device has the guest's offloads, but a frame may have been queued
-    /// before they were set.
+    /// Checks the header that the kernel wrote. The device has the guest's offloads, but a frame may have been
+    /// queued before they were set.
     ///
     /// # Errors
     /// The guest does not accept such a frame.
@@ -303,12 +306,13 @@ impl<'mem> Receiver<'mem> {
         Ok(*header)
     }
 
-    /// Packets and bytes that segmentation adds to the frame of `length` bytes, virtio-net header included. The guest may
-    /// have rewritten the header, so the segment size is bounded by the MTU.
+    /// Returns the packets and bytes that segmentation adds to the frame of `length` bytes, virtio-net header
+    /// included. The guest may have rewritten the header, so the segment size is bounded by the MTU.
     fn overhead(&self, header: &VnetHeader, length: usize) -> SegmentationOverhead {
         /// Bytes of IPv4 and TCP headers without options.
         const MIN_HEADERS: u16 = 40;
-        /// Bytes of a TCP header with the usual options. Without options the estimate is at most one segment too high.
+        /// Bytes of a TCP header with the usual options. Without options the estimate is at most one segment too
+        /// high.
         const TCP: usize = 32;
         let length = length - self.header_length;
         if length <= usize::from(self.mtu) + LINK_OVERHEAD {

@@ -39,14 +39,14 @@ pub(super) struct Transmitter {
     stages: TxStages,
     /// The virtio-net device's MTU in bytes.
     mtu: u16,
-    /// Whether the longest frame's length was updated in this burst.
+    /// True if the longest frame's length was updated in this burst.
     is_max_frame_current: bool,
     /// Checked starts of a burst's frames, unused for plain ones.
     starts: Vec<HeaderCopy>,
     frames: Vec<Frame>,
     /// Memory for the segments of a burst's frames, empty between bursts.
     segments: Vec<ReadSegment<'static>>,
-    /// Whether the TAP's send buffer was full at the last frame.
+    /// True if the TAP's send buffer was full at the last frame.
     pub(super) blocked: bool,
 }
 
@@ -66,8 +66,8 @@ impl Transmitter {
         }
     }
 
-    /// Sends the frames before position `until`, and drops those that are not valid. Stops when the TAP's send buffer
-    /// is full.
+    /// Sends the frames before position `until`, and drops those that are not valid. Stops when the TAP's send
+    /// buffer is full.
     pub(super) fn transmit(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,

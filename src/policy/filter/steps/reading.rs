@@ -1,18 +1,18 @@
-//! What the frame shows, put into variables: the headers' part of a filter, the same for all filters.
+//! The steps that parse a frame's headers into variables, the same for all filters.
 
 use super::{ABSENT, At, Label, Step, Steps, UNKNOWN, Variable, Width};
 use crate::frame::protocol::{AUTHENTICATION, FRAGMENT, OPTIONS, WITH_PORTS, is_extension};
 use crate::frame::{ethertype, protocol};
 use crate::policy::filter::facts::{MAX_EXTENSIONS, MAX_OFFSET, MAX_TAGS};
 
-/// Places that several parts of [`Steps::read`] go to.
+/// Labels that several parts of [`Steps::read`] jump to.
 #[derive(Debug, Clone, Copy)]
 struct Labels {
-    /// The index is that of a header that begins with ports.
+    /// The index is the offset of a header that begins with ports.
     behind_ipv4: Label,
-    /// The index is that of a header behind IPv6's own.
+    /// The index is the offset of the header behind the IPv6 header.
     behind_ipv6: Label,
-    /// The ethertype is neither IPv4's nor IPv6's.
+    /// The ethertype is neither IPv4 nor IPv6.
     not_ip: Label,
     /// The protocol has no ports.
     no_ports: Label,
@@ -20,7 +20,7 @@ struct Labels {
 }
 
 impl Steps {
-    /// Sets the index to A, unless it is too far.
+    /// Sets the index to A; jumps to `too_far` if A is at least [`MAX_OFFSET`].
     fn set_index(&mut self, too_far: Label) {
         let near = self.label();
         self.add(Step::IfAtLeast(MAX_OFFSET as u32, too_far, near));
@@ -28,8 +28,8 @@ impl Steps {
         self.add(Step::ToIndex);
     }
 
-    /// Reads the frame into the variables, as `Facts` does. What most frames are is read at places
-    /// that are known beforehand.
+    /// Reads the frame's properties into the variables, as `Facts` does. The headers of most frames are read at
+    /// constant offsets.
     pub(super) fn read(&mut self) {
         self.add(Step::Set(UNKNOWN));
         for variable in [
@@ -173,21 +173,21 @@ impl Steps {
         self.ports(At::Start(at + 40), At::Start(at + 42), done);
     }
 
-    /// Goes over the headers of an IPv6 packet that begin at the index, of which the first one's
-    /// number stands for the protocol.
+    /// Skips the extension headers of an IPv6 packet from the index on. The first header's number is in
+    /// [`Variable::Protocol`].
     fn extensions(&mut self, Labels { behind_ipv4, no_ports, done, .. }: Labels) {
         let [last, fragment, unknown] = [(); 3].map(|()| self.label());
         for _ in 0..MAX_EXTENSIONS {
             self.extension(fragment, last, unknown);
         }
-        // One more is one too many.
+        // One more extension header is too many.
         self.place(last);
         self.get(Variable::Protocol);
         self.if_one_of((0..=u8::MAX).filter(|it| is_extension(*it)).map(u32::from), unknown);
         self.if_one_of(WITH_PORTS.map(u32::from), behind_ipv4);
         self.add(Step::Jump(no_ports));
 
-        // A later fragment: if it is of a protocol with ports, these stay unknown.
+        // A later fragment: if its protocol has ports, they stay unknown.
         self.place(fragment);
         self.add(Step::LoadInside(Width::Byte, At::Index(0), unknown));
         self.put(Variable::Protocol);
@@ -211,13 +211,13 @@ impl Steps {
         self.add(Step::Jump(done));
     }
 
-    /// Goes on if both the packet and the frame have as many bytes at a place.
+    /// Continues if both the packet and the frame have that many bytes at a place; else jumps to `otherwise`.
     fn within(&mut self, bytes: u32, at: At, otherwise: Label) {
         self.add(Step::InPacket(bytes, at, otherwise));
         self.add(Step::InFrame(bytes, at, otherwise));
     }
 
-    /// Goes on if the packet at `at` is of this version of IP.
+    /// Continues if the packet at `at` has this IP version; else jumps to `otherwise`.
     fn version_is(&mut self, version: u32, at: u32, otherwise: Label) {
         let yes = self.label();
         self.add(Step::Load(Width::Byte, At::Start(at), otherwise));
@@ -226,7 +226,7 @@ impl Steps {
         self.place(yes);
     }
 
-    /// Goes over one extension header, if there is one, and to `last` if not.
+    /// Skips one extension header; jumps to `last` if the next header is none.
     fn extension(&mut self, fragment: Label, last: Label, unknown: Label) {
         let [options, authentication, is_fragment, first, skip] = [(); 5].map(|()| self.label());
         self.get(Variable::Protocol);

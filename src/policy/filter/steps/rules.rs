@@ -1,4 +1,4 @@
-//! A filter's rules: each compares the variables with what it is about.
+//! The steps of a filter's rules, which compare the variables with each rule's conditions.
 
 use ipnet::IpNet;
 
@@ -8,7 +8,8 @@ use crate::policy::filter::facts::UNDERSTOOD;
 use crate::policy::filter::{Action, Ports, Protocol, Rule};
 
 impl Steps {
-    /// Ends if the rule decides, else goes on. With `carriers` the rule also decides on every carrier.
+    /// Ends with the rule's action if the rule matches; else continues. With `carriers`, the rule also matches
+    /// every frame that carries another.
     pub(super) fn rule(&mut self, rule: &Rule, carriers: bool) {
         let [next, matched] = [(); 2].map(|()| self.label());
         let unknown = rule.action == Action::Deny;
@@ -65,7 +66,7 @@ impl Steps {
         self.place(next);
     }
 
-    /// Goes on if the variable has the value, or is unknown and that counts; else to `no`.
+    /// Continues if the variable has the value, or is unknown and `unknown` is true; else jumps to `no`.
     fn require(&mut self, variable: Variable, value: u32, unknown: bool, no: Label) {
         let yes = self.label();
         self.get(variable);
