@@ -60,10 +60,9 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Fault::Layout(reason) => write!(f, "{reason}"),
-            Fault::MemoryLost => write!(
-                f,
-                "guest memory is gone: its file was truncated, or a page failed; restart the guest"
-            ),
+            Fault::MemoryLost => {
+                write!(f, "guest memory is gone: its file was truncated, or a page failed")
+            }
             Fault::RingUnmapped(part) => write!(f, "the {part} lies outside guest memory"),
             Fault::AvailIndex { index, expected } => {
                 write!(f, "available index {index} out of range; next chain expected at {expected}")

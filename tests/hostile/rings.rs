@@ -332,7 +332,7 @@ fn hostile_30_loops_and_endless_chains_are_bounded() {
             looping(card, 3, next);
         });
     }
-    breaks(&scene, "over 4 GiB", |card| {
+    breaks(&scene, "longer than 4 GiB", |card| {
         let large = Ram::new(1 << 32, 1 << 30);
         card.frontend.add_mem_reg(&large);
         let piece = |index: u16| {
