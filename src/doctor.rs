@@ -34,7 +34,7 @@ use host::{Credentials, Host};
 use network::Network;
 use options::Requirements;
 
-/// A doctor's task: the command line, and the configuration file that it names.
+/// The command line of `doctor`, and the configuration file that it names.
 #[derive(Debug)]
 pub struct Doctor {
     options: Options,

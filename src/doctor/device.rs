@@ -93,7 +93,7 @@ fn is_native(features: u64) -> bool {
     features & (xdp::BASIC | xdp::REDIRECT) == xdp::BASIC | xdp::REDIRECT
 }
 
-/// Checks the features that the driver reports (`NETDEV_CMD_DEV_GET`). A driver's version does not imply them.
+/// Checks the XDP features that the driver reports (`NETDEV_CMD_DEV_GET`). Its version does not imply them.
 fn driver(features: std::io::Result<u64>, af_xdp: &AfXdp, what: &str) -> Vec<Finding> {
     let features = match features {
         Ok(features) => features,

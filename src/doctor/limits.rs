@@ -22,7 +22,7 @@ const SERVED_PAIR: u64 = 4;
 /// The checked object.
 const WHAT: &str = "this process";
 
-/// Checks both.
+/// Checks the limit of descriptors and, if a port on AF_XDP is named, the capabilities.
 pub(super) fn check(
     host: &Host,
     credentials: &Credentials,
@@ -55,7 +55,8 @@ fn descriptors(limit: Option<u64>, ports: &[(usize, bool)]) -> Finding {
     }
     let make = if limit < least { Finding::fail } else { Finding::warn };
     let fix = format!("ulimit -n {}", most.next_power_of_two());
-    make("descriptors", WHAT, format!("{why} (LimitNOFILE= in the daemon's unit)")).fix(fix)
+    let why = format!("{why}. Raise LimitNOFILE= in the daemon's unit, or the shell's limit");
+    make("descriptors", WHAT, why).fix(fix)
 }
 
 fn capabilities(credentials: &Credentials) -> Finding {

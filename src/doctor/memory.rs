@@ -7,7 +7,7 @@ use super::options::Requirements;
 /// Memory of the smallest useful guest, in bytes.
 const SMALLEST_GUEST: u64 = 64 << 20;
 
-/// Checks both.
+/// Checks huge pages and the limit of locked memory.
 pub(super) fn check(
     host: &Host,
     credentials: &Credentials,

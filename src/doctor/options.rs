@@ -38,7 +38,7 @@ pub struct Options {
     /// Check for this MTU in bytes, 68 or more [default: the file's, else 1500].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
     pub mtu: Option<u16>,
-    /// Check the rights of this user, as which QEMU runs [default: libvirt-qemu, if it exists].
+    /// Check that QEMU, run by this user, can connect [default: libvirt-qemu, if it exists].
     #[arg(long, value_name = "USER")]
     pub qemu_user: Option<String>,
     /// Print the findings in JSON.

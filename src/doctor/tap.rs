@@ -105,8 +105,8 @@ fn owner(
         (None, None) => "everybody".into(),
     };
     if (tun.owner, tun.group) == (None, None) {
-        let why = "has no owner: every user that may open /dev/net/tun can get its frames, while no daemon \
-                   has it open or if it has several queues. Create it again with 'user NAME' of the \
+        let why = "has no owner: every user that may open /dev/net/tun can get its frames, while no \
+                   daemon has it open, or if it has several queues. Create it again with 'user NAME' of the \
                    daemon's user, or 'group NAME'";
         Finding::warn("tap-owner", what, why).fix(recreate())
     } else if may_open {
