@@ -58,14 +58,16 @@ impl Virtqueues<'_> {
 ///
 /// 1. [`events`](Self::events), before the first turn.
 /// 2. In each turn:
-///    1. [`transmit`](Self::transmit), if frames from the guest are ready.
+///    1. [`transmit`](Self::transmit), if the rate limit has admitted frames, or the last call returned false.
 ///    2. [`max_buffers`](Self::max_buffers), then [`post`](Self::post) if the worker has popped rx buffers.
 ///    3. [`reap`](Self::reap), always. The worker then publishes what has completed.
 ///    4. [`mode`](Self::mode), if something has completed, or rx buffers were posted.
-/// 3. After a turn that moves nothing:
-///    1. [`readiness`](Self::readiness). If the driver has been faster, the next turn follows.
+/// 3. After a turn that moves nothing, the worker may poll: `woken(true)` precedes each further turn. Else:
+///    1. [`readiness`](Self::readiness). The worker enables notifications. If the driver has made chains available
+///       meanwhile, the next turn follows.
 ///    2. [`mode`](Self::mode), and [`readiness`](Self::readiness) again. The worker sleeps.
-///    3. [`woken`](Self::woken), then [`host_changed`](Self::host_changed) if that descriptor was readable.
+///    3. [`woken`](Self::woken), then [`host_changed`](Self::host_changed) if the descriptor from `events` was
+///       readable.
 /// 4. [`stop`](Self::stop), once, when the session ends; no call follows. The worker returns the chains in flight
 ///    to the available ring. After a panic the port is dropped without `stop`.
 ///
@@ -156,11 +158,11 @@ pub trait Port<'mem> {
     /// Sends the frames before position `until` of the tx virtqueue, oldest first. Returns true if the port has
     /// accepted all, and false if the host has no space for some of them.
     ///
-    /// An accepted frame may complete later, in [`reap`](Self::reap). Each complete in the order of the ring.
+    /// An accepted frame may complete later, in [`reap`](Self::reap). Frames complete in the order of the ring.
     ///
-    /// The worker calls it first in a turn: if the rate limit has admitted frames, or if the port returned false
-    /// the last time. After false the worker pops no frames, and calls it again in the next turn. `until` never
-    /// goes back. Frames on a disabled ring do not reach the port.
+    /// Called first in a turn, if the rate limit has admitted frames or the last call returned false. After false,
+    /// the worker pops no frames, and calls `transmit` again in the next turn. `until` never goes back. The worker
+    /// itself drops the frames of a disabled ring.
     fn transmit(
         &mut self,
         queues: &mut Virtqueues<'mem>,
@@ -168,20 +170,20 @@ pub trait Port<'mem> {
         done: &mut Completions,
     ) -> bool;
 
-    /// Returns the maximum number of rx buffers in flight. The worker asks in each turn, and pops no more than
-    /// that.
+    /// Returns the maximum number of rx buffers in flight. The worker asks in each turn, before
+    /// [`post`](Self::post), and never exceeds it.
     fn max_buffers(&self) -> usize;
 
-    /// Takes over the rx buffers that were popped since the last call: the chains in flight that end at
+    /// Takes over the rx buffers that were popped since the last call: the newest chains in flight, up to
     /// [`next_avail`](Virtqueue::next_avail).
     ///
-    /// The worker calls it after [`transmit`](Self::transmit), in turns in which it has popped rx buffers.
+    /// Called after [`transmit`](Self::transmit), in turns in which the worker has popped rx buffers.
     fn post(&mut self, queues: &mut Virtqueues<'mem>);
 
     /// Completes the chains that the host has finished with. At most `rx_allowance` frames go to the guest; the
     /// others stay with the host.
     ///
-    /// The worker calls it last in each turn. `rx_allowance` is 0 while the rate limit admits no frames.
+    /// Called in each turn, after [`post`](Self::post). `rx_allowance` is 0 while the rate limit admits no frames.
     fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions);
 
     /// Returns the mode for reports and metrics. The worker asks after turns that move something, and before it
@@ -194,7 +196,7 @@ pub trait Port<'mem> {
 
     /// Notes that the worker has slept, or polls. `readable` is true if frames from the host may have arrived.
     ///
-    /// The worker calls it after each sleep, and with true before each turn while it polls.
+    /// Called after each sleep, and with true before each turn while the worker polls.
     fn woken(&mut self, readable: bool);
 
     /// Returns a descriptor that becomes readable when the host's device changes. The worker asks once, before the
@@ -203,14 +205,14 @@ pub trait Port<'mem> {
         None
     }
 
-    /// Handles an event on the descriptor from [`events`](Self::events). The worker calls it after
-    /// [`woken`](Self::woken), if that descriptor was readable.
+    /// Handles an event on the descriptor from [`events`](Self::events). Called after [`woken`](Self::woken), if
+    /// the descriptor was readable.
     fn host_changed(&mut self) {}
 
     /// Stops the host side, which touches no chain afterwards. Completes the chains that the host has finished
     /// with, and leaves the others in flight.
     ///
-    /// The worker calls it once, at the end of the session, also after a [`Fault`](crate::guest::Fault).
+    /// Called once, at the end of the session, also after a [`Fault`](crate::guest::Fault).
     fn stop(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions);
 }
 

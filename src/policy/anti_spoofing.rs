@@ -74,8 +74,8 @@ impl AntiSpoofing {
         AntiSpoofing { sources, link_local }
     }
 
-    /// Checks a frame by its start: at least the Ethernet header, and all headers up to the transport protocol's.
-    /// The frame must be sent with exactly these bytes.
+    /// Checks a frame by its start: at least the Ethernet header, and the further headers that the rules test. The
+    /// frame must be sent with exactly these bytes.
     ///
     /// # Errors
     /// The reason to drop the frame.

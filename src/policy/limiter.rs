@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 const UNITS: u64 = 64;
 /// Default burst, as the time in which the bucket fills.
 const DEFAULT_BURST: Duration = Duration::from_millis(10);
-/// Minimum default burst in bytes: ten frames of 1514 bytes.
+/// Minimum default burst in bytes: some ten frames of 1514 bytes.
 const MIN_BURST_BYTES: u64 = 16 << 10;
 /// Minimum default burst in packets.
 const MIN_BURST_PACKETS: u64 = 16;

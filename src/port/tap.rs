@@ -83,7 +83,7 @@ impl<'mem> TapPort<'mem> {
         }
     }
 
-    /// Has the kernel segment frames to the guest as long as the rx ring cannot hold the largest GSO frame.
+    /// Makes the kernel segment frames to the guest as long as the rx ring cannot hold the largest GSO frame.
     fn fit_offloads(&mut self, rx: &Virtqueue<'mem, Writable>) {
         let is_small = self.receiver.is_small;
         if is_small == self.host.is_small {

@@ -31,7 +31,7 @@ impl<T: Copy> Fact<T> {
         if let Fact::Known(it) = self { Some(it) } else { None }
     }
 
-    /// Returns true if the property is as wanted; `unknown` if the frame does not show it.
+    /// Returns true if the property is as wanted, and `unknown` if the frame does not show the property.
     pub(super) fn is(self, unknown: bool, wanted: impl FnOnce(T) -> bool) -> bool {
         match self {
             Fact::Known(it) => wanted(it),

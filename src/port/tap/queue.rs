@@ -1,4 +1,4 @@
-//! A queue of a TAP, open for the daemon's life: the device's capabilities and settings.
+//! A queue of a TAP, open as long as the port: the device's capabilities and settings.
 //!
 //! Invariant: the recorded offloads, link state and steering are the settings that the device has, so a session
 //! sets only what differs. If a session that panicked or another daemon may have changed a setting, the record is
@@ -32,7 +32,7 @@ pub enum TxMethod {
     Writev,
 }
 
-/// One queue of a TAP, open for the daemon's life.
+/// One queue of a TAP, open as long as the port.
 #[derive(Debug)]
 pub struct TapQueue {
     pub(super) queue: Arc<Queue>,
@@ -47,11 +47,11 @@ pub struct TapQueue {
     /// Size of the last session's rx ring, if the ring was small. A ring of the same size counts as small from the
     /// next session's first frame on.
     pub(super) small_size: Option<u16>,
-    /// True if the device's link is up; `None` if another daemon may have set it.
+    /// Link state of the device; `None` if unknown, since another daemon may have set it.
     link: Option<bool>,
     /// Link state that the session demands.
     wanted_link: bool,
-    /// True if the kernel steers frames to this queue; `None` for a device with one queue.
+    /// Steering: true while the kernel steers frames to this queue; `None` for a device with one queue.
     attached: Option<bool>,
     /// The filter's [generation](TapFilter::generation) that the recorded settings, `link` and `attached` belong
     /// to.
@@ -270,8 +270,8 @@ impl TapQueue {
         self.attached = attached(&self.queue);
     }
 
-    /// Returns the length in bytes of the longest frame that is no GSO frame: by the larger MTU of the TAP, which
-    /// can change at any time, and of the virtio-net device.
+    /// Returns the length in bytes of the longest frame that is no GSO frame. The larger MTU counts: the TAP's,
+    /// which can change at any time, or the virtio-net device's.
     pub(super) fn longest_frame(&self, mtu: u16) -> usize {
         let device = self.queue.mtu().unwrap_or(0);
         if device > 0 {
@@ -375,7 +375,7 @@ fn tun_offloads(accepted: &Offloads) -> u32 {
         (accepted.tcp6, offload::TSO6),
         // The kernel accepts ECN only with TSO.
         (accepted.ecn && (accepted.tcp4 || accepted.tcp6), offload::TSO_ECN),
-        // The kernel accepts only both.
+        // The kernel accepts USO4 and USO6 only together.
         (accepted.udp4 && accepted.udp6, offload::USO4 | offload::USO6),
     ] {
         if on {

@@ -91,7 +91,7 @@ impl ReadGate {
         matches!(self.shortage, Shortage::TimedOut)
     }
 
-    /// Returns true if new frames must wake the worker: only if frames do not wait for buffers already.
+    /// Returns true if new frames must wake the worker: there are buffers, and no frames wait for more.
     pub(super) fn waits_for_frames(&self, room: Room) -> bool {
         let waits_for_buffers = room == Room::Short
             && self.may_have_frames

@@ -216,8 +216,7 @@ impl<'mem> Receiver<'mem> {
         }
         let first = rx.chain(rx.next_used());
         let header: [u8; LEGACY_HEADER_LENGTH] = first.first_bytes();
-        // Most frames have an empty header. The guest can clear a GSO frame's header at any time, so length counts
-        // too.
+        // Most frames have an empty header. The guest could clear a GSO frame's header, so the length counts too.
         let is_long = length - self.header_length > usize::from(self.mtu) + LINK_OVERHEAD;
         if header[..2] != [0, 0] || is_long {
             match self.fit_header_to_guest(&VnetHeader::parse(&header), &first) {
