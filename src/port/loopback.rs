@@ -128,8 +128,11 @@ impl<'mem> Port<'mem> for Loopback {
         self.stages.begin_burst(done);
         let Virtqueues { tx: Some(tx), rx: Some(rx) } = queues else { return };
         let mut delivered = 0;
-        while tx.next_used() != self.until && delivered < rx_allowance {
-            let position = tx.next_used();
+        // None if the session has dropped them: its ring is disabled.
+        for position in tx.positions(self.until) {
+            if delivered == rx_allowance {
+                break;
+            }
             let frame = tx.chain(position);
             let length = frame.len().saturating_sub(self.stages.header_length());
             match self.place(&frame, rx) {
