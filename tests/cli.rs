@@ -50,7 +50,7 @@ fn wrong_options_are_named() {
     fails(&["--loopback"], &["--socket-path"]);
     fails(&["--loopback", "--socket-path=x", "--queue-pairs=0"], &["queue-pairs=0"]);
     fails(&["--loopback", "--socket-path=x", "--cpu-affinity=5000"], &["5000"]);
-    fails(&["--loopback", "--socket-path=x", "--cpu-affinity=999"], &["processor 999"]);
+    fails(&["--loopback", "--socket-path=x", "--cpu-affinity=999"], &["CPU 999"]);
 }
 
 #[test]
@@ -133,7 +133,7 @@ fn taps_that_do_not_fit_are_explained() {
         &["one queue", "multi_queue", "ip tuntap add"],
     );
     ip("link add veth0 type veth peer name veth1");
-    fails(&[&socket, "--tap=veth0"], &["veth0", "no TAP"]);
+    fails(&[&socket, "--tap=veth0"], &["veth0", "not a TAP"]);
     fails(&[&socket, "--tap=name-that-is-too-long"], &["15 bytes"]);
     fails(&[&socket, "--tap-fd=9"], &["9"]);
 

@@ -42,7 +42,7 @@ fn hostile_69_reload_that_fails_keeps_the_port() {
     let wrong = [
         ("tap = \"tap0\"\ncpu-affinity = \"999\"", "run on CPU 999"),
         ("tap = \"tap0\"\nsocket-group = \"nobody-s\"", "there is no group nobody-s"),
-        ("tap = \"lo\"", "no TAP"),
+        ("tap = \"lo\"", "not a TAP"),
         ("tap = \"tap0\"\nqueue-pairs = 2", "one queue"),
         ("af-xdp = \"lo\"", "sandbox forbids AF_XDP"),
     ];
