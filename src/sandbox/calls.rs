@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use libc::{c_int, c_long};
+use libc::{Ioctl, c_int, c_long};
 use seccompiler::{
     BackendError, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -180,30 +180,22 @@ fn not_executable() -> Result<Vec<SeccompRule>, BackendError> {
     Ok(vec![SeccompRule::new(vec![condition])?])
 }
 
-/// Requests to devices: that of a listener for its connections, those of a TAP (linux/if_tun.h) and
-/// of sockets (the driver's, by ethtool).
-const FIONBIO: c_int = 0x5421;
-const TAP_REQUESTS: &[c_int] = &[
-    0x8004_54d2_u32 as c_int, // TUNGETIFF
-    0x8004_54d3_u32 as c_int, // TUNGETSNDBUF
-    0x4004_54d0_u32 as c_int, // TUNSETOFFLOAD
-    0x4004_54d8_u32 as c_int, // TUNSETVNETHDRSZ
-    0x4004_54d9_u32 as c_int, // TUNSETQUEUE
-    0x4010_54d5,              // TUNATTACHFILTER
-    0x4010_54d6,              // TUNDETACHFILTER
-    0x4004_54dc_u32 as c_int, // TUNSETVNETLE
-    0x4004_54e2_u32 as c_int, // TUNSETCARRIER
-    0x8910,                   // SIOCGIFNAME
-    0x8921,                   // SIOCGIFMTU
+/// Requests to devices: those of a TAP (linux/if_tun.h), and that for a name.
+const TAP_REQUESTS: &[Ioctl] = &[
+    libc::TUNGETIFF,
+    libc::TUNGETSNDBUF,
+    libc::TUNSETOFFLOAD,
+    libc::TUNSETVNETHDRSZ,
+    libc::TUNSETQUEUE,
+    libc::TUNATTACHFILTER,
+    libc::TUNDETACHFILTER,
+    libc::TUNSETVNETLE,
+    libc::TUNSETCARRIER,
+    libc::SIOCGIFNAME,
+    libc::SIOCGIFMTU,
 ];
 /// Requests by which a TAP's device is found.
-const LOOK_UP_REQUESTS: &[c_int] = &[
-    0x8927, // SIOCGIFHWADDR
-    0x8933, // SIOCGIFINDEX
-];
-const SIOCGIFNAME: c_int = 0x8910;
-const TUNGETVNETHDRSZ: c_int = 0x8004_54d7_u32 as c_int;
-const SIOCETHTOOL: c_int = 0x8946;
+const LOOK_UP_REQUESTS: &[Ioctl] = &[libc::SIOCGIFHWADDR, libc::SIOCGIFINDEX];
 
 /// What a role may do.
 #[derive(Default)]
@@ -212,7 +204,7 @@ struct Allowed {
     /// Commands of fcntl(2).
     commands: Vec<c_int>,
     /// Requests of ioctl(2).
-    requests: Vec<c_int>,
+    requests: Vec<Ioctl>,
     /// Options of prctl(2).
     options: Vec<c_int>,
     /// Families of socket(2).
@@ -250,7 +242,8 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         Role::Main => Allowed {
             calls: calls(&[WAIT, MAIN]),
             commands: vec![libc::F_GETFD, libc::F_DUPFD_CLOEXEC],
-            requests: vec![FIONBIO],
+            // Of a listener, for its connections.
+            requests: vec![libc::FIONBIO],
             // A socket of its own is made again if its file was deleted.
             families: vec![libc::AF_UNIX],
             ..common
@@ -282,7 +275,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
             ]
             .concat(),
             // Of a TAP, to announce a card, and to change its filter.
-            requests: [TAP_REQUESTS, &[FIONBIO, TUNGETVNETHDRSZ]].concat(),
+            requests: [TAP_REQUESTS, &[libc::FIONBIO, libc::TUNGETVNETHDRSZ]].concat(),
             // To connect to a VMM.
             families: vec![libc::AF_UNIX],
             hand_over: true,
@@ -297,7 +290,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         Role::XdpWorker => Allowed {
             calls: calls(&[WAIT, WORKER, XDP]),
             commands: descriptors,
-            requests: vec![FIONBIO, SIOCETHTOOL, SIOCGIFNAME],
+            requests: vec![libc::FIONBIO, libc::SIOCETHTOOL, libc::SIOCGIFNAME],
             // AF_XDP itself, netlink, and an address to listen to.
             families: vec![libc::AF_XDP, libc::AF_NETLINK, libc::AF_PACKET],
             datagrams: true,
@@ -325,6 +318,7 @@ pub(super) fn filter(
         calls.into_iter().map(|call| (call, Vec::new())).collect();
     rules.insert(libc::SYS_mmap, not_executable()?);
     rules.insert(libc::SYS_mprotect, not_executable()?);
+    let requests: Vec<c_int> = requests.into_iter().map(|request| request as c_int).collect();
     let mut sockets = one_of(0, &families)?;
     if has_datagrams {
         sockets.push(datagrams()?);

@@ -15,8 +15,6 @@ pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
 /// Longest alternative name of a network device in bytes (`ALTIFNAMSIZ` less its nul).
 pub const MAX_ALTERNATIVE_NAME: usize = 127;
 
-const SIOCGIFNAME: libc::c_ulong = 0x8910;
-
 /// An `ifreq` with the given name in it and all else zero.
 pub(super) fn request(name: &str) -> io::Result<libc::ifreq> {
     let text = CString::new(name)?;
@@ -87,7 +85,7 @@ fn named(socket: &OwnedFd, index: u32) -> io::Result<libc::ifreq> {
     unsafe {
         let mut request: libc::ifreq = mem::zeroed();
         request.ifr_ifru.ifru_ifindex = index as libc::c_int;
-        check(libc::ioctl(socket.as_raw_fd(), SIOCGIFNAME, &mut request))?;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFNAME, &mut request))?;
         Ok(request)
     }
 }
