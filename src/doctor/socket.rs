@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use nix::unistd::{User, getgrouplist};
+use nix::unistd::{AccessFlags, User, getgrouplist};
 
 use super::finding::{Finding, quoted};
 use super::host::{Host, Myself};
@@ -97,7 +97,7 @@ fn no_directory(
 /// Whether the socket can be put there.
 fn place(host: &Host, path: &Path, directory: &Path, what: &str) -> Finding {
     let shown = quoted(&path.display().to_string());
-    if let Err(error) = may_access(None, directory, libc::W_OK | libc::X_OK) {
+    if let Err(error) = may_access(None, directory, AccessFlags::W_OK | AccessFlags::X_OK) {
         let directory = directory.display();
         let why = format!("this user can't make files in {directory}: {error}");
         let found = Finding::fail("socket", what, why);
@@ -167,7 +167,7 @@ fn search(directory: &Path, qemu: &Qemu, what: &str) -> Option<Finding> {
     ancestors.reverse();
     let who = Some((qemu.user, &qemu.groups[..]));
     for ancestor in ancestors {
-        let error = match may_access(who, ancestor, libc::X_OK) {
+        let error = match may_access(who, ancestor, AccessFlags::X_OK) {
             Ok(()) => continue,
             Err(error) => error,
         };
@@ -201,7 +201,7 @@ fn connect(
     let who = Some((qemu.user, &qemu.groups[..]));
     let shown = quoted(&path.display().to_string());
     if path.exists() {
-        return match may_access(who, path, libc::W_OK) {
+        return match may_access(who, path, AccessFlags::W_OK) {
             Ok(()) => Finding::pass("qemu-user", what, format!("QEMU's user {name} may connect")),
             Err(_) => {
                 let why = format!("QEMU's user {name} may not write to it, and can't connect");

@@ -6,7 +6,9 @@
 use std::ffi::CString;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::{check, link};
 
@@ -40,11 +42,7 @@ pub(super) fn name_in(request: &libc::ifreq) -> String {
 
 /// A socket for requests to network devices.
 pub(super) fn control_socket() -> io::Result<OwnedFd> {
-    // SAFETY: a fresh descriptor, owned from here on.
-    unsafe {
-        let fd = check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?;
-        Ok(OwnedFd::from_raw_fd(fd))
-    }
+    Ok(socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
 /// Index of the device that `name` leads to, as its primary or an alternative name; `None` if there is

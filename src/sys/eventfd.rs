@@ -15,9 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{MsgFlags, send};
+use nix::unistd::write;
 
-use super::check;
+use super::process::set_nonblocking;
 use super::socket::{Inherited, classify};
 
 /// How soon to look again whether a descriptor can be replaced.
@@ -53,11 +55,7 @@ impl NotifyFd {
                 format!("the descriptor is {}, not an eventfd", kind.display()),
             ));
         }
-        // SAFETY: fcntl with these commands reads and sets flags of a descriptor that we own.
-        unsafe {
-            let flags = check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))?;
-            check(libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
-        }
+        set_nonblocking(file.as_fd())?;
         Ok(NotifyFd { file: Arc::new(file), is_socket: false })
     }
 
@@ -81,18 +79,11 @@ impl NotifyFd {
     /// long ago.
     pub fn signal(&self) -> io::Result<()> {
         let one = 1u64.to_ne_bytes();
-        let (fd, bytes) = (self.file.as_raw_fd(), one.as_ptr().cast());
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: both read 8 bytes from a live array.
-        let written = unsafe {
-            match self.is_socket {
-                true => libc::send(fd, bytes, one.len(), flags),
-                false => libc::write(fd, bytes, one.len()),
-            }
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match self.is_socket {
+            true => send(self.file.as_raw_fd(), &one, flags)?,
+            false => write(&self.file, &one)?,
         };
-        if written < 0 {
-            return Err(io::Error::last_os_error());
-        }
         Ok(())
     }
 
@@ -176,7 +167,8 @@ pub struct Waker(EventFd);
 impl Waker {
     /// Makes one that nobody has rung yet.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Waker)
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        Ok(Waker(EventFd::from_flags(flags)?))
     }
 
     /// Makes the descriptor readable.
@@ -194,8 +186,7 @@ impl Waker {
 
 impl AsFd for Waker {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the eventfd stays open as long as `self`, which is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+        self.0.as_fd()
     }
 }
 
@@ -203,20 +194,17 @@ impl AsFd for Waker {
 mod tests {
     use super::*;
     use std::io::Read;
-    use std::os::fd::{FromRawFd, OwnedFd};
+    use std::os::fd::OwnedFd;
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
     fn foreign(event: &EventFd) -> NotifyFd {
-        let duplicate = event.try_clone().unwrap();
-        // SAFETY: the duplicate's descriptor is handed over and the wrapper forgotten.
-        let file = unsafe { File::from_raw_fd(duplicate.as_raw_fd()) };
-        std::mem::forget(duplicate);
-        NotifyFd::new(file).unwrap()
+        let duplicate = event.as_fd().try_clone_to_owned().unwrap();
+        NotifyFd::new(File::from(duplicate)).unwrap()
     }
 
     #[test]
     fn a_signal_adds_one() {
-        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         let foreign = foreign(&event);
         foreign.signal().unwrap();
         foreign.signal().unwrap();
@@ -225,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_blocking_eventfd_at_its_maximum_does_not_block() {
-        let event = EventFd::new(0).unwrap();
+        let event = EventFd::new().unwrap();
         event.write(u64::MAX - 1).unwrap();
         let error = foreign(&event).signal().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);

@@ -10,6 +10,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
+use super::process::set_nonblocking;
 use super::{check, device};
 use crate::guest::{ReadSegment, Segment};
 
@@ -110,11 +111,7 @@ impl Queue {
     /// # Errors
     /// `InvalidInput` if the descriptor is no TAP, or was opened without `IFF_VNET_HDR`.
     pub fn inherit(fd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: sets flags of a descriptor that we own.
-        unsafe {
-            let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;
-            check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
-        }
+        set_nonblocking(fd.as_fd())?;
         let queue = Self::unidentified(File::from(fd));
         if let Err(error) = queue.ask() {
             let name = super::process::describe(queue.as_fd());
