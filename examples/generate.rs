@@ -9,6 +9,7 @@ use std::path::Path;
 use clap_complete::{Shell, generate_to};
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
+use vhost_user_net::cli;
 use vhost_user_net::config::{self, Place};
 
 const SOURCE: &str = concat!("vhost-user-net ", env!("CARGO_PKG_VERSION"));
@@ -86,7 +87,7 @@ fn main() -> io::Result<()> {
 pub(crate) fn generate(directory: &Path) -> io::Result<()> {
     let man = directory.join("man");
     fs::create_dir_all(&man)?;
-    let mut command = with_all_help(config::command().disable_help_subcommand(true));
+    let mut command = with_all_help(cli::command().disable_help_subcommand(true));
     command.build();
     pages(&command, &man)?;
     fs::write(man.join(format!("{FILE_PAGE}.5")), file_page())?;
@@ -94,7 +95,7 @@ pub(crate) fn generate(directory: &Path) -> io::Result<()> {
     let completions = directory.join("completions");
     fs::create_dir_all(&completions)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        let mut command = shown(&config::command()).version(env!("CARGO_PKG_VERSION"));
+        let mut command = shown(&cli::command()).version(env!("CARGO_PKG_VERSION"));
         let file = generate_to(shell, &mut command, "vhost-user-net", &completions)?;
         let text = fs::read_to_string(&file)?;
         let text = match shell {

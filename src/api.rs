@@ -4,19 +4,14 @@
 //! user (SO_PEERCRED). A client can take little: lines are short, clients are few, and who does not
 //! read its replies is not read from. Descriptors come with the blanks before a request.
 
-pub mod client;
+mod connection;
 mod metrics;
-mod record;
-pub mod reload;
 mod report;
-mod requests;
+pub mod requests;
 pub mod scrape;
-mod stats;
-pub mod top;
 
-use std::collections::BTreeSet;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
@@ -27,31 +22,27 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::config::{Config, Frontend, MAX_QUEUE_PAIRS};
-use crate::daemon::{Ports, StartError, too_late};
-use crate::endpoint::{Endpoint, set_access};
-use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
+use crate::config::Config;
+use crate::endpoint::{Endpoint, Frontend, set_access};
+use crate::error::StartError;
+use crate::ports::Ports;
 
+use connection::Client;
 pub use requests::Command;
-use requests::{Answer, Refused, carry_out};
 
 /// Version of requests and replies: it changes when one that was good is not understood any more.
 pub const VERSION: u32 = 1;
-/// Longest request in bytes.
-const MAX_LINE: usize = 16 << 10;
 /// Clients at once; the one that has been silent for longest makes room.
 const MAX_CLIENTS: usize = 32;
-/// Descriptors with a request at the most: a port's frontend, and the queues of its TAP.
-const MAX_FILES: usize = 1 + MAX_QUEUE_PAIRS as usize;
 /// What the opener is told.
 const RELOAD: &str = "{\"reload\":true}\n";
 
 /// A line from a client.
 #[derive(Debug, Serialize, Deserialize)]
-struct Request {
-    version: u32,
+pub(crate) struct Request {
+    pub(crate) version: u32,
     #[serde(flatten)]
-    command: Command,
+    pub(crate) command: Command,
 }
 
 /// What clients may ask about the daemon itself.
@@ -68,44 +59,6 @@ impl House {
         let names = self.listeners.iter().map(|(name, _)| name.as_str()).collect();
         let files = self.listeners.iter().map(|(_, fd)| fd.try_clone());
         Ok((names, files.collect::<io::Result<_>>()?))
-    }
-}
-
-/// A client.
-#[derive(Debug)]
-struct Client {
-    number: u32,
-    stream: UnixStream,
-    input: Vec<u8>,
-    files: Vec<OwnedFd>,
-    output: Vec<u8>,
-    /// The deadline of the hand-over that it has asked for last, by which that is told from others.
-    handover: Option<Instant>,
-    /// Ports whose traffic is counted for it, by name.
-    counting: BTreeSet<String>,
-}
-
-impl Client {
-    fn new(number: u32, stream: UnixStream) -> Self {
-        let (input, files, output, counting) = Default::default();
-        Client { number, stream, input, files, output, handover: None, counting }
-    }
-
-    /// Whether it has the daemon's ports, which resume if it goes.
-    fn has_ports(&self, ports: &Ports) -> bool {
-        self.handover.is_some() && self.handover == ports.handover_deadline()
-    }
-
-    /// Ends what was done for it.
-    fn leave(&self, ports: &mut Ports) {
-        if self.has_ports(ports) {
-            ports.abort_handover("the other daemon has gone");
-        }
-        let counted = self.counting.iter().filter_map(|name| ports.find(name).ok());
-        for port in counted {
-            // A port that does not answer is told again by the next who asks.
-            let _ = port.count_traffic(false);
-        }
     }
 }
 
@@ -127,7 +80,7 @@ pub struct Server {
 
 /// What a client is to be waited on for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
+pub enum ClientInterest {
     /// Its next request.
     Request,
     /// Room for the reply.
@@ -346,11 +299,15 @@ impl Server {
     }
 
     /// Serves a client that can be read from, or written to.
-    pub fn serve(&mut self, number: u32, ports: &mut Ports) -> Wanted {
-        let Some(mut client) = self.take(number) else { return Wanted::Nothing };
-        match talk(&mut client, ports, &self.house, &mut self.given_away) {
+    pub fn serve(&mut self, number: u32, ports: &mut Ports) -> ClientInterest {
+        let Some(mut client) = self.take(number) else { return ClientInterest::Nothing };
+        match client.talk(ports, &self.house, &mut self.given_away) {
             Ok(()) => {
-                let wanted = if client.output.is_empty() { Wanted::Request } else { Wanted::Room };
+                let wanted = if client.output.is_empty() {
+                    ClientInterest::Request
+                } else {
+                    ClientInterest::Room
+                };
                 if number == 0 {
                     self.opener = Some(client);
                 } else {
@@ -366,116 +323,10 @@ impl Server {
                 {
                     warn!("control socket: a client is disconnected: {error}");
                 }
-                Wanted::Nothing
+                ClientInterest::Nothing
             }
         }
     }
-}
-
-/// Writes what is left of the last reply; then reads, and answers one request after the other.
-fn talk(
-    client: &mut Client,
-    ports: &mut Ports,
-    house: &House,
-    given_away: &mut bool,
-) -> io::Result<()> {
-    if client.output.is_empty() && !client.input.contains(&b'\n') {
-        let mut bytes = [0; 4096];
-        match receive(&client.stream, &mut bytes, MAX_DESCRIPTORS) {
-            Ok(received) if received.bytes == 0 => {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            Ok(received) => {
-                client.input.extend(&bytes[..received.bytes]);
-                client.files.extend(received.files.into_iter().map(OwnedFd::from));
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            // Only blanks came with them: the opener's request is refused, since it lacks them.
-            Err(error) if error.kind() == io::ErrorKind::Other && client.number == 0 => {
-                warn!("daemon: the helper process cannot pass descriptors: {error}");
-            }
-            Err(error) => {
-                if error.kind() == io::ErrorKind::Other {
-                    let why = failure("cannot-be-done", &error.to_string());
-                    let _ = client.stream.write_all(why.as_bytes());
-                }
-                return Err(error);
-            }
-        }
-    }
-    loop {
-        while !client.output.is_empty() {
-            match client.stream.write(&client.output) {
-                Ok(written) => drop(client.output.drain(..written)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
-        let Some(end) = client.input.iter().position(|byte| *byte == b'\n') else { break };
-        let line: Vec<u8> = client.input.drain(..=end).collect();
-        let files = std::mem::take(&mut client.files);
-        let result = parse(&line[..end])
-            .map(|command| answer(client, command, files, ports, house, given_away));
-        match result {
-            Ok(Ok(Answer { value, files })) => {
-                let files: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
-                // Each message takes a kilobyte of the socket's buffer, which holds 200: there is no room
-                // only if the client has not read what came before.
-                send_with_files(&client.stream, &[], &files, b' ').map_err(|error| {
-                    io::Error::other(format!("cannot pass descriptors: {error}"))
-                })?;
-                client.output =
-                    (json!({"version": VERSION, "ok": value}).to_string() + "\n").into_bytes();
-            }
-            Ok(Err(Refused { kind, message })) => {
-                client.output = failure(kind, &message).into_bytes();
-            }
-            Err(failure) => client.output = failure.into_bytes(),
-        }
-    }
-    let too_much = if client.input.len() > MAX_LINE {
-        format!("a request has more than {MAX_LINE} bytes")
-    } else if client.files.len() > MAX_FILES {
-        format!("a request has more than {MAX_FILES} descriptors")
-    } else {
-        return Ok(());
-    };
-    let _ = client.stream.write_all(failure("bad-request", &too_much).as_bytes());
-    Err(io::Error::new(io::ErrorKind::InvalidData, too_much))
-}
-
-/// Carries a request out, as far as it is this client's to make, and keeps what it has from then on.
-fn answer(
-    client: &mut Client,
-    command: Command,
-    files: Vec<OwnedFd>,
-    ports: &mut Ports,
-    house: &House,
-    given_away: &mut bool,
-) -> Result<Answer, Refused> {
-    let bad = |message: &str| Refused { kind: "bad-request", message: message.into() };
-    if !command.only_asks() {
-        ports.check_present()?;
-    }
-    match &command {
-        Command::LetGo {} if client.handover.is_none() => return Err(bad("it has no ports")),
-        Command::LetGo {} if !client.has_ports(ports) => return Err(too_late().into()),
-        Command::Traffic { port } if client.counting.insert(port.clone()) => {
-            if let Err(refusal) = ports.find(port).and_then(|it| it.count_traffic(true)) {
-                client.counting.remove(port);
-                return Err(refusal.into());
-            }
-        }
-        _ => {}
-    }
-    let takes = matches!(command, Command::HandOver {});
-    let lets_go = matches!(command, Command::LetGo {});
-    let answer = carry_out(command, files, ports, house)?;
-    if takes {
-        client.handover = ports.handover_deadline();
-    }
-    *given_away |= lets_go;
-    Ok(answer)
 }
 
 /// Reads a request.

@@ -25,11 +25,11 @@ use pcap_file::pcapng::blocks::interface_statistics::{
 };
 use pcap_file::{DataLink, Endianness, PcapError, PcapResult};
 
-use crate::counters::Drop;
+use crate::counters::DropReason;
+use crate::frame::FrameDirection;
 use crate::guest::ReadSegment;
 use crate::policy::Filter;
 use crate::sys::is_hung_up;
-use crate::traffic::Way;
 
 /// Longest part of a frame that is kept, in bytes: an unsegmented one whole.
 pub const MAX_SNAPLEN: u32 = 65_550;
@@ -73,9 +73,9 @@ pub struct Options {
 /// A captured frame.
 struct Record {
     time: Duration,
-    way: Way,
+    way: FrameDirection,
     pair: u16,
-    dropped: Option<Drop>,
+    dropped: Option<DropReason>,
     length: u32,
     bytes: Vec<u8>,
 }
@@ -96,16 +96,16 @@ impl Recorder {
     /// Puts a frame's copy into the queue, or counts that there is no room.
     pub fn record<'a>(
         &self,
-        way: Way,
+        way: FrameDirection,
         pair: u16,
-        dropped: Option<Drop>,
+        dropped: Option<DropReason>,
         length: usize,
         segments: impl Iterator<Item = ReadSegment<'a>> + Clone,
     ) {
         if !self.filter.is_none() {
             let mut start = [0; FILTERED];
             let seen = copy(segments.clone(), &mut start[..length.min(FILTERED)]);
-            if self.filter.judge(&start[..seen]).is_err() {
+            if self.filter.check(&start[..seen]).is_err() {
                 return;
             }
         }
@@ -141,7 +141,7 @@ fn copy<'a>(segments: impl Iterator<Item = ReadSegment<'a>>, target: &mut [u8]) 
 
 /// What a capture has come to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Tally {
+pub struct CaptureStats {
     /// Frames that were written.
     pub captured: u64,
     /// Frames that found no room, for whoever reads was too slow.
@@ -204,18 +204,18 @@ impl Capture {
     }
 
     /// Has it end, once what was captured is written; says what it has come to so far.
-    pub fn stop(&self) -> Tally {
+    pub fn stop(&self) -> CaptureStats {
         self.on.store(false, Ordering::Relaxed);
         let recorder = self.lock();
-        let Some(recorder) = &*recorder else { return Tally::default() };
+        let Some(recorder) = &*recorder else { return CaptureStats::default() };
         recorder.over.store(true, Ordering::Relaxed);
-        recorder.tally()
+        recorder.stats()
     }
 }
 
 impl Recorder {
-    fn tally(&self) -> Tally {
-        Tally {
+    fn stats(&self) -> CaptureStats {
+        CaptureStats {
             captured: self.written.load(Ordering::Relaxed),
             left_out: self.left_out.load(Ordering::Relaxed),
         }
@@ -237,7 +237,7 @@ impl Writer {
     ///
     /// # Errors
     /// Those of writing, but for that last one.
-    pub fn run(self) -> io::Result<Tally> {
+    pub fn run(self) -> io::Result<CaptureStats> {
         let result = self.write_all();
         self.recorder.over.store(true, Ordering::Relaxed);
         {
@@ -253,7 +253,7 @@ impl Writer {
             Err(error) => return Err(io::Error::other(error)),
             Ok(()) => {}
         }
-        Ok(self.recorder.tally())
+        Ok(self.recorder.stats())
     }
 
     fn write_all(&self) -> PcapResult<()> {
@@ -302,7 +302,7 @@ impl Writer {
             }
         }
         // All is counted with the first interface: the queue is one for all.
-        let Tally { captured, left_out } = self.recorder.tally();
+        let CaptureStats { captured, left_out } = self.recorder.stats();
         let options = vec![
             InterfaceStatisticsOption::IsbIfRecv(captured + left_out),
             InterfaceStatisticsOption::IsbIfDrop(left_out),
@@ -317,8 +317,8 @@ fn block(record: &Record) -> EnhancedPacketBlock<'_> {
     // The lowest bits of the flags: 1 is inbound, 2 is outbound (draft-ietf-opsawg-pcapng, section
     // 4.3.1). The queue pair is the interface.
     let direction = match record.way {
-        Way::Rx => 1,
-        Way::Tx => 2,
+        FrameDirection::Rx => 1,
+        FrameDirection::Tx => 2,
     };
     let mut options = vec![EnhancedPacketOption::Flags(direction)];
     if let Some(reason) = record.dropped {
@@ -349,7 +349,7 @@ mod tests {
 
     fn put(recorder: &Recorder, bytes: &[u8]) {
         let segments = [ReadSegment::of_bytes(bytes)];
-        recorder.record(Way::Tx, 1, None, bytes.len(), segments.into_iter());
+        recorder.record(FrameDirection::Tx, 1, None, bytes.len(), segments.into_iter());
     }
 
     #[test]
@@ -381,9 +381,9 @@ mod tests {
         capture.stop();
         let mut all = Vec::new();
         reader.read_to_end(&mut all).unwrap();
-        let tally = Tally { captured: fits as u64, left_out: 5 };
-        assert_eq!(thread.join().unwrap(), tally);
-        assert_eq!(capture.stop(), tally);
+        let stats = CaptureStats { captured: fits as u64, left_out: 5 };
+        assert_eq!(thread.join().unwrap(), stats);
+        assert_eq!(capture.stop(), stats);
         assert!(all.len() > fits * frame.len());
         assert!(capture.recorder().is_none());
     }

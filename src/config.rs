@@ -1,7 +1,7 @@
-//! What the daemon is told at its start, checked: by the command line, or by a file for several
-//! ports.
+//! Validated configuration: the options of ports and of the daemon, from the command line or from a file that
+//! describes several ports.
 
-mod arguments;
+mod command_line;
 mod file;
 mod host;
 mod keys;
@@ -17,66 +17,48 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use log::LevelFilter;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
-use crate::api::client::Question;
-use crate::doctor::Examination;
+use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
-use crate::policy::{Filter, Identity, Limit};
+use crate::policy::{AllowedSources, Filter, Limit};
+use crate::port::af_xdp::AfXdp;
+use crate::port::tap::TxMethod;
+use crate::sandbox::{Confinement, Needs};
 use crate::sys::process::host_memory;
 
-pub use arguments::{command, parse};
+pub(crate) use command_line::level;
+pub use command_line::{CheckOptions, DaemonOptions, RunOptions};
 pub use file::read as read_file;
 pub use keys::{Key, Place, keys};
-pub(crate) use options::device_name;
 use options::socket_path;
+pub(crate) use options::{OPERATION, device_name};
 pub use options::{PortChanges, PortOptions};
 
-/// Queue pairs of a port at the most: virtio allows 32768, a frontend names rings with 8 bits.
-pub const MAX_QUEUE_PAIRS: u16 = 128;
-
-/// What the daemon is asked for.
-#[derive(Debug)]
-pub enum Invocation {
-    /// Run with this configuration.
-    Run(Config),
-    /// Ask a running daemon.
-    Ask(Question),
-    /// Open what a running daemon is to have, which can't: its own child, by its standard input.
-    Open(PathBuf, LevelFilter),
-    /// Print this to standard error and exit with 2.
-    Usage(String),
-    /// Look at this host, and say what is wrong with it.
-    Examine(Examination),
-    /// Print this to standard output and exit with success.
-    Print(String),
-}
-
-/// Everything that the daemon is told at its start.
+/// Configuration of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// What is logged.
+    /// Lowest level of logged lines.
     pub log_level: LevelFilter,
-    /// The file that all of this was read from, if it was.
+    /// File that the configuration was read from.
     pub file: Option<PathBuf>,
-    /// Whether to go on with the ports of the daemon that operators ask there now.
+    /// Whether to take over the ports of the daemon that listens on `control`.
     pub take_over: bool,
-    /// Where operators ask and tell it things.
+    /// Path of the control socket.
     pub control: Option<PathBuf>,
-    /// Where Prometheus fetches metrics.
+    /// Address at which metrics are served.
     pub metrics: Option<MetricsAddress>,
-    /// What the daemon gives up once it has opened everything.
+    /// Settings of the sandbox that the daemon enters once everything is open.
     pub confinement: Confinement,
-    /// The cards that it serves from its start on; there is at least one, unless operators can add
-    /// some.
+    /// Ports that the daemon serves from its start: at least one, unless there is a control socket.
     pub ports: Vec<PortConfig>,
 }
 
-/// Where metrics are fetched: a unix socket by its path, or an address of this machine only.
+/// Address at which metrics are served: a unix socket, or a loopback address of this host.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub enum MetricsAddress {
-    /// A path.
+    /// Path of a unix socket.
     Unix(PathBuf),
     /// A loopback address and a TCP port.
     Tcp(SocketAddr),
@@ -120,89 +102,54 @@ impl fmt::Display for MetricsAddress {
     }
 }
 
-/// What the daemon gives up once it has opened everything.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Confinement {
-    /// What happens at a system call that no thread of ours makes.
-    pub seccomp: Seccomp,
-    /// The user to become, by name or number.
-    pub user: Option<String>,
-    /// The group to become; without one, the user's.
-    pub group: Option<String>,
-}
-
-/// What happens at a system call that no thread of ours makes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Seccomp {
-    /// Kill the process.
-    #[default]
-    Kill,
-    /// Have the kernel log the call.
-    Log,
-    /// Install no filter.
-    None,
-}
-
-/// One card.
+/// Configuration of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PortConfig {
-    /// What was said about it, as it was said.
+    /// Options that the configuration was made of.
     pub options: PortOptions,
-    /// Its name, if it is not to be called after its host side.
+    /// Name, unless the port is called after its host side.
     pub name: Option<String>,
-    /// Where the frontend comes from.
+    /// Origin of the frontend's connections.
     pub frontend: Frontend,
-    /// Whose members may connect to a socket that we make.
+    /// Group that may connect to the port's socket.
     pub socket_group: Option<String>,
-    /// Where frames go.
+    /// Host side.
     pub host: Host,
-    /// Pairs of rings.
+    /// Number of queue pairs, 1 to 128.
     pub queue_pairs: u16,
-    /// The card's address, if it is ours to set.
+    /// MAC address of the device, unless the VMM sets it.
     pub mac: Option<MacAddress>,
-    /// The card's MTU in bytes.
+    /// MTU of the device in bytes.
     pub mtu: u16,
-    /// Who the guest is, if it may only speak for itself.
-    pub identity: Option<Identity>,
-    /// What of it is denied.
+    /// Allowed source addresses, if anti-spoofing is on.
+    pub allowed_sources: Option<AllowedSources>,
+    /// Packet filter for frames of the guest.
     pub tx_filter: Filter,
-    /// What is denied of what it is given.
+    /// Packet filter for frames to the guest.
     pub rx_filter: Filter,
-    /// How much it may be given.
+    /// Rate limit for frames to the guest.
     pub rx_limit: Limit,
-    /// How much it may send.
+    /// Rate limit for frames of the guest.
     pub tx_limit: Limit,
-    /// Whether frames move at all.
+    /// Link state; frames move only while it is up.
     pub link: bool,
-    /// Whether the guest may be given unsegmented frames.
+    /// Whether GSO frames are offered to the guest.
     pub guest_tso: bool,
-    /// Whether the guest may reset single rings.
+    /// Whether the reset of single rings is offered.
     pub ring_reset: bool,
-    /// Whether the guest's memory must not be truncatable.
+    /// Whether guest memory that can be truncated is refused.
     pub require_sealed_memory: bool,
-    /// Bytes of the VMM's files that can be mapped; if it is not said, by the host's RAM.
+    /// Limit on the mapped bytes of the VMM's files; see [`memory_limit`](Self::memory_limit) for its default.
     pub max_memory: Option<u64>,
-    /// How long to look for work before going to sleep; if it is not said, for a guest's answers only.
+    /// Time to poll before each sleep; `None` polls for replies of the guest only.
     pub busy_poll: Option<Duration>,
-    /// How bursts of frames are written to a TAP.
+    /// Method of writing bursts of frames to a TAP.
     pub tx_method: TxMethod,
-    /// Processors for the workers; none: all that the process may use.
+    /// CPUs of the workers, in turn; empty permits all CPUs of the process.
     pub cpu_affinity: Vec<usize>,
 }
 
-/// Where the frontend comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Frontend {
-    /// Listen at a path.
-    Listen(PathBuf),
-    /// An inherited descriptor.
-    Inherited(RawFd),
-    /// Connect to a path.
-    Connect(PathBuf),
-}
-
-/// Where frames go.
+/// Host side of a port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Host {
     /// A TAP device by name.
@@ -211,58 +158,8 @@ pub enum Host {
     TapDescriptors(Vec<RawFd>),
     /// AF_XDP sockets on a network device's queues.
     AfXdp(AfXdp),
-    /// Back to the guest.
+    /// None: each frame returns to the guest.
     Loopback,
-}
-
-/// AF_XDP sockets on a network device's queues, as `NAME[,queue=N][,mode=…][,attach=…][,steer=mac]`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct AfXdp {
-    /// The device's name.
-    pub name: String,
-    /// Queue of the first queue pair; the others follow it.
-    pub queue: u16,
-    /// Who moves frames between the device and the guest's memory.
-    pub mode: Mode,
-    /// Where the XDP program runs.
-    pub attach: Attach,
-    /// Whether the card is to bring frames for the guest's address to the queue.
-    pub steer: bool,
-}
-
-/// Who moves frames between the device and the guest's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Mode {
-    /// The device if its driver can, else the kernel.
-    Auto,
-    /// The kernel, by copying.
-    Copy,
-    /// The device.
-    ZeroCopy,
-}
-
-/// Where the XDP program runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Attach {
-    /// In the driver if it can, else in the kernel's generic code.
-    Auto,
-    /// In the driver.
-    Native,
-    /// In the kernel's generic code.
-    Generic,
-}
-
-/// How bursts of frames are written to a TAP.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum TxMethod {
-    /// By io_uring where it is permitted, else by `writev`.
-    Auto,
-    /// One io_uring submission for a burst; an error where it is not permitted.
-    IoUring,
-    /// One system call for each frame.
-    Writev,
 }
 
 impl fmt::Display for Host {
@@ -272,17 +169,6 @@ impl fmt::Display for Host {
             Host::TapDescriptors(_) => f.write_str("tap"),
             Host::AfXdp(af_xdp) => write!(f, "af_xdp {} queue {}", af_xdp.name, af_xdp.queue),
             Host::Loopback => f.write_str("loopback"),
-        }
-    }
-}
-
-impl Frontend {
-    /// The option that names it.
-    fn key(&self) -> &'static str {
-        match self {
-            Frontend::Listen(_) => "socket-path",
-            Frontend::Inherited(_) => "fd",
-            Frontend::Connect(_) => "connect",
         }
     }
 }
@@ -300,7 +186,23 @@ impl Host {
 }
 
 impl Config {
-    /// What was said about the daemon itself, which can't change while it runs: keys and values.
+    /// Returns the rights that the sandboxed daemon needs for its ports, its control socket and its metrics.
+    pub fn needs(&self) -> Needs<'_> {
+        let listening = self.ports.iter().filter_map(|port| match &port.frontend {
+            Frontend::Listen(path) => Some(path.as_path()),
+            Frontend::Inherited(_) | Frontend::Connect(_) => None,
+        });
+        let metrics = match &self.metrics {
+            Some(MetricsAddress::Unix(path)) => Some(path.as_path()),
+            Some(MetricsAddress::Tcp(_)) | None => None,
+        };
+        Needs {
+            af_xdp: self.ports.iter().any(|port| matches!(port.host, Host::AfXdp(_))),
+            sockets: listening.chain(self.control.as_deref()).chain(metrics).collect(),
+        }
+    }
+
+    /// Returns the daemon's own settings, which are fixed while it runs, as keys and values.
     pub fn settings(&self) -> BTreeMap<&'static str, String> {
         let Config { log_level, control, metrics, confinement, .. } = self;
         let Confinement { seccomp, user, group } = confinement;
@@ -318,7 +220,7 @@ impl Config {
 }
 
 impl PortConfig {
-    /// The port's name, unless it is to be called after a device that only its descriptors tell.
+    /// Returns the port's name; `None` if the port is called after the device of inherited descriptors.
     pub fn known_name(&self) -> Option<&str> {
         self.name.as_deref().or(match &self.host {
             Host::Tap(name) => Some(name),
@@ -328,8 +230,8 @@ impl PortConfig {
         })
     }
 
-    /// Keys whose meaning differs, and cannot change while the port runs. Values that are written out
-    /// and equal to the defaults make no difference, nor does the order of a list that has none.
+    /// Returns the keys that differ and are fixed while the port runs. A value equal to the default does not
+    /// differ from an omitted one, nor does the order of a set.
     pub fn fixed_differences(&self, other: &Self) -> Vec<&'static str> {
         let mut keys = Vec::new();
         let mut differ = |key, differs: bool| keys.extend(differs.then_some(key));
@@ -355,17 +257,17 @@ impl PortConfig {
         keys
     }
 
-    /// True if what can change while the port runs is the same.
+    /// Returns true if the settings that can change while the port runs are equal.
     pub fn is_live_equal(&self, other: &Self) -> bool {
-        let live = |it: &Self| (it.identity.clone(), it.link, it.rx_limit, it.tx_limit);
+        let live = |it: &Self| (it.allowed_sources.clone(), it.link, it.rx_limit, it.tx_limit);
         live(self) == live(other)
             && self.tx_filter == other.tx_filter
             && self.rx_filter == other.rx_filter
     }
 
-    /// What an operator allows the guest, by option: the values in force, in words.
+    /// Returns the policy in force as options and their values.
     pub fn policy(&self) -> [(&'static str, String); 6] {
-        let anti_spoofing = self.identity.as_ref().map_or("off".into(), ToString::to_string);
+        let anti_spoofing = self.allowed_sources.as_ref().map_or("off".into(), ToString::to_string);
         [
             ("anti-spoofing", anti_spoofing),
             ("tx-filter", self.tx_filter.to_string()),
@@ -376,13 +278,14 @@ impl PortConfig {
         ]
     }
 
-    /// Limit on the port's mapped bytes [default: twice the host's RAM, at least 64 GiB]. Guests can
-    /// have more memory than the host, which swaps or shares pages.
+    /// Returns the limit on the port's mapped bytes [default: twice the host's RAM, at least 64 GiB]. Guests
+    /// can have more memory than the host, which swaps or shares pages.
     pub fn memory_limit(&self) -> u64 {
         self.max_memory.unwrap_or_else(|| host_memory().saturating_mul(2).max(64 << 30))
     }
 
-    /// Why this port can't be had beside the port `name`, which has what `other` says if it runs.
+    /// Returns why this port and the port `name` exclude each other, if they do. `other` is that port's
+    /// configuration if it runs.
     pub fn conflict(&self, name: &str, other: Option<&Self>) -> Option<String> {
         if self.known_name() == Some(name) {
             return Some(format!("port {name} already exists; remove it first"));
@@ -391,7 +294,7 @@ impl PortConfig {
         Some(format!("{claim} belongs to port {name}; name another, or remove that port"))
     }
 
-    /// What only one port can have: each socket, name and host queue, as text.
+    /// Returns the sockets, names and host queues that only one port can have, as text.
     fn claims(&self) -> Vec<String> {
         let mut claims: Vec<String> = self.name.iter().map(|name| format!("name {name}")).collect();
         if let Frontend::Listen(path) | Frontend::Connect(path) = &self.frontend {
@@ -407,7 +310,7 @@ impl PortConfig {
         claims
     }
 
-    /// Inherited descriptors, which only one port can have while all are started.
+    /// Returns the inherited descriptors, which only one port can have at the start, as text.
     pub(crate) fn descriptors(&self) -> Vec<String> {
         let frontend = match self.frontend {
             Frontend::Inherited(number) => Some(number),
@@ -422,11 +325,10 @@ impl PortConfig {
     }
 }
 
-/// Checks that no two of the ports that are started together, nor the control socket, lay claim to
-/// one thing.
+/// Checks that the ports of one start and the control socket do not exclude each other.
 ///
 /// # Errors
-/// With what is named twice.
+/// The object that is named twice.
 fn check_start(ports: &[PortConfig], control: Option<&Path>) -> Result<(), String> {
     let descriptors = ports.iter().flat_map(PortConfig::descriptors);
     let control = control.map(|path| format!("socket {}", path.display()));
@@ -434,10 +336,10 @@ fn check_start(ports: &[PortConfig], control: Option<&Path>) -> Result<(), Strin
         .map_err(|claim| format!("{claim} is named twice"))
 }
 
-/// Checks that no two of these ports lay claim to one thing, nor to what `others` claim.
+/// Checks that no object is claimed by two of these ports, or by one of them and `others`.
 ///
 /// # Errors
-/// With what is named twice.
+/// The object that is named twice.
 fn check_claims(ports: &[&PortConfig], others: impl Iterator<Item = String>) -> Result<(), String> {
     let claims = ports.iter().flat_map(|port| port.claims());
     let mut claims: Vec<String> = claims.chain(others).collect();

@@ -2,12 +2,17 @@
 //!
 //! They are added to once per burst, without a locked instruction.
 
-use std::collections::BTreeMap;
+mod histogram;
+mod reasons;
+
 use std::fmt;
-use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+pub use histogram::Histogram;
+use reasons::ByReason;
+pub use reasons::{CopyReason, DropReason};
 
 /// Highest value that a counter can be restored to: 2^56. In bytes, 10 Gbit/s take two years for it.
 const MAX_RESTORED: u64 = 1 << 56;
@@ -49,240 +54,6 @@ impl<'de> Deserialize<'de> for Counter {
     }
 }
 
-/// How often values were how large: at most 1, 2, 4, … up to 2^(N-1), or larger.
-#[derive(Debug)]
-pub struct Histogram<const N: usize> {
-    counts: [Counter; N],
-    larger: Counter,
-    sum: Counter,
-}
-
-impl<const N: usize> Default for Histogram<N> {
-    fn default() -> Self {
-        let counts = std::array::from_fn(|_| Counter::default());
-        Histogram { counts, larger: Counter::default(), sum: Counter::default() }
-    }
-}
-
-impl<const N: usize> Serialize for Histogram<N> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let all = self.counts.iter().chain([&self.larger, &self.sum]);
-        serializer.collect_seq(all)
-    }
-}
-
-impl<'de, const N: usize> Deserialize<'de> for Histogram<N> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // Of another version it may have fewer, or more.
-        let mut all = Vec::<Counter>::deserialize(deserializer)?.into_iter();
-        let counts = std::array::from_fn(|_| all.next().unwrap_or_default());
-        let (larger, sum) = (all.next().unwrap_or_default(), all.next().unwrap_or_default());
-        Ok(Histogram { counts, larger, sum })
-    }
-}
-
-impl<const N: usize> Histogram<N> {
-    /// Counts a value. Only the histogram's one writer may call this.
-    #[inline]
-    pub fn observe(&self, value: u64) {
-        let place = (u64::BITS - value.saturating_sub(1).leading_zeros()) as usize;
-        self.counts.get(place).unwrap_or(&self.larger).add(1);
-        self.sum.add(value);
-    }
-
-    fn restore(&self, told: &Self) {
-        self.counts.iter().zip(&told.counts).for_each(|(ours, theirs)| ours.restore(theirs));
-        self.larger.restore(&told.larger);
-        self.sum.restore(&told.sum);
-    }
-
-    /// Bounds, and how many values were not above each; infinity, with all of them, comes last.
-    pub fn cumulated(&self) -> Vec<(f64, u64)> {
-        let mut below = 0;
-        let bounds = (0..N).map(|place| (1_u64 << place) as f64).chain([f64::INFINITY]);
-        let counts = self.counts.iter().chain([&self.larger]);
-        let cumulate = |(bound, count): (f64, &Counter)| {
-            below += count.get();
-            (bound, below)
-        };
-        bounds.zip(counts).map(cumulate).collect()
-    }
-
-    /// The sum of all values.
-    pub fn sum(&self) -> u64 {
-        self.sum.get()
-    }
-
-    /// The bound that a share of the values is not above; nothing if there are no values.
-    pub fn quantile(&self, share: f64) -> Option<f64> {
-        let cumulated = self.cumulated();
-        let all = cumulated.last().map_or(0, |(_, all)| *all);
-        let enough = |(_, below): &&(f64, u64)| *below as f64 >= share * all as f64;
-        cumulated.iter().find(enough).map(|(bound, _)| *bound).filter(|_| all > 0)
-    }
-}
-
-/// Why a frame was dropped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Drop {
-    /// Shorter than its headers.
-    TooShort,
-    /// Longer than the port's MTU allows.
-    TooLong,
-    /// Its virtio header contradicts the frame or the negotiated features.
-    BadHeader,
-    /// The guest's buffers were too small or too few for it.
-    NoRoom,
-    /// It needs a checksum or segmentation that the guest did not accept.
-    NotAccepted,
-    /// Its ring is disabled.
-    Disabled,
-    /// An operator has set the card's link down.
-    LinkDown,
-    /// The host refused it.
-    HostRefused,
-    /// Its source, or the sender that it names, is an Ethernet address that is not the guest's.
-    SpoofedMac,
-    /// Its source, or what it claims, is an IP address that is not the guest's.
-    SpoofedAddress,
-    /// It has a VLAN tag that is not the guest's to set.
-    ForbiddenVlan,
-    /// It is nothing that a guest sends: a router's, a DHCP server's, a bridge's, or unknown.
-    Forbidden,
-    /// The operator's filter denies it.
-    Filtered,
-}
-
-impl Drop {
-    /// All reasons.
-    pub const ALL: [Drop; 13] = [
-        Drop::TooShort,
-        Drop::TooLong,
-        Drop::BadHeader,
-        Drop::NoRoom,
-        Drop::NotAccepted,
-        Drop::Disabled,
-        Drop::LinkDown,
-        Drop::HostRefused,
-        Drop::SpoofedMac,
-        Drop::SpoofedAddress,
-        Drop::ForbiddenVlan,
-        Drop::Forbidden,
-        Drop::Filtered,
-    ];
-
-    /// The reason as it is shown.
-    pub fn name(self) -> &'static str {
-        match self {
-            Drop::TooShort => "too_short",
-            Drop::TooLong => "too_long",
-            Drop::BadHeader => "bad_header",
-            Drop::NoRoom => "no_room",
-            Drop::NotAccepted => "not_accepted",
-            Drop::Disabled => "disabled",
-            Drop::LinkDown => "link_down",
-            Drop::HostRefused => "host_refused",
-            Drop::SpoofedMac => "spoofed_mac",
-            Drop::SpoofedAddress => "spoofed_address",
-            Drop::ForbiddenVlan => "forbidden_vlan",
-            Drop::Forbidden => "forbidden",
-            Drop::Filtered => "filtered",
-        }
-    }
-}
-
-/// Why a frame's payload was copied in user space, on a port that can do without.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum CopyReason {
-    /// The host completes its checksum: metadata or the sum itself goes with a private copy.
-    Checksum,
-    /// The guest's frame lies in several pieces.
-    Pieces,
-    /// There are rules for the guest's frame, and it must be sent as it was judged.
-    Rules,
-    /// The guest's frame was cut into segments.
-    Segmentation,
-    /// The guest's buffer does not suit the host, which put the frame into one of ours.
-    Unsuitable,
-    /// The frame came before the guest's buffer, and waited for it in one of ours.
-    Late,
-}
-
-impl CopyReason {
-    /// All reasons.
-    pub const ALL: [CopyReason; 6] = [
-        CopyReason::Checksum,
-        CopyReason::Pieces,
-        CopyReason::Rules,
-        CopyReason::Segmentation,
-        CopyReason::Unsuitable,
-        CopyReason::Late,
-    ];
-
-    /// The reason as it is shown.
-    pub fn name(self) -> &'static str {
-        match self {
-            CopyReason::Checksum => "checksum",
-            CopyReason::Pieces => "pieces",
-            CopyReason::Rules => "rules",
-            CopyReason::Segmentation => "segmentation",
-            CopyReason::Unsuitable => "unsuitable_buffer",
-            CopyReason::Late => "late_buffer",
-        }
-    }
-}
-
-/// Why something is counted apart.
-trait Reason {
-    /// All reasons by their names, in the order of their numbers.
-    fn names() -> Vec<&'static str>;
-}
-
-impl Reason for Drop {
-    fn names() -> Vec<&'static str> {
-        Drop::ALL.map(Drop::name).to_vec()
-    }
-}
-
-impl Reason for CopyReason {
-    fn names() -> Vec<&'static str> {
-        CopyReason::ALL.map(CopyReason::name).to_vec()
-    }
-}
-
-/// A counter for each reason.
-#[derive(Debug)]
-struct ByReason<R>(Vec<Counter>, PhantomData<R>);
-
-impl<R: Reason> Default for ByReason<R> {
-    fn default() -> Self {
-        ByReason(R::names().iter().map(|_| Counter::default()).collect(), PhantomData)
-    }
-}
-
-impl<R> ByReason<R> {
-    fn restore(&self, told: &Self) {
-        self.0.iter().zip(&told.0).for_each(|(ours, theirs)| ours.restore(theirs));
-    }
-}
-
-/// By name: another version may have other reasons.
-impl<R: Reason> Serialize for ByReason<R> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(R::names().into_iter().zip(&self.0))
-    }
-}
-
-impl<'de, R: Reason> Deserialize<'de> for ByReason<R> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut named = BTreeMap::<String, Counter>::deserialize(deserializer)?;
-        let counts = R::names().into_iter().map(|name| named.remove(name).unwrap_or_default());
-        Ok(ByReason(counts.collect(), PhantomData))
-    }
-}
-
 /// The numbers of one direction of a queue pair.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -292,7 +63,7 @@ pub struct DirectionCounters {
     /// Bytes of those frames, without the virtio header.
     pub bytes: Counter,
     /// Frames dropped, by reason.
-    drops: ByReason<Drop>,
+    drops: ByReason<DropReason>,
     /// Of those moved, frames whose payload was copied in user space, by reason.
     copies: ByReason<CopyReason>,
     /// Interrupts sent to the guest.
@@ -309,23 +80,23 @@ pub struct DirectionCounters {
 
 impl DirectionCounters {
     /// Counts dropped frames.
-    pub fn dropped(&self, reason: Drop, frames: u64) {
-        self.drops.0[reason as usize].add(frames);
+    pub fn dropped(&self, reason: DropReason, frames: u64) {
+        self.drops.of(reason).add(frames);
     }
 
     /// Counts frames whose payload was copied.
     pub fn copied(&self, reason: CopyReason, frames: u64) {
-        self.copies.0[reason as usize].add(frames);
+        self.copies.of(reason).add(frames);
     }
 
     /// Frames whose payload was copied for `reason`.
     pub fn copies(&self, reason: CopyReason) -> u64 {
-        self.copies.0[reason as usize].get()
+        self.copies.of(reason).get()
     }
 
     /// Frames dropped for `reason`.
-    pub fn drops(&self, reason: Drop) -> u64 {
-        self.drops.0[reason as usize].get()
+    pub fn drops(&self, reason: DropReason) -> u64 {
+        self.drops.of(reason).get()
     }
 
     fn restore(&self, told: &Self) {
@@ -354,9 +125,9 @@ impl PairCounters {
         for (ours, theirs) in [
             (&self.sessions, &told.sessions),
             (&self.turns, &told.turns),
-            (&self.looks, &told.looks),
-            (&self.replies, &told.replies),
-            (&self.naps, &told.naps),
+            (&self.poll_attempts, &told.poll_attempts),
+            (&self.poll_successes, &told.poll_successes),
+            (&self.coalesced_sleeps, &told.coalesced_sleeps),
             (&self.sleeps, &told.sleeps),
             (&self.starved, &told.starved),
         ] {
@@ -369,7 +140,7 @@ impl PairCounters {
 impl fmt::Display for DirectionCounters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} frames, {} bytes", self.frames.get(), self.bytes.get())?;
-        for reason in Drop::ALL {
+        for reason in DropReason::ALL {
             let count = self.drops(reason);
             if count > 0 {
                 write!(f, ", {count} dropped ({})", reason.name())?;
@@ -410,12 +181,15 @@ pub struct PairCounters {
     pub kick_to_used: Histogram<16>,
     /// Turns of the worker that moved something.
     pub turns: Counter,
-    /// Times that the worker looked on for a guest's answer to what it was given.
-    pub looks: Counter,
-    /// Times that it came meanwhile.
-    pub replies: Counter,
-    /// Times that the worker slept a little without being woken, since frames came closely.
-    pub naps: Counter,
+    /// Polls for a guest's reply.
+    #[serde(rename = "looks")]
+    pub poll_attempts: Counter,
+    /// Polls that ended with a reply.
+    #[serde(rename = "replies")]
+    pub poll_successes: Counter,
+    /// Sleeps to coalesce wake-ups, with notifications disabled.
+    #[serde(rename = "naps")]
+    pub coalesced_sleeps: Counter,
     /// Times that the worker went to sleep.
     pub sleeps: Counter,
     /// Times that rx had to wait for the guest to provide buffers.
@@ -427,20 +201,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_is_counted_below_the_next_power_of_two() {
-        let histogram = Histogram::<3>::default();
-        assert_eq!(histogram.quantile(0.5), None);
-        [0, 1, 2, 3, 4, 5, 1000].iter().for_each(|value| histogram.observe(*value));
-        let expected = [(1.0, 2), (2.0, 3), (4.0, 5), (f64::INFINITY, 7)];
-        assert_eq!(histogram.cumulated(), expected);
-        assert_eq!(histogram.sum(), 1015);
-        assert_eq!(histogram.quantile(0.5), Some(4.0));
-        assert_eq!(histogram.quantile(1.0), Some(f64::INFINITY));
-    }
-
-    #[test]
     fn restored_counters_never_go_back_or_overflow() {
-        let (pair, told) = (PairCounters::default(), PairCounters::default());
+        let (pair, mut told) = (PairCounters::default(), PairCounters::default());
         pair.tx.frames.add(20);
         for value in [5, u64::MAX - 24, u64::MAX] {
             let before = pair.tx.frames.get();
@@ -448,7 +210,7 @@ mod tests {
             pair.restore(&told);
             assert!(pair.tx.frames.get() >= before && pair.tx.frames.get() <= MAX_RESTORED);
         }
-        told.kick_to_used.counts.iter().for_each(|it| it.0.store(u64::MAX, Ordering::Relaxed));
+        told.kick_to_used = serde_json::from_value(vec![u64::MAX; 16].into()).unwrap();
         pair.restore(&told);
         assert_eq!(pair.kick_to_used.cumulated().last().unwrap().1, 16 * MAX_RESTORED);
     }
@@ -457,7 +219,7 @@ mod tests {
     fn counters_are_handed_over_by_name() {
         let pair = PairCounters::default();
         pair.tx.frames.add(7);
-        pair.tx.dropped(Drop::SpoofedMac, 3);
+        pair.tx.dropped(DropReason::SpoofedMac, 3);
         pair.rx.copied(CopyReason::Late, 2);
         pair.kick_to_used.observe(5);
         let mut told = serde_json::to_value(&pair).unwrap();
@@ -467,7 +229,7 @@ mod tests {
         told["rx"]["drops"]["too_strange"] = 1.into();
         told["rx"].as_object_mut().unwrap().remove("bursts");
         let again: PairCounters = serde_json::from_value(told).unwrap();
-        assert_eq!((again.tx.frames.get(), again.tx.drops(Drop::SpoofedMac)), (7, 3));
+        assert_eq!((again.tx.frames.get(), again.tx.drops(DropReason::SpoofedMac)), (7, 3));
         assert_eq!(again.rx.copies(CopyReason::Late), 2);
         assert_eq!(again.kick_to_used.cumulated(), pair.kick_to_used.cumulated());
     }

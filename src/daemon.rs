@@ -1,22 +1,13 @@
-//! From a configuration to running ports: opening, serving, and the order of shutting down.
+//! The daemon: start order, signals, supervision, hand-over, and the order of its end.
 //!
-//! Each port has threads of its own, one that speaks to its frontend and one for each queue pair.
-//! They share nothing with another port's. The main thread serves operators, who have ports added,
-//! changed and removed. It opens nothing: what a new port stands on is brought by the operator, or by
-//! the `opener`, a process that reads the file again when it is told to.
+//! Each port has one control thread and one worker per queue pair, and ports share no state. The main thread
+//! serves operators, who add, change and remove ports. The main thread opens nothing: an operator passes the
+//! descriptors of a new port, or the `opener`, a process that reads the file again on request.
 
-mod control;
-mod devices;
 mod handover;
+mod main_loop;
 pub mod opener;
-mod opening;
-mod ports;
-mod replacing;
 mod supervision;
-mod waiting;
-
-use std::fmt;
-use std::io;
 
 use log::{error, warn};
 
@@ -24,52 +15,30 @@ use crate::api::Server;
 use crate::api::scrape::Scrape;
 use crate::config::{Config, PortConfig};
 use crate::descriptors;
+use crate::error::{StartError, no_descriptor, no_thread};
 use crate::guest::contain_sigbus;
 use crate::logging::Log;
 use crate::port::af_xdp::program::read_kernel_files;
+use crate::ports::{Descriptors, Opened, Ports, check_devices};
 use crate::sandbox::{Role, Sandbox};
 use crate::sys::process::{Signals, raise_descriptor_limit, share_pool};
 
 use handover::Predecessor;
-pub use handover::{PortHandover, too_late};
-pub(crate) use opening::{Descriptors, no_tap, open_queues};
-use ports::Opened;
-pub use ports::{Origin, Port, Ports, Refusal};
+use main_loop::MainLoop;
 use supervision::Supervisor;
-use waiting::Waiting;
 
-/// Why the daemon can't start: one line that names the thing and the way out.
-#[derive(Debug)]
-pub struct StartError(String);
-
-impl StartError {
-    /// With the line to show.
-    pub fn new(message: impl Into<String>) -> Self {
-        StartError(message.into())
-    }
-}
-
-impl fmt::Display for StartError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for StartError {}
-
-/// Runs all ports until a signal ends them, or the last inherited connection does.
+/// Runs all ports until a signal ends the daemon, or the last inherited connection ends.
 ///
 /// # Errors
-/// What kept one of them from starting; once they run, nothing ends them but a signal.
+/// The reason why the daemon cannot start. Later only a signal ends it.
 pub fn run(config: &Config) -> Result<(), StartError> {
-    // Before anything is opened, which could get the number of a descriptor that we were
-    // promised and did not get.
+    // First, since a new descriptor could get the number of a promised one that was not inherited.
     let inherited = config.ports.iter().map(Descriptors::inherit).collect::<Result<Vec<_>, _>>()?;
     share_pool();
     raise_descriptor_limit().into_iter().for_each(descriptors::set_limit);
     contain_sigbus()
         .map_err(|error| StartError::new(format!("install a signal handler: {error}")))?;
-    // Before any thread is started: they inherit the mask.
+    // Before any thread starts: threads inherit the signal mask.
     let signals =
         Signals::block().map_err(|error| StartError::new(format!("block signals: {error}")))?;
     let mut log = Log::new(config.log_level);
@@ -84,12 +53,12 @@ fn serve(
     signals: &Signals,
     log: &mut Log,
 ) -> Result<(), StartError> {
-    // Asked before anything is opened, which it has.
+    // Before anything is opened, since the old daemon has it open.
     let mut predecessor = match (&config.control, config.take_over) {
         (Some(control), true) => Some(Predecessor::find(control)?),
         _ => None,
     };
-    // What a predecessor has is not opened: it is taken over, as it is.
+    // The old daemon's ports are taken over as they are, and not opened.
     let described = if predecessor.is_some() { &[] } else { &config.ports[..] };
     let (opened, missing) = open_ports(described, inherited, config.file.is_some())?;
     let mut names: Vec<&str> = opened.iter().map(Opened::name).collect();
@@ -98,10 +67,10 @@ fn serve(
         let name = pair[0];
         return Err(StartError::new(format!("two ports are called {name}: give one a name")));
     }
-    devices::check_devices(opened.iter().map(Opened::claim))?;
+    check_devices(opened.iter().map(Opened::claim))?;
     let mut listener = |name: &str| predecessor.as_mut().and_then(|it| it.listener(name));
     let control = listener("control");
-    // Another address has another socket.
+    // A changed address gets a new socket.
     let metrics_name = config.metrics.as_ref().map(|address| format!("metrics {address}"));
     let metrics = metrics_name.as_deref().and_then(&mut listener);
     let mut server = Server::open(config, control)?;
@@ -117,10 +86,10 @@ fn serve(
     }
     let supervisor = Supervisor::connect();
     if server.is_open() {
-        // A port on AF_XDP may be started later.
+        // A port on AF_XDP may be added later.
         read_kernel_files();
     }
-    let sandbox = Sandbox::enter(config)?;
+    let sandbox = Sandbox::enter(&config.confinement, &config.needs())?;
     log.start(move || sandbox.confine(Role::Log)).map_err(no_thread)?;
     let mut ports = Ports::new(sandbox)?;
     ports.set_missing(missing);
@@ -128,7 +97,7 @@ fn serve(
         .into_iter()
         .map(|port| ports.prepare(port, Vec::new()))
         .collect::<Result<Vec<_>, _>>()?;
-    // Whoever can connect finds everything ready, and what was said until then in the log.
+    // A client that connects finds everything ready, and the log has all earlier lines.
     log.flush();
     server
         .start()
@@ -149,19 +118,22 @@ fn serve(
              ulimit -n {need}"
         );
     }
-    let mut waiting =
-        Waiting::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;
+    let mut main_loop =
+        MainLoop::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;
     if let Some(predecessor) = predecessor {
         predecessor.let_go()?;
-        waiting.succeed(config);
+        main_loop.take_over(config);
     }
-    let ended = waiting.until_the_end();
-    waiting.stop();
+    let ended = main_loop.run();
+    main_loop.stop();
     ended.map_err(|error| StartError::new(format!("wait for signals and operators: {error}")))
 }
 
-/// Opens what the ports need; returns the names of those that can be started later, from the file. One
-/// device that is missing does not keep the other ports' guests from their network.
+/// Opens what the ports need; returns also the names of the file's ports that can be started later. One missing
+/// device does not take the network from the guests of other ports.
+///
+/// # Errors
+/// A port that cannot be started later cannot be opened, or no port can.
 fn open_ports(
     described: &[PortConfig],
     inherited: Vec<Descriptors>,
@@ -185,12 +157,4 @@ fn open_ports(
         );
     }
     Ok((opened, missing.into_iter().map(|(name, _)| name.to_owned()).collect()))
-}
-
-fn no_thread(error: io::Error) -> StartError {
-    StartError::new(format!("start a thread: {error}"))
-}
-
-fn no_descriptor(error: io::Error) -> StartError {
-    StartError::new(format!("wait for descriptors: {error}"))
 }

@@ -12,8 +12,8 @@ mod descriptors;
 mod inflight;
 mod memory;
 mod migration;
+mod replay;
 mod requests;
-mod retelling;
 mod ring;
 mod ring_requests;
 mod sessions;
@@ -29,12 +29,12 @@ use crate::descriptors::DescriptorQuota;
 use crate::features::{Negotiated, Offer};
 use crate::guest::{DirtyLog, GuestMemory, Inflight, MemoryError, MemoryQuota};
 use crate::net_config::NetConfig;
-use crate::policy::{Limits, Rules};
+use crate::policy::{AntiSpoofing, Limits};
 use crate::port::Announcer;
 use crate::protocol::Reply;
 use crate::worker::{self, Worker};
 
-use ring::ToldRing;
+use ring::VringState;
 use state::Transfer;
 
 /// A request that the device does not carry out.
@@ -69,7 +69,7 @@ impl From<MemoryError> for Refusal {
 
 /// What the frontend has told us over one connection.
 #[derive(Debug, Default)]
-struct Told {
+struct FrontendState {
     features: Option<Negotiated>,
     protocol_features: Option<ProtocolFeatures>,
     status: u8,
@@ -80,7 +80,7 @@ struct Told {
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<Inflight>>,
     transfer: Option<Transfer>,
-    rings: Vec<ToldRing>,
+    rings: Vec<VringState>,
     /// The channel for requests of ours, of which there are none yet.
     backend_requests: Option<Arc<File>>,
 }
@@ -94,7 +94,7 @@ pub struct Device {
     /// Largest MTU in bytes that the host side carries.
     largest_mtu: u16,
     requires_sealed_memory: bool,
-    rules: Option<Arc<Rules>>,
+    rules: Option<Arc<AntiSpoofing>>,
     announcer: Option<Announcer>,
     limits: Option<Arc<Limits>>,
     quota: Arc<MemoryQuota>,
@@ -102,7 +102,7 @@ pub struct Device {
     workers: Vec<Worker>,
     /// No session begins: another daemon serves the guest, or may do so soon.
     suspended: bool,
-    told: Told,
+    told: FrontendState,
 }
 
 impl Device {
@@ -121,7 +121,7 @@ impl Device {
             descriptors: None,
             workers,
             suspended: false,
-            told: Told::default(),
+            told: FrontendState::default(),
         };
         device.forget();
         device
@@ -149,7 +149,7 @@ impl Device {
     }
 
     /// Has the guest's frames judged by these rules from now on.
-    pub fn set_rules(&mut self, rules: Option<Arc<Rules>>) {
+    pub fn set_anti_spoofing(&mut self, rules: Option<Arc<AntiSpoofing>>) {
         self.rules = rules;
         self.restart_all();
     }
@@ -195,10 +195,10 @@ impl Device {
     /// The frontend has gone: ends all sessions and forgets all that it said.
     pub fn forget(&mut self) {
         worker::end_all(&mut self.workers);
-        let rings = (0..=2 * self.workers.len()).map(|_| ToldRing::default()).collect();
+        let rings = (0..=2 * self.workers.len()).map(|_| VringState::default()).collect();
         // Unmapped first, so that the next frontend has all of the port's limit.
         let memory = Arc::new(GuestMemory::within(self.quota.clone()));
-        self.told = Told { rings, memory, ..Told::default() };
+        self.told = FrontendState { rings, memory, ..FrontendState::default() };
         self.count_descriptors();
     }
 

@@ -25,18 +25,18 @@ mod tap;
 mod tun;
 mod vmm;
 
-use crate::config::{Config, Host as HostSide};
+use crate::config::{Config, Host as HostSide, read_file};
 
 pub use finding::{Finding, Status};
 pub use options::Options;
 
 use host::{Host, Myself};
 use network::Network;
-use options::Wishes;
+use options::Requirements;
 
 /// What is to be looked at.
 #[derive(Debug)]
-pub struct Examination {
+pub struct Doctor {
     options: Options,
     config: Option<Config>,
 }
@@ -48,10 +48,14 @@ pub struct Report {
     json: bool,
 }
 
-impl Examination {
-    /// With these options, and what their file says.
-    pub fn new(options: Options, config: Option<Config>) -> Self {
-        Examination { options, config }
+impl Doctor {
+    /// Reads the file that the options name, if they name one.
+    ///
+    /// # Errors
+    /// One line that names the first mistake in the file.
+    pub fn new(options: Options) -> Result<Self, String> {
+        let config = options.config.as_deref().map(read_file).transpose()?;
+        Ok(Doctor { options, config })
     }
 
     /// Looks at this host.
@@ -68,9 +72,9 @@ impl Examination {
         // What can't be seen is not taken for missing.
         let seen = network.is_ok();
         let network = network.unwrap_or_default();
-        let wishes = Wishes::new(self.options, self.config, &network);
-        findings.extend(tun::check(&wishes));
-        for port in wishes.ports.iter().filter(|_| seen) {
+        let requirements = Requirements::new(self.options, self.config, &network);
+        findings.extend(tun::check(&requirements));
+        for port in requirements.ports.iter().filter(|_| seen) {
             let mut found = match &port.host {
                 HostSide::Tap(name) => tap::check(&host, &myself, &network, port, name),
                 HostSide::AfXdp(af_xdp) => device::check(&host, &network, port, af_xdp),
@@ -82,16 +86,21 @@ impl Examination {
             findings.extend(found);
         }
         findings.extend(offloads::cards(&network));
-        findings.extend(path::check(&network, &wishes));
-        for socket in &wishes.sockets {
-            findings.extend(socket::check(&host, &myself, socket, wishes.qemu_user.as_deref()));
+        findings.extend(path::check(&network, &requirements));
+        for socket in &requirements.sockets {
+            findings.extend(socket::check(
+                &host,
+                &myself,
+                socket,
+                requirements.qemu_user.as_deref(),
+            ));
         }
-        let sealed = wishes.ports.iter().any(|port| port.require_sealed_memory);
+        let sealed = requirements.ports.iter().any(|port| port.require_sealed_memory);
         findings.extend(vmm::check(&host, sealed));
-        findings.extend(memory::check(&host, &myself, &wishes));
-        findings.extend(limits::check(&host, &myself, &wishes));
-        findings.extend(placement::check(&host, &network, &wishes));
-        findings.extend(stack::check(&host, &myself, &network, &wishes));
+        findings.extend(memory::check(&host, &myself, &requirements));
+        findings.extend(limits::check(&host, &myself, &requirements));
+        findings.extend(placement::check(&host, &network, &requirements));
+        findings.extend(stack::check(&host, &myself, &network, &requirements));
         Report { findings, json }
     }
 }
@@ -110,7 +119,14 @@ impl Report {
     pub fn show(&self) -> String {
         if self.json {
             // Strings and nothing else, which always can be written.
-            return serde_json::to_string_pretty(&self.findings).unwrap_or_default() + "\n";
+            let findings = self.findings.iter().map(|finding| {
+                let mut value = serde_json::json!(finding);
+                // Deprecated name of `fix`.
+                value["cure"] = value["fix"].clone();
+                value
+            });
+            return serde_json::to_string_pretty(&findings.collect::<Vec<_>>()).unwrap_or_default()
+                + "\n";
         }
         let lines: String = self.findings.iter().map(|finding| format!("{finding}\n")).collect();
         let [passes, warnings, failures] =

@@ -1,51 +1,46 @@
-//! Where connections to the frontend come from: a listening socket, an inherited descriptor, or
-//! connecting to the frontend's own socket.
+//! Origin of frontends' connections: a listening socket, an inherited descriptor, or the frontend's own
+//! socket.
 //!
-//! One frontend is served at a time. A second one waits in the listener's queue: a VMM that is
-//! restarted may connect before the end of its predecessor has been noticed.
+//! One frontend is served at a time. A second one waits in the listener's queue, because a restarted VMM
+//! may connect before the daemon notices the end of the first.
 
-use std::cell::Cell;
-use std::fs::{self, Permissions};
+mod socket_file;
+
+use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{
-    FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown, fchown, lchown,
-};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::{info, warn};
-use nix::unistd::getegid;
 
-use crate::config::Frontend;
-use crate::daemon::StartError;
+use crate::error::StartError;
 use crate::event::Interest;
-use crate::sandbox::find_group;
-use crate::sys::process::file_mode_mask;
 use crate::sys::socket::{Inherited, bind, classify, connect_now, listen};
 
-/// Time between two attempts to connect: the first, and the longest, up to which it doubles.
+use socket_file::FileState;
+pub use socket_file::{Look, SocketFile, set_access, share};
+
+/// Pause between attempts to connect: the first, which doubles up to the last.
 const FIRST_RETRY: Duration = Duration::from_millis(5);
 const LAST_RETRY: Duration = Duration::from_millis(500);
 
-/// Time for which a listener is left alone after an accept that failed.
+/// Pause after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Time between two looks at a socket's file.
-const LOOK_INTERVAL: Duration = Duration::from_secs(4);
-
-/// Whether a listener accepts, or pauses: a connection that waits makes it readable all the time, and the
-/// process may be out of descriptors. Nobody sleeps meanwhile.
+/// State of a listener: accepting, or pausing after a failed accept. The listener stays readable while a
+/// connection waits, and the process may be out of descriptors. No thread sleeps during the pause.
 #[derive(Debug, Default)]
 pub struct Accepting {
-    /// When to try again, after an accept that failed.
+    /// Time of the next attempt, after a failed accept.
     retry: Option<Instant>,
 }
 
 impl Accepting {
-    /// What an accept has brought. One that fails begins a pause, or prolongs it. `name` is the
-    /// listener's, for the log.
+    /// Returns the connection that an accept brought. A failed accept begins or prolongs the pause. `name` is
+    /// the listener's, for the log.
     pub fn connection<T>(&mut self, name: &str, accepted: io::Result<T>) -> Option<T> {
         let accepted = match accepted {
             Ok(stream) => Some(stream),
@@ -66,42 +61,64 @@ impl Accepting {
         accepted
     }
 
-    /// When to try again, while it pauses.
+    /// Returns the time of the next attempt during a pause.
     pub fn retry(&self) -> Option<Instant> {
         self.retry
     }
 
-    /// What its listener is waited on for.
+    /// Returns the events to wait for on the listener.
     pub fn interest(&self) -> Interest {
         if self.retry.is_some() { Interest::Nothing } else { Interest::Read }
+    }
+}
+
+/// Origin of a port's frontend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Frontend {
+    /// Listen at a path.
+    Listen(PathBuf),
+    /// An inherited descriptor.
+    Inherited(RawFd),
+    /// Connect to a path.
+    Connect(PathBuf),
+}
+
+impl Frontend {
+    /// Returns the option that names it.
+    pub(crate) fn key(&self) -> &'static str {
+        match self {
+            Frontend::Listen(_) => "socket-path",
+            Frontend::Inherited(_) => "fd",
+            Frontend::Connect(_) => "connect",
+        }
     }
 }
 
 /// Source of connections.
 #[derive(Debug)]
 pub enum Endpoint {
-    /// A listening socket, and the file that we made for it, if we did.
+    /// A listening socket, and its file if this process owns that.
     Listener(UnixListener, Option<SocketFile>, Accepting),
-    /// A connection that we were given: there will be no other.
+    /// An inherited connection, which is the only one.
     Connected(Option<UnixStream>),
     /// A socket to connect to.
     Connect {
         /// The frontend's socket.
         path: PathBuf,
-        /// When to try next.
+        /// Time of the next attempt.
         next: Instant,
-        /// How long to wait after that.
+        /// Pause after the next attempt.
         wait: Duration,
     },
 }
 
 impl Endpoint {
-    /// Opens what the configuration names, or takes it over: `given` is its descriptor, if it names
-    /// one, or its socket, if somebody else has made that. Nobody can connect before
+    /// Opens the endpoint that the configuration names, or takes it over: `given` is the inherited descriptor
+    /// that it names, or a socket that another process made. No frontend can connect before
     /// [`start`](Self::start).
     ///
     /// # Errors
-    /// With the path or descriptor, what is wrong, and the way out.
+    /// The path or descriptor, the cause and the fix.
     pub fn open(frontend: &Frontend, given: Option<OwnedFd>) -> Result<Self, StartError> {
         match (frontend, given) {
             (Frontend::Inherited(number), Some(fd)) => Self::inherited(*number, fd),
@@ -139,15 +156,15 @@ impl Endpoint {
         }
     }
 
-    /// Goes on with another daemon's socket, whose file stays that one's until it is [owned](Self::own).
+    /// Takes over another daemon's socket. That daemon owns the file until [`own`](Self::own).
     ///
     /// # Errors
-    /// The descriptor can't be made non-blocking.
+    /// The descriptor cannot be made non-blocking.
     pub fn taken(fd: OwnedFd) -> io::Result<Self> {
         Ok(Endpoint::Listener(take_listener(fd)?, None, Accepting::default()))
     }
 
-    /// Has the socket's file, at `path`, looked after, and removed when we go.
+    /// Owns the socket's file at `path` from now on: checks it regularly and removes it at the end.
     pub fn own(&mut self, path: &Path) {
         // One that is ours already would be removed by this.
         if let Endpoint::Listener(listener, file @ None, _) = self {
@@ -155,17 +172,17 @@ impl Endpoint {
         }
     }
 
-    /// Lets members of a group connect, by name or number, and nobody else but the socket's owner.
+    /// Permits only the socket's owner and the members of a group, by name or number, to connect.
     ///
     /// # Errors
-    /// There is no such group, or we may not give it anything.
+    /// The group does not exist, or this process may not change the file.
     pub fn share_with(&self, group: &str) -> Result<(), StartError> {
         let Endpoint::Listener(_, Some(SocketFile { path, .. }), _) = self else { return Ok(()) };
         share(path, Some(group))
     }
 
-    /// Removes the socket's file at the process's end, which closes the socket: here, connections that wait
-    /// could hold up whoever closes it.
+    /// Removes the socket's file at the end of the process, which closes the socket. Closing it here could
+    /// block on connections that wait.
     pub fn end(self) {
         if let Endpoint::Listener(listener, file, _) = self {
             std::mem::forget(listener);
@@ -173,7 +190,7 @@ impl Endpoint {
         }
     }
 
-    /// Lets go of the socket without removing its file, which is another's from now on.
+    /// Closes the socket without removing its file, which another process owns from now on.
     pub fn give_away(self) {
         if let Endpoint::Listener(_, Some(file), _) = self {
             std::mem::forget(file);
@@ -183,7 +200,7 @@ impl Endpoint {
     /// Lets frontends connect.
     ///
     /// # Errors
-    /// Those of `listen`.
+    /// `listen` fails.
     pub fn start(&self) -> io::Result<()> {
         match self {
             Endpoint::Listener(listener, file, _) => {
@@ -199,7 +216,7 @@ impl Endpoint {
         }
     }
 
-    /// The descriptor that becomes readable when a frontend connects.
+    /// Returns the descriptor that becomes readable when a frontend connects.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Endpoint::Listener(listener, ..) => Some(listener.as_fd()),
@@ -207,7 +224,7 @@ impl Endpoint {
         }
     }
 
-    /// What another process needs to take it over, if it needs anything.
+    /// Returns the descriptor that another process needs to take the endpoint over.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Endpoint::Listener(listener, ..) => Some(listener.as_fd()),
@@ -216,7 +233,7 @@ impl Endpoint {
         }
     }
 
-    /// When to look again at the latest.
+    /// Returns the time by which [`connection`](Self::connection) must be called again.
     pub fn deadline(&self) -> Option<Instant> {
         match self {
             Endpoint::Connect { next, .. } => Some(*next),
@@ -225,12 +242,12 @@ impl Endpoint {
         }
     }
 
-    /// Whether there can be no further connection.
+    /// Returns true if no further connection can come.
     pub fn is_exhausted(&self) -> bool {
         matches!(self, Endpoint::Connected(None))
     }
 
-    /// When to look at the socket's file again, if it is ours.
+    /// Returns the time of the next check of the socket's file, if this process owns the file.
     pub fn next_look(&self) -> Option<Instant> {
         match self {
             Endpoint::Listener(_, Some(file), _) => Some(file.next_look),
@@ -238,8 +255,8 @@ impl Endpoint {
         }
     }
 
-    /// Looks whether the socket's file is there still, if it is [time](Self::next_look), and makes it
-    /// again if somebody has deleted it. Tells of a change, and logs it; `name` is for that.
+    /// Checks the socket's file, if it is [time](Self::next_look), and makes a deleted file again. Returns and
+    /// logs a change; `name` is for the log.
     pub fn look(&mut self, name: &str) -> Option<Look> {
         let Endpoint::Listener(listener, Some(file), _) = self else { return None };
         let before = file.look(listener)?;
@@ -278,7 +295,7 @@ impl Endpoint {
         }
     }
 
-    /// What its [descriptor](Self::fd) is waited on for.
+    /// Returns the events to wait for on its [descriptor](Self::fd).
     pub fn interest(&self) -> Interest {
         match self {
             Endpoint::Listener(.., accepting) => accepting.interest(),
@@ -286,7 +303,7 @@ impl Endpoint {
         }
     }
 
-    /// A new connection, if there is one now. `name` is for the log.
+    /// Returns a new connection, if there is one now. `name` is for the log.
     pub fn connection(&mut self, name: &str) -> Option<UnixStream> {
         match self {
             Endpoint::Listener(listener, _, accepting) => {
@@ -322,212 +339,14 @@ impl Endpoint {
     }
 }
 
-/// Lets members of a group connect to the socket at `path`, and nobody else but its owner; without a
-/// group, whoever may by the umask.
-///
-/// # Errors
-/// There is no such group, or we may not give it anything.
-pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
-    let shown = path.display();
-    let (gid, mode) = match group {
-        Some(name) => {
-            let gid = find_group(name)
-                .ok_or_else(|| StartError::new(format!("{shown}: there is no group {name}")))?;
-            (gid, 0o660)
-        }
-        None => (getegid(), 0o777 & !file_mode_mask()),
-    };
-    let group = group.map_or_else(|| gid.to_string(), str::to_owned);
-    set_access(path, Some(gid.as_raw()), mode).map_err(|error| {
-        StartError::new(format!(
-            "give {shown} to group {group}: {error}; its owner must be a member"
-        ))
-    })
-}
-
-/// Gives the socket's file at `path` a mode, and a group if one is given. Whoever may write to its directory
-/// can't have another file changed: this one is held meanwhile, and a link is not followed.
-///
-/// # Errors
-/// There is no socket, or we may not change it.
-pub fn set_access(path: &Path, group: Option<u32>, mode: u32) -> io::Result<()> {
-    let mut options = fs::OpenOptions::new();
-    let file = options.read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
-    let metadata = file.metadata()?;
-    if !metadata.file_type().is_socket() {
-        return Err(io::Error::other("it is no socket"));
-    }
-    // A descriptor of this kind changes nothing, but its name does.
-    let held = format!("/proc/self/fd/{}", file.as_raw_fd());
-    // The units permit no chown(2) at all.
-    if group.is_some_and(|group| group != metadata.gid()) {
-        chown(&held, None, group)?;
-    }
-    fs::set_permissions(held, Permissions::from_mode(mode))
-}
-
-/// The file of a socket that we made: it is removed when we go, unless another has taken its
-/// place.
-#[derive(Debug)]
-pub struct SocketFile {
-    path: PathBuf,
-    /// Nothing if it was gone when we came.
-    identity: Option<(u64, u64)>,
-    /// Who may connect, as of the last look or the start.
-    access: Cell<Access>,
-    state: FileState,
-    next_look: Instant,
-}
-
-/// What has changed about a socket's file.
-#[derive(Debug)]
-pub struct Look {
-    /// Why nobody else finds the port's socket, if that is so.
-    pub hidden: Option<&'static str>,
-    /// The socket that nobody finds any more, if another one is listened on instead.
-    pub old: Option<UnixListener>,
-}
-
-/// What is found at a socket's path.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum FileState {
-    /// The file that we made.
-    Ours,
-    /// Nothing.
-    Gone,
-    /// Another file, which is not ours to remove.
-    Replaced,
-}
-
-/// Who may connect to a socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Access {
-    mode: u32,
-    group: u32,
-}
-
-impl Access {
-    fn of(metadata: &fs::Metadata) -> Self {
-        Access { mode: metadata.mode() & 0o7777, group: metadata.gid() }
-    }
-
-    /// Has the socket itself keep it, whose file may be gone when another daemon or port takes it over.
-    fn keep(self, listener: &UnixListener) -> io::Result<()> {
-        let socket = fs::File::from(listener.as_fd().try_clone_to_owned()?);
-        if socket.metadata()?.gid() != self.group {
-            fchown(&socket, None, Some(self.group))?;
-        }
-        socket.set_permissions(Permissions::from_mode(self.mode))
-    }
-
-    /// What a socket has [kept](Self::keep).
-    fn kept_by(listener: &UnixListener) -> io::Result<Self> {
-        let socket = fs::File::from(listener.as_fd().try_clone_to_owned()?);
-        let access = Access::of(&socket.metadata()?);
-        // Daemons up to version 0.1.0 have it keep nothing.
-        let mode = if access.mode == 0o777 { 0o755 } else { access.mode };
-        Ok(Access { mode, ..access })
-    }
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        let metadata = fs::symlink_metadata(path)?;
-        Ok(SocketFile {
-            path: path.to_owned(),
-            identity: Some(identity(&metadata)),
-            access: Cell::new(Access::of(&metadata)),
-            state: FileState::Ours,
-            next_look: Instant::now() + LOOK_INTERVAL,
-        })
-    }
-
-    /// The file of a socket that somebody else has made, which may be gone: it is made again then.
-    fn found(path: &Path, listener: &UnixListener) -> io::Result<Self> {
-        match SocketFile::of(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(SocketFile {
-                path: path.to_owned(),
-                identity: None,
-                access: Cell::new(Access::kept_by(listener)?),
-                state: FileState::Ours,
-                next_look: Instant::now(),
-            }),
-            found => found,
-        }
-    }
-
-    /// Notes who may connect.
-    fn note(&self, metadata: &fs::Metadata, listener: &UnixListener) {
-        let access = Access::of(metadata);
-        self.access.set(access);
-        // Fails for a socket that another user has made.
-        let _ = access.keep(listener);
-    }
-
-    /// Makes the file again, with a socket of its own.
-    fn make_again(&mut self) -> io::Result<UnixListener> {
-        let Access { mode, group } = self.access.get();
-        let made = bind(&self.path, mode)?;
-        let found = fs::symlink_metadata(&self.path)?;
-        // A file has no other group than its maker's, or its directory's, from the start. No link is
-        // followed, and nobody can connect before it listens.
-        let has_group = found.gid() == group;
-        let set = if has_group { Ok(()) } else { lchown(&self.path, None, Some(group)) };
-        let set = set.and_then(|()| listen(&made));
-        if let Err(error) = set.and_then(|()| made.set_nonblocking(true)) {
-            let _ = fs::remove_file(&self.path);
-            return Err(error);
-        }
-        // For whoever takes it over.
-        let _ = self.access.get().keep(&made);
-        (self.identity, self.state) = (Some(identity(&found)), FileState::Ours);
-        Ok(made)
-    }
-
-    /// Looks at the file, if it is time; tells its last state if that has changed, or if it is gone.
-    fn look(&mut self, listener: &UnixListener) -> Option<FileState> {
-        if Instant::now() < self.next_look {
-            return None;
-        }
-        self.next_look = Instant::now() + LOOK_INTERVAL;
-        let state = match fs::symlink_metadata(&self.path) {
-            Ok(metadata) if Some(identity(&metadata)) == self.identity => {
-                if Access::of(&metadata) != self.access.get() {
-                    self.note(&metadata, listener);
-                }
-                FileState::Ours
-            }
-            Ok(_) => FileState::Replaced,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => FileState::Gone,
-            // Another user may not look.
-            Err(_) => self.state,
-        };
-        let before = std::mem::replace(&mut self.state, state);
-        (state != before || state == FileState::Gone).then_some(before)
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let found = fs::symlink_metadata(&self.path);
-        if found.is_ok_and(|found| Some(identity(&found)) == self.identity) {
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(metadata: &fs::Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
-}
-
-/// A listening socket that somebody else has made.
+/// Wraps a listening socket that another process made.
 fn take_listener(fd: OwnedFd) -> io::Result<UnixListener> {
     let listener = UnixListener::from(fd);
     listener.set_nonblocking(true)?;
     Ok(listener)
 }
 
-/// Makes a socket at `path`, in place of one that nobody listens on any more.
+/// Makes a socket at `path`, in place of a stale one.
 fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
     let shown = path.display();
     let failed = |error: io::Error| {
@@ -544,11 +363,10 @@ fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
     Ok(Endpoint::Listener(listener, Some(file), Accepting::default()))
 }
 
-/// Removes a socket that nobody listens on any more: a killed process has left it behind, or one that
-/// may remove nothing.
+/// Removes a stale socket, which a killed process or one without the right to remove it left behind.
 ///
 /// # Errors
-/// It is no socket, somebody listens on it, or it can't be removed.
+/// It is no socket, a process listens on it, or it cannot be removed.
 pub fn remove_stale(path: &Path) -> Result<(), StartError> {
     let shown = path.display();
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
@@ -577,28 +395,6 @@ pub fn remove_stale(path: &Path) -> Result<(), StartError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn link_in_a_sockets_place_changes_no_other_file() {
-        let directory = std::env::temp_dir().join(format!("access-{}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
-        let (file, link, path) =
-            (directory.join("file"), directory.join("link"), directory.join("socket"));
-        fs::write(&file, "").unwrap();
-        std::os::unix::fs::symlink(&file, &link).unwrap();
-        let mode = |path| fs::symlink_metadata(path).unwrap().mode() & 0o777;
-        let before = mode(&file);
-        for group in [None, Some("0")] {
-            assert!(share(&link, group).is_err());
-            assert!(share(&file, group).is_err());
-            assert_eq!(mode(&file), before);
-        }
-        let _listener = bind(&path, 0o700).unwrap();
-        assert_eq!(mode(&path), 0o700);
-        set_access(&path, None, 0o666).unwrap();
-        assert_eq!(mode(&path), 0o666);
-        fs::remove_dir_all(&directory).unwrap();
-    }
 
     #[test]
     fn accept_pauses_after_errors_that_stay() {

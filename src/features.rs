@@ -15,7 +15,8 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
     VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, virtio_net_hdr,
+    virtio_net_hdr_v1,
 };
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
@@ -23,10 +24,10 @@ use virtio_bindings::bindings::virtio_ring::{
 
 use crate::guest::Notification;
 
-/// Length in bytes of `virtio_net_hdr_v1`, before each frame.
-pub const HEADER_LENGTH: usize = 12;
-/// Length in bytes of the header of a driver from before virtio 1.0 without mergeable buffers.
-const LEGACY_HEADER_LENGTH: usize = 10;
+/// Length in bytes of the header before each frame.
+pub const HEADER_LENGTH: usize = size_of::<virtio_net_hdr_v1>();
+/// The same for a driver from before virtio 1.0 without mergeable buffers: without `num_buffers`.
+pub const LEGACY_HEADER_LENGTH: usize = size_of::<virtio_net_hdr>();
 
 const fn bit(number: u32) -> u64 {
     1 << number

@@ -14,11 +14,11 @@ pub mod dirty;
 pub mod fault;
 pub mod inflight;
 pub mod layout;
-pub mod lost;
 pub mod memory;
 mod notify;
 pub mod quota;
-pub mod segment;
+pub mod sigbus;
+pub mod umem;
 pub mod unmapped;
 pub mod virtqueue;
 
@@ -28,9 +28,11 @@ pub use dirty::DirtyLog;
 pub use fault::Fault;
 pub use inflight::Inflight;
 pub use layout::RingLayout;
-pub use lost::{contain_sigbus, contained};
 pub use memory::{GuestMemory, MemoryError, RegionRequest};
 pub use quota::{Allowance, MemoryQuota, Pinned, Reservation};
-pub use segment::{ReadSegment, Segment};
+pub use sigbus::{contain_sigbus, contained};
+pub use umem::Umem;
 pub use unmapped::Unmapped;
 pub use virtqueue::{Budget, Notification, Published, Virtqueue};
+
+pub use crate::sys::segment::{ReadSegment, Segment};

@@ -1,58 +1,74 @@
-//! A vhost-user backend for virtio network cards.
+//! A vhost-user back-end for virtio-net.
 //!
-//! A VMM (QEMU, cloud-hypervisor) keeps the card's face; this daemon is its data plane. It maps
-//! the guest's memory, takes descriptor chains from the virtqueues, and hands those very buffers
-//! to the host's network. User space copies a frame only where that costs less (small ones to a TAP),
-//! or where an AF_XDP socket or a check of headers takes it, which is counted by reason.
+//! QEMU or cloud-hypervisor presents the device to the guest; this daemon moves its frames. The daemon maps
+//! guest memory and pops descriptor chains from the virtqueues. The kernel then reads and writes the guest's
+//! buffers, through a TAP device, or through an AF_XDP socket whose UMEM is guest memory. User space copies
+//! small frames to a TAP, because that costs less, and some frames on AF_XDP, which are counted by reason.
 //!
-//! # The story
+//! # Terms
 //!
-//! The guest **kicks**. The [`worker`] **pops a burst** of descriptor chains from the tx
-//! [virtqueue](guest::virtqueue) and has the [`port`] **transmit** it. It pops the rx virtqueue's empty
-//! chains, which the port **posts** for frames to come. The port **reaps** whatever the host has finished
-//! with, and completes those chains in the used rings; the worker **publishes** each ring once, and
-//! **calls** the guest if it asked. When a turn moves nothing, it **enables notifications** of both rings,
-//! looks once more, and sleeps.
+//! - **tx** is the transmitq, from the guest to the host; **rx** is the receiveq, from the host to the guest.
+//! - A **kick** is an available buffer notification, from the driver. A **call** is a used buffer
+//!   notification, to the driver. Both are eventfds.
+//! - A **burst** is at most 64 chains. A **turn** moves at most one burst in each direction.
+//! - A **session** is one memory table, one feature set and running rings. A change of one of these ends the
+//!   session, and a new session begins.
 //!
-//! tx and rx are always the guest's: tx is from the guest to the host. A *burst* is at most 64
-//! chains. A *session* is one memory table, one feature set and running rings; it ends with
-//! whatever changes one of these, and a new one begins.
+//! # The way of a frame
 //!
-//! # The rooms
+//! From the guest:
 //!
-//! [`config`] reads the command line; [`daemon`] opens what it names and serves frontends from an
-//! [`endpoint`], one after the other. [`protocol`] frames their messages and knows no device;
-//! [`device`] turns requests into sessions and knows no packets. A [`worker`] per queue pair runs
-//! them, waiting by [`event`]. [`guest`] is memory and rings; a [`port`] is the host's network;
-//! [`vnet_header`] is what stands before each frame and is checked there. [`features`] and
-//! [`net_config`] are what the card offers, [`policy`] is what its guest may do with it, and
-//! [`counters`] what it did. What ports are
-//! doing is in their [`status`], which the [`api`] shows to operators; a [`capture`] is a copy of what
-//! they move. [`descriptors`] is how many may be open. [`logging`] writes lines that nobody waits for, and the [`sandbox`] is what all of
-//! this runs in. The [`doctor`] looks at a host before any of it does. Unsafe code is in [`guest`]
-//! and [`sys`] only, but for the first statement of `main`.
+//! 1. The guest kicks, which wakes the [`worker`].
+//! 2. The worker *pops* a burst of chains from the tx [virtqueue](guest::virtqueue). A rate limit, if any,
+//!    admits them in the order of the ring.
+//! 3. The [`port`] checks each frame's [header](vnet_header) and [`policy`], and *transmits* the frame.
+//! 4. The port *reaps*: it completes the chains that the host has finished with.
+//! 5. The worker *publishes* the completed chains with one store of the used index, and *calls* the guest if
+//!    the driver asked for it.
+//!
+//! To the guest:
+//!
+//! 1. The worker pops empty chains from the rx virtqueue, and the port *posts* them for frames to come.
+//! 2. The host's kernel or its device writes a frame into the guest's buffers.
+//! 3. The port reaps the frame; the worker publishes and calls, as above.
+//!
+//! After a turn that moves nothing, the worker *enables notifications* of both rings, reads both available
+//! indexes again, and sleeps.
+//!
+//! # Where to read on
+//!
+//! [`worker`] runs the turns, [`device`] decides which sessions run, and [`port::loopback`] is a whole port
+//! in 150 lines. `docs/architecture.md` lists all modules in layers, and explains threads, sessions and
+//! errors. Unsafe code is in [`guest`] and [`sys`] only, except for the first statement of `main`.
+//!
+//! This crate is a program. Its modules are public for its tests and benchmarks, and are no interface for other
+//! crates: they change without notice, and the crate is not published.
 
 pub mod api;
 pub mod capture;
+pub mod cli;
 pub mod config;
 pub mod counters;
+pub mod ctl;
 pub mod daemon;
 pub mod descriptors;
 pub mod device;
 pub mod doctor;
 pub mod endpoint;
+pub mod error;
 pub mod event;
 #[cfg(debug_assertions)]
 mod fault_point;
 pub mod features;
+pub mod frame;
 pub mod guest;
 pub mod logging;
 pub mod net_config;
 pub mod policy;
 pub mod port;
+pub mod ports;
 pub mod protocol;
 pub mod sandbox;
-pub mod status;
 pub mod sys;
 pub mod traffic;
 pub mod vnet_header;

@@ -29,7 +29,7 @@ const KINDS: usize = 4096;
 /// Lines that may wait to be written.
 const QUEUE: usize = 1024;
 /// How long the last lines may take to be written.
-const FAREWELL: Duration = Duration::from_millis(200);
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
 enum Item {
     Line(Vec<u8>),
@@ -115,7 +115,7 @@ impl Log {
         }
         let (done, written) = sync_channel(1);
         if self.lines.queue.try_send(Item::Flush(done)).is_ok() {
-            let _ = written.recv_timeout(FAREWELL);
+            let _ = written.recv_timeout(FLUSH_TIMEOUT);
         }
     }
 }

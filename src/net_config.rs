@@ -14,6 +14,9 @@ pub const LENGTH: usize = 17;
 /// Smallest MTU of IPv4 (RFC 791), and so the smallest that a card may have.
 pub const MIN_MTU: u16 = 68;
 
+/// Queue pairs of a card at the most: virtio allows 32768, a frontend names rings with 8 bits.
+pub const MAX_QUEUE_PAIRS: u16 = 128;
+
 const LINK_UP: u16 = 1;
 /// Speed and duplex that say "unknown" (section 5.1.4.2).
 const UNKNOWN_SPEED: u32 = u32::MAX;

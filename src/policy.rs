@@ -4,14 +4,14 @@
 //! Invariant: a rule judges a copy of the frame's headers that the guest can't reach, and what is
 //! sent begins with that copy.
 
+pub mod allowed_sources;
+pub mod anti_spoofing;
 pub mod filter;
-pub mod identity;
 pub mod limiter;
 pub mod live;
-pub mod rules;
 
+pub use allowed_sources::AllowedSources;
+pub use anti_spoofing::AntiSpoofing;
 pub use filter::Filter;
-pub use identity::Identity;
 pub use limiter::{Limit, Limiter, Limits};
 pub use live::{FilterView, LiveFilter};
-pub use rules::Rules;

@@ -11,6 +11,7 @@ mod host;
 pub mod loopback;
 mod mtu;
 pub mod tap;
+mod tx_stages;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -20,12 +21,12 @@ pub use announcer::Announcer;
 pub use completions::{Captured, Completions, Moved, Outcome};
 pub use host::{HostQueue, RxFilter};
 pub use tap::TapState;
+pub use tx_stages::TxStages;
 
 use crate::features::Negotiated;
 use crate::guest::{Readable, Virtqueue, Writable};
-use crate::policy::{FilterView, LiveFilter, Rules};
-use crate::traffic::Tally;
-use crate::vnet_header::Admission;
+use crate::policy::{AntiSpoofing, FilterView, LiveFilter};
+use crate::traffic::PeerTable;
 
 /// The virtqueues of a session: both, or one of them.
 #[derive(Debug)]
@@ -66,12 +67,9 @@ pub trait Port<'mem> {
     /// Takes rx buffers that were popped since the last call.
     fn post(&mut self, queues: &mut Virtqueues<'mem>);
 
-    /// Completes all chains that the host has finished with.
-    fn reap(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions);
-
-    /// Takes this many frames for the guest from the host each time from now on; the rest stays
-    /// there.
-    fn limit_rx(&mut self, frames: usize);
+    /// Completes all chains that the host has finished with; at most `rx_allowance` frames go to the guest, and
+    /// the others stay with the host.
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions);
 
     /// How it moves frames at the moment.
     fn mode(&self) -> Mode;
@@ -162,7 +160,7 @@ pub struct Readiness<'a> {
 
 /// What a session of a port is to keep to.
 #[derive(Debug, Clone)]
-pub struct Terms {
+pub struct SessionConfig {
     /// The features agreed on.
     pub negotiated: Negotiated,
     /// MTU in bytes.
@@ -174,17 +172,17 @@ pub struct Terms {
     /// Descriptors of that ring.
     pub rx_size: u16,
     /// What the guest may send.
-    pub rules: Option<Arc<Rules>>,
+    pub rules: Option<Arc<AntiSpoofing>>,
     /// What of it is denied.
     pub tx_filter: Arc<LiveFilter>,
     /// Where frames are counted by whom they go to and come from.
-    pub tally: Arc<Tally>,
+    pub peers: Arc<PeerTable>,
 }
 
-impl Terms {
-    /// What frames from the guest may be, up to `max_frame` bytes if not segmented.
-    fn admission(&self, max_frame: usize) -> Admission {
-        let filter = FilterView::new(self.tx_filter.clone());
-        Admission::new(&self.negotiated, max_frame, self.rules.clone(), filter)
+impl SessionConfig {
+    /// The stages in front of the port, for frames of up to `max_frame` bytes, GSO frames excepted.
+    fn tx_stages(&self, max_frame: usize) -> TxStages {
+        let (rules, filter) = (self.rules.clone(), FilterView::new(self.tx_filter.clone()));
+        TxStages::new(&self.negotiated, max_frame, rules, filter, self.peers.clone())
     }
 }

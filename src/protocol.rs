@@ -7,9 +7,9 @@
 
 mod connection;
 mod message;
+mod replay;
 mod reply;
 mod request;
-mod retelling;
 
 use std::fmt;
 
@@ -17,9 +17,9 @@ use vhost::vhost_user::message::{FrontendReq, MAX_MSG_SIZE};
 
 pub use connection::{Connection, Event};
 pub use message::Message;
+pub use replay::{ReplayMessage, can_be_passed};
 pub use reply::Reply;
 pub use request::{Request, VringAddresses};
-pub use retelling::{Retold, can_be_passed};
 
 /// Length in bytes of a message's header: request, flags, payload size.
 pub const HEADER_LENGTH: usize = 12;

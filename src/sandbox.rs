@@ -1,5 +1,4 @@
-//! What the daemon gives up once it has opened all that it needs: a guest or a VMM that gets hold
-//! of a thread of ours finds little that it can do from there.
+//! Privileges that the daemon drops once everything is open: a compromised thread has few.
 //!
 //! Two steps. [`Sandbox::enter`], before any thread is started, is for the whole process: another
 //! user and group if wanted, no capabilities, no new privileges, no core dumps and no ptrace by
@@ -21,18 +20,51 @@ use log::{info, warn};
 use nix::sys::prctl;
 use nix::unistd::{Gid, Group, Uid, User, geteuid, setgroups, setresgid, setresuid};
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
+use serde::Deserialize;
 
-use crate::config::{Config, Confinement, Frontend, Host, MetricsAddress, PortConfig, Seccomp};
-use crate::daemon::StartError;
+use crate::error::StartError;
 use crate::sys::process::clear_file_mode_mask;
 
-/// What a thread does.
+/// Settings of the sandbox.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Confinement {
+    /// Action on a system call outside the thread's allow-list.
+    pub seccomp: Seccomp,
+    /// User to become, by name or number.
+    pub user: Option<String>,
+    /// Group to become, by name or number; without one, the user's.
+    pub group: Option<String>,
+}
+
+/// Action on a system call outside the thread's allow-list.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Seccomp {
+    /// Kill the process.
+    #[default]
+    Kill,
+    /// Have the kernel log the call.
+    Log,
+    /// Install no filter.
+    None,
+}
+
+/// Rights that the process keeps in the sandbox.
+#[derive(Debug)]
+pub struct Needs<'a> {
+    /// Whether ports on AF_XDP are served, which need capabilities.
+    pub af_xdp: bool,
+    /// Paths of the sockets that the process listens on. It may remove each file and make it again.
+    pub sockets: Vec<&'a Path>,
+}
+
+/// Task of a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Waits for signals.
     Main,
-    /// Waits for signals and operators, and starts the threads of ports that these add. A thread
-    /// has no call that the one has not which has started it: so this is all of the others' too.
+    /// Waits for signals and operators, and starts the threads of added ports. A thread inherits the filter of
+    /// the thread that starts it, so this role includes the calls of all others.
     Operated,
     /// Writes the log.
     Log,
@@ -52,23 +84,22 @@ pub enum Role {
 #[derive(Debug, Clone, Copy)]
 pub struct Sandbox {
     seccomp: Seccomp,
-    /// Whether what AF_XDP needs was kept.
+    /// Whether the rights for AF_XDP were kept.
     af_xdp: bool,
 }
 
 impl Sandbox {
-    /// Leaves each thread all that it has.
+    /// No restriction of any thread.
     pub const NONE: Self = Sandbox { seccomp: Seccomp::None, af_xdp: true };
 
-    /// Gives up for the whole process what is not needed any more. All has been opened that
-    /// `config` names; no thread has been started.
+    /// Gives up for the whole process all rights but those that `needs` lists. Everything that the
+    /// configuration names is open; no thread has been started.
     ///
     /// # Errors
-    /// No such user or group, or the kernel refuses to take something away. What the kernel does
-    /// not know (landlock, by its version) is logged.
-    pub fn enter(config: &Config) -> Result<Self, StartError> {
-        let Config { confinement, ports, .. } = config;
-        let kept = capabilities_needed(ports);
+    /// The user or group does not exist, or the kernel refuses a step. A kernel without landlock is no error;
+    /// the log states how far files are restricted.
+    pub fn enter(confinement: &Confinement, needs: &Needs<'_>) -> Result<Self, StartError> {
+        let kept = capabilities(needs);
         let failed =
             |what: &str, error: &dyn std::fmt::Display| StartError::new(format!("{what}: {error}"));
         // While we may: another user can't.
@@ -79,7 +110,8 @@ impl Sandbox {
         // A socket that is made again has its mode from the start, and no thread may set it later by path.
         clear_file_mode_mask();
         prctl::set_dumpable(false).map_err(|error| failed("switch core dumps off", &error))?;
-        let files = restrict_files(config).map_err(|error| failed("restrict files", &error))?;
+        let files =
+            restrict_files(&needs.sockets).map_err(|error| failed("restrict files", &error))?;
         let seccomp = confinement.seccomp;
         let calls = match seccomp {
             Seccomp::Kill => "a system call that is not a thread's ends the process",
@@ -87,15 +119,15 @@ impl Sandbox {
             Seccomp::None => "system calls are not filtered",
         };
         info!("sandbox: {user}, capabilities: {kept}; {files}; {calls}");
-        Ok(Sandbox { seccomp, af_xdp: has_af_xdp(ports) })
+        Ok(Sandbox { seccomp, af_xdp: needs.af_xdp })
     }
 
-    /// Whether an AF_XDP port can be started still.
+    /// Returns true if an AF_XDP port can still be started.
     pub fn has_af_xdp(&self) -> bool {
         self.af_xdp
     }
 
-    /// Leaves the calling thread the system calls of its role.
+    /// Restricts the calling thread to the system calls of its role.
     ///
     /// # Errors
     /// The kernel has no seccomp filters.
@@ -112,13 +144,10 @@ impl Sandbox {
     }
 }
 
-fn has_af_xdp(ports: &[PortConfig]) -> bool {
-    ports.iter().any(|port| matches!(port.host, Host::AfXdp(_)))
-}
-
-/// AF_XDP opens sockets for each session, and programs when its device comes anew.
-fn capabilities_needed(ports: &[PortConfig]) -> HashSet<Capability> {
-    if !has_af_xdp(ports) {
+/// Returns the capabilities to keep. A port on AF_XDP opens sockets for each session, and loads its program
+/// again when its device returns.
+fn capabilities(needs: &Needs<'_>) -> HashSet<Capability> {
+    if !needs.af_xdp {
         return HashSet::new();
     }
     HashSet::from([
@@ -130,7 +159,7 @@ fn capabilities_needed(ports: &[PortConfig]) -> HashSet<Capability> {
     ])
 }
 
-/// Becomes the user and group that were asked for; says who we are then.
+/// Becomes the configured user and group; returns the user for the log.
 fn become_user(confinement: &Confinement, keep: bool) -> Result<String, StartError> {
     let Confinement { user, group, .. } = confinement;
     let no_such = |what: &str, name: &str| StartError::new(format!("there is no {what} {name}"));
@@ -160,7 +189,7 @@ fn become_user(confinement: &Confinement, keep: bool) -> Result<String, StartErr
     Ok(format!("user {}", geteuid()))
 }
 
-/// A user by name or number, with their group.
+/// Finds a user by name or number, with the user's group.
 pub(crate) fn find_user(name: &str) -> nix::Result<Option<(Uid, Gid)>> {
     let found = match name.parse() {
         Ok(number) => {
@@ -173,7 +202,7 @@ pub(crate) fn find_user(name: &str) -> nix::Result<Option<(Uid, Gid)>> {
     Ok(found.map(|user| (user.uid, user.gid)))
 }
 
-/// A group by name or number.
+/// Finds a group by name or number.
 pub(crate) fn find_group(name: &str) -> Option<Gid> {
     match name.parse() {
         Ok(number) => Some(Gid::from_raw(number)),
@@ -181,7 +210,7 @@ pub(crate) fn find_group(name: &str) -> Option<Gid> {
     }
 }
 
-/// Has no capability but `needed` be gained again by any means.
+/// Removes all capabilities but `needed` from the bounding set.
 fn limit_capabilities(needed: &HashSet<Capability>) -> Result<(), caps::errors::CapsError> {
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         for capability in caps::read(None, CapSet::Bounding)?.difference(needed) {
@@ -191,7 +220,7 @@ fn limit_capabilities(needed: &HashSet<Capability>) -> Result<(), caps::errors::
     Ok(())
 }
 
-/// Drops all capabilities but `needed`; names those that are left.
+/// Drops all capabilities but `needed`; returns the names of the remaining ones.
 fn drop_capabilities(needed: &HashSet<Capability>) -> Result<String, caps::errors::CapsError> {
     let have = caps::read(None, CapSet::Permitted)?;
     let kept: HashSet<Capability> = have.intersection(needed).copied().collect();
@@ -204,9 +233,9 @@ fn drop_capabilities(needed: &HashSet<Capability>) -> Result<String, caps::error
     Ok(if names.is_empty() { "none".into() } else { names.join(" ") })
 }
 
-/// Has no file opened any more, no TCP port bound or connected to, no abstract socket, and no
-/// signal sent to anybody else, as far as the kernel knows how; says how far that was.
-fn restrict_files(config: &Config) -> Result<String, landlock::RulesetError> {
+/// Forbids opening files, binding and connecting TCP ports, connecting to abstract sockets, and sending
+/// signals to other processes, as far as the kernel supports it; returns the extent for the log.
+fn restrict_files(sockets: &[&Path]) -> Result<String, landlock::RulesetError> {
     // Of an older kernel's, what there is.
     let abi = ABI::V6;
     let mut ruleset = Ruleset::default()
@@ -214,16 +243,7 @@ fn restrict_files(config: &Config) -> Result<String, landlock::RulesetError> {
         .handle_access(AccessNet::from_all(abi))?
         .scope(Scope::from_all(abi))?
         .create()?;
-    let listening = config.ports.iter().filter_map(|port| match &port.frontend {
-        Frontend::Listen(path) => Some(path.as_path()),
-        _ => None,
-    });
-    let metrics = match &config.metrics {
-        Some(MetricsAddress::Unix(path)) => Some(path.as_path()),
-        Some(MetricsAddress::Tcp(_)) | None => None,
-    };
-    let sockets = listening.chain(config.control.as_deref()).chain(metrics);
-    for directory in sockets.map(directory_of) {
+    for directory in sockets.iter().map(|path| directory_of(path)) {
         // Our own socket's file is removed at the end, and made again if somebody has deleted it.
         match PathFd::new(directory) {
             Ok(opened) => {
@@ -243,7 +263,7 @@ fn restrict_files(config: &Config) -> Result<String, landlock::RulesetError> {
     })
 }
 
-/// Where a socket lies.
+/// Returns the directory of a socket.
 fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

@@ -13,10 +13,10 @@ pub mod flow;
 pub mod genetlink;
 pub mod link;
 pub mod process;
+pub mod segment;
 pub mod socket;
 pub mod stream;
 pub mod tap;
-pub mod umem;
 pub mod uring;
 pub mod xsk;
 
@@ -28,7 +28,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
 use nix::sys::time::TimeSpec;
 
-use crate::guest::{ReadSegment, Segment};
+use segment::{ReadSegment, Segment};
 
 /// Plain old data: what the kernel may fill with any bytes, and read all bytes of.
 ///
@@ -59,8 +59,8 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 /// Writes all segments with one call, as one frame.
 fn write_segments(fd: BorrowedFd<'_>, segments: &[ReadSegment<'_>]) -> io::Result<usize> {
     let calls = [libc::SYS_write, libc::SYS_writev];
-    // SAFETY: a ReadSegment is an iovec of mapped guest memory or memory of our own, which its
-    // lifetime keeps; the kernel only reads it here.
+    // SAFETY: a ReadSegment is an iovec of mapped memory, shared or of our own, which its lifetime
+    // keeps; the kernel only reads it here.
     unsafe {
         transfer(calls, fd, std::slice::from_raw_parts(segments.as_ptr().cast(), segments.len()))
     }
@@ -68,8 +68,8 @@ fn write_segments(fd: BorrowedFd<'_>, segments: &[ReadSegment<'_>]) -> io::Resul
 
 /// Reads one frame into the segments.
 fn read_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
-    // SAFETY: a Segment is mapped guest memory, which its lifetime keeps and which may be written at
-    // any time by its own rules, or memory of our own that is not looked at meanwhile.
+    // SAFETY: a Segment is mapped memory, which its lifetime keeps. It is shared, and so may be
+    // written at any time, or it is memory of our own that is not looked at meanwhile.
     unsafe { transfer([libc::SYS_read, libc::SYS_readv], fd, segments) }
 }
 

@@ -7,31 +7,23 @@
 //! Invariant: a table has a fixed number of rows at the most, whatever comes over the wire.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::frame::FrameDirection;
 use crate::policy::filter::{Protocol, carried};
-use crate::port::af_xdp::Interface;
 
 /// Rows of a table at the most. What belongs to none of them is counted together.
 pub const MAX_ROWS: usize = 1024;
-
-/// Which way frames go: as the guest sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Way {
-    /// From the guest.
-    Tx,
-    /// To it.
-    Rx,
-}
 
 /// What rows differ by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
     /// Which way.
-    pub way: Way,
+    pub way: FrameDirection,
     /// By what protocol; nothing, if the frames do not show it, or for all frames that found no row.
     pub protocol: Option<Protocol>,
     /// The address that is not the guest's: where frames from it go to, and where those for it come
@@ -59,12 +51,12 @@ pub struct Row {
 
 /// What a worker has counted.
 #[derive(Debug, Default)]
-pub struct Tally {
+pub struct PeerTable {
     on: AtomicBool,
     rows: Mutex<HashMap<Key, Volume>>,
 }
 
-impl Tally {
+impl PeerTable {
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, Volume>> {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -85,26 +77,26 @@ impl Tally {
 /// Frames of a burst that a worker has looked at.
 #[derive(Debug)]
 pub struct Notes {
-    tally: Arc<Tally>,
+    peers: Arc<PeerTable>,
     seen: Vec<(Key, u64)>,
 }
 
 impl Notes {
     /// For this table.
-    pub fn new(tally: Arc<Tally>) -> Self {
-        Notes { tally, seen: Vec::new() }
+    pub fn new(peers: Arc<PeerTable>) -> Self {
+        Notes { peers, seen: Vec::new() }
     }
 
     /// Whether frames are to be looked at: asked once a burst.
     #[inline]
     pub fn wanted(&self) -> bool {
-        self.tally.is_on()
+        self.peers.is_on()
     }
 
     /// Notes a frame of `length` bytes by its start.
-    pub fn note(&mut self, way: Way, start: &[u8], length: usize) {
+    pub fn note(&mut self, way: FrameDirection, start: &[u8], length: usize) {
         let (protocol, addresses) = carried(start);
-        let peer = addresses.map(|[from, to]| if way == Way::Tx { to } else { from });
+        let peer = addresses.map(|[from, to]| if way == FrameDirection::Tx { to } else { from });
         self.seen.push((Key { way, protocol, peer }, length as u64));
     }
 
@@ -112,7 +104,7 @@ impl Notes {
     #[inline]
     pub fn publish(&mut self) {
         if !self.seen.is_empty() {
-            let mut rows = self.tally.lock();
+            let mut rows = self.peers.lock();
             for (key, bytes) in self.seen.drain(..) {
                 add(&mut rows, key, Volume { frames: 1, bytes });
             }
@@ -128,22 +120,37 @@ fn add(rows: &mut HashMap<Key, Volume>, key: Key, more: Volume) {
     volume.bytes += more.bytes;
 }
 
+/// A counter of frames that workers do not see: those for the guest that an XDP program brings.
+pub trait PeerCounter: fmt::Debug + Send + Sync {
+    /// Counts frames by their sender from now on, starting at zero, or no longer.
+    ///
+    /// # Errors
+    /// Those of loading an XDP program; nothing has changed then.
+    fn count_peers(&self, on: bool) -> io::Result<()>;
+
+    /// The counts since they were switched on; none if they are off.
+    ///
+    /// # Errors
+    /// Those of reading the XDP program's map.
+    fn peers(&self) -> io::Result<Vec<(Key, Volume)>>;
+}
+
 /// What is counted of a port.
 #[derive(Debug, Clone)]
 pub struct Traffic {
-    tally: Arc<Tally>,
-    /// Whose XDP program counts frames for the guest. It goes with the port's queues.
-    interface: Option<Weak<Interface>>,
+    peers: Arc<PeerTable>,
+    /// Counter of the frames that the workers do not see. It is dropped with the port's queues.
+    counter: Option<Weak<dyn PeerCounter>>,
 }
 
 impl Traffic {
-    /// Of a port whose workers count in `tally`.
-    pub fn new(tally: Arc<Tally>, interface: Option<Weak<Interface>>) -> Self {
-        Traffic { tally, interface }
+    /// Of a port whose workers count in `peers`.
+    pub fn new(peers: Arc<PeerTable>, counter: Option<Weak<dyn PeerCounter>>) -> Self {
+        Traffic { peers, counter }
     }
 
-    fn interface(&self) -> Option<Arc<Interface>> {
-        self.interface.as_ref().and_then(Weak::upgrade)
+    fn counter(&self) -> Option<Arc<dyn PeerCounter>> {
+        self.counter.as_ref().and_then(Weak::upgrade)
     }
 
     /// Has frames counted from now on, from nothing, or not any more. For the port's control thread.
@@ -151,13 +158,13 @@ impl Traffic {
     /// # Errors
     /// Those of loading an XDP program; nothing has changed then.
     pub fn enable(&self, on: bool) -> io::Result<()> {
-        if on == self.tally.is_on() {
+        if on == self.peers.is_on() {
             return Ok(());
         }
-        if let Some(interface) = self.interface() {
-            interface.count_peers(on).map_err(|error| io::Error::other(error.to_string()))?;
+        if let Some(counter) = self.counter() {
+            counter.count_peers(on)?;
         }
-        self.tally.enable(on);
+        self.peers.enable(on);
         Ok(())
     }
 
@@ -166,9 +173,9 @@ impl Traffic {
     /// # Errors
     /// Those of reading the XDP program's map.
     pub fn snapshot(&self) -> io::Result<Vec<Row>> {
-        let mut rows = self.tally.lock().clone();
-        if let Some(interface) = self.interface() {
-            for (key, volume) in interface.peers()? {
+        let mut rows = self.peers.lock().clone();
+        if let Some(counter) = self.counter() {
+            for (key, volume) in counter.peers()? {
                 add(&mut rows, key, volume);
             }
         }
@@ -192,8 +199,8 @@ mod tests {
     }
 
     fn traffic() -> (Traffic, Notes) {
-        let tally = Arc::new(Tally::default());
-        (Traffic::new(tally.clone(), None), Notes::new(tally))
+        let peers = Arc::new(PeerTable::default());
+        (Traffic::new(peers.clone(), None), Notes::new(peers))
     }
 
     #[test]
@@ -203,10 +210,10 @@ mod tests {
         traffic.enable(true).unwrap();
         assert!(notes.wanted());
         let frame = datagram([198, 51, 100, 1]);
-        notes.note(Way::Tx, &frame, 100);
-        notes.note(Way::Tx, &frame, 50);
-        notes.note(Way::Rx, &frame, 60);
-        notes.note(Way::Tx, &[0; 20], 20);
+        notes.note(FrameDirection::Tx, &frame, 100);
+        notes.note(FrameDirection::Tx, &frame, 50);
+        notes.note(FrameDirection::Rx, &frame, 60);
+        notes.note(FrameDirection::Tx, &[0; 20], 20);
         assert_eq!(traffic.snapshot().unwrap(), []);
         notes.publish();
         let rows = traffic.snapshot().unwrap();
@@ -236,8 +243,8 @@ mod tests {
         traffic.enable(true).unwrap();
         for number in 0..5000_u16 {
             let [high, low] = number.to_be_bytes();
-            notes.note(Way::Tx, &datagram([198, 51, high, low]), 1);
-            notes.note(Way::Rx, &[], 1);
+            notes.note(FrameDirection::Tx, &datagram([198, 51, high, low]), 1);
+            notes.note(FrameDirection::Rx, &[], 1);
             notes.publish();
         }
         let rows = traffic.snapshot().unwrap();

@@ -1,43 +1,39 @@
 //! `virtio_net_hdr` as a value: read once, checked, written (virtio 1.3, section 5.1.6).
 //!
-//! Invariant: no header that the guest wrote reaches the host. [`admit`] copies it, checks the
+//! Invariant: no header that the guest wrote reaches the host. [`HeaderChecks`] copy it, check the
 //! copy against the frame and the negotiated features, and what is sent begins with the copy. For
 //! a frame to be segmented the copy goes on through the TCP or UDP header, so that the very
-//! headers that were checked are the ones the kernel segments by; so it does where the operator has
-//! [`Rules`](crate::policy::Rules) or a filter for what the guest may send. The guest can rewrite its
-//! memory meanwhile and change nothing but its payload.
+//! headers that were checked are the ones the kernel segments by; so it does where somebody else
+//! inspects the frame's headers. The guest can rewrite its memory meanwhile and change nothing but its
+//! payload.
 
-mod admission;
 mod checks;
-mod headers;
+mod validation;
 
+use std::mem::offset_of;
 use std::ops::AddAssign;
 
-use crate::features::{HEADER_LENGTH, Offloads};
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4, virtio_net_hdr,
+    virtio_net_hdr_v1,
+};
 
-pub use admission::{Admission, Admitted, PLAIN_HEADER, PrivateStart, admit, admit_copied};
-pub use headers::Headers;
+use crate::features::{HEADER_LENGTH, LEGACY_HEADER_LENGTH, Offloads};
+use crate::frame::LINK_OVERHEAD;
 
-const NEEDS_CSUM: u8 = 1;
+pub use validation::{HeaderChecks, HeaderCopy, PLAIN_HEADER, Validated};
 
-const GSO_NONE: u8 = 0;
-const GSO_TCPV4: u8 = 1;
-const GSO_TCPV6: u8 = 4;
-const GSO_UDP_L4: u8 = 5;
-const GSO_ECN: u8 = 0x80;
+const NEEDS_CSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
 
-/// Length in bytes of a frame's header without VLAN tags.
-pub const ETHERNET_LENGTH: usize = 14;
-const VLAN_TAG_LENGTH: usize = 4;
-/// Tags of one frame at the most: a provider's around a customer's.
-const VLAN_TAGS: usize = 2;
-/// Ethernet header and VLAN tags: what a frame has on top of its MTU.
-pub const LINK_OVERHEAD: usize = ETHERNET_LENGTH + VLAN_TAGS * VLAN_TAG_LENGTH;
-/// Longest frame of all, in bytes: the largest IP packet, which only exists unsegmented.
-pub const MAX_FRAME: usize = 65535 + LINK_OVERHEAD;
+const GSO_NONE: u8 = VIRTIO_NET_HDR_GSO_NONE as u8;
+const GSO_TCPV4: u8 = VIRTIO_NET_HDR_GSO_TCPV4 as u8;
+const GSO_TCPV6: u8 = VIRTIO_NET_HDR_GSO_TCPV6 as u8;
+const GSO_UDP_L4: u8 = VIRTIO_NET_HDR_GSO_UDP_L4 as u8;
+const GSO_ECN: u8 = VIRTIO_NET_HDR_GSO_ECN as u8;
 
 /// Longest headers in bytes of a frame to be segmented: IPv4 and TCP, each with all options, behind
-/// two VLAN tags. [`admit`] copies as much.
+/// two VLAN tags. A [`HeaderCopy`] has room for as many.
 pub const MAX_HEADERS: usize = LINK_OVERHEAD + 60 + 60;
 
 /// The header's fields.
@@ -57,13 +53,24 @@ pub struct VnetHeader {
     pub csum_offset: u16,
 }
 
+/// Where the last field is. The others, at the offsets asserted below, are read and written as one word.
+const CSUM_OFFSET: usize = offset_of!(virtio_net_hdr, csum_offset);
+const _: () = assert!(
+    offset_of!(virtio_net_hdr, flags) == 0
+        && offset_of!(virtio_net_hdr, gso_type) == 1
+        && offset_of!(virtio_net_hdr, hdr_len) == 2
+        && offset_of!(virtio_net_hdr, gso_size) == 4
+        && offset_of!(virtio_net_hdr, csum_start) == 6
+        && CSUM_OFFSET == 8
+);
+
 impl VnetHeader {
     /// Offset of `num_buffers`, which headers to the guest have.
-    pub const NUM_BUFFERS: usize = 10;
+    pub const NUM_BUFFERS: usize = offset_of!(virtio_net_hdr_v1, num_buffers);
 
-    /// Reads the fields from the first ten bytes.
+    /// Reads the fields, which each form of the header begins with.
     #[inline]
-    pub fn parse(bytes: &[u8; 10]) -> Self {
+    pub fn parse(bytes: &[u8; LEGACY_HEADER_LENGTH]) -> Self {
         let [first @ .., low, high] = *bytes;
         let word = u64::from_le_bytes(first);
         VnetHeader {
@@ -85,8 +92,8 @@ impl VnetHeader {
             | u64::from(self.hdr_len) << 16
             | u64::from(self.gso_size) << 32
             | u64::from(self.csum_start) << 48;
-        bytes[..8].copy_from_slice(&word.to_le_bytes());
-        bytes[8..10].copy_from_slice(&self.csum_offset.to_le_bytes());
+        bytes[..CSUM_OFFSET].copy_from_slice(&word.to_le_bytes());
+        bytes[CSUM_OFFSET..][..2].copy_from_slice(&self.csum_offset.to_le_bytes());
         bytes
     }
 
@@ -103,7 +110,7 @@ impl VnetHeader {
     }
 
     /// Whether the frame is to be segmented.
-    pub fn is_segmented(&self) -> bool {
+    pub fn needs_segmentation(&self) -> bool {
         self.gso_type != GSO_NONE
     }
 
@@ -126,27 +133,27 @@ impl VnetHeader {
 /// What goes over the wire on top of frames themselves: each is sent in segments, which all have
 /// headers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Surplus {
+pub struct SegmentationOverhead {
     /// Segments, but for the first of each frame.
     pub packets: u64,
     /// Bytes of their headers.
     pub bytes: u64,
 }
 
-impl Surplus {
+impl SegmentationOverhead {
     /// That of a frame of `length` bytes with `header`, whose own headers take `headers` bytes.
     #[inline]
     pub fn of(header: &VnetHeader, headers: usize, length: usize) -> Self {
-        if !header.is_segmented() {
-            return Surplus::default();
+        if !header.needs_segmentation() {
+            return SegmentationOverhead::default();
         }
         let payload = length.saturating_sub(headers);
         let packets = payload.div_ceil(usize::from(header.gso_size.max(1))).saturating_sub(1);
-        Surplus { packets: packets as u64, bytes: (packets * headers) as u64 }
+        SegmentationOverhead { packets: packets as u64, bytes: (packets * headers) as u64 }
     }
 }
 
-impl AddAssign for Surplus {
+impl AddAssign for SegmentationOverhead {
     fn add_assign(&mut self, other: Self) {
         self.packets += other.packets;
         self.bytes += other.bytes;

@@ -5,15 +5,16 @@
 //! for a session that panics too: unwinding drops it, and the thread serves the next one.
 
 mod active_ring;
+mod adaptive_poll;
+mod coalescing;
 mod control_queue;
 mod ending;
-mod naps;
+mod idle_wait;
+mod rate_limit;
 mod recording;
-mod replies;
 mod session;
-mod sleeper;
 mod spoofing;
-mod tx_progress;
+mod status;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,22 +28,22 @@ use log::error;
 use nix::sys::prctl;
 
 use spoofing::SpoofingLog;
+pub use status::PairStatus;
 
 use crate::capture::Capture;
 use crate::counters::PairCounters;
 use crate::features::Negotiated;
 use crate::guest::{GuestMemory, RingLayout, contained};
-use crate::policy::{Limits, LiveFilter, Rules};
+use crate::policy::{AntiSpoofing, Limits, LiveFilter};
 use crate::port::HostQueue;
 use crate::sandbox::Sandbox;
-use crate::status::PairStatus;
 use crate::sys::eventfd::{ForeignEvent, NotifyFd, Waker};
 use crate::sys::process::{ThreadClock, interrupt, permit_interrupts, pin_this_thread};
-use crate::traffic::Tally;
+use crate::traffic::PeerTable;
 
 /// How long workers may take to end their sessions before the system calls that they are in are
 /// interrupted.
-const PATIENCE: Duration = Duration::from_millis(100);
+const STOP_TIMEOUT: Duration = Duration::from_millis(100);
 /// How often they are interrupted then.
 const INTERRUPTIONS: Duration = Duration::from_millis(1);
 /// Fault of a queue pair that has no thread any more.
@@ -91,7 +92,7 @@ pub struct Session {
     /// Whether frames move; if not, those from the guest are dropped, and it is given none.
     pub link: bool,
     /// What the guest may send.
-    pub rules: Option<Arc<Rules>>,
+    pub rules: Option<Arc<AntiSpoofing>>,
     /// The ring for frames to the guest.
     pub rx: Option<Ring>,
     /// The ring for frames from the guest.
@@ -131,7 +132,7 @@ pub struct WorkerOptions {
     /// What is denied of what the guest sends.
     pub tx_filter: Arc<LiveFilter>,
     /// Where its traffic is counted.
-    pub tally: Arc<Tally>,
+    pub peers: Arc<PeerTable>,
     /// What the thread is left with.
     pub sandbox: Sandbox,
 }
@@ -200,7 +201,7 @@ impl Worker {
                 })
             });
             let prepared = prepared.and_then(|()| {
-                // Naps are as long as they say: the kernel may add 50 µs to all sleeps, if nobody objects.
+                // Coalescing sleeps last as long as they say: the kernel may add 50 µs to all sleeps, if nobody objects.
                 prctl::set_timerslack(1)?;
                 permit_interrupts()?;
                 options.sandbox.confine(host.role())
@@ -270,7 +271,7 @@ pub fn end_all(workers: &mut [Worker]) -> Vec<Ended> {
     for worker in workers.iter().filter(|worker| worker.running) {
         worker.send(Command::End);
     }
-    let patient_until = Instant::now() + PATIENCE;
+    let patient_until = Instant::now() + STOP_TIMEOUT;
     let mut ended = Vec::with_capacity(workers.len());
     while let Some(worker) = workers.get_mut(ended.len()) {
         if !worker.running {

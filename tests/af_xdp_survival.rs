@@ -37,7 +37,7 @@ fn resources(daemon: &Daemon) -> (usize, usize, usize) {
 fn check_resources(daemon: &Daemon, before: (usize, usize, usize)) {
     let after = resources(daemon);
     assert_eq!((after.0, after.1), (before.0, before.1), "descriptors and threads");
-    // A socket's arena has 768 KiB: one that were left behind in each round would be seen.
+    // A socket's bounce_area has 768 KiB: one that were left behind in each round would be seen.
     assert!(after.2 < before.2 + 1024, "{} kB after {} kB", after.2, before.2);
 }
 

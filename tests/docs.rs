@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use vhost_user_net::config;
-use vhost_user_net::counters::{CopyReason, Drop};
+use vhost_user_net::counters::{CopyReason, DropReason};
+use vhost_user_net::{cli, config};
 use vmm_sys_util::tempdir::TempDir;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -96,6 +96,25 @@ impl Page {
         cells
     }
 
+    /// The code in one column, of all tables that have it.
+    fn column(&self, head: &str) -> Vec<String> {
+        let mut codes = Vec::new();
+        let mut column = None;
+        let mut last = "";
+        for line in self.text.lines() {
+            if line.starts_with("|---") {
+                column = cells(last).iter().position(|cell| cell == head);
+            } else if !line.starts_with('|') {
+                column = None;
+            } else if let Some(cell) = column.and_then(|column| cells(line).into_iter().nth(column))
+            {
+                codes.extend(cell.split('`').skip(1).step_by(2).map(str::to_owned));
+            }
+            last = line;
+        }
+        codes
+    }
+
     /// What its headings are called in links.
     fn anchors(&self) -> BTreeSet<String> {
         let headings = self.text.lines().filter_map(|line| line.strip_prefix('#'));
@@ -108,10 +127,15 @@ impl Page {
     }
 }
 
+/// The cells of a table's row.
+fn cells(row: &str) -> Vec<String> {
+    let row = row.trim_start_matches('|').replace("\\|", "\0");
+    row.split('|').map(|cell| cell.trim().replace('\0', "\\|")).collect()
+}
+
 /// The first cell of a table's row.
 fn cell(row: &str) -> String {
-    let row = row.trim_start_matches('|').replace("\\|", "\0");
-    row.split('|').next().unwrap_or_default().trim().replace('\0', "\\|")
+    cells(row).swap_remove(0)
 }
 
 /// Whether a word stands for something else: `PORT`, `…`.
@@ -259,7 +283,7 @@ fn all_options(command: &clap::Command) -> BTreeSet<String> {
 
 /// What is wrong with a page's commands and options.
 fn wrong_commands(page: &Page) -> Vec<String> {
-    let program = config::command();
+    let program = cli::command();
     let ctl = program.find_subcommand("ctl").unwrap();
     let options = all_options(&program);
     let mut wrong = Vec::new();
@@ -427,7 +451,7 @@ fn all_that_the_pages_name_exists() {
 fn what_does_not_exist_is_found() {
     let cases = [
         ("[x](nowhere.md)", "there is no nowhere.md"),
-        ("[x](docs/control.md#no-such-heading)", "docs/control.md has no heading"),
+        ("[x](docs/monitoring.md#no-such-heading)", "docs/monitoring.md has no heading"),
         ("[x](#no-such-heading)", "has no heading for #no-such-heading"),
         ("see tests/no-such-test.rs.", "there is no tests/no-such-test.rs"),
         ("run `./no-such-script`", "there is no no-such-script"),
@@ -453,7 +477,7 @@ fn what_does_not_exist_is_found() {
         assert_eq!(found.len(), 1, "{text}: {found:?}");
         assert!(found[0].contains(complaint), "{text}: {found:?}");
     }
-    let right = "[x](docs/control.md#metrics), `ctl add|remove`, `vhost-user-net ctl --json show vm1`,\
+    let right = "[x](docs/monitoring.md#metrics), `ctl add|remove`, `vhost-user-net ctl --json show vm1`,\
                  `--tap=NAME`, tests/run, `ethtool --nonsense`, `guest::notify`, `cargo bench -- tap`";
     assert_eq!(wrong(&Page::new("README.md", right)), Vec::<String>::new());
 }
@@ -499,33 +523,32 @@ fn figures_that_pages_repeat_are_the_same() {
 }
 
 #[test]
-fn all_rooms_and_test_modules_are_in_their_tables() {
-    let listed = |page: &str, head: &str| -> BTreeSet<String> {
-        Page::read(page).first_cells(head).into_iter().collect()
+fn all_modules_are_in_their_tables() {
+    let listed = |page: &str| -> BTreeSet<String> {
+        Page::read(page).column("module").into_iter().collect()
     };
-    let rooms = listed("docs/architecture.md", "room");
-    for room in &rooms {
-        let path = Path::new(ROOT).join("src").join(room.replace("::", "/"));
-        assert!(path.with_extension("rs").exists(), "docs/architecture.md: there is no {room}");
+    let modules = listed("docs/architecture.md");
+    for module in &modules {
+        let path = Path::new(ROOT).join("src").join(module.replace("::", "/"));
+        assert!(path.with_extension("rs").exists(), "docs/architecture.md: there is no {module}");
     }
     let source = fs::read_to_string(Path::new(ROOT).join("src/lib.rs")).unwrap();
-    for room in source.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')) {
-        // Numbers that others keep, and what threads wait by.
-        let is_small = ["counters", "event"].contains(&room);
-        assert!(is_small || rooms.contains(room), "docs/architecture.md does not have {room}");
+    for module in source.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'))
+    {
+        assert!(modules.contains(module), "docs/architecture.md does not have {module}");
     }
     let mut modules = test_modules();
     modules.remove("support");
-    assert_eq!(listed("docs/testing.md", "module"), modules, "docs/testing.md");
+    assert_eq!(listed("docs/testing.md"), modules, "docs/testing.md");
 }
 
 #[test]
 fn reasons_of_drops_and_copies_are_explained() {
-    let text: String = ["data-path", "policy", "control", "af-xdp"]
-        .map(|name| Page::read(&format!("docs/{name}.md")).text)
-        .concat();
-    let reasons =
-        Drop::ALL.map(Drop::name).into_iter().chain(CopyReason::ALL.map(CopyReason::name));
+    let text = Page::read("docs/monitoring.md").text;
+    let reasons = DropReason::ALL
+        .map(DropReason::name)
+        .into_iter()
+        .chain(CopyReason::ALL.map(CopyReason::name));
     for reason in reasons {
         assert!(text.contains(&format!("`{reason}`")), "{reason} is not explained");
     }

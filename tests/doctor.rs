@@ -25,7 +25,7 @@ struct Line {
     check: String,
     what: String,
     why: String,
-    cure: Option<String>,
+    fix: Option<String>,
 }
 
 /// Runs doctor, by another program that limits it if there is one; returns its exit code and what it
@@ -48,7 +48,7 @@ fn examine_by(wrapper: &[&str], arguments: &[&str]) -> (i32, Vec<Line>) {
             check: word(&it["check"]),
             what: word(&it["what"]),
             why: word(&it["why"]),
-            cure: it["cure"].as_str().map(str::to_owned),
+            fix: it["fix"].as_str().map(str::to_owned),
         })
         .collect();
     let code = output.status.code().unwrap();
@@ -76,7 +76,7 @@ fn shell(command: &str) {
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Says that doctor finds one thing wrong, whose cure, once carried out, has it find the same thing
+/// Says that doctor finds one thing wrong, whose fix, once carried out, has it find the same thing
 /// right. Returns what it said was wrong.
 #[track_caller]
 fn is_mended(check: &str, status: &str, arguments: &[&str]) -> Line {
@@ -87,8 +87,8 @@ fn is_mended(check: &str, status: &str, arguments: &[&str]) -> Line {
 fn is_mended_for(wrapper: &[&str], check: &str, status: &str, arguments: &[&str]) -> Line {
     let (_, before) = examine_by(wrapper, arguments);
     let wrong = line(&before, check, status).clone();
-    let cure = wrong.cure.as_deref().unwrap_or_else(|| panic!("no cure: {wrong:?}"));
-    shell(cure);
+    let fix = wrong.fix.as_deref().unwrap_or_else(|| panic!("no fix: {wrong:?}"));
+    shell(fix);
     let (_, after) = examine_by(wrapper, arguments);
     is_right(&wrong, &after);
     wrong
@@ -99,16 +99,16 @@ fn is_mended_for(wrapper: &[&str], check: &str, status: &str, arguments: &[&str]
 fn is_right(wrong: &Line, after: &[Line]) {
     let same: Vec<&Line> = after.iter().filter(|line| line.what == wrong.what).collect();
     let still = same.iter().find(|line| line.check == wrong.check && line.status != "PASS");
-    assert_eq!(still, None, "after {:?}", wrong.cure);
+    assert_eq!(still, None, "after {:?}", wrong.fix);
     let passes = || same.iter().filter(|line| line.status == "PASS");
     let right = passes().find(|line| line.check == wrong.check).or_else(|| passes().next());
     show(wrong, right.unwrap_or_else(|| panic!("{wrong:?} and then {after:#?}")));
 }
 
-/// With --nocapture, this is what docs/doctor.md shows.
+/// Prints a finding, its fix, and the finding afterwards, with --nocapture.
 fn show(wrong: &Line, right: &Line) {
-    let cure = wrong.cure.as_deref().unwrap_or_default();
-    println!("\n    {} {} — {} — {cure}", wrong.status, wrong.what, wrong.why);
+    let fix = wrong.fix.as_deref().unwrap_or_default();
+    println!("\n    {} {} — {} — {fix}", wrong.status, wrong.what, wrong.why);
     println!("    {} {} — {}", right.status, right.what, right.why);
 }
 
@@ -130,9 +130,9 @@ fn what_is_printed_is_a_line_for_each_finding_and_a_verdict() {
     assert_eq!(code, 1);
     let failed = report.lines().find(|line| line.starts_with("FAIL device gone0")).unwrap();
     let parts: Vec<&str> = failed.split(" — ").collect();
-    let [_, why, cure] = parts[..] else { panic!("{failed}") };
+    let [_, why, fix] = parts[..] else { panic!("{failed}") };
     assert!(why.contains("no such network device"), "{failed}");
-    shell(cure);
+    shell(fix);
     let (_, report) = text(&["--af-xdp=gone0"]);
     assert!(report.contains("\nPASS device gone0 — it is there, and up\n"), "{report}");
     let verdict = report.lines().last().unwrap();

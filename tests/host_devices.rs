@@ -7,10 +7,9 @@ use std::thread;
 use std::time::Duration;
 
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
-use vhost_user_net::config::TxMethod;
 use vhost_user_net::policy::Filter;
 use vhost_user_net::port::TapState;
-use vhost_user_net::port::tap::TapQueue;
+use vhost_user_net::port::tap::{TapQueue, TxMethod};
 use vhost_user_net::sys::tap::Queue;
 use vmm_sys_util::tempdir::TempDir;
 

@@ -15,6 +15,7 @@ mod frontends;
 mod fuzzing;
 mod host_devices;
 mod hostile;
+mod layers;
 mod libvirt;
 mod lifecycle;
 mod live;

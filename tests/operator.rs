@@ -19,7 +19,7 @@ const PAGES: [&str; 9] = [
     "install",
     "quick-start",
     "operating",
-    "control",
+    "monitoring",
     "policy",
     "doctor",
     "survival",

@@ -6,6 +6,7 @@ use std::fmt::Write;
 use std::fs;
 
 use clap::{Arg, Command};
+use vhost_user_net::cli;
 use vhost_user_net::config::{self, Place};
 
 use crate::support::daemon::{Daemon, port};
@@ -33,7 +34,7 @@ fn the_reference_is_what_the_program_says() {
 }
 
 fn reference() -> String {
-    let program = config::command();
+    let program = cli::command();
     let mut text = format!(
         "# Reference\n\n\
          Made from the program: its command line's description, and what `ctl metrics` says of a \
@@ -169,7 +170,8 @@ fn help(arg: &Arg) -> String {
     }
     let defaults: Vec<_> =
         arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
-    if arg.get_action().takes_values() && !defaults.is_empty() {
+    let hidden = arg.is_hide_default_value_set();
+    if arg.get_action().takes_values() && !defaults.is_empty() && !hidden {
         let _ = write!(text, " [default: {}]", defaults.join(", "));
     }
     text

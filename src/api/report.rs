@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::config::Frontend;
-use crate::counters::{CopyReason, DirectionCounters, Drop};
-use crate::daemon::{Port, Ports};
+use crate::counters::{CopyReason, DirectionCounters, DropReason};
+use crate::endpoint::Frontend;
 use crate::features;
-use crate::status::{FrontendStatus, PairStatus, PortStatus};
+use crate::frame::FrameDirection;
+use crate::ports::{FrontendStatus, Port, PortStatus, Ports};
 use crate::sys::link::{Drops, Link};
-use crate::traffic::{Row, Way};
+use crate::traffic::Row;
+use crate::worker::PairStatus;
 
 /// A port in a list.
 #[derive(Debug, Serialize)]
@@ -87,9 +88,12 @@ struct Pair {
     mode: &'static str,
     sessions: u64,
     turns: u64,
-    looks: u64,
-    replies: u64,
-    naps: u64,
+    #[serde(rename = "looks")]
+    poll_attempts: u64,
+    #[serde(rename = "replies")]
+    poll_successes: u64,
+    #[serde(rename = "naps")]
+    coalesced_sleeps: u64,
     sleeps: u64,
     starved: u64,
     /// Seconds that its thread has run on a processor, and that it has not.
@@ -165,10 +169,10 @@ fn texts<T: ToString>(items: &[T]) -> Vec<String> {
 
 pub(super) fn summary(it: &Port) -> Summary {
     let (port, config) = (it.status(), it.config());
-    let sources = config.identity.clone().unwrap_or_default();
+    let sources = config.allowed_sources.clone().unwrap_or_default();
     let counters = || port.pairs.iter().map(|pair| &pair.counters);
     let dropped = |counters: &DirectionCounters| -> u64 {
-        Drop::ALL.iter().map(|reason| counters.drops(*reason)).fold(0, u64::saturating_add)
+        DropReason::ALL.iter().map(|reason| counters.drops(*reason)).fold(0, u64::saturating_add)
     };
     Summary {
         name: port.name.clone(),
@@ -186,7 +190,7 @@ pub(super) fn summary(it: &Port) -> Summary {
         rx_filter: port.filters.rx.get().to_string(),
         tx_filter: port.filters.tx.get().to_string(),
         mac: config.mac.map(|mac| mac.to_string()),
-        anti_spoofing: config.identity.is_some(),
+        anti_spoofing: config.allowed_sources.is_some(),
         source_macs: texts(&sources.macs),
         source_ips: texts(&sources.addresses),
         vlans: sources.vlans,
@@ -206,7 +210,7 @@ pub(super) fn features(port: &Port) -> serde_json::Value {
 pub(super) fn traffic(row: &Row) -> serde_json::Value {
     let Row { key, volume } = row;
     serde_json::json!({
-        "way": if key.way == Way::Tx { "tx" } else { "rx" },
+        "way": if key.way == FrameDirection::Tx { "tx" } else { "rx" },
         "protocol": key.protocol.map(|protocol| protocol.to_string()),
         "peer": key.peer,
         "frames": volume.frames,
@@ -264,9 +268,9 @@ fn pair(pair: &PairStatus) -> Pair {
         kick_to_used_p50: counters.kick_to_used.quantile(0.5),
         kick_to_used_p99: counters.kick_to_used.quantile(0.99),
         turns: counters.turns.get(),
-        looks: counters.looks.get(),
-        replies: counters.replies.get(),
-        naps: counters.naps.get(),
+        poll_attempts: counters.poll_attempts.get(),
+        poll_successes: counters.poll_successes.get(),
+        coalesced_sleeps: counters.coalesced_sleeps.get(),
         sleeps: counters.sleeps.get(),
         starved: counters.starved.get(),
         rx: direction(&counters.rx),
@@ -275,7 +279,7 @@ fn pair(pair: &PairStatus) -> Pair {
 }
 
 fn direction(counters: &DirectionCounters) -> Direction {
-    let dropped = Drop::ALL.map(|reason| (reason.name(), counters.drops(reason)));
+    let dropped = DropReason::ALL.map(|reason| (reason.name(), counters.drops(reason)));
     let copied = CopyReason::ALL.map(|reason| (reason.name(), counters.copies(reason)));
     Direction {
         frames: counters.frames.get(),

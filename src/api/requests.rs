@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::{House, VERSION, metrics, report};
 use crate::capture::{MAX_SNAPLEN, Options, parse_filter};
 use crate::config::{PortChanges, PortOptions};
-use crate::daemon::{Origin, Ports, Refusal};
 use crate::policy::Filter;
+use crate::ports::{Origin, Ports, Refusal};
 
 /// What may be asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
@@ -17,23 +17,27 @@ use crate::policy::Filter;
 pub enum Command {
     /// List the ports, a line each.
     List {},
-    /// Say how a port is, in words, and what it has counted.
+    /// Show a port's state, settings and counters.
     Show {
         /// The port's name.
         port: String,
     },
-    /// Print what all ports have counted for Prometheus (as for node_exporter's textfile collector).
+    /// Print all counters in Prometheus' text format.
+    ///
+    /// node_exporter's textfile collector reads it.
     Metrics {},
-    /// Change a port while it runs, until the daemon's end or until it reads its file again.
+    /// Change a port until the daemon exits or reads its file again.
     #[command(override_usage = "vhost-user-net ctl set [OPTIONS] <PORT> <CHANGES>")]
     Set {
         /// The port's name.
         port: String,
-        /// What is to be different.
+        /// The changes.
         #[command(flatten)]
         changes: Box<PortChanges>,
     },
-    /// Add a port, until the daemon's end. Its options are those of the daemon's command line.
+    /// Add a port until the daemon exits.
+    ///
+    /// The options are those of the daemon's command line.
     #[command(
         override_usage = "vhost-user-net ctl add [OPTIONS] <FRONTEND OPTION> <HOST SIDE OPTION>"
     )]
@@ -69,7 +73,7 @@ pub enum Command {
         /// The new port.
         port: Box<PortOptions>,
     },
-    /// Remove a port: its rings stop, and its frontend is disconnected.
+    /// Remove a port: stop its rings and disconnect its frontend.
     Remove {
         /// The port's name.
         port: String,
@@ -85,7 +89,7 @@ pub enum Command {
         port: String,
         /// What is to be captured.
         #[serde(flatten)]
-        wanted: Wanted,
+        wanted: CaptureOptions,
     },
     /// End that, and say what it has come to.
     #[command(skip)]
@@ -109,7 +113,7 @@ pub enum Command {
     /// Let go of them, and end: the client goes on.
     #[command(skip)]
     LetGo {},
-    /// Print what the daemon is, and what it and its ports offer.
+    /// Print the daemon's version and settings, and the ports' feature bits.
     Features {},
 }
 
@@ -139,15 +143,15 @@ impl Command {
 
 /// What is to be captured.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
-pub struct Wanted {
-    /// Bytes that are kept of each frame [default: all].
+pub struct CaptureOptions {
+    /// Keep at most this many bytes of each frame, 14 or more [default: all].
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(14..=MAX_SNAPLEN as i64))]
     pub(super) snaplen: Option<u32>,
-    /// Only frames that match one of these, as "tcp dport 80; udp from 192.0.2.0/24", or that a whole list
-    /// of rules allows [default: all].
+    /// Capture only frames that match one of these, as "tcp dport 80; udp from 192.0.2.0/24", or that a
+    /// whole list of rules allows [default: all].
     #[arg(long, value_name = "RULES", value_parser = parse_filter)]
     pub(super) filter: Option<Filter>,
-    /// End after so many frames.
+    /// Stop after this many frames [default: no limit].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(super) count: Option<u64>,
 }

@@ -10,10 +10,11 @@ use std::time::Instant;
 
 use log::warn;
 
-use super::{Wanted, metrics};
-use crate::config::{Frontend, MetricsAddress};
-use crate::daemon::{Ports, StartError};
-use crate::endpoint::{Accepting, Endpoint, set_access};
+use super::{ClientInterest, metrics};
+use crate::config::MetricsAddress;
+use crate::endpoint::{Accepting, Endpoint, Frontend, set_access};
+use crate::error::StartError;
+use crate::ports::Ports;
 use crate::sys::socket::refuse_descriptors;
 
 /// The socket's name in the log.
@@ -185,13 +186,13 @@ impl Scrape {
     }
 
     /// Serves whoever can be read from, or written to.
-    pub fn serve(&mut self, number: u32, ports: &Ports) -> Wanted {
+    pub fn serve(&mut self, number: u32, ports: &Ports) -> ClientInterest {
         let place = self.visitors.iter().position(|visitor| visitor.number == number);
         let Some(mut visitor) = place.map(|place| self.visitors.remove(place)) else {
-            return Wanted::Nothing;
+            return ClientInterest::Nothing;
         };
-        let wanted = visitor.talk(ports).unwrap_or(Wanted::Nothing);
-        if wanted != Wanted::Nothing {
+        let wanted = visitor.talk(ports).unwrap_or(ClientInterest::Nothing);
+        if wanted != ClientInterest::Nothing {
             self.visitors.push(visitor);
         }
         wanted
@@ -199,29 +200,29 @@ impl Scrape {
 }
 
 impl Visitor {
-    fn talk(&mut self, ports: &Ports) -> io::Result<Wanted> {
+    fn talk(&mut self, ports: &Ports) -> io::Result<ClientInterest> {
         let would_block = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
         if self.reply.is_empty() {
             let mut bytes = [0; 2048];
             match self.stream.read(&mut bytes) {
-                Ok(0) => return Ok(Wanted::Nothing),
+                Ok(0) => return Ok(ClientInterest::Nothing),
                 Ok(length) => self.request.extend(&bytes[..length]),
-                Err(error) if would_block(&error) => return Ok(Wanted::Request),
+                Err(error) if would_block(&error) => return Ok(ClientInterest::Request),
                 Err(error) => return Err(error),
             }
             match answer(&self.request, ports) {
                 Some(reply) => self.reply = reply,
-                None => return Ok(Wanted::Request),
+                None => return Ok(ClientInterest::Request),
             }
         }
         while !self.reply.is_empty() {
             match self.stream.write(&self.reply) {
                 Ok(written) => drop(self.reply.drain(..written)),
-                Err(error) if would_block(&error) => return Ok(Wanted::Room),
+                Err(error) if would_block(&error) => return Ok(ClientInterest::Room),
                 Err(error) => return Err(error),
             }
         }
-        Ok(Wanted::Nothing)
+        Ok(ClientInterest::Nothing)
     }
 }
 

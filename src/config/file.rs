@@ -14,7 +14,8 @@ use toml::de::{DeArray, DeTable, DeValue, Deserializer};
 
 use super::host::{Finding, check_host};
 use super::options::socket_path;
-use super::{Config, Confinement, MetricsAddress, PortConfig, PortOptions, Seccomp, check_start};
+use super::{Config, MetricsAddress, PortConfig, PortOptions, check_start};
+use crate::sandbox::{Confinement, Seccomp};
 
 /// Longest file in bytes: 128 bytes a line, that is some hundred ports with all options.
 const MAX_FILE: u64 = 1 << 20;
@@ -40,7 +41,7 @@ fn info() -> LevelFilter {
     LevelFilter::Info
 }
 
-/// What a file says, and where each of its ports begins.
+/// Configuration of a file, and the place at which each port begins, in bytes.
 #[derive(Debug)]
 struct Parsed {
     config: Config,
@@ -50,7 +51,7 @@ struct Parsed {
 /// Reads a file.
 ///
 /// # Errors
-/// One line: the file, line and column, what is wrong there, and how many more mistakes there are.
+/// One line: the file, line and column, the first mistake, and the number of further mistakes.
 pub fn read(path: &Path) -> Result<Config, String> {
     let text = read_text(path)?;
     let Parsed { config, .. } = parse(&text).map_err(|wrong| {
@@ -65,11 +66,11 @@ pub fn read(path: &Path) -> Result<Config, String> {
     named(config, path)
 }
 
-/// Reads a file, and looks at what of it can be checked on this host. Returns the configuration, and what
-/// may be wrong with it, a line each.
+/// Reads a file and checks it against this host. Returns the configuration, and possible mistakes, a line
+/// each.
 ///
 /// # Errors
-/// What is wrong, a line each: the file, line and column, and the mistake.
+/// The mistakes, a line each: the file, line and column, and the mistake.
 pub(super) fn check(path: &Path) -> Result<(Config, Vec<String>), String> {
     let text = read_text(path)?;
     let lines = |wrong: &[Wrong]| -> Vec<String> {
@@ -121,10 +122,10 @@ fn read_text(path: &Path) -> Result<String, String> {
     })
 }
 
-/// What is wrong, and how many bytes stand before it.
+/// A mistake, and its place in bytes.
 type Wrong = (Option<usize>, String);
 
-/// A mistake with its place.
+/// Returns a mistake with the file, line and column.
 fn located(path: &Path, text: &str, (offset, what): &Wrong) -> String {
     let shown = path.display();
     match offset {
@@ -148,7 +149,7 @@ fn wrong(error: &toml::de::Error) -> Wrong {
     (error.span().map(|span| span.start), what)
 }
 
-/// Has a table's keys and values be what `T` has, each for itself; takes out those that are not.
+/// Checks each key and value of a table against `T`; removes those with mistakes.
 fn check_keys<T: DeserializeOwned>(table: &mut DeTable<'_>, mistakes: &mut Vec<Wrong>) {
     for (key, value) in std::mem::take(table) {
         let one = DeTable::from_iter([(key.clone(), value.clone())]);
@@ -165,7 +166,7 @@ fn check_keys<T: DeserializeOwned>(table: &mut DeTable<'_>, mistakes: &mut Vec<W
     }
 }
 
-/// Checks the keys of each `[[port]]`; takes out the ports with mistakes.
+/// Checks the keys of each `[[port]]`; removes the ports with mistakes.
 fn check_ports(ports: &mut DeValue<'_>, mistakes: &mut Vec<Wrong>) {
     let DeValue::Array(ports) = ports else { return };
     for port in std::mem::replace(ports, DeArray::new()).iter() {
@@ -180,12 +181,12 @@ fn check_ports(ports: &mut DeValue<'_>, mistakes: &mut Vec<Wrong>) {
     }
 }
 
-/// The first mistake in a file's text.
+/// Returns the first mistake in a file's text.
 pub(super) fn first_mistake(text: &str) -> Option<String> {
     parse(text).err().map(|wrong| wrong[0].1.clone())
 }
 
-/// Finds all mistakes, as far as one does not hide another.
+/// Parses a file's text and finds all mistakes that no other mistake hides.
 fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
     let (mut root, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
@@ -253,7 +254,7 @@ fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
     Ok(Parsed { config, places })
 }
 
-/// Line and column, counted from 1, of a byte.
+/// Returns the line and column of a byte, counted from 1.
 fn position(text: &str, offset: usize) -> (usize, usize) {
     let before = text.get(..offset).unwrap_or(text);
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
@@ -263,7 +264,8 @@ fn position(text: &str, offset: usize) -> (usize, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Frontend, Host};
+    use crate::config::Host;
+    use crate::endpoint::Frontend;
     use crate::policy::Limit;
 
     #[test]
@@ -307,8 +309,8 @@ mod tests {
         );
         assert_eq!((b.mtu, b.guest_tso, b.name.as_deref()), (1400, false, Some("b")));
         assert_eq!(b.cpu_affinity, [1, 3, 4]);
-        assert_eq!(a.identity, None);
-        let identity = b.identity.unwrap();
+        assert_eq!(a.allowed_sources, None);
+        let identity = b.allowed_sources.unwrap();
         assert_eq!((identity.macs.len(), identity.addresses.len()), (2, 2));
         let filter = "deny tcp dport 25; default allow".parse().unwrap();
         assert_eq!((&a.tx_filter, &b.tx_filter), (&filter, &filter));

@@ -1,4 +1,4 @@
-//! What of a configuration can be checked on this host, without opening anything.
+//! Checks of a configuration against this host, without opening anything.
 
 use std::fs;
 use std::os::unix::fs::FileTypeExt;
@@ -6,18 +6,19 @@ use std::path::Path;
 
 use nix::unistd::geteuid;
 
-use super::{Config, Frontend, Host, MetricsAddress, PortConfig};
-use crate::daemon::no_tap;
+use super::{Config, Host, MetricsAddress, PortConfig};
+use crate::endpoint::Frontend;
+use crate::port::tap::no_tap;
 use crate::sandbox::{find_group, find_user};
 use crate::sys::link;
 use crate::sys::process::{check_cpus, check_writable};
 
-/// Something that is wrong on this host.
+/// A mistake that this host shows.
 #[derive(Debug)]
 pub(super) struct Finding {
-    /// The port's place among the ports; none for what the daemon itself needs.
+    /// The port's index; `None` for the daemon's own settings.
     pub(super) port: Option<usize>,
-    /// Whether the daemon would fail. Else something may be put right before its start.
+    /// Whether the daemon would fail; else the mistake may be fixed before its start.
     pub(super) certain: bool,
     /// `KEY: CAUSE; FIX`.
     pub(super) what: String,
@@ -46,7 +47,7 @@ pub(super) fn check_host(config: &Config) -> Vec<Finding> {
     found
 }
 
-/// What is found, and whether it is certain.
+/// Whether a mistake is certain, and its text.
 type Found = (bool, String);
 
 fn wrong(what: String) -> Result<(), Found> {
@@ -91,7 +92,8 @@ fn check_group(key: &str, group: Option<&str>) -> Result<(), Found> {
     }
 }
 
-/// Checks that a socket can be made at `path`. Directories below /run are made when services start.
+/// Checks that a socket can be made at `path`. A missing directory below /run may be made when a service
+/// starts.
 fn check_socket(key: &str, path: &Path) -> Result<(), Found> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = parent.unwrap_or(Path::new("."));
@@ -120,7 +122,7 @@ fn check_socket(key: &str, path: &Path) -> Result<(), Found> {
     }
 }
 
-/// Checks that a device is of the right kind. A TAP that is missing is made by the daemon.
+/// Checks that a device is of the right kind. The daemon makes a missing TAP.
 fn check_device(port: &PortConfig) -> Result<(), Found> {
     match &port.host {
         Host::Tap(name) => {

@@ -1,9 +1,8 @@
-//! The keys of the file, by the definitions that read it: for manual pages and the reference.
+//! The keys of the file, derived from the definitions that read it, for manual pages and the reference.
 
-use clap::Arg;
+use clap::{Arg, Args};
 
-use super::arguments::command;
-use super::{PortOptions, file};
+use super::{DaemonOptions, PortOptions, file};
 
 /// A key of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,7 +76,8 @@ const EXAMPLES: [(&str, &str); 34] = [
 
 /// All keys, in the order of the help.
 pub fn keys() -> Vec<Key> {
-    command().get_arguments().filter_map(key).collect()
+    let options = DaemonOptions::augment_args(PortOptions::augment_args(clap::Command::new("")));
+    options.get_arguments().filter_map(key).collect()
 }
 
 fn key(arg: &Arg) -> Option<Key> {

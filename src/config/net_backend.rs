@@ -1,5 +1,5 @@
-//! The one option of cloud-hypervisor's own vhost_user_net, `--net-backend=KEY=VALUE,…`, for who
-//! changes from that program: its keys stand for options of ours.
+//! `--net-backend=KEY=VALUE,…`, the option of cloud-hypervisor's own vhost_user_net: each key stands for an
+//! option of this program.
 
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ use crate::net_config::MacAddress;
 const KEYS: [&str; 10] =
     ["ip", "mask", "mac", "host_mac", "mtu", "socket", "client", "num_queues", "queue_size", "tap"];
 
-/// What its keys say, where we have an option for it.
+/// Values of the keys that this program has an option for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct NetBackend {
     pub(super) socket: PathBuf,

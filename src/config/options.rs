@@ -1,38 +1,43 @@
-//! What may be said about a port, by the command line or the file, and what it means.
+//! Options of a port, on the command line or in the file, and what they mean.
 
-use std::fmt;
-use std::net::IpAddr;
+mod changes;
+mod values;
+
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::net_backend::NetBackend;
-use super::{AfXdp, Attach, Frontend, Host, MAX_QUEUE_PAIRS, Mode, PortConfig, TxMethod};
-use crate::net_config::{MIN_MTU, MacAddress};
-use crate::policy::{Filter, Identity, Limit};
+use super::{Host, PortConfig};
+use crate::endpoint::Frontend;
+use crate::net_config::{MAX_QUEUE_PAIRS, MIN_MTU, MacAddress};
+use crate::policy::{AllowedSources, Filter, Limit};
+use crate::port::af_xdp::{AfXdp, Attach, Mode};
+use crate::port::tap::TxMethod;
 use crate::sys::device::MAX_ALTERNATIVE_NAME as MAX_NAME;
 use crate::sys::socket::MAX_PATH;
 
+pub use changes::PortChanges;
+use values::{ByteSize, CpuList, Prefix, on_or_off};
+
 /// Headings of the options' groups in the help.
-pub(super) const FRONTEND: &str = "Frontend";
-pub(super) const HOST_SIDE: &str = "Host side";
-pub(super) const POLICY: &str = "Policy";
-pub(super) const OPERATION: &str = "Operation";
-pub(super) const TUNING: &str = "Tuning";
+const FRONTEND: &str = "Frontend";
+const HOST_SIDE: &str = "Host side";
+const POLICY: &str = "Policy";
+pub(crate) const OPERATION: &str = "Operation";
+const TUNING: &str = "Tuning";
 /// Longest name of a port in bytes.
 const MAX_PORT_NAME: usize = 63;
 const DEFAULT_MTU: u16 = 1500;
 /// Highest number of a VLAN (IEEE 802.1Q).
 const MAX_VLAN: u16 = 4094;
 
-/// What may be said about a port, and what was not said: options of the command line and keys of
-/// the file have the same names and meanings.
+/// Options of a port, each present or omitted. Options of the command line and keys of the file have the
+/// same names and meanings.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct PortOptions {
@@ -40,109 +45,95 @@ pub struct PortOptions {
     #[arg(long, value_name = "PATH", group = "frontend", help_heading = FRONTEND)]
     socket_path: Option<PathBuf>,
     /// Let this group connect to --socket-path too [default: by the umask].
-    ///
-    /// QEMU often runs as another user than the daemon.
-    #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = FRONTEND)]
+    #[arg(long, value_name = "GROUP", requires = "socket_path", help_heading = FRONTEND, hide_short_help = true)]
     socket_group: Option<String>,
     /// Use this inherited descriptor: a unix socket that listens or is connected.
     #[arg(long, value_name = "N", group = "frontend", help_heading = FRONTEND, hide_short_help = true)]
     fd: Option<RawFd>,
-    /// Connect to the VMM's unix socket; reconnect whenever it has gone.
+    /// Connect to the VMM's unix socket.
     ///
-    /// Attempts start 5 ms apart, doubling to 500 ms.
+    /// Reconnect after 5 ms, doubling to 500 ms.
     #[arg(long, value_name = "PATH", group = "frontend", help_heading = FRONTEND)]
     connect: Option<PathBuf>,
 
-    /// Move frames through this TAP device; a missing one is created.
+    /// Move frames through this TAP; create it if missing.
     #[arg(long, value_name = "NAME", group = "host", help_heading = HOST_SIDE)]
     tap: Option<String>,
-    /// Use these inherited descriptors of a TAP device's queues, one for each queue pair.
+    /// Use these inherited descriptors of a TAP's queues, one for each queue pair.
     #[arg(long, value_name = "N[,N…]", group = "host", value_delimiter = ',', help_heading = HOST_SIDE, hide_short_help = true)]
     tap_fd: Vec<RawFd>,
-    /// Move frames through AF_XDP sockets on this device's queues.
+    /// Move frames through AF_XDP sockets of this device.
     ///
-    /// The sockets use guest memory. queue=N: first queue, one for each queue pair [default: 0].
-    /// mode=auto|copy|zero-copy: who moves frames, the kernel or the driver [default: auto].
-    /// attach=auto|native|generic: where the XDP program runs [default: auto]. steer=mac: bring
-    /// frames for --mac to the queue by a flow rule.
-    #[arg(long, value_name = "NAME[,KEY=VALUE]", group = "host", help_heading = HOST_SIDE)]
+    /// The value is NAME[,KEY=VALUE…]. queue=N: use this queue for the first queue pair, and the next ones
+    /// for the others [default: 0].
+    /// mode=auto|copy|zero-copy: have the kernel or the driver move frames [default: auto].
+    /// attach=auto|native|generic: run the XDP program here [default: auto]. steer=mac: steer frames
+    /// for --mac to the queue by a flow rule.
+    #[arg(long, value_name = "NAME[,…]", group = "host", help_heading = HOST_SIDE)]
     af_xdp: Option<AfXdp>,
-    /// Return each frame to the guest that sent it, to try out a VMM.
-    #[arg(long, group = "host", help_heading = HOST_SIDE)]
+    /// Return each frame to the guest that sent it.
+    #[arg(long, group = "host", help_heading = HOST_SIDE, hide_short_help = true)]
     loopback: bool,
     /// Take the value of cloud-hypervisor's own vhost_user_net backend.
     ///
-    /// Its keys are socket, client, tap, num_queues, mac and mtu. Addresses are not set, and rings
-    /// have the size that the VMM asks for.
+    /// Keys: socket, client, tap, num_queues, mac and mtu. queue_size is ignored; ip, mask and
+    /// host_mac are refused.
     #[arg(long, value_name = "KEY=VALUE[,…]", groups = ["frontend", "host"], help_heading = FRONTEND, hide_short_help = true)]
     #[serde(skip)]
     net_backend: Option<NetBackend>,
 
-    /// Serve this many queue pairs [default: 1, or one per --tap-fd].
-    #[arg(long, value_name = "N", help_heading = FRONTEND)]
+    /// Serve this many queue pairs, 1 to 128 [default: 1, or one per --tap-fd].
+    #[arg(long, value_name = "N", help_heading = FRONTEND, hide_short_help = true)]
     queue_pairs: Option<u16>,
-    /// Set the device's MAC address, for a VMM that sets none.
-    #[arg(long, value_name = "MAC", help_heading = FRONTEND)]
+    /// Set the device's MAC address [default: the VMM's].
+    #[arg(long, value_name = "MAC", help_heading = FRONTEND, hide_short_help = true)]
     mac: Option<MacAddress>,
-    /// Set the device's MTU in bytes [default: 1500].
-    ///
-    /// Frames up to the TAP's own MTU pass in any case.
-    #[arg(long, value_name = "N", help_heading = FRONTEND)]
+    /// Set the device's MTU in bytes, 68 or more [default: 1500].
+    #[arg(long, value_name = "N", help_heading = FRONTEND, hide_short_help = true)]
     mtu: Option<u16>,
-    /// Drop frames from addresses not the guest's own [default: off].
-    ///
-    /// Its own are --mac and --source-mac, and --source-ip if given. Frames of a router or a DHCP
-    /// server are dropped too.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY)]
+    /// Drop frames from other addresses than --mac, --source-mac and --source-ip [default: off].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY, hide_short_help = true)]
     anti_spoofing: Option<bool>,
-    /// Let the guest send from these Ethernet addresses too.
+    /// Let the guest send from these MAC addresses too [default: none].
     #[arg(long, value_name = "MAC[,…]", value_delimiter = ',', help_heading = POLICY, hide_short_help = true)]
     source_mac: Vec<MacAddress>,
     /// Let the guest send from these IP prefixes only [default: any].
-    #[arg(long, value_name = "PREFIX[,…]", value_delimiter = ',', help_heading = POLICY)]
+    #[arg(long, value_name = "PREFIX[,…]", value_delimiter = ',', help_heading = POLICY, hide_short_help = true)]
     source_ip: Vec<Prefix>,
-    /// Let the guest tag frames for these VLANs, with --anti-spoofing=on [default: none].
+    /// Let the guest tag frames for these VLANs, 1 to 4094, with --anti-spoofing=on [default: none].
     #[arg(long, value_name = "N[,…]", value_delimiter = ',', help_heading = POLICY, hide_short_help = true)]
     vlan: Vec<u16>,
-    /// Drop what these rules deny of the guest's frames [default: none].
+    /// Drop frames of the guest that these rules deny [default: none].
     ///
     /// Rules name protocols, ports and prefixes: "deny tcp dport 25; allow udp to 192.0.2.0/24;
     /// default deny". The first rule that a frame matches decides.
-    #[arg(long, value_name = "RULES", help_heading = POLICY)]
+    #[arg(long, value_name = "RULES", help_heading = POLICY, hide_short_help = true)]
     tx_filter: Option<Filter>,
-    /// Drop what these rules deny of frames to the guest [default: none].
-    ///
-    /// The kernel drops them.
-    #[arg(long, value_name = "RULES", help_heading = POLICY)]
+    /// Drop frames to the guest that these rules deny [default: none].
+    #[arg(long, value_name = "RULES", help_heading = POLICY, hide_short_help = true)]
     rx_filter: Option<Filter>,
-    /// Limit what the guest sends, as 100mbit,10kpps [default: none].
+    /// Limit what the guest sends, by bits, packets or both, as 100mbit,10kpps [default: none].
     ///
-    /// Either rate may stand alone. Bits count as on the wire. burst=BYTES and packet-burst=N say what may go at once after a
-    /// pause [default: what 10 ms bring].
-    #[arg(long, value_name = "RATE", help_heading = POLICY)]
+    /// Bits count as on the wire. burst=BYTES and packet-burst=N limit what goes at once after a pause
+    /// [default: 10 ms of the rate].
+    #[arg(long, value_name = "RATE", help_heading = POLICY, hide_short_help = true)]
     tx_limit: Option<Limit>,
-    /// Limit what the guest is given, likewise [default: none].
-    #[arg(long, value_name = "RATE", help_heading = POLICY)]
+    /// Limit what the guest receives, as --tx-limit does what it sends [default: none].
+    #[arg(long, value_name = "RATE", help_heading = POLICY, hide_short_help = true)]
     rx_limit: Option<Limit>,
-    /// Set the link state; off stops frames both ways [default: on].
-    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY)]
+    /// Set the link state; off stops traffic in both directions [default: on].
+    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY, hide_short_help = true)]
     link: Option<bool>,
     /// Name the port in messages [default: the host device's name].
     #[arg(long, value_name = "NAME", help_heading = OPERATION, hide_short_help = true)]
     name: Option<String>,
-    /// Offer the guest unsegmented frames [default: on].
-    ///
-    /// Turn it off for guests that forward frames or attach XDP programs.
+    /// Offer the guest GSO frames [default: on].
     #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = TUNING, hide_short_help = true)]
     guest_tso: Option<bool>,
     /// Offer the reset of single rings, for ethtool -G and XDP sockets [default: off].
-    ///
-    /// The VMM must pass the reset on; QEMU up to 10.2 does not.
     #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = TUNING, hide_short_help = true)]
     ring_reset: Option<bool>,
-    /// Refuse guest memory whose file could be truncated, which would stop the port [default: off].
-    ///
-    /// QEMU's memory-backend-memfd is sealed; files in a file system can't be.
+    /// Refuse guest memory whose file could be truncated [default: off].
     #[arg(long, num_args = 0..=1, default_missing_value = "on", value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set, help_heading = POLICY, hide_short_help = true)]
     require_sealed_memory: Option<bool>,
     /// Map at most this many bytes of the VMM's memory, as 512m, 64g or 1t [default: twice the
@@ -164,8 +155,8 @@ pub struct PortOptions {
 }
 
 impl PortOptions {
-    /// These, and `defaults` for what they do not say. What names a frontend, a host or one card
-    /// has no default.
+    /// Returns these options, with `defaults` for omitted ones. Options that name a frontend, a host side or
+    /// one device have no default.
     pub(super) fn or(self, defaults: &Self) -> Self {
         PortOptions {
             socket_group: self.socket_group.or_else(|| defaults.socket_group.clone()),
@@ -188,7 +179,7 @@ impl PortOptions {
         }
     }
 
-    /// These, with paths that are the same from wherever one looks.
+    /// Returns these options with absolute paths.
     pub fn absolute(self) -> Self {
         let own = self.in_own_words();
         // Fails for an empty path, which is refused later.
@@ -200,7 +191,7 @@ impl PortOptions {
         }
     }
 
-    /// These, with what --net-backend says in options of our own.
+    /// Returns these options with --net-backend replaced by the options that it stands for.
     fn in_own_words(mut self) -> Self {
         let Some(backend) = self.net_backend.take() else { return self };
         let place = if backend.client { &mut self.connect } else { &mut self.socket_path };
@@ -214,10 +205,10 @@ impl PortOptions {
         }
     }
 
-    /// The port that they describe.
+    /// Returns the configuration of the port that they describe.
     ///
     /// # Errors
-    /// One line that says what is wrong.
+    /// One line that names the first mistake.
     pub fn check(mut self) -> Result<PortConfig, String> {
         self = self.in_own_words();
         let options = self.clone();
@@ -273,7 +264,7 @@ impl PortOptions {
             return Err(format!("vlan={vlan} is not between 1 and {MAX_VLAN}"));
         }
         let addresses = self.source_ip.into_iter().map(|Prefix(net)| net).collect();
-        let identity = anti_spoofing.then(|| Identity {
+        let allowed_sources = anti_spoofing.then(|| AllowedSources {
             macs: set_of(macs),
             addresses: set_of(addresses),
             vlans: set_of(self.vlan),
@@ -295,7 +286,7 @@ impl PortOptions {
             queue_pairs,
             mac: self.mac,
             mtu,
-            identity,
+            allowed_sources,
             tx_filter: self.tx_filter.unwrap_or_default(),
             rx_filter,
             rx_limit: self.rx_limit.unwrap_or_default(),
@@ -312,167 +303,14 @@ impl PortOptions {
     }
 }
 
-/// What may be changed about a port while it runs, and what is to be changed.
-#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
-#[group(id = "changes", required = true, multiple = true)]
-pub struct PortChanges {
-    /// Limit what the guest sends, as 100mbit or 10kpps; none removes the limit.
-    #[arg(long, value_name = "RATE")]
-    tx_limit: Option<Limit>,
-    /// Limit what the guest is given; none removes the limit.
-    #[arg(long, value_name = "RATE")]
-    rx_limit: Option<Limit>,
-    /// Drop what these rules deny of the guest's frames; none removes them.
-    #[arg(long, value_name = "RULES")]
-    tx_filter: Option<Filter>,
-    /// Drop what these rules deny of frames to the guest; none removes them.
-    #[arg(long, value_name = "RULES")]
-    rx_filter: Option<Filter>,
-    /// Drop frames from addresses that are not the guest's own.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set)]
-    anti_spoofing: Option<bool>,
-    /// Let the guest send from these Ethernet addresses besides --mac, and from no others.
-    #[arg(long, value_name = "MAC[,MAC…]|none")]
-    source_mac: Option<List<MacAddress>>,
-    /// Let the guest send from these IP addresses or prefixes only; none allows any.
-    #[arg(long, value_name = "PREFIX[,PREFIX…]|none")]
-    source_ip: Option<List<Prefix>>,
-    /// Let the guest tag frames for these VLANs, and for no others.
-    #[arg(long, value_name = "N[,N…]|none")]
-    vlan: Option<List<u16>>,
-    /// Set the link state; off stops frames in both directions.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off(), hide_possible_values = true, action = clap::ArgAction::Set)]
-    link: Option<bool>,
-}
-
-impl PortOptions {
-    /// These, changed.
-    pub fn with(self, changes: PortChanges) -> Self {
-        PortOptions {
-            tx_limit: changes.tx_limit.or(self.tx_limit),
-            rx_limit: changes.rx_limit.or(self.rx_limit),
-            tx_filter: changes.tx_filter.or(self.tx_filter),
-            rx_filter: changes.rx_filter.or(self.rx_filter),
-            anti_spoofing: changes.anti_spoofing.or(self.anti_spoofing),
-            source_mac: changes.source_mac.map_or(self.source_mac, |list| list.0),
-            source_ip: changes.source_ip.map_or(self.source_ip, |list| list.0),
-            vlan: changes.vlan.map_or(self.vlan, |list| list.0),
-            link: changes.link.or(self.link),
-            ..self
-        }
-    }
-}
-
-/// A list whose order says nothing, in one order and without repetitions.
+/// Returns a list sorted and without repetitions.
 fn set_of<T: Ord>(mut list: Vec<T>) -> Vec<T> {
     list.sort_unstable();
     list.dedup();
     list
 }
 
-/// A list as one word of the command line: `a,b`, or `none`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-struct List<T>(Vec<T>);
-
-impl<T: FromStr<Err: fmt::Display>> FromStr for List<T> {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "none" {
-            return Ok(List(Vec::new()));
-        }
-        let parse = |item: &str| item.parse().map_err(|error| format!("'{item}': {error}"));
-        text.split(',').map(parse).collect::<Result<_, _>>().map(List)
-    }
-}
-
-/// IP addresses, as `192.0.2.5` or `2001:db8::/64`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-struct Prefix(IpNet);
-
-impl From<Prefix> for String {
-    fn from(Prefix(net): Prefix) -> Self {
-        net.to_string()
-    }
-}
-
-impl FromStr for Prefix {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parsed = text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
-        parsed.map(Prefix).ok_or_else(|| {
-            format!("'{text}' is no IP address or prefix: write 192.0.2.5 or 2001:db8::/64")
-        })
-    }
-}
-
-impl TryFrom<String> for Prefix {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-/// A number of bytes, as `512m`, `64g` or `1t`; the letters are powers of 1024.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-struct ByteSize(u64);
-
-/// Letters for powers of 1024, largest first, and how far each shifts.
-const BYTE_UNITS: [(char, u32); 4] = [('t', 40), ('g', 30), ('m', 20), ('k', 10)];
-
-impl From<ByteSize> for String {
-    fn from(ByteSize(bytes): ByteSize) -> Self {
-        let fits = |(_, shift): &&(char, u32)| bytes.is_multiple_of(1 << shift);
-        match BYTE_UNITS.iter().find(fits) {
-            Some((letter, shift)) => format!("{}{letter}", bytes >> shift),
-            None => bytes.to_string(),
-        }
-    }
-}
-
-impl FromStr for ByteSize {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let lower = text.to_ascii_lowercase();
-        let unit = BYTE_UNITS.iter().find(|(letter, _)| lower.ends_with(*letter));
-        let (digits, shift) =
-            unit.map_or((&lower[..], 0), |(_, shift)| (&lower[..lower.len() - 1], *shift));
-        let number = digits.parse::<u64>().ok().filter(|number| *number > 0);
-        number
-            .and_then(|number| number.checked_mul(1 << shift))
-            .map(ByteSize)
-            .ok_or_else(|| format!("'{text}' is no size in bytes: write 512m, 64g or 1t"))
-    }
-}
-
-impl TryFrom<String> for ByteSize {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-/// A list of processors, as `2,4-7`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-struct CpuList(Vec<usize>);
-
-impl From<CpuList> for String {
-    fn from(CpuList(cpus): CpuList) -> Self {
-        let numbers: Vec<String> = cpus.iter().map(usize::to_string).collect();
-        numbers.join(",")
-    }
-}
-
-/// A name that can stand in messages, paths and metrics as it is.
+/// Checks a port's name, which stands in messages, paths and metrics as it is.
 fn port_name(name: String) -> Result<String, String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if name.is_empty()
@@ -488,6 +326,7 @@ fn port_name(name: String) -> Result<String, String> {
     Ok(name)
 }
 
+/// Checks the length of a unix socket's path.
 pub(super) fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
@@ -502,7 +341,8 @@ pub(super) fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
     Ok(path)
 }
 
-/// A name that the kernel takes (`dev_valid_name`); `%` would make it number the device.
+/// Checks that the kernel accepts a device's name (`dev_valid_name`). With `%`, the kernel would number the
+/// device.
 pub(crate) fn device_name(name: &str) -> Result<String, String> {
     let bad = name.is_empty()
         || name.len() > MAX_NAME
@@ -575,40 +415,6 @@ impl FromStr for AfXdp {
 }
 
 impl TryFrom<String> for AfXdp {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
-fn on_or_off() -> impl TypedValueParser<Value = bool> {
-    PossibleValuesParser::new(["on", "off"]).map(|text| text == "on")
-}
-
-impl FromStr for CpuList {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let number = |text: &str| {
-            text.parse::<usize>().map_err(|_| format!("'{text}' is no processor number"))
-        };
-        let mut cpus = Vec::new();
-        for part in text.split(',') {
-            let (first, last) = match part.split_once('-') {
-                Some((first, last)) => (number(first)?, number(last)?),
-                None => (number(part)?, number(part)?),
-            };
-            if last < first || last >= libc::CPU_SETSIZE as usize {
-                return Err(format!("'{part}' is no range of processors"));
-            }
-            cpus.extend(first..=last);
-        }
-        Ok(CpuList(cpus))
-    }
-}
-
-impl TryFrom<String> for CpuList {
     type Error = String;
 
     fn try_from(text: String) -> Result<Self, String> {

@@ -8,13 +8,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use log::{LevelFilter, error, info, warn};
 
-use crate::api::client::{Connection, Wish};
-use crate::api::reload::{mend, reload, start_missing};
+use crate::config::level;
+use crate::ctl::{Connection, HelperRequest, reload, reopen_tap, start_missing};
 use crate::logging::Log;
 use crate::sys::process::close_inherited;
 
@@ -35,11 +35,21 @@ pub(super) fn start(file: &Path, level: LevelFilter) -> io::Result<UnixStream> {
     Ok(ours)
 }
 
-/// What it does: has the daemon's ports be what `file` says, each time that it is told to.
-pub fn run(file: &Path, level: LevelFilter) -> io::Result<()> {
+/// Command line of the helper process.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// The daemon's file.
+    config: PathBuf,
+    /// Log lines of this level and above.
+    #[arg(long, value_parser = level(), default_value = "info")]
+    log_level: LevelFilter,
+}
+
+/// Runs the helper process: has the daemon's ports be what the file says, each time that it is told to.
+pub fn run(Options { config: file, log_level }: &Options) -> io::Result<()> {
     // Those that a port uses were taken before we were started: of the others, none is ours.
     close_inherited();
-    let mut log = Log::new(level);
+    let mut log = Log::new(*log_level);
     log.start(|| Ok(()))?;
     let result = serve(file);
     if let Err(error) = &result {
@@ -55,9 +65,9 @@ fn serve(file: &Path) -> io::Result<()> {
     let mut said = Vec::new();
     while let Some(wish) = daemon.wish()? {
         match wish {
-            Wish::Reload => read_again(&mut daemon, file, &mut said),
-            Wish::Start(names) => start_again(&mut daemon, file, &names, &mut said),
-            Wish::Mend(port) => match mend(&mut daemon, file, &port) {
+            HelperRequest::Reload => read_again(&mut daemon, file, &mut said),
+            HelperRequest::Start(names) => start_again(&mut daemon, file, &names, &mut said),
+            HelperRequest::ReopenTap(port) => match reopen_tap(&mut daemon, file, &port) {
                 Ok(true) => info!("{port}: its TAP is there again, and opened"),
                 Ok(false) => {}
                 Err(error) => warn!("{port}: open its TAP again: {error}"),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use log::warn;
 use sd_notify::{NotifyState, watchdog_enabled};
 
-use super::ports::Ports;
+use crate::ports::Ports;
 
 /// The way to the service manager, if one has started us.
 #[derive(Debug)]

@@ -2,19 +2,19 @@
 
 use std::fs::File;
 
-use super::ring::ToldRing;
+use super::ring::VringState;
 use super::state::Transfer;
-use super::{Device, Refusal, Told};
+use super::{Device, FrontendState, Refusal};
 use crate::descriptors::STATE;
 use crate::protocol::Request;
 
 impl Device {
     /// Descriptors that are kept for the frontend, but for its connection.
     fn kept_descriptors(&self) -> usize {
-        let Told { memory, log, inflight, transfer, backend_requests, .. } = &self.told;
+        let FrontendState { memory, log, inflight, transfer, backend_requests, .. } = &self.told;
         let few = [log.is_some(), inflight.is_some(), backend_requests.is_some()];
         let transfer = if matches!(transfer, Some(Transfer::Load(_))) { STATE } else { 0 };
-        let rings: usize = self.told.rings.iter().map(ToldRing::descriptors).sum();
+        let rings: usize = self.told.rings.iter().map(VringState::descriptors).sum();
         memory.len() + few.into_iter().filter(|is| *is).count() + transfer + rings
     }
 
@@ -22,7 +22,7 @@ impl Device {
     fn descriptors_after(&self, request: &Request) -> usize {
         let kept = self.kept_descriptors();
         let instead_of = |replaced: bool| kept + usize::from(!replaced);
-        let of_ring = |index: &u32, file: &Option<File>, has: fn(&ToldRing) -> bool| {
+        let of_ring = |index: &u32, file: &Option<File>, has: fn(&VringState) -> bool| {
             let ring = self.told.rings.get(*index as usize);
             ring.map_or(kept, |ring| instead_of(file.is_none() || has(ring)))
         };
@@ -31,7 +31,7 @@ impl Device {
                 (kept + regions.len()).saturating_sub(self.told.memory.len())
             }
             Request::AddMemReg(..) => kept + 1,
-            Request::SetVringKick { index, file } => of_ring(index, file, ToldRing::has_kick),
+            Request::SetVringKick { index, file } => of_ring(index, file, VringState::has_kick),
             Request::SetVringCall { index, file } => {
                 of_ring(index, file, |ring| ring.call.is_set())
             }

@@ -48,7 +48,7 @@ impl Addresses {
 
 /// One ring.
 #[derive(Debug, Default)]
-pub(super) struct ToldRing {
+pub(super) struct VringState {
     pub(super) size: u16,
     pub(super) addresses: Option<Addresses>,
     /// By SET_VRING_BASE, or where the ring stood when it last stopped.
@@ -62,7 +62,7 @@ pub(super) struct ToldRing {
     pub(super) fault: Option<String>,
 }
 
-impl ToldRing {
+impl VringState {
     pub(super) fn is_running(&self) -> bool {
         matches!(self.kick, Kick::Given(_)) && self.fault.is_none()
     }

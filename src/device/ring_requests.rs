@@ -5,14 +5,14 @@ use std::sync::Arc;
 
 use log::info;
 
-use super::ring::{self, Kick, ToldRing};
+use super::ring::{self, Kick, VringState};
 use super::{Answer, Device, Refusal, refused};
 use crate::guest::layout::MAX_SIZE;
 use crate::protocol::{Reply, VringAddresses};
 use crate::sys::eventfd::NotifyFd;
 
 impl Device {
-    fn ring(&mut self, index: u32) -> Result<&mut ToldRing, Refusal> {
+    fn ring(&mut self, index: u32) -> Result<&mut VringState, Refusal> {
         let (pairs, control) = (self.workers.len(), self.control_ring());
         let has = |at: &usize| *at < 2 * pairs || Some(*at) == control;
         match Some(index as usize).filter(has).and_then(|at| self.told.rings.get_mut(at)) {
@@ -27,10 +27,10 @@ impl Device {
 
     /// The ring, which must not run. User-mode Linux starts rings anew that it has only disabled: all
     /// such rings are stopped here, for their memory may be another driver's by now.
-    fn stopped_ring(&mut self, index: u32) -> Result<&mut ToldRing, Refusal> {
+    fn stopped_ring(&mut self, index: u32) -> Result<&mut VringState, Refusal> {
         if self.ring(index)?.is_idle() {
             self.end_all();
-            self.told.rings.iter_mut().filter(|ring| ring.is_idle()).for_each(ToldRing::stop);
+            self.told.rings.iter_mut().filter(|ring| ring.is_idle()).for_each(VringState::stop);
             self.restart_all();
         }
         let ring = self.ring(index)?;

@@ -3,7 +3,7 @@
 
 use log::warn;
 
-use super::ring::ToldRing;
+use super::ring::VringState;
 use super::{Answer, Device};
 use crate::worker::{self, Ended, Session};
 
@@ -11,7 +11,7 @@ impl Device {
     /// Stops all rings.
     pub(super) fn stop_all(&mut self) {
         self.end_all();
-        self.told.rings.iter_mut().for_each(ToldRing::stop);
+        self.told.rings.iter_mut().for_each(VringState::stop);
     }
 
     /// Stops all rings, and disables them.

@@ -12,8 +12,8 @@ use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Device, Refusal, refused};
-use crate::config::MAX_QUEUE_PAIRS;
 use crate::counters::PairCounters;
+use crate::net_config::MAX_QUEUE_PAIRS;
 use crate::policy::limiter::Debt;
 use crate::protocol::Reply;
 use crate::sys::poll_two;
@@ -27,7 +27,7 @@ const MAX_PAIR_LENGTH: usize = 8 << 10;
 const MAX_LENGTH: usize = MAX_PAIR_LENGTH * (1 + MAX_QUEUE_PAIRS as usize);
 /// Time in which the frontend must have sent or taken the state; the control thread waits meanwhile. A pipe
 /// holds a whole state, so a frontend that follows the protocol causes no wait.
-const PATIENCE: Duration = Duration::from_millis(500);
+const TRANSFER_TIMEOUT: Duration = Duration::from_millis(500);
 /// A reply's flag that the frontend's own descriptor is used.
 const NO_DESCRIPTOR: u64 = 0x100;
 
@@ -113,7 +113,7 @@ pub(super) enum Transfer {
 impl Device {
     /// Sends the state by the frontend's descriptor, or has it come by that (SET_DEVICE_STATE_FD).
     pub(super) fn transfer_state(&mut self, load: bool, file: File) -> Result<Reply, Refusal> {
-        if self.told.rings.iter().any(super::ToldRing::is_running) {
+        if self.told.rings.iter().any(super::VringState::is_running) {
             return refused("the device's state was asked for while rings run");
         }
         let stream = ForeignStream::new(file, MAX_LENGTH)
@@ -154,7 +154,7 @@ impl Device {
             "tx_debt": tx_debt,
         });
         let text = state.to_string();
-        let (mut rest, end) = (text.as_bytes(), Instant::now() + PATIENCE);
+        let (mut rest, end) = (text.as_bytes(), Instant::now() + TRANSFER_TIMEOUT);
         while !rest.is_empty() || stream.has_unsent() {
             match stream.write(rest) {
                 Ok(written) => rest = &rest[written..],
@@ -165,7 +165,7 @@ impl Device {
     }
 
     fn load(&self, mut stream: ForeignStream) -> Result<(), String> {
-        let (mut text, end) = (Vec::new(), Instant::now() + PATIENCE);
+        let (mut text, end) = (Vec::new(), Instant::now() + TRANSFER_TIMEOUT);
         let mut bytes = [0; 4096];
         loop {
             match stream.read(&mut bytes) {

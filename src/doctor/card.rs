@@ -6,8 +6,8 @@ use std::io;
 use super::finding::{Finding, quoted};
 use super::network::Network;
 use super::options::Port;
-use crate::config::AfXdp;
 use crate::net_config::MacAddress;
+use crate::port::af_xdp::AfXdp;
 use crate::sys::ethtool::{Amount, Channels};
 use crate::sys::flow::{Rule, Rules};
 use crate::sys::link::Link;
@@ -73,10 +73,10 @@ fn queues(channels: io::Result<Channels>, wanted: u32, name: &str, what: &str) -
     let why = format!("queues wanted: {wanted}, there: {now}");
     if combined.most >= wanted {
         let command = format!("ethtool -L {name} combined {wanted}");
-        Finding::fail("queues", what, why).cure(command)
+        Finding::fail("queues", what, why).fix(command)
     } else if rx.most.min(tx.most) >= wanted {
         let command = format!("ethtool -L {name} rx {wanted} tx {wanted}");
-        Finding::fail("queues", what, why).cure(command)
+        Finding::fail("queues", what, why).fix(command)
     } else {
         let most = combined.most + rx.most;
         let why = format!("{why}: {most} is all that it can have; choose a lower queue=N");
@@ -101,7 +101,7 @@ fn rings(rings: io::Result<(Amount, Amount)>, name: &str, what: &str) -> Finding
         return Finding::pass("rings", what, why);
     }
     let why = format!("its rx rings have {} entries: a burst of more is lost", rx.now);
-    Finding::warn("rings", what, why).cure(format!("ethtool -G {name} rx {best}"))
+    Finding::warn("rings", what, why).fix(format!("ethtool -G {name} rx {best}"))
 }
 
 /// Whether the host's own frames are kept away from the queues that are a guest's.
@@ -123,7 +123,7 @@ fn hashing(
          of {queues}: the guest gets them"
     );
     let found = Finding::warn("steering", what, why);
-    Some(if first == 0 { found } else { found.cure(format!("ethtool -X {name} equal {first}")) })
+    Some(if first == 0 { found } else { found.fix(format!("ethtool -X {name} equal {first}")) })
 }
 
 /// Whether a guest's frames can be brought to its queue by a rule.
@@ -147,11 +147,11 @@ fn steering(
                 rule.queue, af_xdp.queue
             );
             let command = format!("ethtool -N {name} delete {}", rule.location);
-            Finding::fail("steering", what, why).cure(command)
+            Finding::fail("steering", what, why).fix(command)
         }
         (None, Ok(_), true) if !filters => {
             let why = "steer=mac is wanted, and its flow rules are off";
-            Finding::fail("steering", what, why).cure(format!("ethtool -K {name} ntuple on"))
+            Finding::fail("steering", what, why).fix(format!("ethtool -K {name} ntuple on"))
         }
         (None, Ok(_), true) => Finding::pass("steering", what, "its driver takes flow rules"),
         (None, Err(error), true) => {
@@ -175,8 +175,8 @@ fn steering(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Attach, Mode};
     use crate::doctor::Status;
+    use crate::port::af_xdp::{Attach, Mode};
 
     const fn amount(now: u32, most: u32) -> Amount {
         Amount { now, most }
@@ -186,20 +186,20 @@ mod tests {
     fn queues_are_made_where_the_driver_has_them() {
         let combined =
             |now, most| Ok(Channels { combined: amount(now, most), ..Channels::default() });
-        let cure = |channels, wanted| queues(channels, wanted, "e", "device e").cure;
+        let fix = |channels, wanted| queues(channels, wanted, "e", "device e").fix;
         assert_eq!(queues(combined(4, 8), 4, "e", "device e").status, Status::Pass);
-        assert_eq!(cure(combined(4, 8), 5).as_deref(), Some("ethtool -L e combined 5"));
+        assert_eq!(fix(combined(4, 8), 5).as_deref(), Some("ethtool -L e combined 5"));
         let apart = Channels { rx: amount(1, 4), tx: amount(1, 4), ..Channels::default() };
-        assert_eq!(cure(Ok(apart), 2).as_deref(), Some("ethtool -L e rx 2 tx 2"));
+        assert_eq!(fix(Ok(apart), 2).as_deref(), Some("ethtool -L e rx 2 tx 2"));
         let few = queues(combined(4, 4), 5, "e", "device e");
-        assert_eq!((few.status, few.cure), (Status::Fail, None));
+        assert_eq!((few.status, few.fix), (Status::Fail, None));
     }
 
     #[test]
     fn short_rings_are_slower_and_full_ones_are_fine() {
         let rings = |now, most| rings(Ok((amount(now, most), amount(now, most))), "e", "device e");
         assert_eq!(rings(256, 256).status, Status::Pass);
-        assert_eq!(rings(512, 4096).cure.as_deref(), Some("ethtool -G e rx 1024"));
+        assert_eq!(rings(512, 4096).fix.as_deref(), Some("ethtool -G e rx 1024"));
         assert_eq!(rings(2048, 4096).status, Status::Pass);
     }
 
@@ -209,8 +209,8 @@ mod tests {
             hashing(Ok(queues.iter().copied().collect()), 4, first, "e", "device e").unwrap()
         };
         assert_eq!(hashing(&[0, 1], 2).status, Status::Pass);
-        assert_eq!(hashing(&[0, 1, 2], 2).cure.as_deref(), Some("ethtool -X e equal 2"));
-        assert_eq!(hashing(&[0, 1], 0).cure, None);
+        assert_eq!(hashing(&[0, 1, 2], 2).fix.as_deref(), Some("ethtool -X e equal 2"));
+        assert_eq!(hashing(&[0, 1], 0).fix, None);
     }
 
     #[test]
@@ -227,9 +227,9 @@ mod tests {
         let steering =
             |rules, filters| steering(rules, filters, Some(mac), &af_xdp, "e", "device e");
         assert_eq!(steering(Ok(rule(2)), true).status, Status::Pass);
-        assert_eq!(steering(Ok(rule(1)), true).cure.as_deref(), Some("ethtool -N e delete 9"));
-        assert_eq!(steering(Ok(vec![]), false).cure.as_deref(), Some("ethtool -K e ntuple on"));
+        assert_eq!(steering(Ok(rule(1)), true).fix.as_deref(), Some("ethtool -N e delete 9"));
+        assert_eq!(steering(Ok(vec![]), false).fix.as_deref(), Some("ethtool -K e ntuple on"));
         let none = steering(Err(io::ErrorKind::Unsupported.into()), false);
-        assert_eq!((none.status, none.cure), (Status::Fail, None));
+        assert_eq!((none.status, none.fix), (Status::Fail, None));
     }
 }

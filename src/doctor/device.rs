@@ -8,8 +8,7 @@ use super::network::Network;
 use super::offloads;
 use super::options::Port;
 use super::placement;
-use crate::config::{AfXdp, Attach, Mode};
-use crate::port::af_xdp::{MAX_MTU, program};
+use crate::port::af_xdp::{AfXdp, Attach, MAX_MTU, Mode, program};
 use crate::sys::bpf::Program;
 use crate::sys::ethtool::{self, xdp};
 use crate::sys::link::Link;
@@ -29,7 +28,7 @@ pub(super) fn check(host: &Host, network: &Network, port: &Port, af_xdp: &AfXdp)
              && ip link set {peer} up && ethtool -K {peer} tx off txvlan off \
              tx-vlan-stag-hw-insert off"
         );
-        return vec![Finding::fail("device", what, why).cure(command)];
+        return vec![Finding::fail("device", what, why).fix(command)];
     };
     let mut found = vec![state(link, &what), mtu(network, link, port, &what)];
     let features = ethtool::xdp_features(link.index);
@@ -49,7 +48,7 @@ fn state(link: &Link, what: &str) -> Finding {
         return Finding::pass("device", what, "it is there, and up");
     }
     let why = "it is down: no frame goes through it";
-    Finding::fail("device", what, why).cure(format!("ip link set {} up", quoted(&link.name)))
+    Finding::fail("device", what, why).fix(format!("ip link set {} up", quoted(&link.name)))
 }
 
 fn mtu(network: &Network, link: &Link, port: &Port, what: &str) -> Finding {
@@ -63,7 +62,7 @@ fn mtu(network: &Network, link: &Link, port: &Port, what: &str) -> Finding {
     }
     if link.mtu > MAX_MTU {
         let why = format!("its MTU is {}, and AF_XDP takes {MAX_MTU} at the most", link.mtu);
-        return Finding::fail("mtu", what, why).cure(command);
+        return Finding::fail("mtu", what, why).fix(command);
     }
     // A veth drops what the end that it goes to does not take (`is_skb_forwardable`).
     let peer = link.veth_peer.and_then(|peer| network.at(peer));
@@ -80,7 +79,7 @@ fn mtu(network: &Network, link: &Link, port: &Port, what: &str) -> Finding {
             return Finding::fail("mtu", what, why);
         }
         let command = format!("ip link set {} mtu {wanted}", quoted(name));
-        return Finding::fail("mtu", what, why).cure(command);
+        return Finding::fail("mtu", what, why).fix(command);
     }
     Finding::pass("mtu", what, format!("its MTU of {} takes the card's {wanted}", link.mtu))
 }
@@ -186,11 +185,11 @@ fn foreign(
         let hook = if link.program_is_generic { "xdpgeneric" } else { "xdp" };
         let command = format!("ip link set dev {} {hook} off", quoted(&link.name));
         let why = format!("{why}: detach it if nobody needs it");
-        return Finding::fail(CHECK, what, why).cure(command);
+        return Finding::fail(CHECK, what, why).fix(command);
     }
     let (processes, programs): (Vec<_>, Vec<_>) = holders.into_iter().unzip();
     let why = format!("{why}, of {}: end that if nobody needs it", programs.join(", "));
-    Finding::fail(CHECK, what, why).cure(format!("kill {}", processes.join(" ")))
+    Finding::fail(CHECK, what, why).fix(format!("kill {}", processes.join(" ")))
 }
 
 #[cfg(test)]
@@ -246,8 +245,8 @@ mod tests {
         assert_eq!(of(Some(7), Ok(program::NAME)).status, Status::Pass);
         assert_eq!(of(Some(7), Err(std::io::ErrorKind::PermissionDenied)).status, Status::Warn);
         let foreign = of(Some(7), Ok("theirs"));
-        assert_eq!(foreign.cure.as_deref(), Some("ip link set dev e xdp off"));
+        assert_eq!(foreign.fix.as_deref(), Some("ip link set dev e xdp off"));
         let held = of(Some(8), Ok("theirs"));
-        assert_eq!(held.cure.as_deref(), Some("kill 9"));
+        assert_eq!(held.fix.as_deref(), Some("kill 9"));
     }
 }

@@ -38,7 +38,7 @@ pub struct Finding {
     /// What was seen, and what it means.
     pub why: String,
     /// The command that mends it, where one does.
-    pub cure: Option<String>,
+    pub fix: Option<String>,
 }
 
 impl Finding {
@@ -48,7 +48,7 @@ impl Finding {
         what: impl Into<String>,
         why: impl Into<String>,
     ) -> Self {
-        Finding { status, check, what: what.into(), why: why.into(), cure: None }
+        Finding { status, check, what: what.into(), why: why.into(), fix: None }
     }
 
     /// It is as it should be.
@@ -79,8 +79,8 @@ impl Finding {
     }
 
     /// With the command that mends it.
-    pub(super) fn cure(mut self, command: impl Into<String>) -> Self {
-        self.cure = Some(command.into());
+    pub(super) fn fix(mut self, command: impl Into<String>) -> Self {
+        self.fix = Some(command.into());
         self
     }
 
@@ -95,8 +95,8 @@ impl Finding {
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut line = format!("{} {} — {}", self.status, self.what, self.why);
-        if let Some(cure) = &self.cure {
-            line = format!("{line} — {cure}");
+        if let Some(fix) = &self.fix {
+            line = format!("{line} — {fix}");
         }
         // Names and command lines are others' to choose, and a terminal obeys control characters.
         f.write_str(&line.replace(char::is_control, "?"))
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_finding_is_a_line_whatever_its_words_hold() {
-        let finding = Finding::fail("tap", "tap a\x1b[2J", "it is\ndown").cure("ip link");
+        let finding = Finding::fail("tap", "tap a\x1b[2J", "it is\ndown").fix("ip link");
         assert_eq!(finding.to_string(), "FAIL tap a?[2J — it is?down — ip link");
         let json = serde_json::to_value(&finding).unwrap();
         assert_eq!((&json["status"], &json["check"]), (&"FAIL".into(), &"tap".into()));

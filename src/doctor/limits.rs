@@ -2,7 +2,7 @@
 
 use super::finding::Finding;
 use super::host::{Host, Myself, capability};
-use super::options::{Port, Wishes};
+use super::options::{Port, Requirements};
 use crate::config;
 use crate::descriptors::need;
 
@@ -18,8 +18,8 @@ const FRONTEND: u64 = 2;
 const SERVED_PAIR: u64 = 4;
 
 /// Checks both.
-pub(super) fn check(host: &Host, myself: &Myself, wishes: &Wishes) -> Vec<Finding> {
-    let named = wishes.ports.iter().filter(|port| port.named);
+pub(super) fn check(host: &Host, myself: &Myself, requirements: &Requirements) -> Vec<Finding> {
+    let named = requirements.ports.iter().filter(|port| port.named);
     let of_port =
         |port: &Port| (usize::from(port.pairs), matches!(port.host, config::Host::AfXdp(_)));
     let mut ports: Vec<_> = named.map(of_port).collect();
@@ -27,7 +27,7 @@ pub(super) fn check(host: &Host, myself: &Myself, wishes: &Wishes) -> Vec<Findin
         ports.push((1, false));
     }
     let mut found = vec![descriptors(host.limit("Max open files"), &ports)];
-    found.extend(wishes.names_af_xdp().then(|| capabilities(myself)));
+    found.extend(requirements.names_af_xdp().then(|| capabilities(myself)));
     found
 }
 
@@ -45,8 +45,8 @@ fn descriptors(limit: Option<u64>, ports: &[(usize, bool)]) -> Finding {
         return Finding::pass("descriptors", what, why);
     }
     let make = if limit < least { Finding::fail } else { Finding::warn };
-    let cure = format!("ulimit -n {}", most.next_power_of_two());
-    make("descriptors", what, format!("{why} (LimitNOFILE= in the daemon's unit)")).cure(cure)
+    let fix = format!("ulimit -n {}", most.next_power_of_two());
+    make("descriptors", what, format!("{why} (LimitNOFILE= in the daemon's unit)")).fix(fix)
 }
 
 fn capabilities(myself: &Myself) -> Finding {
@@ -89,7 +89,7 @@ mod tests {
         assert_eq!(status(Some(12)), Status::Fail);
         assert_eq!(status(None), Status::Warn);
         assert!(
-            descriptors(Some(1024), &[(1, false); 40]).cure.is_some(),
+            descriptors(Some(1024), &[(1, false); 40]).fix.is_some(),
             "for 40 ports they are few"
         );
     }

@@ -2,15 +2,15 @@
 
 use super::finding::Finding;
 use super::host::{Host, Myself, capability};
-use super::options::Wishes;
+use super::options::Requirements;
 
 /// No guest that is of use is smaller than this many bytes.
 const SMALLEST_GUEST: u64 = 64 << 20;
 
 /// Checks both.
-pub(super) fn check(host: &Host, myself: &Myself, wishes: &Wishes) -> Vec<Finding> {
+pub(super) fn check(host: &Host, myself: &Myself, requirements: &Requirements) -> Vec<Finding> {
     let mut found = huge_pages(host);
-    found.push(locked(host, myself, wishes.names_af_xdp()));
+    found.push(locked(host, myself, requirements.names_af_xdp()));
     found
 }
 
@@ -56,10 +56,10 @@ fn of_node(host: &Host, nodes: &str, node: &str) -> Finding {
     };
     let more = |wanted: u64| format!("echo {wanted} > {directory}/{smallest}/nr_hugepages");
     if all == 0 {
-        Finding::warn("hugepages", what, format!("none is set aside: {need}")).cure(more(512))
+        Finding::warn("hugepages", what, format!("none is set aside: {need}")).fix(more(512))
     } else if free == 0 {
         let why = format!("{}: the next guest gets none", shown.join(", "));
-        Finding::warn("hugepages", what, why).cure(more(count(smallest, "nr_hugepages") + 512))
+        Finding::warn("hugepages", what, why).fix(more(count(smallest, "nr_hugepages") + 512))
     } else {
         Finding::pass("hugepages", what, shown.join(", "))
     }
@@ -69,7 +69,7 @@ fn of_node(host: &Host, nodes: &str, node: &str) -> Finding {
 fn locked(host: &Host, myself: &Myself, af_xdp: bool) -> Finding {
     const CHECK: &str = "locked-memory";
     let what = "locked memory";
-    let cure = "ulimit -l unlimited";
+    let fix = "ulimit -l unlimited";
     if myself.can(capability::IPC_LOCK) {
         return Finding::pass(CHECK, what, "CAP_IPC_LOCK: no limit applies");
     }
@@ -86,7 +86,7 @@ fn locked(host: &Host, myself: &Myself, af_xdp: bool) -> Finding {
                 "{} MiB without CAP_IPC_LOCK: no guest fits, whose memory AF_XDP pins; raise it, {how}",
                 bytes >> 20
             );
-            Finding::fail(CHECK, what, why).cure(cure)
+            Finding::fail(CHECK, what, why).fix(fix)
         }
         Some(bytes) => {
             let why = format!(
@@ -94,7 +94,7 @@ fn locked(host: &Host, myself: &Myself, af_xdp: bool) -> Finding {
                  raise it, {how}",
                 bytes >> 20
             );
-            Finding::warn(CHECK, what, why).cure(cure)
+            Finding::warn(CHECK, what, why).fix(fix)
         }
     }
 }
@@ -121,8 +121,8 @@ mod tests {
             found.iter().map(|it| it.status).collect::<Vec<_>>(),
             [Status::Pass, Status::Warn]
         );
-        let cure = found[1].cure.as_deref().unwrap();
-        assert!(cure.contains("node1/hugepages/hugepages-2048kB/nr_hugepages"), "{cure}");
+        let fix = found[1].fix.as_deref().unwrap();
+        assert!(fix.contains("node1/hugepages/hugepages-2048kB/nr_hugepages"), "{fix}");
     }
 
     #[test]
@@ -131,7 +131,7 @@ mod tests {
             (&format!("{SMALL}/nr_hugepages"), "4\n"),
             (&format!("{SMALL}/free_hugepages"), "0\n"),
         ]);
-        assert!(huge_pages(&host)[0].cure.as_deref().unwrap().starts_with("echo 516 >"));
+        assert!(huge_pages(&host)[0].fix.as_deref().unwrap().starts_with("echo 516 >"));
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub(super) fn of_tap(network: &Network, link: &Link, what: &str) -> Option<Findi
          costs its processors more"
     );
     let command = format!("ethtool -K {} sg on", quoted(&link.name));
-    Some(Finding::warn(CHECK, what, why).cure(command))
+    Some(Finding::warn(CHECK, what, why).fix(command))
 }
 
 /// What a device for AF_XDP, or its other end, must leave alone: an XDP program sees frames as they
@@ -43,7 +43,7 @@ pub(super) fn of_device(network: &Network, link: &Link, generic: bool, what: &st
     for joining in Joining::below(link, &network.links).into_iter().filter(|_| generic) {
         let why = format!("the guest does not get joined frames, as TCP is: {joining}");
         let command = format!("ethtool -K {} {}", quoted(&joining.device), joining.offloads);
-        found.push(Finding::warn("joined-frames", what, why).cure(command));
+        found.push(Finding::warn("joined-frames", what, why).fix(command));
     }
     if link.is_veth {
         found.push(other_end(network, link, what));
@@ -54,7 +54,7 @@ pub(super) fn of_device(network: &Network, link: &Link, generic: bool, what: &st
     found.push(if features.active.contains("rx-lro") {
         let why =
             "it joins received frames (LRO): drivers refuse XDP then, or frames come too long";
-        Finding::warn(CHECK, what, why).cure(format!("ethtool -K {name} lro off"))
+        Finding::warn(CHECK, what, why).fix(format!("ethtool -K {name} lro off"))
     } else {
         Finding::pass(CHECK, what, "it does not join received frames (LRO)")
     });
@@ -78,7 +78,7 @@ fn vlan_tags(link: &Link, generic: bool, what: &str) -> Finding {
             let command = format!("ethtool -K {} {offloads}", quoted(device));
             // Cards do so by themselves, and not every guest uses VLANs.
             let wrong = if link.is_veth { Finding::fail } else { Finding::warn };
-            wrong(CHECK, what, why).cure(command)
+            wrong(CHECK, what, why).fix(command)
         }
     }
 }
@@ -101,7 +101,7 @@ fn other_end(network: &Network, link: &Link, what: &str) -> Finding {
         "its other end, {}, leaves checksums and segmentation open: pings pass, TCP and UDP do not",
         peer.name
     );
-    Finding::fail(CHECK, what, why).cure(format!("ethtool -K {} tx off", quoted(&peer.name)))
+    Finding::fail(CHECK, what, why).fix(format!("ethtool -K {} tx off", quoted(&peer.name)))
 }
 
 /// Cards of the host that TAPs' guests send through: what they don't do, its processors do.
@@ -122,7 +122,7 @@ fn of_card(link: &Link, features: &Features) -> Finding {
         "it does not sum and segment: the kernel does, for what guests behind a TAP leave open";
     if CHECKSUMS.iter().any(|name| could(name)) && could(SEGMENTATION) {
         let command = format!("ethtool -K {} tx on sg on tso on", quoted(&link.name));
-        Finding::warn(CHECK, what, format!("{why}, and it could")).cure(command)
+        Finding::warn(CHECK, what, format!("{why}, and it could")).fix(command)
     } else {
         Finding::warn(CHECK, what, format!("{why}; its driver can't"))
     }
@@ -144,7 +144,7 @@ mod tests {
         };
         assert_eq!(judged(&all, &all).status, Status::Pass);
         let off = judged(&all, &all[..1]);
-        assert_eq!(off.cure.as_deref(), Some("ethtool -K e tx on sg on tso on"));
-        assert_eq!(judged(&[], &[]).cure, None);
+        assert_eq!(off.fix.as_deref(), Some("ethtool -K e tx on sg on tso on"));
+        assert_eq!(judged(&[], &[]).fix, None);
     }
 }

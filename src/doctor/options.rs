@@ -3,8 +3,10 @@
 
 use std::path::PathBuf;
 
-use crate::config::{AfXdp, Attach, Config, Frontend, Host, Mode, PortConfig, device_name};
+use crate::config::{Config, Host, PortConfig, device_name};
+use crate::endpoint::Frontend;
 use crate::net_config::MacAddress;
+use crate::port::af_xdp::{AfXdp, Attach, Mode};
 
 use super::network::Network;
 
@@ -13,7 +15,7 @@ const DEFAULT_MTU: u16 = 1500;
 /// Who QEMU is under libvirt on Debian and Ubuntu.
 const LIBVIRT_USER: &str = "libvirt-qemu";
 
-/// What may be asked for.
+/// Command line of `doctor`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
 pub struct Options {
     /// Check what the ports of this file need.
@@ -22,22 +24,24 @@ pub struct Options {
     /// Check this TAP device.
     #[arg(long, value_name = "NAME", value_parser = device_name)]
     pub tap: Vec<String>,
-    /// Check this device for AF_XDP, written as for the daemon.
-    #[arg(long, value_name = "NAME[,queue=N][,mode=…][,attach=…][,steer=mac]")]
+    /// Check this device for AF_XDP.
+    ///
+    /// The value is that of the daemon's --af-xdp.
+    #[arg(long, value_name = "NAME[,…]")]
     pub af_xdp: Vec<AfXdp>,
-    /// Check whether a socket can be there.
+    /// Check that a socket can be made at this path.
     #[arg(long, value_name = "PATH")]
     pub socket_path: Vec<PathBuf>,
-    /// Queue pairs that --tap and --af-xdp are to have.
+    /// Check --tap and --af-xdp for this many queue pairs, 1 to 128.
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=128))]
     pub queue_pairs: u16,
-    /// The card's MTU in bytes [default: the file's, else 1500].
+    /// Check for this MTU in bytes, 68 or more [default: the file's, else 1500].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
     pub mtu: Option<u16>,
-    /// The user that QEMU runs as [default: libvirt-qemu, if there is one].
+    /// Check the rights of this user, as which QEMU runs [default: libvirt-qemu, if it exists].
     #[arg(long, value_name = "USER")]
     pub qemu_user: Option<String>,
-    /// Print a list in JSON.
+    /// Print the findings in JSON.
     #[arg(long)]
     pub json: bool,
 }
@@ -68,7 +72,7 @@ pub(super) struct Socket {
 
 /// All that is to be checked.
 #[derive(Debug)]
-pub(super) struct Wishes {
+pub(super) struct Requirements {
     pub(super) ports: Vec<Port>,
     pub(super) sockets: Vec<Socket>,
     pub(super) qemu_user: Option<String>,
@@ -98,14 +102,14 @@ impl Port {
             mac: config.mac,
             cpus: config.cpu_affinity,
             busy_poll: config.busy_poll.is_some_and(|time| !time.is_zero()),
-            judged: config.identity.is_some(),
+            judged: config.allowed_sources.is_some(),
             require_sealed_memory: config.require_sealed_memory,
             named: true,
         }
     }
 }
 
-impl Wishes {
+impl Requirements {
     /// What `options` and `config` name; without a name, each TAP and each card of the host.
     pub(super) fn new(mut options: Options, config: Option<Config>, network: &Network) -> Self {
         let paths = std::mem::take(&mut options.socket_path).into_iter();
@@ -140,7 +144,7 @@ impl Wishes {
         let known = |name: &str| matches!(nix::unistd::User::from_name(name), Ok(Some(_)));
         let libvirt = || Some(LIBVIRT_USER.to_owned()).filter(|name| known(name));
         let mtu = ports.iter().map(|port| port.mtu).max().or(options.mtu).unwrap_or(DEFAULT_MTU);
-        Wishes { ports, sockets, qemu_user: options.qemu_user.or_else(libvirt), mtu }
+        Requirements { ports, sockets, qemu_user: options.qemu_user.or_else(libvirt), mtu }
     }
 
     /// The ports on AF_XDP, with their devices.

@@ -2,7 +2,7 @@
 
 use super::finding::{Finding, quoted};
 use super::network::Network;
-use super::options::Wishes;
+use super::options::Requirements;
 use crate::config::Host as HostSide;
 use crate::sys::link::Link;
 
@@ -26,7 +26,7 @@ fn overhead(kind: &str) -> Option<u32> {
 }
 
 /// Checks each tunnel and card that is up.
-pub(super) fn check(network: &Network, wishes: &Wishes) -> Vec<Finding> {
+pub(super) fn check(network: &Network, requirements: &Requirements) -> Vec<Finding> {
     let up = network.links.iter().filter(|link| link.is_up);
     let mut found = Vec::new();
     for link in up {
@@ -37,7 +37,7 @@ pub(super) fn check(network: &Network, wishes: &Wishes) -> Vec<Finding> {
         if let Some(overhead) = overhead {
             found.push(inside(network, link, overhead));
         }
-        found.extend(carries(network, link, wishes));
+        found.extend(carries(network, link, requirements));
     }
     found
 }
@@ -66,14 +66,14 @@ fn inside(network: &Network, tunnel: &Link, overhead: u32) -> Finding {
         tunnel.mtu, lower.name, lower.mtu
     );
     let command = format!("ip link set {} mtu {room}", quoted(&tunnel.name));
-    Finding::warn(CHECK, what, why).cure(command)
+    Finding::warn(CHECK, what, why).fix(command)
 }
 
 /// Whether the cards' frames fit a device that they may leave by.
-fn carries(network: &Network, link: &Link, wishes: &Wishes) -> Option<Finding> {
+fn carries(network: &Network, link: &Link, requirements: &Requirements) -> Option<Finding> {
     let what = format!("path through {}", link.name);
     // TAPs and AF_XDP devices of ports are checked as such.
-    let is_port = wishes.ports.iter().any(|port| match &port.host {
+    let is_port = requirements.ports.iter().any(|port| match &port.host {
         HostSide::Tap(name) => *name == link.name,
         HostSide::AfXdp(af_xdp) => af_xdp.name == link.name,
         _ => false,
@@ -81,7 +81,7 @@ fn carries(network: &Network, link: &Link, wishes: &Wishes) -> Option<Finding> {
     if is_port {
         return None;
     }
-    let bridged: Vec<&str> = wishes
+    let bridged: Vec<&str> = requirements
         .ports
         .iter()
         .filter(|port| port.named)
@@ -96,7 +96,7 @@ fn carries(network: &Network, link: &Link, wishes: &Wishes) -> Option<Finding> {
         // A bridge's port beside none of ours.
         return None;
     }
-    let wanted = u32::from(wishes.mtu);
+    let wanted = u32::from(requirements.mtu);
     if link.mtu >= wanted {
         let why = format!("it carries {} bytes, and the card's MTU is {wanted}", link.mtu);
         return Some(Finding::pass("path-mtu", what, why));
@@ -110,7 +110,7 @@ fn carries(network: &Network, link: &Link, wishes: &Wishes) -> Option<Finding> {
                  too"
             );
             let command = format!("ip link set {} mtu {less}", quoted(tap));
-            Finding::fail("path-mtu", what, why).cure(command)
+            Finding::fail("path-mtu", what, why).fix(command)
         }
         None => {
             let why = format!(
@@ -146,8 +146,8 @@ mod tests {
                 inside(&network, &network.links[1], overhead(kind).unwrap())
             };
             assert_eq!(judged(room).status, Status::Pass);
-            let cure = format!("ip link set t mtu {room}");
-            assert_eq!(judged(room + 1).cure, Some(cure));
+            let fix = format!("ip link set t mtu {room}");
+            assert_eq!(judged(room + 1).fix, Some(fix));
         }
         assert_eq!(overhead("bridge"), None);
     }
@@ -160,13 +160,13 @@ mod tests {
                 network(vec![tap.clone(), Link { master, ..link(2, "t", "vxlan", 1450) }]);
             let options =
                 Options { tap: vec!["tap0".into()], queue_pairs: 1, ..Options::default() };
-            let wishes = Wishes::new(options, None, &network);
-            let found = check(&network, &wishes);
+            let requirements = Requirements::new(options, None, &network);
+            let found = check(&network, &requirements);
             found.into_iter().find(|finding| finding.check == "path-mtu").unwrap()
         };
         let bridged = judged(Some(9));
         assert_eq!(bridged.status, Status::Fail);
-        assert_eq!(bridged.cure.as_deref(), Some("ip link set tap0 mtu 1450"));
+        assert_eq!(bridged.fix.as_deref(), Some("ip link set tap0 mtu 1450"));
         assert_eq!(judged(None).status, Status::Warn);
     }
 }

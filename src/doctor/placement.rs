@@ -7,8 +7,8 @@ use super::device;
 use super::finding::Finding;
 use super::host::Host;
 use super::network::Network;
-use super::options::{Port, Wishes};
-use crate::config::Mode;
+use super::options::{Port, Requirements};
+use crate::port::af_xdp::Mode;
 use crate::sys::link::Link;
 
 /// Processors by their numbers.
@@ -132,7 +132,7 @@ fn interrupt_placement(
         wrong.join(" "),
         shown(&good)
     );
-    Finding::warn("interrupts", what, why).cure(command)
+    Finding::warn("interrupts", what, why).fix(command)
 }
 
 fn online(host: &Host) -> Processors {
@@ -140,9 +140,9 @@ fn online(host: &Host) -> Processors {
 }
 
 /// Checks isolation and the IOMMU.
-pub(super) fn check(host: &Host, network: &Network, wishes: &Wishes) -> Vec<Finding> {
-    let wanted: Processors = wishes.ports.iter().flat_map(|port| port.cpus.clone()).collect();
-    vec![isolation(host, &wanted), iommu(host, network, wishes)]
+pub(super) fn check(host: &Host, network: &Network, requirements: &Requirements) -> Vec<Finding> {
+    let wanted: Processors = requirements.ports.iter().flat_map(|port| port.cpus.clone()).collect();
+    vec![isolation(host, &wanted), iommu(host, network, requirements)]
 }
 
 fn isolation(host: &Host, wanted: &Processors) -> Finding {
@@ -161,7 +161,7 @@ fn isolation(host: &Host, wanted: &Processors) -> Finding {
         let why = format!("--cpu-affinity names {}, which the host has not", shown(&absent));
         let found = Finding::fail("isolation", what, why);
         let file = format!("/sys/devices/system/cpu/cpu{last}/online");
-        return if host.exists(&file) { found.cure(format!("echo 1 > {file}")) } else { found };
+        return if host.exists(&file) { found.fix(format!("echo 1 > {file}")) } else { found };
     }
     let shared: Processors = wanted.difference(&isolated).copied().collect();
     if shared.is_empty() {
@@ -175,10 +175,10 @@ fn isolation(host: &Host, wanted: &Processors) -> Finding {
     Finding::warn("isolation", what, why)
 }
 
-fn iommu(host: &Host, network: &Network, wishes: &Wishes) -> Finding {
+fn iommu(host: &Host, network: &Network, requirements: &Requirements) -> Finding {
     let units = host.list("/sys/class/iommu").len();
     let groups = host.list("/sys/kernel/iommu_groups");
-    let may_write = wishes.af_xdp().any(|(port, af_xdp)| {
+    let may_write = requirements.af_xdp().any(|(port, af_xdp)| {
         let zero_copy = || network.find(&af_xdp.name).is_none_or(device::has_zero_copy);
         port.named && af_xdp.mode != Mode::Copy && zero_copy()
     });

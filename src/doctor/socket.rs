@@ -91,7 +91,7 @@ fn no_directory(
         }
         None => format!("install -d -m 700 {shown}"),
     };
-    Finding::fail("socket", what, why).cure(command)
+    Finding::fail("socket", what, why).fix(command)
 }
 
 /// Whether the socket can be put there.
@@ -104,7 +104,7 @@ fn place(host: &Host, path: &Path, directory: &Path, what: &str) -> Finding {
         return match error.raw_os_error() {
             Some(libc::EACCES) => {
                 let user = nix::unistd::geteuid();
-                found.cure(format!("chown {user} {}", quoted(&directory.to_string())))
+                found.fix(format!("chown {user} {}", quoted(&directory.to_string())))
             }
             _ => found,
         };
@@ -118,7 +118,7 @@ fn place(host: &Host, path: &Path, directory: &Path, what: &str) -> Finding {
         }
         Ok(_) => {
             let why = "it is a file that is no socket, and the daemon leaves that alone";
-            Finding::fail("socket", what, why).cure(format!("mv {shown} {shown}.old"))
+            Finding::fail("socket", what, why).fix(format!("mv {shown} {shown}.old"))
         }
         Err(_) => {
             Finding::pass("socket", what, "its directory is there, and the daemon can make it")
@@ -156,7 +156,7 @@ fn openness(directory: &Path, what: &str) -> Option<Finding> {
         (true, false) => {
             let why = format!("everybody can put another socket in its place in {shown}");
             let command = format!("chmod o-w {}", quoted(&shown.to_string()));
-            Some(Finding::warn("socket", what, why).cure(command))
+            Some(Finding::warn("socket", what, why).fix(command))
         }
     }
 }
@@ -184,7 +184,7 @@ fn search(directory: &Path, qemu: &Qemu, what: &str) -> Option<Finding> {
         } else {
             format!("chmod o+x {path}")
         };
-        return Some(Finding::fail("qemu-user", what, why).cure(command));
+        return Some(Finding::fail("qemu-user", what, why).fix(command));
     }
     None
 }
@@ -206,7 +206,7 @@ fn connect(
             Err(_) => {
                 let why = format!("QEMU's user {name} may not write to it, and can't connect");
                 let command = format!("chgrp {} {shown} && chmod g+w {shown}", qemu.groups[0]);
-                Finding::fail("qemu-user", what, why).cure(command)
+                Finding::fail("qemu-user", what, why).fix(command)
             }
         };
     }
@@ -227,7 +227,7 @@ fn connect(
     } else {
         format!("chgrp {group} {at} && chmod g+sx {at} && umask 007")
     };
-    Finding::warn("qemu-user", what, why).cure(command)
+    Finding::warn("qemu-user", what, why).fix(command)
 }
 
 /// A socket that the daemon will make.
@@ -297,7 +297,7 @@ mod tests {
         let socket = Socket { path, group: None };
         let found = check(&host, &Myself::default(), &socket, None).remove(0);
         assert_eq!(found.status, Status::Fail);
-        assert!(found.cure.unwrap().starts_with("mv "));
+        assert!(found.fix.unwrap().starts_with("mv "));
         let nobody = check(&host, &Myself::default(), &socket, Some("no-such-user")).remove(0);
         assert!(nobody.why.contains("no-such-user"));
     }

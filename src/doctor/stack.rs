@@ -3,7 +3,7 @@
 use super::finding::{Finding, quoted};
 use super::host::{Host, Myself, capability};
 use super::network::Network;
-use super::options::Wishes;
+use super::options::Requirements;
 
 /// What a TCP connection's buffers may grow to as the kernel comes: 4 MiB to send.
 const BUFFER: u64 = 4 << 20;
@@ -13,7 +13,7 @@ pub(super) fn check(
     host: &Host,
     myself: &Myself,
     network: &Network,
-    wishes: &Wishes,
+    requirements: &Requirements,
 ) -> Vec<Finding> {
     let bridges: Vec<&str> = network
         .links
@@ -22,9 +22,9 @@ pub(super) fn check(
         .map(|link| link.name.as_str())
         .collect();
     let mut found = vec![bridge_netfilter(host, &bridges)];
-    found.extend(firewall(wishes));
+    found.extend(firewall(requirements));
     found.extend(tcp_buffers(host));
-    found.extend(socket_buffers(host, myself, wishes));
+    found.extend(socket_buffers(host, myself, requirements));
     found
 }
 
@@ -57,17 +57,17 @@ fn bridge_netfilter(host: &Host, bridges: &[&str]) -> Finding {
         bridges.join(", ")
     );
     let settings: Vec<String> = on.iter().map(|name| format!("net.bridge.{name}=0")).collect();
-    Finding::warn("bridge-netfilter", what, why).cure(format!("sysctl -w {}", settings.join(" ")))
+    Finding::warn("bridge-netfilter", what, why).fix(format!("sysctl -w {}", settings.join(" ")))
 }
 
 /// AF_XDP takes frames before the host's firewall sees them, and puts them behind it.
-fn firewall(wishes: &Wishes) -> Vec<Finding> {
-    let named: Vec<_> = wishes.af_xdp().filter(|(port, _)| port.named).collect();
+fn firewall(requirements: &Requirements) -> Vec<Finding> {
+    let named: Vec<_> = requirements.af_xdp().filter(|(port, _)| port.named).collect();
     if named.is_empty() {
         let why = "it sees what comes from a TAP; it would see nothing of AF_XDP's";
         return vec![Finding::pass("firewall", "the host's firewall", why)];
     }
-    let judge = |(port, af_xdp): &(&super::options::Port, &crate::config::AfXdp)| {
+    let judge = |(port, af_xdp): &(&super::options::Port, &crate::port::af_xdp::AfXdp)| {
         let what = format!("the host's firewall and {}", af_xdp.name);
         if port.judged {
             let why =
@@ -107,23 +107,23 @@ fn tcp_buffers(host: &Host) -> Vec<Finding> {
         }
         let why = format!("{most} bytes at the most, {matters}: one to a guest is held up by it");
         let setting = quoted(&format!("net.ipv4.{name}={least} {first} {BUFFER}"));
-        Finding::warn("tcp-buffers", what, why).cure(format!("sysctl -w {setting}"))
+        Finding::warn("tcp-buffers", what, why).fix(format!("sysctl -w {setting}"))
     };
     ["tcp_rmem", "tcp_wmem"].into_iter().map(judge).collect()
 }
 
 /// `net.core.wmem_max` holds an AF_XDP socket back if nothing lets it go beyond.
-fn socket_buffers(host: &Host, myself: &Myself, wishes: &Wishes) -> Option<Finding> {
+fn socket_buffers(host: &Host, myself: &Myself, requirements: &Requirements) -> Option<Finding> {
     let (what, path) = ("net.core.wmem_max", "/proc/sys/net/core/wmem_max");
     // A new network namespace has no such file: the host's applies.
     let most: u64 = host.number(path)?;
-    if !wishes.names_af_xdp() || myself.can(capability::NET_ADMIN) || most >= BUFFER {
+    if !requirements.names_af_xdp() || myself.can(capability::NET_ADMIN) || most >= BUFFER {
         let why =
             format!("{most} bytes: TAPs have no use for it, and CAP_NET_ADMIN goes beyond it");
         return Some(Finding::pass("tcp-buffers", what, why));
     }
     let why = format!("{most} bytes, and AF_XDP's sockets want {BUFFER}: bursts wait for room");
-    Some(Finding::warn("tcp-buffers", what, why).cure(format!("sysctl -w {what}={BUFFER}")))
+    Some(Finding::warn("tcp-buffers", what, why).fix(format!("sysctl -w {what}={BUFFER}")))
 }
 
 #[cfg(test)]
@@ -136,8 +136,8 @@ mod tests {
     fn bridge_netfilter_matters_where_there_is_a_bridge() {
         let path = "/proc/sys/net/bridge/bridge-nf-call-iptables";
         let (_directory, on) = fake(&[(path, "1\n")]);
-        let cure = "sysctl -w net.bridge.bridge-nf-call-iptables=0";
-        assert_eq!(bridge_netfilter(&on, &["br0"]).cure.as_deref(), Some(cure));
+        let fix = "sysctl -w net.bridge.bridge-nf-call-iptables=0";
+        assert_eq!(bridge_netfilter(&on, &["br0"]).fix.as_deref(), Some(fix));
         assert_eq!(bridge_netfilter(&on, &[]).status, Status::Pass);
         let (_directory, off) = fake(&[(path, "0\n")]);
         assert_eq!(bridge_netfilter(&off, &["br0"]).status, Status::Pass);
@@ -149,8 +149,8 @@ mod tests {
     fn small_buffers_are_raised_and_unreadable_ones_said() {
         let (_directory, host) = fake(&[("/proc/sys/net/ipv4/tcp_rmem", "4096\t131072\t212992\n")]);
         let found = tcp_buffers(&host);
-        let cure = "sysctl -w 'net.ipv4.tcp_rmem=4096 131072 4194304'";
-        assert_eq!(found[0].cure.as_deref(), Some(cure));
+        let fix = "sysctl -w 'net.ipv4.tcp_rmem=4096 131072 4194304'";
+        assert_eq!(found[0].fix.as_deref(), Some(fix));
         assert!(found[1].why.contains("can't be read"));
     }
 }

@@ -5,7 +5,7 @@ use super::host::{Host, Myself, capability};
 use super::network::Network;
 use super::offloads;
 use super::options::Port;
-use crate::daemon::no_tap;
+use crate::port::tap::no_tap;
 use crate::sys::link::{Link, Tun};
 
 const CHECK: &str = "tap";
@@ -53,11 +53,11 @@ fn missing(myself: &Myself, port: &Port, name: &str) -> Finding {
     if myself.can(capability::NET_ADMIN) {
         let why = "it is not there: the daemon makes it, for as long as it runs and in no bridge; \
                    make it first to have it otherwise";
-        Finding::warn(CHECK, what, why).cure(format!("{make} && {up}"))
+        Finding::warn(CHECK, what, why).fix(format!("{make} && {up}"))
     } else {
         let why = "it is not there, and to make it takes CAP_NET_ADMIN: make it for this user, as \
                    root";
-        Finding::fail(CHECK, what, why).cure(format!("{make} && {up}"))
+        Finding::fail(CHECK, what, why).fix(format!("{make} && {up}"))
     }
 }
 
@@ -96,7 +96,7 @@ fn owner(myself: &Myself, tun: &Tun, what: &str, remake: impl FnOnce() -> String
         let why = "it has no owner: whoever may open /dev/net/tun can have its frames, while no daemon \
                    has it or it has several queues; make it again with 'user NAME' of the daemon's user, \
                    or 'group NAME'";
-        Finding::warn("tap-owner", what, why).cure(remake())
+        Finding::warn("tap-owner", what, why).fix(remake())
     } else if is_ours {
         Finding::pass("tap-owner", what, format!("this user ({}) may open it", myself.user))
     } else if myself.can(capability::NET_ADMIN) {
@@ -107,7 +107,7 @@ fn owner(myself: &Myself, tun: &Tun, what: &str, remake: impl FnOnce() -> String
             "it is for {theirs}, and this is user {} without CAP_NET_ADMIN: make it again, as root",
             myself.user
         );
-        Finding::fail("tap-owner", what, why).cure(remake())
+        Finding::fail("tap-owner", what, why).fix(remake())
     }
 }
 
@@ -121,7 +121,7 @@ fn queues(tun: &Tun, port: &Port, what: &str, remake: impl FnOnce() -> String) -
     if wanted == 1 {
         return Finding::pass("tap-queues", what, why);
     }
-    Finding::fail("tap-queues", what, why).cure(remake())
+    Finding::fail("tap-queues", what, why).fix(remake())
 }
 
 fn header(tun: &Tun, what: &str, remake: impl FnOnce() -> String) -> Finding {
@@ -130,7 +130,7 @@ fn header(tun: &Tun, what: &str, remake: impl FnOnce() -> String) -> Finding {
     }
     let why = "it was made without IFF_VNET_HDR: the daemon turns that on as it opens it, but a \
                queue that another program opens and hands over with --tap-fd would be refused";
-    Finding::warn("tap-header", what, why).cure(remake())
+    Finding::warn("tap-header", what, why).fix(remake())
 }
 
 fn state(link: &Link, what: &str) -> Finding {
@@ -138,7 +138,7 @@ fn state(link: &Link, what: &str) -> Finding {
         return Finding::pass("tap-state", what, "it is up");
     }
     let why = "it is down: no frame goes through it";
-    Finding::fail("tap-state", what, why).cure(format!("ip link set {} up", quoted(&link.name)))
+    Finding::fail("tap-state", what, why).fix(format!("ip link set {} up", quoted(&link.name)))
 }
 
 /// What a guest that plays the router can do to the host.
@@ -159,7 +159,7 @@ fn advertisements(link: &Link, what: &str) -> Finding {
                gives the host addresses and a default route";
     let command =
         format!("sysctl -qw {}=0", quoted(&format!("net/ipv6/conf/{}/accept_ra", link.name)));
-    Finding::warn(CHECK, what, why).cure(command)
+    Finding::warn(CHECK, what, why).fix(command)
 }
 
 fn mtu(link: &Link, port: &Port, bridge: Option<&str>, what: &str) -> Finding {
@@ -174,11 +174,11 @@ fn mtu(link: &Link, port: &Port, bridge: Option<&str>, what: &str) -> Finding {
     match bridge {
         Some(bridge) => {
             let why = format!("{why}: {bridge} drops longer frames to the guest without a word");
-            Finding::fail("tap-mtu", what, why).cure(command)
+            Finding::fail("tap-mtu", what, why).fix(command)
         }
         None => {
             let why = format!("{why}: longer packets to the guest are cut, or refused");
-            Finding::warn("tap-mtu", what, why).cure(command)
+            Finding::warn("tap-mtu", what, why).fix(command)
         }
     }
 }
@@ -209,7 +209,7 @@ fn users(host: &Host, tun: &Tun, name: &str, what: &str) -> Option<Finding> {
     }
     let why = format!("{shown} has it open: end that if nobody needs it, or choose another TAP");
     let make = if tun.multi_queue { Finding::warn } else { Finding::fail };
-    Some(make("tap-use", what, why).cure(format!("kill {}", others.join(" "))))
+    Some(make("tap-use", what, why).fix(format!("kill {}", others.join(" "))))
 }
 
 #[cfg(test)]
@@ -277,7 +277,7 @@ mod tests {
             ("/proc/sys/fdinfo/3", "iff:\tt\n"),
         ]);
         let single = users(&host, &Tun::default(), "t", "tap t").unwrap();
-        assert_eq!((single.status, single.cure.as_deref()), (Status::Fail, Some("kill 12")));
+        assert_eq!((single.status, single.fix.as_deref()), (Status::Fail, Some("kill 12")));
         assert_eq!(users(&host, &Tun::default(), "nobody-s", "tap"), None);
     }
 }

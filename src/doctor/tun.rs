@@ -3,17 +3,17 @@
 use std::io;
 
 use super::finding::Finding;
-use super::options::Wishes;
+use super::options::Requirements;
 use crate::sys::tap;
 
 const CHECK: &str = "tun";
 const DEVICE: &str = "/dev/net/tun";
 
 /// Checks the device, and what the kernel says it can do.
-pub(super) fn check(wishes: &Wishes) -> Vec<Finding> {
-    let mut found = judge(tap::features(), wishes.ports.iter().any(|port| port.pairs > 1));
+pub(super) fn check(requirements: &Requirements) -> Vec<Finding> {
+    let mut found = judge(tap::features(), requirements.ports.iter().any(|port| port.pairs > 1));
     // A host for AF_XDP alone does without.
-    if !wishes.names_a_tap() {
+    if !requirements.names_a_tap() {
         found.iter_mut().for_each(Finding::soften);
     }
     found
@@ -47,11 +47,11 @@ fn unusable(error: &io::Error) -> Finding {
             // Documentation/networking/tuntap.rst: character device 10, 200.
             let command = "modprobe -q tun; [ -e /dev/net/tun ] || { mkdir -p /dev/net && mknod \
                            -m 666 /dev/net/tun c 10 200; }";
-            Finding::fail(CHECK, DEVICE, why).cure(command)
+            Finding::fail(CHECK, DEVICE, why).fix(command)
         }
-        Some(libc::ENODEV | libc::ENXIO) => Finding::fail(CHECK, DEVICE, why).cure("modprobe tun"),
+        Some(libc::ENODEV | libc::ENXIO) => Finding::fail(CHECK, DEVICE, why).fix("modprobe tun"),
         // Opening it gives no right over any device (tuntap.rst).
-        Some(libc::EACCES) => Finding::fail(CHECK, DEVICE, why).cure("chmod 666 /dev/net/tun"),
+        Some(libc::EACCES) => Finding::fail(CHECK, DEVICE, why).fix("chmod 666 /dev/net/tun"),
         _ => Finding::fail(CHECK, DEVICE, why),
     }
 }
@@ -70,8 +70,8 @@ mod tests {
         assert_eq!(status(all & !libc::IFF_MULTI_QUEUE, true), Status::Fail);
         assert_eq!(status(all & !libc::IFF_VNET_HDR, false), Status::Fail);
         let missing = judge(Err(io::Error::from_raw_os_error(libc::ENOENT)), false).remove(0);
-        assert!(missing.cure.unwrap().contains("mknod"));
+        assert!(missing.fix.unwrap().contains("mknod"));
         let denied = judge(Err(io::Error::from_raw_os_error(libc::EACCES)), false).remove(0);
-        assert!(denied.cure.unwrap().starts_with("chmod"));
+        assert!(denied.fix.unwrap().starts_with("chmod"));
     }
 }

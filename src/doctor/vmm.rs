@@ -103,7 +103,7 @@ fn judge(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
             .flatten()
             .and_then(|command| as_its_user(host, vmm, command));
         return match command {
-            Some(command) => found.cure(command),
+            Some(command) => found.fix(command),
             None => found,
         };
     }
@@ -293,7 +293,7 @@ mod tests {
         assert_eq!(judged("/usr/bin/qemu-system-x86_64 -m 1G").status, Status::Pass);
         let found = judged("/usr/bin/qemu-system-x86_64 -m 1G -netdev vhost-user,id=n,chardev=c");
         assert_eq!(found.status, Status::Fail);
-        assert!(found.cure.unwrap().ends_with("-machine memory-backend=shared-memory"));
+        assert!(found.fix.unwrap().ends_with("-machine memory-backend=shared-memory"));
         assert!(judged("/bin/sh -c vhost-user").why.contains("not applicable"));
     }
 
@@ -314,7 +314,7 @@ mod tests {
             "-object {\"qom-type\":\"memory-backend-memfd\",\"id\":\"m\",\"size\":201326592}",
         ] {
             let found = judged(&format!("qemu-system-x86_64 {memory} {card}"), EARLY);
-            assert_eq!((found.status, &found.cure), (Status::Warn, &None), "{memory}: {found:?}");
+            assert_eq!((found.status, &found.fix), (Status::Warn, &None), "{memory}: {found:?}");
             assert!(found.why.contains("not seen yet"), "{found:?}");
         }
         let line = "cloud-hypervisor --memory size=1G,shared=on --net vhost_user=true";
@@ -336,11 +336,11 @@ mod tests {
             std::fs::create_dir_all(&place).unwrap();
             std::os::unix::fs::symlink(namespace, place.join("pid")).unwrap();
         };
-        assert!(check(&host, false)[0].cure.is_some());
+        assert!(check(&host, false)[0].fix.is_some());
         link("self", "pid:[1]");
         link("7", "pid:[2]");
         let found = check(&host, false).remove(0);
-        assert_eq!((found.status, found.cure), (Status::Fail, None), "it is in a container");
+        assert_eq!((found.status, found.fix), (Status::Fail, None), "it is in a container");
         // Between two looks, as a zombie has it.
         std::fs::write(root.join("proc/7/cmdline"), "").unwrap();
         assert!(check(&host, false)[0].why.contains("not applicable"));
@@ -349,7 +349,7 @@ mod tests {
     #[test]
     fn a_strangers_command_line_is_run_by_the_stranger_only() {
         let line = "/home/x/qemu-system-x86_64\0-netdev\0vhost-user,id=n\0";
-        let cure = |owner: u32| {
+        let fix = |owner: u32| {
             let status = format!("Uid:\t{owner}\t{owner}\t{owner}\t{owner}\n");
             let (_directory, host) = fake(&[
                 ("/proc/7/cmdline", line),
@@ -357,33 +357,33 @@ mod tests {
                 ("/proc/7/status", &status),
                 ("/proc/self/status", "Uid:\t0\t0\t0\t0\n"),
             ]);
-            check(&host, false).remove(0).cure
+            check(&host, false).remove(0).fix
         };
-        assert!(cure(0).unwrap().starts_with("/home/x/qemu-system-x86_64 "));
+        assert!(fix(0).unwrap().starts_with("/home/x/qemu-system-x86_64 "));
         let nobody = User::from_name("nobody").unwrap().unwrap().uid.as_raw();
-        assert!(cure(nobody).unwrap().starts_with("runuser -u nobody -- /home/x/qemu"));
-        assert_eq!(cure(0xffff_fff0), None, "nobody knows whose it is");
+        assert!(fix(nobody).unwrap().starts_with("runuser -u nobody -- /home/x/qemu"));
+        assert_eq!(fix(0xffff_fff0), None, "nobody knows whose it is");
     }
 
     #[test]
     fn each_vmm_has_its_own_way_to_share() {
-        let cure = |line| shared(&words(line)).unwrap();
+        let fix = |line| shared(&words(line)).unwrap();
         assert_eq!(
-            cure("qemu-system-x86_64 -object memory-backend-ram,id=m,size=1G,share=off"),
+            fix("qemu-system-x86_64 -object memory-backend-ram,id=m,size=1G,share=off"),
             "qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -machine \
              memory-backend=m"
         );
-        let unused = cure("kvm -object memory-backend-memfd,id=m,size=1G,share=on");
+        let unused = fix("kvm -object memory-backend-memfd,id=m,size=1G,share=on");
         assert_eq!(unused.matches("share=on").count(), 1, "{unused}");
         assert!(unused.ends_with(" -machine memory-backend=m"), "{unused}");
         let used = "kvm -machine q35,memory-backend=m -object memory-backend-file,id=m,size=1G";
-        assert_eq!(cure(used), format!("{used},share=on"));
-        assert!(cure("kvm -m 512").contains("size=512M,share=on"));
+        assert_eq!(fix(used), format!("{used},share=on"));
+        assert!(fix("kvm -m 512").contains("size=512M,share=on"));
         assert_eq!(
-            cure("cloud-hypervisor --memory size=1G"),
+            fix("cloud-hypervisor --memory size=1G"),
             "cloud-hypervisor --memory size=1G,shared=on"
         );
-        let libvirt = cure("qemu-system-x86_64 -name guest=a;b,debug-threads=on");
+        let libvirt = fix("qemu-system-x86_64 -name guest=a;b,debug-threads=on");
         assert!(libvirt.starts_with("virt-xml 'a;b' --edit --memorybacking"), "{libvirt}");
     }
 }

@@ -9,7 +9,7 @@ use std::slice;
 
 use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
 
-use super::segment::{ReadSegment, Segment};
+use crate::sys::segment::{ReadSegment, Segment};
 
 /// Which way the device may use a chain's memory.
 pub trait Direction: fmt::Debug + 'static {

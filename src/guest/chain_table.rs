@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::ptr;
 
 use super::chain::{Chain, Direction};
-use super::segment::Segment;
+use crate::sys::segment::Segment;
 
 /// Pieces of finished chains that are kept until it pays to move the others.
 const KEPT: usize = 1024;

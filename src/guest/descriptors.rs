@@ -8,7 +8,7 @@ use virtio_queue::desc::split::Descriptor;
 use super::chain::Direction;
 use super::fault::Fault;
 use super::memory::{GuestMemory, Window};
-use super::segment::{Segment, Unaligned};
+use crate::sys::segment::{Segment, Unaligned};
 
 /// Segments of one chain at the most: what fits one `writev` (`IOV_MAX`, 1024) beside a header of
 /// our own. A frame of 64 KiB in pages has 18.

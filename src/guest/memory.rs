@@ -20,8 +20,8 @@ use vm_memory::GuestAddress;
 use super::dirty::DirtyLog;
 use super::inflight::Inflight;
 use super::quota::{Allowance, MemoryQuota};
-use super::segment::Segment;
 use super::unmapped::Unmapped;
+use crate::sys::segment::Segment;
 
 pub use error::MemoryError;
 use region::Region;
@@ -200,7 +200,7 @@ impl GuestMemory {
         self.regions.iter().all(|region| region.mapping.sealed)
     }
 
-    /// Whether some of it was found to have gone (see [`lost`](super::lost)).
+    /// Whether some of it was found to have gone (see [`lost`](super::sigbus)).
     #[inline]
     pub fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Relaxed)
@@ -208,7 +208,7 @@ impl GuestMemory {
 
     /// Puts empty memory in the place of the region that is mapped at `address`; says whether one
     /// is. Async-signal-safe.
-    pub(super) fn lose(&self, address: usize) -> bool {
+    pub(super) fn replace_with_zeros(&self, address: usize) -> bool {
         let regions = self.regions.iter().map(|region| &region.mapping);
         let others = self.log.iter().map(|log| log.mapping());
         let others = others.chain(self.inflight.iter().map(|inflight| inflight.mapping()));

@@ -30,7 +30,7 @@ use super::inflight::InflightRing;
 use super::layout::RingLayout;
 use super::memory::GuestMemory;
 use super::notify::{LittleEndian, Shared};
-use super::segment::Segment;
+use crate::sys::segment::Segment;
 
 pub use avail::Budget;
 pub use notification::Published;

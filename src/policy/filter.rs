@@ -20,14 +20,15 @@ mod tests;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::counters::Drop;
+use crate::counters::DropReason;
+use crate::frame::{ethertype, protocol};
 
 pub use classic::{MAX_INSTRUCTIONS, classic};
 pub use extended::{SEEN, SEEN_AT, extended, seen};
 use facts::Facts;
 pub use facts::carried;
 
-/// Rules of a filter at the most.
+/// Most rules of a filter.
 pub const MAX_RULES: usize = 64;
 
 /// What becomes of a frame.
@@ -91,13 +92,13 @@ impl Filter {
     /// Judges a frame by its start, which must be what is sent.
     ///
     /// # Errors
-    /// [`Drop::Filtered`] if the filter denies it.
-    pub fn judge(&self, start: &[u8]) -> Result<(), Drop> {
+    /// [`DropReason::Filtered`] if the filter denies it.
+    pub fn check(&self, start: &[u8]) -> Result<(), DropReason> {
         let facts = Facts::read(start);
         let first = self.rules.iter().find(|rule| rule.decides(&facts));
         match first.map_or(self.default, |rule| rule.action) {
             Action::Allow => Ok(()),
-            Action::Deny => Err(Drop::Filtered),
+            Action::Deny => Err(DropReason::Filtered),
         }
     }
 }
@@ -120,16 +121,18 @@ impl Rule {
         let protocol = match self.protocol {
             None => true,
             // RARP has ARP's packets.
-            Some(Protocol::Ethertype(facts::ARP)) if unknown => {
-                facts.ethertype.is(unknown, |it| [facts::ARP, facts::RARP].contains(&it))
+            Some(Protocol::Ethertype(ethertype::ARP)) if unknown => {
+                facts.ethertype.is(unknown, |it| [ethertype::ARP, ethertype::RARP].contains(&it))
             }
             Some(Protocol::Ethertype(wanted)) => facts.ethertype.is(unknown, |it| it == wanted),
             Some(Protocol::Other) => {
                 facts.ethertype.is(unknown, |it| !facts::UNDERSTOOD.contains(&it))
             }
-            Some(Protocol::Icmp) => is_ipv4() && facts.protocol.is(unknown, |it| it == facts::ICMP),
+            Some(Protocol::Icmp) => {
+                is_ipv4() && facts.protocol.is(unknown, |it| it == protocol::ICMP)
+            }
             Some(Protocol::Icmp6) => {
-                is_ipv6() && facts.protocol.is(unknown, |it| it == facts::ICMPV6)
+                is_ipv6() && facts.protocol.is(unknown, |it| it == protocol::ICMPV6)
             }
             Some(Protocol::Ip(wanted)) => facts.protocol.is(unknown, |it| it == wanted),
         };

@@ -7,10 +7,11 @@
 //! the most: it opens when the guest first has something for it, since that pins all of the
 //! guest's memory, and is closed before a single buffer goes back unfinished.
 
-mod abilities;
 mod checksum;
+mod device_caps;
 mod interface;
 pub mod joining;
+mod options;
 pub mod program;
 mod receiver;
 pub mod segmentation;
@@ -27,10 +28,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::features::{HEADER_LENGTH, PortOffloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::sys::link::Watch;
-use crate::vnet_header::LINK_OVERHEAD;
 
 pub use interface::Interface;
+pub use options::{AfXdp, Attach, Mode};
 pub use session::XdpPort;
 use umem::LONGEST_FRAME;
 

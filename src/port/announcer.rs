@@ -11,7 +11,7 @@ use crate::sys::tap::Queue;
 
 /// What frames are sent by.
 #[derive(Debug)]
-enum Way {
+enum FrameDirection {
     /// A queue of a TAP device.
     Tap(Queue),
     /// A packet socket that is bound to a device.
@@ -21,7 +21,7 @@ enum Way {
 /// Tells switches where a card is.
 #[derive(Debug)]
 pub struct Announcer {
-    way: Way,
+    way: FrameDirection,
     limits: Arc<Limits>,
     tx_filter: Arc<LiveFilter>,
 }
@@ -29,12 +29,12 @@ pub struct Announcer {
 impl Announcer {
     /// By a TAP's queue, within the port's limits and tx filter.
     pub fn on_tap(queue: Queue, limits: Arc<Limits>, tx_filter: Arc<LiveFilter>) -> Self {
-        Announcer { way: Way::Tap(queue), limits, tx_filter }
+        Announcer { way: FrameDirection::Tap(queue), limits, tx_filter }
     }
 
     /// By a packet socket that is bound to a device, within the port's limits and tx filter.
     pub fn on_socket(socket: OwnedFd, limits: Arc<Limits>, tx_filter: Arc<LiveFilter>) -> Self {
-        Announcer { way: Way::Socket(socket), limits, tx_filter }
+        Announcer { way: FrameDirection::Socket(socket), limits, tx_filter }
     }
 
     /// Sends one frame from the card's address to all.
@@ -43,7 +43,7 @@ impl Announcer {
     /// The port's tx filter denies the frame, the port may not send that much, or the host refuses it.
     pub fn announce(&self, address: [u8; 6]) -> io::Result<()> {
         let frame = reverse_arp(address);
-        if self.tx_filter.get().judge(&frame).is_err() {
+        if self.tx_filter.get().check(&frame).is_err() {
             let why = "the port's tx filter denies the frame (ethertype 0x8035, RARP)";
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
@@ -52,8 +52,8 @@ impl Announcer {
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "the port's tx limit"));
         }
         match &self.way {
-            Way::Tap(queue) => queue.write_plain(&frame),
-            Way::Socket(socket) => {
+            FrameDirection::Tap(queue) => queue.write_plain(&frame),
+            FrameDirection::Socket(socket) => {
                 send(socket.as_raw_fd(), &frame, MsgFlags::MSG_DONTWAIT)?;
                 Ok(())
             }

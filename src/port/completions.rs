@@ -5,9 +5,9 @@
 
 use std::collections::VecDeque;
 
-use crate::counters::{CopyReason, Drop};
+use crate::counters::{CopyReason, DropReason};
 use crate::guest::{Readable, Virtqueue};
-use crate::vnet_header::{PrivateStart, Surplus};
+use crate::vnet_header::{HeaderCopy, SegmentationOverhead};
 
 /// What became of a frame from the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub enum Outcome {
     /// It was handed to the host.
     Sent,
     /// It was dropped.
-    Dropped(Drop),
+    Dropped(DropReason),
 }
 
 /// Frames and bytes of a burst, headers excluded.
@@ -26,7 +26,7 @@ pub struct Moved {
     /// Bytes, virtio headers excluded.
     pub bytes: u64,
     /// What the frames are on the wire beyond themselves.
-    pub surplus: Surplus,
+    pub overhead: SegmentationOverhead,
 }
 
 /// What became of frames in a turn: the sums, and what is not in a chain's used entry.
@@ -37,9 +37,9 @@ pub struct Completions {
     /// Frames from the guest that were sent.
     pub tx: Moved,
     /// Frames that never reached the guest, why, and how many.
-    pub rx_dropped: Vec<(Drop, u64)>,
+    pub rx_dropped: Vec<(DropReason, u64)>,
     /// Frames from the guest that were not sent, why, and how many.
-    pub tx_dropped: Vec<(Drop, u64)>,
+    pub tx_dropped: Vec<(DropReason, u64)>,
     /// For each frame to the guest that was copied in user space, why.
     pub rx_copied: Vec<CopyReason>,
     /// The same for frames from the guest.
@@ -56,17 +56,18 @@ pub struct Captured {
     /// Position of its chain.
     pub position: u16,
     /// What was checked of it, and sent; nothing of a frame that was not looked at.
-    pub start: Option<PrivateStart>,
+    pub start: Option<HeaderCopy>,
     /// What became of it.
     pub outcome: Outcome,
 }
 
 impl Completions {
-    /// Keeps what [`admit`](crate::vnet_header::admit) copied of a frame for the capture.
+    /// Keeps what [`admit`](super::admit) copied of a frame for the capture.
     #[inline(never)]
-    pub(super) fn capture(&mut self, position: u16, start: &PrivateStart, outcome: Outcome) {
+    pub(super) fn capture(&mut self, position: u16, start: &HeaderCopy, outcome: Outcome) {
         // Of these nothing was copied.
-        let unread = [Drop::TooShort, Drop::TooLong].map(Outcome::Dropped).contains(&outcome);
+        let unread =
+            [DropReason::TooShort, DropReason::TooLong].map(Outcome::Dropped).contains(&outcome);
         let start = (!unread).then(|| start.clone());
         // A frame that was to be segmented can be begun twice.
         self.captured.pop_back_if(|last| last.position == position);
@@ -75,7 +76,7 @@ impl Completions {
 
     /// Completes the oldest frame from the guest, which is not sent.
     #[inline(never)]
-    pub(super) fn drop_oldest(&mut self, tx: &mut Virtqueue<'_, Readable>, reason: Drop) {
+    pub(super) fn drop_oldest(&mut self, tx: &mut Virtqueue<'_, Readable>, reason: DropReason) {
         let position = tx.next_used();
         let outcome = Outcome::Dropped(reason);
         // Younger frames may be there already.
@@ -96,7 +97,7 @@ impl Completions {
     }
 
     /// Completes all frames from the guest before position `until` as dropped.
-    pub fn drop_all(&mut self, tx: &mut Virtqueue<'_, Readable>, until: u16, reason: Drop) {
+    pub fn drop_all(&mut self, tx: &mut Virtqueue<'_, Readable>, until: u16, reason: DropReason) {
         for _ in tx.positions(until) {
             self.drop_oldest(tx, reason);
         }
@@ -143,12 +144,13 @@ mod tests {
         let mut tx = ring(&memory);
         let mut done = Completions { captures: true, ..Completions::default() };
         // A younger frame was kept first, when a capture began.
-        done.capture(2, &PrivateStart::default(), Outcome::Sent);
-        done.drop_oldest(&mut tx, Drop::TooShort);
-        done.drop_oldest(&mut tx, Drop::TooLong);
-        done.drop_oldest(&mut tx, Drop::HostRefused);
+        done.capture(2, &HeaderCopy::default(), Outcome::Sent);
+        done.drop_oldest(&mut tx, DropReason::TooShort);
+        done.drop_oldest(&mut tx, DropReason::TooLong);
+        done.drop_oldest(&mut tx, DropReason::HostRefused);
         let kept: Vec<_> = done.captured.iter().map(|it| (it.position, it.outcome)).collect();
-        let dropped = [Drop::TooShort, Drop::TooLong, Drop::HostRefused].map(Outcome::Dropped);
+        let dropped = [DropReason::TooShort, DropReason::TooLong, DropReason::HostRefused]
+            .map(Outcome::Dropped);
         assert_eq!(kept, [(0, dropped[0]), (1, dropped[1]), (2, dropped[2])]);
     }
 
@@ -157,11 +159,11 @@ mod tests {
         let memory = memory();
         let mut tx = ring(&memory);
         let mut done = Completions::default();
-        done.drop_all(&mut tx, 3, Drop::Disabled);
+        done.drop_all(&mut tx, 3, DropReason::Disabled);
         assert_eq!((tx.completed(), tx.in_flight()), (3, 1));
         // A port that was told of nothing since stands behind.
         for until in [0, 2, 5, 0xffff] {
-            done.drop_all(&mut tx, until, Drop::HostRefused);
+            done.drop_all(&mut tx, until, DropReason::HostRefused);
             assert_eq!((tx.completed(), tx.in_flight()), (3, 1), "{until}");
         }
     }

@@ -9,12 +9,12 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Weak};
 
-use super::{Announcer, Port, TapState, Terms, Virtqueues, af_xdp, loopback, tap};
+use super::{Announcer, Port, SessionConfig, TapState, Virtqueues, af_xdp, loopback, tap};
 use crate::features::PortOffloads;
-use crate::guest::GuestMemory;
+use crate::guest::{GuestMemory, Virtqueue};
 use crate::policy::{Filter, Limits, LiveFilter};
 use crate::sandbox::Role;
-use crate::traffic::{Tally, Traffic};
+use crate::traffic::{PeerCounter, PeerTable, Traffic};
 
 /// The host side of one queue pair: it stays open over all sessions.
 #[derive(Debug)]
@@ -105,25 +105,26 @@ impl HostQueue {
 
     /// What judges frames for the guest, for all queues of its port.
     pub fn rx_filter(&self) -> RxFilter {
-        let (judge, current) = match self {
+        let (backend, current) = match self {
             HostQueue::Tap(queue) => {
-                (Judge::Tap(Arc::downgrade(queue.filter())), queue.filter().get())
+                (FilterBackend::Tap(Arc::downgrade(queue.filter())), queue.filter().get())
             }
-            HostQueue::AfXdp(queue) => {
-                (Judge::AfXdp(Arc::downgrade(queue.interface())), queue.interface().filter())
-            }
-            HostQueue::Loopback => (Judge::Nobody, Filter::default()),
+            HostQueue::AfXdp(queue) => (
+                FilterBackend::AfXdp(Arc::downgrade(queue.interface())),
+                queue.interface().filter(),
+            ),
+            HostQueue::Loopback => (FilterBackend::Nobody, Filter::default()),
         };
-        RxFilter { judge, current: Arc::new(LiveFilter::new(current)) }
+        RxFilter { backend, current: Arc::new(LiveFilter::new(current)) }
     }
 
-    /// What is counted of its port's traffic, in `tally` by those who serve the queues.
-    pub fn traffic(&self, tally: Arc<Tally>) -> Traffic {
-        let interface = match self {
-            HostQueue::AfXdp(queue) => Some(Arc::downgrade(queue.interface())),
+    /// What is counted of its port's traffic, in `peers` by those who serve the queues.
+    pub fn traffic(&self, peers: Arc<PeerTable>) -> Traffic {
+        let counter: Option<Weak<dyn PeerCounter>> = match self {
+            HostQueue::AfXdp(queue) => Some(Arc::downgrade(queue.interface()) as _),
             HostQueue::Tap(_) | HostQueue::Loopback => None,
         };
-        Traffic::new(tally, interface)
+        Traffic::new(peers, counter)
     }
 
     /// Puts right what a session that panicked may have left half done.
@@ -140,12 +141,15 @@ impl HostQueue {
         &'mem mut self,
         memory: &'mem Arc<GuestMemory>,
         queues: &Virtqueues<'mem>,
-        terms: &Terms,
+        config: &SessionConfig,
     ) -> Box<dyn Port<'mem> + 'mem> {
         match self {
-            HostQueue::Tap(queue) => Box::new(queue.session(terms)),
-            HostQueue::AfXdp(queue) => Box::new(queue.session(memory, queues, terms)),
-            HostQueue::Loopback => Box::new(loopback::Loopback::new(terms)),
+            HostQueue::Tap(queue) => Box::new(queue.session(config)),
+            HostQueue::AfXdp(queue) => Box::new(queue.session(memory, queues, config)),
+            HostQueue::Loopback => {
+                let next_used = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
+                Box::new(loopback::Loopback::new(config, next_used))
+            }
         }
     }
 }
@@ -153,7 +157,7 @@ impl HostQueue {
 /// What judges frames for a port's guest: the kernel, before they reach its memory.
 #[derive(Debug, Clone)]
 pub struct RxFilter {
-    judge: Judge,
+    backend: FilterBackend,
     /// What was set last.
     current: Arc<LiveFilter>,
 }
@@ -161,7 +165,7 @@ pub struct RxFilter {
 /// Where frames are judged. Whoever has one does not keep the device: that is closed with the port's
 /// queues, by their threads.
 #[derive(Debug, Clone)]
-enum Judge {
+enum FilterBackend {
     /// In a filter of the TAP's queues.
     Tap(Weak<tap::TapFilter>),
     /// In the XDP program.
@@ -183,14 +187,14 @@ impl RxFilter {
     /// Why not; the filter of before is in force then.
     pub fn set(&self, filter: &Filter) -> io::Result<()> {
         let stopped = || io::Error::other("the port has stopped");
-        match &self.judge {
-            Judge::Tap(tap) => tap.upgrade().ok_or_else(stopped)?.set(filter)?,
-            Judge::AfXdp(interface) => {
+        match &self.backend {
+            FilterBackend::Tap(tap) => tap.upgrade().ok_or_else(stopped)?.set(filter)?,
+            FilterBackend::AfXdp(interface) => {
                 let set = interface.upgrade().ok_or_else(stopped)?.set_filter(filter);
                 set.map_err(|error| io::Error::other(error.to_string()))?;
             }
-            Judge::Nobody if filter.is_none() => {}
-            Judge::Nobody => {
+            FilterBackend::Nobody if filter.is_none() => {}
+            FilterBackend::Nobody => {
                 return Err(io::Error::other("a loopback port has nobody to filter for"));
             }
         }
@@ -204,17 +208,17 @@ impl RxFilter {
     /// # Errors
     /// Those of the device.
     pub fn reassert(&self) -> io::Result<()> {
-        match &self.judge {
-            Judge::Tap(tap) => tap.upgrade().map_or(Ok(()), |tap| tap.reassert()),
-            Judge::AfXdp(_) | Judge::Nobody => Ok(()),
+        match &self.backend {
+            FilterBackend::Tap(tap) => tap.upgrade().map_or(Ok(()), |tap| tap.reassert()),
+            FilterBackend::AfXdp(_) | FilterBackend::Nobody => Ok(()),
         }
     }
 
     /// What a thread does that may change it.
     pub fn role(&self) -> Role {
-        match self.judge {
-            Judge::Tap(_) | Judge::Nobody => Role::Control,
-            Judge::AfXdp(_) => Role::XdpControl,
+        match self.backend {
+            FilterBackend::Tap(_) | FilterBackend::Nobody => Role::Control,
+            FilterBackend::AfXdp(_) => Role::XdpControl,
         }
     }
 }

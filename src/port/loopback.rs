@@ -1,13 +1,12 @@
 //! A port that returns each frame to the guest that sent it: for tests of a frontend or a driver
 //! without any network, and of everything above the seam.
 
-use super::{Completions, Mode, Outcome, Port, Readiness, Terms, Virtqueues};
-use crate::counters::Drop;
+use super::{Completions, Mode, Outcome, Port, Readiness, SessionConfig, TxStages, Virtqueues};
+use crate::counters::DropReason;
 use crate::features::{HEADER_LENGTH, Offloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::guest::{Chain, Readable, Virtqueue, Writable};
-use crate::vnet_header::{
-    Admission, Admitted, LINK_OVERHEAD, PLAIN_HEADER, PrivateStart, VnetHeader, admit,
-};
+use crate::vnet_header::{HeaderCopy, Validated, VnetHeader};
 
 /// rx buffers that are in flight at the most.
 const MAX_BUFFERS: usize = 256;
@@ -15,53 +14,53 @@ const MAX_BUFFERS: usize = 256;
 /// A session of the loopback port.
 #[derive(Debug)]
 pub struct Loopback {
-    admission: Admission,
+    stages: TxStages,
     accepted: Offloads,
     mergeable: bool,
-    start: PrivateStart,
+    start: HeaderCopy,
+    /// Position in the tx ring up to which frames are to be delivered.
+    until: u16,
     /// A frame waits for buffers.
     starved: bool,
-    /// Frames that it delivers each time at the most.
-    rx_limit: usize,
 }
 
 /// What can be done with a frame.
 enum Delivery {
     /// It fits so many buffers.
-    Fits(Admitted, usize),
+    Fits(Validated, usize),
     /// The guest has to provide more buffers.
     Waits,
     /// It never will.
-    Never(Drop),
+    Never(DropReason),
 }
 
 impl Loopback {
-    /// Begins a session.
-    pub fn new(terms: &Terms) -> Self {
-        let negotiated = &terms.negotiated;
+    /// Begins a session at position `next_used` of the tx ring.
+    pub fn new(config: &SessionConfig, next_used: u16) -> Self {
+        let negotiated = &config.negotiated;
         Loopback {
-            admission: terms.admission(usize::from(terms.mtu) + LINK_OVERHEAD),
+            stages: config.tx_stages(usize::from(config.mtu) + LINK_OVERHEAD),
             accepted: negotiated.guest(),
             mergeable: negotiated.mergeable(),
-            start: PrivateStart::default(),
+            start: HeaderCopy::default(),
+            until: next_used,
             starved: false,
-            rx_limit: usize::MAX,
         }
     }
 
     /// Checks a frame, and looks for room for it.
-    fn judge(&mut self, frame: &Chain<'_, '_, Readable>, rx: &Virtqueue<'_, Writable>) -> Delivery {
-        let admitted = match admit(frame, &self.admission, &mut self.start) {
+    fn place(&mut self, frame: &Chain<'_, '_, Readable>, rx: &Virtqueue<'_, Writable>) -> Delivery {
+        let admitted = match self.stages.check(frame, &mut self.start) {
             Err(reason) => return Delivery::Never(reason),
-            Ok(Admitted::Copied) if !self.start.header().accepted_by(&self.accepted) => {
-                return Delivery::Never(Drop::NotAccepted);
+            Ok(Validated::Copied) if !self.start.header().accepted_by(&self.accepted) => {
+                return Delivery::Never(DropReason::NotAccepted);
             }
             Ok(admitted) => admitted,
         };
         match self.buffers_for(frame.len(), rx) {
             Some(buffers) => Delivery::Fits(admitted, buffers),
             None if rx.in_flight() >= MAX_BUFFERS || (!self.mergeable && rx.in_flight() > 0) => {
-                Delivery::Never(Drop::NoRoom)
+                Delivery::Never(DropReason::NoRoom)
             }
             None => Delivery::Waits,
         }
@@ -98,7 +97,7 @@ impl Loopback {
             if let Some(checked) = checked.get(copied..) {
                 buffer.write_at(0, &checked[..checked.len().min(length)]);
             }
-            if index == 0 && self.admission.header_length == HEADER_LENGTH {
+            if index == 0 && self.stages.header_length() == HEADER_LENGTH {
                 buffer.write_at(VnetHeader::NUM_BUFFERS, &(buffers as u16).to_le_bytes());
             }
             copied += length;
@@ -110,54 +109,11 @@ impl Loopback {
 impl<'mem> Port<'mem> for Loopback {
     fn transmit(
         &mut self,
-        queues: &mut Virtqueues<'mem>,
+        _queues: &mut Virtqueues<'mem>,
         until: u16,
-        done: &mut Completions,
+        _done: &mut Completions,
     ) -> bool {
-        self.starved = false;
-        self.admission.begin_burst(done.captures);
-        let Virtqueues { tx: Some(tx), rx: Some(rx) } = queues else { return false };
-        let mut delivered = 0;
-        while tx.next_used() != until {
-            if delivered == self.rx_limit {
-                return false;
-            }
-            let position = tx.next_used();
-            let frame = tx.chain(position);
-            let delivery = self.judge(&frame, rx);
-            let outcome = match delivery {
-                Delivery::Fits(..) => Outcome::Sent,
-                Delivery::Never(reason) => Outcome::Dropped(reason),
-                Delivery::Waits => {
-                    self.starved = true;
-                    return false;
-                }
-            };
-            if done.captures {
-                done.capture(position, &self.start, outcome);
-            }
-            match delivery {
-                Delivery::Fits(admitted, buffers) => {
-                    let length = frame.len() - self.admission.header_length;
-                    let checked = match admitted {
-                        Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length],
-                        Admitted::Copied => self.start.bytes(),
-                    };
-                    self.deliver(&frame, checked, buffers, rx);
-                    for moved in [&mut done.rx, &mut done.tx] {
-                        moved.frames += 1;
-                        moved.bytes += length as u64;
-                        if admitted == Admitted::Copied {
-                            moved.surplus += self.start.surplus(length);
-                        }
-                    }
-                    delivered += 1;
-                    tx.push_used(0);
-                }
-                Delivery::Never(reason) => done.drop_oldest(tx, reason),
-                Delivery::Waits => {}
-            }
-        }
+        self.until = until;
         true
     }
 
@@ -167,10 +123,41 @@ impl<'mem> Port<'mem> for Loopback {
 
     fn post(&mut self, _queues: &mut Virtqueues<'mem>) {}
 
-    fn reap(&mut self, _queues: &mut Virtqueues<'mem>, _done: &mut Completions) {}
-
-    fn limit_rx(&mut self, frames: usize) {
-        self.rx_limit = frames;
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions) {
+        self.starved = false;
+        self.stages.begin_burst(done);
+        let Virtqueues { tx: Some(tx), rx: Some(rx) } = queues else { return };
+        let mut delivered = 0;
+        while tx.next_used() != self.until && delivered < rx_allowance {
+            let position = tx.next_used();
+            let frame = tx.chain(position);
+            let length = frame.len().saturating_sub(self.stages.header_length());
+            match self.place(&frame, rx) {
+                Delivery::Waits => {
+                    self.starved = true;
+                    return;
+                }
+                Delivery::Never(reason) => {
+                    let outcome = Outcome::Dropped(reason);
+                    self.stages.observe(position, &self.start, length, outcome, done);
+                    done.drop_oldest(tx, reason);
+                }
+                Delivery::Fits(how, buffers) => {
+                    self.stages.observe(position, &self.start, length, Outcome::Sent, done);
+                    self.deliver(&frame, self.stages.checked(how, &self.start), buffers, rx);
+                    for moved in [&mut done.rx, &mut done.tx] {
+                        moved.frames += 1;
+                        moved.bytes += length as u64;
+                        if how == Validated::Copied {
+                            moved.overhead += self.start.overhead(length);
+                        }
+                    }
+                    delivered += 1;
+                    tx.push_used(0);
+                }
+            }
+        }
+        self.stages.end_burst();
     }
 
     fn mode(&self) -> Mode {

@@ -8,6 +8,7 @@
 
 mod filter;
 mod queue;
+mod read_gate;
 mod receiver;
 mod transmitter;
 
@@ -17,12 +18,14 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
-use super::{Completions, Mode, Port, Readiness, Terms, Virtqueues};
-use crate::counters::Drop;
+use super::{Completions, Mode, Port, Readiness, SessionConfig, Virtqueues};
+use crate::counters::DropReason;
 use crate::guest::{Virtqueue, Writable};
+use crate::sys::link;
 
 pub use filter::TapFilter;
-pub use queue::{TapQueue, TapState};
+pub use queue::{TapQueue, TapState, TxMethod};
+use read_gate::{ReadGate, Room};
 use receiver::{MAX_BUFFERS, Receiver};
 use transmitter::Transmitter;
 
@@ -41,9 +44,7 @@ pub struct TapPort<'mem> {
     mtu: u16,
     transmitter: Transmitter,
     receiver: Receiver<'mem>,
-    bursts_since_woken: usize,
-    /// Frames that are read each time at the most.
-    rx_limit: usize,
+    gate: ReadGate,
     /// When the device was last found to be gone.
     gone_since: Option<Instant>,
     /// When a dropped frame last had the device's MTU asked for.
@@ -52,15 +53,14 @@ pub struct TapPort<'mem> {
 
 impl TapQueue {
     /// Begins a session: the device leaves to the guest what the guest has accepted, and no more.
-    pub fn session<'mem>(&'mem mut self, terms: &Terms) -> TapPort<'mem> {
-        let configured = self.configure(terms);
-        let longest = self.longest_frame(terms.mtu);
+    pub fn session<'mem>(&'mem mut self, config: &SessionConfig) -> TapPort<'mem> {
+        let configured = self.configure(config);
+        let longest = self.longest_frame(config.mtu);
         let mut port = TapPort {
-            transmitter: Transmitter::new(terms, longest),
-            receiver: Receiver::new(terms, longest, self.is_small),
-            mtu: terms.mtu,
-            bursts_since_woken: 0,
-            rx_limit: READS_PER_TURN,
+            transmitter: Transmitter::new(config, longest),
+            receiver: Receiver::new(config, longest, self.is_small),
+            mtu: config.mtu,
+            gate: ReadGate::new(config.receives),
             gone_since: None,
             mtu_asked: None,
             host: self,
@@ -111,10 +111,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         until: u16,
         done: &mut Completions,
     ) -> bool {
-        // A worker that goes from burst to burst does not wait, and so hears of no frames. After
-        // one burst it most often does wait, and a read that finds nothing would be for nothing.
-        self.receiver.may_have_frames |= self.bursts_since_woken > 0;
-        self.bursts_since_woken += 1;
+        self.gate.note_tx_burst();
         if let Some(tx) = &mut queues.tx {
             self.transmitter.transmit(tx, until, self.host, done);
         }
@@ -130,34 +127,35 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         if let Err(error) = self.host.set_attached(true) {
             self.gone(&error);
         }
-        self.receiver.take(rx);
+        self.receiver.measure(rx);
         self.fit_offloads(rx);
+        self.gate.note_buffers(self.receiver.room(rx));
     }
 
-    fn reap(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions) {
         let Some(rx) = &mut queues.rx else { return };
         let gone = self.gone_since.is_some_and(|at| at.elapsed() < RETRY);
-        if gone || !self.receiver.may_have_frames {
+        if gone || !self.gate.may_have_frames() {
             return;
         }
         self.receiver.look();
         let asks = |last: Option<Instant>| last.is_none_or(|at| at.elapsed() >= ASK_FOR_MTU);
-        for _ in 0..self.rx_limit {
-            if !self.receiver.can_read(rx) {
+        for _ in 0..rx_allowance.min(READS_PER_TURN) {
+            if !self.receiver.can_read(&mut self.gate, rx) {
                 break;
             }
             let dropped = done.rx_dropped.len();
             match self.receiver.read(&self.host.queue, rx) {
                 Ok(Some(length)) => self.receiver.deliver(length, rx, done),
-                Ok(None) => done.rx_dropped.push((Drop::NoRoom, 1)),
+                Ok(None) => done.rx_dropped.push((DropReason::NoRoom, 1)),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => {
-                        self.receiver.may_have_frames = false;
+                        self.gate.note_empty();
                         break;
                     }
                     // The frame is lost: the guest's buffer has no room for a header, or is gone.
                     Some(libc::EINVAL | libc::EFAULT) => {
-                        done.rx_dropped.push((Drop::NoRoom, 1));
+                        done.rx_dropped.push((DropReason::NoRoom, 1));
                     }
                     _ => {
                         self.gone(&error);
@@ -176,10 +174,6 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         self.fit_offloads(rx);
     }
 
-    fn limit_rx(&mut self, frames: usize) {
-        self.rx_limit = frames.min(READS_PER_TURN);
-    }
-
     fn mode(&self) -> Mode {
         match (self.gone_since, &self.host.writer) {
             (Some(_), _) => Mode::Gone,
@@ -189,26 +183,23 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
     }
 
     fn readiness(&self, queues: &Virtqueues<'mem>) -> Readiness<'_> {
+        let room = queues.rx.as_ref().map_or(Room::None, |rx| self.receiver.room(rx));
         let timeout = match self.gone_since {
             Some(_) => Some(RETRY),
-            None => self.receiver.patience(),
+            None => self.gate.timeout(room),
         };
-        let rx = queues.rx.as_ref();
-        let watches = rx.is_some_and(|rx| self.receiver.watches(rx));
         Readiness {
             fd: self.gone_since.is_none().then(|| self.host.queue.as_fd()),
-            read: watches && self.rx_limit > 0,
+            read: self.gate.waits_for_frames(room),
             write: self.transmitter.blocked,
             watched: true,
-            starved: !rx.is_some_and(|rx| self.receiver.has_room(rx)),
+            starved: room != Room::Enough,
             timeout,
         }
     }
 
     fn woken(&mut self, readable: bool) {
-        self.bursts_since_woken = 0;
-        // It is told once, and what could not be read then is still there.
-        self.receiver.may_have_frames |= readable;
+        self.gate.note_wake_up(readable);
     }
 
     fn stop(&mut self, _queues: &mut Virtqueues<'mem>, _done: &mut Completions) {
@@ -219,5 +210,17 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
             // Other queues are left segments again. The next session meets the error, if there is one.
             let _ = self.host.apply(header_length, &accepted);
         }
+    }
+}
+
+/// Explains why the network device `name` cannot be opened as a TAP by its name, and what to do about it.
+pub fn no_tap(name: &str) -> String {
+    match link::find(name) {
+        Ok(link) if link.is_macvtap() => format!(
+            "{name} is a {}, which is opened by its file; use --tap-fd=3 with the shell's \
+             3<>/dev/tap{}",
+            link.kind, link.index
+        ),
+        _ => format!("{name} is a network device, but no TAP; choose another name"),
     }
 }

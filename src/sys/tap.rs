@@ -11,8 +11,8 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use super::process::set_nonblocking;
+use super::segment::{ReadSegment, Segment};
 use super::{check, device};
-use crate::guest::{ReadSegment, Segment};
 
 pub use filter::ProgramMemory;
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 
-use crate::guest::ReadSegment;
+use super::segment::ReadSegment;
 
 /// Writes of one burst at the most.
 pub const MAX_WRITES: usize = 64;

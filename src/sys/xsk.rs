@@ -3,6 +3,7 @@
 
 mod rings;
 
+use std::fmt;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -13,7 +14,6 @@ use std::time::Duration;
 use rings::Mapped;
 pub use rings::{Consumer, Producer};
 
-use super::umem::Umem;
 use super::{Plain, check, zeros};
 
 /// The kernel reads or writes this many bytes at the most for one address: it is a page, which
@@ -130,6 +130,19 @@ impl Statistics {
     }
 }
 
+/// Memory that can be registered with a socket: its UMEM.
+///
+/// # Safety
+/// The `length` bytes from `start` must stay mapped, readable and writable, for as long as the value
+/// lives, and must not be seen as Rust references: the kernel reads and writes them at any moment.
+pub unsafe trait Registrable: fmt::Debug + Send + Sync {
+    /// First address in this process.
+    fn start(&self) -> usize;
+
+    /// Length in bytes.
+    fn length(&self) -> usize;
+}
+
 /// A socket that is set up and not yet bound. It takes buffers into its fill ring already.
 #[derive(Debug)]
 pub struct Socket {
@@ -144,7 +157,7 @@ pub struct Socket {
     pub completion: Consumer<u64>,
     fd: Arc<OwnedFd>,
     /// What the rings' addresses are offsets into, kept as long as the kernel uses it.
-    umem: Arc<Umem>,
+    _umem: Arc<dyn Registrable>,
 }
 
 /// Whose memory a new socket is to use.
@@ -169,7 +182,7 @@ impl Socket {
     /// EINVAL if the kernel does not know a flag (metadata before Linux 6.8), EAFNOSUPPORT
     /// without AF_XDP, EPERM without CAP_NET_RAW.
     pub fn new(
-        umem: &Arc<Umem>,
+        umem: &Arc<impl Registrable + 'static>,
         sizes: RingSizes,
         registration: &Registration<'_>,
     ) -> io::Result<Self> {
@@ -213,7 +226,7 @@ impl Socket {
             fill: Producer::new(Mapped::new(&fd, &offsets.fr, sizes.rx, fill)?),
             completion: Consumer::new(Mapped::new(&fd, &offsets.cr, sizes.tx, completion)?),
             fd: Arc::new(fd),
-            umem: umem.clone(),
+            _umem: umem.clone(),
         })
     }
 
@@ -251,11 +264,6 @@ impl Socket {
     /// keeps the socket alive.
     pub fn descriptor(&self) -> &Arc<OwnedFd> {
         &self.fd
-    }
-
-    /// The memory that its addresses are offsets into.
-    pub fn umem(&self) -> &Arc<Umem> {
-        &self.umem
     }
 
     /// Whether it is bound in zero-copy mode.

@@ -3,11 +3,11 @@
 //! Invariant: the header that a check returns has only fields that were checked, or that follow from the
 //! frame; everything else that the guest wrote is left out.
 
-use super::{
-    ETHERNET_LENGTH, GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Headers, NEEDS_CSUM, VnetHeader,
-};
-use crate::counters::Drop;
+use super::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VnetHeader};
+use crate::counters::DropReason;
 use crate::features::Offloads;
+use crate::frame::protocol::{TCP, TCP_CHECKSUM, UDP, UDP_CHECKSUM};
+use crate::frame::{ETHERNET_LENGTH, Headers};
 
 /// Smallest segment that TCP or UDP may be cut into: Linux's TCP_MIN_GSO_SIZE. One byte a segment
 /// would make 65,000 packets of one frame.
@@ -23,7 +23,7 @@ pub(super) fn check_plain(
     header: &VnetHeader,
     frame_length: usize,
     offloads: &Offloads,
-) -> Result<VnetHeader, Drop> {
+) -> Result<VnetHeader, DropReason> {
     // Flags that only a device may set mean nothing here; nor do the other fields.
     let none = VnetHeader::default();
     if !header.needs_checksum() {
@@ -39,7 +39,7 @@ fn check_checksum(
     header: &VnetHeader,
     frame_length: usize,
     offloads: &Offloads,
-) -> Result<(), Drop> {
+) -> Result<(), DropReason> {
     let (start, offset) = (usize::from(header.csum_start), usize::from(header.csum_offset));
     let sound = offloads.checksum
         && start >= ETHERNET_LENGTH
@@ -47,7 +47,7 @@ fn check_checksum(
         && offset.is_multiple_of(2)
         && start + offset + 2 <= frame_length
         && usize::from(header.hdr_len) <= frame_length;
-    if sound { Ok(()) } else { Err(Drop::BadHeader) }
+    if sound { Ok(()) } else { Err(DropReason::BadHeader) }
 }
 
 /// A frame that the host is to segment: `copy` is its start.
@@ -57,40 +57,40 @@ pub(super) fn check_segmented(
     copy: &[u8],
     frame_length: usize,
     offloads: &Offloads,
-) -> Result<VnetHeader, Drop> {
+) -> Result<VnetHeader, DropReason> {
     if !header.needs_checksum()
         || !header.accepted_by(offloads)
         || header.gso_size < MIN_SEGMENT
         || header.gso_size == GSO_BY_FRAGS
     {
-        return Err(Drop::BadHeader);
+        return Err(DropReason::BadHeader);
     }
     // Where the checksum lies follows from the headers, as is checked below.
     if !offloads.checksum || usize::from(header.hdr_len) > frame_length {
-        return Err(Drop::BadHeader);
+        return Err(DropReason::BadHeader);
     }
-    let headers = Headers::parse(copy).ok_or(Drop::BadHeader)?;
+    let headers = Headers::parse(copy).ok_or(DropReason::BadHeader)?;
     let transport = headers.transport;
     let (protocol, checksum_at, version) = match header.gso_type {
-        GSO_UDP_L4 => (libc::IPPROTO_UDP, 6, None),
+        GSO_UDP_L4 => (UDP, UDP_CHECKSUM, None),
         other => match other & !GSO_ECN {
-            GSO_TCPV4 => (libc::IPPROTO_TCP, 16, Some(4)),
-            GSO_TCPV6 => (libc::IPPROTO_TCP, 16, Some(6)),
-            _ => return Err(Drop::BadHeader),
+            GSO_TCPV4 => (TCP, TCP_CHECKSUM, Some(4)),
+            GSO_TCPV6 => (TCP, TCP_CHECKSUM, Some(6)),
+            _ => return Err(DropReason::BadHeader),
         },
     };
     if version.is_some_and(|version| version != headers.version)
-        || i32::from(headers.protocol) != protocol
+        || headers.protocol != protocol
         || usize::from(header.csum_start) != transport
         || header.csum_offset != checksum_at
     {
-        return Err(Drop::BadHeader);
+        return Err(DropReason::BadHeader);
     }
-    let tcp = protocol == libc::IPPROTO_TCP;
+    let tcp = protocol == TCP;
     let transport_length = if tcp {
-        let length = usize::from(copy.get(transport + 12).ok_or(Drop::BadHeader)? >> 4) * 4;
+        let length = usize::from(copy.get(transport + 12).ok_or(DropReason::BadHeader)? >> 4) * 4;
         if length < 20 {
-            return Err(Drop::BadHeader);
+            return Err(DropReason::BadHeader);
         }
         length
     } else {
@@ -99,11 +99,11 @@ pub(super) fn check_segmented(
     let header_end = transport + transport_length;
     // All of the headers must be in the copy, or the guest could still change them.
     if header_end > copy.len() {
-        return Err(Drop::BadHeader);
+        return Err(DropReason::BadHeader);
     }
     let payload = frame_length - header_end;
     if !tcp && payload > MAX_UDP_SEGMENTS * usize::from(header.gso_size) {
-        return Err(Drop::BadHeader);
+        return Err(DropReason::BadHeader);
     }
     Ok(VnetHeader {
         flags: NEEDS_CSUM,
@@ -139,7 +139,7 @@ mod tests {
         (header, frame)
     }
 
-    fn check(header: VnetHeader, frame: &[u8]) -> Result<VnetHeader, Drop> {
+    fn check(header: VnetHeader, frame: &[u8]) -> Result<VnetHeader, DropReason> {
         check_segmented(&header, frame, 64_000, &ALL)
     }
 
@@ -172,7 +172,7 @@ mod tests {
             VnetHeader { csum_offset: 65534, ..good },
         ];
         for header in wrong {
-            assert_eq!(check(header, &frame), Err(Drop::BadHeader), "{header:?}");
+            assert_eq!(check(header, &frame), Err(DropReason::BadHeader), "{header:?}");
         }
     }
 
@@ -181,17 +181,17 @@ mod tests {
         for (at, value) in [(12, 9), (14, 0x44), (14, 0x65), (23, 17), (46, 0x40)] {
             let (header, mut frame) = tcp4();
             frame[at] = value;
-            assert_eq!(check(header, &frame), Err(Drop::BadHeader), "byte {at} = {value:#x}");
+            assert_eq!(check(header, &frame), Err(DropReason::BadHeader), "byte {at} = {value:#x}");
         }
         let (header, frame) = tcp4();
-        assert_eq!(check(header, &frame[..60]), Err(Drop::BadHeader));
+        assert_eq!(check(header, &frame[..60]), Err(DropReason::BadHeader));
     }
 
     #[test]
     fn vlan_tags_move_the_headers() {
         let (header, mut frame) = tcp4();
         frame.splice(12..12, [0x81, 0, 0, 7]);
-        assert_eq!(check(header, &frame), Err(Drop::BadHeader));
+        assert_eq!(check(header, &frame), Err(DropReason::BadHeader));
         let moved = VnetHeader { csum_start: 38, ..header };
         assert!(check(moved, &frame).is_ok());
     }
@@ -209,7 +209,7 @@ mod tests {
         let header = VnetHeader { gso_type: GSO_TCPV6, csum_start: 70, ..header };
         assert_eq!(check(header, &frame).unwrap().hdr_len, 90);
         frame[55] = 255;
-        assert_eq!(check(header, &frame), Err(Drop::BadHeader));
+        assert_eq!(check(header, &frame), Err(DropReason::BadHeader));
     }
 
     #[test]
@@ -218,7 +218,10 @@ mod tests {
         frame[23] = 17;
         let header = VnetHeader { gso_type: GSO_UDP_L4, csum_offset: 6, gso_size: 512, ..header };
         assert!(check(header, &frame).is_ok());
-        assert_eq!(check(VnetHeader { gso_size: 256, ..header }, &frame), Err(Drop::BadHeader));
+        assert_eq!(
+            check(VnetHeader { gso_size: 256, ..header }, &frame),
+            Err(DropReason::BadHeader)
+        );
     }
 
     #[test]
@@ -242,8 +245,8 @@ mod tests {
             ..VnetHeader::default()
         };
         assert_eq!(check_plain(&header, 60, &ALL), Ok(header));
-        assert_eq!(check_plain(&header, 51, &ALL), Err(Drop::BadHeader));
-        assert_eq!(check_plain(&header, 60, &Offloads::default()), Err(Drop::BadHeader));
+        assert_eq!(check_plain(&header, 51, &ALL), Err(DropReason::BadHeader));
+        assert_eq!(check_plain(&header, 60, &Offloads::default()), Err(DropReason::BadHeader));
     }
 
     #[test]

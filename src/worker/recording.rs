@@ -2,9 +2,9 @@
 //! back to the guest.
 
 use crate::capture::Recorder;
+use crate::frame::FrameDirection;
 use crate::guest::{Chain, Direction, ReadSegment};
 use crate::port::{Captured, Completions, Outcome, Virtqueues};
-use crate::traffic::Way;
 use crate::vnet_header::VnetHeader;
 
 /// Puts all frames that have completed into the capture. `header` is the length of the virtio header.
@@ -38,7 +38,7 @@ pub(super) fn record(
                 .flatten()
                 .map(ReadSegment::from);
             let segments = std::iter::once(ReadSegment::of_bytes(private)).chain(rest);
-            recorder.record(Way::Tx, pair, dropped, length, segments);
+            recorder.record(FrameDirection::Tx, pair, dropped, length, segments);
         }
     }
     let Some(rx) = &queues.rx else { return };
@@ -52,7 +52,13 @@ pub(super) fn record(
         let length = first.len() + others.iter().map(Chain::len).sum::<usize>();
         let start = limited(&first, header, first.len().saturating_sub(header));
         let rest = others.iter().flat_map(|chain| limited(chain, 0, chain.len()));
-        recorder.record(Way::Rx, pair, None, length.saturating_sub(header), start.chain(rest));
+        recorder.record(
+            FrameDirection::Rx,
+            pair,
+            None,
+            length.saturating_sub(header),
+            start.chain(rest),
+        );
         index = end;
     }
 }

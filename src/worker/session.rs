@@ -11,28 +11,24 @@ use std::time::{Duration, Instant};
 use log::{debug, warn};
 
 use super::active_ring::ActiveRing;
+use super::adaptive_poll::AdaptivePoll;
+use super::coalescing::Coalescer;
 use super::control_queue::ControlQueue;
 use super::ending::stopped;
-use super::naps::Naps;
+use super::idle_wait::{IdleWait, WakeReasons};
+use super::rate_limit::RateLimit;
 use super::recording::record;
-use super::replies::Replies;
-use super::sleeper::{Sleeper, Woken};
 use super::spoofing::SpoofingLog;
-use super::tx_progress::TxProgress;
-use super::{Ended, Mailbox, RingState, Session, WorkerOptions};
+use super::{Ended, Mailbox, PairStatus, RingState, Session, WorkerOptions};
 use crate::capture::Capture;
-use crate::counters::Drop;
-use crate::guest::{Budget, Fault, GuestMemory, Virtqueue};
-use crate::policy::Limits;
-use crate::port::{Completions, HostQueue, Port, Terms, Virtqueues};
-use crate::status::PairStatus;
+use crate::counters::DropReason;
+use crate::guest::{Budget, Fault, GuestMemory, Readable, Virtqueue};
+use crate::port::{Completions, HostQueue, Port, SessionConfig, Virtqueues};
 
 /// What one turn takes from the tx ring: so many small frames take as long as so many bytes do, some 50 µs.
 const TX_BUDGET: Budget = Budget { chains: 64, bytes: 1 << 20 };
 /// What one turn takes from the rx ring: empty buffers cost nothing but the walk.
 const RX_BUDGET: Budget = Budget { chains: 64, bytes: usize::MAX };
-/// How long a limit is waited for at the most, since it may be changed meanwhile.
-const LIMIT_CHANGES: Duration = Duration::from_millis(100);
 /// How long a worker that cannot wait does nothing, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -41,7 +37,9 @@ struct ActiveSession<'s> {
     rx: Option<ActiveRing<'s>>,
     tx: Option<ActiveRing<'s>>,
     queues: Virtqueues<'s>,
-    progress: TxProgress,
+    limit: RateLimit<'s>,
+    /// Whether the port has taken all frames that it was given.
+    port_has_taken: bool,
     control: Option<ControlQueue<'s>>,
     port: Box<dyn Port<'s> + 's>,
     done: Completions,
@@ -50,16 +48,12 @@ struct ActiveSession<'s> {
     /// When a kick for frames from the guest woke the worker, which are not used yet.
     kicked: Option<Instant>,
     header_length: usize,
-    mtu: u16,
     /// Why frames from the guest are dropped where they do not move.
-    not_moved: Drop,
-    limits: &'s Limits,
+    not_moved: DropReason,
     capture: &'s Capture,
     pair: u16,
-    /// Frames for the guest that the port was told to take each time.
-    rx_allowance: usize,
-    naps: Naps,
-    replies: Replies,
+    coalescer: Coalescer,
+    adaptive_poll: AdaptivePoll,
     spoofing: &'s mut SpoofingLog,
 }
 
@@ -86,7 +80,7 @@ pub(super) fn serve(
         Ok(started) => started,
         Err(fault) => return stopped(session, options, &fault, Ended::default()),
     };
-    let terms = Terms {
+    let config = SessionConfig {
         negotiated: session.negotiated,
         mtu: session.mtu,
         link: session.link,
@@ -94,19 +88,20 @@ pub(super) fn serve(
         rx_size: session.rx.as_ref().map_or(0, |ring| ring.layout.size),
         rules: session.rules.clone(),
         tx_filter: options.tx_filter.clone(),
-        tally: options.tally.clone(),
+        peers: options.peers.clone(),
     };
     let queues = Virtqueues { tx: tx_queue, rx: rx_queue };
-    let port = host.session(&session.memory, &queues, &terms);
+    let port = host.session(&session.memory, &queues, &config);
     let header_length = session.negotiated.header_length();
     let sizes = [&session.rx, &session.tx].into_iter().flatten().map(|ring| ring.layout.size);
     let smaller = sizes.min().unwrap_or(0);
-    let admitted = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
+    let first_tx = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
     let mut active = ActiveSession {
         rx,
         tx,
         queues,
-        progress: TxProgress { has_taken: true, admitted, precharged_segments: 0 },
+        limit: RateLimit::new(&options.limits, header_length, session.mtu, first_tx),
+        port_has_taken: true,
         control,
         port,
         done: Completions::default(),
@@ -114,14 +109,11 @@ pub(super) fn serve(
         status,
         kicked: None,
         header_length,
-        mtu: session.mtu,
-        not_moved: if session.link { Drop::Disabled } else { Drop::LinkDown },
-        limits: &options.limits,
+        not_moved: if session.link { DropReason::Disabled } else { DropReason::LinkDown },
         capture: &options.capture,
         pair: options.pair,
-        rx_allowance: usize::MAX,
-        naps: Naps::new(smaller),
-        replies: Replies::new(),
+        coalescer: Coalescer::new(smaller),
+        adaptive_poll: AdaptivePoll::new(),
         spoofing,
     };
     let result = active.turn_until_command(options, mailbox);
@@ -152,9 +144,9 @@ impl ActiveSession<'_> {
             self.control.as_ref().map(ControlQueue::ring),
         ];
         let mut complained = false;
-        let mut sleeper = loop {
-            match Sleeper::new(rings, self.port.events(), mailbox) {
-                Ok(sleeper) => break sleeper,
+        let mut idle_wait = loop {
+            match IdleWait::new(rings, self.port.events(), mailbox) {
+                Ok(idle_wait) => break idle_wait,
                 Err(_) if mailbox.has_command() => return Ok(()),
                 // The process may be out of descriptors for a while: no fault of the guest's.
                 Err(error) if !std::mem::replace(&mut complained, true) => warn!(
@@ -173,23 +165,24 @@ impl ActiveSession<'_> {
             }
             // The control virtqueue is served beside a flood: a guest's CPU waits for the answer.
             let moved = self.turn()? | self.answer()?;
-            if moved || self.look_on(options.busy_poll, mailbox)? || self.nap() || self.arm()? {
+            if moved || self.poll(options.busy_poll, mailbox)? || self.coalesce() || self.arm()? {
                 continue;
             }
             self.status.counters.sleeps.add(1);
             self.status.set_mode(self.port.mode());
-            if self.queues.tx.as_ref().is_some_and(|tx| self.progress.is_done(tx)) {
+            if self.has_taken_all() {
                 // What the last kick was for has been seen to before.
                 self.kicked = None;
             }
             let told = self.spoofing.report(&self.status.counters.tx);
             let mut readiness = self.port.readiness(&self.queues);
-            let timeouts = readiness.timeout.into_iter().chain(self.held_back()).chain(told);
-            readiness.timeout = timeouts.min();
-            let woken = sleeper.sleep(&readiness, mailbox).unwrap_or_else(|error| {
+            readiness.read &= !self.limit.blocks_rx();
+            let limit = self.limit.wait(self.queues.tx.as_ref());
+            readiness.timeout = readiness.timeout.into_iter().chain(limit).chain(told).min();
+            let woken = idle_wait.sleep(&readiness, mailbox).unwrap_or_else(|error| {
                 debug!("{}: waiting failed: {error}", options.name);
                 std::thread::sleep(PAUSE);
-                Woken::default()
+                WakeReasons::default()
             });
             self.note(woken);
         }
@@ -204,9 +197,9 @@ impl ActiveSession<'_> {
         self.done.captures = self.capture.is_on();
         self.transmit()?;
         let mut moved = self.post()?;
-        self.limit_rx();
-        self.port.reap(&mut self.queues, &mut self.done);
-        self.charge();
+        let allowance = self.limit.rx_allowance(&self.status.counters);
+        self.port.reap(&mut self.queues, allowance, &mut self.done);
+        self.limit.charge(&self.done, self.has_taken_all());
         moved |= self.publish();
         if moved {
             self.status.counters.turns.add(1);
@@ -215,30 +208,35 @@ impl ActiveSession<'_> {
         Ok(moved)
     }
 
+    /// Whether the port has taken every frame that was popped.
+    fn has_taken_all(&self) -> bool {
+        let waits = |tx: &Virtqueue<'_, Readable>| self.limit.holds_back(tx);
+        self.port_has_taken && !self.queues.tx.as_ref().is_some_and(waits)
+    }
+
     /// Pops frames from the guest, once the port has taken all before them, and has it send them.
     fn transmit(&mut self) -> Result<(), Fault> {
+        let has_taken_all = self.has_taken_all();
         let (Some(tx), Some(queue)) = (&self.tx, &mut self.queues.tx) else { return Ok(()) };
         if tx.ring.state == RingState::Waiting {
             return Ok(());
         }
-        if self.progress.is_done(queue) && queue.pop(TX_BUDGET)? == 0 {
+        if has_taken_all && queue.pop(TX_BUDGET)? == 0 {
             return Ok(());
         }
         queue.disable_notify();
         if !tx.is_enabled {
-            self.progress.admitted = queue.next_avail();
-            self.done.drop_all(queue, self.progress.admitted, self.not_moved);
+            self.limit.admit_all(queue);
+            self.done.drop_all(queue, self.limit.admitted(), self.not_moved);
             return Ok(());
         }
-        let (before, mtu) = (self.progress.admitted, usize::from(self.mtu));
-        if self.progress.admit(queue, &self.limits.tx, self.header_length, mtu) {
-            tx.counters.limited.add(1);
-        }
-        let until = self.progress.admitted;
-        if self.progress.has_taken && until == before {
+        let before = self.limit.admitted();
+        self.limit.admit(queue, &self.status.counters);
+        let until = self.limit.admitted();
+        if self.port_has_taken && until == before {
             return Ok(());
         }
-        self.progress.has_taken = self.port.transmit(&mut self.queues, until, &mut self.done);
+        self.port_has_taken = self.port.transmit(&mut self.queues, until, &mut self.done);
         #[cfg(debug_assertions)]
         crate::fault_point::panic_if("worker", |frames| tx.counters.frames.get() >= frames);
         Ok(())
@@ -260,55 +258,9 @@ impl ActiveSession<'_> {
         Ok(true)
     }
 
-    /// Has the port take as many frames for the guest as the port's rate limit lets pass.
-    fn limit_rx(&mut self) {
-        let limited = self.limits.rx.is_limited();
-        if limited || self.rx_allowance != usize::MAX {
-            let before = self.rx_allowance;
-            self.rx_allowance = if limited { self.limits.rx.allowance() } else { usize::MAX };
-            if self.rx_allowance == 0 && before > 0 {
-                self.status.counters.rx.limited.add(1);
-            }
-            self.port.limit_rx(self.rx_allowance);
-        }
-    }
-
     /// Answers the guest's commands; says whether there were any.
     fn answer(&mut self) -> Result<bool, Fault> {
         self.control.as_mut().map_or(Ok(false), ControlQueue::answer)
-    }
-
-    /// Counts, towards the port's limits, what is known of frames only now: those for the guest,
-    /// and the segments of those from it.
-    fn charge(&mut self) {
-        let Completions { rx, tx, .. } = &self.done;
-        if self.limits.rx.is_limited() && rx.frames > 0 {
-            self.limits.rx.charge(rx.frames + rx.surplus.packets, rx.bytes + rx.surplus.bytes);
-        }
-        if self.limits.tx.is_limited()
-            && let Some(queue) = &self.queues.tx
-        {
-            let progress = &mut self.progress;
-            let precharged = progress.precharged_segments.min(tx.surplus.packets);
-            progress.precharged_segments -= precharged;
-            if tx.surplus.packets > 0 {
-                self.limits.tx.charge(tx.surplus.packets - precharged, tx.surplus.bytes);
-            }
-            if progress.is_done(queue) {
-                // What is left was charged for frames that were dropped.
-                progress.precharged_segments = 0;
-            }
-        }
-    }
-
-    /// How long a limit still holds back what it has held back in this turn.
-    fn held_back(&self) -> Option<Duration> {
-        let limits = self.limits;
-        let held = |queue: &Virtqueue<'_, _>| queue.next_avail() != self.progress.admitted;
-        let tx = self.queues.tx.as_ref().is_some_and(held);
-        let tx = (tx && limits.tx.is_limited()).then(|| limits.tx.wait());
-        let rx = (self.rx_allowance == 0).then(|| limits.rx.wait());
-        tx.into_iter().chain(rx).min().map(|wait| wait.min(LIMIT_CHANGES))
     }
 
     /// Publishes the chains that have completed, and counts their frames; says whether there were any.
@@ -343,8 +295,8 @@ impl ActiveSession<'_> {
             return any;
         }
         counters.bursts.observe(completed as u64);
-        self.naps.note(moved.frames, completed);
-        self.replies.note_given(moved.frames, moved.bytes);
+        self.coalescer.note(moved.frames, completed);
+        self.adaptive_poll.note_given(moved.frames, moved.bytes);
         counters.frames.add(moved.frames);
         counters.bytes.add(moved.bytes);
         rx.publish(queue);
@@ -365,8 +317,8 @@ impl ActiveSession<'_> {
         }
         // A guest that floods lets its worker never sleep.
         self.spoofing.report(counters);
-        self.naps.note(moved.frames, completed);
-        self.replies.note_sent();
+        self.coalescer.note(moved.frames, completed);
+        self.adaptive_poll.note_sent();
         counters.frames.add(moved.frames);
         counters.bytes.add(moved.bytes);
         tx.publish(queue);
@@ -377,7 +329,7 @@ impl ActiveSession<'_> {
         true
     }
 
-    fn note(&mut self, woken: Woken) {
+    fn note(&mut self, woken: WakeReasons) {
         if woken.rx {
             self.status.counters.rx.kicks.add(1);
         }

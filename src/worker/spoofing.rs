@@ -4,13 +4,17 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use crate::counters::{DirectionCounters, Drop};
+use crate::counters::{DirectionCounters, DropReason};
 
 /// Time between two lines about one queue pair.
 const INTERVAL: Duration = Duration::from_secs(10);
 /// The reasons.
-const REASONS: [Drop; 4] =
-    [Drop::SpoofedMac, Drop::SpoofedAddress, Drop::ForbiddenVlan, Drop::Forbidden];
+const REASONS: [DropReason; 4] = [
+    DropReason::SpoofedMac,
+    DropReason::SpoofedAddress,
+    DropReason::ForbiddenVlan,
+    DropReason::Forbidden,
+];
 
 /// What was said of a queue pair, over all its sessions.
 #[derive(Debug)]
@@ -30,7 +34,7 @@ impl SpoofingLog {
     }
 
     /// A frame was dropped.
-    pub(super) fn note(&mut self, reason: Drop) {
+    pub(super) fn note(&mut self, reason: DropReason) {
         self.pending |= REASONS.contains(&reason);
     }
 
@@ -69,9 +73,9 @@ mod tests {
     fn drops_within_ten_seconds_wait_for_one_line() {
         let counters = PairCounters::default();
         let tx = &counters.tx;
-        tx.dropped(Drop::SpoofedMac, 7);
+        tx.dropped(DropReason::SpoofedMac, 7);
         let mut log = SpoofingLog::new("vm1/0", tx);
-        for other in [Drop::TooShort, Drop::Filtered, Drop::LinkDown] {
+        for other in [DropReason::TooShort, DropReason::Filtered, DropReason::LinkDown] {
             log.note(other);
         }
         assert_eq!(log.report(tx), None);
@@ -81,10 +85,10 @@ mod tests {
             log.note(reason);
         };
         let start = Instant::now();
-        drop(&mut log, Drop::SpoofedMac);
+        drop(&mut log, DropReason::SpoofedMac);
         assert_eq!(log.report_at(start, tx), None);
         assert_eq!((log.said, log.counts[0], log.pending), (Some(start), 8, false));
-        drop(&mut log, Drop::Forbidden);
+        drop(&mut log, DropReason::Forbidden);
         let second = start + Duration::from_secs(1);
         assert_eq!(log.report_at(second, tx), Some(Duration::from_secs(9)));
         assert!(log.pending, "the worker wakes for it");

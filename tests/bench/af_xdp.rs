@@ -10,12 +10,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use vhost_user_net::config::Attach;
+use vhost_user_net::guest::Umem;
+use vhost_user_net::port::af_xdp::Attach;
 use vhost_user_net::port::af_xdp::program::Attachment;
 use vhost_user_net::sys::bpf::Program;
 use vhost_user_net::sys::link;
 use vhost_user_net::sys::process::pin_this_thread;
-use vhost_user_net::sys::umem::Umem;
 use vhost_user_net::sys::xsk::{Binding, CHUNK, Descriptor, Registration, RingSizes, Socket};
 
 use super::measure::{
@@ -83,7 +83,7 @@ impl Bare {
         for buffer in 0..BUFFERS {
             for area in [AREA, 2 * AREA] {
                 let place = area + buffer * u64::from(CHUNK) + PLACE;
-                self.umem.arena(place as usize, length).write(&bytes);
+                self.umem.bounce_area(place as usize, length).write(&bytes);
             }
         }
     }
@@ -99,13 +99,13 @@ impl Bare {
             match place {
                 Place::There => socket.tx.stage(whole(at)),
                 Place::Copied => {
-                    let from = self.umem.arena(at as usize, length);
-                    self.umem.arena(copy as usize, length).copy_from(from);
+                    let from = self.umem.bounce_area(at as usize, length);
+                    self.umem.bounce_area(copy as usize, length).copy_from(from);
                     socket.tx.stage(whole(copy));
                 }
                 Place::TwoPieces => {
-                    let from = self.umem.arena(at as usize, HEADERS);
-                    self.umem.arena(copy as usize, HEADERS).copy_from(from);
+                    let from = self.umem.bounce_area(at as usize, HEADERS);
+                    self.umem.bounce_area(copy as usize, HEADERS).copy_from(from);
                     let options = Descriptor::CONTINUES;
                     socket.tx.stage(Descriptor { address: copy, length: HEADERS as u32, options });
                     let rest = HEADERS as u64;
@@ -133,7 +133,7 @@ impl Bare {
         let (umem, bytes, first) = (self.umem.clone(), frame(length), self.next);
         let mut fresh = Fresh::written_by(BUFFERS / 2, move |number| {
             let place = AREA + (first + number) % BUFFERS * u64::from(CHUNK) + PLACE;
-            umem.arena(place as usize, bytes.len()).write(&bytes);
+            umem.bounce_area(place as usize, bytes.len()).write(&bytes);
         });
         bare(|| {
             fresh.take(BATCH as u64);

@@ -7,13 +7,15 @@
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::process::{Command, Stdio, exit};
+use std::sync::Arc;
 use std::time::Duration;
 use std::{env, fs};
 
 use nix::sys::signal::Signal;
 use vhost_user_net::features::{Offer, OfferOptions, PortOffloads};
 use vhost_user_net::policy::FilterView;
-use vhost_user_net::vnet_header::{Admission, PrivateStart, admit};
+use vhost_user_net::port::{Completions, TxStages};
+use vhost_user_net::vnet_header::HeaderCopy;
 use vmm_sys_util::tempdir::TempDir;
 
 use super::ring;
@@ -27,8 +29,8 @@ use crate::support::traffic::{datagram, frame, tcp_frame};
 const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/bench/instructions.toml");
 /// How many times what is written down is too much.
 const TOLERANCE: f64 = 1.03;
-/// Calls of [`admit`] that are counted.
-const ADMISSIONS: usize = 10_000;
+/// Calls of [`TxStages::check`] that are counted.
+const CHECKS: usize = 10_000;
 /// Chains of a ring, which are all made available at once.
 const LAP: u16 = 256;
 /// Frames of a lap each of which wakes the worker.
@@ -87,12 +89,12 @@ fn count_all() -> Counts {
     note("ring", of_this_program("ring") / f64::from(ring::COUNTED));
     for (name, _) in frames() {
         let admitted = of_this_program(name);
-        note(name, admitted / ADMISSIONS as f64);
+        note(name, admitted / CHECKS as f64);
     }
     if nix::unistd::geteuid().is_root() {
         let lap = usize::from(LAP);
         for (name, port, way, lap) in [
-            ("worker-tap-tx", "--tap=tap0", worker_tx as Way, lap),
+            ("worker-tap-tx", "--tap=tap0", worker_tx as FrameDirection, lap),
             ("worker-tap-tx-woken", "--tap=tap0", worker_tx_woken, WAKES),
             ("worker-tap-rx", "--tap=tap0", worker_rx, lap),
             ("worker-af-xdp-tx", "--af-xdp=veth0", worker_tx, lap),
@@ -158,22 +160,22 @@ pub(crate) fn counted(name: &str) {
     let options = OfferOptions { guest_segmentation: true, mac: false, ring_reset: false };
     let offer = Offer::new(PortOffloads::ALL, options);
     let negotiated = offer.accept(offer.bits()).unwrap();
-    let mut admission =
-        Admission::new(&negotiated, 1522, None, FilterView::new(Default::default()));
-    admission.copies_small = true;
-    admission.begin_burst(false);
+    let mut stages =
+        TxStages::new(&negotiated, 1522, None, FilterView::new(Arc::default()), Arc::default());
+    stages.headers.copies_small = true;
+    stages.begin_burst(&Completions::default());
     ring::with_frame(&header, &frame, |chain| {
-        let mut start = PrivateStart::default();
+        let mut start = HeaderCopy::default();
         counted_header(&mut || {
-            admit(black_box(chain), &admission, &mut start).unwrap();
+            stages.check(black_box(chain), &mut start).unwrap();
             black_box(&start);
         });
     });
 }
 
 #[inline(never)]
-fn counted_header(admit: &mut dyn FnMut()) {
-    (0..ADMISSIONS).for_each(|_| admit());
+fn counted_header(check: &mut dyn FnMut()) {
+    (0..CHECKS).for_each(|_| check());
 }
 
 /// A header and the frame behind it.
@@ -193,11 +195,11 @@ fn frames() -> [(&'static str, Frame); 4] {
 type Host<'a> = (&'a Wire, &'a Daemon);
 
 /// Moves so many laps of frames, and waits for each.
-type Way = fn(&mut Card, Host, usize);
+type FrameDirection = fn(&mut Card, Host, usize);
 
 /// Instructions of a worker's session, and how often it allocates memory. Its profile is kept in the directory
 /// that KEEP_PROFILE names.
-fn of_a_worker(name: &str, port: &str, way: Way, laps: usize) -> (f64, usize) {
+fn of_a_worker(name: &str, port: &str, way: FrameDirection, laps: usize) -> (f64, usize) {
     let wire = if port == "--loopback" {
         enter_new_namespace();
         Wire::open("lo")

@@ -71,7 +71,7 @@ fn an_mtu_that_is_too_small_or_too_large_is_mended_by_the_command_that_is_printe
     assert!(wrong.why.contains("3806"), "{wrong:?}");
     assert!(output("ip", "link show veth0").contains("mtu 1500"));
     let lines = examine(&["--af-xdp=veth0", "--mtu=9000"]);
-    assert_eq!(line(&lines, "mtu", "FAIL").cure, None, "that is for the operator to lower");
+    assert_eq!(line(&lines, "mtu", "FAIL").fix, None, "that is for the operator to lower");
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn open_checksums_at_the_other_end_are_mended_by_the_command_that_is_printed() {
     enter_new_namespace();
     make_veth(1);
     let wrong = is_mended("offloads", "FAIL", &["--af-xdp=veth0"]);
-    assert_eq!(wrong.cure.as_deref(), Some("ethtool -K veth1 tx off"));
+    assert_eq!(wrong.fix.as_deref(), Some("ethtool -K veth1 tx off"));
 }
 
 #[test]
@@ -93,11 +93,11 @@ fn lost_vlan_tags_are_mended_by_the_command_that_is_printed() {
     line(&examine(&["--af-xdp=veth0"]), "vlan-tags", "PASS");
     assert!(!output("ip", "-d link show veth0").contains("prog/xdp"));
     let wrong = is_mended("vlan-tags", "FAIL", &["--af-xdp=veth0,attach=generic"]);
-    let cure = "ethtool -K veth1 txvlan off tx-vlan-stag-hw-insert off";
-    assert_eq!(wrong.cure.as_deref(), Some(cure));
+    let fix = "ethtool -K veth1 txvlan off tx-vlan-stag-hw-insert off";
+    assert_eq!(wrong.fix.as_deref(), Some(fix));
     ip("link add mv0 link veth1 type macvlan mode bridge");
     let lines = examine(&["--af-xdp=mv0,attach=generic"]);
-    assert_eq!(line(&lines, "vlan-tags", "WARN").cure, None, "the kernel does it itself");
+    assert_eq!(line(&lines, "vlan-tags", "WARN").fix, None, "the kernel does it itself");
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn a_lower_device_that_joins_frames_is_mended_by_the_command_that_is_printed() {
     let own = examine(&["--af-xdp=veth0"]);
     assert!(!own.iter().any(|line| line.check == "joined-frames"), "{own:#?}");
     let wrong = is_mended("joined-frames", "WARN", &["--af-xdp=br0"]);
-    assert_eq!(wrong.cure.as_deref(), Some("ethtool -K veth0 gro off"));
+    assert_eq!(wrong.fix.as_deref(), Some("ethtool -K veth0 gro off"));
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn missing_queues_are_made_by_the_command_that_is_printed() {
     is_mended("queues", "FAIL", &arguments);
     assert!(Daemon::start(&arguments).is_alive(), "and the daemon takes them");
     let lines = examine(&["--af-xdp=veth0,queue=7"]);
-    assert_eq!(line(&lines, "queues", "FAIL").cure, None, "it can't have so many");
+    assert_eq!(line(&lines, "queues", "FAIL").fix, None, "it can't have so many");
 }
 
 #[test]
@@ -185,8 +185,8 @@ fn a_process_that_holds_a_foreign_program_is_named() {
     let link = Link::attach(&program, device, Hook::Native).unwrap();
     let lines = examine(&["--af-xdp=veth0"]);
     let wrong = line(&lines, "xdp-program", "FAIL");
-    let cure = format!("kill {}", std::process::id());
-    assert_eq!(wrong.cure, Some(cure), "'xdp off' does not take it from the link's holder");
+    let fix = format!("kill {}", std::process::id());
+    assert_eq!(wrong.fix, Some(fix), "'xdp off' does not take it from the link's holder");
     // Which ends this process, too; the kernel does no more than this then.
     drop(link);
     // A process that another test is just starting has it, too, until it runs its own program.
@@ -220,7 +220,7 @@ fn too_little_locked_memory_is_mended_by_the_command_that_is_printed() {
         return is_right(wrong, &examine(&["--af-xdp=veth0"]));
     }
     let mut in_shell = limited.to_vec();
-    let script = format!("{} && exec \"$0\" \"$@\"", wrong.cure.as_deref().unwrap());
+    let script = format!("{} && exec \"$0\" \"$@\"", wrong.fix.as_deref().unwrap());
     in_shell.extend(["sh", "-c", &script]);
     let (_, after) = super::examine_by(&in_shell, &["--af-xdp=veth0"]);
     is_right(wrong, &after);

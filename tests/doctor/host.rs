@@ -59,7 +59,7 @@ fn a_vm_that_does_not_share_its_memory_is_mended_by_the_command_that_is_printed(
         let wrong = private.line();
         assert_eq!(wrong.status, "FAIL", "{wrong:?}");
         drop(private);
-        let script = format!("exec {}", wrong.cure.as_deref().unwrap());
+        let script = format!("exec {}", wrong.fix.as_deref().unwrap());
         let shared = Command::new("sh")
             .args(["-c", &script])
             .stdin(Stdio::null())
@@ -85,7 +85,7 @@ fn vm_that_waits_for_its_socket_is_not_judged_yet() {
     eventually("it waits", || socket.exists());
     let what = format!("memory of qemu-system-x86_64 (process {})", qemu.0.id());
     let found = examine(&[]).into_iter().find(|line| line.what == what).unwrap();
-    assert_eq!((&found.status[..], &found.cure), ("WARN", &None), "{found:?}");
+    assert_eq!((&found.status[..], &found.fix), ("WARN", &None), "{found:?}");
     assert!(found.why.contains("its guest's 192 MiB are not seen yet"), "{found:?}");
     // It goes on once the daemon finds it, and is judged then.
     std::os::unix::fs::symlink(&socket, daemon.socket()).unwrap();
@@ -114,7 +114,7 @@ fn too_few_descriptors_are_mended_by_the_command_that_is_printed() {
         let limited = ["prlimit", &format!("{limit}:")];
         let (_, before) = examine_by(&limited, &["--tap=tap0"]);
         let wrong = line(&before, "descriptors", status);
-        let script = format!("{} && exec \"$0\" \"$@\"", wrong.cure.as_deref().unwrap());
+        let script = format!("{} && exec \"$0\" \"$@\"", wrong.fix.as_deref().unwrap());
         let (_, after) =
             examine_by(&[limited[0], limited[1], "sh", "-c", &script], &["--tap=tap0"]);
         is_right(wrong, &after);

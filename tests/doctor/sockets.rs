@@ -24,10 +24,10 @@ fn socket(directory: &TempDir, name: &str) -> String {
     format!("--socket-path={}/{name}", directory.as_path().display())
 }
 
-/// Looks again in the shell that carries out the cure: a mask is a process's own.
+/// Looks again in the shell that carries out the fix: a mask is a process's own.
 #[track_caller]
 fn is_mended_in_the_same_shell(wrong: &Line, arguments: &[&str]) {
-    let script = format!("{} && exec \"$0\" \"$@\"", wrong.cure.as_deref().unwrap());
+    let script = format!("{} && exec \"$0\" \"$@\"", wrong.fix.as_deref().unwrap());
     let (_, after) = examine_by(&["sh", "-c", &script], arguments);
     is_right(wrong, &after);
 }
@@ -46,13 +46,13 @@ fn a_missing_directory_is_made_by_the_command_that_is_printed() {
     );
     let lines = examine(&arguments);
     let wrong = line(&lines, "qemu-user", "WARN");
-    assert_eq!(wrong.cure.as_deref(), Some("umask 007"));
+    assert_eq!(wrong.fix.as_deref(), Some("umask 007"));
     is_mended_in_the_same_shell(wrong, &arguments);
 
     let alone = directory.as_path().join("alone");
     let argument = socket(&directory, "alone/socket");
     let before = examine(&[&argument]);
-    shell(line(&before, "socket", "FAIL").cure.as_deref().unwrap());
+    shell(line(&before, "socket", "FAIL").fix.as_deref().unwrap());
     assert_eq!(alone.metadata().unwrap().mode() & 0o7777, 0o700);
 }
 
@@ -67,12 +67,12 @@ fn a_directory_that_qemu_may_not_search_is_mended_by_the_command_that_is_printed
     let lines = examine(&arguments);
     let outer = line(&lines, "qemu-user", "FAIL");
     assert!(outer.why.contains("outer, and"), "{outer:?}");
-    shell(outer.cure.as_deref().unwrap());
+    shell(outer.fix.as_deref().unwrap());
     let lines = examine(&arguments);
     let inner = line(&lines, "qemu-user", "FAIL");
     super::show(outer, inner);
     assert!(inner.why.contains("outer/inner, and"), "{inner:?}");
-    shell(inner.cure.as_deref().unwrap());
+    shell(inner.fix.as_deref().unwrap());
     let lines = examine(&arguments);
     super::show(inner, line(&lines, "qemu-user", "WARN"));
     is_mended_in_the_same_shell(line(&lines, "qemu-user", "WARN"), &arguments);
@@ -125,7 +125,7 @@ fn a_directory_that_everybody_may_write_to_is_mended_by_the_command_that_is_prin
     is_mended("socket", "WARN", &[&socket(&directory, "socket")]);
     set_mode(&directory, "", 0o1777);
     let lines = examine(&[&socket(&directory, "socket")]);
-    assert_eq!(line(&lines, "socket", "WARN").cure, None, "another directory is the cure");
+    assert_eq!(line(&lines, "socket", "WARN").fix, None, "another directory is the cure");
 }
 
 #[test]

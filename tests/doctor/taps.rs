@@ -194,9 +194,9 @@ fn a_tap_that_another_program_has_is_freed_by_the_command_that_is_printed() {
     });
     let before = examine(&["--tap=tap0"]);
     let wrong = line(&before, "tap-use", "FAIL");
-    assert_eq!(wrong.cure, Some(format!("kill {}", theirs.id())));
+    assert_eq!(wrong.fix, Some(format!("kill {}", theirs.id())));
     assert!(wrong.why.contains("theirs"), "{wrong:?}");
-    shell(wrong.cure.as_deref().unwrap());
+    shell(wrong.fix.as_deref().unwrap());
     theirs.wait().unwrap();
     is_right(wrong, &examine(&["--tap=tap0"]));
 }
@@ -228,7 +228,7 @@ fn a_tunnel_in_the_guests_bridge_is_mended_by_the_command_that_is_printed() {
     let wrong = line(&before, "path-mtu", "FAIL").clone();
     assert_eq!(wrong.what, "path through vx0");
     assert!(wrong.why.contains("--mtu=1450"), "{wrong:?}");
-    shell(wrong.cure.as_deref().unwrap());
+    shell(wrong.fix.as_deref().unwrap());
     is_right(&wrong, &examine(&["--tap=tap0", "--mtu=1450"]));
 
     ip("link set veth0 mtu 1400");

@@ -18,9 +18,10 @@ use std::time::Duration;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vhost_user_net::api::{self, Command};
 use vhost_user_net::config::PortOptions;
-use vhost_user_net::counters::Drop;
+use vhost_user_net::counters::DropReason;
 use vhost_user_net::device::{Device, Refusal};
 use vhost_user_net::features::{Negotiated, Offer, OfferOptions, PortOffloads, protocol_features};
+use vhost_user_net::frame::Headers;
 use vhost_user_net::guest::{
     Budget, Chain, Direction, GuestMemory, Notification, Readable, RegionRequest, RingLayout,
     Virtqueue, Writable,
@@ -28,13 +29,14 @@ use vhost_user_net::guest::{
 use vhost_user_net::net_config::{MacAddress, NetConfig};
 use vhost_user_net::policy::filter::{MAX_INSTRUCTIONS, classic, extended};
 use vhost_user_net::policy::{
-    Filter, FilterView, Identity, Limit, Limiter, Limits, LiveFilter, Rules,
+    AllowedSources, AntiSpoofing, Filter, FilterView, Limit, Limiter, Limits, LiveFilter,
 };
 use vhost_user_net::port::HostQueue;
 use vhost_user_net::port::af_xdp::segmentation::Segmentation;
+use vhost_user_net::port::{Completions, TxStages};
 use vhost_user_net::protocol::{Connection, Event};
 use vhost_user_net::sandbox::Sandbox;
-use vhost_user_net::vnet_header::{Admission, Admitted, Headers, PrivateStart, admit};
+use vhost_user_net::vnet_header::{HeaderCopy, Validated};
 use vhost_user_net::worker::{Worker, WorkerOptions};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -193,10 +195,10 @@ pub fn rings(mut data: &[u8]) {
 }
 
 fn walk_both(guest: &Guest, layout: RingLayout, notification: Notification) {
-    let mut start = PrivateStart::default();
-    let admission = admission(&negotiated(u64::MAX));
+    let mut start = HeaderCopy::default();
+    let stages = stages(&negotiated(u64::MAX));
     walk::<Readable>(guest, layout, notification, |chain| {
-        check_admission(chain, &admission, &mut start);
+        check_stages(chain, &stages, &mut start);
         let mut bytes = [0; 64];
         chain.read_start(&mut bytes);
         0
@@ -289,19 +291,19 @@ fn negotiated(bits: u64) -> Negotiated {
     offer().accept(bits & offer().bits()).unwrap()
 }
 
-fn admission(negotiated: &Negotiated) -> Admission {
+fn stages(negotiated: &Negotiated) -> TxStages {
     let filter = FilterView::new(Arc::default());
-    let mut admission = Admission::new(negotiated, 1522, None, filter);
-    admission.copies_small = negotiated.mergeable();
-    admission.begin_burst(false);
-    admission
+    let mut stages = TxStages::new(negotiated, 1522, None, filter, Arc::default());
+    stages.headers.copies_small = negotiated.mergeable();
+    stages.begin_burst(&Completions::default());
+    stages
 }
 
-/// Rules for a guest that has this Ethernet address and those of two prefixes.
-fn rules(mac: [u8; 6]) -> Rules {
+/// Anti-spoofing for a guest that has this Ethernet address and those of two prefixes.
+fn rules(mac: [u8; 6]) -> AntiSpoofing {
     let addresses = ["192.0.2.0/24", "2001:db8::/32"].map(|net| net.parse().unwrap());
     let macs = vec![MacAddress(mac)];
-    Rules::new(Identity { macs, addresses: addresses.to_vec(), vlans: vec![7] })
+    AntiSpoofing::new(AllowedSources { macs, addresses: addresses.to_vec(), vlans: vec![7] })
 }
 
 /// Bytes as the start of a frame from the guest, and as the text of a limit or a filter.
@@ -309,10 +311,10 @@ pub fn policy(data: &[u8]) {
     if data.len() >= 14 {
         let mac = data[6..12].try_into().unwrap();
         let verdict = rules(mac).check(data);
-        assert_ne!(verdict, Err(Drop::TooShort));
+        assert_ne!(verdict, Err(DropReason::TooShort));
         let mut other = mac;
         other[5] ^= 1;
-        assert_eq!(rules(other).check(data), Err(Drop::SpoofedMac));
+        assert_eq!(rules(other).check(data), Err(DropReason::SpoofedMac));
         if verdict.is_ok() {
             // Cut short, it shows less: it passes for the same reason, or not at all.
             let _ = rules(mac).check(&data[..data.len() - 1]);
@@ -338,7 +340,7 @@ fn filters(data: &[u8]) {
         WORD icmp6 to 2001:db8::/33; WORD ethertype 0x88cc; WORD proto 50; WORD ip6 from ::/0";
     let judge = |word: &str, default: &str| {
         let text = format!("{}; default {default}", RULES.replace("WORD", word));
-        text.parse::<Filter>().unwrap().judge(data)
+        text.parse::<Filter>().unwrap().check(data)
     };
     let passes = judge("allow", "deny").is_ok();
     assert!(!passes || judge("deny", "allow").is_err(), "allowed and denied by the same rules");
@@ -346,62 +348,58 @@ fn filters(data: &[u8]) {
         assert_eq!(filter.to_string().parse(), Ok(filter.clone()));
         assert!(classic(&filter).len() <= MAX_INSTRUCTIONS);
         extended(&filter);
-        let _ = filter.judge(data);
+        let _ = filter.check(data);
     }
 }
 
 /// What goes over the wire passes as what was judged did.
-fn check_judged(sent: &[u8], admission: &Admission) {
-    if let Some(rules) = &admission.rules {
+fn check_judged(sent: &[u8], stages: &TxStages) {
+    if let Some(rules) = &stages.anti_spoofing {
         assert_eq!(rules.check(sent), Ok(()), "what is sent is what was judged");
     }
-    if let Some(filter) = admission.filter.current() {
-        assert_eq!(filter.judge(sent), Ok(()), "what is sent is what was judged");
+    if let Some(filter) = stages.filter.current() {
+        assert_eq!(filter.check(sent), Ok(()), "what is sent is what was judged");
     }
 }
 
 /// Checks a frame as a port does, and the check.
-fn check_admission(
-    chain: &Chain<'_, '_, Readable>,
-    admission: &Admission,
-    start: &mut PrivateStart,
-) {
-    match admit(chain, admission, start) {
-        Ok(Admitted::Copied) => {
-            check_admitted(start, admission, chain.len() - admission.header_length);
+fn check_stages(chain: &Chain<'_, '_, Readable>, stages: &TxStages, start: &mut HeaderCopy) {
+    match stages.check(chain, start) {
+        Ok(Validated::Copied) => {
+            check_admitted(start, stages, chain.len() - stages.header_length());
         }
-        Ok(Admitted::Plain) => {
-            assert!(!admission.judges(), "what is judged is copied");
-            let length = chain.len() - admission.header_length;
-            assert!((14..=admission.max_frame).contains(&length));
+        Ok(Validated::Plain) => {
+            assert!(!stages.inspects_headers(), "what is judged is copied");
+            let length = chain.len() - stages.header_length();
+            assert!((14..=stages.headers.max_frame).contains(&length));
         }
         Err(_) => {}
     }
 }
 
 /// What a frame may count on that was admitted.
-fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
+fn check_admitted(start: &HeaderCopy, stages: &TxStages, length: usize) {
     let header = start.header();
-    assert!(header.accepted_by(&admission.offloads), "{header:?}");
+    assert!(header.accepted_by(&stages.headers.offloads), "{header:?}");
     if header.needs_checksum() {
         let end = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
         assert!(end <= length, "{header:?} of {length} bytes");
     }
-    if !header.is_segmented() {
-        assert!(length <= admission.max_frame);
+    if !header.needs_segmentation() {
+        assert!(length <= stages.headers.max_frame);
     }
-    let whole = &start.bytes()[admission.header_length..];
-    check_judged(whole, admission);
-    if header.needs_checksum() && admission.judges() {
+    let whole = &start.bytes()[stages.header_length()..];
+    check_judged(whole, stages);
+    if header.needs_checksum() && stages.inspects_headers() {
         let at = usize::from(header.csum_start) + usize::from(header.csum_offset);
         for value in [0, 0x19, 0xff] {
             let mut completed = whole.to_vec();
             completed.iter_mut().skip(at).take(2).for_each(|byte| *byte = value);
-            check_judged(&completed, admission);
+            check_judged(&completed, stages);
         }
     }
     let Some(how) = Segmentation::of(&header, whole, length) else {
-        assert!(!header.is_segmented(), "a frame that can't be cut: {header:?}");
+        assert!(!header.needs_segmentation(), "a frame that can't be cut: {header:?}");
         return;
     };
     assert!(header.gso_size > 0 && how.headers() <= length);
@@ -410,7 +408,7 @@ fn check_admitted(start: &PrivateStart, admission: &Admission, length: usize) {
         let headers = how.headers_at(whole, offset);
         assert!(how.headers() + how.payload_at(offset) <= how.longest());
         assert_eq!(headers[..12], whole[..12], "the addresses stay");
-        check_judged(&headers[..how.headers()], admission);
+        check_judged(&headers[..how.headers()], stages);
         if how.is_last(offset) {
             break;
         }
@@ -427,19 +425,19 @@ pub fn headers(mut data: &[u8]) {
     let [low, high] = take(&mut data);
     let length = usize::from(u16::from_le_bytes([low, high]));
     let negotiated = negotiated(bits);
-    let mut admission = admission(&negotiated);
-    let address = admission.header_length + 6;
+    let mut stages = stages(&negotiated);
+    let address = stages.header_length() + 6;
     if bits >> 63 == 1
         && let Some(mac) = data.get(address..).and_then(|rest| rest.first_chunk())
     {
-        admission.rules = Some(Arc::new(rules(*mac)));
+        stages.anti_spoofing = Some(Arc::new(rules(*mac)));
     }
     if bits >> 62 & 1 == 1 {
         let filter = "deny tcp dport 0-99; allow udp; deny sport 1; default allow";
         let live = Arc::new(LiveFilter::new(filter.parse().unwrap()));
-        admission.filter = FilterView::new(live);
+        stages.filter = FilterView::new(live);
     }
-    admission.begin_burst(false);
+    stages.begin_burst(&Completions::default());
     let mut bytes = data.to_vec();
     bytes.resize(length.clamp(data.len().min(0x3000), 0x3000), 0x11);
     Headers::parse(&bytes);
@@ -469,7 +467,7 @@ pub fn headers(mut data: &[u8]) {
             avail: GuestAddress(AVAIL),
             used: GuestAddress(USED),
         };
-        let mut start = PrivateStart::default();
+        let mut start = HeaderCopy::default();
         let mut seen = 0;
         walk::<Readable>(
             guest,
@@ -478,7 +476,7 @@ pub fn headers(mut data: &[u8]) {
             |chain| {
                 seen += 1;
                 assert_eq!(chain.len(), bytes.len());
-                check_admission(chain, &admission, &mut start);
+                check_stages(chain, &stages, &mut start);
                 0
             },
         );
@@ -507,7 +505,7 @@ impl Served {
             pair: 0,
             capture: Default::default(),
             tx_filter: Arc::default(),
-            tally: Arc::default(),
+            peers: Arc::default(),
             sandbox: Sandbox::NONE,
         };
         let worker = Worker::start(HostQueue::Loopback, options, Default::default()).unwrap();
@@ -610,11 +608,11 @@ pub fn judges(data: &[u8]) {
     };
     let given = std::str::from_utf8(text).ok().and_then(|text| text.parse::<Filter>().ok());
     let filter = given.unwrap_or_else(|| FILTER.parse().unwrap());
-    let passes = |text: &str, frame: &[u8]| text.parse::<Filter>().unwrap().judge(frame).is_ok();
+    let passes = |text: &str, frame: &[u8]| text.parse::<Filter>().unwrap().check(frame).is_ok();
     // The kernel has no shorter frames.
     if frame.len() >= 14 {
         let classic = receiver::run(&classic(&filter), frame) != 0;
-        assert_eq!(classic, filter.judge(frame).is_ok(), "{filter} of {frame:02x?}");
+        assert_eq!(classic, filter.check(frame).is_ok(), "{filter} of {frame:02x?}");
         receiver::check_received(frame, passes);
     }
 }
@@ -637,7 +635,7 @@ pub fn requests(line: &[u8]) {
 fn check_options(options: PortOptions) {
     let Ok(config) = options.absolute().check() else { return };
     assert!(
-        config.queue_pairs > 0 && config.queue_pairs <= vhost_user_net::config::MAX_QUEUE_PAIRS
+        config.queue_pairs > 0 && config.queue_pairs <= vhost_user_net::net_config::MAX_QUEUE_PAIRS
     );
     assert_eq!(
         config.options.clone().check().as_ref(),

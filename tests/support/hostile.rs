@@ -78,7 +78,7 @@ impl Drop for Neighbour {
     }
 }
 
-/// Rules for a guest that may send [`datagram`]s.
+/// Anti-spoofing for a guest that may send [`datagram`]s.
 const RULES: &str = "anti-spoofing = true
 mac = \"52:54:00:00:02:01\"
 source-ip = [\"192.0.2.2\", \"2001:db8::2\"]

@@ -32,10 +32,11 @@ fn judged(host: &Host, cpus: &[usize]) -> Vec<Finding> {
     let parent = Some(("virtio".to_owned(), "virtio2".to_owned()));
     let link = Link { name: "e".into(), parent, ..Link::default() };
     let network = Network { links: vec![link.clone()], ethtool: None };
-    let mut wishes = Wishes::new(Options { queue_pairs: 1, ..Options::default() }, None, &network);
-    wishes.ports[0].cpus = cpus.to_vec();
-    let mut found = of_device(host, &link, &wishes.ports[0], "device e");
-    found.extend(check(host, &Network::default(), &wishes));
+    let mut requirements =
+        Requirements::new(Options { queue_pairs: 1, ..Options::default() }, None, &network);
+    requirements.ports[0].cpus = cpus.to_vec();
+    let mut found = of_device(host, &link, &requirements.ports[0], "device e");
+    found.extend(check(host, &Network::default(), &requirements));
     found
 }
 
@@ -53,10 +54,10 @@ fn a_daemon_far_from_its_card_is_told_where_to_go() {
 #[test]
 fn interrupts_stay_near_their_card_and_away_from_the_daemon() {
     let (_directory, host) = two_nodes("0\n");
-    let cure = "for irq in 38; do echo 2 > /proc/irq/$irq/smp_affinity_list; done";
-    assert_eq!(judged(&host, &[3])[1].cure.as_deref(), Some(cure));
+    let fix = "for irq in 38; do echo 2 > /proc/irq/$irq/smp_affinity_list; done";
+    assert_eq!(judged(&host, &[3])[1].fix.as_deref(), Some(fix));
     let (_directory, host) = two_nodes("3\n");
-    assert_eq!(judged(&host, &[3])[1].cure.as_deref(), Some(cure));
+    assert_eq!(judged(&host, &[3])[1].fix.as_deref(), Some(fix));
     assert_eq!(judged(&host, &[2])[1].status, Status::Pass);
 }
 

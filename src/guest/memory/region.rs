@@ -13,8 +13,8 @@ use vm_memory::{FileOffset, MmapRegion};
 
 use super::MemoryError;
 use crate::guest::quota::{Allowance, Reservation};
-use crate::guest::segment::Segment;
 use crate::sys::process::file_facts;
+use crate::sys::segment::Segment;
 
 /// A region as the frontend describes it: `VhostUserMemoryRegion` of the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,10 +8,9 @@ use std::str::{FromStr, SplitWhitespace};
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::facts::{
-    ARP, ICMP, ICMPV6, IPV4, IPV6, MIN_ETHERTYPE, SCTP, TCP, UDP, VLAN, WITH_PORTS, is_extension,
-};
 use super::{Action, Filter, MAX_RULES, Ports, Protocol, Rule};
+use crate::frame::ethertype::{ARP, IPV4, IPV6, MIN as MIN_ETHERTYPE, is_vlan_tag};
+use crate::frame::protocol::{ICMP, ICMPV6, SCTP, TCP, UDP, WITH_PORTS, is_extension};
 
 /// A filter as a file has it: in one string, or in a list of parts.
 #[derive(Deserialize)]
@@ -187,7 +186,7 @@ fn ethertype(word: &str) -> Result<Protocol, String> {
         None => word.parse(),
     };
     match number {
-        Ok(number) if VLAN.contains(&number) => {
+        Ok(number) if is_vlan_tag(number) => {
             Err(format!("'{word}' is a VLAN tag, which is looked behind"))
         }
         Ok(number) if number >= MIN_ETHERTYPE => Ok(Protocol::Ethertype(number)),

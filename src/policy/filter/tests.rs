@@ -192,7 +192,7 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn passes(filter: &str, frame: &[u8]) -> bool {
-    filter.parse::<Filter>().unwrap().judge(frame).is_ok()
+    filter.parse::<Filter>().unwrap().check(frame).is_ok()
 }
 
 proptest! {
@@ -208,7 +208,7 @@ proptest! {
         let program = classic(&filter);
         prop_assert!(program.len() <= MAX_INSTRUCTIONS);
         for frame in frames {
-            let passes = filter.judge(&frame).is_ok();
+            let passes = filter.check(&frame).is_ok();
             prop_assert_eq!(run(&program, &frame) != 0, passes, "{} of {:02x?}", filter, frame);
         }
     }
@@ -225,7 +225,7 @@ fn the_kernel_s_xdp_program_agrees_too() {
         .run(&(filters(), vec(frames(), 40)), |(filter, frames)| {
             let program = load(&filter).unwrap_or_else(|error| panic!("{filter}: {error}"));
             for frame in frames {
-                let passes = filter.judge(&frame).is_ok();
+                let passes = filter.check(&frame).is_ok();
                 let verdict = program.verdict(&frame).unwrap();
                 prop_assert_eq!(verdict == 2, passes, "{} of {:02x?}", filter, frame);
             }
@@ -273,7 +273,7 @@ fn the_kernel_s_classic_program_agrees_too() {
                 .set(&queue, &classic(&filter))
                 .unwrap_or_else(|error| panic!("{filter}: {error}"));
             for frame in frames {
-                let passes = filter.judge(&frame).is_ok();
+                let passes = filter.check(&frame).is_ok();
                 send(wire.as_raw_fd(), &frame, MsgFlags::empty()).unwrap();
                 prop_assert_eq!(queue.discard(), passes, "{} of {:02x?}", filter, frame);
             }
@@ -314,7 +314,7 @@ fn ipv4(protocol: u8, transport: &[u8], fragment: u8) -> Vec<u8> {
 #[test]
 fn what_can_t_be_known_counts_against_the_frame() {
     let passes =
-        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().judge(frame).is_ok();
+        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().check(frame).is_ok();
     let (deny, allow) = ("deny tcp dport 25; default allow", "allow tcp dport 25; default deny");
     let smtp = ipv4(6, &[0, 9, 0, 25], 0);
     assert!(!passes(deny, &smtp));
@@ -362,18 +362,18 @@ fn carriers_match_every_rule_that_denies() {
         assert_eq!(received(&frame), Some((6, [9, 25])), "{frame:02x?}");
         for denied in ["deny tcp dport 25", "deny ip; deny ip6", "deny arp", "deny udp from ::1"] {
             let filter: Filter = format!("{denied}; default allow").parse().unwrap();
-            assert_eq!(filter.judge(&frame), Err(Drop::Filtered), "{denied}: {frame:02x?}");
+            assert_eq!(filter.check(&frame), Err(DropReason::Filtered), "{denied}: {frame:02x?}");
             assert_eq!(run(&classic(&filter), &frame), 0, "{denied}: {frame:02x?}");
         }
         let filter: Filter = "allow tcp; allow arp; default deny".parse().unwrap();
-        assert_eq!(filter.judge(&frame), Err(Drop::Filtered), "{frame:02x?}");
+        assert_eq!(filter.check(&frame), Err(DropReason::Filtered), "{frame:02x?}");
         // Who names the carrier means it.
         let named = if frame[12..14] == [8, 0] { "ip" } else { "other" };
         let filter: Filter = format!("allow {named}; deny tcp; default deny").parse().unwrap();
-        assert_eq!(filter.judge(&frame), Ok(()), "{frame:02x?}");
+        assert_eq!(filter.check(&frame), Ok(()), "{frame:02x?}");
     }
     let passes =
-        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().judge(frame).is_ok();
+        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().check(frame).is_ok();
     let rarp = [&[2; 12][..], &[0x80, 0x35], &[0; 46]].concat();
     assert!(!passes("deny arp; default allow", &rarp));
     assert!(!passes("allow arp; default deny", &rarp));
@@ -387,7 +387,7 @@ fn carriers_match_every_rule_that_denies() {
 #[test]
 fn padding_shows_nothing() {
     let passes =
-        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().judge(frame).is_ok();
+        |filter: &str, frame: &[u8]| filter.parse::<Filter>().unwrap().check(frame).is_ok();
     let (deny, allow) = ("deny tcp dport 25; default allow", "allow tcp dport 80; default deny");
     // The packet ends before the ports, which look as if they were 80.
     let mut hidden = ipv4(6, &[0, 9, 0, 80, 0, 0, 0, 0], 0);
@@ -406,10 +406,10 @@ fn padding_shows_nothing() {
 fn the_first_rule_that_matches_decides() {
     let filter: Filter =
         "allow tcp from 192.0.2.1; deny tcp; allow ip; default deny".parse().unwrap();
-    assert_eq!(filter.judge(&ipv4(6, &[0; 4], 0)), Ok(()));
+    assert_eq!(filter.check(&ipv4(6, &[0; 4], 0)), Ok(()));
     let mut other = ipv4(6, &[0; 4], 0);
     other[29] = 9;
-    assert_eq!(filter.judge(&other), Err(Drop::Filtered));
-    assert_eq!(filter.judge(&ipv4(17, &[0; 4], 0)), Ok(()));
-    assert_eq!(filter.judge(&[0; 60]), Err(Drop::Filtered));
+    assert_eq!(filter.check(&other), Err(DropReason::Filtered));
+    assert_eq!(filter.check(&ipv4(17, &[0; 4], 0)), Ok(()));
+    assert_eq!(filter.check(&[0; 60]), Err(DropReason::Filtered));
 }

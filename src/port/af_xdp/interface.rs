@@ -3,8 +3,8 @@
 //!
 //! Invariant: wherever the program is attached, it does with frames for our queues what was wanted last.
 
+mod queue_config;
 mod sockets;
-mod wanted;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -15,39 +15,39 @@ use std::time::Duration;
 
 use log::{info, warn};
 
-use super::abilities::Abilities;
+use super::device_caps::DeviceCaps;
 use super::joining::Joining;
 use super::program::Attachment;
 use super::steering::Steering;
 use super::tags::{self, Tags};
 use super::umem::FrameLayout;
-use super::{MAX_MTU, OpenError, XdpQueue};
-use crate::config::AfXdp;
+use super::{AfXdp, MAX_MTU, OpenError, XdpQueue};
 use crate::features::HEADER_LENGTH;
+use crate::frame::{ETHERNET_LENGTH, VLAN_TAG_LENGTH};
 use crate::net_config::MacAddress;
 use crate::policy::Filter;
 use crate::port::mtu::MtuComparison;
 use crate::sys::link::{self, Link, Watch};
 use crate::sys::socket;
 
+use queue_config::QueueConfig;
 use sockets::Registered;
 pub(super) use sockets::{Failure, OpenSocket};
-use wanted::Wanted;
 
 /// What a frame has on top of its MTU at the most: an Ethernet header and a VLAN tag, as Linux
 /// forwards frames (`is_skb_forwardable`).
-pub(super) const OVERHEAD: usize = 18;
+pub(super) const OVERHEAD: usize = ETHERNET_LENGTH + VLAN_TAG_LENGTH;
 
 #[derive(Debug, Default)]
 struct Shared {
-    wanted: Wanted,
+    wanted: QueueConfig,
     attachment: Option<Arc<Attachment>>,
     steering: Option<Steering>,
     /// What becomes of VLAN tags of frames to the guest, when that was looked up last.
     tags: Tags,
     /// Index of the other end of a veth, which the tags depend on.
     peer: Option<u32>,
-    abilities: Abilities,
+    abilities: DeviceCaps,
     registered: Option<Registered>,
 }
 
@@ -229,8 +229,8 @@ impl Interface {
         }
     }
 
-    fn find_abilities(&self, link: &Link) -> Result<Abilities, OpenError> {
+    fn find_abilities(&self, link: &Link) -> Result<DeviceCaps, OpenError> {
         let queues = self.queue(0)..self.queue(self.pairs);
-        Abilities::find(self.name(), link.index, queues, self.options.mode)
+        DeviceCaps::find(self.name(), link.index, queues, self.options.mode)
     }
 }

@@ -24,8 +24,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use log::{debug, info};
 
-use super::OpenError;
-use crate::config::Attach;
+use super::{Attach, OpenError};
 use crate::policy::Filter;
 use crate::policy::filter::SEEN;
 use crate::sys::bpf::{
@@ -93,7 +92,7 @@ pub struct Attachment {
 
 /// What a port wants done with frames for its queues.
 #[derive(Debug, Clone, Copy)]
-pub struct Own<'a> {
+pub struct QueueProgram<'a> {
     /// What they are judged by.
     pub filter: &'a Filter,
     /// Where those that pass are counted by who sends them.
@@ -103,7 +102,7 @@ pub struct Own<'a> {
 /// Frames and bytes by what the filter has seen of a frame: protocol and sender.
 pub type Peers = Map<Recent<SEEN>>;
 
-/// A map for [`Own::peers`].
+/// A map for [`QueueProgram::peers`].
 ///
 /// # Errors
 /// EPERM without CAP_BPF.
@@ -265,7 +264,11 @@ impl Attachment {
     ///
     /// # Errors
     /// Those of loading a program; frames are judged as before then.
-    pub fn set_own(&self, mut queues: Range<u32>, own: &Own<'_>) -> io::Result<()> {
+    pub fn load_queue_program(
+        &self,
+        mut queues: Range<u32>,
+        own: &QueueProgram<'_>,
+    ) -> io::Result<()> {
         let Maps { queues: settings, programs, .. } = &self.maps;
         if own.filter.is_none() && own.peers.is_none() {
             // A program that was there stays, for frames that are just on their way to it.

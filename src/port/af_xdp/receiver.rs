@@ -3,7 +3,7 @@
 //!
 //! A guest's buffer that can take the longest frame behind its header is posted itself, and the
 //! frame is where the guest wants it. Other buffers are *parked*: a frame for them is received into
-//! a slot of the arena, which is posted in their stead, and copied. When the guest has no buffers
+//! a slot of the bounce area, which is posted in their stead, and copied. When the guest has no buffers
 //! left, a few slots are posted all the same, so that the device never runs dry: frames in them
 //! wait for buffers to come. Posting is here; `delivery` is what becomes of frames that have arrived.
 //!
@@ -27,12 +27,12 @@ use crate::sys::xsk::{RingSizes, Socket};
 /// Buffers that are in flight at the most.
 pub(super) const MAX_BUFFERS: usize = 1024;
 /// With fewer buffers than this the guest is asked for more.
-const FEW: usize = 32;
+const LOW_WATERMARK: usize = 32;
 /// Slots that are posted when the guest has no buffers left.
-const SPARE: usize = 8;
+const RESERVE_SLOTS: usize = 8;
 /// The kernel gives buffers back in the order in which they were posted, or soon after. One that
 /// others have overtaken for this long is not coming.
-const STUCK: Duration = Duration::from_millis(100);
+const REORDER_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Entries of a socket's rings. Every buffer posted finds room in the rx ring: the kernel never
 /// takes one up and drops its frame, which would change their order.
@@ -42,7 +42,7 @@ pub(super) const RING_SIZES: RingSizes =
 /// A frame that is to be copied into the guest's buffers.
 #[derive(Debug)]
 enum Waiting {
-    /// In a slot of the arena.
+    /// In a slot of the bounce area.
     Slot { slot: u16, length: u16 },
     /// In memory of our own.
     Copy(Vec<u8>),
@@ -72,7 +72,7 @@ pub(super) struct Receiver {
     /// Since when a buffer has been overtaken.
     overtaken: Option<Instant>,
     /// A buffer came back that had not been posted.
-    confused: bool,
+    foreign_address: bool,
 }
 
 impl Receiver {
@@ -91,34 +91,34 @@ impl Receiver {
             waiting: VecDeque::new(),
             free_slots: all_slots(),
             overtaken: None,
-            confused: false,
+            foreign_address: false,
         }
     }
 
     /// Whether the guest is to say when it provides more than so many buffers.
     pub(super) fn is_starved(buffers: usize) -> bool {
-        buffers < FEW
+        buffers < LOW_WATERMARK
     }
 
     /// What is wrong with how buffers come back, if anything is.
     pub(super) fn fault(&self) -> Option<&'static str> {
-        if self.confused {
+        if self.foreign_address {
             // igb of Linux 6.18 to 7.3 takes old descriptors for new ones when it has run out of
             // buffers at the end of its ring (`igb_alloc_rx_buffers_zc`).
             return Some("the driver gives back a buffer that it does not have");
         }
-        let stuck = self.overtaken.is_some_and(|since| since.elapsed() > STUCK);
+        let stuck = self.overtaken.is_some_and(|since| since.elapsed() > REORDER_TIMEOUT);
         stuck.then_some("the kernel keeps a buffer that others have overtaken")
     }
 
     /// When to look whether the oldest buffer is not coming back.
     pub(super) fn patience(&self) -> Option<Duration> {
-        self.overtaken.map(|_| STUCK)
+        self.overtaken.map(|_| REORDER_TIMEOUT)
     }
 
     /// Takes back what the kernel had: its socket is closed. Returns how many frames are lost that
     /// had arrived in buffers.
-    pub(super) fn withdraw(&mut self, first: u16) -> u64 {
+    pub(super) fn reclaim(&mut self, first: u16) -> u64 {
         let filled = self.posted.iter().filter(|posted| posted.filled().is_some()).count();
         let lost = filled + self.waiting.len();
         self.posted.clear();
@@ -130,12 +130,12 @@ impl Receiver {
         self.held = 0;
         self.free_slots = all_slots();
         self.overtaken = None;
-        self.confused = false;
+        self.foreign_address = false;
         lost as u64
     }
 
     /// Parks a buffer, in its place in the ring's order.
-    fn park(&mut self, position: u16, rx: &Virtqueue<'_, Writable>) {
+    fn defer(&mut self, position: u16, rx: &Virtqueue<'_, Writable>) {
         if self.parked.is_empty() {
             self.smallest = usize::MAX;
         }
@@ -181,7 +181,7 @@ impl Receiver {
                 self.post_suitable(rx, socket, umem);
             }
             if self.fresh != rx.next_avail() {
-                self.park(self.fresh, rx);
+                self.defer(self.fresh, rx);
                 self.fresh = self.fresh.wrapping_add(1);
                 self.post_slots(socket, umem, 0);
             }

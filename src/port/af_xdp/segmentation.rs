@@ -5,7 +5,8 @@
 //! checksum is left open, as the guest left that of the whole.
 
 use super::checksum;
-use crate::vnet_header::{Headers, MAX_HEADERS, VnetHeader};
+use crate::frame::{Headers, Ipv6, protocol};
+use crate::vnet_header::{MAX_HEADERS, VnetHeader};
 
 const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
@@ -32,7 +33,7 @@ impl Segmentation {
     /// How to cut a frame of `length` bytes that was admitted with this header, and whose headers
     /// `start` holds; nothing if it is not to be cut.
     pub fn of(header: &VnetHeader, start: &[u8], length: usize) -> Option<Self> {
-        if !header.is_segmented() {
+        if !header.needs_segmentation() {
             return None;
         }
         let Headers { version, protocol, network, transport } = Headers::parse(start)?;
@@ -43,7 +44,7 @@ impl Segmentation {
             headers,
             checksum: header.csum_offset.into(),
             ipv4: version == 4,
-            tcp: i32::from(protocol) == libc::IPPROTO_TCP,
+            tcp: protocol == protocol::TCP,
             size: header.gso_size.into(),
             payload: length.checked_sub(headers)?,
         })
@@ -87,7 +88,7 @@ impl Segmentation {
             network[10..12].fill(0);
             checksum::complete(&mut network[..self.transport - self.network], 0, 10);
         } else {
-            network[4..6].copy_from_slice(&(length - 40).to_be_bytes());
+            network[4..6].copy_from_slice(&(length - Ipv6::LENGTH as u16).to_be_bytes());
         }
         let transport = &mut bytes[self.transport..self.headers];
         let lengths = [self.payload, self.payload_at(offset)].map(|it| transport.len() + it);

@@ -17,9 +17,9 @@ use super::interface::OpenSocket;
 use super::receiver::{MAX_BUFFERS, Receiver};
 use super::transmitter::Transmitter;
 use super::{OpenError, XdpQueue};
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::guest::{GuestMemory, Virtqueue};
-use crate::port::{Completions, Mode, Port, Readiness, Terms, Virtqueues};
+use crate::port::{Completions, Mode, Port, Readiness, SessionConfig, Virtqueues};
 use crate::sys::xsk::Statistics;
 
 /// How soon to look whether the kernel has finished with frames that it was given.
@@ -36,8 +36,6 @@ pub struct XdpPort<'mem> {
     mtu: u16,
     /// Whether the guest has an rx ring.
     receives: bool,
-    /// Frames that are taken each time at the most.
-    rx_limit: usize,
     state: State,
     /// Frames from the guest were left behind.
     left_behind: bool,
@@ -87,18 +85,17 @@ impl XdpQueue {
         &'mem mut self,
         memory: &'mem Arc<GuestMemory>,
         queues: &Virtqueues<'mem>,
-        terms: &Terms,
+        config: &SessionConfig,
     ) -> XdpPort<'mem> {
         let first_tx = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
         let first_rx = queues.rx.as_ref().map_or(0, Virtqueue::next_used);
         XdpPort {
-            transmitter: Transmitter::new(terms, self.pair, first_tx),
-            receiver: Receiver::new(&terms.negotiated, self.pair, first_rx),
+            transmitter: Transmitter::new(config, self.pair, first_tx),
+            receiver: Receiver::new(&config.negotiated, self.pair, first_rx),
             host: self,
             memory,
-            mtu: terms.mtu,
-            receives: terms.receives,
-            rx_limit: usize::MAX,
+            mtu: config.mtu,
+            receives: config.receives,
             left_behind: false,
             failed: None,
             changed: None,
@@ -143,15 +140,14 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         }
     }
 
-    fn reap(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
+    fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions) {
         if let State::Open(open) = &mut self.state {
             let kicked = self.transmitter.kick(open);
             if open.busy_poll {
                 // Its errors are those of sending.
                 let _ = open.socket.receive();
             }
-            let most = self.rx_limit;
-            reap(&mut self.receiver, &mut self.transmitter, queues, open, most, done);
+            reap(&mut self.receiver, &mut self.transmitter, queues, open, rx_allowance, done);
             if let Some(error) = self.failed.take() {
                 self.fail(&error, queues, done);
             } else if let Err(error) = kicked {
@@ -172,10 +168,6 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
                 self.count_lost(statistics, done);
             }
         }
-    }
-
-    fn limit_rx(&mut self, frames: usize) {
-        self.rx_limit = frames;
     }
 
     fn mode(&self) -> Mode {
@@ -210,7 +202,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         };
         Readiness {
             fd,
-            read: fd.is_some() && self.receives && self.rx_limit > 0,
+            read: fd.is_some() && self.receives,
             write: false,
             watched: false,
             starved: Receiver::is_starved(queues.buffers()),
@@ -252,7 +244,7 @@ impl XdpPort<'_> {
         if let (Some(before), Some(now)) = (before, now)
             && now > before
         {
-            done.rx_dropped.push((Drop::Filtered, now - before));
+            done.rx_dropped.push((DropReason::Filtered, now - before));
         }
         self.filtered.at = Instant::now();
     }
@@ -269,7 +261,7 @@ impl XdpPort<'_> {
                 self.host.interface.name()
             );
         }
-        for (reason, count) in [(Drop::TooLong, too_long), (Drop::NoRoom, lost)] {
+        for (reason, count) in [(DropReason::TooLong, too_long), (DropReason::NoRoom, lost)] {
             if count > 0 {
                 done.rx_dropped.push((reason, count));
             }

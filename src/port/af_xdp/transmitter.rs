@@ -2,7 +2,7 @@
 //!
 //! A frame in one piece is sent from where the guest put it. One that needs a checksum, lies in
 //! several pieces, or was judged by rules, which its headers must not change after, is copied into
-//! the arena: measured, that costs a tenth of what the kernel takes for a frame of two descriptors
+//! the bounce area: measured, that costs a tenth of what the kernel takes for a frame of two descriptors
 //! (docs/af-xdp.md). So is each segment of a frame that is to be cut.
 //!
 //! Invariant: a chain completes when the kernel has completed its frame, and in the order of the ring.
@@ -18,12 +18,11 @@ use frames::{Frame, Frames};
 
 use super::interface::OpenSocket;
 use super::segmentation::Segmentation;
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::guest::{Readable, Virtqueue};
-use crate::port::{Completions, Outcome, Terms};
+use crate::port::{Completions, Outcome, SessionConfig, TxStages};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor};
-use crate::traffic::Notes;
-use crate::vnet_header::{Admission, PrivateStart};
+use crate::vnet_header::HeaderCopy;
 
 /// Calls for one burst at the most: a kernel before Linux 6.17 sends 32 frames at a time.
 const SENDS: usize = 16;
@@ -32,12 +31,9 @@ const SENDS: usize = 16;
 #[derive(Debug)]
 pub(super) struct Transmitter {
     pair: u16,
-    admission: Admission,
-    notes: Notes,
-    /// Whether admitted frames are noted.
-    peeks: bool,
+    stages: TxStages,
     /// The start of the frame that was admitted last.
-    start: PrivateStart,
+    start: HeaderCopy,
     /// How that frame is being cut, and where in its payload the next segment begins.
     cut: Option<(Segmentation, usize)>,
     frames: Frames,
@@ -51,13 +47,11 @@ pub(super) struct Transmitter {
 
 impl Transmitter {
     /// For a session that begins at position `next`.
-    pub(super) fn new(terms: &Terms, pair: u16, next: u16) -> Self {
+    pub(super) fn new(config: &SessionConfig, pair: u16, next: u16) -> Self {
         Transmitter {
             pair,
-            admission: terms.admission(0),
-            notes: Notes::new(terms.tally.clone()),
-            peeks: false,
-            start: PrivateStart::default(),
+            stages: config.tx_stages(0),
+            start: HeaderCopy::default(),
             cut: None,
             frames: Frames::new(),
             next,
@@ -68,7 +62,7 @@ impl Transmitter {
 
     /// Prepares for a new socket.
     pub(super) fn begin(&mut self, open: &OpenSocket) {
-        self.admission.max_frame = open.umem.layout.longest;
+        self.stages.headers.max_frame = open.umem.layout.longest;
         self.unfinished = false;
     }
 
@@ -86,9 +80,7 @@ impl Transmitter {
         open: &mut OpenSocket,
         done: &mut Completions,
     ) -> bool {
-        self.peeks = self.notes.wanted();
-        // A capture shows what was judged.
-        self.admission.begin_burst(self.peeks || done.captures);
+        self.stages.begin_burst(done);
         loop {
             let room = open.socket.tx.room(self.frames.room() as u32) as usize;
             let room = room - self.stage_plain(tx, until, open, room);
@@ -110,7 +102,7 @@ impl Transmitter {
             }
         }
         open.socket.tx.submit();
-        self.notes.publish();
+        self.stages.end_burst();
         self.next == until
     }
 
@@ -128,12 +120,12 @@ impl Transmitter {
             return 0;
         }
         let OpenSocket { socket, umem, .. } = open;
-        let (main, header_length) = (umem.main_region(), self.admission.header_length);
+        let (main, header_length) = (umem.main_region(), self.stages.header_length());
         let mut batch = socket.tx.batch(room as u32);
         let mut next = self.next;
         let mut staged = 0;
         while next != until && staged < room {
-            let piece = tx.only_piece(next).filter(|piece| self.admission.is_plain(piece));
+            let piece = tx.only_piece(next).filter(|piece| self.stages.is_plain(piece));
             let Some(piece) = piece.map(|piece| piece.skip(header_length)) else { break };
             let address = main.address_of(&piece).or_else(|| umem.sendable(&piece));
             let Some(address) = address else { break };
@@ -150,10 +142,8 @@ impl Transmitter {
 
     /// Puts a frame that is not sent among the others.
     #[inline(never)]
-    fn refuse(&mut self, reason: Drop, done: &mut Completions) {
-        if done.captures {
-            done.capture(self.next, &self.start, Outcome::Dropped(reason));
-        }
+    fn refuse(&mut self, reason: DropReason, done: &mut Completions) {
+        self.stages.observe(self.next, &self.start, 0, Outcome::Dropped(reason), done);
         self.next = self.next.wrapping_add(1);
         self.frames.push(Frame::dropped(reason));
     }
@@ -231,7 +221,7 @@ impl Transmitter {
         whole: usize,
         done: &mut Completions,
     ) {
-        let bytes = tx.push_used_run(whole) - whole * self.admission.header_length;
+        let bytes = tx.push_used_run(whole) - whole * self.stages.header_length();
         done.tx.frames += whole as u64;
         done.tx.bytes += bytes as u64;
         while self.frames.get(0).is_some_and(|oldest| !oldest.is_pending()) {
@@ -247,7 +237,7 @@ impl Transmitter {
             Some(reason) => done.drop_oldest(tx, reason),
             None => {
                 done.tx.frames += 1;
-                done.tx.bytes += (tx.push_used(0) - self.admission.header_length) as u64;
+                done.tx.bytes += (tx.push_used(0) - self.stages.header_length()) as u64;
             }
         }
     }
@@ -288,6 +278,6 @@ impl Transmitter {
         done: &mut Completions,
     ) {
         self.next = until.unwrap_or(self.next);
-        done.drop_all(tx, self.next, Drop::HostRefused);
+        done.drop_all(tx, self.next, DropReason::HostRefused);
     }
 }

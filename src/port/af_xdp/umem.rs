@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! | rx frames | tx frames | …next pair… | guest region 0 | guest region 1 | … | pad |
-//! '------- arena: private, ours --------'---------- shared with the guest ----'
+//! '------- bounce area: private, ours --------'---------- shared with the guest ----'
 //! ```
 //!
 //! Invariant: every address that is posted has been checked here. The kernel drops a bad one
@@ -13,14 +13,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::guest::memory::Mapped;
-use crate::guest::{Chain, GuestMemory, Pinned, Segment, Writable};
-use crate::sys::umem::Umem;
-use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, TX_METADATA};
+use crate::guest::{Chain, GuestMemory, Pinned, Segment, Umem, Writable};
+use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, Registrable, TX_METADATA};
 
 /// Frames from the guest that a queue pair has under way at the most. Each has a place in the
-/// arena, for when it can't be sent from where it lies.
+/// bounce area, for when it can't be sent from where it lies.
 pub(super) const TX_SLOTS: usize = 256;
-/// Frames that a queue pair can receive into the arena.
+/// Frames that a queue pair can receive into the bounce area.
 pub(super) const RX_SLOTS: usize = 64;
 /// What stands before a frame in its tx slot.
 const TX_LEAD: usize = 32;
@@ -79,8 +78,8 @@ impl FrameLayout {
         (TX_LEAD + self.longest).next_power_of_two()
     }
 
-    /// Bytes of arena that a queue pair needs.
-    fn arena(&self) -> usize {
+    /// Bytes of bounce area that a queue pair needs.
+    fn bounce_area(&self) -> usize {
         RX_SLOTS * CHUNK as usize + TX_SLOTS * self.tx_slot()
     }
 }
@@ -127,7 +126,7 @@ pub(super) struct GuestUmem {
 }
 
 impl GuestUmem {
-    /// Maps the regions of `guest` side by side, behind an arena for `pairs` queue pairs.
+    /// Maps the regions of `guest` side by side, behind a bounce area for `pairs` queue pairs.
     ///
     /// # Errors
     /// Those of mmap.
@@ -135,7 +134,8 @@ impl GuestUmem {
         let mut mappings: Vec<_> = guest.mappings().collect();
         mappings.sort_by_key(|mapped| std::cmp::Reverse(mapped.page()));
         // The chunk of the last buffer ends behind the guest's memory.
-        let memory = Umem::new(layout.arena() * usize::from(pairs), &mappings, CHUNK as usize)?;
+        let memory =
+            Umem::new(layout.bounce_area() * usize::from(pairs), &mappings, CHUNK as usize)?;
         let place = |(mapped, part): (&Mapped<'_>, &Range<usize>)| Region {
             mapped: mapped.start()..mapped.start() + mapped.length(),
             offset: part.start as u64,
@@ -204,7 +204,7 @@ impl GuestUmem {
         }
         let region = self.region_of(&room)?;
         let offset = region.offset + (room.address() - region.mapped.start) as u64;
-        // The arena is before all regions, and a pad behind them: the chunk lies in the UMEM.
+        // The bounce area is before all regions, and a pad behind them: the chunk lies in the UMEM.
         let address = offset - self.layout.lead();
         if !self.layout.zero_copy {
             return Some(address);
@@ -214,7 +214,7 @@ impl GuestUmem {
     }
 
     fn arena_of(&self, pair: u16) -> usize {
-        usize::from(pair) * self.layout.arena()
+        usize::from(pair) * self.layout.bounce_area()
     }
 
     /// The address to post for an rx slot of a queue pair's.
@@ -230,7 +230,7 @@ impl GuestUmem {
     pub(super) fn rx_frame(&self, pair: u16, slot: usize, length: usize) -> Segment<'_> {
         assert!(length <= self.layout.writes, "the kernel writes no more than it was given");
         let start = self.rx_slot(pair, slot) + self.layout.lead();
-        self.memory.arena(start as usize, length).skip(self.layout.header)
+        self.memory.bounce_area(start as usize, length).skip(self.layout.header)
     }
 
     /// Where to put a frame of `length` bytes to send it from a tx slot, and the address.
@@ -241,13 +241,13 @@ impl GuestUmem {
     pub(super) fn tx_frame(&self, pair: u16, slot: usize, length: usize) -> (Segment<'_>, u64) {
         assert!(length <= self.layout.longest, "longer frames were not admitted");
         let start = self.tx_start(pair, slot) + TX_LEAD;
-        (self.memory.arena(start, length), start as u64)
+        (self.memory.bounce_area(start, length), start as u64)
     }
 
     /// Where the metadata of the frame in a tx slot goes.
     pub(super) fn tx_metadata(&self, pair: u16, slot: usize) -> Segment<'_> {
         let start = self.tx_start(pair, slot) + TX_LEAD - TX_METADATA;
-        self.memory.arena(start, TX_METADATA)
+        self.memory.bounce_area(start, TX_METADATA)
     }
 
     fn tx_start(&self, pair: u16, slot: usize) -> usize {

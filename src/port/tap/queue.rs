@@ -12,14 +12,25 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::TapFilter;
-use crate::config::TxMethod;
 use crate::features::{HEADER_LENGTH, Offloads, PortOffloads};
+use crate::frame::LINK_OVERHEAD;
 use crate::policy::Filter;
-use crate::port::Terms;
+use crate::port::SessionConfig;
 use crate::port::mtu::MtuComparison;
 use crate::sys::tap::{Identity, Queue, offload};
 use crate::sys::uring::Writer;
-use crate::vnet_header::LINK_OVERHEAD;
+
+/// How bursts of frames are written to a TAP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TxMethod {
+    /// By io_uring where it is permitted, else by `writev`.
+    Auto,
+    /// One io_uring submission for a burst; an error where it is not permitted.
+    IoUring,
+    /// One system call for each frame.
+    Writev,
+}
 
 /// One queue of a TAP device, for the daemon's life.
 #[derive(Debug)]
@@ -228,7 +239,7 @@ impl TapQueue {
     ///
     /// # Errors
     /// Those of the device.
-    pub(super) fn configure(&mut self, terms: &Terms) -> io::Result<()> {
+    pub(super) fn configure(&mut self, config: &SessionConfig) -> io::Result<()> {
         let generation = self.filter.generation();
         if self.generation != generation {
             self.generation = generation;
@@ -236,16 +247,16 @@ impl TapQueue {
             self.link = None;
             self.attached = attached(&self.queue);
         }
-        let accepted = terms.negotiated.guest();
-        let is_small = self.small_size == Some(terms.rx_size)
-            && terms.negotiated.mergeable()
+        let accepted = config.negotiated.guest();
+        let is_small = self.small_size == Some(config.rx_size)
+            && config.negotiated.mergeable()
             && accepted.segmentation();
         self.set_small(is_small);
-        self.apply(terms.negotiated.header_length(), &accepted)?;
-        if !terms.receives {
+        self.apply(config.negotiated.header_length(), &accepted)?;
+        if !config.receives {
             self.set_attached(false)?;
         }
-        self.set_link(terms.link)
+        self.set_link(config.link)
     }
 
     /// Forgets what a session that panicked may have set without noting it, and an io_uring instance that

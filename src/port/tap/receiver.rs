@@ -1,23 +1,20 @@
 //! Buffers for frames to come: the kernel reads each frame straight into the oldest of them.
 
 use std::io;
-use std::time::{Duration, Instant};
 
-use crate::counters::Drop;
-use crate::features::{HEADER_LENGTH, Offloads};
+use super::read_gate::{ReadGate, Room};
+use crate::counters::DropReason;
+use crate::features::{HEADER_LENGTH, LEGACY_HEADER_LENGTH, Offloads};
+use crate::frame::{ETHERNET_LENGTH, FrameDirection, LINK_OVERHEAD, MAX_FRAME};
 use crate::guest::{Chain, MAX_SEGMENTS, Segment, Virtqueue, Writable};
-use crate::port::{Completions, Terms};
+use crate::port::{Completions, SessionConfig};
 use crate::sys::tap::Queue;
-use crate::traffic::{Notes, Way};
-use crate::vnet_header::{
-    ETHERNET_LENGTH, LINK_OVERHEAD, MAX_FRAME, MAX_HEADERS, Surplus, VnetHeader,
-};
+use crate::traffic::Notes;
+use crate::vnet_header::{MAX_HEADERS, SegmentationOverhead, VnetHeader};
 
 /// Buffers that are in flight at the most, which bounds what a session holds. Eight frames of 64 KiB in
 /// the 1.5 KiB buffers of a Linux driver.
 pub(super) const MAX_BUFFERS: usize = 512;
-/// How long frames wait for the guest to provide the buffers that the largest of them could need.
-const PATIENCE: Duration = Duration::from_millis(10);
 
 /// Buffers for frames to come.
 #[derive(Debug)]
@@ -39,13 +36,6 @@ pub(super) struct Receiver<'mem> {
     notes: Notes,
     /// Whether frames are noted.
     peeks: bool,
-    /// Whether to read: nobody has found the device empty since frames may have come. Without buffers nobody
-    /// looks, so it stays.
-    pub(super) may_have_frames: bool,
-    /// Since when frames have waited for more buffers.
-    short_since: Option<Instant>,
-    /// They waited long enough: read with the buffers that there are.
-    make_do: bool,
     /// The buffers held the largest frame at some time in this session.
     has_held_largest: bool,
     /// The ring cannot hold the largest frame that is to be segmented: the kernel is to segment for it.
@@ -55,8 +45,8 @@ pub(super) struct Receiver<'mem> {
 impl<'mem> Receiver<'mem> {
     /// For frames up to `longest` bytes, but for those that are to be segmented. `is_small` if the ring is
     /// known not to hold these.
-    pub(super) fn new(terms: &Terms, longest: usize, is_small: bool) -> Self {
-        let Terms { negotiated, mtu, receives, .. } = *terms;
+    pub(super) fn new(config: &SessionConfig, longest: usize, is_small: bool) -> Self {
+        let SessionConfig { negotiated, mtu, .. } = *config;
         let mut receiver = Receiver {
             header_length: negotiated.header_length(),
             accepted: negotiated.guest(),
@@ -67,11 +57,8 @@ impl<'mem> Receiver<'mem> {
             window: Vec::new(),
             window_chains: 0,
             window_room: 0,
-            notes: Notes::new(terms.tally.clone()),
+            notes: Notes::new(config.peers.clone()),
             peeks: false,
-            may_have_frames: receives,
-            short_since: None,
-            make_do: false,
             has_held_largest: false,
             is_small,
         };
@@ -95,7 +82,7 @@ impl<'mem> Receiver<'mem> {
     }
 
     /// Finds out whether the ring can hold the largest frame, from its size and the buffers in flight.
-    fn measure(&mut self, rx: &Virtqueue<'mem, Writable>) {
+    pub(super) fn measure(&mut self, rx: &Virtqueue<'mem, Writable>) {
         let (buffers, room) = (rx.in_flight(), rx.bytes_in_flight());
         if buffers == 0 || !self.segments() {
             return;
@@ -121,65 +108,32 @@ impl<'mem> Receiver<'mem> {
         self.window_room = 0;
     }
 
-    /// How long frames that are known to wait are to wait on for the guest's buffers.
-    pub(super) fn patience(&self) -> Option<Duration> {
-        self.short_since.map(|since| PATIENCE.saturating_sub(since.elapsed()))
-    }
-
-    /// Takes note of buffers that were popped.
-    pub(super) fn take(&mut self, rx: &Virtqueue<'mem, Writable>) {
-        self.make_do = false;
-        self.measure(rx);
-    }
-
     /// Whether the largest frame that may come fits the buffers in flight.
-    ///
-    /// A frame that is read into too few is lost, and a TAP does not tell the next frame's
-    /// length. So frames wait for the guest's buffers instead, but for [`PATIENCE`] only, since
-    /// the guest may have no more.
     #[inline]
-    pub(super) fn has_room(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
+    pub(super) fn room(&self, rx: &Virtqueue<'mem, Writable>) -> Room {
         match rx.in_flight() {
-            0 => false,
-            MAX_BUFFERS.. => true,
-            _ => !self.mergeable || rx.bytes_in_flight() >= self.enough,
+            0 => Room::None,
+            1..MAX_BUFFERS if self.mergeable && rx.bytes_in_flight() < self.enough => Room::Short,
+            _ => Room::Enough,
         }
     }
 
-    fn may_read(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
-        self.has_room(rx) || (self.make_do && rx.in_flight() > 0)
-    }
-
-    /// Whether to wait for the device: not while frames are known to wait for buffers.
-    pub(super) fn watches(&self, rx: &Virtqueue<'mem, Writable>) -> bool {
-        rx.in_flight() > 0 && (self.may_read(rx) || !self.may_have_frames)
-    }
-
-    /// As `may_read`, and keeps the time that frames have waited.
+    /// Whether to read now.
     #[inline]
-    pub(super) fn can_read(&mut self, rx: &Virtqueue<'mem, Writable>) -> bool {
-        if self.has_room(rx) {
-            self.short_since = None;
-            return true;
+    pub(super) fn can_read(&mut self, gate: &mut ReadGate, rx: &Virtqueue<'mem, Writable>) -> bool {
+        match self.room(rx) {
+            Room::Enough => true,
+            Room::None => false,
+            Room::Short => self.makes_do(gate),
         }
-        self.may_make_do(rx)
     }
 
+    /// Whether frames have waited in vain for more buffers, which shows that the ring is small.
     #[inline(never)]
-    fn may_make_do(&mut self, rx: &Virtqueue<'mem, Writable>) -> bool {
-        if rx.in_flight() == 0 {
-            self.short_since = None;
-            return false;
-        }
-        if !self.make_do {
-            let since = *self.short_since.get_or_insert_with(Instant::now);
-            if since.elapsed() >= PATIENCE {
-                self.make_do = true;
-                self.short_since = None;
-                self.is_small |= self.segments() && !self.has_held_largest;
-            }
-        }
-        self.make_do
+    fn makes_do(&mut self, gate: &mut ReadGate) -> bool {
+        let has_timed_out = gate.has_timed_out();
+        self.is_small |= has_timed_out && self.segments() && !self.has_held_largest;
+        has_timed_out
     }
 
     /// Reads the next frame into the oldest buffers; returns its length with header, or nothing if
@@ -256,16 +210,16 @@ impl<'mem> Receiver<'mem> {
         done: &mut Completions,
     ) {
         if length < self.header_length {
-            done.rx_dropped.push((Drop::TooShort, 1));
+            done.rx_dropped.push((DropReason::TooShort, 1));
             return;
         }
         let first = rx.chain(rx.next_used());
-        let header: [u8; 10] = first.first_bytes();
+        let header: [u8; LEGACY_HEADER_LENGTH] = first.first_bytes();
         // Nearly always it says nothing. A guest may have made it say nothing of a frame that is cut.
         let is_long = length - self.header_length > usize::from(self.mtu) + LINK_OVERHEAD;
         if header[..2] != [0, 0] || is_long {
             match self.fit_header_to_guest(&VnetHeader::parse(&header), &first) {
-                Ok(header) => done.rx.surplus += self.surplus(&header, length),
+                Ok(header) => done.rx.overhead += self.overhead(&header, length),
                 Err(reason) => {
                     done.rx_dropped.push((reason, 1));
                     return;
@@ -275,7 +229,7 @@ impl<'mem> Receiver<'mem> {
         if self.peeks {
             self.note(&first, length);
         }
-        // The kernel knows a header of 10 bytes only, and leaves the rest as it was.
+        // The kernel knows the legacy header only, and leaves the rest as it was.
         let has_number = self.header_length == HEADER_LENGTH;
         if length <= first.len() {
             if has_number {
@@ -326,7 +280,7 @@ impl<'mem> Receiver<'mem> {
         let mut start = [0; HEADER_LENGTH + MAX_HEADERS];
         let shown = first.read_start(&mut start).min(length);
         let frame = start.get(self.header_length..shown).unwrap_or_default();
-        self.notes.note(Way::Rx, frame, length - self.header_length);
+        self.notes.note(FrameDirection::Rx, frame, length - self.header_length);
     }
 
     /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,
@@ -336,9 +290,9 @@ impl<'mem> Receiver<'mem> {
         &self,
         header: &VnetHeader,
         buffer: &Chain<'_, 'mem, Writable>,
-    ) -> Result<VnetHeader, Drop> {
+    ) -> Result<VnetHeader, DropReason> {
         if !header.accepted_by(&self.accepted) {
-            return Err(Drop::NotAccepted);
+            return Err(DropReason::NotAccepted);
         }
         if !self.accepted.checksum && header.flags != 0 {
             // Section 5.1.6.4.1: flags are zero without GUEST_CSUM.
@@ -349,18 +303,18 @@ impl<'mem> Receiver<'mem> {
 
     /// What the frame of `length` bytes with its header is on the wire beyond itself. The guest may
     /// have rewritten the header: however small it makes the segments, they fit the MTU.
-    fn surplus(&self, header: &VnetHeader, length: usize) -> Surplus {
+    fn overhead(&self, header: &VnetHeader, length: usize) -> SegmentationOverhead {
         /// IPv4 and TCP without options.
         const LEAST_HEADERS: u16 = 40;
         /// TCP with its usual options. Without them there is one segment less at the most.
         const TCP: usize = 32;
         let length = length - self.header_length;
         if length <= usize::from(self.mtu) + LINK_OVERHEAD {
-            return Surplus::default();
+            return SegmentationOverhead::default();
         }
         let gso_size = header.gso_size.min(self.mtu.saturating_sub(LEAST_HEADERS)).max(1);
         // The kernel's hdr_len is not the length of headers.
         let headers = usize::from(header.csum_start).clamp(34, 74) + TCP;
-        Surplus::of(&VnetHeader { gso_type: 1, gso_size, ..*header }, headers, length)
+        SegmentationOverhead::of(&VnetHeader { gso_type: 1, gso_size, ..*header }, headers, length)
     }
 }

@@ -8,12 +8,11 @@ use std::ops::Range;
 use log::warn;
 
 use super::TapQueue;
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::guest::{Chain, ReadSegment, Readable, Virtqueue};
-use crate::port::{Completions, Outcome, Terms};
+use crate::port::{Completions, Outcome, SessionConfig, TxStages};
 use crate::sys::uring::MAX_WRITES;
-use crate::traffic::{Notes, Way};
-use crate::vnet_header::{Admission, Admitted, PLAIN_HEADER, PrivateStart, admit};
+use crate::vnet_header::{HeaderCopy, Validated};
 
 /// Bursts from this many frames on go through io_uring: a submission of one costs more than a
 /// `writev`.
@@ -22,7 +21,7 @@ const URING_FROM: usize = 2;
 /// A frame of a burst that is written at once.
 #[derive(Debug, Clone, Copy)]
 struct Frame {
-    admitted: Result<Admitted, Drop>,
+    admitted: Result<Validated, DropReason>,
     /// Where its segments are in the list of all; none of a frame that is dropped.
     first: u32,
     end: u32,
@@ -37,37 +36,32 @@ impl Frame {
 /// What writes frames.
 #[derive(Debug)]
 pub(super) struct Transmitter {
-    admission: Admission,
-    /// The card's MTU, by which `admission` is renewed.
+    stages: TxStages,
+    /// The virtio-net device's MTU in bytes, by which the longest frame is renewed.
     mtu: u16,
-    /// It was renewed in this burst.
+    /// Whether that was renewed in this burst.
     renewed: bool,
     /// The checked start of each frame of a burst that is not plain.
-    starts: Vec<PrivateStart>,
+    starts: Vec<HeaderCopy>,
     frames: Vec<Frame>,
     /// Room for the segments of a burst's frames.
     segments: Vec<ReadSegment<'static>>,
-    notes: Notes,
-    /// Whether admitted frames are noted.
-    peeks: bool,
     /// The device had no room for the last frame.
     pub(super) blocked: bool,
 }
 
 impl Transmitter {
-    pub(super) fn new(terms: &Terms, longest: usize) -> Self {
-        let mut admission = terms.admission(longest);
+    pub(super) fn new(config: &SessionConfig, longest: usize) -> Self {
+        let mut stages = config.tx_stages(longest);
         // A second piece costs a write more than copying a small frame does.
-        admission.copies_small = true;
+        stages.headers.copies_small = true;
         Transmitter {
-            admission,
-            mtu: terms.mtu,
+            stages,
+            mtu: config.mtu,
             renewed: false,
-            starts: vec![PrivateStart::default(); MAX_WRITES],
+            starts: vec![HeaderCopy::default(); MAX_WRITES],
             frames: Vec::with_capacity(MAX_WRITES),
             segments: Vec::new(),
-            notes: Notes::new(terms.tally.clone()),
-            peeks: false,
             blocked: false,
         }
     }
@@ -82,9 +76,7 @@ impl Transmitter {
     ) {
         self.blocked = false;
         self.renewed = false;
-        self.peeks = self.notes.wanted();
-        // A capture shows what was judged.
-        self.admission.begin_burst(self.peeks || done.captures);
+        self.stages.begin_burst(done);
         let mut starts = mem::take(&mut self.starts);
         while tx.next_used() != until && !self.blocked {
             let frames = usize::from(until.wrapping_sub(tx.next_used()));
@@ -95,7 +87,7 @@ impl Transmitter {
             }
         }
         self.starts = starts;
-        self.notes.publish();
+        self.stages.end_burst();
     }
 
     /// Checks a frame.
@@ -103,26 +95,17 @@ impl Transmitter {
     fn admit(
         &mut self,
         chain: &Chain<'_, '_, Readable>,
-        start: &mut PrivateStart,
+        start: &mut HeaderCopy,
         host: &TapQueue,
-    ) -> Result<Admitted, Drop> {
-        let admitted = admit(chain, &self.admission, start);
-        if admitted != Err(Drop::TooLong) || self.renewed {
+    ) -> Result<Validated, DropReason> {
+        let admitted = self.stages.check(chain, start);
+        if admitted != Err(DropReason::TooLong) || self.renewed {
             return admitted;
         }
         // Or the device's MTU was raised: once a burst it is asked.
         self.renewed = true;
-        self.admission.max_frame = host.longest_frame(self.mtu);
-        admit(chain, &self.admission, start)
-    }
-
-    /// What a frame begins with that was admitted.
-    #[inline(always)]
-    fn checked<'a>(&self, admitted: Admitted, start: &'a PrivateStart) -> &'a [u8] {
-        match admitted {
-            Admitted::Plain => &PLAIN_HEADER[..self.admission.header_length],
-            Admitted::Copied => start.bytes(),
-        }
+        self.stages.headers.max_frame = host.longest_frame(self.mtu);
+        self.stages.check(chain, start)
     }
 
     /// Sends the oldest frame.
@@ -130,13 +113,13 @@ impl Transmitter {
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
         host: &mut TapQueue,
-        start: &mut PrivateStart,
+        start: &mut HeaderCopy,
         done: &mut Completions,
     ) {
         let chain = tx.chain(tx.next_used());
         let mut admitted = self.admit(&chain, start, host);
         if let Ok(how) = admitted {
-            let checked = self.checked(how, start);
+            let checked = self.stages.checked(how, start);
             let first = ReadSegment::of_bytes(checked);
             let written = if checked.len() >= chain.len() {
                 host.queue.write(&[first])
@@ -152,7 +135,7 @@ impl Transmitter {
                     self.blocked = true;
                     return;
                 }
-                Err(_) => admitted = Err(Drop::HostRefused),
+                Err(_) => admitted = Err(DropReason::HostRefused),
             }
         }
         self.complete(tx, admitted, start, done);
@@ -164,7 +147,7 @@ impl Transmitter {
         tx: &mut Virtqueue<'_, Readable>,
         until: u16,
         host: &mut TapQueue,
-        starts: &mut [PrivateStart],
+        starts: &mut [HeaderCopy],
         done: &mut Completions,
     ) {
         let mut frames = mem::take(&mut self.frames);
@@ -174,7 +157,7 @@ impl Transmitter {
             let admitted = self.admit(&chain, start, host);
             let first = segments.len() as u32;
             if let Ok(how) = admitted {
-                let checked = self.checked(how, start);
+                let checked = self.stages.checked(how, start);
                 segments.push(ReadSegment::of_bytes(checked));
                 match chain.only_after(checked.len()) {
                     Some(rest) => segments.push(rest.into()),
@@ -200,29 +183,23 @@ impl Transmitter {
     fn complete(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
-        admitted: Result<Admitted, Drop>,
-        start: &PrivateStart,
+        admitted: Result<Validated, DropReason>,
+        start: &HeaderCopy,
         done: &mut Completions,
     ) {
-        let header_length = self.admission.header_length;
-        if done.captures {
-            let outcome = admitted.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
-            done.capture(tx.next_used(), start, outcome);
-        }
+        let position = tx.next_used();
+        let length = tx.chain(position).len().saturating_sub(self.stages.header_length());
+        let outcome = admitted.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
+        self.stages.observe(position, start, length, outcome, done);
         let how = match admitted {
             Ok(how) => how,
             Err(reason) => return done.drop_oldest(tx, reason),
         };
-        let length = tx.push_used(0) - header_length;
+        tx.push_used(0);
         done.tx.frames += 1;
         done.tx.bytes += length as u64;
-        if how == Admitted::Copied {
-            if start.is_segmented() {
-                done.tx.surplus += start.surplus(length);
-            }
-            if self.peeks {
-                self.notes.note(Way::Tx, &start.bytes()[header_length..], length);
-            }
+        if how == Validated::Copied && start.needs_segmentation() {
+            done.tx.overhead += start.overhead(length);
         }
     }
 }
@@ -251,7 +228,7 @@ fn write_at_once(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut 
             continue;
         }
         match results.next() {
-            Some(result) if *result < 0 => frame.admitted = Err(Drop::HostRefused),
+            Some(result) if *result < 0 => frame.admitted = Err(DropReason::HostRefused),
             Some(_) => {}
             None => return index,
         }

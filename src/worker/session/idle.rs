@@ -12,13 +12,13 @@ use crate::worker::{Mailbox, RingState};
 
 impl ActiveSession<'_> {
     /// Turns for a while in which nothing may move; says whether something did.
-    pub(super) fn look_on(
+    pub(super) fn poll(
         &mut self,
         time: Option<Duration>,
         mailbox: &Mailbox,
     ) -> Result<bool, Fault> {
         match time {
-            None => self.look_for_reply(mailbox),
+            None => self.poll_for_reply(mailbox),
             Some(Duration::ZERO) => Ok(false),
             Some(time) => self.busy_poll(time, mailbox),
         }
@@ -38,32 +38,32 @@ impl ActiveSession<'_> {
     }
 
     /// Turns where the guest is about to answer what it was given, until it has.
-    fn look_for_reply(&mut self, mailbox: &Mailbox) -> Result<bool, Fault> {
+    fn poll_for_reply(&mut self, mailbox: &Mailbox) -> Result<bool, Fault> {
         let Some(tx) = self.queues.tx.as_mut() else { return Ok(false) };
         if !self.tx.as_ref().is_some_and(|tx| tx.is_enabled) {
             return Ok(false);
         }
-        let Some(end) = self.replies.begin() else { return Ok(false) };
+        let Some(end) = self.adaptive_poll.begin() else { return Ok(false) };
         tx.disable_notify();
         let mut moved = false;
-        while !self.replies.have_come() && Instant::now() < end && !mailbox.has_command() {
+        while !self.adaptive_poll.have_come() && Instant::now() < end && !mailbox.has_command() {
             self.port.woken(true);
             moved |= self.turn()?;
             // Whoever waits for this processor may be the one who answers.
             std::thread::yield_now();
         }
-        self.replies.end();
+        self.adaptive_poll.end();
         let counters = &self.status.counters;
-        counters.looks.add(1);
-        counters.replies.add(self.replies.have_come().into());
+        counters.poll_attempts.add(1);
+        counters.poll_successes.add(self.adaptive_poll.have_come().into());
         Ok(moved)
     }
 
     /// Takes a nap, if that pays; says whether it did.
-    pub(super) fn nap(&mut self) -> bool {
-        let rested = self.naps.take();
+    pub(super) fn coalesce(&mut self) -> bool {
+        let rested = self.coalescer.take();
         if rested {
-            self.status.counters.naps.add(1);
+            self.status.counters.coalesced_sleeps.add(1);
             self.port.woken(true);
         }
         rested
@@ -76,9 +76,10 @@ impl ActiveSession<'_> {
     pub(super) fn arm(&mut self) -> Result<bool, Fault> {
         let starved = self.port.readiness(&self.queues).starved;
         let mut more = false;
+        let has_taken_all = self.has_taken_all();
         let serves = |tx: &ActiveRing<'_>| tx.ring.state != RingState::Waiting;
         if let Some(queue) = &mut self.queues.tx
-            && self.progress.is_done(queue)
+            && has_taken_all
             && self.tx.as_ref().is_some_and(serves)
         {
             more |= queue.enable_notify()?;

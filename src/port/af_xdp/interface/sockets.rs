@@ -14,11 +14,11 @@ use log::{debug, info, warn};
 use super::Interface;
 use crate::guest::GuestMemory;
 use crate::port::af_xdp::OpenError;
-use crate::port::af_xdp::abilities::{refused, wait_for_device};
+use crate::port::af_xdp::device_caps::{refused, wait_for_device};
 use crate::port::af_xdp::receiver::RING_SIZES;
 use crate::port::af_xdp::umem::GuestUmem;
 use crate::sys::link;
-use crate::sys::xsk::{Binding, Registration, Socket, Statistics};
+use crate::sys::xsk::{Binding, Registrable, Registration, Socket, Statistics};
 
 /// Memory in bytes that the kernel may use for frames of a socket on their way: a full ring of
 /// them, at what each takes with its bookkeeping.

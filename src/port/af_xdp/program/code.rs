@@ -1,7 +1,8 @@
 //! The program's instructions. For a queue whose frames are filtered, or counted by who sends them,
 //! there is a program of its own, to which the device's goes on: the same, with that in it.
 
-use super::{COUNTED, HEADER_LENGTH, Maps, OWN_PROGRAM, Own, Peers};
+use super::{COUNTED, HEADER_LENGTH, Maps, OWN_PROGRAM, Peers, QueueProgram};
+use crate::features;
 use crate::policy::filter::{SEEN_AT, extended};
 use crate::sys::bpf::assembly::{Assembly, Label};
 use crate::sys::bpf::instructions::{
@@ -144,7 +145,7 @@ fn restore_tag(code: &mut Assembly, function: i32, lost: Label) {
 
 /// Assembles the device's program, which puts tags back if it is given the function for that, or a
 /// queue's own.
-pub(super) fn assemble(maps: &Maps, own: Option<&Own<'_>>, tags: Option<i32>) -> Vec<u64> {
+pub(super) fn assemble(maps: &Maps, own: Option<&QueueProgram<'_>>, tags: Option<i32>) -> Vec<u64> {
     let mut code = Assembly::default();
     let [passed, plain, unheaded, lost] = [(); 4].map(|()| code.label());
     code.extend([copy(FRAME, 1), load32(QUEUE, 1, RX_QUEUE_INDEX), store32(10, QUEUE, KEY)]);
@@ -174,7 +175,7 @@ pub(super) fn assemble(maps: &Maps, own: Option<&Own<'_>>, tags: Option<i32>) ->
             code.extend([set(0, DROP), exit()]);
             code.place(unfiltered);
         }
-        Some(Own { filter, peers }) => {
+        Some(QueueProgram { filter, peers }) => {
             let allowed = code.label();
             code.extend(extended(filter));
             code.jump(allowed, if_not_equal(0, 0, 0));
@@ -190,12 +191,13 @@ pub(super) fn assemble(maps: &Maps, own: Option<&Own<'_>>, tags: Option<i32>) ->
     code.jump(unheaded, if_equal(SETTINGS, 0, 0));
     code.extend([copy(1, FRAME), set(2, 0), subtract_register(2, SETTINGS), call(XDP_ADJUST_HEAD)]);
     code.jump(lost, if_not_equal(0, 0, 0)); // no room
-    code.extend([load32(1, FRAME, DATA), load32(2, FRAME, DATA_END), copy(3, 1), add(3, 12)]);
+    let whole = features::HEADER_LENGTH as i32;
+    code.extend([load32(1, FRAME, DATA), load32(2, FRAME, DATA_END), copy(3, 1), add(3, whole)]);
     code.jump(lost, if_greater(3, 2, 0));
     code.extend([
         put64(1, 0, 0),
-        if_equal(SETTINGS, 12, 2),
-        put16(1, 8, 0), // ten bytes
+        if_equal(SETTINGS, whole, 2),
+        put16(1, 8, 0), // the legacy header
         jump(1),
         put32(1, 8, 1 << 16), // in one buffer
     ]);

@@ -7,8 +7,8 @@
 use std::time::Instant;
 
 use super::posted::{Posted, Target};
-use super::{Receiver, SPARE, Waiting};
-use crate::counters::{CopyReason, Drop};
+use super::{RESERVE_SLOTS, Receiver, Waiting};
+use crate::counters::{CopyReason, DropReason};
 use crate::features::HEADER_LENGTH;
 use crate::guest::{Chain, ReadSegment, Virtqueue, Writable};
 use crate::port::Completions;
@@ -50,7 +50,7 @@ impl Receiver {
             return;
         }
         open.socket.rx.release();
-        let spare = if self.posted.len() == self.slots_posted { SPARE } else { 0 };
+        let spare = if self.posted.len() == self.slots_posted { RESERVE_SLOTS } else { 0 };
         if self.post_slots(&mut open.socket, &open.umem, spare) {
             open.socket.fill.submit();
             self.wake_driver(open);
@@ -107,15 +107,15 @@ impl Receiver {
         let oldest = self.posted.pop_if(|oldest| oldest.is_at(address));
         match oldest {
             Some(oldest) => self.deliver(oldest.target(), length, rx, umem, done),
-            None => self.hold(address, length),
+            None => self.mark_out_of_order(address, length),
         }
         (self.held > 0 && self.deliver_held(rx, umem, done)) || oldest.is_some()
     }
 
     /// Notes a frame that has arrived in a buffer which is not the oldest.
-    fn hold(&mut self, address: u64, length: u16) {
+    fn mark_out_of_order(&mut self, address: u64, length: u16) {
         let Some(mut index) = self.posted.iter().position(|posted| posted.is_at(address)) else {
-            self.confused = true;
+            self.foreign_address = true;
             return;
         };
         if self.posted.get_mut(index).is_slot() {
@@ -190,7 +190,7 @@ impl Receiver {
                     piece.read(&mut bytes);
                 }
                 self.waiting.push_back(Waiting::Copy(bytes));
-                self.park(position, rx);
+                self.defer(position, rx);
             }
             Target::Slot(slot) => {
                 self.slots_posted -= 1;
@@ -211,9 +211,11 @@ impl Receiver {
             let served = match &frame {
                 Waiting::Slot { slot, length } => {
                     let frame = umem.rx_frame(self.pair, usize::from(*slot), usize::from(*length));
-                    self.spread(frame.into(), rx, umem, done)
+                    self.copy_scattered(frame.into(), rx, umem, done)
                 }
-                Waiting::Copy(bytes) => self.spread(ReadSegment::of_bytes(bytes), rx, umem, done),
+                Waiting::Copy(bytes) => {
+                    self.copy_scattered(ReadSegment::of_bytes(bytes), rx, umem, done)
+                }
             };
             if !served {
                 self.waiting.push_front(frame);
@@ -226,7 +228,7 @@ impl Receiver {
     }
 
     /// Copies a frame into the oldest buffers, which are parked; says whether they were there.
-    fn spread(
+    fn copy_scattered(
         &mut self,
         frame: ReadSegment<'_>,
         rx: &mut Virtqueue<'_, Writable>,
@@ -245,7 +247,7 @@ impl Receiver {
             // One buffer, and too small: it goes back with nothing in it, which drivers take for
             // the faulty frame that it was.
             rx.push_used(0);
-            done.rx_dropped.push((Drop::NoRoom, 1));
+            done.rx_dropped.push((DropReason::NoRoom, 1));
             return true;
         }
         write_header(&oldest, self.header_length, buffers as u16);

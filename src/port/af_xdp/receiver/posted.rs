@@ -10,7 +10,7 @@ const PLACES: usize = (MAX_BUFFERS + RX_SLOTS).next_power_of_two();
 pub(super) enum Target {
     /// A buffer of the guest's: the position of its chain.
     Guest(u16),
-    /// A slot of the arena.
+    /// A slot of the bounce area.
     Slot(u16),
 }
 

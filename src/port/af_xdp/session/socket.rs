@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 
 use super::{Closed, State, XdpPort, reap};
-use crate::counters::Drop;
+use crate::counters::DropReason;
 use crate::guest::Virtqueue;
 use crate::port::af_xdp::interface::Failure;
 use crate::port::af_xdp::{BUSY_LIMIT, BUSY_RETRY};
@@ -56,7 +56,7 @@ impl<'mem> XdpPort<'mem> {
             },
         );
         if opened.is_err() {
-            self.withdraw(queues);
+            self.reclaim(queues);
         }
         match opened {
             Ok(socket) => {
@@ -86,8 +86,8 @@ impl<'mem> XdpPort<'mem> {
     }
 
     /// Has the receiver begin again with all buffers; returns how many frames were in some of them.
-    fn withdraw(&mut self, queues: &Virtqueues<'mem>) -> u64 {
-        self.receiver.withdraw(queues.rx.as_ref().map_or(0, Virtqueue::next_used))
+    fn reclaim(&mut self, queues: &Virtqueues<'mem>) -> u64 {
+        self.receiver.reclaim(queues.rx.as_ref().map_or(0, Virtqueue::next_used))
     }
 
     /// Notes that the device does not work: frames are dropped, and it is tried again later.
@@ -128,9 +128,9 @@ impl<'mem> XdpPort<'mem> {
         let statistics = self.host.interface.close(pair, *open);
         self.count_lost(statistics, done);
         // Not before here: the kernel writes no more.
-        let lost = self.withdraw(queues);
+        let lost = self.reclaim(queues);
         if lost > 0 {
-            done.rx_dropped.push((Drop::NoRoom, lost));
+            done.rx_dropped.push((DropReason::NoRoom, lost));
         }
     }
 

@@ -1,7 +1,7 @@
 //! Frames that the kernel has, by their numbers.
 
 use super::super::umem::TX_SLOTS;
-use crate::counters::Drop;
+use crate::counters::DropReason;
 
 /// The kernel has it.
 const PENDING: u8 = 1;
@@ -14,7 +14,7 @@ const WHOLE: u8 = PENDING | ENDS_CHAIN;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Frame {
     state: u8,
-    dropped: Option<Drop>,
+    dropped: Option<DropReason>,
 }
 
 impl Frame {
@@ -25,7 +25,7 @@ impl Frame {
     }
 
     /// One that is not sent.
-    pub(super) fn dropped(reason: Drop) -> Self {
+    pub(super) fn dropped(reason: DropReason) -> Self {
         Frame { state: ENDS_CHAIN, dropped: Some(reason) }
     }
 
@@ -40,7 +40,7 @@ impl Frame {
     }
 
     /// Why it is dropped, if it is.
-    pub(super) fn drop_reason(&self) -> Option<Drop> {
+    pub(super) fn drop_reason(&self) -> Option<DropReason> {
         self.dropped
     }
 
@@ -51,7 +51,7 @@ impl Frame {
 
     /// The kernel has it, and does not send it.
     pub(super) fn refuse(&mut self) {
-        self.dropped = Some(Drop::HostRefused);
+        self.dropped = Some(DropReason::HostRefused);
     }
 }
 

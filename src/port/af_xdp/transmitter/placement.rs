@@ -1,19 +1,18 @@
-//! Where a frame that is not plain is sent from: the guest's memory, or a slot of the arena that it is
+//! Where a frame that is not plain is sent from: the guest's memory, or a slot of the bounce area that it is
 //! copied into, whole or one segment at a time.
 //!
 //! Invariant: what was checked is what is sent. Headers that the checks or the operator's rules have looked
 //! at go out from the copy that they looked at.
 
 use super::Transmitter;
-use crate::counters::{CopyReason, Drop};
+use crate::counters::{CopyReason, DropReason};
 use crate::guest::{Chain, Readable, Segment};
 use crate::port::af_xdp::checksum;
 use crate::port::af_xdp::interface::OpenSocket;
 use crate::port::af_xdp::segmentation::Segmentation;
 use crate::port::{Completions, Outcome};
 use crate::sys::xsk::{Descriptor, checksum_request};
-use crate::traffic::Way;
-use crate::vnet_header::{VnetHeader, admit_copied};
+use crate::vnet_header::VnetHeader;
 
 impl Transmitter {
     /// Where a frame of any kind is sent from, or the next segment of the frame that is being cut.
@@ -24,7 +23,7 @@ impl Transmitter {
         slot: usize,
         open: &OpenSocket,
         done: &mut Completions,
-    ) -> Result<Descriptor, Drop> {
+    ) -> Result<Descriptor, DropReason> {
         if self.cut.is_none() {
             self.begin_frame(chain, done)?;
         }
@@ -39,19 +38,13 @@ impl Transmitter {
         &mut self,
         chain: &Chain<'_, '_, Readable>,
         done: &mut Completions,
-    ) -> Result<(), Drop> {
-        admit_copied(chain, &self.admission, &mut self.start)?;
-        if self.start.is_segmented() {
+    ) -> Result<(), DropReason> {
+        self.stages.check_copied(chain, &mut self.start)?;
+        if self.start.needs_segmentation() {
             self.begin_cut(chain, done)?;
         }
-        if done.captures {
-            done.capture(self.next, &self.start, Outcome::Sent);
-        }
-        if self.peeks {
-            let header_length = self.admission.header_length;
-            let frame = &self.start.bytes()[header_length..];
-            self.notes.note(Way::Tx, frame, chain.len() - header_length);
-        }
+        let length = chain.len() - self.stages.header_length();
+        self.stages.observe(self.next, &self.start, length, Outcome::Sent, done);
         Ok(())
     }
 
@@ -62,16 +55,16 @@ impl Transmitter {
         &mut self,
         chain: &Chain<'_, '_, Readable>,
         done: &mut Completions,
-    ) -> Result<(), Drop> {
-        let header_length = self.admission.header_length;
+    ) -> Result<(), DropReason> {
+        let header_length = self.stages.header_length();
         let length = chain.len() - header_length;
         let headers = &self.start.bytes()[header_length..];
         if let Some(how) = Segmentation::of(&self.start.header(), headers, length) {
-            if how.longest() > self.admission.max_frame {
-                return Err(Drop::TooLong);
+            if how.longest() > self.stages.headers.max_frame {
+                return Err(DropReason::TooLong);
             }
             self.cut = Some((how, 0));
-            done.tx.surplus += self.start.surplus(length);
+            done.tx.overhead += self.start.overhead(length);
         }
         Ok(())
     }
@@ -84,9 +77,9 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length;
+        let header_length = self.stages.header_length();
         // Headers that were judged go out as they were then.
-        let as_it_is = !self.start.needs_checksum() && !self.admission.judges();
+        let as_it_is = !self.start.needs_checksum() && !self.stages.inspects_headers();
         let length = chain.len() - header_length;
         let in_place = chain
             .first_after(header_length)
@@ -98,7 +91,7 @@ impl Transmitter {
         }
     }
 
-    /// Puts a copy of the frame into the arena.
+    /// Puts a copy of the frame into the bounce area.
     #[inline(never)]
     fn place_copy(
         &mut self,
@@ -107,14 +100,14 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length;
+        let header_length = self.stages.header_length();
         let length = chain.len() - header_length;
         let (frame, address) = open.umem.tx_frame(self.pair, slot, length);
         chain.copy_to(header_length, &frame);
         frame.write(&self.start.bytes()[header_length..]);
         let (reason, options) = if self.start.header().needs_checksum() {
             (CopyReason::Checksum, self.complete(&frame, slot, open))
-        } else if self.admission.judges() {
+        } else if self.stages.inspects_headers() {
             (CopyReason::Rules, 0)
         } else {
             (CopyReason::Pieces, 0)
@@ -134,7 +127,7 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Descriptor {
-        let header_length = self.admission.header_length;
+        let header_length = self.stages.header_length();
         let (headers, payload) = (how.headers(), how.payload_at(offset));
         let (frame, address) = open.umem.tx_frame(self.pair, slot, headers + payload);
         let whole = &self.start.bytes()[header_length..];
@@ -150,7 +143,7 @@ impl Transmitter {
         Descriptor { address, length: (headers + payload) as u32, options }
     }
 
-    /// Has the checksum of a frame in the arena completed: by the kernel, or at once.
+    /// Has the checksum of a frame in the bounce area completed: by the kernel, or at once.
     fn complete(&mut self, frame: &Segment<'_>, slot: usize, open: &OpenSocket) -> u32 {
         let VnetHeader { csum_start, csum_offset, .. } = self.start.header();
         if open.metadata {
