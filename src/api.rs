@@ -1,8 +1,9 @@
-//! The control socket: operators ask what ports do, and change what may be changed while they run.
+//! The server of the control socket: operators read the state of ports, and change, add and remove ports.
 //!
-//! One request a line, in JSON, and one line in reply. Whoever asks must be root or the daemon's own
-//! user (SO_PEERCRED). A client can take little: lines are short, clients are few, and who does not
-//! read its replies is not read from. Descriptors come with the blanks before a request.
+//! Each request is a line of JSON, and so is its reply. A client must be root, the daemon's user or the user that
+//! started the daemon (SO_PEERCRED). The resources of clients are bounded: at most 32 clients, 16 KiB a request,
+//! and the daemon reads no request of a client that has not read its last reply. Descriptors come with the blanks
+//! before a request.
 
 mod connection;
 mod metrics;
@@ -24,20 +25,20 @@ use serde_json::{Value, json};
 
 use crate::config::Config;
 use crate::endpoint::{Endpoint, Frontend, set_access};
-use crate::error::StartError;
+use crate::error::{StartError, no_descriptor};
 use crate::ports::Ports;
 
 use connection::Client;
 pub use requests::Command;
 
-/// Version of requests and replies: it changes when one that was good is not understood any more.
+/// Version of requests and replies. A change that breaks existing clients increments it.
 pub const VERSION: u32 = 1;
-/// Clients at once; the one that has been silent for longest makes room.
+/// Maximum number of clients. One more disconnects the client that has been silent longest.
 const MAX_CLIENTS: usize = 32;
-/// What the opener is told.
+/// Message that has the helper process read the file again.
 const RELOAD: &str = "{\"reload\":true}\n";
 
-/// A line from a client.
+/// A request: one line from a client.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Request {
     pub(crate) version: u32,
@@ -45,16 +46,16 @@ pub(crate) struct Request {
     pub(crate) command: Command,
 }
 
-/// What clients may ask about the daemon itself.
+/// The daemon's own state, for replies.
 #[derive(Debug, Default)]
-struct House {
-    /// How it was started.
+struct DaemonInfo {
+    /// The configuration file and the settings that the daemon was started with.
     about: Value,
-    /// Sockets that clients connect to, by what they are for.
+    /// Names and descriptors of the listening sockets, for the next daemon.
     listeners: Vec<(String, OwnedFd)>,
 }
 
-impl House {
+impl DaemonInfo {
     fn listeners(&self) -> io::Result<(Vec<&str>, Vec<OwnedFd>)> {
         let names = self.listeners.iter().map(|(name, _)| name.as_str()).collect();
         let files = self.listeners.iter().map(|(_, fd)| fd.try_clone());
@@ -62,43 +63,48 @@ impl House {
     }
 }
 
-/// The socket, and those who are connected to it.
+/// The control socket and its clients.
 #[derive(Debug)]
 pub struct Server {
     endpoint: Option<Endpoint>,
-    /// The user that the daemon was started by, which may not be the one that it is now.
+    /// The user ID that started the daemon; `--user` can have changed the daemon's own since.
     starter: u32,
-    house: House,
-    /// Another daemon goes on with the ports.
+    info: DaemonInfo,
+    /// Whether another daemon has taken over the ports for good.
     given_away: bool,
-    /// The process that reads the daemon's file, and opens what it names.
+    /// The helper process, which reads the daemon's file and opens the descriptors of its ports.
     opener: Option<Client>,
-    /// Whoever has been silent for longest first.
+    /// The clients; the one that has been silent longest comes first.
     clients: Vec<Client>,
+    /// Number of the next client; 0 is the helper process.
     next: u32,
 }
 
-/// What a client is to be waited on for.
+/// The event that the server waits for on a client's connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClientInterest {
-    /// Its next request.
+    /// The next request.
     Request,
-    /// Room for the reply.
+    /// Space in the send buffer for the rest of the reply.
     Room,
-    /// Nothing: it has gone.
+    /// None: the connection is closed.
     Nothing,
 }
 
 impl Server {
-    /// Makes the socket that `config` names, if it does, to which only our own user can connect, or goes
-    /// on with that of another daemon. Nobody can before [`start`](Self::start).
+    /// Creates the control socket that `config` names, if any, with mode 0600; or uses `given`, the socket of
+    /// another daemon. Clients can connect after [`start`](Self::start).
     ///
     /// # Errors
-    /// With the path, what is wrong, and the way out.
+    /// The socket cannot be created; the error has the path and the fix.
     pub fn open(config: &Config, given: Option<OwnedFd>) -> Result<Self, StartError> {
         let open = |path: &Path| {
-            let failed =
-                |error: io::Error| StartError::new(format!("set up {}: {error}", path.display()));
+            let failed = |error: io::Error| {
+                StartError::new(format!(
+                    "cannot set up the control socket {}: {error}",
+                    path.display()
+                ))
+            };
             if let Some(fd) = given {
                 return Endpoint::taken(fd).map_err(failed);
             }
@@ -110,7 +116,7 @@ impl Server {
         let mut server = Server {
             endpoint: config.control.as_deref().map(open).transpose()?,
             starter: geteuid().as_raw(),
-            house: House { about, listeners: Vec::new() },
+            info: DaemonInfo { about, listeners: Vec::new() },
             given_away: false,
             opener: None,
             clients: Vec::new(),
@@ -118,36 +124,36 @@ impl Server {
         };
         if let Some(fd) = server.endpoint.as_ref().and_then(Endpoint::fd) {
             let duplicated = fd.try_clone_to_owned();
-            let fd = duplicated.map_err(|error| StartError::new(format!("control: {error}")))?;
+            let fd = duplicated.map_err(no_descriptor)?;
             server.pass_on("control", fd);
         }
         Ok(server)
     }
 
-    /// Passes a socket that clients connect to on to the next daemon.
+    /// Adds a listening socket to those that the next daemon gets.
     pub fn pass_on(&mut self, name: &str, listener: OwnedFd) {
-        self.house.listeners.push((name.to_owned(), listener));
+        self.info.listeners.push((name.to_owned(), listener));
     }
 
-    /// Passes another socket on in place of the one whose name begins so.
+    /// Replaces the socket whose name begins with `name` among those that the next daemon gets.
     pub fn pass_on_instead(&mut self, name: &str, listener: OwnedFd) {
-        let mut listeners = self.house.listeners.iter_mut();
+        let mut listeners = self.info.listeners.iter_mut();
         if let Some((_, passed)) = listeners.find(|(passed, _)| passed.starts_with(name)) {
             *passed = listener;
         }
     }
 
-    /// Its socket, if it has one.
+    /// Returns the control socket, if there is one.
     pub fn endpoint(&mut self) -> Option<&mut Endpoint> {
         self.endpoint.as_mut()
     }
 
-    /// Whether another daemon goes on with the ports.
+    /// Returns whether another daemon has taken over the ports for good.
     pub fn has_given_away(&self) -> bool {
         self.given_away
     }
 
-    /// Sends what clients are still to be sent.
+    /// Sends the rest of the replies, as far as the clients read them.
     pub fn flush(&mut self, ports: &mut Ports) {
         let numbers: Vec<u32> = self.clients.iter().map(|client| client.number).collect();
         for number in numbers {
@@ -155,111 +161,115 @@ impl Server {
         }
     }
 
-    /// Tells a daemon that takes over that this one ends all ports, as if it had let go of none.
+    /// Refuses a take-over in progress, because this daemon is about to stop all ports.
     pub fn refuse_successor(&mut self, ports: &Ports) {
-        let refusal = failure("cannot-be-done", "the daemon was told to stop meanwhile");
+        let refusal =
+            failure("cannot-be-done", "the old daemon was told to stop during the take-over");
         for client in self.clients.iter_mut().filter(|client| client.has_ports(ports)) {
             let _ = client.stream.write_all(refusal.as_bytes());
         }
     }
 
-    /// Owns the socket's file, at `path`, from now on.
+    /// Makes this daemon the owner of the socket's file at `path`, which it removes at its end.
     pub fn own(&mut self, path: &Path) {
         self.endpoint.iter_mut().for_each(|endpoint| endpoint.own(path));
     }
 
-    /// Leaves the socket's file, which is another daemon's now.
+    /// Keeps the socket's file, which another daemon owns now.
     pub fn leave(self) {
         if let Some(endpoint) = self.endpoint {
             endpoint.give_away();
         }
     }
 
-    /// Removes the socket's file, at the end of the process.
+    /// Removes the socket's file at the end of the process.
     pub fn end(self) {
         if let Some(endpoint) = self.endpoint {
             endpoint.end();
         }
     }
 
-    /// Serves the process that opens what is to be added when the file is read again.
+    /// Sets the connection to the helper process.
     pub fn serve_opener(&mut self, stream: UnixStream) {
         self.opener = Some(Client::new(0, stream));
     }
 
-    /// Lets clients connect.
+    /// Listens, so that clients can connect.
     ///
     /// # Errors
-    /// Those of `listen`.
+    /// listen(2) fails.
     pub fn start(&self) -> io::Result<()> {
         self.endpoint.as_ref().map_or(Ok(()), Endpoint::start)
     }
 
-    /// Whether anybody can ask.
+    /// Returns whether a client or the helper process can send requests.
     pub fn is_open(&self) -> bool {
         self.endpoint.is_some() || self.opener.is_some()
     }
 
-    /// Becomes readable when somebody connects.
+    /// Returns the descriptor that becomes readable when a client connects.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.endpoint.as_ref().and_then(Endpoint::fd)
     }
 
-    /// When to accept again, after an accept that failed.
+    /// Returns the time of the next accept, if the last one failed.
     pub fn retry(&self) -> Option<Instant> {
         self.endpoint.as_ref().and_then(Endpoint::deadline)
     }
 
-    /// True if the daemon was started with a configuration file, which SIGHUP reloads.
+    /// Returns whether the daemon was started with a configuration file, which SIGHUP reloads.
     pub fn has_file(&self) -> bool {
-        self.house.about["file"].is_string()
+        self.info.about["file"].is_string()
     }
 
-    /// The opener's number and socket, if there is one.
+    /// Returns the number and the socket of the helper process, if it runs.
     pub fn opener(&self) -> Option<(u32, &UnixStream)> {
         self.opener.as_ref().map(|opener| (opener.number, &opener.stream))
     }
 
-    /// Has the opener read the file again, as soon as it is [served](Self::serve).
+    /// Queues the message that has the helper process read the file again. [`serve`](Self::serve) sends it to the
+    /// client whose number is returned.
     pub fn ask_for_reload(&mut self) -> Option<u32> {
-        self.tell_opener(RELOAD)
+        self.queue_for_opener(RELOAD)
     }
 
-    /// Has the opener start ports of the file, by name, as soon as it is [served](Self::serve).
+    /// Queues the message that has the helper process start the ports `names` of the file; returns as
+    /// [`ask_for_reload`](Self::ask_for_reload).
     pub fn ask_to_start(&mut self, names: &[String]) -> Option<u32> {
-        self.tell_opener(&(json!({"start": names}).to_string() + "\n"))
+        self.queue_for_opener(&(json!({"start": names}).to_string() + "\n"))
     }
 
-    fn tell_opener(&mut self, line: &str) -> Option<u32> {
+    fn queue_for_opener(&mut self, line: &str) -> Option<u32> {
         let opener = self.opener.as_mut()?;
-        // Once is enough, however often it is asked for.
+        // One of several equal messages suffices.
         if !opener.output.ends_with(line.as_bytes()) {
             opener.output.extend(line.as_bytes());
         }
         Some(opener.number)
     }
 
-    /// Has the opener open a port's device again, if that is there again.
-    pub fn ask_to_mend(&mut self, port: &str) -> Option<u32> {
+    /// Queues the message that has the helper process open the TAP of `port` again, if a device of its name exists
+    /// again; returns as [`ask_for_reload`](Self::ask_for_reload).
+    pub fn ask_to_reopen_tap(&mut self, port: &str) -> Option<u32> {
         let opener = self.opener.as_mut()?;
-        // It is slow, or stuck: one wish at a time.
+        // A slow or stuck helper process gets one such message at a time.
         if opener.output.is_empty() {
             opener.output.extend((json!({"mend": port}).to_string() + "\n").into_bytes());
         }
         Some(opener.number)
     }
 
-    /// Takes a client, if one has connected: its number and its socket, and the number of one that
-    /// had to go for it.
+    /// Accepts a client, if one has connected. Returns its number and socket, and the number of the client that was
+    /// disconnected for it, if any.
     pub fn accept(&mut self, ports: &mut Ports) -> Option<(u32, &UnixStream, Option<u32>)> {
         let stream = self.endpoint.as_mut()?.connection("control socket")?;
         if let Err(why) = self.check_peer(&stream) {
-            info!("control socket: a client is turned away: {why}");
+            info!("control socket: client refused: {why}");
             let mut stream = stream;
             let _ = stream.write_all(failure("not-allowed", &why).as_bytes());
             return None;
         }
-        // Not the one that has the ports.
+        // Never the daemon that takes over the ports.
         let first = self.clients.iter().position(|client| !client.has_ports(ports));
         let full = self.clients.len() >= MAX_CLIENTS;
         let gone = first.filter(|_| full).map(|place| {
@@ -280,7 +290,10 @@ impl Server {
         if allowed.contains(&peer.uid()) {
             return Ok(());
         }
-        Err(format!("user {} is neither root nor the daemon's own", peer.uid()))
+        Err(format!(
+            "user {} may not use the control socket; be root or the daemon's user",
+            peer.uid()
+        ))
     }
 
     /// Disconnects a client.
@@ -298,10 +311,10 @@ impl Server {
         Some(self.clients.remove(place))
     }
 
-    /// Serves a client that can be read from, or written to.
+    /// Serves a client whose socket is readable or writable; returns the next event to wait for.
     pub fn serve(&mut self, number: u32, ports: &mut Ports) -> ClientInterest {
         let Some(mut client) = self.take(number) else { return ClientInterest::Nothing };
-        match client.talk(ports, &self.house, &mut self.given_away) {
+        match client.talk(ports, &self.info, &mut self.given_away) {
             Ok(()) => {
                 let wanted = if client.output.is_empty() {
                     ClientInterest::Request
@@ -318,10 +331,13 @@ impl Server {
             Err(error) => {
                 client.leave(ports);
                 if number == 0 {
-                    warn!("the process that reads the file again has ended: {error}");
+                    warn!(
+                        "daemon: the helper process has exited: {error}; SIGHUP does nothing any more, \
+                         use 'vhost-user-net ctl reload'"
+                    );
                 } else if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::Other)
                 {
-                    warn!("control socket: a client is disconnected: {error}");
+                    warn!("control socket: client disconnected: {error}");
                 }
                 ClientInterest::Nothing
             }
@@ -329,20 +345,24 @@ impl Server {
     }
 }
 
-/// Reads a request.
+/// Parses a request.
 ///
 /// # Errors
-/// The reply to a line that is no request, or is of another [`VERSION`].
+/// The line is no request, or has another [`VERSION`]; the error is the reply.
 pub fn parse(line: &[u8]) -> Result<Command, String> {
     let request: Request =
         serde_json::from_slice(line).map_err(|error| failure("bad-request", &error.to_string()))?;
     if request.version != VERSION {
-        let why = format!("version {} is not spoken here, but {VERSION}", request.version);
+        let why = format!(
+            "unsupported protocol version {}; this daemon speaks {VERSION}",
+            request.version
+        );
         return Err(failure("bad-version", &why));
     }
     Ok(request.command)
 }
 
+/// Returns the reply that refuses a request.
 fn failure(kind: &str, message: &str) -> String {
     json!({"version": VERSION, "error": {"kind": kind, "message": message}}).to_string() + "\n"
 }

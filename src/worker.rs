@@ -1,8 +1,8 @@
-//! The story, running: one thread per queue pair, asleep while there is nothing to do.
+//! Worker threads: one for each queue pair, which sleeps while its rings have no work.
 //!
-//! Invariant: rings, chains and the port's session live on the worker's stack and end with the
-//! session; when [`Worker::end`] returns, nothing of ours touches the guest's memory any more. That holds
-//! for a session that panics too: unwinding drops it, and the thread serves the next one.
+//! Invariant: rings, chains and the port's session live on the worker's stack and end with the session. After
+//! [`Worker::end`] has returned, no code of the daemon touches the session's guest memory. A panic keeps the
+//! invariant too: unwinding drops the session, and the thread serves the next one.
 
 mod active_ring;
 mod adaptive_poll;
@@ -41,99 +41,98 @@ use crate::sys::eventfd::{ForeignEvent, NotifyFd, Waker};
 use crate::sys::process::{ThreadClock, interrupt, permit_interrupts, pin_this_thread};
 use crate::traffic::PeerTable;
 
-/// How long workers may take to end their sessions before the system calls that they are in are
-/// interrupted.
+/// Time that workers have to end their sessions before their system calls are interrupted.
 const STOP_TIMEOUT: Duration = Duration::from_millis(100);
-/// How often they are interrupted then.
-const INTERRUPTIONS: Duration = Duration::from_millis(1);
-/// Fault of a queue pair that has no thread any more.
+/// Time between two interruptions of a worker that is late.
+const INTERRUPT_INTERVAL: Duration = Duration::from_millis(1);
+/// Fault of a queue pair whose thread has ended.
 const EXITED: &str = "worker thread exited (bug)";
 
-/// What is to be done with a ring that was started.
+/// State of a started ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RingState {
-    /// Move its frames.
+    /// The worker moves the ring's frames.
     Enabled,
-    /// Drop what comes on a tx ring, put nothing into an rx ring.
+    /// The worker drops frames of a tx ring, and gives an rx ring none.
     Disabled,
-    /// Leave it alone: the frontend has not said yet.
+    /// The worker leaves the ring alone: the frontend has neither enabled nor disabled it yet.
     Waiting,
 }
 
 /// One ring of a session.
 #[derive(Debug, Clone)]
 pub struct Ring {
-    /// Where it lies.
+    /// Size of the ring and addresses of its parts.
     pub layout: RingLayout,
-    /// Where the frontend thinks it stands. The used index in guest memory counts.
+    /// Base from the frontend. It is only logged: the ring resumes at the used index in guest memory.
     pub base: u16,
-    /// Whether its frames are to be moved.
+    /// State that the frontend has set.
     pub state: RingState,
-    /// Tells us that the driver has made something available; without one the ring is polled
-    /// at each wake-up only.
+    /// Descriptor on which the driver announces available chains. The worker reads a ring without one at least
+    /// every millisecond.
     pub kick: Option<Arc<NotifyFd>>,
-    /// Interrupts the driver; without one it gets no interrupts.
+    /// Descriptor that interrupts the driver. If the frontend has set none, signals have no effect.
     pub call: Arc<ForeignEvent>,
-    /// Tells the frontend that the ring has stopped for a fault.
+    /// Descriptor that announces to the frontend that a fault has stopped the ring.
     pub error: Arc<ForeignEvent>,
 }
 
-/// What a worker serves until it is told to end: one memory table, one feature set, running rings.
+/// Work of a worker until the control thread ends it: one memory table, one feature set, running rings.
 #[derive(Debug, Clone)]
 pub struct Session {
     /// The guest's memory.
     pub memory: Arc<GuestMemory>,
-    /// The features agreed on.
+    /// The negotiated features.
     pub negotiated: Negotiated,
-    /// Queue pairs of the port.
+    /// Number of the port's queue pairs.
     pub pairs: u16,
     /// MTU in bytes.
     pub mtu: u16,
-    /// Whether frames move; if not, those from the guest are dropped, and it is given none.
+    /// Link state. If false, frames from the guest are dropped, and the guest gets none.
     pub link: bool,
-    /// What the guest may send.
+    /// Anti-spoofing for frames from the guest, if the port has it.
     pub rules: Option<Arc<AntiSpoofing>>,
     /// The ring for frames to the guest.
     pub rx: Option<Ring>,
     /// The ring for frames from the guest.
     pub tx: Option<Ring>,
-    /// The ring for commands from the guest.
+    /// The control virtqueue, if the frontend passes it on.
     pub control: Option<Ring>,
 }
 
-/// How a session ended.
+/// End of a session: ring positions, and the fault, if any.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ended {
-    /// First chain of the rx ring that was not finished, if the ring ran.
+    /// Used index of the first rx chain that did not complete, if the ring ran.
     pub rx: Option<u16>,
-    /// First chain of the tx ring that was not finished, if the ring ran.
+    /// Used index of the first tx chain that did not complete, if the ring ran.
     pub tx: Option<u16>,
-    /// First command that was not answered, if the control ring ran.
+    /// Used index of the first command that was not answered, if the control virtqueue ran.
     pub control: Option<u16>,
-    /// Why the rings had stopped before, if they had.
+    /// Fault that stopped the rings before the session was ended, if any.
     pub fault: Option<String>,
 }
 
 /// Settings of a worker that do not change while the daemon runs.
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
-    /// Port and queue pair, for messages.
+    /// Port and queue pair for messages, such as `vm1/0`.
     pub name: String,
-    /// Processor to run on.
+    /// CPU to pin the thread to.
     pub cpu: Option<usize>,
-    /// How long to look for work before going to sleep; if it is not said, for a guest's answers only.
+    /// Time to busy-poll before each sleep. Without it, the worker polls for a guest's replies only.
     pub busy_poll: Option<Duration>,
-    /// How much traffic the port may have, all queue pairs together.
+    /// Rate limits, which all queue pairs of the port share.
     pub limits: Arc<Limits>,
-    /// Which of the port's queue pairs it is.
+    /// Index of the queue pair in its port, from 0.
     pub pair: u16,
-    /// Where frames are put for an operator to look at.
+    /// Receiver of copies of the frames, while an operator captures.
     pub capture: Arc<Capture>,
-    /// What is denied of what the guest sends.
+    /// The operator's packet filter for frames from the guest.
     pub tx_filter: Arc<LiveFilter>,
-    /// Where its traffic is counted.
+    /// Counts of the guest's traffic by peer.
     pub peers: Arc<PeerTable>,
-    /// What the thread is left with.
+    /// Restrictions that the thread puts on itself at its start.
     pub sandbox: Sandbox,
 }
 
@@ -142,31 +141,31 @@ impl Mailbox {
         self.waiting.load(Ordering::Acquire) > 0
     }
 
-    /// Whether both rings' drivers are to be called, once.
+    /// Returns true if all rings are to be called unconditionally, and clears the request.
     fn take_call(&self) -> bool {
         self.call.load(Ordering::Relaxed) && self.call.swap(false, Ordering::Acquire)
     }
 }
 
-/// What the control thread asks of a worker.
+/// Command from the control thread to a worker.
 enum Command {
     Begin(Box<Session>),
     End,
 }
 
-/// Shared with the thread: what it must notice while it is busy or asleep.
+/// Signals from the control thread, which the worker checks in each turn and which end its sleep.
 #[derive(Debug)]
 struct Mailbox {
-    /// Commands sent and not yet taken. The sender counts up before it wakes the thread, so a
-    /// thread that has cleared its waker and then reads 0 here has missed nothing.
+    /// Commands sent and not yet taken. The sender increments this before it wakes the thread. So if a
+    /// thread has cleared its waker and then reads 0, no command waits.
     waiting: AtomicUsize,
-    /// A call may have gone to a descriptor that is not used any more.
+    /// Request to call all rings: the worker may have signalled a call descriptor that has since been replaced.
     call: AtomicBool,
-    /// Ends the thread's sleep.
+    /// Waker of the thread.
     wake: Waker,
 }
 
-/// A queue pair's thread, as the control thread sees it.
+/// Handle of a queue pair's thread, which the control thread owns.
 #[derive(Debug)]
 pub struct Worker {
     commands: Sender<Command>,
@@ -178,10 +177,11 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts the thread, which counts on from `counters`.
+    /// Starts the thread, whose counters continue from `counters`.
     ///
     /// # Errors
-    /// No thread or event descriptor to be had, or no such processor.
+    /// The kernel refuses a thread or an eventfd, `options.cpu` does not exist or may not be used, or the sandbox
+    /// cannot be applied.
     pub fn start(
         host: HostQueue,
         options: WorkerOptions,
@@ -192,16 +192,16 @@ impl Worker {
         let (started, ready) = channel();
         let (waiting, call) = Default::default();
         let mailbox = Arc::new(Mailbox { waiting, call, wake: Waker::new()? });
-        let status = Arc::new(PairStatus::counting_on(counters));
+        let status = Arc::new(PairStatus::with_counters(counters));
         let (its_mailbox, its_status) = (mailbox.clone(), status.clone());
         let thread = thread::Builder::new().name(options.name.clone()).spawn(move || {
             let prepared = options.cpu.map_or(Ok(()), |cpu| {
                 pin_this_thread(cpu).map_err(|error| {
-                    io::Error::new(error.kind(), format!("run on processor {cpu}: {error}"))
+                    io::Error::new(error.kind(), format!("cannot run on CPU {cpu}: {error}"))
                 })
             });
             let prepared = prepared.and_then(|()| {
-                // Coalescing sleeps last as long as they say: the kernel may add 50 µs to all sleeps, if nobody objects.
+                // By default the kernel may lengthen each sleep by 50 µs; a coalescing sleep lasts 70 µs at most.
                 prctl::set_timerslack(1)?;
                 permit_interrupts()?;
                 options.sandbox.confine(host.role())
@@ -215,7 +215,7 @@ impl Worker {
         Ok(Worker { commands, replies, mailbox, thread: Some(thread), status, running: false })
     }
 
-    /// What the worker does, and has counted.
+    /// Returns the queue pair's state and counters.
     pub fn status(&self) -> &Arc<PairStatus> {
         &self.status
     }
@@ -223,26 +223,26 @@ impl Worker {
     /// Begins a session.
     ///
     /// # Panics
-    /// If one is running: it must be ended first.
+    /// If a session is running: the caller must end it first.
     pub fn begin(&mut self, session: Session) {
         assert!(!self.running, "a worker serves one session at a time");
         self.running = true;
         self.send(Command::Begin(Box::new(session)));
     }
 
-    /// Ends the session, if one is running. When this returns, each of its chains has been retired
-    /// or taken back, and its memory is touched no more.
+    /// Ends the session, if one is running. Then each of its chains is used or available again, and the worker
+    /// touches the session's memory no more.
     pub fn end(&mut self) -> Ended {
         end_all(std::slice::from_mut(self)).remove(0)
     }
 
-    /// Has the drivers called, whether or not there is anything new for them.
+    /// Signals the call descriptors of all rings unconditionally.
     pub fn call(&self) {
         self.mailbox.call.store(true, Ordering::Release);
         self.mailbox.wake.wake();
     }
 
-    /// Gets the thread out of a system call that it is stuck in.
+    /// Interrupts a system call that the thread is blocked in, by a signal.
     pub fn interrupt(&self) {
         if let Some(thread) = &self.thread {
             interrupt(thread);
@@ -250,7 +250,7 @@ impl Worker {
     }
 
     fn send(&self, command: Command) {
-        // Counted before it can be taken, or the thread would count below zero.
+        // Incremented before the thread can take the command, or its decrement would wrap.
         self.mailbox.waiting.fetch_add(1, Ordering::Release);
         if self.commands.send(command).is_err() {
             let name = self.thread.as_ref().and_then(|thread| thread.thread().name());
@@ -264,29 +264,30 @@ impl Worker {
     }
 }
 
-/// Ends the sessions of all workers as [`Worker::end`] does, and waits for them together. Those that take
-/// longer than 100 ms are interrupted again and again: a frontend can have each of a session's last
-/// calls block.
+/// Ends the sessions of all workers as [`Worker::end`] does, and waits for them together.
+///
+/// After 100 ms, late workers are interrupted every millisecond: a frontend can make each of a session's last
+/// system calls block.
 pub fn end_all(workers: &mut [Worker]) -> Vec<Ended> {
     for worker in workers.iter().filter(|worker| worker.running) {
         worker.send(Command::End);
     }
-    let patient_until = Instant::now() + STOP_TIMEOUT;
+    let deadline = Instant::now() + STOP_TIMEOUT;
     let mut ended = Vec::with_capacity(workers.len());
     while let Some(worker) = workers.get_mut(ended.len()) {
         if !worker.running {
             ended.push(Ended::default());
             continue;
         }
-        let patience = patient_until.saturating_duration_since(Instant::now());
-        match worker.replies.recv_timeout(patience.max(INTERRUPTIONS)) {
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        match worker.replies.recv_timeout(timeout.max(INTERRUPT_INTERVAL)) {
             Ok(reply) => ended.push(reply),
             Err(RecvTimeoutError::Timeout) => {
                 let late = workers[ended.len()..].iter().filter(|worker| worker.running);
                 late.for_each(Worker::interrupt);
                 continue;
             }
-            // The thread has ended for a panic outside a session: it holds nothing any more.
+            // A panic outside a session has ended the thread, which had no session to drop.
             Err(RecvTimeoutError::Disconnected) => {
                 worker.status.set_serving(false);
                 ended.push(Ended { fault: Some(EXITED.into()), ..Ended::default() });
@@ -309,7 +310,7 @@ impl Drop for Worker {
     }
 }
 
-/// The thread: serves one session after the other until the channel closes.
+/// Serves one session after the other until the channel closes: the thread's main function.
 fn run(
     mut host: HostQueue,
     options: &WorkerOptions,
@@ -327,12 +328,12 @@ fn run(
             Command::Begin(session) => {
                 status.set_fault(None);
                 status.set_serving(true);
-                // Guest memory that goes away costs nothing but itself.
+                // If the guest's memory is truncated, SIGBUS stops this session only.
                 ended = contained(&session.memory, || {
                     let serve = || {
                         session::serve(&mut host, &session, options, mailbox, status, &mut spoofing)
                     };
-                    // A panic drops all of the session before it is caught; the host side outlives it.
+                    // Unwinding drops the whole session before it is caught; the host queue outlives it.
                     catch_unwind(AssertUnwindSafe(serve)).unwrap_or_else(|_| {
                         host.recover();
                         ending::panicked(&session, options)

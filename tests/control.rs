@@ -26,7 +26,7 @@ fn a_ports_state_is_told_in_words() {
     };
     assert!(state("waiting").contains(daemon.path("one").to_str().unwrap()));
     let frontend = Frontend::new(daemon.connect_to("one"));
-    assert!(state("connected").contains("has not started its card"));
+    assert!(state("connected").contains("has not started the device"));
     let mut card = Card::start(frontend, Options::default());
     assert!(state("running").contains("1 of 1 queue pairs"));
     card.check_echo(10);
@@ -124,6 +124,6 @@ fn client_that_reads_no_descriptors_delays_nobody() {
     // The daemon waited for two seconds.
     assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
     eventually("it is disconnected", || {
-        daemon.log().contains("client is disconnected: cannot pass descriptors")
+        daemon.log().contains("client disconnected: cannot pass descriptors")
     });
 }

@@ -10,7 +10,7 @@ use log::warn;
 use serde_json::json;
 
 use super::requests::{Answer, Refused, carry_out};
-use super::{Command, House, VERSION, failure, parse};
+use super::{Command, DaemonInfo, VERSION, failure, parse};
 use crate::net_config::MAX_QUEUE_PAIRS;
 use crate::ports::{Ports, too_late};
 use crate::sys::socket::{MAX_DESCRIPTORS, receive, send_with_files};
@@ -64,7 +64,7 @@ impl Client {
     pub(super) fn talk(
         &mut self,
         ports: &mut Ports,
-        house: &House,
+        info: &DaemonInfo,
         given_away: &mut bool,
     ) -> io::Result<()> {
         if self.output.is_empty() && !self.input.contains(&b'\n') {
@@ -77,7 +77,7 @@ impl Client {
             let line: Vec<u8> = self.input.drain(..=end).collect();
             let files = std::mem::take(&mut self.files);
             let answer = parse(&line[..end])
-                .map(|command| self.answer(command, files, ports, house, given_away));
+                .map(|command| self.answer(command, files, ports, info, given_away));
             self.output = match answer {
                 Ok(Ok(Answer { value, files })) => {
                     self.pass(&files)?;
@@ -156,7 +156,7 @@ impl Client {
         command: Command,
         files: Vec<OwnedFd>,
         ports: &mut Ports,
-        house: &House,
+        info: &DaemonInfo,
         given_away: &mut bool,
     ) -> Result<Answer, Refused> {
         let bad = |message: &str| Refused { kind: "bad-request", message: message.into() };
@@ -164,7 +164,9 @@ impl Client {
             ports.check_present()?;
         }
         match &command {
-            Command::LetGo {} if self.handover.is_none() => return Err(bad("it has no ports")),
+            Command::LetGo {} if self.handover.is_none() => {
+                return Err(bad("no hand-over was requested"));
+            }
             Command::LetGo {} if !self.has_ports(ports) => return Err(too_late().into()),
             Command::Traffic { port } if self.counting.insert(port.clone()) => {
                 if let Err(refusal) = ports.find(port).and_then(|it| it.count_traffic(true)) {
@@ -176,7 +178,7 @@ impl Client {
         }
         let takes = matches!(command, Command::HandOver {});
         let lets_go = matches!(command, Command::LetGo {});
-        let answer = carry_out(command, files, ports, house)?;
+        let answer = carry_out(command, files, ports, info)?;
         if takes {
             self.handover = ports.handover_deadline();
         }

@@ -1,4 +1,4 @@
-//! What is told about a port.
+//! Reports about ports, as JSON.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::sys::link::{Drops, Link};
 use crate::traffic::Row;
 use crate::worker::PairStatus;
 
-/// A port in a list.
+/// The report for a list of ports.
 #[derive(Debug, Serialize)]
 pub(super) struct Summary {
     name: String,
@@ -30,31 +30,31 @@ pub(super) struct Summary {
     tx_filter: String,
     mac: Option<String>,
     anti_spoofing: bool,
-    /// What the guest may send from, with anti-spoofing: the MAC address is one of them.
+    /// The source MAC addresses that anti-spoofing allows; `mac` is one of them.
     source_macs: Vec<String>,
     source_ips: Vec<String>,
     vlans: Vec<u16>,
 }
 
-/// Everything about a port.
+/// The full report about a port.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
     #[serde(flatten)]
     summary: Summary,
-    /// The state in words, and what has to happen next.
+    /// The state, and the event that ends it, for an operator.
     explanation: String,
-    /// Its network device, as far as the kernel tells.
+    /// The network device; `None` if the kernel does not tell.
     device: Option<DeviceReport>,
-    /// What was said about it.
+    /// The options that were set.
     options: serde_json::Map<String, serde_json::Value>,
     connected_seconds: Option<u64>,
     connections: u64,
-    /// Process of the VMM that is served, if it is in the daemon's PID namespace.
+    /// Process ID of the connected VMM, if it is in the daemon's PID namespace.
     vmm_process: Option<i32>,
-    /// Whether another VMM has connected since. It waits, unless it has gone again.
+    /// Whether another VMM has connected since. It waits, or has disconnected again unnoticed.
     another_vmm_waits: bool,
     features: Option<String>,
-    /// Bytes of the VMM's files that are mapped, and how many can be.
+    /// Mapped bytes of the VMM's files, and their limit.
     mapped_bytes: u64,
     max_memory: u64,
     queue_pairs: Vec<Pair>,
@@ -63,28 +63,30 @@ pub(super) struct Report {
 /// A port's network device.
 #[derive(Debug, Serialize)]
 struct DeviceReport {
-    /// What it is called now.
+    /// The present name.
     name: String,
     index: u32,
-    /// Frames that it has dropped, for the guest and from it.
+    /// Frames that the kernel dropped in the device, from host to guest.
     rx_drops: u64,
+    /// The same, from guest to host.
     tx_drops: u64,
-    /// Queues of it that other processes have.
+    /// Number of its queues that other processes have open.
     foreign_queues: u32,
 }
 
-/// Frames that a port's device has dropped, in the guest's directions: for the guest, and from it.
+/// Returns the numbers of frames that the kernel dropped in a port's device: rx (host to guest), then tx.
 pub(super) fn device_drops(port: &Port, link: &Link) -> [u64; 2] {
     let Drops { rx, tx } = link.drops;
-    // A TAP sends what the guest receives.
+    // The kernel sends to a TAP the frames that the guest receives.
     if port.is_on_tap() { [tx, rx] } else { [rx, tx] }
 }
 
+/// A queue pair.
 #[derive(Debug, Serialize)]
 struct Pair {
     serving: bool,
     fault: Option<String>,
-    /// How it has moved frames last.
+    /// Mode of the last transfer.
     mode: &'static str,
     sessions: u64,
     turns: u64,
@@ -96,17 +98,17 @@ struct Pair {
     coalesced_sleeps: u64,
     sleeps: u64,
     starved: u64,
-    /// Seconds that its thread has run on a processor, and that it has not.
+    /// Seconds that the worker ran on a CPU, and that it did not.
     busy_seconds: Option<f64>,
     idle_seconds: Option<f64>,
-    /// Microseconds from a kick until the first of its frames were used: half of them, and 99 of a
-    /// hundred, were not above.
+    /// Median and 99th percentile of the time from a kick to the first used frame, in microseconds.
     kick_to_used_p50: Option<f64>,
     kick_to_used_p99: Option<f64>,
     rx: Direction,
     tx: Direction,
 }
 
+/// A direction of a queue pair.
 #[derive(Debug, Serialize)]
 struct Direction {
     frames: u64,
@@ -117,16 +119,16 @@ struct Direction {
     calls: u64,
     calls_suppressed: u64,
     limited: u64,
-    /// Chains that were used at once: half of the times, and 99 of a hundred, not more.
+    /// Median and 99th percentile of the chains published as used at once.
     burst_p50: Option<f64>,
     burst_p99: Option<f64>,
 }
 
-/// How a port is, in a word and in words.
+/// Returns the name of a port's state, and its explanation for an operator.
 pub(super) fn state(port: &PortStatus) -> (&'static str, String) {
     if port.has_ended() {
         let why =
-            "ended: its inherited connection has ended, or its thread has: see the log".into();
+            "ended: its inherited connection was closed, or its control thread has exited; see the log".into();
         return ("ended", why);
     }
     let connection = port.connection();
@@ -141,21 +143,18 @@ pub(super) fn state(port: &PortStatus) -> (&'static str, String) {
     let faults = port.pairs.iter().enumerate();
     if let Some((pair, fault)) = faults.filter_map(|(pair, it)| Some((pair, it.fault()?))).next() {
         let why = format!(
-            "stopped: queue pair {pair}: {fault}; it goes on when the guest resets its card or the \
-             VMM connects anew"
+            "stopped: queue pair {pair}: {fault}; resumes when the guest resets the device or the VMM \
+             reconnects"
         );
         return ("stopped", why);
     }
     if port.is_degraded() {
-        let why =
-            "degraded: its device does not work, and frames are dropped; it is tried each second";
+        let why = "degraded: its network device does not work; frames are dropped; the daemon tries it every second";
         return ("degraded", why.into());
     }
     let serving = port.pairs.iter().filter(|pair| pair.is_serving()).count();
     match serving {
-        0 => {
-            ("connected", "a frontend is connected, and the guest has not started its card".into())
-        }
+        0 => ("connected", "frontend connected; the guest has not started the device".into()),
         pairs => {
             let link = if port.has_link() { "" } else { "; an operator has set the link down" };
             ("running", format!("running: {pairs} of {} queue pairs{link}", port.pairs.len()))
@@ -167,6 +166,7 @@ fn texts<T: ToString>(items: &[T]) -> Vec<String> {
     items.iter().map(ToString::to_string).collect()
 }
 
+/// Returns the report for a list of ports.
 pub(super) fn summary(it: &Port) -> Summary {
     let (port, config) = (it.status(), it.config());
     let sources = config.allowed_sources.clone().unwrap_or_default();
@@ -197,7 +197,7 @@ pub(super) fn summary(it: &Port) -> Summary {
     }
 }
 
-/// The features that a port offers, and those that are in use, by name.
+/// Returns the names of the features that a port offers, and of those that are negotiated.
 pub(super) fn features(port: &Port) -> serde_json::Value {
     let negotiated = port.status().connection().features.unwrap_or(0);
     serde_json::json!({
@@ -206,7 +206,7 @@ pub(super) fn features(port: &Port) -> serde_json::Value {
     })
 }
 
-/// What a port has exchanged with a peer, by one protocol.
+/// Returns the traffic of a port with one peer, by one protocol.
 pub(super) fn traffic(row: &Row) -> serde_json::Value {
     let Row { key, volume } = row;
     serde_json::json!({
@@ -218,13 +218,14 @@ pub(super) fn traffic(row: &Row) -> serde_json::Value {
     })
 }
 
-/// What an operator should know of a port's socket, whatever its state.
+/// Returns the remarks about a port's socket, which its explanation ends with in any state.
 fn remarks(connection: &FrontendStatus) -> String {
-    let waits = "another VMM has connected since, and waits unless it has gone";
+    let waits = "another VMM has connected and waits, unless it has disconnected again";
     let waits = connection.another_waits.then_some(waits);
     [waits, connection.hidden].into_iter().flatten().map(|remark| format!("; {remark}")).collect()
 }
 
+/// Returns the full report about a port.
 pub(super) fn full(ports: &Ports, it: &Port) -> Report {
     let device = ports.device(it).map(|link| {
         let [rx_drops, tx_drops] = device_drops(it, &link);
@@ -233,17 +234,17 @@ pub(super) fn full(ports: &Ports, it: &Port) -> Report {
     });
     let port = it.status();
     let connection = port.connection();
-    let said = match serde_json::to_value(it.options()) {
+    let options = match serde_json::to_value(it.options()) {
         Ok(serde_json::Value::Object(options)) => options,
         _ => serde_json::Map::new(),
     };
-    let is_said = |value: &serde_json::Value| {
+    let is_set = |value: &serde_json::Value| {
         !(value.is_null() || value == false || value.as_array().is_some_and(Vec::is_empty))
     };
     Report {
         summary: summary(it),
         device,
-        options: said.into_iter().filter(|(_, value)| is_said(value)).collect(),
+        options: options.into_iter().filter(|(_, value)| is_set(value)).collect(),
         explanation: state(port).1 + &remarks(&connection),
         connected_seconds: connection.since.map(|since| since.elapsed().as_secs()),
         connections: connection.connections,

@@ -1,17 +1,17 @@
-//! What operators may ask for, and how it is carried out.
+//! The requests of the control socket, and their execution.
 
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{House, VERSION, metrics, report};
+use super::{DaemonInfo, VERSION, metrics, report};
 use crate::capture::{MAX_SNAPLEN, Options, parse_filter};
 use crate::config::{PortChanges, PortOptions};
 use crate::policy::Filter;
 use crate::ports::{Origin, Ports, Refusal};
 
-/// What may be asked for.
+/// A request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, clap::Subcommand)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Command {
@@ -42,75 +42,74 @@ pub enum Command {
         override_usage = "vhost-user-net ctl add [OPTIONS] <FRONTEND OPTION> <HOST SIDE OPTION>"
     )]
     Add {
-        /// The port.
+        /// The options that describe the port.
         #[command(flatten)]
         port: Box<PortOptions>,
-        /// Whether the daemon's file describes it.
+        /// Whether the daemon's file describes the port.
         #[arg(skip)]
         #[serde(default)]
         from_file: bool,
     },
-    /// Have the port of that name be as these options say, if it can while it runs.
+    /// Change a running port to these options, if it can change while it runs.
     #[command(skip)]
     Change {
         /// The port's name.
         name: String,
-        /// The port.
+        /// The options that describe the port.
         port: Box<PortOptions>,
     },
-    /// Note which ports of the daemon's file could not be started: they are tried again.
+    /// Set the ports of the daemon's file that could not be started; the daemon tries them every second.
     #[command(skip)]
     Missing {
-        /// Their names.
+        /// The names of these ports.
         ports: Vec<String>,
     },
-    /// Put a port that the daemon's file describes in the place of that one, which goes on if the new one
-    /// cannot start. What the new one needs and the old one does not have comes with the request.
+    /// Replace a port by one that the daemon's file describes; the old port resumes if the new one cannot start. The
+    /// request brings the descriptors that the new port needs and the old one does not have.
     #[command(skip)]
     Replace {
         /// The old port's name.
         name: String,
-        /// The new port.
+        /// The options that describe the new port.
         port: Box<PortOptions>,
     },
     /// Remove a port: stop its rings and disconnect its frontend.
     Remove {
         /// The port's name.
         port: String,
-        /// Whether the daemon's file has it removed.
+        /// Whether the port is removed because the daemon's file no longer describes it.
         #[arg(skip)]
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         from_file: bool,
     },
-    /// Have a port's frames written to the pipe that comes with the request.
+    /// Write a port's frames to the pipe that comes with the request.
     #[command(skip)]
     Capture {
         /// The port's name.
         port: String,
-        /// What is to be captured.
+        /// The frames to capture.
         #[serde(flatten)]
         wanted: CaptureOptions,
     },
-    /// End that, and say what it has come to.
+    /// End the capture, and return its statistics.
     #[command(skip)]
     CaptureStop {
         /// The port's name.
         port: String,
     },
-    /// Count a port's traffic by protocol and peer for as long as the client is connected, and say what
-    /// was counted so far.
+    /// Count a port's traffic by protocol and peer until the client disconnects, and return the counts so far.
     #[command(skip)]
     Traffic {
         /// The port's name.
         port: String,
     },
-    /// Pass on the sockets that clients connect to.
+    /// Return the daemon's listening sockets.
     #[command(skip)]
     Listeners {},
-    /// Stop all ports where they stand, and pass them on. If the client goes, they go on.
+    /// Suspend all ports, and return them. They resume if the client disconnects.
     #[command(skip)]
     HandOver {},
-    /// Let go of them, and end: the client goes on.
+    /// Commit the hand-over: the daemon exits, and the client serves the ports.
     #[command(skip)]
     LetGo {},
     /// Print the daemon's version and settings, and the ports' feature bits.
@@ -118,7 +117,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether the ports' threads are not needed for it.
+    /// Returns whether the request needs no thread of a port, so that it is possible during a hand-over.
     pub(super) fn only_asks(&self) -> bool {
         match self {
             Command::List {}
@@ -141,7 +140,7 @@ impl Command {
     }
 }
 
-/// What is to be captured.
+/// The frames to capture.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Serialize, Deserialize)]
 pub struct CaptureOptions {
     /// Keep at most this many bytes of each frame, 14 or more [default: all].
@@ -156,11 +155,11 @@ pub struct CaptureOptions {
     pub(super) count: Option<u64>,
 }
 
-/// Why a request is not carried out.
+/// The reason why a request is refused.
 pub(super) struct Refused {
-    /// A word for programs.
+    /// The kind of reason, for programs.
     pub(super) kind: &'static str,
-    /// A line for people.
+    /// The line for an operator.
     pub(super) message: String,
 }
 
@@ -183,18 +182,18 @@ pub(super) struct Answer {
     pub(super) files: Vec<OwnedFd>,
 }
 
-/// Carries a request out, with the descriptors that came with it.
+/// Carries out a request. `files` are the descriptors that came with it.
 pub(super) fn carry_out(
     command: Command,
     files: Vec<OwnedFd>,
     ports: &mut Ports,
-    house: &House,
+    info: &DaemonInfo,
 ) -> Result<Answer, Refused> {
     let value = match command {
         Command::Listeners {} => {
-            let (names, files) = house.listeners().map_err(|error| Refused {
+            let (names, files) = info.listeners().map_err(|error| Refused {
                 kind: "cannot-be-done",
-                message: format!("pass on the daemon's sockets: {error}"),
+                message: format!("cannot pass on the daemon's sockets: {error}"),
             })?;
             return Ok(Answer { value: json!(names), files });
         }
@@ -202,7 +201,7 @@ pub(super) fn carry_out(
             let (told, files) = ports.prepare_handover()?;
             return Ok(Answer { value: json!(told), files });
         }
-        command => answer(command, files, ports, &house.about)?,
+        command => answer(command, files, ports, &info.about)?,
     };
     Ok(Answer { value, files: Vec::new() })
 }
@@ -250,7 +249,9 @@ fn answer(
         }
         Command::Capture { port, wanted } => {
             let Ok([pipe]) = <[OwnedFd; 1]>::try_from(files) else {
-                let message = "a capture needs one descriptor to write to".to_owned();
+                let message =
+                    "cannot capture: the request brings no pipe; use 'vhost-user-net ctl capture'"
+                        .to_owned();
                 return Err(Refused { kind: "cannot-be-done", message });
             };
             let snaplen = wanted.snaplen.unwrap_or(MAX_SNAPLEN).min(MAX_SNAPLEN);

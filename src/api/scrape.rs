@@ -1,6 +1,7 @@
-//! Where Prometheus fetches metrics: a unix socket, or a TCP port of this machine only.
+//! The metrics endpoint for Prometheus: a unix socket, or a TCP port on the loopback device.
 //!
-//! One request a connection. Whoever asks for something else, for too much or too slowly is hung up on.
+//! A connection carries one request. Resources of clients are bounded: at most 8 connections, and 8 KiB a request.
+//! One more connection closes the one that has been silent longest.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -17,14 +18,14 @@ use crate::error::StartError;
 use crate::ports::Ports;
 use crate::sys::socket::refuse_descriptors;
 
-/// The socket's name in the log.
+/// The endpoint's name in the log.
 const NAME: &str = "metrics";
-/// Longest request in bytes: Prometheus sends some hundreds.
+/// Maximum length of a request in bytes; Prometheus sends some hundreds.
 const MAX_REQUEST: usize = 8 << 10;
-/// Headers of a request at the most.
+/// Maximum number of headers of a request.
 const MAX_HEADERS: usize = 64;
-/// Connections at once; the one that has been silent for longest makes room.
-const MAX_VISITORS: usize = 8;
+/// Maximum number of connections.
+const MAX_CLIENTS: usize = 8;
 
 #[derive(Debug)]
 enum Listener {
@@ -54,38 +55,40 @@ impl Stream {
     }
 }
 
-/// Somebody who asks.
+/// A client, such as Prometheus.
 #[derive(Debug)]
-struct Visitor {
+struct HttpClient {
     number: u32,
     stream: Stream,
     request: Vec<u8>,
     reply: Vec<u8>,
 }
 
-/// The socket, and those who are connected to it.
+/// The metrics endpoint and its clients.
 #[derive(Debug)]
 pub struct Scrape {
     listener: Listener,
-    /// Whoever has been silent for longest first.
-    visitors: Vec<Visitor>,
+    /// The clients; the one that has been silent longest comes first.
+    clients: Vec<HttpClient>,
+    /// Number of the next client.
     next: u32,
 }
 
 impl Scrape {
-    /// Listens there, or goes on with another daemon's socket. Whoever connects is answered later.
+    /// Listens at `address`, or uses `given`, the socket of another daemon. [`serve`](Self::serve) answers the clients.
     ///
     /// # Errors
-    /// With the address, what is wrong, and the way out.
+    /// The address cannot be used; the error has the address and the fix.
     pub fn open(address: &MetricsAddress, given: Option<OwnedFd>) -> Result<Self, StartError> {
-        let failed = |error: io::Error| StartError::new(format!("listen on {address}: {error}"));
+        let failed =
+            |error: io::Error| StartError::new(format!("cannot listen on {address}: {error}"));
         let listener = match address {
             MetricsAddress::Unix(path) => {
                 Listener::Unix(if let Some(fd) = given {
                     Endpoint::taken(fd).map_err(failed)?
                 } else {
                     let endpoint = Endpoint::open(&Frontend::Listen(path.clone()), None)?;
-                    // They are numbers, and no secret: Prometheus is another user.
+                    // Metrics are no secret, and Prometheus runs as another user.
                     set_access(path, None, 0o666).map_err(failed)?;
                     endpoint.fd().into_iter().for_each(refuse_descriptors);
                     endpoint.start().map_err(failed)?;
@@ -100,10 +103,10 @@ impl Scrape {
                 Listener::Tcp(listener, Accepting::default())
             }
         };
-        Ok(Scrape { listener, visitors: Vec::new(), next: 0 })
+        Ok(Scrape { listener, clients: Vec::new(), next: 0 })
     }
 
-    /// Owns the socket's file from now on, if it has one.
+    /// Makes this daemon the owner of the socket's file, if there is one, which it removes at its end.
     pub fn own(&mut self, address: &MetricsAddress) {
         if let (Listener::Unix(endpoint), MetricsAddress::Unix(path)) =
             (&mut self.listener, address)
@@ -112,22 +115,22 @@ impl Scrape {
         }
     }
 
-    /// Leaves the socket's file, which is another daemon's now.
+    /// Keeps the socket's file, which another daemon owns now.
     pub fn leave(self) {
         if let Listener::Unix(endpoint) = self.listener {
             endpoint.give_away();
         }
     }
 
-    /// Removes the socket's file, if it has one, at the end of the process.
+    /// Removes the socket's file, if there is one, at the end of the process.
     pub fn end(self) {
         if let Listener::Unix(endpoint) = self.listener {
             endpoint.end();
         }
-        std::mem::forget(self.visitors);
+        std::mem::forget(self.clients);
     }
 
-    /// Its unix socket, if it has one.
+    /// Returns the unix socket, if the endpoint is one.
     pub fn endpoint(&mut self) -> Option<&mut Endpoint> {
         match &mut self.listener {
             Listener::Unix(endpoint) => Some(endpoint),
@@ -135,7 +138,7 @@ impl Scrape {
         }
     }
 
-    /// Becomes readable when somebody connects.
+    /// Returns the descriptor that becomes readable when a client connects.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.listener {
             Listener::Unix(endpoint) => endpoint.fd(),
@@ -143,7 +146,7 @@ impl Scrape {
         }
     }
 
-    /// When to accept again, after an accept that failed.
+    /// Returns the time of the next accept, if the last one failed.
     pub fn retry(&self) -> Option<Instant> {
         match &self.listener {
             Listener::Unix(endpoint) => endpoint.deadline(),
@@ -151,7 +154,8 @@ impl Scrape {
         }
     }
 
-    /// Takes whoever has connected: their number and socket, and the number of one who had to go.
+    /// Accepts a client, if one has connected. Returns its number and socket, and the number of the client that was
+    /// disconnected for it, if any.
     pub fn accept(&mut self) -> Option<(u32, BorrowedFd<'_>, Option<u32>)> {
         let stream = match &mut self.listener {
             Listener::Unix(endpoint) => Stream::Unix(endpoint.connection(NAME)?),
@@ -165,41 +169,41 @@ impl Scrape {
             Stream::Tcp(stream) => stream.set_nonblocking(true),
         };
         if let Err(error) = prepared {
-            warn!("metrics: take a connection: {error}");
+            warn!("metrics: cannot serve a connection: {error}");
             return None;
         }
-        let gone = (self.visitors.len() >= MAX_VISITORS).then(|| self.visitors.remove(0).number);
+        let gone = (self.clients.len() >= MAX_CLIENTS).then(|| self.clients.remove(0).number);
         let number = self.next;
         self.next = self.next.wrapping_add(1);
-        self.visitors.push(Visitor { number, stream, request: Vec::new(), reply: Vec::new() });
-        let visitor = self.visitors.last()?;
-        let fd = match &visitor.stream {
+        self.clients.push(HttpClient { number, stream, request: Vec::new(), reply: Vec::new() });
+        let client = self.clients.last()?;
+        let fd = match &client.stream {
             Stream::Unix(stream) => stream.as_fd(),
             Stream::Tcp(stream) => stream.as_fd(),
         };
         Some((number, fd, gone))
     }
 
-    /// Hangs up.
+    /// Closes the connection of a client.
     pub fn hang_up(&mut self, number: u32) {
-        self.visitors.retain(|visitor| visitor.number != number);
+        self.clients.retain(|client| client.number != number);
     }
 
-    /// Serves whoever can be read from, or written to.
+    /// Serves a client whose socket is readable or writable; returns the next event to wait for.
     pub fn serve(&mut self, number: u32, ports: &Ports) -> ClientInterest {
-        let place = self.visitors.iter().position(|visitor| visitor.number == number);
-        let Some(mut visitor) = place.map(|place| self.visitors.remove(place)) else {
+        let place = self.clients.iter().position(|client| client.number == number);
+        let Some(mut client) = place.map(|place| self.clients.remove(place)) else {
             return ClientInterest::Nothing;
         };
-        let wanted = visitor.talk(ports).unwrap_or(ClientInterest::Nothing);
+        let wanted = client.talk(ports).unwrap_or(ClientInterest::Nothing);
         if wanted != ClientInterest::Nothing {
-            self.visitors.push(visitor);
+            self.clients.push(client);
         }
         wanted
     }
 }
 
-impl Visitor {
+impl HttpClient {
     fn talk(&mut self, ports: &Ports) -> io::Result<ClientInterest> {
         let would_block = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
         if self.reply.is_empty() {
@@ -226,7 +230,7 @@ impl Visitor {
     }
 }
 
-/// The reply to a request, if all of it is there.
+/// Returns the reply to a request; `None` if part of the request is missing.
 fn answer(bytes: &[u8], ports: &Ports) -> Option<Vec<u8>> {
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
     let mut request = httparse::Request::new(&mut headers);

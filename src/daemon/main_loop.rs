@@ -1,4 +1,4 @@
-//! The main thread: it waits for signals, for operators, and for the end.
+//! The main thread's loop: signals, operators, metrics, and ports that have ended.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -9,29 +9,31 @@ use super::supervision::Supervisor;
 use crate::api::scrape::Scrape;
 use crate::api::{ClientInterest, Server};
 use crate::config::Config;
+use crate::error::StartError;
 use crate::event::{Interest, Poller, until};
 use crate::ports::Ports;
 use crate::sys::process::{Signal, Signals};
 
-/// What the main thread waits for.
+/// Event that the main thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
+    /// A signal has come.
     Signal,
     /// A port has ended, or its device does not work.
     Changed,
     /// A network device has changed.
     Devices,
-    /// Somebody connects to the control socket.
+    /// A client connects to the control socket.
     Operators,
-    /// A client, by its number.
+    /// A client of the control socket sends a request, or can take more of a reply.
     Client(u32),
-    /// Somebody wants metrics.
+    /// A client connects for metrics.
     Scrape,
-    /// One who does, by their number.
-    Visitor(u32),
+    /// A client of the metrics sends a request, or can take more of a reply.
+    ScrapeClient(u32),
 }
 
-/// The main thread's loop.
+/// State of the main thread.
 pub(super) struct MainLoop<'a> {
     poller: Poller<Source>,
     signals: &'a Signals,
@@ -39,14 +41,18 @@ pub(super) struct MainLoop<'a> {
     scrape: Option<Scrape>,
     ports: Ports,
     supervisor: Supervisor,
-    /// When a device was asked for last that has gone.
-    mended: Option<Instant>,
+    /// Time of the last request to the helper process for a missing TAP or port.
+    retried: Option<Instant>,
 }
 
-/// How often a device that has gone is asked for.
-const MEND: Duration = Duration::from_secs(1);
+/// Time between two requests to the helper process for missing TAPs and ports.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl<'a> MainLoop<'a> {
+    /// Registers all sources of events.
+    ///
+    /// # Errors
+    /// A descriptor cannot be registered with epoll.
     pub(super) fn new(
         signals: &'a Signals,
         server: Server,
@@ -69,28 +75,30 @@ impl<'a> MainLoop<'a> {
         if let Some(fd) = scrape.as_ref().and_then(Scrape::fd) {
             poller.add(fd, Interest::Read, Source::Scrape)?;
         }
-        Ok(MainLoop { poller, signals, server, scrape, ports, supervisor, mended: None })
+        Ok(MainLoop { poller, signals, server, scrape, ports, supervisor, retried: None })
     }
 
-    /// Waits for a signal that ends the daemon, or until no port runs and none can be added, and
-    /// serves operators meanwhile.
+    /// Serves operators and ports until a signal ends the daemon, another daemon takes over, or no port runs and
+    /// none can be added.
     ///
     /// # Errors
-    /// Waiting fails, or no port runs any more and one has panicked: a service manager is to start the
-    /// daemon again.
-    pub(super) fn run(&mut self) -> io::Result<()> {
-        let mut happened = Vec::new();
+    /// epoll fails, or no port runs any more and the control thread of one panicked. The exit status then makes the
+    /// service manager restart the daemon.
+    pub(super) fn run(&mut self) -> Result<(), StartError> {
+        let mut events = Vec::new();
         self.supervisor.ready(&self.ports);
         while !self.server.has_given_away() && (self.server.is_open() || self.ports.any_runs()) {
             let time = self.supervisor.report(&self.ports);
             let overdue = self.ports.end_overdue_handover();
             let accept = self.wait_for_connections();
             let devices = self.ports.look_at_devices();
-            let sockets = self.look_after_sockets();
-            let times = [time, self.reopen_tap(), overdue, accept, devices, sockets];
+            let sockets = self.check_socket_files();
+            let times = [time, self.retry_missing(), overdue, accept, devices, sockets];
             let time = times.into_iter().flatten().min();
-            self.poller.wait(time, |source| happened.push(source))?;
-            for source in happened.drain(..) {
+            self.poller.wait(time, |source| events.push(source)).map_err(|error| {
+                StartError::new(format!("cannot wait for signals and operators: {error}"))
+            })?;
+            for source in events.drain(..) {
                 match source {
                     Source::Signal => match self.signals.take() {
                         Some(Signal::Reload) if self.server.opener().is_some() => self.reload(),
@@ -108,32 +116,32 @@ impl<'a> MainLoop<'a> {
                     Source::Devices => self.ports.note_device_changes(),
                     Source::Operators => self.take_client(),
                     Source::Client(number) => self.serve_client(number),
-                    Source::Scrape => self.take_visitor(),
-                    Source::Visitor(number) => {
+                    Source::Scrape => self.take_scrape_client(),
+                    Source::ScrapeClient(number) => {
                         if let Some(scrape) = &mut self.scrape {
-                            let wanted = scrape.serve(number, &self.ports);
-                            self.wait_for(source, wanted);
+                            let interest = scrape.serve(number, &self.ports);
+                            self.wait_for(source, interest);
                         }
                     }
                 }
             }
         }
         if !self.server.has_given_away() && self.ports.any_panicked() {
-            return Err(io::Error::other(
-                "the control thread of a port panicked, and no port runs",
+            return Err(StartError::new(
+                "no port runs: the control thread of a port panicked (bug); restart the daemon",
             ));
         }
         Ok(())
     }
 
-    /// Ends all ports.
+    /// Stops all ports; after a take-over, only closes this daemon's own descriptors.
     pub(super) fn stop(mut self) {
         if self.server.has_given_away() {
-            info!("daemon: exits; another daemon serves its ports");
+            info!("daemon: exiting; another daemon serves its ports");
             self.server.flush(&mut self.ports);
             self.server.leave();
             self.scrape.into_iter().for_each(Scrape::leave);
-            // A thread that has not suspended yet ends with the process, which is now.
+            // A control thread that has not suspended its port yet ends with the process.
             std::mem::forget(self.ports);
             return;
         }
@@ -144,7 +152,7 @@ impl<'a> MainLoop<'a> {
         self.scrape.into_iter().for_each(Scrape::end);
     }
 
-    /// Serves the ports that another daemon has let go of.
+    /// Resumes the ports that this daemon has taken over, and owns their sockets' files from now on.
     pub(super) fn take_over(&mut self, config: &Config) {
         self.ports.resume();
         config.control.iter().for_each(|path| self.server.own(path));
@@ -152,40 +160,41 @@ impl<'a> MainLoop<'a> {
             scrape.own(address);
         }
         if config.file.is_some() {
-            // What it says by now.
+            // The ports have the old daemon's options; the file may have changed since.
             self.reload();
         }
     }
 
-    /// Has the file read again.
+    /// Asks the helper process to read the file again.
     fn reload(&mut self) {
-        info!("daemon: the file is read again");
+        info!("daemon: reloading its file");
         let Some(number) = self.server.ask_for_reload() else { return };
         self.serve_client(number);
     }
 
-    /// Has a port's TAP opened again, if it has gone, and ports started that could not be; returns when to
-    /// look again.
-    fn reopen_tap(&mut self) -> Option<Duration> {
+    /// Asks the helper process to open a deleted TAP again and to start missing ports, at most once per
+    /// [`RETRY_INTERVAL`]. Returns the time until the next request, if any port needs one.
+    fn retry_missing(&mut self) -> Option<Duration> {
         let port = self.ports.tap_to_reopen();
         if port.is_none() && self.ports.missing().is_empty() {
             return None;
         }
-        if let Some(rest) = self.mended.map(|at| MEND.saturating_sub(at.elapsed()))
+        if let Some(rest) = self.retried.map(|at| RETRY_INTERVAL.saturating_sub(at.elapsed()))
             && !rest.is_zero()
         {
             return Some(rest);
         }
-        let mending = port.and_then(|port| self.server.ask_to_mend(port));
+        let reopening = port.and_then(|port| self.server.ask_to_reopen_tap(port));
         let missing = self.ports.missing();
         let starting = if missing.is_empty() { None } else { self.server.ask_to_start(missing) };
-        let number = mending.or(starting)?;
-        self.mended = Some(Instant::now());
+        let number = reopening.or(starting)?;
+        self.retried = Some(Instant::now());
         self.serve_client(number);
-        Some(MEND)
+        Some(RETRY_INTERVAL)
     }
 
-    /// Waits on the listeners but those whose accept has just failed; returns when to look again.
+    /// Waits for connections, except on a listener that pauses after a failed accept. Returns the time until the
+    /// first pause ends.
     fn wait_for_connections(&mut self) -> Option<Duration> {
         let scrape = self.scrape.as_ref().and_then(Scrape::retry);
         let mut soonest = None;
@@ -199,8 +208,8 @@ impl<'a> MainLoop<'a> {
         soonest
     }
 
-    /// Has the files of the control socket and the metrics' socket looked at; returns when to look again.
-    fn look_after_sockets(&mut self) -> Option<Duration> {
+    /// Checks the files of the control socket and the metrics socket. Returns the time until the next check.
+    fn check_socket_files(&mut self) -> Option<Duration> {
         let metrics = self.scrape.as_mut().and_then(Scrape::endpoint);
         let (mut made, mut next) = (Vec::new(), None);
         for (source, name, passed, endpoint) in [
@@ -213,7 +222,10 @@ impl<'a> MainLoop<'a> {
                 let watched = self.poller.replace(source, fd, Interest::Read);
                 match watched.and_then(|()| fd.try_clone_to_owned()) {
                     Ok(listener) => made.push((passed, listener)),
-                    Err(error) => warn!("{name}: wait for descriptors: {error}"),
+                    Err(error) => warn!(
+                        "{name}: cannot wait on its new socket: {error}; new clients are not served; \
+                         restart the daemon"
+                    ),
                 }
             }
             next = next.into_iter().chain(endpoint.next_look()).min();
@@ -224,7 +236,7 @@ impl<'a> MainLoop<'a> {
         until(next)
     }
 
-    /// Takes whoever has connected to the control socket.
+    /// Accepts a client of the control socket.
     fn take_client(&mut self) {
         let Some((number, stream, gone)) = self.server.accept(&mut self.ports) else { return };
         let watched = self.poller.add(stream, Interest::Read, Source::Client(number));
@@ -234,25 +246,27 @@ impl<'a> MainLoop<'a> {
         self.check(Source::Client(number), watched);
     }
 
+    /// Serves a client of the control socket.
     fn serve_client(&mut self, number: u32) {
-        let wanted = self.server.serve(number, &mut self.ports);
-        self.wait_for(Source::Client(number), wanted);
+        let interest = self.server.serve(number, &mut self.ports);
+        self.wait_for(Source::Client(number), interest);
     }
 
-    /// Takes whoever has come for metrics.
-    fn take_visitor(&mut self) {
+    /// Accepts a client of the metrics.
+    fn take_scrape_client(&mut self) {
         let Some(scrape) = &mut self.scrape else { return };
         let Some((number, fd, gone)) = scrape.accept() else { return };
-        let source = Source::Visitor(number);
+        let source = Source::ScrapeClient(number);
         let watched = self.poller.add(fd, Interest::Read, source);
         if let Some(gone) = gone {
-            self.poller.forget(Source::Visitor(gone));
+            self.poller.forget(Source::ScrapeClient(gone));
         }
         self.check(source, watched);
     }
 
-    fn wait_for(&mut self, source: Source, wanted: ClientInterest) {
-        let watched = match wanted {
+    /// Waits for the next event of a client.
+    fn wait_for(&mut self, source: Source, interest: ClientInterest) {
+        let watched = match interest {
             ClientInterest::Request => self.poller.modify(source, Interest::Read),
             ClientInterest::Room => self.poller.modify(source, Interest::Write),
             ClientInterest::Nothing => {
@@ -263,12 +277,13 @@ impl<'a> MainLoop<'a> {
         self.check(source, watched);
     }
 
+    /// Disconnects a client that cannot be waited for.
     fn check(&mut self, source: Source, watched: io::Result<()>) {
         let Err(error) = watched else { return };
-        warn!("control socket: wait for a client: {error}");
+        warn!("control socket: client disconnected: cannot wait for it: {error}");
         match (source, &mut self.scrape) {
             (Source::Client(number), _) => self.server.hang_up(number, &mut self.ports),
-            (Source::Visitor(number), Some(scrape)) => scrape.hang_up(number),
+            (Source::ScrapeClient(number), Some(scrape)) => scrape.hang_up(number),
             _ => {}
         }
         self.poller.forget(source);

@@ -117,7 +117,7 @@ impl Port {
         let name = control.name().to_owned();
         control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
         let alive = Alive::new(running, &port.status);
-        port.status.pairs.iter().for_each(|pair| pair.tell_of_trouble(running.changed.clone()));
+        port.status.pairs.iter().for_each(|pair| pair.wake_on_device_loss(running.changed.clone()));
         let thread = thread::Builder::new().name(name).spawn(move || {
             let alive = alive;
             match sandbox.confine(control.role()) {

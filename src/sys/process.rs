@@ -185,7 +185,7 @@ pub fn clear_file_mode_mask() {
 /// # Errors
 /// With the first CPU that does not exist, or that this process may not use.
 pub fn check_cpus(cpus: &[usize]) -> Result<(), String> {
-    let refused = |(cpu, error): (&usize, io::Error)| format!("run on processor {cpu}: {error}");
+    let refused = |(cpu, error): (&usize, io::Error)| format!("cannot run on CPU {cpu}: {error}");
     thread::scope(|scope| {
         let tried = scope.spawn(|| {
             cpus.iter().try_for_each(|cpu| pin_this_thread(*cpu).map_err(|error| (cpu, error)))

@@ -1,4 +1,4 @@
-//! One direction of a running session: its ring and its counters. The virtqueue is beside it, for the port.
+//! One direction of a running session: its ring and counters. The session keeps the virtqueue apart, for the port.
 //!
 //! Invariant: a ring starts at the used index in guest memory, whatever base the frontend sent.
 
@@ -8,16 +8,19 @@ use super::{Ring, RingState, Session};
 use crate::counters::DirectionCounters;
 use crate::guest::{Direction, Fault, Published, Virtqueue};
 
-/// One direction of the pair, beside its virtqueue.
+/// One direction of a queue pair, without its virtqueue.
 pub(super) struct ActiveRing<'s> {
     pub(super) ring: &'s Ring,
     pub(super) counters: &'s DirectionCounters,
-    /// Whether its frames move: the ring is enabled, and the link is up.
+    /// True if the ring's frames move: the ring is enabled, and the link is up.
     pub(super) is_enabled: bool,
 }
 
 impl<'s> ActiveRing<'s> {
-    /// Starts a ring of the session, if it has it.
+    /// Starts one of the session's rings; `index` is its vhost-user index. Returns `None`s without `ring`.
+    ///
+    /// # Errors
+    /// As [`Virtqueue::start`].
     pub(super) fn start<D: Direction>(
         name: &str,
         session: &'s Session,
@@ -28,12 +31,13 @@ impl<'s> ActiveRing<'s> {
         let Some(ring) = ring else { return Ok((None, None)) };
         let notification = session.negotiated.notification();
         let mut queue = Virtqueue::start(&session.memory, ring.layout, notification)?;
-        queue.note_inflight(index);
+        queue.record_inflight(index);
         let used = queue.next_used();
         if used != ring.base {
-            // cloud-hypervisor counts by the avail index, which would skip chains in flight.
+            // cloud-hypervisor sends the available index, which would skip chains in flight.
             info!(
-                "{name}: ring base {} differs from the used index, resuming at {used}",
+                "{name}: ring base differs from the used index base={} used_index={used}; resuming at \
+                 the used index",
                 ring.base
             );
         }
@@ -41,7 +45,7 @@ impl<'s> ActiveRing<'s> {
         Ok((Some(ActiveRing { ring, counters, is_enabled }), Some(queue)))
     }
 
-    /// Shows the driver what has completed, and calls it if it asked for that.
+    /// Publishes completed chains to the driver, and calls it if it asked for a notification.
     pub(super) fn publish<D: Direction>(&self, queue: &mut Virtqueue<'_, D>) {
         match queue.publish() {
             Published::Nothing => {}

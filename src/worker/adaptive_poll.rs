@@ -1,98 +1,102 @@
-//! Adaptive polling: after a request to the guest, the worker polls for its reply for a moment.
+//! Adaptive polling: after a request to the guest, the worker polls for the guest's reply for up to 100 µs.
 //!
-//! Who sends a request and waits for the answer waits for each processor that has to be woken on the
-//! way. A guest that was just called answers within tens of microseconds, as a rule. A worker that looks
-//! on for that long need not be woken again, and the guest need not kick. It costs processor time, so it
-//! is done only while answers come, and has a budget. KVM does the same for a guest's processor that
-//! halts (`halt_poll_ns`).
+//! The latency of a request includes the wake-up of each CPU on its way. A guest that was just called usually
+//! replies within tens of microseconds. If the worker polls for that time, nothing has to wake it, and the guest
+//! need not kick. Polling costs CPU time, so the worker polls only while replies come, and within a budget. KVM
+//! polls in the same way for a guest's CPU that halts (`halt_poll_ns`).
 
 use std::time::{Duration, Instant};
 
-/// How long an answer is looked for.
-const LONGEST: Duration = Duration::from_micros(100);
-/// What may be spent: this part of all time,
-const PART: u32 = 16;
-/// of which this much is saved up.
-const SAVINGS: Duration = Duration::from_millis(5);
-/// Most frames and bytes of a request. A stream is answered too, and nobody waits for that.
-const FRAMES: u64 = 4;
-const BYTES: u64 = 4096;
-/// How long it is not looked for answers after a look in vain: twice as long each time, from this
-/// to that.
-const PAUSES: [Duration; 2] = [Duration::from_micros(500), Duration::from_millis(64)];
+/// Longest poll for a reply.
+const MAX_POLL: Duration = Duration::from_micros(100);
+/// Divisor of elapsed time: the budget grows by one sixteenth of it.
+const BUDGET_DIVISOR: u32 = 16;
+/// Highest budget.
+const MAX_BUDGET: Duration = Duration::from_millis(5);
+/// Limit on the frames of a request. More frames are a stream: the guest replies to a stream too, but no peer waits
+/// for these replies.
+const MAX_FRAMES: u64 = 4;
+/// Limit on the bytes of a request.
+const MAX_BYTES: u64 = 4096;
+/// Shortest and longest pause after a poll without a reply. Each such poll doubles the pause.
+const BACKOFF: [Duration; 2] = [Duration::from_micros(500), Duration::from_millis(64)];
 
-/// What a worker knows of a guest's answers.
+/// State of a session's polls for replies.
 #[derive(Debug)]
 pub(super) struct AdaptivePoll {
-    /// What the guest was given, and whether it has sent something, since the worker last had nothing
-    /// to do.
+    /// Frames given to the guest since the worker last ran out of work.
     frames: u64,
+    /// Bytes of these frames.
     bytes: u64,
-    sent: bool,
-    /// What may be spent, as of `counted`.
+    /// True if the guest has sent a frame since then.
+    has_reply: bool,
+    /// Time that polls may take, as of `updated`.
     budget: Duration,
-    counted: Instant,
-    /// How long is paused after the next look in vain, and the end of this pause.
-    pause: Duration,
-    paused_until: Instant,
+    updated: Instant,
+    /// Pause after the next poll without a reply.
+    backoff: Duration,
+    /// End of the present pause.
+    backoff_until: Instant,
 }
 
 impl AdaptivePoll {
+    /// Creates a state with a full budget and no pause.
     pub(super) fn new() -> Self {
         let now = Instant::now();
         AdaptivePoll {
             frames: 0,
             bytes: 0,
-            sent: false,
-            budget: SAVINGS,
-            counted: now,
-            pause: PAUSES[0],
-            paused_until: now,
+            has_reply: false,
+            budget: MAX_BUDGET,
+            updated: now,
+            backoff: BACKOFF[0],
+            backoff_until: now,
         }
     }
 
-    /// Notes what the guest was given.
-    pub(super) fn note_given(&mut self, frames: u64, bytes: u64) {
+    /// Notes frames that the guest was given.
+    pub(super) fn note_rx(&mut self, frames: u64, bytes: u64) {
         self.frames += frames;
         self.bytes += bytes;
     }
 
-    /// Notes that the guest has sent something.
-    pub(super) fn note_sent(&mut self) {
-        self.sent = true;
+    /// Notes that the guest has sent a frame.
+    pub(super) fn note_tx(&mut self) {
+        self.has_reply = true;
     }
 
-    /// There is nothing to do for now: says until when to look for an answer, if that may pay.
+    /// Begins a poll, when the worker has run out of work. Returns the end of the poll, or `None` if polling would
+    /// not pay.
     pub(super) fn begin(&mut self) -> Option<Instant> {
         let (frames, bytes) = (std::mem::take(&mut self.frames), std::mem::take(&mut self.bytes));
-        let sent = std::mem::take(&mut self.sent);
-        if frames == 0 || frames > FRAMES || bytes > BYTES || sent {
+        let has_reply = std::mem::take(&mut self.has_reply);
+        if frames == 0 || frames > MAX_FRAMES || bytes > MAX_BYTES || has_reply {
             return None;
         }
         let now = Instant::now();
-        if now < self.paused_until {
+        if now < self.backoff_until {
             return None;
         }
-        self.budget = SAVINGS.min(self.budget + (now - self.counted) / PART);
-        self.counted = now;
-        (self.budget >= LONGEST).then(|| now + LONGEST)
+        self.budget = MAX_BUDGET.min(self.budget + (now - self.updated) / BUDGET_DIVISOR);
+        self.updated = now;
+        (self.budget >= MAX_POLL).then(|| now + MAX_POLL)
     }
 
-    /// Whether the guest has sent something since.
-    pub(super) fn have_come(&self) -> bool {
-        self.sent
+    /// Returns true if the guest has sent a frame since [`begin`](Self::begin).
+    pub(super) fn has_reply(&self) -> bool {
+        self.has_reply
     }
 
-    /// It is looked for no longer.
+    /// Ends a poll: charges its time to the budget, and starts a pause if no reply came.
     pub(super) fn end(&mut self) {
         let now = Instant::now();
-        self.budget = self.budget.saturating_sub(now - self.counted);
-        self.counted = now;
-        if self.sent {
-            self.pause = PAUSES[0];
+        self.budget = self.budget.saturating_sub(now - self.updated);
+        self.updated = now;
+        if self.has_reply {
+            self.backoff = BACKOFF[0];
         } else {
-            self.paused_until = now + self.pause;
-            self.pause = PAUSES[1].min(2 * self.pause);
+            self.backoff_until = now + self.backoff;
+            self.backoff = BACKOFF[1].min(2 * self.backoff);
         }
     }
 }
@@ -102,16 +106,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_to_few_frames_is_looked_for_once() {
+    fn a_request_is_polled_for_once() {
         let mut adaptive_poll = AdaptivePoll::new();
         assert!(adaptive_poll.begin().is_none());
         for (frames, bytes, is_request) in [
             (1, 60, true),
-            (FRAMES, BYTES, true),
-            (FRAMES + 1, BYTES, false),
-            (1, BYTES + 1, false),
+            (MAX_FRAMES, MAX_BYTES, true),
+            (MAX_FRAMES + 1, MAX_BYTES, false),
+            (1, MAX_BYTES + 1, false),
         ] {
-            adaptive_poll.note_given(frames, bytes);
+            adaptive_poll.note_rx(frames, bytes);
             assert_eq!(
                 adaptive_poll.begin().is_some(),
                 is_request,
@@ -119,57 +123,57 @@ mod tests {
             );
             assert!(adaptive_poll.begin().is_none());
         }
-        adaptive_poll.note_given(1, 60);
-        adaptive_poll.note_sent();
-        assert!(adaptive_poll.begin().is_none(), "it has been answered");
+        adaptive_poll.note_rx(1, 60);
+        adaptive_poll.note_tx();
+        assert!(adaptive_poll.begin().is_none(), "the reply has come");
     }
 
     #[test]
-    fn after_looks_in_vain_there_are_longer_and_longer_pauses() {
+    fn failed_polls_back_off_exponentially() {
         let mut adaptive_poll = AdaptivePoll::new();
         for milliseconds in [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 64.0] {
-            adaptive_poll.note_given(1, 60);
+            adaptive_poll.note_rx(1, 60);
             assert!(adaptive_poll.begin().is_some());
-            assert!(!adaptive_poll.have_come());
+            assert!(!adaptive_poll.has_reply());
             let before = Instant::now();
             adaptive_poll.end();
-            let pause = Duration::from_secs_f64(milliseconds / 1e3);
-            assert!(adaptive_poll.paused_until >= before + pause);
-            assert!(adaptive_poll.paused_until <= Instant::now() + pause);
-            adaptive_poll.note_given(1, 60);
-            adaptive_poll.paused_until += Duration::from_secs(60);
+            let backoff = Duration::from_secs_f64(milliseconds / 1e3);
+            assert!(adaptive_poll.backoff_until >= before + backoff);
+            assert!(adaptive_poll.backoff_until <= Instant::now() + backoff);
+            adaptive_poll.note_rx(1, 60);
+            adaptive_poll.backoff_until += Duration::from_secs(60);
             assert!(adaptive_poll.begin().is_none());
-            adaptive_poll.paused_until = Instant::now();
+            adaptive_poll.backoff_until = Instant::now();
         }
-        adaptive_poll.note_given(1, 60);
+        adaptive_poll.note_rx(1, 60);
         assert!(adaptive_poll.begin().is_some());
-        adaptive_poll.note_sent();
-        assert!(adaptive_poll.have_come());
+        adaptive_poll.note_tx();
+        assert!(adaptive_poll.has_reply());
         adaptive_poll.end();
         assert!(adaptive_poll.begin().is_none());
-        assert_eq!(adaptive_poll.pause, PAUSES[0]);
-        adaptive_poll.note_given(1, 60);
-        assert!(adaptive_poll.begin().is_some(), "at once, after an answer");
+        assert_eq!(adaptive_poll.backoff, BACKOFF[0]);
+        adaptive_poll.note_rx(1, 60);
+        assert!(adaptive_poll.begin().is_some(), "at once, after a reply");
     }
 
     #[test]
-    fn looking_has_a_budget() {
+    fn polls_have_a_budget() {
         let mut adaptive_poll = AdaptivePoll::new();
         adaptive_poll.budget = Duration::ZERO;
-        adaptive_poll.note_given(1, 60);
+        adaptive_poll.note_rx(1, 60);
         assert!(adaptive_poll.begin().is_none());
-        // What a look takes is saved up again in so many times the time.
-        adaptive_poll.counted = Instant::now().checked_sub(PART * LONGEST).unwrap();
-        adaptive_poll.note_given(1, 60);
+        // The budget for one poll takes 16 times as long to grow.
+        adaptive_poll.updated = Instant::now().checked_sub(BUDGET_DIVISOR * MAX_POLL).unwrap();
+        adaptive_poll.note_rx(1, 60);
         assert!(adaptive_poll.begin().is_some());
-        adaptive_poll.counted = Instant::now().checked_sub(LONGEST).unwrap();
-        adaptive_poll.note_sent();
+        adaptive_poll.updated = Instant::now().checked_sub(MAX_POLL).unwrap();
+        adaptive_poll.note_tx();
         adaptive_poll.end();
-        assert!(adaptive_poll.budget < LONGEST);
-        adaptive_poll.counted = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
+        assert!(adaptive_poll.budget < MAX_POLL);
+        adaptive_poll.updated = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
         adaptive_poll.begin();
-        adaptive_poll.note_given(1, 60);
+        adaptive_poll.note_rx(1, 60);
         assert!(adaptive_poll.begin().is_some());
-        assert_eq!(adaptive_poll.budget, SAVINGS, "and no more than this");
+        assert_eq!(adaptive_poll.budget, MAX_BUDGET, "and no more");
     }
 }

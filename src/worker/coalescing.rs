@@ -1,71 +1,72 @@
-//! Wake-up coalescing: short sleeps that nobody ends, while frames come in such numbers that being woken for each
-//! batch of them would cost more than they do.
+//! Wake-up coalescing: short sleeps with notifications disabled, while a wake-up for each batch of frames would cost
+//! more than the frames do.
 //!
-//! Both sides pay for a wake-up: the worker for its way into sleep and out of it, and whoever sends
-//! for waking it. Network cards have the same (ethtool's `rx-usecs`); here only bursts that follow each
-//! other closely bring it about, and not frames of which each waits for the answer to another.
+//! Both sides pay for a wake-up: the worker for going to sleep and waking, the sender for waking it. NICs coalesce
+//! interrupts for the same reason (ethtool's `rx-usecs`).
+//!
+//! A run is the frames that move until the worker runs out of work. Two large runs in close succession start
+//! coalescing. Frames that each wait for the reply to another never do.
 
 use std::mem;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Frames that must have come since the last time that there were none, twice in a row: one of the
-/// kernel's batches (64, `NAPI_POLL_WEIGHT`) may be in two parts.
-const FRAMES: u64 = 32;
-/// The time within which they must have come, or have been dealt with after a nap.
-const PERIOD: Duration = Duration::from_micros(150);
-/// How long a nap is,
-const LONGEST: Duration = Duration::from_micros(70);
-/// unless more than one of so many parts of a ring would be used meanwhile.
-const PARTS: u32 = 4;
+/// Lowest number of frames in a large run. One of the kernel's batches (64 frames, `NAPI_POLL_WEIGHT`) may come as
+/// two runs.
+const MIN_FRAMES: u64 = 32;
+/// Longest time from the end of one run, or of the sleep after it, to the end of the next.
+const MAX_PERIOD: Duration = Duration::from_micros(150);
+/// Longest coalescing sleep.
+const MAX_SLEEP: Duration = Duration::from_micros(70);
+/// Divisor of the smaller ring's size: during a sleep, at most a quarter of the ring is expected to be used.
+const RING_DIVISOR: u32 = 4;
 
-/// How many frames there have been since a worker ran out of them last.
+/// State of a session's coalescing, and the counts of the present run.
 #[derive(Debug)]
 pub(super) struct Coalescer {
     frames: u64,
-    /// Chains that these took.
+    /// Chains of these frames.
     chains: usize,
-    /// When it did, if there had been many.
+    /// Start of this run, if the last run was large.
     since: Option<Instant>,
-    /// How long it has slept before that, not to be woken.
-    napped: Duration,
-    /// How many chains may be used during a nap.
-    room: u32,
+    /// Length of the coalescing sleep before this run.
+    slept: Duration,
+    /// Chains that may be used during a sleep.
+    max_chains: u32,
 }
 
 impl Coalescer {
-    /// For rings of which the smaller has so many entries.
+    /// Creates a coalescer for a queue pair whose smaller ring has `smaller` entries.
     pub(super) fn new(smaller: u16) -> Self {
-        let room = u32::from(smaller) / PARTS;
-        Coalescer { frames: 0, chains: 0, since: None, napped: Duration::ZERO, room }
+        let max_chains = u32::from(smaller) / RING_DIVISOR;
+        Coalescer { frames: 0, chains: 0, since: None, slept: Duration::ZERO, max_chains }
     }
 
-    /// Notes that frames were moved, in so many chains.
+    /// Notes that frames were moved, in `chains` chains.
     pub(super) fn note(&mut self, frames: u64, chains: usize) {
         self.frames += frames;
         self.chains += chains;
     }
 
-    /// There are no more frames for now: says whether to look again after a nap, which it takes, rather
-    /// than to be woken.
-    pub(super) fn take(&mut self) -> bool {
+    /// Ends a run, when the worker has run out of work. Sleeps if coalescing pays, and returns true if it does.
+    pub(super) fn sleep_if_busy(&mut self) -> bool {
         let (frames, chains) = (mem::take(&mut self.frames), mem::take(&mut self.chains));
-        let napped = mem::take(&mut self.napped);
-        let many = frames >= FRAMES;
-        // Nobody looks at the clock for few.
+        let slept = mem::take(&mut self.slept);
+        let many = frames >= MIN_FRAMES;
+        // A small run reads no clock.
         let time = self.since.filter(|_| many).map(|since| since.elapsed());
-        let pays = time.is_some_and(|time| time < PERIOD);
+        let pays = time.is_some_and(|time| time < MAX_PERIOD);
         if let Some(time) = time.filter(|_| pays) {
-            self.napped = self.length(time + napped, chains);
-            thread::sleep(self.napped);
+            self.slept = self.length(time + slept, chains);
+            thread::sleep(self.slept);
         }
         self.since = many.then(Instant::now);
         pays
     }
 
-    /// How long to sleep, where so many chains are used in a time.
+    /// Returns the length of a sleep, if `chains` chains were used within `time`.
     fn length(&self, time: Duration, chains: usize) -> Duration {
-        LONGEST.min(time * self.room / chains.max(1) as u32)
+        MAX_SLEEP.min(time * self.max_chains / chains.max(1) as u32)
     }
 }
 
@@ -74,37 +75,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_frames_twice_in_a_short_time_are_worth_a_nap() {
-        // However long the test takes: from then on no time has passed.
+    fn two_large_runs_in_succession_start_coalescing() {
+        // A start in the future: no time passes, however long the test takes.
         let soon = Some(Instant::now() + Duration::from_secs(60));
         let mut coalescer = Coalescer { since: soon, ..Coalescer::new(256) };
-        coalescer.note(FRAMES - 1, 31);
+        coalescer.note(MIN_FRAMES - 1, 31);
         coalescer.note(1, 1);
-        assert!(coalescer.take());
-        assert!(!coalescer.take(), "each counts once");
-        coalescer.note(FRAMES, 32);
-        assert!(!coalescer.take(), "the first time after a pause");
+        assert!(coalescer.sleep_if_busy());
+        assert!(!coalescer.sleep_if_busy(), "each frame counts once");
+        coalescer.note(MIN_FRAMES, 32);
+        assert!(!coalescer.sleep_if_busy(), "the first time after a pause");
 
         let mut coalescer = Coalescer { since: soon, ..Coalescer::new(256) };
-        coalescer.note(FRAMES - 1, 31);
-        assert!(!coalescer.take(), "too few");
+        coalescer.note(MIN_FRAMES - 1, 31);
+        assert!(!coalescer.sleep_if_busy(), "too few");
         let mut coalescer =
-            Coalescer { since: Instant::now().checked_sub(PERIOD), ..Coalescer::new(256) };
+            Coalescer { since: Instant::now().checked_sub(MAX_PERIOD), ..Coalescer::new(256) };
         coalescer.note(1000, 1000);
-        assert!(!coalescer.take(), "they took too long");
+        assert!(!coalescer.sleep_if_busy(), "they took too long");
     }
 
     #[test]
-    fn no_ring_runs_dry_during_a_nap() {
+    fn a_sleep_ends_before_a_quarter_of_the_ring_is_used() {
         let micros = Duration::from_micros;
-        for (size, time, chains, nap) in [
-            (1024, micros(100), 256, LONGEST),
+        for (size, time, chains, sleep) in [
+            (1024, micros(100), 256, MAX_SLEEP),
             (1024, micros(100), 512, micros(50)),
-            (256, micros(100), 64, LONGEST),
+            (256, micros(100), 64, MAX_SLEEP),
             (256, micros(100), 256, micros(25)),
             (2, micros(100), 64, Duration::ZERO),
         ] {
-            assert_eq!(Coalescer::new(size).length(time, chains), nap, "{size} {chains}");
+            assert_eq!(Coalescer::new(size).length(time, chains), sleep, "{size} {chains}");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The control virtqueue, for frontends that do not serve it themselves (virtio 1.3, section 5.1.6.5).
+//! Control virtqueue, for frontends that pass it on to the backend (virtio 1.3, section 5.1.6.5).
 //!
-//! Invariant: each command is answered, so that no driver waits for ever. The two commands whose
-//! features are offered change nothing here and succeed; all others fail.
+//! Invariant: the worker answers each command, so no driver waits for ever. The two commands whose features are
+//! offered succeed and change nothing in the daemon; all others fail.
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MQ,
@@ -11,20 +11,20 @@ use virtio_bindings::bindings::virtio_net::{
 use super::{Ring, RingState, Session};
 use crate::guest::{Budget, Chain, Command, Fault, Published, Virtqueue};
 
-/// Commands that are answered in one turn.
+/// Limit on the commands that one turn answers.
 const BUDGET: Budget = Budget { chains: 16, bytes: usize::MAX };
 
-/// The control ring of a session.
+/// The control virtqueue of a session.
 pub(super) struct ControlQueue<'s> {
     ring: &'s Ring,
     queue: Virtqueue<'s, Command>,
-    /// Queue pairs of the port.
+    /// Number of the port's queue pairs.
     pairs: u16,
 }
 
 impl<'s> ControlQueue<'s> {
-    /// Starts the session's ring, if it has one that is to be served. One that the frontend has not
-    /// enabled yet is served: a driver waits for its first answer before it says that it is ready.
+    /// Starts the session's control virtqueue, unless it is missing or disabled. A queue that the frontend has not
+    /// enabled yet is served: a driver may need an answer before it reports that it is ready.
     ///
     /// # Errors
     /// As [`Virtqueue::start`].
@@ -36,32 +36,32 @@ impl<'s> ControlQueue<'s> {
         Ok(Some(ControlQueue { ring, queue, pairs: session.pairs }))
     }
 
-    /// The ring.
+    /// Returns the session's ring of the queue.
     pub(super) fn ring(&self) -> &'s Ring {
         self.ring
     }
 
-    /// Used index of the first command that was not answered.
+    /// Returns the used index of the first command that was not answered.
     pub(super) fn next_used(&self) -> u16 {
         self.queue.next_used()
     }
 
-    /// Asks for a kick; says whether there are commands already.
+    /// Asks the driver for a kick. Returns true if commands are available already.
     ///
     /// # Errors
     /// As [`Virtqueue::enable_notify`].
-    pub(super) fn arm(&mut self) -> Result<bool, Fault> {
+    pub(super) fn enable_notify(&mut self) -> Result<bool, Fault> {
         self.queue.enable_notify()
     }
 
-    /// Answers a few commands; says whether there were any.
+    /// Answers at most 16 commands. Returns true if there were any.
     ///
     /// # Errors
     /// As [`Virtqueue::pop`].
     pub(super) fn answer(&mut self) -> Result<bool, Fault> {
         let popped = self.queue.pop(BUDGET);
         while self.queue.in_flight() > 0 {
-            let written = carry_out(&self.queue.chain(self.queue.next_used()), self.pairs);
+            let written = execute(&self.queue.chain(self.queue.next_used()), self.pairs);
             self.queue.push_used(written);
         }
         if self.queue.publish() == Published::Call {
@@ -71,19 +71,19 @@ impl<'s> ControlQueue<'s> {
     }
 }
 
-/// Answers a command of a device with so many queue pairs; returns the bytes written.
-fn carry_out(chain: &Chain<'_, '_, Command>, pairs: u16) -> u32 {
+/// Executes a command to a device with `pairs` queue pairs, and writes its answer. Returns the bytes written.
+fn execute(chain: &Chain<'_, '_, Command>, pairs: u16) -> u32 {
     let (command, answer) = chain.parts();
     let (mut bytes, mut have) = ([0; 4], 0);
     for segment in command {
         have += segment.read(&mut bytes[have..]);
     }
     let [class, command, low, high] = bytes;
-    let wanted = u16::from_le_bytes([low, high]);
+    let count = u16::from_le_bytes([low, high]);
     let succeeds = match (u32::from(class), u32::from(command), have) {
-        // A ring is given frames once it has buffers: a guest that uses fewer pairs fills fewer rings.
-        (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, 4) => (1..=pairs).contains(&wanted),
-        // The announcement itself comes over a tx ring.
+        // A guest that uses fewer pairs posts buffers on fewer rings, and only rings with buffers get frames.
+        (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, 4) => (1..=pairs).contains(&count),
+        // The guest sends the announcement itself as a frame on a tx ring.
         (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, 2..) => true,
         _ => false,
     };

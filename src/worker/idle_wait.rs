@@ -1,4 +1,4 @@
-//! Sleep between turns: what a worker waits for, and what woke it.
+//! Sleep between turns: the events that a worker waits for, and those that woke it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,10 +8,10 @@ use super::{Mailbox, Ring};
 use crate::event::{Interest, Poller};
 use crate::port::Readiness;
 
-/// How often a ring without a kick descriptor is looked at while its worker is idle.
-const POLL: Duration = Duration::from_millis(1);
+/// Longest sleep of a worker while one of its rings has no kick descriptor.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What wakes a worker.
+/// Source of a wake-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wake {
     Command,
@@ -22,29 +22,33 @@ enum Wake {
     Port,
 }
 
-/// What a sleep was ended by.
+/// Events that ended a sleep. All are false after a timeout, a command or a kick of the control virtqueue.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct WakeReasons {
+    /// Kick for the rx ring.
     pub(super) rx: bool,
+    /// Kick for the tx ring.
     pub(super) tx: bool,
+    /// Event of the port's readiness.
     pub(super) port: bool,
+    /// Change of the host's device.
     pub(super) host: bool,
 }
 
-/// The descriptors that a session waits on, but for the port's.
+/// The descriptors that a session waits for.
 pub(super) struct IdleWait {
     poller: Poller<Wake>,
-    /// How long to sleep at the most, where a driver was given no way to kick.
-    polling: Option<Duration>,
-    /// What the port's descriptor is watched for by the poller, if it is.
+    /// Longest sleep, if a ring has no kick descriptor.
+    max_sleep: Option<Duration>,
+    /// Interest in the port's descriptor, once the poller watches it.
     watched: Option<Interest>,
 }
 
 impl IdleWait {
-    /// Waits for the kicks of the rx, the tx and the control ring, for the port's `events`, and for commands.
+    /// Watches the kicks of the rx ring, the tx ring and the control virtqueue, the port's `events`, and commands.
     ///
     /// # Errors
-    /// A descriptor can't be waited on.
+    /// The process is out of descriptors or epoll watches.
     pub(super) fn new(
         rings: [Option<&Ring>; 3],
         events: Option<BorrowedFd<'_>>,
@@ -52,16 +56,16 @@ impl IdleWait {
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
         poller.add(&mailbox.wake, Interest::Read, Wake::Command)?;
-        let mut polling = None;
+        let mut max_sleep = None;
         let wakes = [Wake::RxKick, Wake::TxKick, Wake::ControlKick];
         for (ring, wake) in rings.into_iter().zip(wakes) {
             let Some(ring) = ring else { continue };
             let Some(kick) = &ring.kick else {
-                polling = Some(POLL);
+                max_sleep = Some(POLL_INTERVAL);
                 continue;
             };
             match poller.add(kick.as_fd(), Interest::Edge, wake) {
-                // One eventfd for both rings wakes the worker just the same.
+                // A frontend may use one eventfd for several rings; it wakes the worker once for all.
                 Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
                 other => other?,
             }
@@ -69,10 +73,10 @@ impl IdleWait {
         if let Some(events) = events {
             poller.add(events, Interest::Read, Wake::Host)?;
         }
-        Ok(IdleWait { poller, polling, watched: None })
+        Ok(IdleWait { poller, max_sleep, watched: None })
     }
 
-    /// Has the poller watch the port's descriptor for frames, or not: no call while that stays as it is.
+    /// Starts or stops watching the port's descriptor for frames. Makes no system call if nothing changes.
     fn watch(&mut self, fd: BorrowedFd<'_>, frames: bool) -> io::Result<()> {
         let interest = if frames { Interest::Edge } else { Interest::Nothing };
         match self.watched.replace(interest) {
@@ -82,7 +86,10 @@ impl IdleWait {
         }
     }
 
-    /// Sleeps until something of `readiness` or of the session's descriptors happens.
+    /// Sleeps until an event of `readiness` or of the session's descriptors, or until the timeout.
+    ///
+    /// # Errors
+    /// As [`Poller::wait_also`].
     pub(super) fn sleep(
         &mut self,
         readiness: &Readiness<'_>,
@@ -92,20 +99,20 @@ impl IdleWait {
         if let Some(fd) = readiness.fd.filter(|_| readiness.watched) {
             self.watch(fd, readiness.read)?;
         }
-        let timeout = readiness.timeout.into_iter().chain(self.polling).min();
+        let timeout = readiness.timeout.into_iter().chain(self.max_sleep).min();
         let note = |wake| match wake {
-            // Cleared here and nowhere else: it may be rung after its command was taken.
+            // Only cleared here: the sender may wake the worker after the worker has taken the command.
             Wake::Command => mailbox.wake.clear(),
             Wake::RxKick => woken.rx = true,
             Wake::TxKick => woken.tx = true,
-            // Commands are looked for after each sleep.
+            // The worker reads the control virtqueue after each sleep.
             Wake::ControlKick => {}
             Wake::Host => woken.host = true,
             Wake::Port => woken.port = true,
         };
-        // The poller's own times are milliseconds.
-        let is_told = readiness.watched && timeout.is_none();
-        let interest = match (readiness.read && !is_told, readiness.write) {
+        // epoll's timeouts are whole milliseconds, so a sleep with a timeout waits by `wait_also`.
+        let poller_reports = readiness.watched && timeout.is_none();
+        let interest = match (readiness.read && !poller_reports, readiness.write) {
             (true, true) => Some(Interest::ReadWrite),
             (true, false) => Some(Interest::Read),
             (false, true) => Some(Interest::Write),

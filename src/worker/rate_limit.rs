@@ -1,8 +1,8 @@
-//! A session's rate limits: how many frames may pass in each turn, and how long the others wait.
+//! Rate limits of a session: the frames that each turn admits, and the time that the others wait.
 //!
-//! Invariant: frames from the guest pass in the order of the ring, and each is charged once. Before headers are
-//! validated a frame is charged for the segments that its length suggests; what it has beyond these is charged
-//! when it was sent.
+//! Invariant: the limit admits frames from the guest in the order of the ring, and charges each segment once. At
+//! admission, before header validation, a frame is charged for the segments that its length suggests. Further
+//! segments are charged when the port has sent the frame.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::guest::{Readable, Virtqueue};
 use crate::policy::Limits;
 use crate::port::Completions;
 
-/// Longest wait for a limit, which an operator may change meanwhile.
+/// Longest sleep until the limit is read again: an operator may change it meanwhile.
 const LONGEST_WAIT: Duration = Duration::from_millis(100);
 
 /// Both limits of a session.
@@ -20,16 +20,17 @@ pub(super) struct RateLimit<'s> {
     limits: &'s Limits,
     header_length: usize,
     mtu: usize,
-    /// Position in the tx ring up to which frames may pass.
+    /// Position in the tx ring before which all frames are admitted.
     admitted: u16,
     /// Segments charged before header validation, beyond the first of each frame.
     precharged_segments: u64,
-    /// Frames to the guest that may pass in this turn.
+    /// Frames to the guest that the limit admits in this turn.
     rx_allowance: usize,
 }
 
 impl<'s> RateLimit<'s> {
-    /// For a session that begins at position `next_used` of the tx ring; `mtu` is in bytes.
+    /// Creates the limits of a session that begins at position `next_used` of the tx ring. `header_length` and `mtu`
+    /// are in bytes.
     pub(super) fn new(limits: &'s Limits, header_length: usize, mtu: u16, next_used: u16) -> Self {
         RateLimit {
             limits,
@@ -41,22 +42,22 @@ impl<'s> RateLimit<'s> {
         }
     }
 
-    /// Position in the tx ring up to which frames may pass.
+    /// Returns the position in the tx ring before which all frames are admitted.
     pub(super) fn admitted(&self) -> u16 {
         self.admitted
     }
 
-    /// Whether popped frames from the guest wait.
+    /// Returns true if popped frames from the guest wait for the limit.
     pub(super) fn holds_back(&self, tx: &Virtqueue<'_, Readable>) -> bool {
         self.admitted != tx.next_avail()
     }
 
-    /// Lets all popped frames from the guest pass without a charge: they are dropped.
+    /// Admits all popped frames from the guest without a charge: no limit is set, or the frames are dropped.
     pub(super) fn admit_all(&mut self, tx: &Virtqueue<'_, Readable>) {
         self.admitted = tx.next_avail();
     }
 
-    /// Lets as many popped frames from the guest pass as the limit does, and charges them.
+    /// Admits as many popped frames from the guest as the limit permits, and charges them.
     pub(super) fn admit(&mut self, tx: &Virtqueue<'_, Readable>, counters: &PairCounters) {
         if !self.limits.tx.is_limited() {
             return self.admit_all(tx);
@@ -81,7 +82,7 @@ impl<'s> RateLimit<'s> {
         }
     }
 
-    /// Frames to the guest that may pass in this turn.
+    /// Returns the number of frames to the guest that the limit admits in this turn.
     pub(super) fn rx_allowance(&mut self, counters: &PairCounters) -> usize {
         let limiter = &self.limits.rx;
         let allowance = if limiter.is_limited() { limiter.allowance() } else { usize::MAX };
@@ -92,13 +93,13 @@ impl<'s> RateLimit<'s> {
         allowance
     }
 
-    /// Whether frames to the guest are to be left with the host.
+    /// Returns true if frames to the guest must stay with the host in this turn.
     pub(super) fn blocks_rx(&self) -> bool {
         self.rx_allowance == 0
     }
 
-    /// Charges what is known of frames only after they have moved: those to the guest, and the segments of those
-    /// from it. `all_sent` says that the port has no frame left that was admitted.
+    /// Charges frames to the guest, and segments of frames from the guest that were not charged at admission.
+    /// `all_sent` is true if no popped frame waits for the limit or for the port.
     pub(super) fn charge(&mut self, done: &Completions, all_sent: bool) {
         let Completions { rx, tx, .. } = done;
         if self.limits.rx.is_limited() && rx.frames > 0 {
@@ -111,11 +112,11 @@ impl<'s> RateLimit<'s> {
         if tx.overhead.packets > 0 {
             self.limits.tx.charge(tx.overhead.packets - precharged, tx.overhead.bytes);
         }
-        // What is left when all were sent was charged for frames that were dropped.
+        // A rest when all frames were sent belongs to frames that were dropped.
         self.precharged_segments = if all_sent { 0 } else { self.precharged_segments - precharged };
     }
 
-    /// Time until a limit lets frames pass that wait now.
+    /// Returns the time until a limit admits waiting frames, at most 100 ms. Returns `None` if none wait.
     pub(super) fn wait(&self, tx: Option<&Virtqueue<'_, Readable>>) -> Option<Duration> {
         let Limits { rx: rx_limiter, tx: tx_limiter } = self.limits;
         let holds_back = tx.is_some_and(|tx| self.holds_back(tx)) && tx_limiter.is_limited();

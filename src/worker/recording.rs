@@ -1,5 +1,4 @@
-//! A session's frames, as a capture gets them: when they have been moved, and before their chains go
-//! back to the guest.
+//! Copies of a session's frames for a capture: after a frame has moved, and before the guest gets its chain back.
 
 use crate::capture::Recorder;
 use crate::frame::FrameDirection;
@@ -7,10 +6,10 @@ use crate::guest::{Chain, Direction, ReadSegment};
 use crate::port::{Captured, Completions, Outcome, Virtqueues};
 use crate::vnet_header::VnetHeader;
 
-/// Puts all frames that have completed into the capture. `header` is the length of the virtio header.
+/// Records all completed frames. `header` is the length in bytes of the virtio-net header.
 ///
-/// A frame from the guest begins with the private start that was judged and sent. One that was sent
-/// before there was a capture is left out: its memory may say anything by now.
+/// A frame from the guest begins with the header copy that was checked and sent. Frames that were sent before the
+/// capture began are left out: the guest may have changed their memory.
 pub(super) fn record(
     recorder: &Recorder,
     pair: u16,
@@ -63,7 +62,8 @@ pub(super) fn record(
     }
 }
 
-/// Buffers that a frame to the guest lies in, as its header says: there the guest can have changed it.
+/// Returns the number of buffers of a frame to the guest, from the header in guest memory. The guest may have
+/// changed it, so callers must bound it.
 fn buffers<D: Direction>(first: &Chain<'_, '_, D>, header: usize) -> u16 {
     const NUM_BUFFERS: usize = VnetHeader::NUM_BUFFERS;
     let mut bytes = [0; 2];
@@ -76,7 +76,7 @@ fn buffers<D: Direction>(first: &Chain<'_, '_, D>, header: usize) -> u16 {
     u16::from_le_bytes(bytes).max(1)
 }
 
-/// `length` bytes of a chain, after the first `skip`.
+/// Returns `length` bytes of a chain, after the first `skip`.
 fn limited<'m, D: Direction>(
     chain: &Chain<'_, 'm, D>,
     skip: usize,

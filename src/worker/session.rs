@@ -1,7 +1,7 @@
 //! A session of a worker: turns, and the sleep between them.
 //!
-//! Invariant: when [`serve`] returns, the chains that have completed are published, and the others are
-//! available again. So the next session resumes at the used index.
+//! Invariant: when [`serve`] returns, completed chains are published, and the others are available again. So the
+//! next session resumes at the used index.
 
 mod idle;
 
@@ -25,31 +25,31 @@ use crate::counters::DropReason;
 use crate::guest::{Budget, Fault, GuestMemory, Readable, Virtqueue};
 use crate::port::{Completions, HostQueue, Port, SessionConfig, Virtqueues};
 
-/// What one turn takes from the tx ring: so many small frames take as long as so many bytes do, some 50 µs.
+/// Limit on the chains that one turn pops from the tx ring: 64 small frames take about 50 µs, and so does 1 MiB.
 const TX_BUDGET: Budget = Budget { chains: 64, bytes: 1 << 20 };
-/// What one turn takes from the rx ring: empty buffers cost nothing but the walk.
+/// Limit on the chains that one turn pops from the rx ring. The length of an empty buffer costs no time.
 const RX_BUDGET: Budget = Budget { chains: 64, bytes: usize::MAX };
-/// How long a worker that cannot wait does nothing, so that it does not spin.
+/// Pause of a worker that cannot wait for descriptors, so that it does not spin.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Everything of a running session.
+/// State of a running session.
 struct ActiveSession<'s> {
     rx: Option<ActiveRing<'s>>,
     tx: Option<ActiveRing<'s>>,
     queues: Virtqueues<'s>,
     limit: RateLimit<'s>,
-    /// Whether the port has taken all frames that it was given.
-    port_has_taken: bool,
+    /// True if the port has accepted all frames that it was given.
+    port_accepted_all: bool,
     control: Option<ControlQueue<'s>>,
     port: Box<dyn Port<'s> + 's>,
     done: Completions,
     memory: &'s GuestMemory,
     status: &'s PairStatus,
-    /// When a kick for frames from the guest woke the worker, which are not used yet.
+    /// Time of a wake-up by a tx kick, until the first of its frames are used.
     kicked: Option<Instant>,
     header_length: usize,
-    /// Why frames from the guest are dropped where they do not move.
-    not_moved: DropReason,
+    /// Reason for dropping the frames of a tx ring whose frames do not move.
+    drop_reason: DropReason,
     capture: &'s Capture,
     pair: u16,
     coalescer: Coalescer,
@@ -57,8 +57,8 @@ struct ActiveSession<'s> {
     spoofing: &'s mut SpoofingLog,
 }
 
-/// Serves a session until a command waits.
-// By itself: its instructions are counted (`cargo bench -- instructions`).
+/// Serves a session until a command waits, or the guest breaks a ring's rules.
+// Not inlined: `cargo bench -- instructions` counts its instructions.
 #[inline(never)]
 pub(super) fn serve(
     host: &mut HostQueue,
@@ -101,7 +101,7 @@ pub(super) fn serve(
         tx,
         queues,
         limit: RateLimit::new(&options.limits, header_length, session.mtu, first_tx),
-        port_has_taken: true,
+        port_accepted_all: true,
         control,
         port,
         done: Completions::default(),
@@ -109,7 +109,7 @@ pub(super) fn serve(
         status,
         kicked: None,
         header_length,
-        not_moved: if session.link { DropReason::Disabled } else { DropReason::LinkDown },
+        drop_reason: if session.link { DropReason::Disabled } else { DropReason::LinkDown },
         capture: &options.capture,
         pair: options.pair,
         coalescer: Coalescer::new(smaller),
@@ -131,8 +131,11 @@ pub(super) fn serve(
 }
 
 impl ActiveSession<'_> {
-    /// Turns while something moves; else takes a nap where that pays, or arms the rings, looks once more,
-    /// and sleeps.
+    /// Runs turns while chains move. Then polls or coalesces if that pays; else enables notifications, reads the
+    /// rings again, and sleeps.
+    ///
+    /// # Errors
+    /// The guest's fault, which ends the session.
     fn turn_until_command(
         &mut self,
         options: &WorkerOptions,
@@ -143,14 +146,14 @@ impl ActiveSession<'_> {
             self.tx.as_ref().map(|tx| tx.ring),
             self.control.as_ref().map(ControlQueue::ring),
         ];
-        let mut complained = false;
+        let mut has_warned = false;
         let mut idle_wait = loop {
             match IdleWait::new(rings, self.port.events(), mailbox) {
                 Ok(idle_wait) => break idle_wait,
                 Err(_) if mailbox.has_command() => return Ok(()),
-                // The process may be out of descriptors for a while: no fault of the guest's.
-                Err(error) if !std::mem::replace(&mut complained, true) => warn!(
-                    "{}: cannot wait for its descriptors: {error}; tried every {} ms",
+                // The process may be out of descriptors for a time, which is no fault of the guest.
+                Err(error) if !std::mem::replace(&mut has_warned, true) => warn!(
+                    "{}: cannot watch its descriptors: {error}; no frames move; retried every {} ms",
                     options.name,
                     PAUSE.as_millis()
                 ),
@@ -163,24 +166,28 @@ impl ActiveSession<'_> {
                     ring.call.signal();
                 });
             }
-            // The control virtqueue is served beside a flood: a guest's CPU waits for the answer.
+            // The control virtqueue is served during a flood too: a CPU of the guest may spin until the answer.
             let moved = self.turn()? | self.answer()?;
-            if moved || self.poll(options.busy_poll, mailbox)? || self.coalesce() || self.arm()? {
+            if moved
+                || self.poll(options.busy_poll, mailbox)?
+                || self.coalesce()
+                || self.enable_notify()?
+            {
                 continue;
             }
             self.status.counters.sleeps.add(1);
             self.status.set_mode(self.port.mode());
-            if self.has_taken_all() {
-                // What the last kick was for has been seen to before.
+            if self.accepted_all() {
+                // An earlier turn has already moved the frames of the last kick.
                 self.kicked = None;
             }
-            let told = self.spoofing.report(&self.status.counters.tx);
+            let next_line = self.spoofing.report(&self.status.counters.tx);
             let mut readiness = self.port.readiness(&self.queues);
             readiness.read &= !self.limit.blocks_rx();
             let limit = self.limit.wait(self.queues.tx.as_ref());
-            readiness.timeout = readiness.timeout.into_iter().chain(limit).chain(told).min();
+            readiness.timeout = readiness.timeout.into_iter().chain(limit).chain(next_line).min();
             let woken = idle_wait.sleep(&readiness, mailbox).unwrap_or_else(|error| {
-                debug!("{}: waiting failed: {error}", options.name);
+                debug!("{}: cannot wait for events: {error}; retried every 10 ms", options.name);
                 std::thread::sleep(PAUSE);
                 WakeReasons::default()
             });
@@ -189,7 +196,7 @@ impl ActiveSession<'_> {
         Ok(())
     }
 
-    /// One turn. Says whether anything moved.
+    /// Runs one turn. Returns true if anything moved.
     fn turn(&mut self) -> Result<bool, Fault> {
         if self.memory.is_lost() {
             return Err(Fault::MemoryLost);
@@ -199,7 +206,7 @@ impl ActiveSession<'_> {
         let mut moved = self.post()?;
         let allowance = self.limit.rx_allowance(&self.status.counters);
         self.port.reap(&mut self.queues, allowance, &mut self.done);
-        self.limit.charge(&self.done, self.has_taken_all());
+        self.limit.charge(&self.done, self.accepted_all());
         moved |= self.publish();
         if moved {
             self.status.counters.turns.add(1);
@@ -208,41 +215,41 @@ impl ActiveSession<'_> {
         Ok(moved)
     }
 
-    /// Whether the port has taken every frame that was popped.
-    fn has_taken_all(&self) -> bool {
+    /// Returns true if the port has accepted all popped frames.
+    fn accepted_all(&self) -> bool {
         let waits = |tx: &Virtqueue<'_, Readable>| self.limit.holds_back(tx);
-        self.port_has_taken && !self.queues.tx.as_ref().is_some_and(waits)
+        self.port_accepted_all && !self.queues.tx.as_ref().is_some_and(waits)
     }
 
-    /// Pops frames from the guest, once the port has taken all before them, and has it send them.
+    /// Pops frames from the guest, once the port has accepted all before them, and transmits them.
     fn transmit(&mut self) -> Result<(), Fault> {
-        let has_taken_all = self.has_taken_all();
+        let accepted_all = self.accepted_all();
         let (Some(tx), Some(queue)) = (&self.tx, &mut self.queues.tx) else { return Ok(()) };
         if tx.ring.state == RingState::Waiting {
             return Ok(());
         }
-        if has_taken_all && queue.pop(TX_BUDGET)? == 0 {
+        if accepted_all && queue.pop(TX_BUDGET)? == 0 {
             return Ok(());
         }
         queue.disable_notify();
         if !tx.is_enabled {
             self.limit.admit_all(queue);
-            self.done.drop_all(queue, self.limit.admitted(), self.not_moved);
+            self.done.drop_all(queue, self.limit.admitted(), self.drop_reason);
             return Ok(());
         }
         let before = self.limit.admitted();
         self.limit.admit(queue, &self.status.counters);
         let until = self.limit.admitted();
-        if self.port_has_taken && until == before {
+        if self.port_accepted_all && until == before {
             return Ok(());
         }
-        self.port_has_taken = self.port.transmit(&mut self.queues, until, &mut self.done);
+        self.port_accepted_all = self.port.transmit(&mut self.queues, until, &mut self.done);
         #[cfg(debug_assertions)]
         crate::fault_point::panic_if("worker", |frames| tx.counters.frames.get() >= frames);
         Ok(())
     }
 
-    /// Pops rx buffers, as many as the port has use for; says whether there were any.
+    /// Pops as many rx buffers as the port requests, and posts them. Returns true if there were any.
     fn post(&mut self) -> Result<bool, Fault> {
         let Some(queue) = self.queues.rx.as_mut() else { return Ok(false) };
         let wanted = self.port.max_buffers().saturating_sub(queue.in_flight());
@@ -258,20 +265,19 @@ impl ActiveSession<'_> {
         Ok(true)
     }
 
-    /// Answers the guest's commands; says whether there were any.
+    /// Answers the guest's commands. Returns true if there were any.
     fn answer(&mut self) -> Result<bool, Fault> {
         self.control.as_mut().map_or(Ok(false), ControlQueue::answer)
     }
 
-    /// Publishes the chains that have completed, and counts their frames; says whether there were any.
+    /// Publishes completed chains, and counts their frames. Returns true if chains completed or frames were dropped.
     fn publish(&mut self) -> bool {
         if let Some(recorder) = self.capture.recorder() {
             record(&recorder, self.pair, &self.queues, &mut self.done, self.header_length);
         } else if !self.done.captured.is_empty() {
             self.done.captured.clear();
         }
-        // First what a guest is given: what a loopback carries is rather sent twice than lost if the
-        // process is killed in between.
+        // rx first: if the process is killed in between, a loopback port sends frames twice and loses none.
         let moved = self.publish_rx() | self.publish_tx();
         for (copied, counters) in [
             (&mut self.done.rx_copied, &self.status.counters.rx),
@@ -296,7 +302,7 @@ impl ActiveSession<'_> {
         }
         counters.bursts.observe(completed as u64);
         self.coalescer.note(moved.frames, completed);
-        self.adaptive_poll.note_given(moved.frames, moved.bytes);
+        self.adaptive_poll.note_rx(moved.frames, moved.bytes);
         counters.frames.add(moved.frames);
         counters.bytes.add(moved.bytes);
         rx.publish(queue);
@@ -315,10 +321,10 @@ impl ActiveSession<'_> {
             counters.dropped(reason, frames);
             self.spoofing.note(reason);
         }
-        // A guest that floods lets its worker never sleep.
+        // Reported here too: under a flood the worker never sleeps.
         self.spoofing.report(counters);
         self.coalescer.note(moved.frames, completed);
-        self.adaptive_poll.note_sent();
+        self.adaptive_poll.note_tx();
         counters.frames.add(moved.frames);
         counters.bytes.add(moved.bytes);
         tx.publish(queue);
@@ -329,6 +335,7 @@ impl ActiveSession<'_> {
         true
     }
 
+    /// Counts kicks, and passes events of the host side to the port.
     fn note(&mut self, woken: WakeReasons) {
         if woken.rx {
             self.status.counters.rx.kicks.add(1);
@@ -343,7 +350,7 @@ impl ActiveSession<'_> {
         }
     }
 
-    /// Stops the host side; what has completed is shown to the driver, and the rest is as it was.
+    /// Stops the host side, publishes completed chains, and makes the others available again.
     fn stop(&mut self) {
         self.port.stop(&mut self.queues, &mut self.done);
         self.publish();

@@ -29,7 +29,7 @@ fn second_vmm_on_a_socket_is_named_and_served_next() {
     eventually("it is shown", || daemon.show("one")["another_vmm_waits"] == true);
     let said = format!("another VMM connected and waits served_process={process}");
     eventually("it is logged", || daemon.log().contains(&said));
-    assert!(daemon.ask(&["show", "one"]).contains("another VMM has connected since"));
+    assert!(daemon.ask(&["show", "one"]).contains("another VMM has connected and waits"));
     assert!(daemon.ask(&["show", "one"]).contains(&format!("process {process}")));
     // However many wait, the first is served on.
     let third = daemon.connect_to("one");

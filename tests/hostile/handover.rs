@@ -423,7 +423,7 @@ fn hostile_59_a_successor_that_hangs_changes_nothing() {
     assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
     successor.go_on();
     assert!(successor.run(|| false), "it has not ended");
-    assert!(house.daemon.log().contains("the daemon was told to stop meanwhile"));
+    assert!(house.daemon.log().contains("the old daemon was told to stop"));
     note(59, "C");
 }
 

@@ -117,7 +117,7 @@ fn hostile_67_dead_helper_ends_no_port() {
     for child in children.split_whitespace() {
         kill(Pid::from_raw(child.parse().unwrap()), Signal::SIGKILL).unwrap();
     }
-    scene.daemon_says("the process that reads the file again has ended");
+    scene.daemon_says("the helper process has exited");
     scene.daemon.signal(Signal::SIGHUP);
     scene.daemon_says("reload refused: the helper process that reads the file has exited");
     // Not `ends`: the helper's socket is gone.

@@ -40,7 +40,7 @@ fn hostile_69_reload_that_fails_keeps_the_port() {
     let mut card = scene.card();
     scene.check(&mut card);
     let wrong = [
-        ("tap = \"tap0\"\ncpu-affinity = \"999\"", "run on processor 999"),
+        ("tap = \"tap0\"\ncpu-affinity = \"999\"", "run on CPU 999"),
         ("tap = \"tap0\"\nsocket-group = \"nobody-s\"", "there is no group nobody-s"),
         ("tap = \"lo\"", "no TAP"),
         ("tap = \"tap0\"\nqueue-pairs = 2", "one queue"),
@@ -49,14 +49,14 @@ fn hostile_69_reload_that_fails_keeps_the_port() {
     for (rest, why) in wrong {
         describe(&scene, rest);
         let text = refused(&scene);
-        assert!(text.contains("attacked: keeps the options it has: "), "{text}");
+        assert!(text.contains("attacked: not changed: "), "{text}");
         assert!(text.contains(why), "{rest}: {text}");
         // Its VMM has noticed nothing.
         scene.check(&mut card);
     }
     // SIGHUP says so in the log.
     scene.daemon.signal(Signal::SIGHUP);
-    scene.daemon_says("reload failed attacked: keeps the options it has: ");
+    scene.daemon_says("reload failed attacked: not changed: ");
     scene.check(&mut card);
     drop(card);
     // Nobody is connected: the socket may move, if there is a directory for it.
@@ -91,7 +91,7 @@ fn hostile_69_af_xdp_port_is_started_again_as_it_was() {
     // The queue is the old port's until it ends; only then can be seen that the driver can't.
     describe(&scene, "af-xdp = \"veth0,queue=7\"");
     let text = refused(&scene);
-    assert!(text.contains("attacked: keeps the options it has: "), "{text}");
+    assert!(text.contains("attacked: not changed: "), "{text}");
     assert!(text.contains("it was started again as it was"), "{text}");
     scene.check(&mut scene.card());
     eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
@@ -127,7 +127,7 @@ fn hostile_70_change_that_a_vmm_cannot_survive_is_refused() {
     for (rest, why) in &wrong {
         describe(&scene, rest);
         let text = refused(&scene);
-        assert!(text.contains("attacked: keeps the options it has: "), "{text}");
+        assert!(text.contains("attacked: not changed: "), "{text}");
         assert!(text.contains(why), "{rest}: {text}");
         scene.check(&mut card);
     }
@@ -199,10 +199,10 @@ fn hostile_71_file_that_is_no_file_takes_no_memory() {
     // The helper process of the daemon reads such files no more than others do.
     for replaced in [&sparse, &fifo] {
         fs::rename(replaced, scene.daemon.path("config")).unwrap();
-        let before = scene.daemon.log().matches("nothing is changed").count();
+        let before = scene.daemon.log().matches("no port changed").count();
         scene.daemon.signal(Signal::SIGHUP);
         eventually("the reload is refused", || {
-            scene.daemon.log().matches("nothing is changed").count() > before
+            scene.daemon.log().matches("no port changed").count() > before
         });
     }
     scene.check(&mut scene.card());
@@ -243,11 +243,11 @@ fn hostile_71_all_mistakes_of_a_file_are_said() {
     for said in [
         "user: there is no user no-such-user",
         "group: there is no group no-such-group",
-        ":3:1: tap: lo is a network device, but no TAP",
+        ":3:1: tap: lo is a network device, but not a TAP",
         ":6:1: socket-path: directory ",
-        ":9:1: name: two ports are called loopback",
+        ":9:1: name: two ports have the name loopback",
         ":9:1: socket-path: ",
-        ":12:1: cpu-affinity: run on processor 999",
+        ":12:1: cpu-affinity: cannot run on CPU 999",
         ":17:1: socket-group: there is no group no-such-group",
         ":17:1: af-xdp: there is no network device none9",
     ] {

@@ -1,7 +1,7 @@
-//! What a session does when nothing has moved, before it sleeps: it polls, takes a nap, or asks for kicks.
+//! Steps of a session after a turn that moved nothing: it polls, coalesces wake-ups, or enables notifications.
 //!
-//! Invariant: a session sleeps only when it has asked for kicks, and then has found nothing new in the rings
-//! that it can serve. So whatever comes later wakes the worker.
+//! Invariant: before a session sleeps, it enables notifications, and then finds the available indexes of all rings
+//! that it can serve unchanged. So a later change of these rings wakes the worker.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use crate::worker::active_ring::ActiveRing;
 use crate::worker::{Mailbox, RingState};
 
 impl ActiveSession<'_> {
-    /// Turns for a while in which nothing may move; says whether something did.
+    /// Polls for `time`, or for a guest's reply if `time` is `None`. Returns true if anything moved.
     pub(super) fn poll(
         &mut self,
         time: Option<Duration>,
@@ -37,7 +37,7 @@ impl ActiveSession<'_> {
         Ok(false)
     }
 
-    /// Turns where the guest is about to answer what it was given, until it has.
+    /// Polls for the guest's reply to the last frames to the guest, if that pays. Returns true if anything moved.
     fn poll_for_reply(&mut self, mailbox: &Mailbox) -> Result<bool, Fault> {
         let Some(tx) = self.queues.tx.as_mut() else { return Ok(false) };
         if !self.tx.as_ref().is_some_and(|tx| tx.is_enabled) {
@@ -46,40 +46,41 @@ impl ActiveSession<'_> {
         let Some(end) = self.adaptive_poll.begin() else { return Ok(false) };
         tx.disable_notify();
         let mut moved = false;
-        while !self.adaptive_poll.have_come() && Instant::now() < end && !mailbox.has_command() {
+        while !self.adaptive_poll.has_reply() && Instant::now() < end && !mailbox.has_command() {
             self.port.woken(true);
             moved |= self.turn()?;
-            // Whoever waits for this processor may be the one who answers.
+            // The guest's CPU that replies may be waiting for this CPU.
             std::thread::yield_now();
         }
         self.adaptive_poll.end();
         let counters = &self.status.counters;
         counters.poll_attempts.add(1);
-        counters.poll_successes.add(self.adaptive_poll.have_come().into());
+        counters.poll_successes.add(self.adaptive_poll.has_reply().into());
         Ok(moved)
     }
 
-    /// Takes a nap, if that pays; says whether it did.
+    /// Sleeps with notifications disabled, if that pays. Returns true if it does.
     pub(super) fn coalesce(&mut self) -> bool {
-        let rested = self.coalescer.take();
-        if rested {
+        let slept = self.coalescer.sleep_if_busy();
+        if slept {
             self.status.counters.coalesced_sleeps.add(1);
             self.port.woken(true);
         }
-        rested
+        slept
     }
 
-    /// Asks the driver for kicks where they are of use; says whether it has been faster.
+    /// Enables notifications of the rings that need a kick. Returns true if their drivers have made chains
+    /// available in the meantime.
     ///
-    /// A ring whose chains wait for the port needs none: the port's readiness wakes the worker.
-    /// Nor does the rx ring while the port has buffers enough.
-    pub(super) fn arm(&mut self) -> Result<bool, Fault> {
+    /// The tx ring needs no kick while its chains wait for the port or the rate limit: the port's readiness or a
+    /// timeout wakes the worker. The rx ring needs none while the port has enough buffers.
+    pub(super) fn enable_notify(&mut self) -> Result<bool, Fault> {
         let starved = self.port.readiness(&self.queues).starved;
         let mut more = false;
-        let has_taken_all = self.has_taken_all();
+        let accepted_all = self.accepted_all();
         let serves = |tx: &ActiveRing<'_>| tx.ring.state != RingState::Waiting;
         if let Some(queue) = &mut self.queues.tx
-            && has_taken_all
+            && accepted_all
             && self.tx.as_ref().is_some_and(serves)
         {
             more |= queue.enable_notify()?;
@@ -92,7 +93,7 @@ impl ActiveSession<'_> {
             more |= queue.enable_notify()?;
         }
         if let Some(control) = &mut self.control {
-            more |= control.arm()?;
+            more |= control.enable_notify()?;
         }
         Ok(more)
     }
