@@ -1,9 +1,8 @@
-//! Guest memory and virtqueues: the first of the two rooms where `unsafe` is allowed.
+//! Guest memory and virtqueues: one of the two modules with `unsafe` code; the other is [`sys`](crate::sys).
 //!
-//! Everything that comes out of here has been checked: a [`Chain`]'s segments lie inside mapped
-//! regions, its head is not in flight twice, and it cannot outlive the memory table it points into.
-//! The guest may write all of this memory at any moment, so each field is read once, checked as
-//! a copy, and used as that copy; nobody ever holds a `&[u8]` onto it.
+//! Invariant: the segments of a [`Chain`] lie inside mapped regions, its head is in flight once, and it
+//! cannot outlive its memory table. The guest may write all of this memory at any moment. This module
+//! therefore reads each field once, and checks and uses that copy; there is never a `&[u8]` to guest memory.
 
 #![allow(unsafe_code)]
 

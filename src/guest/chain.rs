@@ -1,7 +1,7 @@
-//! Descriptor chains in flight, as their virtqueue shows them.
+//! Views of descriptor chains in flight.
 //!
-//! Invariant: a [`Chain`] is a view. It takes nothing from its virtqueue, so a chain can be neither lost
-//! nor used twice; its direction is in its type; and it cannot outlive the memory table.
+//! Invariant: a [`Chain`] removes nothing from its virtqueue, so a chain can be neither lost nor completed
+//! twice. Its type fixes its direction, and its lifetime ends before the memory table's.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -11,26 +11,26 @@ use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
 
 use crate::sys::segment::{ReadSegment, Segment};
 
-/// Which way the device may use a chain's memory.
+/// Access of the device to a chain's memory.
 pub trait Direction: fmt::Debug + 'static {
-    /// Whether the device writes it (the descriptors have `VIRTQ_DESC_F_WRITE`).
+    /// True if the device writes the memory (descriptors have `VIRTQ_DESC_F_WRITE`).
     const WRITABLE: bool;
-    /// Whether a chain has a part that the device only reads, and behind it one that the device writes.
+    /// True if a chain has a device-readable part, followed by a device-writable part.
     const MIXED: bool = false;
     /// Flags of a descriptor that is a whole chain.
     const FLAGS: u16 = if Self::WRITABLE { VRING_DESC_F_WRITE as u16 } else { 0 };
 }
 
-/// Device-readable: a frame from the guest, on the transmitq.
+/// Device-readable chains: frames from the guest, on the transmitq.
 #[derive(Debug)]
 pub enum Readable {}
 
-/// Device-writable: an empty buffer for a frame to the guest, on the receiveq.
+/// Device-writable chains: empty buffers for frames to the guest, on the receiveq.
 #[derive(Debug)]
 pub enum Writable {}
 
-/// Device-readable, then device-writable: a command from the guest, on the controlq. A segment without
-/// bytes stands between the two parts.
+/// Device-readable, then device-writable chains: commands from the guest, on the controlq. An empty segment
+/// separates the two parts.
 #[derive(Debug)]
 pub enum Command {}
 
@@ -49,9 +49,9 @@ impl Direction for Command {
 
 /// A descriptor chain in flight.
 pub struct Chain<'q, 'mem, D: Direction> {
-    /// The first piece, which is the only one where `list` is empty.
+    /// First segment; the only one if `list` is empty.
     first: Segment<'mem>,
-    /// All pieces, of a chain that has several.
+    /// All segments, if the chain has several.
     list: &'q [Segment<'mem>],
     length: u32,
     head: u16,
@@ -59,33 +59,33 @@ pub struct Chain<'q, 'mem, D: Direction> {
 }
 
 impl<'q, 'mem, D: Direction> Chain<'q, 'mem, D> {
-    /// A chain of one piece.
+    /// Creates a chain of one segment.
     #[inline]
-    pub(super) fn of_one(head: u16, piece: Segment<'mem>) -> Self {
-        let length = piece.len() as u32;
-        Chain { first: piece, list: &[], length, head, direction: PhantomData }
+    pub(super) fn of_one(head: u16, segment: Segment<'mem>) -> Self {
+        let length = segment.len() as u32;
+        Chain { first: segment, list: &[], length, head, direction: PhantomData }
     }
 
-    /// A chain of any number of pieces, `length` bytes together.
+    /// Creates a chain of any number of segments, with `length` bytes in total.
     #[inline]
     pub(super) fn of_list(head: u16, list: &'q [Segment<'mem>], length: u32) -> Self {
         let first = list.first().copied().unwrap_or(Segment::EMPTY);
         Chain { first, list, length, head, direction: PhantomData }
     }
 
-    /// Index of the chain's first descriptor, by which the driver knows it.
+    /// Returns the index of the chain's first descriptor, which identifies the chain to the driver.
     pub fn head(&self) -> u16 {
         self.head
     }
 
-    /// Bytes in all segments together.
+    /// Returns the total length of all segments, in bytes.
     #[inline]
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.length as usize
     }
 
-    /// The chain's memory, in order.
+    /// Returns the chain's memory, in order.
     #[inline]
     pub fn segments(&self) -> &[Segment<'mem>] {
         match self.list {
@@ -95,7 +95,7 @@ impl<'q, 'mem, D: Direction> Chain<'q, 'mem, D> {
         }
     }
 
-    /// The chain's memory without its first `bytes`, in order.
+    /// Returns the chain's memory without its first `bytes`, in order.
     #[inline]
     pub fn segments_after(&self, bytes: usize) -> impl Iterator<Item = Segment<'mem>> + Clone {
         let mut skip = bytes;
@@ -106,7 +106,7 @@ impl<'q, 'mem, D: Direction> Chain<'q, 'mem, D> {
         })
     }
 
-    /// The first piece of [`segments_after`](Self::segments_after), if there is one.
+    /// Returns the first segment of [`segments_after`](Self::segments_after), if any.
     #[inline]
     pub fn first_after(&self, bytes: usize) -> Option<Segment<'mem>> {
         match self.list {
@@ -115,13 +115,13 @@ impl<'q, 'mem, D: Direction> Chain<'q, 'mem, D> {
         }
     }
 
-    /// All of the chain's memory, if it is in one piece.
+    /// Returns all of the chain's memory, if it is one segment.
     #[inline(always)]
     pub fn only_piece(&self) -> Option<Segment<'mem>> {
         self.list.is_empty().then_some(self.first)
     }
 
-    /// The first piece of [`segments_after`](Self::segments_after), if nothing follows it.
+    /// Returns the memory behind the chain's first `bytes`, if the chain is one segment and longer.
     #[inline]
     pub fn only_after(&self, bytes: usize) -> Option<Segment<'mem>> {
         self.list.is_empty().then(|| self.first_after(bytes)).flatten()
@@ -132,30 +132,30 @@ impl<'q, 'mem, D: Direction> Chain<'q, 'mem, D> {
         self.segments_after(bytes).next()
     }
 
-    /// A copy of the chain's first bytes; zeros stand for those that it does not have.
+    /// Copies the chain's first `N` bytes; pads a shorter chain with zeros.
     #[inline]
     pub fn first_bytes<const N: usize>(&self) -> [u8; N] {
         match self.first.first_bytes() {
             Some(bytes) => bytes,
             None => {
                 let mut bytes = [0; N];
-                self.read_pieces(&mut bytes);
+                self.read_list(&mut bytes);
                 bytes
             }
         }
     }
 
-    /// Copies the chain's first bytes to `target`; returns how many there were.
+    /// Copies the chain's first bytes to `target`; returns the number of bytes copied.
     #[inline]
     pub fn read_start(&self, target: &mut [u8]) -> usize {
         match self.list {
             [] => self.first.read(target),
-            _ => self.read_pieces(target),
+            _ => self.read_list(target),
         }
     }
 
     #[inline(never)]
-    fn read_pieces(&self, target: &mut [u8]) -> usize {
+    fn read_list(&self, target: &mut [u8]) -> usize {
         let mut done = 0;
         for segment in self.segments() {
             if done == target.len() {
@@ -168,18 +168,18 @@ impl<'q, 'mem, D: Direction> Chain<'q, 'mem, D> {
 }
 
 impl Chain<'_, '_, Writable> {
-    /// Writes `bytes` at `offset`, as far as the chain reaches.
+    /// Writes `bytes` at `offset`; ignores those beyond the chain's end.
     #[inline]
     pub fn write_at(&self, offset: usize, bytes: &[u8]) {
         if self.list.is_empty() && self.first.len() >= offset + bytes.len() {
             self.first.skip(offset).write(bytes);
         } else {
-            self.write_pieces(offset, bytes);
+            self.write_list(offset, bytes);
         }
     }
 
     #[inline(never)]
-    fn write_pieces(&self, offset: usize, bytes: &[u8]) {
+    fn write_list(&self, offset: usize, bytes: &[u8]) {
         let mut rest = bytes;
         for segment in self.segments_after(offset) {
             if rest.is_empty() {
@@ -189,30 +189,30 @@ impl Chain<'_, '_, Writable> {
         }
     }
 
-    /// Copies `source`'s bytes from `offset` on to this chain's start; returns how many it took.
+    /// Copies the bytes of `source` behind `offset` to this chain's start; returns the number of bytes copied.
     #[inline]
     pub fn copy_from(&self, source: &Chain<'_, '_, Readable>, offset: usize) -> usize {
         if let ([], Some(only)) = (self.list, source.only_after(offset)) {
             return self.first.copy_from(only);
         }
-        self.copy_pieces(source, offset)
+        self.copy_list(source, offset)
     }
 
     #[inline(never)]
-    fn copy_pieces(&self, source: &Chain<'_, '_, Readable>, offset: usize) -> usize {
+    fn copy_list(&self, source: &Chain<'_, '_, Readable>, offset: usize) -> usize {
         let mut done = 0;
-        for piece in source.segments_after(offset) {
-            let copied = self.copy_segment(done, piece);
+        for segment in source.segments_after(offset) {
+            let copied = self.copy_segment(done, segment);
             done += copied;
-            if copied < piece.len() {
+            if copied < segment.len() {
                 break;
             }
         }
         done
     }
 
-    /// Copies `source` to `offset` and behind it, as far as the chain reaches; returns how many
-    /// bytes it took.
+    /// Copies `source` to the chain's bytes from `offset`, up to the chain's end; returns the number of bytes
+    /// copied.
     pub fn copy_segment<'a>(&self, offset: usize, source: impl Into<ReadSegment<'a>>) -> usize {
         let source = source.into();
         let mut done = 0;
@@ -227,7 +227,7 @@ impl Chain<'_, '_, Writable> {
 }
 
 impl<'mem> Chain<'_, 'mem, Command> {
-    /// The command's memory, and that for its answer.
+    /// Returns the device-readable segments (the command) and the device-writable ones (the answer).
     pub fn parts(&self) -> (&[Segment<'mem>], &[Segment<'mem>]) {
         let mut parts = self.segments().splitn(2, |segment| segment.len() == 0);
         (parts.next().unwrap_or_default(), parts.next().unwrap_or_default())
@@ -235,8 +235,8 @@ impl<'mem> Chain<'_, 'mem, Command> {
 }
 
 impl Chain<'_, '_, Readable> {
-    /// Copies the chain's bytes from `offset` on to `target`, as many as both have; returns how
-    /// many those were.
+    /// Copies the chain's bytes behind `offset` to `target`, up to the end of the shorter; returns the number
+    /// of bytes copied.
     #[inline]
     pub fn copy_to(&self, offset: usize, target: &Segment<'_>) -> usize {
         let mut done = 0;

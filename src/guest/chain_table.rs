@@ -1,7 +1,6 @@
-//! A virtqueue's own record of its chains, by their position in the ring: what each descriptor said when
-//! it was read, once.
+//! A virtqueue's private copy of its chains, by position in the ring. Each descriptor was read once.
 //!
-//! Invariant: an entry's pieces are mapped for `'mem`, whether or not its chain is in flight.
+//! Invariant: an entry's segments are mapped for `'mem`, whether or not its chain is in flight.
 
 use std::marker::PhantomData;
 use std::ptr;
@@ -9,42 +8,43 @@ use std::ptr;
 use super::chain::{Chain, Direction};
 use crate::sys::segment::Segment;
 
-/// Pieces of finished chains that are kept until it pays to move the others.
+/// Minimum number of finished chains' segments to remove while others are listed: a removal moves the others.
 const KEPT: usize = 1024;
 
-/// What is known of a chain.
+/// One chain. The size of 16 bytes is why `start` has two meanings.
 #[derive(Debug, Clone, Copy)]
 struct Entry {
-    /// Where its only piece is mapped. Of a chain with any other number of pieces: the number of its first
-    /// one among all that there have been, here so that an entry has 16 bytes.
+    /// Address of the only segment. With any other number of segments: the running number of the first one
+    /// among all segments ever listed.
     start: *mut u8,
+    /// Total length of the segments in bytes; of a completed device-writable chain, the bytes written.
     length: u32,
     head: u16,
-    pieces: u16,
+    segments: u16,
 }
 
 impl Entry {
-    const EMPTY: Self = Entry { start: ptr::dangling_mut(), length: 0, head: 0, pieces: 1 };
+    const EMPTY: Self = Entry { start: ptr::dangling_mut(), length: 0, head: 0, segments: 1 };
 }
 
-/// Notes chains of one piece.
+/// Mutable access for adding chains of one segment.
 pub(super) struct Writer<'t, 'mem> {
     entries: &'t mut [Entry],
     memory: PhantomData<&'t mut Segment<'mem>>,
 }
 
-/// A place in the ring, of the table that it is from.
+/// Index of an entry. It is valid only for the table, or writer, that made it.
 #[derive(Clone, Copy)]
 pub(super) struct Slot(usize);
 
 impl Slot {
-    /// That of a position. The number of entries is a power of two (`ChainTable::new`).
+    /// Returns the slot of a position. The number of entries must be a power of two (`ChainTable::new`).
     #[inline(always)]
     fn of(position: usize, entries: &[Entry]) -> Self {
         Slot(position & (entries.len() - 1))
     }
 
-    /// Its index, below the ring's size.
+    /// Returns the index, which is below the ring's size.
     #[inline(always)]
     pub(super) fn index(self) -> usize {
         self.0
@@ -52,46 +52,47 @@ impl Slot {
 }
 
 impl<'mem> Writer<'_, 'mem> {
-    /// The place of a position.
+    /// Returns the slot of a position.
     #[inline(always)]
     pub(super) fn slot(&self, position: usize) -> Slot {
         Slot::of(position, self.entries)
     }
 
-    /// Notes a chain.
+    /// Stores a chain of one segment.
     #[inline(always)]
-    pub(super) fn set_one(&mut self, Slot(slot): Slot, head: u16, piece: Segment<'mem>) {
-        let (start, length) = (piece.start(), piece.len() as u32);
-        // SAFETY: `slot` made it, below the length, which is a power of two (`ChainTable::new`).
+    pub(super) fn set_one(&mut self, Slot(slot): Slot, head: u16, segment: Segment<'mem>) {
+        let (start, length) = (segment.start(), segment.len() as u32);
+        // SAFETY: only `slot` makes a Slot, by a mask of the length, which is a power of two
+        // (`ChainTable::new`) and never changes; callers use a slot only with its own table.
         let entry = unsafe { self.entries.get_unchecked_mut(slot) };
-        *entry = Entry { start, length, head, pieces: 1 };
+        *entry = Entry { start, length, head, segments: 1 };
     }
 }
 
-/// One entry for each place in the ring.
+/// A table with one entry for each place in the ring.
 #[derive(Debug)]
 pub(super) struct ChainTable<'mem> {
     entries: Box<[Entry]>,
-    /// Pieces of chains that have several, oldest first: chains come and go in order.
-    pieces: Vec<Segment<'mem>>,
-    /// Number of the first of them among all that there have been.
-    first_piece: usize,
-    /// How many of them belong to chains that are gone.
+    /// Listed segments: those of chains without exactly one, oldest first.
+    list: Vec<Segment<'mem>>,
+    /// Running number of the list's first segment among all segments ever listed.
+    first_listed: usize,
+    /// Number of listed segments of finished chains, at the list's start.
     gone: usize,
 }
 
 impl<'mem> ChainTable<'mem> {
-    /// For a ring of `size` entries.
+    /// Creates the table of a ring of `size` entries.
     ///
     /// # Panics
-    /// If that is no power of two.
+    /// If `size` is no power of two.
     pub(super) fn new(size: u16) -> Self {
         assert!(size.is_power_of_two(), "a ring's size was checked");
         let entries = vec![Entry::EMPTY; usize::from(size)].into_boxed_slice();
-        ChainTable { entries, pieces: Vec::new(), first_piece: 0, gone: 0 }
+        ChainTable { entries, list: Vec::new(), first_listed: 0, gone: 0 }
     }
 
-    /// The place of a position.
+    /// Returns the slot of a position.
     #[inline(always)]
     pub(super) fn slot(&self, position: u16) -> Slot {
         Slot::of(position.into(), &self.entries)
@@ -100,93 +101,95 @@ impl<'mem> ChainTable<'mem> {
     #[inline(always)]
     fn entry(&self, Slot(slot): Slot) -> &Entry {
         debug_assert!(slot < self.entries.len());
-        // SAFETY: `slot` made it, below the length, which is a power of two (`new`).
+        // SAFETY: only `slot` makes a Slot, by a mask of the length, which is a power of two (`new`) and never
+        // changes; callers use a slot only with its own table.
         unsafe { self.entries.get_unchecked(slot) }
     }
 
     #[inline(always)]
     fn entry_mut(&mut self, Slot(slot): Slot) -> &mut Entry {
         debug_assert!(slot < self.entries.len());
-        // SAFETY: as above.
+        // SAFETY: as in `entry`.
         unsafe { self.entries.get_unchecked_mut(slot) }
     }
 
-    /// Notes chains of one piece, many of them.
+    /// Returns a writer, which stores many chains of one segment.
     #[inline(always)]
     pub(super) fn writer(&mut self) -> Writer<'_, 'mem> {
         Writer { entries: &mut self.entries, memory: PhantomData }
     }
 
-    /// Notes a chain of the pieces that `collect` adds to the list; it returns their bytes.
+    /// Stores a chain of the segments that `collect` appends to the list. `collect` returns their total length
+    /// in bytes, and so does this function.
     ///
     /// # Errors
-    /// Those of `collect`; nothing is noted then.
+    /// Those of `collect`; then the table is unchanged.
     pub(super) fn set_list<E>(
         &mut self,
         position: u16,
         head: u16,
         collect: impl FnOnce(&mut Vec<Segment<'mem>>) -> Result<u32, E>,
     ) -> Result<u32, E> {
-        let before = self.pieces.len();
-        let length = collect(&mut self.pieces).inspect_err(|_| self.pieces.truncate(before))?;
-        let pieces = (self.pieces.len() - before) as u16;
-        let entry = match self.pieces[before..] {
+        let before = self.list.len();
+        let length = collect(&mut self.list).inspect_err(|_| self.list.truncate(before))?;
+        let segments = (self.list.len() - before) as u16;
+        let entry = match self.list[before..] {
             [only] => {
-                self.pieces.truncate(before);
-                Entry { start: only.start(), length, head, pieces }
+                self.list.truncate(before);
+                Entry { start: only.start(), length, head, segments }
             }
             _ => {
-                let start = ptr::without_provenance_mut(self.first_piece + before);
-                Entry { start, length, head, pieces }
+                let start = ptr::without_provenance_mut(self.first_listed + before);
+                Entry { start, length, head, segments }
             }
         };
         *self.entry_mut(self.slot(position)) = entry;
         Ok(length)
     }
 
-    /// The chain that was noted last for this place.
+    /// Returns the chain last stored for a position.
     #[inline]
     pub(super) fn chain<D: Direction>(&self, position: u16) -> Chain<'_, 'mem, D> {
-        let Entry { start, length, head, pieces } = *self.entry(self.slot(position));
-        if pieces == 1 {
-            // SAFETY: `Writer::set_one` or `set_list` took it from a segment at least as long.
+        let Entry { start, length, head, segments } = *self.entry(self.slot(position));
+        if segments == 1 {
+            // SAFETY: `set_one` or `set_list` took `start` from a segment that is mapped for `'mem` and at least
+            // as long: `set_written` only lowers the length. An empty entry has no bytes.
             return Chain::of_one(head, unsafe { Segment::at(start, length as usize) });
         }
-        let first = start.addr().wrapping_sub(self.first_piece);
-        let list = self.pieces.get(first..first + usize::from(pieces)).unwrap_or_default();
+        let first = start.addr().wrapping_sub(self.first_listed);
+        let list = self.list.get(first..first + usize::from(segments)).unwrap_or_default();
         Chain::of_list(head, list, length)
     }
 
-    /// The only piece of that chain, unless it has any other number of them.
+    /// Returns the segment of the chain last stored for a position, if the chain has exactly one.
     #[inline(always)]
     pub(super) fn only_piece(&self, position: u16) -> Option<Segment<'mem>> {
-        let Entry { start, length, pieces, .. } = *self.entry(self.slot(position));
-        // SAFETY: as above.
-        (pieces == 1).then(|| unsafe { Segment::at(start, length as usize) })
+        let Entry { start, length, segments, .. } = *self.entry(self.slot(position));
+        // SAFETY: as in `chain`.
+        (segments == 1).then(|| unsafe { Segment::at(start, length as usize) })
     }
 
-    /// Head and length in bytes of a chain, and how many pieces it has.
+    /// Returns a chain's head, its length in bytes and its number of segments.
     #[inline(always)]
     pub(super) fn facts(&self, slot: Slot) -> (u16, u32, u16) {
-        let Entry { head, length, pieces, .. } = *self.entry(slot);
-        (head, length, pieces)
+        let Entry { head, length, segments, .. } = *self.entry(slot);
+        (head, length, segments)
     }
 
-    /// Notes how many bytes of a chain have been written, in place of how many it has.
+    /// Lowers a chain's length to the number of bytes written to it.
     #[inline(always)]
     pub(super) fn set_written(&mut self, slot: Slot, written: u32) {
         let entry = self.entry_mut(slot);
         entry.length = entry.length.min(written);
     }
 
-    /// Forgets the `count` oldest pieces of chains that have several: these are gone.
+    /// Removes the `count` oldest listed segments, whose chains have finished, now or with a later call.
     #[cold]
     pub(super) fn forget(&mut self, count: usize) {
         self.gone += count;
-        if self.gone == self.pieces.len() || (self.gone > KEPT && self.gone > self.pieces.len() / 2)
-        {
-            self.pieces.drain(..self.gone);
-            self.first_piece = self.first_piece.wrapping_add(self.gone);
+        if self.gone == self.list.len() || (self.gone > KEPT && self.gone > self.list.len() / 2) {
+            self.list.drain(..self.gone);
+            self.first_listed = self.first_listed.wrapping_add(self.gone);
             self.gone = 0;
         }
     }

@@ -1,5 +1,5 @@
-//! Descriptor tables: from a chain's head to the pieces of memory that it consists of (virtio 1.3,
-//! section 2.7.5).
+//! Descriptor tables: walks from a chain's head through its descriptors to the segments of mapped memory
+//! (virtio 1.3, section 2.7.5).
 
 use std::ptr::NonNull;
 
@@ -10,8 +10,8 @@ use super::fault::Fault;
 use super::memory::{GuestMemory, Window};
 use crate::sys::segment::{Segment, Unaligned};
 
-/// Segments of one chain at the most: what fits one `writev` (`IOV_MAX`, 1024) beside a header of
-/// our own. A frame of 64 KiB in pages has 18.
+/// Maximum number of segments of one chain: `IOV_MAX` (1024) of one `writev`, less those for the daemon's own
+/// header. A frame of 64 KiB in pages has 18.
 pub const MAX_SEGMENTS: usize = 1022;
 
 /// A ring's descriptor table.
@@ -22,12 +22,12 @@ pub(super) struct Descriptors<'mem> {
     size: u16,
     /// `VIRTIO_F_INDIRECT_DESC` was negotiated.
     indirect: bool,
-    /// The region of the last buffer.
+    /// Region of the last buffer.
     region: Window<'mem>,
 }
 
 impl<'mem> Descriptors<'mem> {
-    /// The table of `size` entries that [`RingLayout::resolve`](super::RingLayout::resolve) found.
+    /// Uses the table of `size` entries that [`RingLayout::resolve`](super::RingLayout::resolve) returned.
     pub(super) fn new(
         memory: &'mem GuestMemory,
         table: NonNull<u8>,
@@ -37,13 +37,12 @@ impl<'mem> Descriptors<'mem> {
         Descriptors { memory, table, size, indirect, region: Window::EMPTY }
     }
 
-    /// The only piece of the chain at `head`, which must be below the ring's size. `None` for a chain that
-    /// takes [`collect`](Self::collect).
+    /// Returns the segment of the chain at `head`, if the chain is one descriptor in the region of the last
+    /// buffer. Any other chain requires [`collect`](Self::collect). `head` must be below the ring's size.
     #[inline(always)]
-    pub(super) fn only_piece<D: Direction>(&self, head: u16) -> Option<Segment<'mem>> {
+    pub(super) fn only_segment<D: Direction>(&self, head: u16) -> Option<Segment<'mem>> {
         let first = self.entry(self.table, head);
         let length = first.len() as usize;
-        // Nearly always: one descriptor, in the region of the last one.
         if D::MIXED || first.flags() != D::FLAGS || length == 0 {
             return None;
         }
@@ -53,10 +52,11 @@ impl<'mem> Descriptors<'mem> {
             .map(|it| it.first(length))
     }
 
-    /// Collects the segments of the chain at `head`, of any kind; returns their bytes.
+    /// Appends the segments of the chain at `head` to `segments`; returns their total length in bytes. `head`
+    /// must be below the ring's size.
     ///
     /// # Errors
-    /// A [`Fault`] of the guest's.
+    /// A [`Fault`] if the guest broke a rule of descriptor chains.
     #[inline(never)]
     pub(super) fn collect<D: Direction>(
         &mut self,
@@ -70,7 +70,7 @@ impl<'mem> Descriptors<'mem> {
         if !self.indirect || first.has_next() {
             return Err(Fault::IndirectNotAllowed { head });
         }
-        // A chain may not be longer than the ring, however it is stored (section 2.7.5.3.1).
+        // No chain may have more descriptors than the ring, direct or indirect (section 2.7.5.3.1).
         let length = first.len();
         if length == 0 || !length.is_multiple_of(16) || length / 16 > u32::from(self.size) {
             return Err(Fault::IndirectLength(length));
@@ -97,7 +97,7 @@ impl<'mem> Descriptors<'mem> {
         let mut descriptor = first;
         let mut total = 0u32;
         let mut in_answer = !D::MIXED;
-        // A chain without a loop passes each descriptor once at the most.
+        // A chain without a loop has each descriptor at most once.
         for _ in 0..entries {
             if descriptor.refers_to_indirect_table() {
                 return Err(Fault::IndirectNotAllowed { head });
@@ -126,7 +126,7 @@ impl<'mem> Descriptors<'mem> {
         Err(Fault::ChainTooLong { head })
     }
 
-    /// Adds the descriptor's memory to `segments`, in as many pieces as it spans regions.
+    /// Appends the descriptor's memory to `segments`: one segment for each region that it spans.
     #[inline]
     fn map(
         &mut self,
@@ -148,13 +148,13 @@ impl<'mem> Descriptors<'mem> {
         Ok(())
     }
 
-    /// A copy of an entry of a table, which must have as many.
+    /// Copies an entry of a table. `index` must be below the table's number of entries.
     #[inline]
     fn entry(&self, table: NonNull<u8>, index: u16) -> Descriptor {
-        // SAFETY: the callers have checked `index` against the table's number of entries, and the
-        // table was resolved with 16 bytes for each, at any alignment (indirect tables have no rule
-        // about theirs). Volatile: the guest may write meanwhile, and the copy must be the one
-        // value that all checks see.
+        // SAFETY: the callers have checked `index` against the table's number of entries. `resolve` found 16
+        // mapped bytes for each entry, at any alignment (virtio has no rule for that of indirect tables), and
+        // `memory` keeps them mapped. Volatile: the guest may write meanwhile, and all checks must see the one
+        // value that was copied.
         let [address, rest] = unsafe {
             let words = table.cast::<Unaligned<u64>>().add(2 * usize::from(index));
             [words.read_volatile().0, words.add(1).read_volatile().0].map(u64::from_le)

@@ -1,9 +1,9 @@
-//! The dirty log: a bitmap that the frontend shares while it migrates the guest, one bit for each 4 KiB
-//! of guest memory that we have written (vhost-user specification, "Migration").
+//! The dirty log: a bitmap that the frontend shares while it migrates the guest, with one bit for each 4 KiB
+//! of guest memory that the daemon has written (vhost-user specification, "Migration").
 //!
-//! Invariant: a page is marked after it was written, and before the frontend is told that nothing more
-//! will be written. The frontend clears bits while it copies pages: a page that was marked before it
-//! was written could be copied in between, and the write be lost.
+//! Invariant: the daemon marks a page after each write, and before it tells the frontend that no more writes
+//! follow. The frontend clears bits and copies pages meanwhile. If a page were marked first, the frontend
+//! could copy it between mark and write, and the write would be lost.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -12,22 +12,22 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use super::memory::{Mapping, MemoryError};
 use super::quota::Allowance;
 
-/// Bytes of guest memory for each bit, whatever the size of its pages.
+/// Bytes of guest memory per bit, for any page size.
 const PAGE: u64 = 4096;
 
 /// A mapped dirty log.
 #[derive(Debug)]
 pub struct DirtyLog {
     mapping: Mapping,
-    /// Its length in bytes.
+    /// Length of the log in bytes.
     length: u64,
 }
 
 impl DirtyLog {
-    /// Maps `length` bytes of a file from `offset` on.
+    /// Maps `length` bytes of a file, from `offset`.
     ///
     /// # Errors
-    /// The file is no memory, or shorter than that, or the port's limit is reached.
+    /// A [`MemoryError`] if the file is not shared memory or too short, or the port's limit is reached.
     pub fn map(
         file: File,
         offset: u64,
@@ -37,22 +37,22 @@ impl DirtyLog {
         Ok(DirtyLog { mapping: Mapping::new(file, offset, length, allowance)?, length })
     }
 
-    /// First guest-physical address that it has no bit for.
+    /// Returns the first guest-physical address without a bit.
     pub fn end(&self) -> u64 {
         self.length.saturating_mul(8 * PAGE)
     }
 
-    /// Mapped bytes, with those that alignment adds.
+    /// Returns the mapped bytes, including those that page alignment adds.
     pub fn mapped_bytes(&self) -> u64 {
         self.mapping.bytes()
     }
 
-    /// Its length in bytes.
+    /// Returns the length of the log in bytes.
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// The file, and where in it the log starts.
+    /// Returns the file, and the offset in bytes at which the log starts.
     pub fn source(&self) -> (&Arc<File>, u64) {
         self.mapping.source()
     }
@@ -61,8 +61,7 @@ impl DirtyLog {
         &self.mapping
     }
 
-    /// Marks the pages of `length` bytes from a guest-physical address. What it has no bit for is left
-    /// out.
+    /// Marks the pages of `length` bytes from a guest-physical address, except pages without a bit.
     pub(super) fn mark(&self, address: u64, length: u64) {
         let Some(last) = length.checked_sub(1).and_then(|more| address.checked_add(more)) else {
             return;
@@ -71,12 +70,12 @@ impl DirtyLog {
             if page / 8 >= self.length {
                 return;
             }
-            // SAFETY: `map` has mapped `length` bytes, and the byte is one of them. The frontend
-            // changes it at the same time, atomically as we do.
+            // SAFETY: `map` has mapped `length` bytes, and the check above keeps the byte among them. The
+            // frontend may change it at the same time: both sides use atomic operations.
             let byte = unsafe {
                 AtomicU8::from_ptr(self.mapping.start().add((page / 8) as usize).as_ptr())
             };
-            // Release: whoever sees the bit sees what was written.
+            // Release: a frontend that sees the bit sees the write.
             byte.fetch_or(1 << (page % 8), Ordering::Release);
         }
     }

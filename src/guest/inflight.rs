@@ -1,9 +1,9 @@
-//! The inflight buffer: a record, in memory that the frontend keeps for the next backend, of the
-//! descriptors that we have taken and not given back (vhost-user specification, "Inflight I/O
-//! tracking").
+//! The inflight buffer: a record of the chains in flight, in memory that the frontend keeps for the next
+//! backend (vhost-user specification, "Inflight I/O tracking").
 //!
-//! We need none of it: chains complete in order, so the used index says it all. But a frontend that
-//! asks for the buffer (cloud-hypervisor) may hand it to another backend, so it is kept true.
+//! Invariant: this daemon writes the buffer and never relies on its contents. Chains complete in order, so
+//! the used index alone says where to resume. But a frontend that asks for the buffer (cloud-hypervisor) may
+//! pass it to another backend, so the record must be true.
 
 use std::fs::File;
 use std::marker::PhantomData;
@@ -14,16 +14,16 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use super::memory::{Mapping, MemoryError};
 use super::quota::Allowance;
 
-/// Bytes before a split ring's descriptors: features, version, their number, the last head of a batch,
-/// the used index.
+/// Length in bytes of the header before a split ring's descriptor states: features, version, number of
+/// descriptors, last head of a batch, used index.
 const HEADER: usize = 16;
-/// Bytes of a descriptor's state: whether it is in flight, the next of its batch, and when it was taken.
+/// Length in bytes of a descriptor's state: in-flight flag, next head of its batch, running number of its pop.
 const STATE: usize = 16;
-/// Rings begin at a multiple of this, as QEMU's libvhost-user and DPDK have it.
+/// Alignment of a ring's part in bytes, as in QEMU's libvhost-user and DPDK.
 const ALIGNMENT: usize = 64;
 const VERSION: u16 = 1;
 
-/// Where things lie in a ring's part.
+/// Offsets in a ring's part (`AT_`) and in a descriptor's state (`IN_STATE_`), in bytes.
 const AT_VERSION: usize = 8;
 const AT_NUMBER: usize = 10;
 const AT_LAST_BATCH_HEAD: usize = 12;
@@ -31,7 +31,7 @@ const AT_USED_INDEX: usize = 14;
 const IN_STATE_NEXT: usize = 6;
 const IN_STATE_COUNTER: usize = 8;
 
-/// Length in bytes of a ring's part.
+/// Returns the length in bytes of a ring's part.
 fn part(size: u16) -> usize {
     (HEADER + STATE * usize::from(size)).next_multiple_of(ALIGNMENT)
 }
@@ -45,15 +45,16 @@ pub struct Inflight {
 }
 
 impl Inflight {
-    /// Length in bytes of the buffer for so many rings of at most `size` descriptors.
+    /// Returns the length in bytes of a buffer for `rings` rings of at most `size` descriptors.
     pub fn length(rings: u16, size: u16) -> u64 {
         (usize::from(rings) * part(size)) as u64
     }
 
-    /// Maps the buffer from `offset` of a file on.
+    /// Maps the buffer, which starts at `offset` bytes of the file.
     ///
     /// # Errors
-    /// The file is no memory, too short, or not aligned, or the port's limit is reached.
+    /// A [`MemoryError`] if the file is not shared memory or too short, `offset` is not a multiple of 64 bytes,
+    /// or the port's limit is reached.
     pub fn map(
         file: File,
         offset: u64,
@@ -67,17 +68,17 @@ impl Inflight {
         Ok(Inflight { mapping, rings, size })
     }
 
-    /// Mapped bytes, with those that alignment adds.
+    /// Returns the mapped bytes, including those that page alignment adds.
     pub fn mapped_bytes(&self) -> u64 {
         self.mapping.bytes()
     }
 
-    /// Rings that it is for, and descriptors of each at the most.
+    /// Returns the number of rings, and the maximum number of descriptors of each.
     pub fn shape(&self) -> (u16, u16) {
         (self.rings, self.size)
     }
 
-    /// The file, and where in it the buffer starts.
+    /// Returns the file, and the offset in bytes at which the buffer starts.
     pub fn source(&self) -> (&Arc<File>, u64) {
         self.mapping.source()
     }
@@ -86,12 +87,13 @@ impl Inflight {
         &self.mapping
     }
 
-    /// The part of a ring, which has at most so many descriptors; nothing if there is none for it.
+    /// Returns the part of the ring `index`, with `size` descriptors. Returns none if the buffer has fewer rings,
+    /// or rings of fewer descriptors.
     pub(super) fn ring(&self, index: u16, size: u16) -> Option<InflightRing<'_>> {
         if index >= self.rings || size > self.size {
             return None;
         }
-        // SAFETY: `map` has mapped a part for each ring.
+        // SAFETY: `map` has mapped `rings` parts of this length, and `index` is below `rings`.
         let start = unsafe { self.mapping.start().add(usize::from(index) * part(self.size)) };
         let ring = InflightRing { start, size, batch: Vec::new(), counter: 0, buffer: PhantomData };
         ring.u16(AT_VERSION).store(VERSION, Ordering::Relaxed);
@@ -100,36 +102,38 @@ impl Inflight {
     }
 }
 
-/// The part of one ring that runs. Whatever the memory holds is written, and never believed.
+/// The part of one running ring. Its contents are written only: the frontend may change them.
 #[derive(Debug)]
 pub(super) struct InflightRing<'mem> {
     start: NonNull<u8>,
     size: u16,
-    /// Heads that were retired, and not published yet.
+    /// Heads of completed chains that are not published yet.
     batch: Vec<u16>,
+    /// Number of chains popped.
     counter: u64,
     buffer: PhantomData<&'mem Inflight>,
 }
 
 impl InflightRing<'_> {
-    /// Begins anew: nothing is in flight.
+    /// Records that no chain is in flight.
     pub(super) fn clear(&mut self, used_index: u16) {
         (0..self.size).for_each(|head| self.state(head).store(0, Ordering::Relaxed));
         self.u16(AT_USED_INDEX).store(used_index, Ordering::Release);
     }
 
-    /// A chain is taken.
+    /// Records a popped chain.
     pub(super) fn popped(&mut self, head: u16) {
         self.counter += 1;
         let at = self.at_state(head) + IN_STATE_COUNTER;
-        // SAFETY: the counter is in the head's state, and aligned to 8, as the part is to 64.
+        // SAFETY: `at_state` has checked that the head's state is in the mapped part. The counter in it is
+        // aligned to 8: the part is aligned to 64 (`map`), header and states are multiples of 16 bytes.
         let counter = unsafe { AtomicU64::from_ptr(self.start.add(at).cast().as_ptr()) };
         counter.store(self.counter, Ordering::Relaxed);
         self.state(head).store(1, Ordering::Release);
     }
 
-    /// Its used entry is written.
-    pub(super) fn retired(&mut self, head: u16) {
+    /// Records a completed chain, whose used entry is written and not published.
+    pub(super) fn used(&mut self, head: u16) {
         let last = self.u16(AT_LAST_BATCH_HEAD);
         let next = self.u16(self.at_state(head) + IN_STATE_NEXT);
         next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
@@ -137,7 +141,7 @@ impl InflightRing<'_> {
         self.batch.push(head);
     }
 
-    /// The used index covers all that were retired.
+    /// Records that the used index now covers all completed chains.
     pub(super) fn published(&mut self, used_index: u16) {
         while let Some(head) = self.batch.pop() {
             self.state(head).store(0, Ordering::Relaxed);
@@ -145,33 +149,34 @@ impl InflightRing<'_> {
         self.u16(AT_USED_INDEX).store(used_index, Ordering::Release);
     }
 
-    /// A chain goes back unused.
-    pub(super) fn taken_back(&mut self, head: u16) {
+    /// Records a chain that returns to the available ring.
+    pub(super) fn unpopped(&mut self, head: u16) {
         self.state(head).store(0, Ordering::Release);
     }
 
-    /// Offset of a head's state in the part.
+    /// Returns the offset of a head's state in the part.
     ///
     /// # Panics
-    /// If the ring has no such head: a chain of another ring went back to this one.
+    /// If `head` is not below the ring's size, which means that the chain is another ring's.
     fn at_state(&self, head: u16) -> usize {
         assert!(head < self.size, "head {head} is not below the ring's size, {}", self.size);
         HEADER + STATE * usize::from(head)
     }
 
-    /// Whether a head is in flight.
+    /// Returns a head's in-flight flag: 0 or 1.
     fn state(&self, head: u16) -> &AtomicU8 {
-        // SAFETY: the part is mapped, and the head's state is in it (`at_state`).
+        // SAFETY: `at_state` has checked that the head's state is in the part, which `buffer` keeps mapped.
         unsafe { AtomicU8::from_ptr(self.start.add(self.at_state(head)).as_ptr()) }
     }
 
-    /// A field of two bytes.
+    /// Returns the 16-bit field at an offset.
     ///
     /// # Panics
-    /// If it is not wholly in the part, at an even offset.
+    /// If the offset is odd, or the field not wholly in the part.
     fn u16(&self, at: usize) -> &AtomicU16 {
         assert!(at + 2 <= part(self.size) && at.is_multiple_of(2), "no field is at {at}");
-        // SAFETY: the part is mapped and aligned, and the field is in it.
+        // SAFETY: the assertion has checked that the field is in the part, at an even offset. The part is
+        // aligned to 64 (`map`), and `buffer` keeps it mapped.
         unsafe { AtomicU16::from_ptr(self.start.add(at).cast().as_ptr()) }
     }
 }
@@ -186,7 +191,7 @@ mod tests {
     use std::sync::Arc;
 
     #[test]
-    fn heads_of_larger_rings_are_refused() {
+    fn heads_beyond_the_ring_panic() {
         let file = sealed_memory(c"inflight", Inflight::length(2, 4)).unwrap();
         let other = file.try_clone().unwrap();
         let allowance = Allowance::new(&Arc::<MemoryQuota>::default(), 0);
@@ -194,9 +199,9 @@ mod tests {
         let mut ring = inflight.ring(0, 4).unwrap();
         ring.clear(0);
         for head in [4, 8, u16::MAX] {
-            for note in [InflightRing::popped, InflightRing::retired, InflightRing::taken_back] {
-                let noted = catch_unwind(AssertUnwindSafe(|| note(&mut ring, head)));
-                assert!(noted.is_err(), "head {head}");
+            for record in [InflightRing::popped, InflightRing::used, InflightRing::unpopped] {
+                let recorded = catch_unwind(AssertUnwindSafe(|| record(&mut ring, head)));
+                assert!(recorded.is_err(), "head {head}");
             }
         }
         // Nothing was written to the next ring's part.

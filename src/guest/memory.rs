@@ -1,10 +1,10 @@
-//! The guest's memory as the frontend shares it: a table of regions, each mapped once.
+//! The memory table: the regions of guest memory that the frontend shares, each mapped once.
 //!
-//! Invariant: a region in the table lies wholly inside its file as of the time it was mapped, and
-//! overlaps no other region, neither in the guest's nor in the frontend's address space. A table
-//! is never changed: adding or removing a region makes a new one that shares the mappings.
+//! Invariant: when a region is mapped, it lies wholly inside its file. It overlaps no other region of the
+//! table, neither in the guest's nor in the frontend's address space. A table never changes: adding or
+//! removing a region makes a new table, which shares the mappings.
 //!
-//! Some regions are in the table and are [not mapped](super::unmapped).
+//! A table also has the regions that are [not mapped](super::unmapped).
 
 mod error;
 mod region;
@@ -28,41 +28,47 @@ use region::Region;
 pub use region::{Mapped, RegionRequest};
 pub(super) use region::{Mapping, Window};
 
-/// Regions that a table can hold: what QEMU and cloud-hypervisor can use of the protocol's
+/// Maximum number of regions in a table: as many as QEMU and cloud-hypervisor use with the protocol feature
 /// CONFIGURE_MEM_SLOTS.
 pub const MAX_SLOTS: usize = 509;
 
-/// The table of regions that one session works with.
+/// The memory table of a session.
 #[derive(Debug, Clone, Default)]
 pub struct GuestMemory {
-    /// In the order of their guest addresses.
+    /// Mapped regions, in the order of their guest addresses.
     regions: Vec<Arc<Region>>,
     unmapped: Vec<Unmapped>,
-    /// Some of it has gone. Tables that share regions share this.
+    /// True once the SIGBUS handler has replaced a mapping. Tables that share regions share this flag.
     lost: Arc<AtomicBool>,
-    /// Where it is noted what is written.
+    /// Dirty log, while the guest migrates.
     log: Option<Arc<DirtyLog>>,
-    /// Where it is noted which chains are in flight.
+    /// Inflight buffer, if the frontend set one.
     inflight: Option<Arc<Inflight>>,
     /// The port's limit on mapped bytes.
     quota: Arc<MemoryQuota>,
 }
 
 impl GuestMemory {
-    /// An empty table whose mappings count towards a port's limit.
+    /// Creates an empty table, whose mappings count towards a port's limit.
     pub fn within(quota: Arc<MemoryQuota>) -> Self {
         GuestMemory { quota, ..GuestMemory::default() }
     }
 
-    /// Makes a table of all `requests` at once, with no limit but the process's.
+    /// Creates a table of all `requests`, within the process limit only.
+    ///
+    /// # Errors
+    /// As [`replaced`](Self::replaced).
     pub fn map(
         requests: impl IntoIterator<Item = (RegionRequest, File)>,
     ) -> Result<Self, MemoryError> {
         GuestMemory::default().replaced(requests)
     }
 
-    /// Makes a table of all `requests` in place of this one (SET_MEM_TABLE). The port's limit holds for
-    /// the new table alone, so that a table can always be replaced by one of its own size.
+    /// Creates a table of all `requests`, to replace this one (SET_MEM_TABLE). The port's limit applies to the
+    /// new table alone, so a table can always be replaced by one of its own size.
+    ///
+    /// # Errors
+    /// A [`MemoryError`] if a region is refused, or no region can be mapped.
     pub fn replaced(
         &self,
         requests: impl IntoIterator<Item = (RegionRequest, File)>,
@@ -73,7 +79,7 @@ impl GuestMemory {
             memory = memory.with_charged(request, file, &allowance)?;
         }
         match memory.unmapped[..] {
-            // Nothing could ever run there.
+            // No ring can lie in such a table.
             [Unmapped { read_only, .. }, ..] if memory.regions.is_empty() => {
                 Err(if read_only { MemoryError::ReadOnly } else { MemoryError::NotMemory })
             }
@@ -81,17 +87,20 @@ impl GuestMemory {
         }
     }
 
-    /// The port's limit on mapped bytes.
+    /// Returns the port's limit on mapped bytes.
     pub fn quota(&self) -> &Arc<MemoryQuota> {
         &self.quota
     }
 
-    /// Mapped bytes of all regions.
+    /// Returns the mapped bytes of all regions.
     fn bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.mapping.bytes()).sum()
     }
 
-    /// This table and one more region (ADD_MEM_REG).
+    /// Returns this table with one more region (ADD_MEM_REG).
+    ///
+    /// # Errors
+    /// A [`MemoryError`] if the region is refused.
     pub fn with(&self, request: RegionRequest, file: File) -> Result<Self, MemoryError> {
         self.with_charged(request, file, &Allowance::new(&self.quota, 0))
     }
@@ -124,7 +133,10 @@ impl GuestMemory {
         Ok(GuestMemory { regions, ..self.clone() })
     }
 
-    /// This table without one region (REM_MEM_REG).
+    /// Returns this table without one region (REM_MEM_REG).
+    ///
+    /// # Errors
+    /// [`MemoryError::Unknown`] if the table has no such region.
     pub fn without(&self, request: RegionRequest) -> Result<Self, MemoryError> {
         let mut without = self.clone();
         without.regions.retain(|region| !region.request.is(&request));
@@ -135,10 +147,10 @@ impl GuestMemory {
         Ok(without)
     }
 
-    /// This table, with a log of what is written to it, or with none.
+    /// Returns this table with the dirty log `log`, or without one.
     ///
     /// # Errors
-    /// The log has no bits for some of it.
+    /// [`MemoryError::LogTooShort`] if the log has no bits for some of the memory.
     pub fn logged(&self, log: Option<Arc<DirtyLog>>) -> Result<Self, MemoryError> {
         if let (Some(log), Some(last)) = (&log, self.regions.last()) {
             let end = last.request.guest_address + last.request.size;
@@ -149,22 +161,22 @@ impl GuestMemory {
         Ok(GuestMemory { log, ..self.clone() })
     }
 
-    /// This table, with a record of chains in flight, or with none.
+    /// Returns this table with the inflight buffer `inflight`, or without one.
     pub fn recorded(&self, inflight: Option<Arc<Inflight>>) -> Self {
         GuestMemory { inflight, ..self.clone() }
     }
 
-    /// Where it is noted which chains are in flight, if it is.
+    /// Returns the inflight buffer, if the frontend set one.
     pub(super) fn inflight(&self) -> Option<&Inflight> {
         self.inflight.as_deref()
     }
 
-    /// Where it is noted what is written, if it is.
+    /// Returns the dirty log, if the frontend set one.
     pub fn log(&self) -> Option<&Arc<DirtyLog>> {
         self.log.as_ref()
     }
 
-    /// Notes that `length` bytes were written, from where they are mapped on.
+    /// Marks `length` written bytes in `log`, from the address `mapped` in this process.
     pub(super) fn mark(&self, log: &DirtyLog, mapped: usize, length: usize) {
         let offset = |region: &Region| mapped.wrapping_sub(region.mapping.start().addr().get());
         let found = self.regions.iter().find(|it| (offset(it) as u64) < it.request.size);
@@ -173,41 +185,41 @@ impl GuestMemory {
         }
     }
 
-    /// Number of regions.
+    /// Returns the number of regions, mapped or not.
     pub fn len(&self) -> usize {
         self.regions.len() + self.unmapped.len()
     }
 
-    /// Whether there is no region.
+    /// Returns true if there is no region.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Each region as the frontend has described it.
+    /// Returns each region as the frontend describes it.
     fn requests(&self) -> impl Iterator<Item = RegionRequest> {
         let mapped = self.regions.iter().map(|region| region.request);
         mapped.chain(self.unmapped.iter().map(|region| region.request))
     }
 
-    /// The regions that are not mapped.
+    /// Returns the regions that are not mapped.
     pub fn unmapped(&self) -> &[Unmapped] {
         &self.unmapped
     }
 
-    /// Whether nobody can shrink the files of all regions, as their seals say: then no memory can
-    /// be [lost](Self::is_lost) by truncation.
+    /// Returns true if the files of all mapped regions are sealed against shrinking. Then no truncation can
+    /// cause [loss](Self::is_lost) of memory.
     pub fn is_sealed(&self) -> bool {
         self.regions.iter().all(|region| region.mapping.sealed)
     }
 
-    /// Whether some of it was found to have gone (see [`lost`](super::sigbus)).
+    /// Returns true if an access has found some of the memory lost (see [`sigbus`](super::sigbus)).
     #[inline]
     pub fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Puts empty memory in the place of the region that is mapped at `address`; says whether one
-    /// is. Async-signal-safe.
+    /// Maps zeros over the region, dirty log or inflight buffer that is mapped at `address` in this process.
+    /// Returns false if none is, or if that fails. Async-signal-safe.
     pub(super) fn replace_with_zeros(&self, address: usize) -> bool {
         let regions = self.regions.iter().map(|region| &region.mapping);
         let others = self.log.iter().map(|log| log.mapping());
@@ -218,17 +230,17 @@ impl GuestMemory {
         mapping.replace_with_zeros()
     }
 
-    /// Each mapped region as the frontend has described it, and its file.
+    /// Returns each mapped region as the frontend describes it, and its file.
     pub fn regions(&self) -> impl Iterator<Item = (RegionRequest, &Arc<File>)> {
         self.regions.iter().map(|region| (region.request, region.mapping.source().0))
     }
 
-    /// The mapping of each mapped region.
+    /// Returns the mapping of each mapped region.
     pub fn mappings(&self) -> impl Iterator<Item = Mapped<'_>> {
         self.regions.iter().map(|region| Mapped { mapping: &region.mapping })
     }
 
-    /// Turns an address of the frontend's into the guest's.
+    /// Translates an address in the frontend's address space into a guest-physical one.
     pub fn guest_address(&self, frontend_address: u64) -> Option<GuestAddress> {
         self.regions.iter().find_map(|region| {
             let offset = frontend_address.wrapping_sub(region.request.frontend_address);
@@ -237,8 +249,8 @@ impl GuestMemory {
         })
     }
 
-    /// Whether the `length` bytes from `address` are all zeros in the region's file, or missing there. They
-    /// are read from the file: a touch of the mapping would make pages that are missing.
+    /// Returns true if the `length` bytes from `address` are all zero, or missing from the region's file. Reads
+    /// the file, because an access to the mapping would allocate the missing pages.
     pub fn is_blank(&self, address: GuestAddress, length: u64) -> bool {
         let behind = self.regions.partition_point(|it| it.request.guest_address <= address.0);
         let Some(region) = self.regions[..behind].last() else { return false };
@@ -252,13 +264,14 @@ impl GuestMemory {
         })
     }
 
-    /// Where the `length` bytes from `address` are mapped, if one region holds them all.
+    /// Returns where the `length` bytes from `address` are mapped, if one region contains them all. The bytes
+    /// stay mapped as long as the table lives.
     pub(super) fn resolve(&self, address: GuestAddress, length: u64) -> Option<NonNull<u8>> {
         let found = self.at(address.0, &mut { Window::EMPTY })?;
         (length <= found.len() as u64).then(|| NonNull::new(found.start())).flatten()
     }
 
-    /// The memory from `address` to the end of its region. `last` keeps the region of the last
+    /// Returns the memory from `address` to the end of its region. `last` caches the region of the last
     /// look-up.
     #[inline]
     pub(super) fn at<'mem>(

@@ -1,46 +1,46 @@
-//! How the two sides of a ring tell each other about their progress, without a lock and without
-//! losing a wake-up.
+//! The lock-free exchange of indexes and notification requests between the two sides of a ring.
 //!
-//! One side [shows](show) that it has moved on, and wakes the other if that wished for it. The
-//! other, before it sleeps, [asks](ask) to be woken, and looks once more. Each stores its own field
-//! and then reads the other's. Without a full fence in between, each could read the other's old
-//! value (both stores still on their way), and a sleeper would never be woken (virtio 1.3, sections
-//! 2.7.7.1 and 2.7.13.4.1; Linux virtqueue_enable_cb_prepare and virtio_mb). We are either side:
-//! with the used ring the driver sleeps, with the avail ring we do.
+//! Invariant: no wake-up is lost. One side [publishes](publish_index) its index, and wakes the other side if
+//! that requested it. The other side, before it sleeps, [requests](request_notify) a notification and reads
+//! the index once more. Each side stores its own field, and then reads the other's. Without a full fence in
+//! between, each could read the other's old value, because both stores are still in a store buffer; then the
+//! sleeping side would never be woken (virtio 1.3, sections 2.7.7.1 and 2.7.13.4.1; Linux
+//! virtqueue_enable_cb_prepare and virtio_mb). With the used ring the driver sleeps; with the available ring
+//! this daemon does.
 
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-/// A 16-bit field of a ring that both sides see.
+/// A 16-bit field of a ring, shared with the other side.
 pub(super) trait Shared {
     fn load(&self, order: Ordering) -> u16;
     fn store(&self, value: u16, order: Ordering);
-    /// Orders all stores before it with all loads after it.
+    /// Orders all earlier stores before all later loads.
     fn fence();
 }
 
-/// Shows the other side how far we are; returns what it wishes for.
+/// Stores our `index`; returns the other side's notification setting `event`.
 #[inline]
-pub(super) fn show<S: Shared>(progress: &S, value: u16, wish: &S) -> u16 {
-    // Release: what it covers must be visible before the index that covers it.
-    progress.store(value, Ordering::Release);
+pub(super) fn publish_index<S: Shared>(index: &S, value: u16, event: &S) -> u16 {
+    // Release: the ring entries must be visible before the index that covers them.
+    index.store(value, Ordering::Release);
     S::fence();
-    wish.load(Ordering::Relaxed)
+    event.load(Ordering::Relaxed)
 }
 
-/// Tells the other side what we wish for; returns how far it is by now.
+/// Stores our notification setting `event`; returns the other side's `index`.
 #[inline]
-pub(super) fn ask<S: Shared>(wish: &S, value: u16, progress: &S) -> u16 {
-    wish.store(value, Ordering::Relaxed);
+pub(super) fn request_notify<S: Shared>(event: &S, value: u16, index: &S) -> u16 {
+    event.store(value, Ordering::Relaxed);
     S::fence();
-    look(progress)
+    load_index(index)
 }
 
-/// How far the other side is.
+/// Returns the other side's `index`.
 #[inline]
-pub(super) fn look<S: Shared>(progress: &S) -> u16 {
-    // Acquire pairs with the other side's barrier between filling ring entry and descriptors and
-    // storing the index (virtio 1.3, section 2.7.13.3).
-    progress.load(Ordering::Acquire)
+pub(super) fn load_index<S: Shared>(index: &S) -> u16 {
+    // Acquire pairs with the other side's barrier between its writes of descriptors and ring entry and its
+    // store of the index (virtio 1.3, section 2.7.13.3).
+    index.load(Ordering::Acquire)
 }
 
 /// A little-endian field in guest memory.
@@ -63,7 +63,7 @@ impl Shared for LittleEndian<'_> {
     }
 }
 
-/// Every order in which two processors may see each other's stores, by loom.
+/// Model checks, by loom, of all orders in which two CPUs may see each other's stores.
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,7 +71,7 @@ mod tests {
     use loom::sync::Arc;
     use loom::sync::atomic as model;
 
-    /// A field; without fences it is what must not be.
+    /// A modelled field, with the fence or without it.
     struct Field<const FENCED: bool>(model::AtomicU16);
 
     impl<const FENCED: bool> Shared for Field<FENCED> {
@@ -93,34 +93,34 @@ mod tests {
     const QUIET: u16 = 0;
     const WAKE: u16 = 1;
 
-    /// One side moves on twice, the other takes what is there and sleeps when there is no more.
+    /// Runs a waker that publishes two entries, and a sleeper that reads entries and sleeps when none is left.
     fn sleeper_and_waker<const FENCED: bool>() {
         loom::model(|| {
             let field = |value| Field::<FENCED>(model::AtomicU16::new(value));
             let shared = Arc::new((field(0), field(QUIET), [0, 1].map(|_| UnsafeCell::new(0))));
             let its = shared.clone();
             let waker = loom::thread::spawn(move || {
-                let (progress, wish, entries) = &*its;
+                let (index, event, entries) = &*its;
                 let mut woken = 0;
                 for moved in 1..=2u16 {
                     // SAFETY: the sleeper reads an entry after the index that covers it.
                     entries[usize::from(moved) - 1].with_mut(|entry| unsafe { *entry = moved });
-                    if show(progress, moved, wish) == WAKE {
+                    if publish_index(index, moved, event) == WAKE {
                         woken = moved;
                     }
                 }
                 woken
             });
-            let (progress, wish, entries) = &*shared;
-            let mut seen = look(progress);
-            // As a worker's turns: until nothing is new after it has asked.
+            let (index, event, entries) = &*shared;
+            let mut seen = load_index(index);
+            // As a worker does: sleep only if the index has not moved after the request.
             loop {
                 for entry in &entries[..usize::from(seen)] {
-                    // SAFETY: it is covered by the index, and not written again.
+                    // SAFETY: the index covers the entry, and the waker does not write it again.
                     let entry = entry.with(|entry| unsafe { *entry });
                     assert_ne!(entry, 0, "read before it was there");
                 }
-                let now = ask(wish, WAKE, progress);
+                let now = request_notify(event, WAKE, index);
                 if now == seen {
                     break;
                 }
@@ -132,13 +132,13 @@ mod tests {
     }
 
     #[test]
-    fn no_wake_up_is_lost_in_any_order() {
+    fn no_store_order_loses_a_wake_up() {
         sleeper_and_waker::<true>();
     }
 
     #[test]
     #[should_panic(expected = "never woken")]
-    fn without_the_fence_one_is() {
+    fn missing_fence_loses_a_wake_up() {
         sleeper_and_waker::<false>();
     }
 }

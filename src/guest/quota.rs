@@ -1,20 +1,21 @@
 //! Limits on mapped bytes: one per port, and one for the process.
 //!
-//! Invariant: every mapping of a VMM's file holds a [`Reservation`] for its whole length, taken before
-//! the mapping is made. So the address space of the process, 128 TiB with 47 bits, cannot run out: an
-//! allocation that fails would end all ports.
+//! Invariant: every mapping of a VMM's file holds a [`Reservation`] for its whole length, taken before the
+//! mapping is made. So no VMM can exhaust the address space of the process (47 bits, 128 TiB). A failed
+//! allocation would end all ports.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::memory::MemoryError;
 
-/// Bytes that all ports together can map: half of the address space of a process on x86-64.
+/// Limit on the bytes that all ports together map: half of the address space of a process on x86-64.
 const PROCESS_LIMIT: u64 = 1 << 46;
 
+/// Bytes that all ports together have reserved.
 static PROCESS: AtomicU64 = AtomicU64::new(0);
 
-/// A port's limit on mapped bytes: guest regions, dirty log and inflight buffer.
+/// A port's limit on mapped bytes: guest memory regions, dirty log and inflight buffer.
 #[derive(Debug)]
 pub struct MemoryQuota {
     limit: u64,
@@ -23,35 +24,35 @@ pub struct MemoryQuota {
 }
 
 impl Default for MemoryQuota {
-    /// The process limit only.
+    /// Sets only the process limit.
     fn default() -> Self {
         MemoryQuota::new(PROCESS_LIMIT)
     }
 }
 
 impl MemoryQuota {
-    /// A limit in bytes.
+    /// Creates a quota of `limit` bytes.
     pub fn new(limit: u64) -> Self {
         MemoryQuota { limit, mapped: AtomicU64::new(0), pinned: AtomicU64::new(0) }
     }
 
-    /// The limit in bytes.
+    /// Returns the limit in bytes.
     pub fn limit(&self) -> u64 {
         self.limit
     }
 
-    /// Bytes mapped now.
+    /// Returns the bytes mapped now.
     pub fn mapped(&self) -> u64 {
         self.mapped.load(Ordering::Relaxed)
     }
 
-    /// Bytes that the kernel keeps in memory for AF_XDP sockets.
+    /// Returns the bytes that the kernel pins for AF_XDP sockets now.
     pub fn pinned(&self) -> u64 {
         self.pinned.load(Ordering::Relaxed)
     }
 }
 
-/// Bytes that are counted as pinned as long as the value lives.
+/// A count of pinned bytes, which the quota includes until the value is dropped.
 #[derive(Debug)]
 pub struct Pinned {
     quota: Arc<MemoryQuota>,
@@ -59,7 +60,7 @@ pub struct Pinned {
 }
 
 impl Pinned {
-    /// Counts them.
+    /// Adds `bytes` to the pinned bytes of `quota`.
     pub fn new(quota: &Arc<MemoryQuota>, bytes: u64) -> Self {
         quota.pinned.fetch_add(bytes, Ordering::Relaxed);
         Pinned { quota: quota.clone(), bytes }
@@ -72,7 +73,7 @@ impl Drop for Pinned {
     }
 }
 
-/// A quota, and the bytes of a mapping that goes as soon as the new mappings are in force.
+/// A quota, and the bytes of mappings that are unmapped as soon as the new mappings are in force.
 #[derive(Debug, Clone)]
 pub struct Allowance {
     quota: Arc<MemoryQuota>,
@@ -80,8 +81,8 @@ pub struct Allowance {
 }
 
 impl Allowance {
-    /// Charges mappings to `quota` as if `replaced` bytes were unmapped already. While a table is
-    /// replaced a port can therefore have twice its limit mapped.
+    /// Charges mappings to `quota` as if `replaced` bytes were unmapped already. While a memory table is
+    /// replaced, a port can therefore have twice its limit mapped.
     pub fn new(quota: &Arc<MemoryQuota>, replaced: u64) -> Self {
         Allowance { quota: quota.clone(), replaced }
     }
@@ -89,7 +90,8 @@ impl Allowance {
     /// Reserves `bytes`.
     ///
     /// # Errors
-    /// [`MemoryError::OverLimit`] or [`MemoryError::ProcessFull`].
+    /// [`MemoryError::OverLimit`] if the port would exceed its limit, [`MemoryError::ProcessFull`] if all ports
+    /// together would.
     pub fn reserve(&self, bytes: u64) -> Result<Reservation, MemoryError> {
         let MemoryQuota { limit, mapped, .. } = &*self.quota;
         let most = limit.saturating_add(self.replaced);
@@ -102,13 +104,13 @@ impl Allowance {
     }
 }
 
-/// Adds to a number that must not exceed `most`.
+/// Adds `bytes` to `number`, unless the sum would exceed `most`.
 fn add(number: &AtomicU64, bytes: u64, most: u64) -> Option<u64> {
     let sum = |now: u64| now.checked_add(bytes).filter(|sum| *sum <= most);
     number.fetch_update(Ordering::Relaxed, Ordering::Relaxed, sum).ok()
 }
 
-/// Reserved bytes, which are free again when the value is dropped.
+/// Reserved bytes, which are released when the value is dropped.
 #[derive(Debug)]
 pub struct Reservation {
     bytes: u64,
@@ -116,16 +118,16 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves bytes of the process that no port's quota counts.
+    /// Reserves bytes of the process that count towards no port's quota.
     ///
     /// # Errors
-    /// [`MemoryError::ProcessFull`].
+    /// [`MemoryError::ProcessFull`] if all ports together would exceed the process limit.
     pub fn of_process(bytes: u64) -> Result<Self, MemoryError> {
         add(&PROCESS, bytes, PROCESS_LIMIT).ok_or(MemoryError::ProcessFull { bytes })?;
         Ok(Reservation { bytes, quota: None })
     }
 
-    /// The number of bytes.
+    /// Returns the number of reserved bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }

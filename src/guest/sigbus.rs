@@ -1,12 +1,11 @@
-//! Guest memory that goes away while it is used: its file is truncated, or a page of it breaks.
+//! SIGBUS from guest memory, which is lost when its file is truncated or a page of it fails.
 //!
-//! The kernel answers a touch of such memory with SIGBUS, which would end the process and every
-//! port in it. The handler puts empty memory in the region's place instead, so that whatever was
-//! under way goes on with zeros, and marks the table as lost: the worker stops at its next turn.
-//! Only this port has lost anything.
+//! An access to such memory raises SIGBUS, which would end the process and all its ports. The handler maps
+//! zeros over the region instead, and marks the table as lost. The access continues with zeros, and the worker
+//! stops at its next turn. Other ports are not affected.
 //!
-//! Invariant: a thread touches guest memory only inside [`contained`] for the table, and the handler
-//! follows a pointer to a table only while `contained` borrows that table.
+//! Invariant: a thread touches guest memory only inside [`contained`] for its table, and the handler follows
+//! a pointer to a table only while `contained` borrows that table.
 
 use std::cell::Cell;
 use std::io;
@@ -15,15 +14,15 @@ use std::ptr;
 use super::GuestMemory;
 
 thread_local! {
-    /// The table that this thread may touch. A plain value without destructor: reading it in a
-    /// signal handler needs neither locks nor memory.
+    /// The table that this thread may touch, or null. A plain value without destructor, so that a signal
+    /// handler reads it without a lock or an allocation.
     static SERVED: Cell<*const GuestMemory> = const { Cell::new(ptr::null()) };
 }
 
-/// Runs `work`, during which a SIGBUS on the table's memory costs the calling thread nothing but
-/// the memory. Inside another scope, the inner table is contained and then the outer one again.
+/// Runs `work`, during which the handler replaces lost memory of the table with zeros. Calls nest: the inner
+/// call covers the inner table only, and then the outer table is covered again.
 pub fn contained<T>(memory: &GuestMemory, work: impl FnOnce() -> T) -> T {
-    /// Restores the outer table. It never leaves `contained`, so nobody can forget it.
+    /// Restores the outer table, also after a panic. Private to `contained`, so no caller can leak it.
     struct Scope(*const GuestMemory);
     impl Drop for Scope {
         fn drop(&mut self) {
@@ -35,9 +34,12 @@ pub fn contained<T>(memory: &GuestMemory, work: impl FnOnce() -> T) -> T {
 }
 
 /// Installs the handler, for the whole process.
+///
+/// # Errors
+/// Those of `sigaction`.
 pub fn contain_sigbus() -> io::Result<()> {
-    // SAFETY: all zeros is a valid sigaction; the handler has the signature that SA_SIGINFO asks
-    // for and calls nothing but async-signal-safe functions.
+    // SAFETY: all zeros is a valid sigaction. The handler has the signature that SA_SIGINFO requires, and
+    // calls only async-signal-safe functions.
     let result = unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_sigbus as *const () as libc::sighandler_t;
@@ -48,23 +50,23 @@ pub fn contain_sigbus() -> io::Result<()> {
 }
 
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel passes a siginfo_t.
+    // SAFETY: the kernel passes a valid siginfo_t to an SA_SIGINFO handler.
     if unsafe { (*info).si_code } <= 0 {
-        // A process sent it (SI_USER, SI_QUEUE, SI_TKILL): no memory has gone, and there is no
-        // address. si_code of a fault is positive, and no process can send that to another.
+        // A process sent the signal (SI_USER, SI_QUEUE, SI_TKILL): no memory is lost, and there is no
+        // address. A fault's si_code is positive, which no process can send to another.
         return;
     }
-    // SAFETY: for a fault, a SIGBUS has an address. errno is this thread's.
+    // SAFETY: the SIGBUS of a fault has an address. errno is this thread's own.
     let (address, errno) = unsafe { ((*info).si_addr() as usize, *libc::__errno_location()) };
-    // SAFETY: `contained` borrows the table for as long as its address is here, and the signal is
-    // handled by the thread that caused it.
+    // SAFETY: only `contained` sets SERVED, and it borrows the table for as long as the pointer is there. The
+    // thread that caused the fault handles its signal, so SERVED is that thread's.
     let served = unsafe { SERVED.get().as_ref() };
     if !served.is_some_and(|memory| memory.replace_with_zeros(address)) {
-        // Not the guest's: a fault of our own ends the process as it would without us.
-        // SAFETY: sets the default action; the instruction faults once more.
+        // The address is not in guest memory: the fault ends the process, as without this handler.
+        // SAFETY: sets the default action, and returns to the instruction, which faults again.
         unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
     }
-    // SAFETY: as above.
+    // SAFETY: errno is this thread's own.
     unsafe { *libc::__errno_location() = errno };
 }
 
@@ -79,7 +81,7 @@ mod tests {
     const REGION: RegionRequest =
         RegionRequest { guest_address: 0, size: 0x4000, frontend_address: 0, file_offset: 0 };
 
-    /// A table of one region, and the region's file, to be truncated.
+    /// Returns a table of one region, and the region's file, for truncation.
     fn memory() -> (GuestMemory, File) {
         // SAFETY: a fresh descriptor, owned by the File.
         let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), 0)) };
@@ -93,11 +95,11 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_cut_reads_as_zeros_and_is_known_to_be_lost() {
+    fn truncated_memory_reads_as_zeros_and_is_lost() {
         contain_sigbus().unwrap();
         let (memory, file) = memory();
         let byte = byte(&memory);
-        // SAFETY: resolve vouches for the byte; the table lives.
+        // SAFETY: `resolve` returned a mapped byte, and the table lives.
         contained(&memory, || unsafe {
             byte.write_volatile(7);
             file.set_len(0x1000).unwrap();
@@ -108,14 +110,14 @@ mod tests {
         });
         assert!(memory.is_lost());
         let with_more = memory.without(REGION).unwrap();
-        assert!(with_more.is_lost(), "a table that was made from it has lost as much");
+        assert!(with_more.is_lost(), "a table made from a lost table is lost too");
     }
 
     #[test]
     fn inner_scope_restores_the_outer_one() {
         contain_sigbus().unwrap();
         let ((outer, outer_file), (inner, inner_file)) = (memory(), memory());
-        // SAFETY: resolve vouches for both bytes; the tables live.
+        // SAFETY: `resolve` returned mapped bytes, and the tables live.
         contained(&outer, || unsafe {
             let panicked = std::panic::catch_unwind(|| {
                 contained(&inner, || {
@@ -140,7 +142,7 @@ mod tests {
             unsafe { libc::raise(libc::SIGBUS) };
             assert!(!memory.is_lost());
             file.set_len(0).unwrap();
-            // SAFETY: resolve vouches for the byte; the table lives.
+            // SAFETY: `resolve` returned a mapped byte, and the table lives.
             assert_eq!(unsafe { byte(&memory).read_volatile() }, 0);
         });
         assert!(memory.is_lost());

@@ -1,6 +1,8 @@
-//! Regions of the table that are not mapped: those in a file on a disk (nvdimm, virtio-pmem, ivshmem), or in
-//! one that can't be written to. A touched page could wait for a disk, or for the frontend itself (FUSE).
-//! No ring and no buffer can lie there. Their files are not kept.
+//! Regions of the memory table that are not mapped: those in a file on a disk (nvdimm, virtio-pmem, ivshmem)
+//! or in a read-only file.
+//!
+//! Invariant: the daemon touches none of their pages, because a page fault could wait for a disk, or for the
+//! frontend itself (FUSE). No ring and no buffer can lie in such a region. Its file is closed.
 
 use std::fs::File;
 
@@ -10,14 +12,18 @@ use crate::sys::process::{file_facts, holds_data};
 /// A region that is not mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unmapped {
-    /// The region.
+    /// The region as the frontend describes it.
     pub request: RegionRequest,
-    /// Whether its file is memory, which can't be written to; else it is on a disk.
+    /// True if the file is read-only memory, false if it is on a disk.
     pub read_only: bool,
 }
 
 impl Unmapped {
-    /// The region as one that is not mapped, if its file asks for that.
+    /// Returns the region, unless its file is writable memory, which can be mapped.
+    ///
+    /// # Errors
+    /// A [`MemoryError`] if the descriptor is neither memory, a regular file nor a device, the region is empty,
+    /// or an address plus the size overflows.
     pub(super) fn of(request: RegionRequest, file: &File) -> Result<Option<Self>, MemoryError> {
         let read_only = match file_facts(file).map_err(MemoryError::Map)? {
             Some(facts) if facts.writable => return Ok(None),
@@ -35,7 +41,7 @@ impl Unmapped {
         Ok(Some(Unmapped { request, read_only }))
     }
 
-    /// Whether an address of the frontend's lies there.
+    /// Returns true if the region contains an address in the frontend's address space.
     pub fn holds(&self, frontend_address: u64) -> bool {
         frontend_address.wrapping_sub(self.request.frontend_address) < self.request.size
     }

@@ -1,12 +1,12 @@
 //! The device's end of one split virtqueue (virtio 1.3, section 2.7).
 //!
-//! Ring addresses are resolved to pointers once, when the ring starts; from then on the verbs are
-//! *pop* (`avail`), *push used* (`used`), *publish* and *enable notifications* (`notification`).
+//! A start resolves the ring's addresses to pointers. The verbs of a running ring are *pop* (`avail`),
+//! *push used* (`used`), *publish* and *enable notifications* (`notification`).
 //!
-//! Invariant: chains complete in the order in which they were popped, so a position in the ring is a
-//! chain's identity, and the chains in flight are a range of positions. At any time the used index is the
-//! first chain that has not completed, and whoever starts the ring next, this daemon or its successor,
-//! resumes there without asking anybody.
+//! Invariant: chains complete in the order in which they were popped. A position in the ring therefore
+//! identifies a chain, and the chains in flight are a range of positions. The used index always is the
+//! position of the first chain that has not completed. The next start of the ring, in this daemon or the
+//! next, resumes there and needs no other state.
 //!
 //! ```text
 //! published  ≤  next_used  ≤  next_avail  ≤  seen_avail
@@ -35,7 +35,7 @@ use crate::sys::segment::Segment;
 pub use avail::Budget;
 pub use notification::Published;
 
-/// How driver and device tell each other about their progress.
+/// The negotiated features that a ring depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Notification {
     /// `VIRTIO_F_EVENT_IDX` was negotiated.
@@ -61,25 +61,25 @@ pub struct Virtqueue<'mem, D: Direction> {
     next_used: u16,
     /// The used index in guest memory.
     published: u16,
-    /// Used index at the last decision about a call; nothing after a start, when the driver's
-    /// wishes before it are unknown and a call too many does no harm.
+    /// Used index at the last decision about a call. `None` after a start: the used events before it are
+    /// unknown, and an extra call is harmless.
     called_at: Option<u16>,
-    /// Available index at which the driver was last told to kick.
-    armed: Option<u16>,
-    /// The chains by position, those that have completed and are not published among them.
+    /// Available index of the last request for a kick; `None` while notifications are disabled.
+    notify_at: Option<u16>,
+    /// Chains by position: those in flight, and those completed and not yet published.
     chains: ChainTable<'mem>,
-    /// For each head, whether it is in flight.
+    /// Flags of the heads in flight, by head.
     is_in_flight: Box<[bool]>,
     /// Bytes of the chains in flight.
     bytes: usize,
-    /// Pieces of chains that have several, and have completed since the last publication.
-    pieces: usize,
-    /// Where it is noted what is written, and the guest's address of the used ring.
+    /// Number of listed segments (of chains without exactly one) that completed since the last publication.
+    listed: usize,
+    /// Dirty log, if the frontend set one, and the guest's address of the used ring.
     log: Option<(&'mem DirtyLog, u64)>,
-    /// Where it is noted for the frontend which chains are in flight.
+    /// Part of the frontend's inflight buffer for this ring, if it has one.
     inflight: Option<InflightRing<'mem>>,
-    /// One of the two is there.
-    is_noted: bool,
+    /// True if `log` or `inflight` is set.
+    is_recorded: bool,
     direction: PhantomData<D>,
 }
 
@@ -108,77 +108,77 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
             next_used: 0,
             published: 0,
             called_at: None,
-            armed: None,
+            notify_at: None,
             chains: ChainTable::new(size),
             is_in_flight: vec![false; usize::from(size)].into_boxed_slice(),
             bytes: 0,
-            pieces: 0,
+            listed: 0,
             log: memory.log().map(|log| (&**log, layout.used.0)),
             inflight: None,
-            is_noted: memory.log().is_some(),
+            is_recorded: memory.log().is_some(),
             direction: PhantomData,
         };
         let used = queue.used_u16(2).load(Ordering::Relaxed);
         (queue.next_avail, queue.seen_avail) = (used, used);
         (queue.next_used, queue.published) = (used, used);
-        // Nobody knows what it was told before.
-        queue.armed = Some(used);
-        queue.look()?;
+        // The setting in the used ring is unknown, so assume that the driver kicks.
+        queue.notify_at = Some(used);
+        queue.load_avail()?;
         Ok(queue)
     }
 
-    /// Notes in the table's inflight buffer, if it has one, which chains are in flight. `index` is the
-    /// ring's among all of the card's.
-    pub fn note_inflight(&mut self, index: u16) {
+    /// Records the chains in flight in the memory table's inflight buffer from now on, if it has one. `index`
+    /// is the ring's index in the device.
+    pub fn record_inflight(&mut self, index: u16) {
         self.inflight = self.memory.inflight().and_then(|buffer| buffer.ring(index, self.size));
         if let Some(inflight) = &mut self.inflight {
             inflight.clear(self.next_used);
-            self.is_noted = true;
+            self.is_recorded = true;
         }
     }
 
-    /// Position of the first chain that has not completed: where the next start resumes.
+    /// Returns the position of the first chain that has not completed; the next start resumes there.
     #[inline]
     pub fn next_used(&self) -> u16 {
         self.next_used
     }
 
-    /// Position of the chain that is popped next: the end of those in flight.
+    /// Returns the position of the chain to pop next, behind all chains in flight.
     #[inline]
     pub fn next_avail(&self) -> u16 {
         self.next_avail
     }
 
-    /// The used index that the driver sees: the first chain that has completed since is there.
+    /// Returns the used index in guest memory: the position of the first chain not yet published.
     pub fn published(&self) -> u16 {
         self.published
     }
 
-    /// Number of descriptors.
+    /// Returns the number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Number of chains in flight.
+    /// Returns the number of chains in flight.
     #[inline]
     pub fn in_flight(&self) -> usize {
         self.next_avail.wrapping_sub(self.next_used).into()
     }
 
-    /// Number of chains that have completed since the last publication.
+    /// Returns the number of chains that have completed since the last publication.
     #[inline]
     pub fn completed(&self) -> usize {
         self.next_used.wrapping_sub(self.published).into()
     }
 
-    /// Bytes of all chains in flight.
+    /// Returns the total length of the chains in flight, in bytes.
     #[inline]
     pub fn bytes_in_flight(&self) -> usize {
         self.bytes
     }
 
-    /// The chain at a position: one in flight, or one that has completed and is not published, of which
-    /// only what was written counts. Any other position gives a chain that was in its place.
+    /// Returns the chain at a position: in flight, or completed and not yet published. Of a completed
+    /// device-writable chain, only the written bytes count. Any other position returns an earlier chain.
     #[inline]
     pub fn chain(&self, position: u16) -> Chain<'_, 'mem, D> {
         debug_assert!(
@@ -188,15 +188,14 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         self.chains.chain(position)
     }
 
-    /// The only piece of the chain at a position, as [`chain`](Self::chain) shows it, unless it has any other
-    /// number of pieces.
+    /// Returns the segment of the [`chain`](Self::chain) at a position, if the chain has exactly one.
     #[inline(always)]
     pub fn only_piece(&self, position: u16) -> Option<Segment<'mem>> {
         self.chains.only_piece(position)
     }
 
-    /// Positions of chains in flight before `until`, oldest first; none if `until` is not among them, nor
-    /// right behind them.
+    /// Returns the positions of chains in flight before `until`, oldest first. Returns none if `until` is
+    /// neither among the chains in flight nor the position after the last.
     pub fn positions(&self, until: u16) -> impl ExactSizeIterator<Item = u16> + use<D> {
         let first = self.next_used;
         let count = until.wrapping_sub(first);
@@ -204,28 +203,32 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         (0..count).map(move |index| first.wrapping_add(index))
     }
 
+    /// Returns a 16-bit field of the available ring. `offset` must be even and below 6 + 2 × size.
     #[inline]
     fn avail_u16(&self, offset: usize) -> LittleEndian<'mem> {
-        // SAFETY: callers keep to it, and `start` has resolved the ring for `'mem`.
+        // SAFETY: `start` resolved the ring, which `memory` keeps mapped for `'mem`. The callers, all in this
+        // module, pass an even offset within the ring.
         unsafe { avail_u16(self.avail, offset, self.size) }
     }
 
-    /// A 16-bit field of the used ring. Callers stay within 6 + 8 × size bytes.
+    /// Returns a 16-bit field of the used ring. `offset` must be even and below 6 + 8 × size.
     #[inline]
     fn used_u16(&self, offset: usize) -> LittleEndian<'mem> {
         debug_assert!(offset < 6 + 8 * usize::from(self.size));
-        // SAFETY: `start` resolved that many bytes at an even address, for `'mem`, and offsets are even.
+        // SAFETY: `start` resolved that many bytes at an even address, which `memory` keeps mapped for `'mem`.
+        // The callers, all in this module, pass an even offset within the ring.
         LittleEndian(unsafe { AtomicU16::from_ptr(self.used.add(offset).cast().as_ptr()) })
     }
 }
 
-/// A 16-bit field of the available ring at `avail`, which `start` has resolved.
+/// Returns a 16-bit field of the available ring at `avail`.
 ///
 /// # Safety
-/// The offset is even, and below 6 + 2 × size bytes, which are mapped for `'mem`.
+/// `avail` must point to 6 + 2 × `size` bytes at an even address, mapped for `'mem`. `offset` must be even and
+/// below that length.
 #[inline(always)]
 unsafe fn avail_u16<'mem>(avail: NonNull<u8>, offset: usize, size: u16) -> LittleEndian<'mem> {
     debug_assert!(offset < 6 + 2 * usize::from(size));
-    // SAFETY: the caller's; the ring is at an even address.
+    // SAFETY: the caller promises that the field is mapped for `'mem` and at an even address.
     LittleEndian(unsafe { AtomicU16::from_ptr(avail.add(offset).cast().as_ptr()) })
 }

@@ -383,7 +383,7 @@ fn hostile_11_memory_that_is_no_memory_is_refused_and_a_cut_file_costs_its_port_
             card.tx[0].publish();
         }
         eventually("the frontend is told", || card.tx[0].error.read().is_ok());
-        scene.says("the guest's memory has gone");
+        scene.says("guest memory is gone");
     }
     scene.ends("R; C: the port stops and says so, the others run on");
 }
@@ -488,7 +488,7 @@ fn hostile_13_a_dirty_log_that_can_not_be_is_refused_and_one_that_goes_costs_its
     card.check_echo(20);
     log.set_len(0).unwrap();
     card.send(0, &[0; 60]);
-    scene.says("memory has gone");
+    scene.says("memory is gone");
     drop(card);
     scene.ends("R: refused, and nothing out of bounds; B: when the log is cut");
 }
@@ -529,7 +529,7 @@ fn hostile_14_inflight_buffers_that_can_not_be_are_refused_and_none_is_believed(
     // And one that is cut while it is written.
     lies.set_len(0).unwrap();
     card.send(0, &[0; 60]);
-    scene.says("memory has gone");
+    scene.says("memory is gone");
     drop(card);
     scene.ends("R: refused, and nothing that it holds is believed; B: when it is cut");
 }
@@ -855,7 +855,7 @@ fn hostile_66_sent_sigbus_leaves_truncation_contained() {
         card.check_echo(10);
         card.ram.file.set_len(0).unwrap();
         card.tx[0].kick.write(1).unwrap();
-        scene.says("the guest's memory has gone");
+        scene.says("guest memory is gone");
         drop(card);
     }
     scene.ends("a sent SIGBUS is ignored; truncated memory stops its own port only");

@@ -77,14 +77,14 @@ fn hostile_21_buffers_that_are_not_in_memory_break_the_pair() {
 fn hostile_22_an_index_out_of_step_breaks_the_pair() {
     let scene = Scene::new(22);
     for jump in [257, 1000, 0x8000, 0xffff] {
-        breaks(&scene, "avail index", |card| {
+        breaks(&scene, "available index", |card| {
             let ring = &mut card.tx[0];
             ring.avail_index = ring.avail_index.wrapping_add(jump);
             ring.publish();
         });
     }
     for head in [256, 1000, 0xffff] {
-        breaks(&scene, &format!("head {head} is no descriptor"), |card| {
+        breaks(&scene, &format!("descriptor head {head} out of range"), |card| {
             card.tx[0].offer_head(head);
             card.tx[0].publish();
         });
@@ -95,7 +95,7 @@ fn hostile_22_an_index_out_of_step_breaks_the_pair() {
 #[test]
 fn hostile_23_a_head_twice_and_rings_on_top_of_each_other_do_no_harm() {
     let scene = Scene::new(23);
-    breaks(&scene, "was offered twice", |card| {
+    breaks(&scene, "is already in flight", |card| {
         let area = card.tx[0].buffer_area();
         let head = card.tx[0].add(&[(area, 100)], false).unwrap();
         card.tx[0].offer_head(head);
@@ -239,10 +239,10 @@ fn hostile_28_indirect_tables_that_break_the_rules_break_the_pair() {
     }
     type Table = fn(u64) -> Vec<(u64, u32, u16, u16)>;
     let tables: [(&str, Table); 5] = [
-        ("indirect descriptor where none may be", |area| vec![(area, 16, INDIRECT_FLAG, 0)]),
-        ("next descriptor 2 is none", |area| vec![(area, 16, NEXT, 1), (area, 16, NEXT, 2)]),
+        ("indirect descriptor that is not allowed", |area| vec![(area, 16, INDIRECT_FLAG, 0)]),
+        ("next descriptor 2 out of range", |area| vec![(area, 16, NEXT, 1), (area, 16, NEXT, 2)]),
         ("too many descriptors", |area| vec![(area, 16, NEXT, 1), (area, 16, NEXT, 0)]),
-        ("wrong direction", |area| vec![(area, 16, NEXT, 1), (area, 16, WRITE, 0)]),
+        ("wrong VIRTQ_DESC_F_WRITE flag", |area| vec![(area, 16, NEXT, 1), (area, 16, WRITE, 0)]),
         ("lies outside guest memory", |_| vec![(1 << 60, 16, NEXT, 1), (0, 16, 0, 0)]),
     ];
     for (why, table) in tables {
@@ -252,7 +252,7 @@ fn hostile_28_indirect_tables_that_break_the_rules_break_the_pair() {
             offer(card, &[(area + 0x800, 32, INDIRECT_FLAG, 0)]);
         });
     }
-    breaks(&scene, "indirect descriptor where none may be", |card| {
+    breaks(&scene, "indirect descriptor that is not allowed", |card| {
         let area = card.tx[0].buffer_area();
         offer(card, &[(area, 16, INDIRECT_FLAG | NEXT, 1), (area, 16, 0, 0)]);
     });
@@ -274,11 +274,11 @@ fn hostile_28_indirect_tables_that_break_the_rules_break_the_pair() {
 #[test]
 fn hostile_29_chains_of_the_wrong_direction_or_size_break_the_pair_or_are_passed_over() {
     let scene = Scene::new(29);
-    breaks(&scene, "wrong direction", |card| {
+    breaks(&scene, "wrong VIRTQ_DESC_F_WRITE flag", |card| {
         let area = card.tx[0].buffer_area();
         offer(card, &[(area, 100, WRITE, 0)]);
     });
-    breaks(&scene, "wrong direction", |card| {
+    breaks(&scene, "wrong VIRTQ_DESC_F_WRITE flag", |card| {
         let area = card.tx[0].buffer_area();
         offer(card, &[(area, 100, NEXT, 1), (area + 100, 100, WRITE, 0)]);
     });
@@ -328,7 +328,7 @@ fn hostile_30_loops_and_endless_chains_are_bounded() {
         breaks(&scene, "too many descriptors", |card| looping(card, length, back_to));
     }
     for next in [256, 300, 0xffff] {
-        breaks(&scene, &format!("next descriptor {next} is none"), |card| {
+        breaks(&scene, &format!("next descriptor {next} out of range"), |card| {
             looping(card, 3, next);
         });
     }

@@ -1,53 +1,53 @@
-//! Why a memory region was refused, in words for the log: each names the way out where there is one.
+//! Reasons for refusing a memory region. The log states them, with the fix where there is one.
 
 use std::fmt;
 
 use super::MAX_SLOTS;
 
-/// Why a memory region was refused.
+/// Reason for refusing a memory region, a dirty log or an inflight buffer.
 #[derive(Debug)]
 pub enum MemoryError {
     /// The region has no bytes.
     Empty,
-    /// An address or offset plus the size is beyond 64 bits.
+    /// An address or offset plus the size exceeds 64 bits.
     Overflow,
     /// The descriptor is no memfd, and no file on tmpfs or hugetlbfs.
     NotMemory,
     /// The descriptor is not open for reading and writing.
     ReadOnly,
-    /// The region ends behind the end of its file.
+    /// The region ends beyond the end of its file.
     PastEndOfFile {
-        /// First byte behind the region, as an offset into the file.
+        /// Offset of the region's end in the file, in bytes.
         end: u64,
         /// The file's size in bytes.
         file_size: u64,
     },
-    /// It shares addresses with a region that is already there.
+    /// The region shares addresses with another region of the table.
     Overlap,
-    /// All [`MAX_SLOTS`] are taken.
+    /// The table has [`MAX_SLOTS`] regions already.
     NoSlot,
-    /// No region like this is in the table.
+    /// The table has no such region.
     Unknown,
-    /// It is not aligned in its file.
+    /// The inflight buffer is not aligned to 64 bytes in its file.
     Misaligned,
     /// The dirty log has no bits for memory before this address.
     LogTooShort {
-        /// First guest-physical address behind the memory.
+        /// First guest-physical address beyond the memory.
         end: u64,
     },
     /// The port's mapped bytes would exceed its limit.
     OverLimit {
-        /// Bytes to be mapped.
+        /// Number of bytes to map.
         bytes: u64,
         /// The port's limit in bytes.
         limit: u64,
     },
     /// The mapped bytes of all ports would exceed half of the address space.
     ProcessFull {
-        /// Bytes to be mapped.
+        /// Number of bytes to map.
         bytes: u64,
     },
-    /// The kernel refused to look at or to map the file.
+    /// The kernel refused to describe or to map the file.
     Map(std::io::Error),
 }
 

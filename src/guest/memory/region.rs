@@ -1,8 +1,8 @@
-//! One region of the guest's memory: how the frontend describes it, and where it is mapped.
+//! One region of guest memory: the frontend's description, and the mapping.
 //!
-//! Invariant: a mapping holds all bytes of its part of the file for as long as it lives, and the file had
-//! them when it was mapped. Pointers into it stay valid even if the file is cut short afterwards: touching
-//! what has gone raises SIGBUS, upon which [other memory](Mapping::replace_with_zeros) takes its place.
+//! Invariant: a mapping covers all bytes of its part of the file for as long as it lives, and the file had
+//! all of them when it was mapped. Pointers into the mapping stay valid even if the file is truncated later:
+//! an access then raises SIGBUS, and the handler maps [zeros](Mapping::replace_with_zeros) at the same place.
 
 use std::fs::File;
 use std::ptr::NonNull;
@@ -16,49 +16,54 @@ use crate::guest::quota::{Allowance, Reservation};
 use crate::sys::process::file_facts;
 use crate::sys::segment::Segment;
 
-/// A region as the frontend describes it: `VhostUserMemoryRegion` of the protocol.
+/// The frontend's description of a region: `VhostUserMemoryRegion` of the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RegionRequest {
     /// First guest-physical address.
     pub guest_address: u64,
     /// Size in bytes.
     pub size: u64,
-    /// First address in the frontend's own address space, which SET_VRING_ADDR speaks of.
+    /// First address in the frontend's address space, which SET_VRING_ADDR uses.
     pub frontend_address: u64,
-    /// Where in the file the region starts, in bytes.
+    /// Offset of the region's first byte in its file, in bytes.
     pub file_offset: u64,
 }
 
 impl RegionRequest {
+    /// Returns true if the regions share a guest or a frontend address.
     pub(super) fn overlaps(&self, other: &RegionRequest) -> bool {
         let meet = |a: u64, b: u64| a < b + other.size && b < a + self.size;
         meet(self.guest_address, other.guest_address)
             || meet(self.frontend_address, other.frontend_address)
     }
 
-    /// Whether it is the same region. The file offset does not count: frontends may leave it out.
+    /// Returns true if both describe one region. Ignores the file offset, which frontends may leave out.
     pub(super) fn is(&self, other: &RegionRequest) -> bool {
         RegionRequest { file_offset: other.file_offset, ..*self } == *other
     }
 }
 
-/// A part of a file of shared memory, mapped.
+/// A mapped part of a file of shared memory.
 #[derive(Debug)]
 pub(in crate::guest) struct Mapping {
-    /// It may start before the part: offsets are rounded down to (huge) pages.
+    /// The mapping. It may start before the part: offsets are rounded down to (huge) pages.
     region: MmapRegion,
-    /// Offset of the part's first byte in the mapping.
+    /// Offset of the part's first byte in the mapping, in bytes.
     lead: usize,
-    /// Size in bytes of the pages that the file consists of.
+    /// Size in bytes of the file's pages.
     page: u64,
-    /// The file can't be shrunk.
+    /// True if the file is sealed against shrinking.
     pub(super) sealed: bool,
-    /// Its bytes, as the port's limit counts them.
+    /// The mapping's bytes, which count towards the port's limit.
     reserved: Reservation,
 }
 
 impl Mapping {
-    /// Maps `size` bytes of `file` from `offset` on.
+    /// Maps `size` bytes of `file`, from `offset`.
+    ///
+    /// # Errors
+    /// A [`MemoryError`] if the part is empty or beyond the file's end, the file is not writable shared memory,
+    /// or a limit is reached.
     pub(in crate::guest) fn new(
         file: File,
         offset: u64,
@@ -90,32 +95,34 @@ impl Mapping {
         Ok(Mapping { region, lead, page: facts.alignment, sealed: facts.sealed, reserved })
     }
 
-    /// Where the part's first byte is mapped.
+    /// Returns where the part's first byte is mapped.
     pub(in crate::guest) fn start(&self) -> NonNull<u8> {
         let mapping = NonNull::new(self.region.as_ptr()).expect("nothing is mapped at 0");
-        // SAFETY: the mapping is longer than what leads to the part (`new`).
+        // SAFETY: `new` maps from `lead` bytes before the part to the part's end or beyond, so the result is in
+        // the mapping. Neither field changes.
         unsafe { mapping.add(self.lead) }
     }
 
-    /// The file, and where in it the part starts.
+    /// Returns the file, and the offset in bytes at which the part starts.
     pub(in crate::guest) fn source(&self) -> (&Arc<File>, u64) {
         let file = self.region.file_offset().expect("every part is mapped from a file");
         (file.arc(), file.start() + self.lead as u64)
     }
 
-    /// Mapped bytes, with those that alignment adds.
+    /// Returns the mapped bytes, including those that page alignment adds.
     pub(in crate::guest) fn bytes(&self) -> u64 {
         self.reserved.bytes()
     }
 
+    /// Returns true if an address in this process is in the mapping.
     pub(super) fn holds(&self, address: usize) -> bool {
         address.wrapping_sub(self.region.as_ptr() as usize) < self.region.size()
     }
 
-    /// Puts empty memory in its place; says whether that worked. Async-signal-safe.
+    /// Maps zeros in the mapping's place; returns false if the kernel refuses. Async-signal-safe.
     pub(super) fn replace_with_zeros(&self) -> bool {
-        // SAFETY: the range is exactly the mapping's own, which stays mapped, only with other memory
-        // behind it, until it is dropped. Pointers into it stay valid.
+        // SAFETY: the range is exactly that of `region`, which owns it until it is dropped. The range stays
+        // mapped, with other memory behind it, so pointers into it stay valid.
         let replaced = unsafe {
             libc::mmap(
                 self.region.as_ptr().cast(),
@@ -138,6 +145,7 @@ pub(super) struct Region {
 }
 
 impl Region {
+    /// Maps the region. Fails as [`Mapping::new`], or if an address plus the size exceeds 64 bits.
     pub(super) fn map(
         request: RegionRequest,
         file: File,
@@ -151,46 +159,50 @@ impl Region {
         Ok(Region { request, mapping: Mapping::new(file, file_offset, size, allowance)? })
     }
 
+    /// Returns the region as look-ups use it.
     pub(super) fn window(&self) -> Window<'_> {
         let RegionRequest { guest_address, size, .. } = self.request;
-        // SAFETY: the mapping holds `size` bytes from its start on, for as long as it lives.
+        // SAFETY: `map` mapped `size` bytes from the start, readable and writable. The mapping lives as long as
+        // the region, which the window borrows. A truncated file makes an access raise SIGBUS, which the
+        // handler of `guest::sigbus` resolves.
         let mapped = unsafe { Segment::new(self.mapping.start(), size as usize) };
         Window { guest_address, mapped }
     }
 }
 
-/// A region's mapping: to map the same memory once more elsewhere. All of it lies in its file, which
-/// was memory when it was mapped.
+/// A region's mapping, from which the same memory can be mapped a second time. All of it lay in its file of
+/// shared memory when it was mapped.
 #[derive(Debug, Clone, Copy)]
 pub struct Mapped<'a> {
     pub(super) mapping: &'a Mapping,
 }
 
 impl<'a> Mapped<'a> {
-    /// First address of the mapping in this process.
+    /// Returns the first address of the mapping in this process.
     pub fn start(&self) -> usize {
         self.mapping.region.as_ptr() as usize
     }
 
-    /// Its length in bytes, a multiple of [`page`](Self::page).
+    /// Returns the mapping's length in bytes, a multiple of [`page`](Self::page).
     pub fn length(&self) -> usize {
         self.mapping.region.size()
     }
 
-    /// The file, and where in it the mapping starts, a multiple of [`page`](Self::page).
+    /// Returns the file, and the offset in bytes at which the mapping starts, a multiple of
+    /// [`page`](Self::page).
     pub fn source(&self) -> (&'a File, u64) {
         let file = self.mapping.region.file_offset().expect("every region is mapped from a file");
         (file.file(), file.start())
     }
 
-    /// Size in bytes of the pages that the file consists of.
+    /// Returns the size in bytes of the file's pages.
     pub fn page(&self) -> u64 {
         self.mapping.page
     }
 }
 
-/// A region as look-ups need it, to be kept at hand: nearly all of a guest's buffers lie in one.
-/// It borrows the table that it is from.
+/// A region as look-ups use it, borrowed from its table. Callers cache it, because nearly all of a guest's
+/// buffers lie in one region.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::guest) struct Window<'mem> {
     guest_address: u64,
@@ -201,7 +213,7 @@ impl<'mem> Window<'mem> {
     /// No region.
     pub(in crate::guest) const EMPTY: Self = Window { guest_address: 0, mapped: Segment::EMPTY };
 
-    /// The memory from `address` to the end of the region, if it is in it.
+    /// Returns the memory from `address` to the end of the region, if `address` is in the region.
     #[inline]
     pub(in crate::guest) fn at(&self, address: u64) -> Option<Segment<'mem>> {
         let offset = address.wrapping_sub(self.guest_address) as usize;

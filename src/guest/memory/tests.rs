@@ -1,4 +1,4 @@
-//! What a table takes, refuses and finds.
+//! Tests of the memory table: accepted regions, refused regions, look-ups.
 
 use std::os::fd::{AsRawFd, FromRawFd};
 
@@ -21,7 +21,7 @@ fn region(guest_address: u64, size: u64) -> RegionRequest {
 }
 
 #[test]
-fn addresses_are_found_in_their_region_and_nowhere_else() {
+fn addresses_resolve_only_inside_their_region() {
     let memory = GuestMemory::map([
         (region(0x10_0000, 0x1000), memfd(0x1000)),
         (region(0, 0x2000), memfd(0x2000)),
@@ -55,18 +55,18 @@ fn a_region_must_lie_inside_its_file() {
 }
 
 #[test]
-fn a_region_at_an_odd_offset_of_its_file_is_mapped_where_it_is() {
+fn region_at_an_odd_file_offset_is_mapped_there() {
     let file = memfd(0x3000);
     file.write_all_at(b"here", 0x1234).unwrap();
     let request = RegionRequest { file_offset: 0x1234, ..region(0x8000, 0x100) };
     let memory = GuestMemory::map([(request, file)]).unwrap();
     let pointer = memory.resolve(GuestAddress(0x8000), 4).unwrap();
-    // SAFETY: resolve vouches for four mapped bytes.
+    // SAFETY: `resolve` returned four mapped bytes, and the table lives.
     assert_eq!(unsafe { pointer.cast::<[u8; 4]>().read() }, *b"here");
 }
 
 #[test]
-fn what_cannot_be_shared_is_refused() {
+fn read_only_and_non_memory_files_are_refused() {
     let file = memfd(0x1000);
     let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
     let error = GuestMemory::map([(region(0, 0x1000), read_only)]).unwrap_err();
