@@ -1,6 +1,5 @@
-//! Makes what a package ships of the command line's description: manual pages in DIRECTORY/man,
-//! completions in DIRECTORY/completions. `cargo run --example generate -- DIRECTORY`
-//! A module of the tests too, which read what it makes.
+//! Generates manual pages in DIRECTORY/man and shell completions in DIRECTORY/completions, for packages:
+//! `cargo run --example generate -- DIRECTORY`. The tests include this file as a module, and read its output.
 
 use std::fs;
 use std::io;
@@ -13,11 +12,11 @@ use vhost_user_net::cli;
 use vhost_user_net::config::{self, Place};
 
 const SOURCE: &str = concat!("vhost-user-net ", env!("CARGO_PKG_VERSION"));
-/// Short: it stands between the page's name and its name again.
+/// Title of the manual. Short, because the page's head shows it between two copies of the page's name.
 const MANUAL: &str = "vhost-user";
 const FILE_PAGE: &str = "vhost-user-net.toml";
 
-/// What a section tells of a thing.
+/// Entry of a section: a term and its description.
 type Item = (&'static str, &'static str);
 
 const FILES: [Item; 6] = [
@@ -26,10 +25,7 @@ const FILES: [Item; 6] = [
         "The ports of vhost-user-net.service: see vhost-user-net.toml(5).",
     ),
     ("/etc/vhost-user-net/NAME.toml", "The port of vhost-user-net@NAME.service."),
-    (
-        "/run/vhost-user-net/control.sock",
-        "Where vhost-user-net-ctl(1) asks, unless told otherwise.",
-    ),
+    ("/run/vhost-user-net/control.sock", "The default control socket of vhost-user-net-ctl(1)."),
     ("/dev/net/tun", "Opened for each TAP device."),
     ("/usr/share/vhost-user-net", "Additions to the units, alert rules and a dashboard."),
     ("/usr/share/doc/vhost-user-net/docs", "The documentation, with a page for each message."),
@@ -40,11 +36,11 @@ const SIGNALS: [Item; 3] = [
         "SIGHUP",
         "With run --config: read the file again and change what differs. Without a file: as SIGTERM.",
     ),
-    ("SIGPIPE, SIGXFSZ", "Ignored: a log that cannot be written stops no port."),
+    ("SIGPIPE, SIGXFSZ", "Ignored: ports continue if the log cannot be written."),
 ];
 const EXIT_STATUS: [Item; 3] = [
     ("0", "Stopped by a signal, or another daemon took over all ports."),
-    ("1", "Could not start, or no port is left and one failed by a bug."),
+    ("1", "Could not start, or no port runs any more and one failed by a bug."),
     ("2", "The command line or the file is wrong."),
 ];
 const EXAMPLES: [Item; 5] = [
@@ -53,32 +49,32 @@ const EXAMPLES: [Item; 5] = [
         "One port on an AF_XDP socket",
         "vhost-user-net --socket-path=/run/vm1.sock --af-xdp=eth1,queue=2 --queue-pairs=2",
     ),
-    ("Many ports, by a file", "vhost-user-net run --config=/etc/vhost-user-net.toml"),
+    ("Several ports, described by a file", "vhost-user-net run --config=/etc/vhost-user-net.toml"),
     (
         "The guest's side, for QEMU",
         "qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -numa node,memdev=m \
          -m 1G -chardev socket,id=c,path=/run/vm1.sock,reconnect-ms=1000 \
          -netdev vhost-user,id=n,chardev=c -device virtio-net-pci,netdev=n",
     ),
-    ("What this host lacks for it", "vhost-user-net doctor --tap=vnet1"),
+    ("Check of this host", "vhost-user-net doctor --tap=vnet1"),
 ];
 const CTL_EXIT_STATUS: [Item; 4] = [
     ("0", "Done."),
     ("1", "The daemon refused."),
     ("2", "The command line is wrong."),
-    ("3", "The daemon cannot be asked."),
+    ("3", "The daemon cannot be reached."),
 ];
 const CTL_EXAMPLES: [Item; 4] = [
     ("All ports", "vhost-user-net ctl list"),
-    ("What they move, ten times", "vhost-user-net ctl stats --interval=5 --count=10"),
+    ("Rates of all ports, ten times", "vhost-user-net ctl stats --interval=5 --count=10"),
     ("Limit a port while it runs", "vhost-user-net ctl set vm1 --tx-limit=100mbit"),
-    ("Look at its frames", "vhost-user-net ctl capture vm1 -w - | tshark -r -"),
+    ("Show a port's frames", "vhost-user-net ctl capture vm1 -w - | tshark -r -"),
 ];
 
 #[allow(dead_code)]
 fn main() -> io::Result<()> {
     let Some(directory) = std::env::args_os().nth(1) else {
-        return Err(io::Error::other("name the directory to write to"));
+        return Err(io::Error::other("specify the directory to write to"));
     };
     generate(Path::new(&directory))
 }
@@ -99,9 +95,9 @@ pub(crate) fn generate(directory: &Path) -> io::Result<()> {
         let file = generate_to(shell, &mut command, "vhost-user-net", &completions)?;
         let text = fs::read_to_string(&file)?;
         let text = match shell {
-            // clap_complete 4.6 writes a program's dashes in two ways, so that no subcommand is found.
+            // clap_complete 4.6 encodes the dashes of the program's name in two ways, and then finds no subcommand.
             Shell::Bash => text.replace("vhost__subcmd__user__subcmd__net", "vhost__user__net"),
-            // And has no values for the last option, which argparse refuses while it has none.
+            // It completes no value of the last option, because fish's argparse refuses an option without one.
             Shell::Fish => text.replacen(&format!("{FISH_PARSE}\n"), &fish_parse(), 1),
             _ => text,
         };
@@ -117,10 +113,10 @@ fn fish_parse() -> String {
     format!("{FISH_PARSE}\n    or begin\n        set -e cmd[-1]\n    {FISH_PARSE}\n    end\n")
 }
 
-/// clap_complete offers hidden subcommands too: what is to be completed, without them.
+/// Returns a command without its hidden subcommands, which clap_complete would offer.
 fn shown(command: &clap::Command) -> clap::Command {
     let about = command.get_about().cloned().unwrap_or_default();
-    // clap takes names that live for ever.
+    // clap requires a name with static lifetime.
     let name: &'static str = command.get_name().to_owned().leak();
     clap::Command::new(name)
         .about(about)
@@ -129,16 +125,17 @@ fn shown(command: &clap::Command) -> clap::Command {
         .subcommands(command.get_subcommands().filter(|below| !below.is_hide_set()).map(shown))
 }
 
-/// clap_mangen leaves out the help of options that a summary does not have.
+/// Returns a command whose options are all in the short help: clap_mangen leaves out the others.
 fn with_all_help(command: clap::Command) -> clap::Command {
     command.mut_args(|arg| arg.hide_short_help(false)).mut_subcommands(with_all_help)
 }
 
-/// A page for a command, and for each below it: operators ask by ctl, and its pages are in section 1.
+/// Writes the page of a command and of each subcommand. The pages of ctl, a program for all users, are in section
+/// 1, the others in section 8.
 fn pages(command: &clap::Command, directory: &Path) -> io::Result<()> {
     let name = command.get_display_name().unwrap_or(command.get_name());
     let is_ctl = name.starts_with("vhost-user-net-ctl");
-    // An empty date would be left out, and what stands behind it would take its place.
+    // An empty date would be left out, and the next field would take its place.
     let page = Man::new(command.clone())
         .section(if is_ctl { "1" } else { "8" })
         .manual(MANUAL)
@@ -174,20 +171,19 @@ fn pages(command: &clap::Command, directory: &Path) -> io::Result<()> {
     see_also(&mut rest, see);
     rest.to_writer(&mut text)?;
     let text = options_in_one_section(command, &left(&String::from_utf8_lossy(&text)));
-    // Of the subcommands, one has its page in another section.
+    // The page of ctl alone is in another section.
     let text = text.replace("\nvhost\\-user\\-net\\-ctl(8)", "\nvhost\\-user\\-net\\-ctl(1)");
     fs::write(directory.join(page.get_filename()), text)?;
     let mut shown = command.get_subcommands().filter(|command| !command.is_hide_set());
     shown.try_for_each(|command| pages(command, directory))
 }
 
-/// Some words are nearly as long as a line, so that lines can't all end at the right. Commands are not
-/// hyphenated.
+/// Returns a page with left-aligned lines, because commands are long and must not be hyphenated.
 fn left(page: &str) -> String {
     page.replacen(".SH NAME", ".ad l\n.nh\n.SH NAME", 1)
 }
 
-/// clap_mangen gives each group of options a section of its own.
+/// Returns a page with one section of options; clap_mangen makes one for each group.
 fn options_in_one_section(command: &clap::Command, page: &str) -> String {
     let mut page = page.to_owned();
     let mut start = ".SH OPTIONS\n";
@@ -216,7 +212,7 @@ fn see_also(page: &mut Roff, pages: &str) {
     page.text([roman(pages)]);
 }
 
-/// The page of the file: each key with its type, its default and an example.
+/// Returns the page of the file: each key with its type, its default and an example.
 fn file_page() -> String {
     let mut page = Roff::new();
     page.control("TH", [FILE_PAGE, "5", " ", SOURCE, MANUAL]);
@@ -241,7 +237,9 @@ fn file_page() -> String {
             page.text([bold(&key.name), roman(format!(" ({})", key.kind))]);
             let help = key.help.replace('\n', " ");
             let default = match &key.default {
-                Some(default) if !help.contains("[default: ") => format!(" [default: {default}]"),
+                Some(default) if !help.contains(&format!("[default: {default}]")) => {
+                    format!(" [default: {default}]")
+                }
                 _ => String::new(),
             };
             page.text([roman(help + &default)]);

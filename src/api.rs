@@ -70,7 +70,7 @@ pub struct Server {
     /// The user ID that started the daemon; `--user` can have changed the daemon's own since.
     starter: u32,
     info: DaemonInfo,
-    /// Whether another daemon has taken over the ports for good.
+    /// True once another daemon has taken over the ports for good.
     given_away: bool,
     /// The helper process, which reads the daemon's file and opens the descriptors of its ports.
     opener: Option<Client>,

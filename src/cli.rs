@@ -1,4 +1,4 @@
-//! The command line: assembled of the pieces that the modules below own, parsed and carried out.
+//! The command line, assembled from the arguments that the modules below define.
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -13,9 +13,9 @@ use crate::ctl;
 use crate::daemon::{self, opener};
 use crate::doctor::{self, Doctor};
 
-/// `--print-capabilities` of QEMU's backend program conventions.
+/// Output of `--print-capabilities`, in the form of QEMU's backend program conventions.
 const CAPABILITIES: &str = "{\"type\": \"net\", \"features\": []}\n";
-/// Exit status for a wrong command line or file.
+/// Exit status after a mistake in the command line or the file.
 const USAGE_ERROR: u8 = 2;
 
 /// Serves the virtio-net devices of virtual machines over vhost-user
@@ -58,19 +58,19 @@ enum Command {
     /// Exits with 0, with 1 if the daemon refuses, with 2 if the command line is wrong, and with 3 if no
     /// daemon can be asked.
     Ctl(ctl::Options),
-    /// Open what a daemon needs when it reads its file again; started by the daemon.
+    /// Open sockets and devices for the sandboxed daemon, which starts this process.
     #[command(hide = true)]
     Opener(opener::Options),
 }
 
-/// A command line, parsed.
+/// Parsed command line.
 #[derive(Debug)]
 pub enum Invocation {
-    /// Serve ports.
+    /// Run the daemon.
     Run(Config),
     /// Act as the client of a running daemon.
     Ctl(ctl::Options),
-    /// Act as the helper process of a running daemon, connected by standard input.
+    /// Act as the helper process of a running daemon, over the socket at standard input.
     Opener(opener::Options),
     /// Check this host.
     Doctor(Doctor),
@@ -81,7 +81,7 @@ pub enum Invocation {
 }
 
 impl Invocation {
-    /// Carries it out; returns the program's exit status.
+    /// Runs the command; returns the program's exit status.
     pub fn run(self) -> ExitCode {
         match self {
             Invocation::Run(config) => match daemon::run(&config) {
@@ -96,8 +96,8 @@ impl Invocation {
                 Ok(()) => ExitCode::SUCCESS,
                 Err(_) => ExitCode::FAILURE,
             },
-            Invocation::Doctor(examination) => {
-                let report = examination.run();
+            Invocation::Doctor(doctor) => {
+                let report = doctor.run();
                 print(&report.show());
                 if report.fails() { ExitCode::FAILURE } else { ExitCode::SUCCESS }
             }
@@ -110,7 +110,7 @@ impl Invocation {
     }
 }
 
-/// Runs the program with this command line, its name first; returns its exit status.
+/// Runs the program with this command line, program name first; returns the exit status.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match parse(arguments) {
         Ok(invocation) => invocation.run(),
@@ -118,13 +118,13 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Writes to standard output. A reader that closes the pipe early has seen enough.
+/// Writes to standard output. Errors are ignored, because a reader may close the pipe early.
 fn print(text: &str) -> ExitCode {
     let _ = std::io::stdout().write_all(text.as_bytes());
     ExitCode::SUCCESS
 }
 
-/// Writes a line to standard error. `eprintln!` would panic if nobody reads it, or its disk is full.
+/// Writes a line to standard error. `eprintln!` would panic if the pipe is closed or the disk full.
 fn fail(why: impl Display, status: u8) -> ExitCode {
     let _ = writeln!(std::io::stderr(), "vhost-user-net: {why}");
     ExitCode::from(status)
@@ -133,10 +133,10 @@ fn fail(why: impl Display, status: u8) -> ExitCode {
 /// Parses a command line, program name first.
 ///
 /// # Errors
-/// One line that names the mistake.
+/// The command line or the file has a mistake, which the line names.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, String> {
     let arguments: Vec<_> = arguments.into_iter().collect();
-    // By QEMU's conventions it stands alone, so nothing else is required beside it.
+    // By QEMU's conventions this option stands alone, without the options that clap requires.
     if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
         return Ok(Invocation::Print(CAPABILITIES.into()));
     }
@@ -161,7 +161,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
     })
 }
 
-/// Returns the description of the command line, of which manual pages and completions are made.
+/// Returns the description of the command line, for manual pages and completions.
 pub fn command() -> clap::Command {
     complete_paths_only(Arguments::command())
 }
@@ -175,8 +175,8 @@ fn complete_paths_only(command: clap::Command) -> clap::Command {
         .mut_subcommands(complete_paths_only)
 }
 
-/// Returns why `ctl set` does not take an option of the program: it can't change while the port, or the
-/// daemon, runs.
+/// Returns the reason why `ctl set` refuses an option that is fixed while the port or the daemon runs; `None` for
+/// other errors.
 fn fixed_option(error: &clap::Error) -> Option<String> {
     let (Some(ContextValue::String(argument)), Some(ContextValue::StyledStr(usage))) =
         (error.get(ContextKind::InvalidArg), error.get(ContextKind::Usage))
@@ -212,7 +212,7 @@ fn one_line(error: &clap::Error) -> String {
         .lines()
         .map(str::trim)
         .take_while(|line| !line.starts_with("Usage") && !line.starts_with("For more"))
-        // No value of ours begins with dashes.
+        // No option takes a value that begins with a dash.
         .filter(|line| !line.is_empty() && !line.starts_with("tip: to pass"));
     let first = lines.next().unwrap_or_default().trim_start_matches("error: ").to_owned();
     lines.fold(first, |text, line| format!("{text} {line}")) + "; try --help"
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_and_a_tap_are_enough() {
+    fn socket_and_tap_suffice() {
         let config = read(&["--socket-path=/run/a", "--tap=vnet0"]).unwrap();
         assert_eq!(config.frontend, Frontend::Listen("/run/a".into()));
         assert_eq!(config.host, Host::Tap("vnet0".into()));
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_is_understood() {
+    fn options_are_parsed() {
         let config = read(&[
             "--connect=/run/a",
             "--tap-fd=7,8",
@@ -267,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn an_af_xdp_port_is_a_device_and_what_differs_from_the_default() {
+    fn af_xdp_option_names_device_and_non_defaults() {
         let config = read(&["--socket-path=a", "--af-xdp=eth1"]).unwrap();
         let plain = AfXdp {
             name: "eth1".into(),
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn cloud_hypervisors_option_is_a_socket_and_a_tap() {
+    fn net_backend_equals_socket_and_tap() {
         let config = read(&["--net-backend=socket=/run/a,tap=vmtap0,num_queues=4"]).unwrap();
         let options = ["--socket-path=/run/a", "--tap=vmtap0", "--queue-pairs=2"];
         assert_eq!(config, read(&options).unwrap());
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_in_one_line_that_names_it() {
+    fn mistake_is_one_line_that_names_the_option() {
         let long = format!("--socket-path=/{}", "x".repeat(107));
         let cases: &[(&[&str], &str)] = &[
             (&["--tap=a"], "--socket-path"),
@@ -325,7 +325,7 @@ mod tests {
             (&["--socket-path=a", "--af-xdp=eth1,lane=1"], "'lane'"),
             (&["--socket-path=a", "--af-xdp=eth1,mode=zero-copy,attach=generic"], "generic"),
             (&["--socket-path=a", "--af-xdp=eth1,steer=ip"], "'ip'"),
-            (&["--socket-path=a", "--af-xdp=eth1,steer=mac"], "address: mac"),
+            (&["--socket-path=a", "--af-xdp=eth1,steer=mac"], "set mac"),
             (
                 &[
                     "--socket-path=a",
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_need_no_other_option() {
+    fn print_capabilities_needs_no_other_option() {
         let all = ["vhost-user-net", "--print-capabilities"].map(Into::into);
         let Ok(Invocation::Print(text)) = parse(all) else { panic!("not printed") };
         assert!(text.contains("\"type\": \"net\""));

@@ -42,7 +42,7 @@ pub struct Config {
     pub log_level: LevelFilter,
     /// File that the configuration was read from.
     pub file: Option<PathBuf>,
-    /// Whether to take over the ports of the daemon that listens on `control`.
+    /// Take-over of the ports of the daemon that listens on `control`.
     pub take_over: bool,
     /// Path of the control socket.
     pub control: Option<PathBuf>,
@@ -74,13 +74,13 @@ impl FromStr for MetricsAddress {
         match text.parse::<SocketAddr>() {
             Ok(address) if address.ip().is_loopback() => Ok(MetricsAddress::Tcp(address)),
             Ok(address) => Err(format!(
-                "{address} is no loopback address: whoever reaches it could read all ports' metrics; \
-                 write 127.0.0.1:{}, and have something that asks for passwords before it",
+                "{address} is not a loopback address: every client could read all ports' metrics; write \
+                 127.0.0.1:{}, behind a proxy that requires a password",
                 address.port()
             )),
-            Err(_) => {
-                Err(format!("'{text}' is no place for metrics: write 127.0.0.1:9560 or /PATH"))
-            }
+            Err(_) => Err(format!(
+                "'{text}' is not an address for metrics; write 127.0.0.1:9560 or /PATH"
+            )),
         }
     }
 }
@@ -133,11 +133,11 @@ pub struct PortConfig {
     pub tx_limit: Limit,
     /// Link state; frames move only while it is up.
     pub link: bool,
-    /// Whether GSO frames are offered to the guest.
+    /// Offer of GSO frames to the guest.
     pub guest_tso: bool,
-    /// Whether the reset of single rings is offered.
+    /// Offer of the reset of single rings.
     pub ring_reset: bool,
-    /// Whether guest memory that can be truncated is refused.
+    /// Refusal of guest memory that can be truncated.
     pub require_sealed_memory: bool,
     /// Limit on the mapped bytes of the VMM's files; see [`memory_limit`](Self::memory_limit) for its default.
     pub max_memory: Option<u64>,
@@ -174,7 +174,7 @@ impl fmt::Display for Host {
 }
 
 impl Host {
-    /// The option that names it.
+    /// Returns the option that selects this host side.
     fn key(&self) -> &'static str {
         match self {
             Host::Tap(_) => "tap",
@@ -202,7 +202,7 @@ impl Config {
         }
     }
 
-    /// Returns the daemon's own settings, which are fixed while it runs, as keys and values.
+    /// Returns the daemon's own settings, which are fixed while the daemon runs, as keys and values.
     pub fn settings(&self) -> BTreeMap<&'static str, String> {
         let Config { log_level, control, metrics, confinement, .. } = self;
         let Confinement { seccomp, user, group } = confinement;
@@ -328,18 +328,18 @@ impl PortConfig {
 /// Checks that the ports of one start and the control socket do not exclude each other.
 ///
 /// # Errors
-/// The object that is named twice.
+/// An object is claimed twice. The line names it.
 fn check_start(ports: &[PortConfig], control: Option<&Path>) -> Result<(), String> {
     let descriptors = ports.iter().flat_map(PortConfig::descriptors);
     let control = control.map(|path| format!("socket {}", path.display()));
     check_claims(&ports.iter().collect::<Vec<_>>(), descriptors.chain(control))
-        .map_err(|claim| format!("{claim} is named twice"))
+        .map_err(|claim| format!("{claim} is used twice; name another one"))
 }
 
 /// Checks that no object is claimed by two of these ports, or by one of them and `others`.
 ///
 /// # Errors
-/// The object that is named twice.
+/// An object is claimed twice. The error is its name.
 fn check_claims(ports: &[&PortConfig], others: impl Iterator<Item = String>) -> Result<(), String> {
     let claims = ports.iter().flat_map(|port| port.claims());
     let mut claims: Vec<String> = claims.chain(others).collect();

@@ -1,6 +1,6 @@
-//! What a queue pair counts: plain numbers with one writer, its worker, and any number of readers.
+//! Counters of a queue pair, with one writer, its worker, and any number of readers.
 //!
-//! They are added to once per burst, without a locked instruction.
+//! The worker adds to a counter once per burst, without a locked instruction.
 
 mod histogram;
 mod reasons;
@@ -14,29 +14,29 @@ pub use histogram::Histogram;
 use reasons::ByReason;
 pub use reasons::{CopyReason, DropReason};
 
-/// Highest value that a counter can be restored to: 2^56. In bytes, 10 Gbit/s take two years for it.
+/// Highest value that a counter can be restored to: 2^56. At 10 Gbit/s, a counter of bytes takes two years for it.
 const MAX_RESTORED: u64 = 1 << 56;
 
-/// A number that one thread adds to and others may read.
+/// A number that one thread adds to and any thread may read.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds to it. Only the counter's one writer may call this.
+    /// Adds `amount`. Only the counter's one writer may call this.
     #[inline]
     pub fn add(&self, amount: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
     }
 
-    /// Adds what another daemon has counted, as a VMM tells it. The sum stays below [`MAX_RESTORED`], so
-    /// that no VMM can set its counters back by an overflow, or have sums of counters overflow.
-    fn restore(&self, told: &Self) {
+    /// Adds the count of another daemon, which comes by way of the VMM. The sum is at most [`MAX_RESTORED`]: so no
+    /// VMM can set a counter back by an overflow, or make sums of counters overflow.
+    fn restore(&self, other: &Self) {
         let ours = self.get();
-        let sum = ours.saturating_add(told.get()).min(MAX_RESTORED);
+        let sum = ours.saturating_add(other.get()).min(MAX_RESTORED);
         self.0.store(ours.max(sum), Ordering::Relaxed);
     }
 
-    /// The value at this moment.
+    /// Returns the present value.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -54,86 +54,86 @@ impl<'de> Deserialize<'de> for Counter {
     }
 }
 
-/// The numbers of one direction of a queue pair.
+/// Counters of one direction of a queue pair.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DirectionCounters {
-    /// Frames moved.
+    /// Frames moved: tx, accepted by the host; rx, delivered to the guest.
     pub frames: Counter,
-    /// Bytes of those frames, without the virtio header.
+    /// Bytes of the moved frames, without the virtio-net header.
     pub bytes: Counter,
     /// Frames dropped, by reason.
     drops: ByReason<DropReason>,
-    /// Of those moved, frames whose payload was copied in user space, by reason.
+    /// Moved frames whose payload was copied in user space, by reason.
     copies: ByReason<CopyReason>,
-    /// Interrupts sent to the guest.
+    /// Used buffer notifications sent to the guest.
     pub calls: Counter,
-    /// Times that the used index moved and the guest wanted no interrupt.
+    /// Updates of the used index without a notification: the driver wanted none, or the frontend set no descriptor.
     pub calls_suppressed: Counter,
-    /// Times that a kick woke the worker.
+    /// Wake-ups of the worker by a kick.
     pub kicks: Counter,
-    /// Bursts that the port's limit cut short.
+    /// Bursts that the port's rate limit admitted only in part (tx), or times that it began to admit no frames (rx).
     pub limited: Counter,
-    /// Chains that were shown to the guest as used at once.
+    /// Chains published by each update of the used index.
     pub bursts: Histogram<7>,
 }
 
 impl DirectionCounters {
-    /// Counts dropped frames.
+    /// Counts `frames` frames dropped for `reason`.
     pub fn dropped(&self, reason: DropReason, frames: u64) {
         self.drops.of(reason).add(frames);
     }
 
-    /// Counts frames whose payload was copied.
+    /// Counts `frames` frames whose payload was copied for `reason`.
     pub fn copied(&self, reason: CopyReason, frames: u64) {
         self.copies.of(reason).add(frames);
     }
 
-    /// Frames whose payload was copied for `reason`.
+    /// Returns the number of frames whose payload was copied for `reason`.
     pub fn copies(&self, reason: CopyReason) -> u64 {
         self.copies.of(reason).get()
     }
 
-    /// Frames dropped for `reason`.
+    /// Returns the number of frames dropped for `reason`.
     pub fn drops(&self, reason: DropReason) -> u64 {
         self.drops.of(reason).get()
     }
 
-    fn restore(&self, told: &Self) {
+    fn restore(&self, other: &Self) {
         for (ours, theirs) in [
-            (&self.frames, &told.frames),
-            (&self.bytes, &told.bytes),
-            (&self.calls, &told.calls),
-            (&self.calls_suppressed, &told.calls_suppressed),
-            (&self.kicks, &told.kicks),
-            (&self.limited, &told.limited),
+            (&self.frames, &other.frames),
+            (&self.bytes, &other.bytes),
+            (&self.calls, &other.calls),
+            (&self.calls_suppressed, &other.calls_suppressed),
+            (&self.kicks, &other.kicks),
+            (&self.limited, &other.limited),
         ] {
             ours.restore(theirs);
         }
-        self.drops.restore(&told.drops);
-        self.copies.restore(&told.copies);
-        self.bursts.restore(&told.bursts);
+        self.drops.restore(&other.drops);
+        self.copies.restore(&other.copies);
+        self.bursts.restore(&other.bursts);
     }
 }
 
 impl PairCounters {
-    /// Adds all that another daemon has counted, as a VMM tells it; each counter stays below 2^56. Only
-    /// while their one writer does not run.
-    pub fn restore(&self, told: &Self) {
-        self.rx.restore(&told.rx);
-        self.tx.restore(&told.tx);
+    /// Adds the counts of another daemon, which come by way of the VMM. Each counter stays at or below 2^56. Callers
+    /// ensure that the worker does not run meanwhile.
+    pub fn restore(&self, other: &Self) {
+        self.rx.restore(&other.rx);
+        self.tx.restore(&other.tx);
         for (ours, theirs) in [
-            (&self.sessions, &told.sessions),
-            (&self.turns, &told.turns),
-            (&self.poll_attempts, &told.poll_attempts),
-            (&self.poll_successes, &told.poll_successes),
-            (&self.coalesced_sleeps, &told.coalesced_sleeps),
-            (&self.sleeps, &told.sleeps),
-            (&self.starved, &told.starved),
+            (&self.sessions, &other.sessions),
+            (&self.turns, &other.turns),
+            (&self.poll_attempts, &other.poll_attempts),
+            (&self.poll_successes, &other.poll_successes),
+            (&self.coalesced_sleeps, &other.coalesced_sleeps),
+            (&self.sleeps, &other.sleeps),
+            (&self.starved, &other.starved),
         ] {
             ours.restore(theirs);
         }
-        self.kick_to_used.restore(&told.kick_to_used);
+        self.kick_to_used.restore(&other.kick_to_used);
     }
 }
 
@@ -166,20 +166,19 @@ impl fmt::Display for DirectionCounters {
     }
 }
 
-/// The numbers of a queue pair. rx and tx are the guest's: tx is from the guest to the host.
+/// Counters of a queue pair.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PairCounters {
-    /// To the guest.
+    /// Frames from the host to the guest (receiveq).
     pub rx: DirectionCounters,
-    /// From the guest.
+    /// Frames from the guest to the host (transmitq).
     pub tx: DirectionCounters,
-    /// Sessions that began: the rings were started, or something about them was changed.
+    /// Sessions begun: the rings were started, or a setting of the session was changed.
     pub sessions: Counter,
-    /// Microseconds from when a kick for frames from the guest woke the worker until the guest was
-    /// shown that the first of them are used.
+    /// Microseconds from a wake-up by a tx kick until the first of its chains are published as used.
     pub kick_to_used: Histogram<16>,
-    /// Turns of the worker that moved something.
+    /// Turns of the worker that moved chains.
     pub turns: Counter,
     /// Polls for a guest's reply.
     #[serde(rename = "looks")]
@@ -190,9 +189,9 @@ pub struct PairCounters {
     /// Sleeps to coalesce wake-ups, with notifications disabled.
     #[serde(rename = "naps")]
     pub coalesced_sleeps: Counter,
-    /// Times that the worker went to sleep.
+    /// Sleeps of the worker until an event or a timeout, without coalescing sleeps.
     pub sleeps: Counter,
-    /// Times that rx had to wait for the guest to provide buffers.
+    /// Times that the worker enabled rx notifications because the port needed more buffers from the guest.
     pub starved: Counter,
 }
 
@@ -202,16 +201,16 @@ mod tests {
 
     #[test]
     fn restored_counters_never_go_back_or_overflow() {
-        let (pair, mut told) = (PairCounters::default(), PairCounters::default());
+        let (pair, mut other) = (PairCounters::default(), PairCounters::default());
         pair.tx.frames.add(20);
         for value in [5, u64::MAX - 24, u64::MAX] {
             let before = pair.tx.frames.get();
-            told.tx.frames.0.store(value, Ordering::Relaxed);
-            pair.restore(&told);
+            other.tx.frames.0.store(value, Ordering::Relaxed);
+            pair.restore(&other);
             assert!(pair.tx.frames.get() >= before && pair.tx.frames.get() <= MAX_RESTORED);
         }
-        told.kick_to_used = serde_json::from_value(vec![u64::MAX; 16].into()).unwrap();
-        pair.restore(&told);
+        other.kick_to_used = serde_json::from_value(vec![u64::MAX; 16].into()).unwrap();
+        pair.restore(&other);
         assert_eq!(pair.kick_to_used.cumulated().last().unwrap().1, 16 * MAX_RESTORED);
     }
 
@@ -222,13 +221,13 @@ mod tests {
         pair.tx.dropped(DropReason::SpoofedMac, 3);
         pair.rx.copied(CopyReason::Late, 2);
         pair.kick_to_used.observe(5);
-        let mut told = serde_json::to_value(&pair).unwrap();
-        assert_eq!(told["tx"]["drops"]["spoofed_mac"], 3);
-        // What another version has not, or has besides.
-        told["tx"]["drops"].as_object_mut().unwrap().remove("too_short");
-        told["rx"]["drops"]["too_strange"] = 1.into();
-        told["rx"].as_object_mut().unwrap().remove("bursts");
-        let again: PairCounters = serde_json::from_value(told).unwrap();
+        let mut json = serde_json::to_value(&pair).unwrap();
+        assert_eq!(json["tx"]["drops"]["spoofed_mac"], 3);
+        // Another version lacks some counters, and has others.
+        json["tx"]["drops"].as_object_mut().unwrap().remove("too_short");
+        json["rx"]["drops"]["too_strange"] = 1.into();
+        json["rx"].as_object_mut().unwrap().remove("bursts");
+        let again: PairCounters = serde_json::from_value(json).unwrap();
         assert_eq!((again.tx.frames.get(), again.tx.drops(DropReason::SpoofedMac)), (7, 3));
         assert_eq!(again.rx.copies(CopyReason::Late), 2);
         assert_eq!(again.kick_to_used.cumulated(), pair.kick_to_used.cumulated());

@@ -1,7 +1,7 @@
 //! `vhost-user-net ctl`: the client of the control socket.
 //!
-//! It sends one request a line and shows the reply as text or JSON. It also opens the sockets and TAP queues
-//! of new ports and passes them to the daemon, which has given up the rights to open them.
+//! The client sends each request as one line and shows the reply as text or JSON. For a new port, the client also
+//! opens the socket and the TAP queues and passes them to the daemon, whose sandbox forbids opening them.
 
 mod capture;
 mod connection;
@@ -24,7 +24,7 @@ use reload::{add, conflict};
 use text::{plain, print};
 pub use top::TopOptions;
 
-/// Path at which a daemon's control socket is looked for.
+/// Default path of the daemon's control socket.
 const DEFAULT_CONTROL: &str = "/run/vhost-user-net/control.sock";
 
 /// Command line of `ctl`: the daemon to ask, and the action.
@@ -89,30 +89,30 @@ pub enum Action {
 /// Parses a time in seconds.
 fn interval(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| (0.01..=86400.0).contains(seconds));
-    seconds.map(Duration::from_secs_f64).ok_or_else(|| "write seconds, from 0.01 on".into())
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "write seconds, 0.01 to 86400".into())
 }
 
 impl Options {
     /// Carries out the action and returns the text to show.
     ///
     /// # Errors
-    /// One line with the cause.
+    /// The daemon cannot be reached or refuses, or a file cannot be read or written.
     pub fn run(&self) -> Result<String, Failure> {
         let shown = self.control.display();
         let unreachable = |error: io::Error| {
             let hint = match error.kind() {
                 io::ErrorKind::NotFound => "; is the daemon started with --control?",
-                io::ErrorKind::PermissionDenied => "; only root and its own user may ask",
+                io::ErrorKind::PermissionDenied => "; run ctl as root or as the daemon's user",
                 _ => "",
             };
-            Failure::Unreachable(format!("ask the daemon at {shown}: {error}{hint}"))
+            Failure::Unreachable(format!("cannot reach the daemon at {shown}: {error}{hint}"))
         };
         let stream = UnixStream::connect(&self.control).map_err(unreachable)?;
         let mut daemon = Connection::new(stream, shown.to_string());
         match &self.action {
             Action::Request(Command::Add { port, .. }) => {
                 let config = port.clone().absolute().check().map_err(Failure::Refused)?;
-                // Before anything is opened: a further queue of a TAP would be given frames.
+                // Before anything is opened: the kernel would steer frames to another queue of a running TAP.
                 if let Some(why) = conflict(&mut daemon, &config)? {
                     return Err(Failure::Refused(why));
                 }
@@ -129,7 +129,7 @@ impl Options {
             }
             Action::Request(command) => Ok(self.text(&daemon.ask(command, &[])?)),
             Action::Capture { port, wanted, write } => {
-                // Standard output may be the capture.
+                // The captured frames may go to standard output.
                 eprint!("{}", capture::capture(&mut daemon, port, wanted, write)?);
                 Ok(String::new())
             }
@@ -153,11 +153,18 @@ impl Options {
         let own = || {
             let about = daemon.ask(&Command::Features {}, &[])?;
             about["started"]["file"].as_str().map(PathBuf::from).ok_or_else(|| {
-                Failure::Refused("the daemon was started without a file: give --config".into())
+                Failure::Refused(
+                    "the daemon was started without a file; name one with --config".into(),
+                )
             })
         };
         let file = file.cloned().map_or_else(own, Ok)?;
-        let Outcome { done, failed } = reload(daemon, &file)?;
+        let reloaded = reload(daemon, &file);
+        if let Err(Failure::Refused(why)) = &reloaded {
+            // For the daemon's log. An older daemon does not know the request.
+            let _ = daemon.ask(&Command::ReloadRefused { why: why.clone() }, &[]);
+        }
+        let Outcome { done, failed } = reloaded?;
         let shown = match self.json {
             true => format!("{:#}\n", json!(done)),
             false => done.iter().map(|line| format!("{line}\n")).collect(),
@@ -165,13 +172,13 @@ impl Options {
         if failed.is_empty() {
             return Ok(shown);
         }
-        // What was done is said too: it is not undone.
+        // The changes that succeeded stay, so they are printed too.
         print(&shown);
         failed.iter().for_each(|line| eprintln!("vhost-user-net: {line}"));
         Err(Failure::Refused(format!("reload: done={} failed={}", done.len(), failed.len())))
     }
 
-    /// Returns a reply as text, or as JSON if that was asked for.
+    /// Returns a reply as text, or as JSON with `--json`.
     fn text(&self, reply: &Value) -> String {
         match (&self.action, reply) {
             (Action::Request(Command::Metrics {}), Value::String(text)) => text.clone(),

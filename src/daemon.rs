@@ -1,8 +1,8 @@
-//! The daemon: start order, signals, supervision, hand-over, and the order of its end.
+//! The daemon: start order, signals, supervision, take-over, and the order of its end.
 //!
 //! Each port has one control thread and one worker per queue pair, and ports share no state. The main thread
-//! serves operators, who add, change and remove ports. The main thread opens nothing: an operator passes the
-//! descriptors of a new port, or the `opener`, a process that reads the file again on request.
+//! serves operators, who add, change and remove ports. The sandboxed main thread opens no device: the operator's
+//! `ctl`, or the helper process ([`opener`]), passes the descriptors of a new port.
 
 mod handover;
 mod main_loop;
@@ -30,17 +30,18 @@ use supervision::Supervisor;
 /// Runs all ports until a signal ends the daemon, or the last inherited connection ends.
 ///
 /// # Errors
-/// The reason why the daemon cannot start. Later only a signal ends it.
+/// The daemon cannot start, the main thread cannot wait for events, or a port's control thread panicked and no
+/// port runs any more.
 pub fn run(config: &Config) -> Result<(), StartError> {
-    // First, since a new descriptor could get the number of a promised one that was not inherited.
+    // First: a descriptor opened here could get the number of a configured one that was not inherited.
     let inherited = config.ports.iter().map(Descriptors::inherit).collect::<Result<Vec<_>, _>>()?;
     share_pool();
     raise_descriptor_limit().into_iter().for_each(descriptors::set_limit);
     contain_sigbus()
-        .map_err(|error| StartError::new(format!("install a signal handler: {error}")))?;
-    // Before any thread starts: threads inherit the signal mask.
-    let signals =
-        Signals::block().map_err(|error| StartError::new(format!("block signals: {error}")))?;
+        .map_err(|error| StartError::new(format!("cannot install a signal handler: {error}")))?;
+    // Before any thread starts, because threads inherit the signal mask.
+    let signals = Signals::block()
+        .map_err(|error| StartError::new(format!("cannot block signals: {error}")))?;
     let mut log = Log::new(config.log_level);
     let result = serve(config, inherited, &signals, &mut log);
     log.flush();
@@ -53,30 +54,31 @@ fn serve(
     signals: &Signals,
     log: &mut Log,
 ) -> Result<(), StartError> {
-    // Before anything is opened, since the old daemon has it open.
+    // Before anything is opened, because the old daemon has the same devices open.
     let mut predecessor = match (&config.control, config.take_over) {
         (Some(control), true) => Some(Predecessor::find(control)?),
         _ => None,
     };
-    // The old daemon's ports are taken over as they are, and not opened.
+    // A take-over receives the open ports of the old daemon.
     let described = if predecessor.is_some() { &[] } else { &config.ports[..] };
     let (opened, missing) = open_ports(described, inherited, config.file.is_some())?;
     let mut names: Vec<&str> = opened.iter().map(Opened::name).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         let name = pair[0];
-        return Err(StartError::new(format!("two ports are called {name}: give one a name")));
+        return Err(StartError::new(format!("two ports have the name {name}; set name for one")));
     }
     check_devices(opened.iter().map(Opened::claim))?;
     let mut listener = |name: &str| predecessor.as_mut().and_then(|it| it.listener(name));
     let control = listener("control");
-    // A changed address gets a new socket.
+    // If the file names another address now, the metrics get a new socket.
     let metrics_name = config.metrics.as_ref().map(|address| format!("metrics {address}"));
     let metrics = metrics_name.as_deref().and_then(&mut listener);
     let mut server = Server::open(config, control)?;
     if let Some(file) = &config.file {
-        let opener = opener::start(file, config.log_level)
-            .map_err(|error| StartError::new(format!("start a process to reload by: {error}")))?;
+        let opener = opener::start(file, config.log_level).map_err(|error| {
+            StartError::new(format!("cannot start the helper process: {error}"))
+        })?;
         server.serve_opener(opener);
     }
     let scrape =
@@ -86,7 +88,7 @@ fn serve(
     }
     let supervisor = Supervisor::connect();
     if server.is_open() {
-        // A port on AF_XDP may be added later.
+        // An operator may add a port on AF_XDP later, when the sandbox forbids reading these files.
         read_kernel_files();
     }
     let sandbox = Sandbox::enter(&config.confinement, &config.needs())?;
@@ -97,11 +99,11 @@ fn serve(
         .into_iter()
         .map(|port| ports.prepare(port, Vec::new()))
         .collect::<Result<Vec<_>, _>>()?;
-    // A client that connects finds everything ready, and the log has all earlier lines.
+    // Earlier log lines come first, and a client that connects finds all ports prepared.
     log.flush();
-    server
-        .start()
-        .map_err(|error| StartError::new(format!("listen on the control socket: {error}")))?;
+    server.start().map_err(|error| {
+        StartError::new(format!("cannot listen on the control socket: {error}"))
+    })?;
     for port in prepared {
         ports.start(port)?;
     }
@@ -113,27 +115,27 @@ fn serve(
     if let Some(need) = descriptors::started() {
         let limit = descriptors::limit();
         warn!(
-            "daemon: {limit} descriptors may be open, and the ports can need {need}; requests of VMMs \
-             that share many memory regions are refused; set LimitNOFILE={need} in the unit, or \
-             ulimit -n {need}"
+            "daemon: limit of open descriptors is low limit={limit} needed={need}; requests of VMMs that \
+             share many memory regions are refused; set LimitNOFILE={need} in the unit, or run ulimit -n \
+             {need}"
         );
     }
     let mut main_loop =
         MainLoop::new(signals, server, scrape, ports, supervisor).map_err(no_descriptor)?;
     if let Some(predecessor) = predecessor {
-        predecessor.let_go()?;
+        predecessor.commit()?;
         main_loop.take_over(config);
     }
     let ended = main_loop.run();
     main_loop.stop();
-    ended.map_err(|error| StartError::new(format!("wait for signals and operators: {error}")))
+    ended
 }
 
-/// Opens what the ports need; returns also the names of the file's ports that can be started later. One missing
-/// device does not take the network from the guests of other ports.
+/// Opens the sockets and devices of the described ports. Returns the opened ports, and the names of those to try
+/// again later, which only a file can describe: one missing device must not stop the other ports.
 ///
 /// # Errors
-/// A port that cannot be started later cannot be opened, or no port can.
+/// No port can be opened, or a port that cannot be tried again later cannot be opened.
 fn open_ports(
     described: &[PortConfig],
     inherited: Vec<Descriptors>,
@@ -141,8 +143,8 @@ fn open_ports(
 ) -> Result<(Vec<Opened>, Vec<String>), StartError> {
     let (mut opened, mut missing) = (Vec::new(), Vec::new());
     for (port, inherited) in described.iter().zip(inherited) {
-        let again = port.known_name().filter(|_| from_file && port.descriptors().is_empty());
-        match (Opened::new(port.clone(), from_file, inherited), again) {
+        let retry = port.known_name().filter(|_| from_file && port.descriptors().is_empty());
+        match (Opened::new(port.clone(), from_file, inherited), retry) {
             (Ok(port), _) => opened.push(port),
             (Err(error), Some(name)) => missing.push((name, error)),
             (Err(error), None) => return Err(error),
@@ -153,7 +155,7 @@ fn open_ports(
     }
     for (name, error) in &missing {
         error!(
-            "{name}: not started: {error}; the other ports are served, and it is tried every second"
+            "{name}: not started: {error}; other ports run, and this one is retried every second"
         );
     }
     Ok((opened, missing.into_iter().map(|(name, _)| name.to_owned()).collect()))

@@ -1,36 +1,40 @@
 //! The budget of open descriptors, which all ports of the process share (RLIMIT_NOFILE).
 //!
-//! A VMM decides what its port keeps: a descriptor for each memory region, for kick, call and error of
-//! each ring, and few others. Invariant, as far as the limit permits: whatever VMMs send, each port can
-//! keep its share, and the daemon has what it needs itself. What a port keeps beyond its share comes from
-//! what no port's share needs. A request beyond that is refused, so only its sender pays.
+//! A VMM determines the descriptors that its port keeps: one for each memory region, three for each ring (kick, call,
+//! error), and few others.
+//!
+//! Invariant, as far as the limit permits: whatever VMMs send, each port can keep its share, and the daemon has the
+//! descriptors that it needs itself. Beyond its share, a port gets descriptors that no port's share needs. The daemon
+//! refuses a request beyond these, so only the VMM that sent it is affected.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Descriptors for the daemon itself: 9, its 32 operators and 8 scrapes, and some to spare.
+/// Descriptors of the daemon itself: 9 that are always open, 32 operators, 8 scrapes, and a reserve of 15.
 const RESERVE: usize = 64;
-/// Descriptors that a port needs beside those that it keeps for its frontend: its listener twice, two for
-/// its thread to wait by and one to announce the card by; the connection, 8 that come with a message
-/// (SET_MEM_TABLE), an inflight buffer that is sent, a capture; 6 while it is handed over.
+/// Descriptors that a port needs beside those that it keeps for its frontend. These are the listener twice, two for
+/// the control thread's wait, one for announcements of the guest, the connection, 8 of one message (SET_MEM_TABLE),
+/// an inflight buffer to send, a capture, and 6 during a take-over.
 const PORT: usize = 22;
-/// The same for a queue pair: its device twice, and once more while it is handed over; io_uring, and two
-/// for its thread to wait by. On AF_XDP, a socket and what opening one takes.
+/// Descriptors that a queue pair needs beside those that the port keeps for its frontend. These are the device twice,
+/// and once more during a take-over, io_uring, and two for the worker's wait. On AF_XDP, they are a socket and those
+/// that opening it takes.
 const PAIR: usize = 6;
-/// The same for a port on AF_XDP: maps, links and sockets of its program and device.
+/// Further descriptors of a port on AF_XDP: maps, links and sockets of its program and device.
 const AF_XDP: usize = 12;
-/// A port's share: 8 memory regions, the dirty log, the inflight buffer, the backend's channel, and a
-/// device state that comes by a pipe.
+/// Share of a port: 8 memory regions, the dirty log, the inflight buffer, the backend channel, and a device state
+/// that comes by a pipe.
 const SHARE: usize = 8 + 1 + 1 + 1 + STATE;
-/// Descriptors of a device state: the frontend's, and a pipe of ours.
+/// Descriptors of a device state: the frontend's, and both ends of the daemon's own pipe.
 pub const STATE: usize = 3;
-/// A queue pair's share: kick, call and error of two rings.
+/// Share of a queue pair: kick, call and error of two rings.
 const PAIR_SHARE: usize = 6;
-/// What a port may keep in any case, and a queue pair: all that an ordinary guest needs.
-const LEAST: usize = 8;
-const PAIR_LEAST: usize = 6;
+/// Descriptors that a port may always keep. With those of its queue pairs they suffice for an ordinary guest.
+const MIN_SHARE: usize = 8;
+/// Descriptors that a port may always keep for each queue pair.
+const MIN_PAIR_SHARE: usize = 6;
 
 static PROCESS: Budget = Budget::new();
 
@@ -40,21 +44,25 @@ struct Budget(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
-    /// Descriptors that may be open.
+    /// Highest number of open descriptors.
     limit: usize,
-    /// What the ports needed that the daemon was started with: one that is removed and added again finds
-    /// its part, whatever the others have asked for meanwhile.
+    /// Needs of the daemon and of the ports that it was started with. A port of these that is removed finds its part
+    /// when it is added again, whatever the other ports have requested meanwhile.
     started: usize,
     ports: BTreeMap<u64, Needs>,
     next: u64,
 }
 
-/// What one port needs, and keeps for its frontend.
+/// Numbers of descriptors of one port.
 #[derive(Debug, Clone, Copy)]
 struct Needs {
+    /// Descriptors that the port needs beside those that it keeps for its frontend.
     own: usize,
+    /// Descriptors that the port may keep for its frontend if the limit suffices for all shares.
     share: usize,
-    least: usize,
+    /// Descriptors that the port may always keep for its frontend.
+    min_share: usize,
+    /// Descriptors that the port keeps for its frontend now.
     kept: usize,
 }
 
@@ -62,7 +70,7 @@ impl Needs {
     fn of(pairs: usize, af_xdp: bool) -> Self {
         let own = PORT + pairs * PAIR + if af_xdp { AF_XDP } else { 0 };
         let share = SHARE + pairs * PAIR_SHARE;
-        Needs { own, share, least: LEAST + pairs * PAIR_LEAST, kept: 0 }
+        Needs { own, share, min_share: MIN_SHARE + pairs * MIN_PAIR_SHARE, kept: 0 }
     }
 }
 
@@ -78,33 +86,35 @@ impl Budget {
 }
 
 impl State {
-    /// What is left for frontends.
-    fn room(&self) -> usize {
+    /// Returns the number of descriptors for all frontends together.
+    fn available(&self) -> usize {
         let own: usize = self.ports.values().map(|port| port.own).sum();
         self.limit.saturating_sub(RESERVE + own)
     }
 
-    /// What all shares need.
+    /// Returns the sum of all shares.
     fn shares(&self) -> usize {
         self.ports.values().map(|port| port.share).sum()
     }
 
-    /// A port's share of the room: less if there is not enough for all.
+    /// Returns a port's share, in proportion if there are not enough descriptors for all shares.
     fn share(&self, port: &Needs) -> usize {
-        let (room, shares) = (self.room(), self.shares());
-        if shares <= room {
+        let (available, shares) = (self.available(), self.shares());
+        if shares <= available {
             return port.share;
         }
-        (port.share * room / shares).max(port.least)
+        (port.share * available / shares).max(port.min_share)
     }
 
-    /// What ports keep or may keep by their shares, but for one, and what removed ports will need.
-    fn promised_to_others(&self, port: u64) -> usize {
+    /// Returns the number of descriptors that the other ports keep or may keep by their shares, and that removed ports
+    /// of the start will need.
+    fn reserved_for_others(&self, port: u64) -> usize {
         let others = self.ports.iter().filter(|(number, _)| **number != port);
         let removed = self.started.saturating_sub(self.need());
         others.map(|(_, port)| port.kept.max(self.share(port))).sum::<usize>() + removed
     }
 
+    /// Returns the number of descriptors that the daemon and all ports with their shares need.
     fn need(&self) -> usize {
         let own: usize = self.ports.values().map(|port| port.own).sum();
         RESERVE + own + self.shares()
@@ -116,36 +126,36 @@ pub fn set_limit(limit: u64) {
     PROCESS.lock().limit = usize::try_from(limit).unwrap_or(usize::MAX);
 }
 
-/// The number of descriptors that the process may open.
+/// Returns the number of descriptors that the process may open.
 pub fn limit() -> usize {
     PROCESS.lock().limit
 }
 
-/// Notes that all ports are there that the daemon was started with. Returns the number of descriptors that
-/// they and the daemon need, if that is more than may be open.
+/// Notes that all ports of the daemon's start have been added. Returns the number of descriptors that the daemon and
+/// these ports need, if the limit is lower.
 pub fn started() -> Option<usize> {
     let mut state = PROCESS.lock();
     state.started = state.need();
     Some(state.started).filter(|need| *need > state.limit)
 }
 
-/// The number of descriptors that the daemon needs for ports with their shares, each with so many queue
-/// pairs, and on AF_XDP or not.
+/// Returns the number of descriptors that the daemon needs for ports with their shares. Each item is a port's number of
+/// queue pairs, and true for AF_XDP.
 pub fn need(ports: impl Iterator<Item = (usize, bool)>) -> usize {
     let each = ports.map(|(pairs, af_xdp)| Needs::of(pairs, af_xdp));
     RESERVE + each.map(|needs| needs.own + needs.share).sum::<usize>()
 }
 
-/// Says whether there is room for another port and its share.
+/// Checks that the limit suffices for another port and its share.
 ///
 /// # Errors
-/// [`TooMany`].
+/// [`TooMany`], if the limit is too low.
 pub fn check_room(pairs: usize, af_xdp: bool) -> Result<(), TooMany> {
     PROCESS.lock().check_room(Needs::of(pairs, af_xdp), None)
 }
 
 impl State {
-    /// As [`check_room`], for a port that takes the place of `replaced`, if that is given.
+    /// Checks as [`check_room`] does, for a port that replaces port `replaced`, if given.
     fn check_room(&self, port: Needs, replaced: Option<u64>) -> Result<(), TooMany> {
         let others = || {
             let others = self.ports.iter().filter(|(number, _)| Some(**number) != replaced);
@@ -154,12 +164,12 @@ impl State {
         let kept: usize = others().map(|it| it.kept.max(it.share)).sum();
         let own: usize = others().map(|it| it.own).sum();
         let need = RESERVE + own + kept + port.own + port.share;
-        let most = self.limit.max(self.started);
-        if need <= most { Ok(()) } else { Err(TooMany { limit: self.limit, need }) }
+        let limit = self.limit.max(self.started);
+        if need <= limit { Ok(()) } else { Err(TooMany { limit: self.limit, need }) }
     }
 }
 
-/// More descriptors are needed than may be open.
+/// Error: the limit of open descriptors is lower than the need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooMany {
     limit: usize,
@@ -177,7 +187,7 @@ impl fmt::Display for TooMany {
     }
 }
 
-/// A port's part of the budget, for as long as it lives.
+/// A port's part of the budget, which is freed on drop.
 #[derive(Debug)]
 pub struct DescriptorQuota {
     budget: &'static Budget,
@@ -186,7 +196,7 @@ pub struct DescriptorQuota {
 }
 
 impl DescriptorQuota {
-    /// That of a port with `pairs` queue pairs.
+    /// Adds a port with `pairs` queue pairs to the budget.
     pub fn new(pairs: usize, af_xdp: bool) -> Self {
         Self::within(&PROCESS, Needs::of(pairs, af_xdp))
     }
@@ -199,24 +209,26 @@ impl DescriptorQuota {
         DescriptorQuota { budget, number, refused: AtomicU64::new(0) }
     }
 
-    /// As [`check_room`], for a port that takes this one's place.
+    /// Checks as [`check_room`] does, for a port that replaces this one.
     ///
     /// # Errors
-    /// [`TooMany`].
+    /// [`TooMany`], if the limit is too low.
     pub fn check_replacement(&self, pairs: usize, af_xdp: bool) -> Result<(), TooMany> {
         self.budget.lock().check_room(Needs::of(pairs, af_xdp), Some(self.number))
     }
 
-    /// Has the port keep so many descriptors for its frontend.
+    /// Sets the number of descriptors that the port keeps for its frontend.
     ///
     /// # Errors
-    /// These are more than it may keep, and more than it keeps now. Nothing changes.
+    /// The number is higher than the present one, than the port's share, and than the other ports' shares permit. The
+    /// present number stays.
     pub fn keep(&self, descriptors: usize) -> Result<(), String> {
         let mut state = self.budget.lock();
         let port = state.ports[&self.number];
         let share = state.share(&port);
         if descriptors > port.kept.max(share)
-            && state.promised_to_others(self.number).saturating_add(descriptors) > state.room()
+            && state.reserved_for_others(self.number).saturating_add(descriptors)
+                > state.available()
         {
             self.refused.fetch_add(1, Ordering::Relaxed);
             return Err(format!(
@@ -228,12 +240,12 @@ impl DescriptorQuota {
         Ok(())
     }
 
-    /// Descriptors that the port keeps for its frontend.
+    /// Returns the number of descriptors that the port keeps for its frontend.
     pub fn kept(&self) -> usize {
         self.budget.lock().ports[&self.number].kept
     }
 
-    /// Requests that were refused so far.
+    /// Returns the number of requests that [`keep`](Self::keep) has refused.
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
@@ -263,25 +275,25 @@ mod tests {
     fn no_port_takes_anothers_share() {
         let budget = budget(1024);
         let (greedy, quiet) = (port(budget), port(budget));
-        let room = 1024 - RESERVE - 2 * (PORT + PAIR);
+        let available = 1024 - RESERVE - 2 * (PORT + PAIR);
         let share = SHARE + PAIR_SHARE;
-        greedy.keep(room - share).unwrap();
-        assert!(greedy.keep(room - share + 1).unwrap_err().contains("its share is"));
-        assert_eq!((greedy.kept(), greedy.refused()), (room - share, 1));
+        greedy.keep(available - share).unwrap();
+        assert!(greedy.keep(available - share + 1).unwrap_err().contains("its share is"));
+        assert_eq!((greedy.kept(), greedy.refused()), (available - share, 1));
         quiet.keep(share).unwrap();
         assert!(quiet.keep(share + 1).is_err());
-        greedy.keep(room - share - 1).unwrap();
+        greedy.keep(available - share - 1).unwrap();
         quiet.keep(share + 1).unwrap();
         drop(quiet);
-        greedy.keep(room + PORT + PAIR).unwrap();
+        greedy.keep(available + PORT + PAIR).unwrap();
     }
 
     #[test]
-    fn without_room_for_all_shares_each_port_has_less() {
+    fn a_low_limit_reduces_all_shares() {
         let budget = budget(RESERVE + 10 * (PORT + PAIR) + 100);
         let ports: Vec<_> = (0..10).map(|_| port(budget)).collect();
-        assert!(ports.iter().all(|port| port.keep(LEAST + PAIR_LEAST).is_ok()));
-        assert!(ports.iter().all(|port| port.keep(LEAST + PAIR_LEAST + 1).is_err()));
+        assert!(ports.iter().all(|port| port.keep(MIN_SHARE + MIN_PAIR_SHARE).is_ok()));
+        assert!(ports.iter().all(|port| port.keep(MIN_SHARE + MIN_PAIR_SHARE + 1).is_err()));
         let state = budget.lock();
         assert!(state.need() > state.limit);
         assert!(state.check_room(Needs::of(1, false), None).is_err());

@@ -45,12 +45,12 @@ impl Accepting {
         let accepted = match accepted {
             Ok(stream) => Some(stream),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            // This one has gone; the next may be there.
+            // The client has disconnected; the next one may wait.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => return None,
             Err(error) => {
                 if self.retry.replace(Instant::now() + ACCEPT_PAUSE).is_none() {
                     let wait = ACCEPT_PAUSE.as_millis();
-                    warn!("{name}: cannot accept a connection: {error}; tried every {wait} ms");
+                    warn!("{name}: cannot accept a connection: {error}; retried every {wait} ms");
                 }
                 return None;
             }
@@ -84,7 +84,7 @@ pub enum Frontend {
 }
 
 impl Frontend {
-    /// Returns the option that names it.
+    /// Returns the option that selects this origin.
     pub(crate) fn key(&self) -> &'static str {
         match self {
             Frontend::Listen(_) => "socket-path",
@@ -118,21 +118,22 @@ impl Endpoint {
     /// [`start`](Self::start).
     ///
     /// # Errors
-    /// The path or descriptor, the cause and the fix.
+    /// The path or descriptor cannot be used. The line names it, the cause and the fix.
     pub fn open(frontend: &Frontend, given: Option<OwnedFd>) -> Result<Self, StartError> {
         match (frontend, given) {
             (Frontend::Inherited(number), Some(fd)) => Self::inherited(*number, fd),
-            (Frontend::Inherited(number), None) => {
-                Err(StartError::new(format!("descriptor {number} (--fd) was not taken over")))
-            }
+            (Frontend::Inherited(number), None) => Err(StartError::new(format!(
+                "descriptor {number} (--fd) was not passed with the request; use 'vhost-user-net ctl add'"
+            ))),
             (Frontend::Listen(path), Some(fd)) => {
                 let shown = path.display();
                 let listener = take_listener(fd).map_err(|error| {
-                    StartError::new(format!("use the socket of {shown}: {error}"))
+                    StartError::new(format!("cannot use the passed socket of {shown}: {error}"))
                 })?;
-                // Another user may not even look at it.
-                let file = SocketFile::found(path, &listener)
-                    .map_err(|error| info!("{shown}: {error}: the socket will be left there"));
+                // Fails if this user may not search the socket's directory.
+                let file = SocketFile::found(path, &listener).map_err(|error| {
+                    info!("{shown}: cannot check the file: {error}; it is not removed at the end")
+                });
                 Ok(Endpoint::Listener(listener, file.ok(), Accepting::default()))
             }
             (Frontend::Listen(path), None) => make_listener(path),
@@ -145,7 +146,8 @@ impl Endpoint {
     }
 
     fn inherited(number: RawFd, fd: OwnedFd) -> Result<Self, StartError> {
-        let failed = |error| StartError::new(format!("use descriptor {number} (--fd): {error}"));
+        let failed =
+            |error| StartError::new(format!("cannot use descriptor {number} (--fd): {error}"));
         match classify(fd.as_fd()).map_err(failed)? {
             Inherited::Connection => Ok(Endpoint::Connected(Some(UnixStream::from(fd)))),
             Inherited::Listener => {
@@ -166,7 +168,7 @@ impl Endpoint {
 
     /// Owns the socket's file at `path` from now on: checks it regularly and removes it at the end.
     pub fn own(&mut self, path: &Path) {
-        // One that is ours already would be removed by this.
+        // Dropping the `SocketFile` of a file that this process owns already would remove the file.
         if let Endpoint::Listener(listener, file @ None, _) = self {
             *file = SocketFile::found(path, listener).ok();
         }
@@ -204,7 +206,7 @@ impl Endpoint {
     pub fn start(&self) -> io::Result<()> {
         match self {
             Endpoint::Listener(listener, file, _) => {
-                // Another user may not look.
+                // Fails if this user may not search the socket's directory.
                 if let Some(file) = file
                     && let Ok(metadata) = fs::symlink_metadata(&file.path)
                 {
@@ -281,11 +283,11 @@ impl Endpoint {
                     look(None, Some(std::mem::replace(listener, made)))
                 }
                 Err(error) => {
-                    // It is tried again at each look, and said once.
+                    // Retried at each check, and logged once.
                     if before != FileState::Gone {
                         warn!(
                             "{name}: socket file was deleted path={path}: cannot make it again: {error}; \
-                             nobody else can connect; put its directory back, or restart the daemon (a new \
+                             new clients cannot connect; put its directory back, or restart the daemon (a new \
                              directory of that name is closed to it)"
                         );
                     }
@@ -295,7 +297,7 @@ impl Endpoint {
         }
     }
 
-    /// Returns the events to wait for on its [descriptor](Self::fd).
+    /// Returns the events to wait for on the [descriptor](Self::fd).
     pub fn interest(&self) -> Interest {
         match self {
             Endpoint::Listener(.., accepting) => accepting.interest(),
@@ -320,14 +322,17 @@ impl Endpoint {
                 }
                 match connect_now(path) {
                     Ok(stream) => {
-                        // A frontend that hangs up at once is not called again at once.
+                        // A frontend that disconnects at once is not connected to again at once.
                         *next = Instant::now() + FIRST_RETRY;
                         *wait = FIRST_RETRY;
                         Some(stream)
                     }
                     Err(error) => {
                         if *wait == FIRST_RETRY {
-                            info!("connect to {}: {error}; trying until it works", path.display());
+                            let (path, pause) = (path.display(), LAST_RETRY.as_millis());
+                            info!(
+                                "{name}: cannot connect to {path}: {error}; retried at least every {pause} ms"
+                            );
                         }
                         *next = Instant::now() + *wait;
                         *wait = (*wait * 2).min(LAST_RETRY);
@@ -355,7 +360,7 @@ fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
             io::ErrorKind::PermissionDenied => "; its directory must be writable for this user",
             _ => "",
         };
-        StartError::new(format!("listen on {shown}: {error}{hint}"))
+        StartError::new(format!("cannot listen on {shown}: {error}{hint}"))
     };
     remove_stale(path)?;
     let listener = bind(path, 0o777).map_err(failed)?;
@@ -366,28 +371,31 @@ fn make_listener(path: &Path) -> Result<Endpoint, StartError> {
 /// Removes a stale socket, which a killed process or one without the right to remove it left behind.
 ///
 /// # Errors
-/// It is no socket, a process listens on it, or it cannot be removed.
+/// The file is not a socket, a process listens on it, or this process may not remove it.
 pub fn remove_stale(path: &Path) -> Result<(), StartError> {
     let shown = path.display();
     let Ok(metadata) = fs::symlink_metadata(path) else { return Ok(()) };
     if !metadata.file_type().is_socket() {
         return Err(StartError::new(format!(
-            "listen on {shown}: there is a file that is no socket; remove it or choose another path"
+            "cannot listen on {shown}: a file that is not a socket is there; remove it or choose another \
+             path"
         )));
     }
     match connect_now(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            info!("replacing the stale socket {shown}");
+            info!("socket: replacing a stale file path={shown}");
             fs::remove_file(path).map_err(|error| {
-                StartError::new(format!("remove the stale socket {shown}: {error}"))
+                StartError::new(format!("cannot remove the stale socket {shown}: {error}"))
             })
         }
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            Err(StartError::new(format!("listen on {shown}: another user's socket is there")))
+            Err(StartError::new(format!(
+                "cannot listen on {shown}: another user's socket is there; remove it as that user"
+            )))
         }
-        // Connected, or its queue is full: somebody listens.
+        // Connected, or its queue is full: a process listens.
         _ => Err(StartError::new(format!(
-            "listen on {shown}: another process listens there; stop it or choose another path"
+            "cannot listen on {shown}: another process listens there; stop it or choose another path"
         ))),
     }
 }

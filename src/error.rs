@@ -22,12 +22,12 @@ impl fmt::Display for StartError {
 
 impl std::error::Error for StartError {}
 
-/// Converts the error of a thread that cannot be started.
+/// Converts the error of starting a thread.
 pub fn no_thread(error: io::Error) -> StartError {
     StartError::new(format!("start a thread: {error}"))
 }
 
-/// Converts the error of a descriptor that cannot be had or watched.
+/// Converts the error of opening or watching a descriptor.
 pub fn no_descriptor(error: io::Error) -> StartError {
     StartError::new(format!("wait for descriptors: {error}"))
 }

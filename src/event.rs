@@ -1,5 +1,4 @@
-//! Waiting for several descriptors at once: the `epoll` crate, wrapped once, with typed events
-//! in place of numbers.
+//! Waiting for several descriptors at once: a wrapper of the `epoll` crate, with typed events in place of numbers.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -9,22 +8,21 @@ use epoll::{ControlOptions, Event, Events};
 
 use crate::sys;
 
-/// Events that one wait can bring.
-const EVENTS: usize = 16;
+/// Highest number of events that one wait reports.
+const MAX_EVENTS: usize = 16;
 
-/// What a descriptor is waited on for.
+/// Condition of a descriptor that ends a wait. A hang-up or an error ends every wait too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Interest {
-    /// Readable; also hung up or broken.
+    /// The descriptor is readable.
     Read,
-    /// Writable; also hung up or broken.
+    /// The descriptor is writable.
     Write,
-    /// Either.
+    /// The descriptor is readable or writable.
     ReadWrite,
-    /// Each write to an eventfd, whatever its counter and without reading it; of others, each time
-    /// that there is more to read.
+    /// Edge-triggered: a write to an eventfd, which nothing has to read, or new data on another descriptor.
     Edge,
-    /// Nothing.
+    /// No condition; a hang-up or an error is reported once.
     Nothing,
 }
 
@@ -44,63 +42,76 @@ impl Interest {
 #[derive(Debug)]
 pub struct Poller<T> {
     epoll: OwnedFd,
-    /// What each watched descriptor stands for; a descriptor's place here is its epoll data.
+    /// Watched descriptors and their events. The index here is the descriptor's epoll data.
     watched: Vec<Option<(RawFd, T)>>,
 }
 
 impl<T: Copy + PartialEq> Poller<T> {
-    /// Makes an instance that watches nothing.
+    /// Creates an instance that watches no descriptor.
+    ///
+    /// # Errors
+    /// The process or the host is out of descriptors.
     pub fn new() -> io::Result<Self> {
         Ok(Poller { epoll: sys::epoll()?, watched: Vec::new() })
     }
 
-    /// Watches a descriptor, as `what`. It must stay open until it is removed or the poller is
-    /// dropped.
+    /// Watches a descriptor, and reports it as `event`. The descriptor must stay open until it is removed or the poller
+    /// is dropped.
     ///
     /// # Errors
-    /// EEXIST if the same descriptor is watched already, EPERM if it can't be waited on.
-    pub fn add(&mut self, fd: impl AsFd, interest: Interest, what: T) -> io::Result<()> {
+    /// EEXIST if the same descriptor is watched already, EPERM if epoll does not support it, ENOSPC at the limit of
+    /// epoll watches.
+    pub fn add(&mut self, fd: impl AsFd, interest: Interest, event: T) -> io::Result<()> {
         let fd = fd.as_fd().as_raw_fd();
-        let place = self.watched.iter().position(Option::is_none).unwrap_or_else(|| {
+        let index = self.watched.iter().position(Option::is_none).unwrap_or_else(|| {
             self.watched.push(None);
             self.watched.len() - 1
         });
-        self.control(ControlOptions::EPOLL_CTL_ADD, fd, interest, place)?;
-        self.watched[place] = Some((fd, what));
+        self.control(ControlOptions::EPOLL_CTL_ADD, fd, interest, index)?;
+        self.watched[index] = Some((fd, event));
         Ok(())
     }
 
-    /// Changes what `what` is waited on for.
-    pub fn modify(&mut self, what: T, interest: Interest) -> io::Result<()> {
-        match self.find(what) {
-            Some((place, fd)) => self.control(ControlOptions::EPOLL_CTL_MOD, fd, interest, place),
+    /// Changes the interest in the descriptor of `event`.
+    ///
+    /// # Errors
+    /// ENOENT if no descriptor is watched for `event`.
+    pub fn modify(&mut self, event: T, interest: Interest) -> io::Result<()> {
+        match self.find(event) {
+            Some((index, fd)) => self.control(ControlOptions::EPOLL_CTL_MOD, fd, interest, index),
             None => Err(io::Error::from_raw_os_error(libc::ENOENT)),
         }
     }
 
-    /// Watches another descriptor for `what` instead of the last one, which must be open still.
-    pub fn replace(&mut self, what: T, fd: impl AsFd, interest: Interest) -> io::Result<()> {
-        self.remove(what)?;
-        self.add(fd, interest, what)
+    /// Watches `fd` for `event` in place of the descriptor watched so far, which must still be open.
+    ///
+    /// # Errors
+    /// Errors of [`remove`](Self::remove) and [`add`](Self::add).
+    pub fn replace(&mut self, event: T, fd: impl AsFd, interest: Interest) -> io::Result<()> {
+        self.remove(event)?;
+        self.add(fd, interest, event)
     }
 
-    /// Watches `what` no more; does nothing if it was not watched.
-    pub fn remove(&mut self, what: T) -> io::Result<()> {
-        let Some((place, fd)) = self.find(what) else { return Ok(()) };
-        self.watched[place] = None;
-        self.control(ControlOptions::EPOLL_CTL_DEL, fd, Interest::Read, place)
+    /// Stops watching for `event`. Does nothing if no descriptor is watched for it.
+    ///
+    /// # Errors
+    /// The descriptor has been closed.
+    pub fn remove(&mut self, event: T) -> io::Result<()> {
+        let Some((index, fd)) = self.find(event) else { return Ok(()) };
+        self.watched[index] = None;
+        self.control(ControlOptions::EPOLL_CTL_DEL, fd, Interest::Read, index)
     }
 
-    /// Notes that the descriptor behind `what` has been closed, which ends its being watched.
-    pub fn forget(&mut self, what: T) {
-        if let Some((place, _)) = self.find(what) {
-            self.watched[place] = None;
+    /// Notes that the descriptor of `event` has been closed. The kernel has stopped watching it.
+    pub fn forget(&mut self, event: T) {
+        if let Some((index, _)) = self.find(event) {
+            self.watched[index] = None;
         }
     }
 
-    fn find(&self, what: T) -> Option<(usize, RawFd)> {
-        self.watched.iter().enumerate().find_map(|(place, watched)| match watched {
-            Some((fd, this)) if *this == what => Some((place, *fd)),
+    fn find(&self, event: T) -> Option<(usize, RawFd)> {
+        self.watched.iter().enumerate().find_map(|(index, watched)| match watched {
+            Some((fd, this)) if *this == event => Some((index, *fd)),
             _ => None,
         })
     }
@@ -110,36 +121,42 @@ impl<T: Copy + PartialEq> Poller<T> {
         option: ControlOptions,
         fd: RawFd,
         interest: Interest,
-        place: usize,
+        index: usize,
     ) -> io::Result<()> {
-        epoll::ctl(self.epoll.as_raw_fd(), option, fd, Event::new(interest.events(), place as u64))
+        epoll::ctl(self.epoll.as_raw_fd(), option, fd, Event::new(interest.events(), index as u64))
     }
 
-    /// Waits until something happens, `timeout` has passed (none: for ever), or a signal arrives,
-    /// and calls `each` for every event.
+    /// Waits until an event occurs, a signal arrives, or `timeout` has passed, which is rounded up to milliseconds.
+    /// Calls `each` for every event. Without `timeout`, the wait has no limit.
+    ///
+    /// # Errors
+    /// Errors of epoll_wait(2), except EINTR.
     pub fn wait(&self, timeout: Option<Duration>, mut each: impl FnMut(T)) -> io::Result<()> {
-        let mut events = [Event::new(Events::empty(), 0); EVENTS];
-        // Rounded up: a wait that ends early would be repeated at once.
+        let mut events = [Event::new(Events::empty(), 0); MAX_EVENTS];
+        // Rounded up, because callers repeat a wait that ends too early at once.
         let milliseconds = timeout
             .map_or(-1, |timeout| timeout.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32);
         let count = match epoll::wait(self.epoll.as_raw_fd(), milliseconds, &mut events) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             other => other?,
         };
-        for event in &events[..count] {
-            let place = event.data as usize;
-            if let Some(Some((_, what))) = self.watched.get(place) {
-                each(*what);
+        for reported in &events[..count] {
+            let index = reported.data as usize;
+            if let Some(Some((_, event))) = self.watched.get(index) {
+                each(*event);
             }
         }
         Ok(())
     }
 
-    /// The same, and for one more descriptor that is not watched between waits; says whether it
-    /// is ready.
+    /// Waits as [`wait`](Self::wait) does, and for one more descriptor, which epoll does not watch. Returns true if
+    /// that descriptor is ready. `timeout` is not rounded.
     ///
-    /// A descriptor that is watched costs the kernel a call of epoll's whenever something happens to
-    /// it, asleep or not: on an AF_XDP socket for each frame sent, which is a tenth of its cost.
+    /// The kernel runs a callback of epoll at each event of a watched descriptor, during a wait or not. On an AF_XDP
+    /// socket, that is one for each frame sent, and a tenth of the frame's cost.
+    ///
+    /// # Errors
+    /// Errors of ppoll(2) and epoll_wait(2), except EINTR.
     pub fn wait_also(
         &self,
         fd: BorrowedFd<'_>,
@@ -162,7 +179,7 @@ impl<T: Copy + PartialEq> Poller<T> {
     }
 }
 
-/// Time from now until `deadline`, none if there is no deadline.
+/// Returns the time from now until `deadline`, or zero if it has passed. Returns `None` without a deadline.
 pub fn until(deadline: Option<Instant>) -> Option<Duration> {
     deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()))
 }
@@ -175,7 +192,7 @@ mod tests {
 
     fn events(poller: &Poller<char>) -> Vec<char> {
         let mut found = Vec::new();
-        poller.wait(Some(Duration::ZERO), |what| found.push(what)).unwrap();
+        poller.wait(Some(Duration::ZERO), |event| found.push(event)).unwrap();
         found.sort_unstable();
         found
     }
@@ -189,7 +206,8 @@ mod tests {
         let wait = |poller: &Poller<char>| {
             let mut found = Vec::new();
             let time = Some(Duration::from_millis(1));
-            let ready = poller.wait_also(b.as_fd(), Interest::Read, time, |what| found.push(what));
+            let ready =
+                poller.wait_also(b.as_fd(), Interest::Read, time, |event| found.push(event));
             (ready.unwrap(), found)
         };
         assert_eq!(wait(&poller), (false, vec![]));
@@ -218,6 +236,6 @@ mod tests {
         b_peer.write_all(b"x").unwrap();
         assert_eq!(events(&poller), []);
         poller.modify('b', Interest::Edge).unwrap();
-        assert_eq!(events(&poller), ['b'], "what came meanwhile is told");
+        assert_eq!(events(&poller), ['b'], "data that came meanwhile is reported");
     }
 }

@@ -1,7 +1,7 @@
-//! Feature bits, from the offer to what was negotiated. No other file names one.
+//! Feature bits, from the offer to the negotiated features. No other file names a bit.
 //!
-//! Invariant: a [`Negotiated`] holds nothing that was not offered, and no offload whose
-//! prerequisite (virtio 1.3, section 5.1.3.1) is missing.
+//! Invariant: a [`Negotiated`] has only features that were offered, and has no offload whose prerequisite (virtio 1.3,
+//! section 5.1.3.1) is missing.
 
 use std::fmt;
 
@@ -24,9 +24,9 @@ use virtio_bindings::bindings::virtio_ring::{
 
 use crate::guest::Notification;
 
-/// Length in bytes of the header before each frame.
+/// Length in bytes of the virtio-net header before each frame.
 pub const HEADER_LENGTH: usize = size_of::<virtio_net_hdr_v1>();
-/// The same for a driver from before virtio 1.0 without mergeable buffers: without `num_buffers`.
+/// Length in bytes of the header, without `num_buffers`, of a driver before virtio 1.0 without mergeable buffers.
 pub const LEGACY_HEADER_LENGTH: usize = size_of::<virtio_net_hdr>();
 
 const fn bit(number: u32) -> u64 {
@@ -42,7 +42,7 @@ const fn bits(numbers: &[u32]) -> u64 {
     all
 }
 
-/// Ring format and device features that every port has.
+/// Features that every port offers.
 const ALWAYS: u64 = bits(&[
     VIRTIO_F_VERSION_1,
     VIRTIO_F_ANY_LAYOUT,
@@ -53,14 +53,14 @@ const ALWAYS: u64 = bits(&[
     VIRTIO_NET_F_MTU,
     VIRTIO_NET_F_STATUS,
     VIRTIO_NET_F_MQ,
-    // QEMU and cloud-hypervisor serve the control queue themselves, and cloud-hypervisor shows it to
-    // the guest only if the backend offers the bit. Other frontends pass the queue on.
+    // QEMU and cloud-hypervisor serve the control virtqueue themselves. cloud-hypervisor offers it to the guest only
+    // if the backend offers the bit. Other frontends pass the queue on.
     VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_GUEST_ANNOUNCE,
 ]) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     | LOG_ALL;
 
-/// What is written is to be noted in the dirty log. The frontend sets it while it migrates the guest.
+/// Bit for logging writes to guest memory in the dirty log. The frontend sets it while it migrates the guest.
 const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 const HOST_CHECKSUM: u64 = bit(VIRTIO_NET_F_CSUM);
@@ -72,7 +72,7 @@ const GUEST_SEGMENTATION: u64 =
     bits(&[VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN]);
 const GUEST_UDP_SEGMENTATION: u64 = bits(&[VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6]);
 
-/// The vhost-user protocol features that the daemon has.
+/// Returns the vhost-user protocol features that the daemon offers.
 pub fn protocol_features() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
@@ -88,7 +88,7 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::DEVICE_STATE
 }
 
-/// Names of feature bits, as the specification has them (virtio 1.3, sections 5.1.3 and 6).
+/// Names of the feature bits in the specification (virtio 1.3, sections 5.1.3 and 6).
 const NAMES: [(u32, &str); 24] = [
     (VIRTIO_NET_F_CSUM, "CSUM"),
     (VIRTIO_NET_F_GUEST_CSUM, "GUEST_CSUM"),
@@ -116,27 +116,26 @@ const NAMES: [(u32, &str); 24] = [
     (VIRTIO_NET_F_HOST_USO, "HOST_USO"),
 ];
 
-/// What is offered, or was acknowledged, by name.
+/// Returns the names of the features in `bits`.
 pub fn names(bits: u64) -> Vec<&'static str> {
     NAMES.iter().filter(|(number, _)| bits & bit(*number) != 0).map(|(_, name)| *name).collect()
 }
 
-/// What a port can do with the offloads of a frame. A daemon that takes over is told these: no name
-/// changes.
+/// Offloads of a port. A daemon that takes over receives them by the names of the fields, which must not change.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortOffloads {
-    /// It completes checksums for the guest.
+    /// The port completes partial checksums of the guest's frames.
     pub checksum: bool,
-    /// It segments TCP for the guest.
+    /// The port segments the guest's TCP frames.
     pub segmentation: bool,
-    /// It segments UDP for the guest.
+    /// The port segments the guest's UDP frames.
     pub udp_segmentation: bool,
-    /// It can leave to the guest what the guest can leave to it.
+    /// The port supports the same offloads towards the guest.
     pub both_ways: bool,
 }
 
 impl PortOffloads {
-    /// Everything.
+    /// All offloads, in both directions.
     pub const ALL: Self = PortOffloads {
         checksum: true,
         segmentation: true,
@@ -145,26 +144,25 @@ impl PortOffloads {
     };
 }
 
-/// What the operator decides about the offer.
+/// Options of the operator that change the offer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OfferOptions {
-    /// Whether the guest may be given unsegmented frames (`--guest-tso`).
+    /// Offers GSO frames to the guest (`--guest-tso`).
     pub guest_segmentation: bool,
-    /// Whether the daemon sets the card's MAC address (`--mac`).
+    /// Sets the MAC address of the virtio-net device (`--mac`).
     pub mac: bool,
-    /// Whether the guest may reset single rings (`--ring-reset`). A ring that is stopped and
-    /// started again is nothing new to us, but the frontend has to pass the reset on: QEMU does
-    /// that for its own TAP only (`virtio_net_queue_reset`, as of 10.2), and a guest that resets
-    /// a ring would wait for its frames for ever.
+    /// Offers the reset of single rings (`--ring-reset`). The daemon can restart a ring at any time, but the frontend
+    /// has to pass the reset on. QEMU does so for its own TAP only (`virtio_net_queue_reset`, as of 10.2): behind
+    /// vhost-user, a guest that resets a ring waits for its frames for ever.
     pub ring_reset: bool,
 }
 
-/// The features that a port offers. It never shrinks while the daemon runs: a frontend that
-/// reconnects must find what it had.
+/// The features that a port offers. The offer never shrinks while the daemon runs: a frontend that reconnects requires
+/// the features that it had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Offer(u64);
 
-/// Features were acknowledged that had not been offered.
+/// Error: the bits of acknowledged features that were not offered.
 #[derive(Debug, PartialEq, Eq)]
 pub struct NotOffered(pub u64);
 
@@ -177,7 +175,7 @@ impl fmt::Display for NotOffered {
 impl std::error::Error for NotOffered {}
 
 impl Offer {
-    /// Puts the offer together from what the port can do and what the operator wants.
+    /// Creates the offer of a port from its offloads and the operator's options.
     pub fn new(port: PortOffloads, options: OfferOptions) -> Self {
         let mut offer = ALWAYS;
         if options.mac {
@@ -202,49 +200,50 @@ impl Offer {
         Offer(offer)
     }
 
-    /// The bits for GET_FEATURES.
+    /// Returns the bits for GET_FEATURES.
     pub fn bits(self) -> u64 {
         self.0
     }
 
-    /// Checks what was acknowledged.
+    /// Checks the acknowledged features. Offloads without their prerequisite are not used.
     ///
     /// # Errors
-    /// [`NotOffered`], with the bits that were not.
+    /// [`NotOffered`], with the bits that were not offered.
     pub fn accept(self, acknowledged: u64) -> Result<Negotiated, NotOffered> {
-        let surplus = acknowledged & !self.0;
-        if surplus != 0 {
-            return Err(NotOffered(surplus));
+        let not_offered = acknowledged & !self.0;
+        if not_offered != 0 {
+            return Err(NotOffered(not_offered));
         }
-        let mut kept = acknowledged;
-        // Segmentation without checksum offload makes no sense; a driver must not ask for it.
-        if kept & HOST_CHECKSUM == 0 {
-            kept &= !(HOST_SEGMENTATION | HOST_UDP_SEGMENTATION);
+        let mut effective = acknowledged;
+        // Segmentation requires checksum offload. A driver must not acknowledge the one without the other.
+        if effective & HOST_CHECKSUM == 0 {
+            effective &= !(HOST_SEGMENTATION | HOST_UDP_SEGMENTATION);
         }
-        if kept & GUEST_CHECKSUM == 0 {
-            kept &= !(GUEST_SEGMENTATION | GUEST_UDP_SEGMENTATION);
+        if effective & GUEST_CHECKSUM == 0 {
+            effective &= !(GUEST_SEGMENTATION | GUEST_UDP_SEGMENTATION);
         }
-        Ok(Negotiated { acknowledged, kept })
+        Ok(Negotiated { acknowledged, effective })
     }
 }
 
-/// The features that driver and device agreed on.
+/// The features that driver and device have negotiated.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Negotiated {
     acknowledged: u64,
-    kept: u64,
+    /// Acknowledged features whose prerequisites were acknowledged too.
+    effective: u64,
 }
 
-/// Which work on a frame one side may leave to the other.
+/// Offloads in one direction: work on a frame that the sender may leave to the receiver.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Offloads {
-    /// Checksums.
+    /// Completion of partial checksums.
     pub checksum: bool,
     /// Segmentation of TCP over IPv4.
     pub tcp4: bool,
     /// Segmentation of TCP over IPv6.
     pub tcp6: bool,
-    /// Segmentation of TCP with ECN's CWR bit set.
+    /// Segmentation of TCP frames with ECN's CWR bit.
     pub ecn: bool,
     /// Segmentation of UDP over IPv4.
     pub udp4: bool,
@@ -253,7 +252,7 @@ pub struct Offloads {
 }
 
 impl Offloads {
-    /// Whether any kind of segmentation may be left.
+    /// Returns true if any kind of segmentation is offloaded.
     pub fn segmentation(&self) -> bool {
         self.tcp4 || self.tcp6 || self.udp4 || self.udp6
     }
@@ -261,31 +260,31 @@ impl Offloads {
 
 impl Negotiated {
     fn has(&self, number: u32) -> bool {
-        self.kept & bit(number) != 0
+        self.effective & bit(number) != 0
     }
 
-    /// The bits as they were acknowledged.
+    /// Returns the bits as the driver acknowledged them.
     pub fn bits(&self) -> u64 {
         self.acknowledged
     }
 
-    /// Whether the frontend speaks the vhost-user protocol with feature negotiation. Without it
-    /// all rings are enabled from the start.
+    /// Returns true if the frontend negotiates vhost-user protocol features. Otherwise all rings are enabled from their
+    /// start.
     pub fn protocol_features(&self) -> bool {
-        self.kept & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
+        self.effective & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0
     }
 
-    /// Whether what is written is to be noted in the dirty log.
+    /// Returns true if writes to guest memory must be logged in the dirty log.
     pub fn logs(&self) -> bool {
-        self.kept & LOG_ALL != 0
+        self.effective & LOG_ALL != 0
     }
 
-    /// Whether it differs from another in nothing but the dirty log.
+    /// Returns true if `other` has the same features, the dirty log excepted.
     pub fn is_same_but_for_the_log(&self, other: &Self) -> bool {
         (self.acknowledged ^ other.acknowledged) & !LOG_ALL == 0
     }
 
-    /// How the rings are to be used.
+    /// Returns the negotiated features of the rings.
     pub fn notification(&self) -> Notification {
         Notification {
             event_idx: self.has(VIRTIO_RING_F_EVENT_IDX),
@@ -293,12 +292,12 @@ impl Negotiated {
         }
     }
 
-    /// Whether a frame to the guest may take several buffers.
+    /// Returns true if a frame to the guest may use several buffers.
     pub fn mergeable(&self) -> bool {
         self.has(VIRTIO_NET_F_MRG_RXBUF)
     }
 
-    /// Length in bytes of the header before each frame (virtio 1.3, section 5.1.6.1).
+    /// Returns the length in bytes of the header before each frame (virtio 1.3, section 5.1.6.1).
     pub fn header_length(&self) -> usize {
         if self.has(VIRTIO_F_VERSION_1) || self.mergeable() {
             HEADER_LENGTH
@@ -307,14 +306,14 @@ impl Negotiated {
         }
     }
 
-    /// Index of the control virtqueue of a device with `pairs` queue pairs, if there is one (virtio 1.3,
-    /// section 5.1.2).
+    /// Returns the index of the control virtqueue of a device with `pairs` queue pairs, if it was negotiated (virtio
+    /// 1.3, section 5.1.2).
     pub fn control_ring(&self, pairs: usize) -> Option<usize> {
         let pairs = if self.has(VIRTIO_NET_F_MQ) { pairs } else { 1 };
         self.has(VIRTIO_NET_F_CTRL_VQ).then_some(2 * pairs)
     }
 
-    /// What the guest may leave to the host.
+    /// Returns the offloads from the guest to the host.
     pub fn host(&self) -> Offloads {
         Offloads {
             checksum: self.has(VIRTIO_NET_F_CSUM),
@@ -326,7 +325,7 @@ impl Negotiated {
         }
     }
 
-    /// What the host may leave to the guest.
+    /// Returns the offloads from the host to the guest.
     pub fn guest(&self) -> Offloads {
         Offloads {
             checksum: self.has(VIRTIO_NET_F_GUEST_CSUM),

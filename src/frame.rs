@@ -1,7 +1,7 @@
 //! Ethernet frames: one parser of their headers, and the numbers in these headers.
 //!
-//! The readers of a frame parse it to different depths. Parameters say how deep: the number of VLAN tags
-//! that [`Link::parse`] steps over, and the IPv6 extension headers that a [`Walk`] steps over.
+//! The readers of a frame parse it to different depths. Parameters set the depth: the number of VLAN tags that
+//! [`Link::parse`] skips, and the IPv6 extension headers that a [`Walk`] skips.
 //!
 //! | reader | VLAN tags | IPv6 extension headers |
 //! |---|---|---|
@@ -31,36 +31,36 @@ pub enum FrameDirection {
 pub const ETHERNET_LENGTH: usize = 14;
 /// Length in bytes of a VLAN tag.
 pub const VLAN_TAG_LENGTH: usize = 4;
-/// Highest number of VLAN tags of a frame: a provider's around a customer's.
+/// Highest number of VLAN tags that are skipped: a provider's around a customer's.
 pub const MAX_VLAN_TAGS: usize = 2;
 /// Length in bytes of the Ethernet header and all VLAN tags, which the MTU does not include.
 pub const LINK_OVERHEAD: usize = ETHERNET_LENGTH + MAX_VLAN_TAGS * VLAN_TAG_LENGTH;
-/// Longest frame of all, in bytes: the largest IP packet, which only exists unsegmented.
+/// Longest frame in bytes: a GSO frame with the largest IP packet.
 pub const MAX_FRAME: usize = 65535 + LINK_OVERHEAD;
 
 /// Offset of the ethertype, or of the first VLAN tag.
 const ETHERTYPE_AT: usize = 12;
 
-/// `N` bytes at an offset, if there are as many.
+/// Returns the `N` bytes at an offset, or `None` if `bytes` ends before.
 #[inline]
 pub fn bytes_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
 }
 
-/// The 16-bit number at an offset, in the network's order.
+/// Returns the 16-bit number at an offset, in network byte order, or `None` if `bytes` ends before.
 #[inline]
 pub fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     bytes_at(bytes, at).map(u16::from_be_bytes)
 }
 
-/// The bytes before `end`, or all if there are fewer. A receiver ignores the bytes behind a packet's own length:
-/// padding has no headers.
+/// Returns the bytes before `end`, or all if there are fewer. Callers pass the end of a packet: padding follows it,
+/// and receivers ignore padding.
 #[inline]
 pub fn up_to(bytes: &[u8], end: usize) -> &[u8] {
     bytes.get(..end).unwrap_or(bytes)
 }
 
-/// The first VLAN tag of a frame: priority and VLAN identifier (IEEE 802.1Q).
+/// Returns the first VLAN tag of a frame, if it has one: priority and VLAN identifier (IEEE 802.1Q).
 #[inline]
 pub fn first_vlan_tag(frame: &[u8]) -> Option<u16> {
     let tagged = ethertype::is_vlan_tag(u16_at(frame, ETHERTYPE_AT)?);
@@ -70,9 +70,9 @@ pub fn first_vlan_tag(frame: &[u8]) -> Option<u16> {
 /// The link layer of a frame: the Ethernet header, and VLAN tags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Link {
-    /// Ethertype behind the tags that were stepped over. In a frame with more tags it is the next tag's.
+    /// Ethertype behind the skipped tags. In a frame with more tags, it is the ethertype of the next tag.
     pub ethertype: u16,
-    /// Offset in the frame of the bytes behind this ethertype: of the packet, if no tag is left.
+    /// Offset in the frame of the byte behind this ethertype. The packet begins there, if no tag is left.
     pub network: usize,
 }
 
@@ -82,7 +82,7 @@ impl Link {
     pub fn parse(frame: &[u8], max_tags: usize) -> Option<Self> {
         let mut at = ETHERTYPE_AT;
         let mut ethertype = u16_at(frame, at)?;
-        // Most frames.
+        // Most frames are untagged IPv4.
         if ethertype != ethertype::IPV4 {
             let last = ETHERTYPE_AT + max_tags * VLAN_TAG_LENGTH;
             while at < last && ethertype::is_vlan_tag(ethertype) {
@@ -108,11 +108,11 @@ pub struct Headers {
 }
 
 impl Headers {
-    /// Reads Ethernet, VLAN tags and IP. Returns `None` if they are malformed or reach beyond `frame`, and
-    /// for a later fragment, which has no transport header. (For IPv6 the protocol is that of the fragment
-    /// header then, which is no transport protocol's.)
+    /// Reads the Ethernet header, VLAN tags and IP headers. Returns `None` if they are malformed or reach beyond
+    /// `frame`, and for a later fragment of an IPv4 packet, which has no transport header.
     ///
-    /// The packet's own length is not checked: each segment gets a new one.
+    /// For every fragment of an IPv6 packet, `protocol` is the fragment header's, which no reader segments. The length
+    /// in the IP header is not checked: each segment gets a new one.
     #[inline]
     pub fn parse(frame: &[u8]) -> Option<Self> {
         let Link { ethertype, network } = Link::parse(frame, MAX_VLAN_TAGS)?;
@@ -129,7 +129,7 @@ impl Headers {
         }
     }
 
-    // A function of its own, so that IPv4 saves no registers for it.
+    // Not inlined, so that the path of IPv4 saves no registers for it.
     #[inline(never)]
     fn of_ipv6(frame: &[u8], network: usize) -> Option<Self> {
         let header = Ipv6::parse(frame.get(network..)?)?;
@@ -139,8 +139,8 @@ impl Headers {
         Some(Headers { version: 6, protocol: upper.protocol, network, transport })
     }
 
-    /// Whether a checksum that starts at `start` and is stored `offset` bytes further is the own TCP or
-    /// UDP checksum of the packet in `frame`, and lies inside the packet.
+    /// Returns true if a checksum from `start`, stored `offset` bytes further, is the TCP or UDP checksum of the packet
+    /// in `frame`, and lies inside the packet.
     pub fn own_checksum(&self, frame: &[u8], start: usize, offset: usize) -> bool {
         let own = match self.protocol {
             protocol::TCP => protocol::TCP_CHECKSUM,
@@ -148,7 +148,7 @@ impl Headers {
             _ => return false,
         };
         let packet = frame.get(self.network..).unwrap_or_default();
-        // Ethernet padding follows.
+        // Ethernet padding may follow the packet.
         let length = match self.version {
             4 => Ipv4::parse(packet).map(|header| header.total_length()),
             _ => Ipv6::parse(packet).map(|header| header.total_length()),
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_tags_are_stepped_over_as_the_reader_allows() {
+    fn the_reader_sets_how_many_tags_are_skipped() {
         let frame = tagged(&ethertype::VLAN_TAGS);
         for (max_tags, found) in ethertype::VLAN_TAGS.into_iter().enumerate() {
             let network = ETHERNET_LENGTH + max_tags * VLAN_TAG_LENGTH;

@@ -1,8 +1,10 @@
-//! The log: lines on standard error, which no thread waits for and no tenant can flood.
+//! The log: lines on standard error, with a rate limit, written by a thread of its own.
 //!
-//! Each line is of one place in the source about one port. Of such lines `BURST` are written in
-//! `WINDOW`, and the rest is counted. A thread of its own writes them: if nobody reads standard
-//! error, or its disk is full, lines are lost, and counted, and the ports run on.
+//! Invariant: no other thread waits for standard error, and no tenant can flood the log.
+//!
+//! The rate limit applies to each kind of line: one place in the source, about one port. The log writes
+//! `BURST` lines of a kind per `WINDOW`, and counts the rest. If the reader of standard error is slow or gone,
+//! or the disk is full, the log loses lines, and counts them too.
 
 mod output;
 
@@ -20,26 +22,28 @@ use log::{LevelFilter, Record, error};
 
 use output::Output;
 
-/// Lines of one kind in one window.
+/// Maximum number of lines of one kind in one window.
 const BURST: u32 = 20;
-/// For how long lines of one kind are counted together.
+/// Length of a window of the rate limit.
 const WINDOW: Duration = Duration::from_secs(10);
-/// Kinds of lines that are kept count of; there are never that many honest ones.
+/// Number of kinds at which the rate limiter forgets all counts. Normal operation has far fewer kinds.
 const KINDS: usize = 4096;
-/// Lines that may wait to be written.
+/// Maximum number of lines waiting for the log thread; further lines are lost.
 const QUEUE: usize = 1024;
-/// How long the last lines may take to be written.
+/// Time that a flush waits for the log thread.
 const FLUSH_TIMEOUT: Duration = Duration::from_millis(200);
 
+/// A message to the log thread.
 enum Item {
+    /// One or more whole lines to write.
     Line(Vec<u8>),
-    /// Answered when everything before it has been written.
+    /// Request for an answer once all earlier lines are written.
     Flush(SyncSender<()>),
-    /// There is nothing more.
+    /// End of the log; no further lines follow.
     End,
 }
 
-/// The way to the log's thread.
+/// The sender's side of the queue to the log thread, and the number of lines lost.
 #[derive(Clone)]
 struct Lines {
     queue: SyncSender<Item>,
@@ -49,12 +53,13 @@ struct Lines {
 /// The log of this process.
 pub struct Log {
     lines: Lines,
-    /// What has been logged, until there is a thread that writes it.
+    /// Receiver's side of the queue, until the log thread starts.
     items: Option<Receiver<Item>>,
 }
 
 impl Log {
-    /// Has everything from `level` on logged. Once in a process.
+    /// Installs the logger for lines of `level` and more severe ones, and a panic hook that logs. At most once
+    /// in a process. Lines wait in the queue until [`start`](Self::start) or [`flush`](Self::flush).
     pub fn new(level: LevelFilter) -> Self {
         let (queue, items) = sync_channel(QUEUE);
         let lines = Lines { queue, lost: Arc::default() };
@@ -63,15 +68,15 @@ impl Log {
             .filter_level(level)
             .target(Target::Pipe(Box::new(lines.clone())))
             .format(move |line, record| {
-                // Before the lock, which the panic hook takes too.
+                // Format before taking the lock: if the formatting panics, the panic hook logs, which takes it.
                 let text = plain(&record.args().to_string());
                 let mut throttle = throttle.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                let Some(left_out) = throttle.admit(record, &text, Instant::now()) else {
+                let Some(suppressed) = throttle.admit(record, &text, Instant::now()) else {
                     return Ok(());
                 };
                 let start = format!("[{} {:<5}]", line.timestamp(), record.level());
-                if left_out > 0 {
-                    writeln!(line, "{start} {left_out} lines like the next one were left out")?;
+                if suppressed > 0 {
+                    writeln!(line, "{start} {suppressed} lines like the next one were left out")?;
                 }
                 writeln!(line, "{start} {text}")
             })
@@ -83,10 +88,10 @@ impl Log {
         Log { lines, items: Some(items) }
     }
 
-    /// Starts the thread that writes. It calls `confine` first.
+    /// Starts the log thread, which first calls `confine`. Returns after that call.
     ///
     /// # Errors
-    /// No thread to be had, or what `confine` returns.
+    /// The errors of creating a thread, and of `confine`.
     pub fn start(
         &mut self,
         confine: impl FnOnce() -> io::Result<()> + Send + 'static,
@@ -104,10 +109,9 @@ impl Log {
         confined.recv().map_err(io::Error::other)?
     }
 
-    /// Waits a little until what was logged has been written.
+    /// Waits until all earlier lines are written, at most 200 ms. Without a log thread, writes them itself.
     pub fn flush(&mut self) {
         if let Some(items) = self.items.take() {
-            // There was no thread.
             let Lines { queue, lost } = self.lines.clone();
             let _ = queue.try_send(Item::End);
             write_lines(&items, &lost);
@@ -121,7 +125,7 @@ impl Log {
 }
 
 impl Write for Lines {
-    /// Takes whole lines, as env_logger writes them.
+    /// Queues `bytes`, which are whole lines, or counts a lost line. Never waits, never fails.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if !bytes.is_empty() && self.queue.try_send(Item::Line(bytes.to_vec())).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
@@ -134,6 +138,7 @@ impl Write for Lines {
     }
 }
 
+/// Writes queued lines to standard error until [`Item::End`], or until the last sender is dropped.
 fn write_lines(items: &Receiver<Item>, lost: &AtomicU64) {
     let mut output = Output::new(io::stderr());
     while let Ok(item) = items.recv() {
@@ -147,8 +152,8 @@ fn write_lines(items: &Receiver<Item>, lost: &AtomicU64) {
     }
 }
 
-/// The text on one line, with what could pass for another line or move a terminal's cursor
-/// escaped: some of it is named by tenants.
+/// Escapes control characters, so that the text stays one line and cannot control a terminal. Tenants choose
+/// some of the text.
 fn plain(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for c in text.chars() {
@@ -161,23 +166,27 @@ fn plain(text: &str) -> String {
     line
 }
 
-/// A place in the source, and what the line is about: all that stands before its first colon.
+/// A kind of line: its source module and line, and its subject (the text before the first colon).
 type Kind = (Option<&'static str>, Option<u32>, String);
 
+/// The current window of one kind.
 #[derive(Debug)]
 struct Window {
     since: Instant,
     written: u32,
-    left_out: u64,
+    suppressed: u64,
 }
 
+/// The rate limiter.
 #[derive(Debug, Default)]
 struct Throttle {
     windows: HashMap<Kind, Window>,
 }
 
 impl Throttle {
-    /// Whether to write the line, and how many like it were left out before it.
+    /// Decides whether to write a line, and counts it. Returns the number of lines of its kind suppressed in the
+    /// last window (0 except at a window's start), or none if this line is suppressed. Debug and trace lines
+    /// are not limited.
     fn admit(&mut self, record: &Record<'_>, text: &str, now: Instant) -> Option<u64> {
         if record.level() > log::Level::Info {
             return Some(0);
@@ -187,18 +196,18 @@ impl Throttle {
         }
         let about = text.split(": ").next().unwrap_or_default().to_owned();
         let kind = (record.module_path_static(), record.line(), about);
-        let new = || Window { since: now, written: 0, left_out: 0 };
+        let new = || Window { since: now, written: 0, suppressed: 0 };
         let window = self.windows.entry(kind).or_insert_with(new);
-        let mut left_out = 0;
+        let mut suppressed = 0;
         if now.duration_since(window.since) >= WINDOW {
-            left_out = std::mem::replace(window, new()).left_out;
+            suppressed = std::mem::replace(window, new()).suppressed;
         }
         if window.written == BURST {
-            window.left_out += 1;
+            window.suppressed += 1;
             return None;
         }
         window.written += 1;
-        Some(left_out)
+        Some(suppressed)
     }
 }
 
@@ -213,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_one_kind_are_counted_when_there_are_too_many() {
+    fn excess_lines_of_one_kind_are_counted() {
         let (mut throttle, start) = (Throttle::default(), Instant::now());
         for _ in 0..BURST {
             assert_eq!(admitted(&mut throttle, Level::Warn, "a: x", start), Some(0));
@@ -229,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_stays_one_line() {
+    fn control_characters_are_escaped() {
         assert_eq!(plain("a\nb\x1b[0mc\u{85}"), "a\\nb\\u{1b}[0mc\\u{85}");
     }
 }

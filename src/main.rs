@@ -1,4 +1,4 @@
-//! The program: it notes the descriptors that it was started with, and runs its command line.
+//! The program: it records the inherited descriptors, then runs its command line.
 
 use std::process::ExitCode;
 
@@ -6,7 +6,7 @@ use vhost_user_net::cli;
 use vhost_user_net::sys::process::note_inherited;
 
 fn main() -> ExitCode {
-    // SAFETY: nothing was opened yet.
+    // SAFETY: this process has opened no descriptor yet, so all open ones are inherited.
     #[allow(unsafe_code)]
     unsafe {
         note_inherited();

@@ -1,28 +1,29 @@
-//! The card's configuration space, `virtio_net_config` (virtio 1.3, section 5.1.4).
+//! Configuration space of the virtio-net device, `virtio_net_config` (virtio 1.3, section 5.1.4).
 //!
-//! Only cloud-hypervisor asks for it, for exactly the first 17 bytes: all that there is without
-//! RSS. QEMU keeps a configuration space of its own.
+//! Only cloud-hypervisor reads it: exactly the first 17 bytes, which are all fields of a device without RSS. QEMU has
+//! a configuration space of its own.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Length in bytes of the fields served: mac, status, max_virtqueue_pairs, mtu, speed, duplex.
+/// Length of the space in bytes: mac, status, max_virtqueue_pairs, mtu, speed, duplex.
 pub const LENGTH: usize = 17;
 
-/// Smallest MTU of IPv4 (RFC 791), and so the smallest that a card may have.
+/// Smallest MTU of a virtio-net device, in bytes: IPv4's (RFC 791).
 pub const MIN_MTU: u16 = 68;
 
-/// Queue pairs of a card at the most: virtio allows 32768, a frontend names rings with 8 bits.
+/// Highest number of queue pairs. Virtio allows 32768, but vhost-user numbers rings with 8 bits.
 pub const MAX_QUEUE_PAIRS: u16 = 128;
 
 const LINK_UP: u16 = 1;
-/// Speed and duplex that say "unknown" (section 5.1.4.2).
+/// Value of `speed` for an unknown speed (virtio 1.3, section 5.1.4.2).
 const UNKNOWN_SPEED: u32 = u32::MAX;
+/// Value of `duplex` for an unknown duplex mode.
 const UNKNOWN_DUPLEX: u8 = u8::MAX;
 
-/// An Ethernet address.
+/// A unicast Ethernet address.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct MacAddress(pub [u8; 6]);
@@ -57,7 +58,7 @@ impl FromStr for MacAddress {
             return Err(wrong());
         }
         if bytes[0] & 1 != 0 {
-            return Err(format!("'{text}' is a multicast address: a card needs a unicast one"));
+            return Err(format!("'{text}' is a multicast address: use a unicast address"));
         }
         Ok(MacAddress(bytes))
     }
@@ -73,18 +74,18 @@ impl fmt::Display for MacAddress {
 /// The fields of the configuration space that differ from port to port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NetConfig {
-    /// The card's address; zero where the frontend decides it.
+    /// MAC address of the virtio-net device. It is zero if the frontend sets the address.
     pub mac: MacAddress,
-    /// Queue pairs that the port has.
+    /// Number of the port's queue pairs.
     pub queue_pairs: u16,
     /// MTU in bytes, without the Ethernet header.
     pub mtu: u16,
-    /// Whether frames move.
+    /// Link state: true for up.
     pub link: bool,
 }
 
 impl NetConfig {
-    /// The whole space.
+    /// Returns the whole space.
     pub fn to_bytes(self) -> [u8; LENGTH] {
         let mut bytes = [0; LENGTH];
         bytes[0..6].copy_from_slice(&self.mac.0);
@@ -97,7 +98,7 @@ impl NetConfig {
         bytes
     }
 
-    /// The `size` bytes at `offset`; nothing if they reach beyond the space.
+    /// Returns the `size` bytes at `offset`, or `None` if they reach beyond the space.
     pub fn read(self, offset: u32, size: u32) -> Option<Vec<u8>> {
         let start = offset as usize;
         let end = start.checked_add(size as usize)?;

@@ -176,17 +176,18 @@ impl Ports {
             return Err(Refusal::CannotBeDone(why));
         }
         let prepared = self.prepare(opened, Vec::new())?;
-        let port = self.start(prepared)?;
+        let name = self.start(prepared)?.name().to_owned();
         let origin = if from_file { Origin::File } else { Origin::Operator };
-        info!("{}: added {origin}", port.name());
-        Ok(port)
+        info!("{name}: added {origin}");
+        self.log_created_tap(&name);
+        self.find(&name)
     }
 
     /// Checks that a port conflicts with no port that runs, except `replaced`.
     fn check_addition(&self, config: &PortConfig, replaced: Option<&str>) -> Result<(), Refusal> {
         if matches!(config.host, Host::AfXdp(_)) && !self.sandbox.has_af_xdp() {
-            let why = "this daemon has given up what AF_XDP needs, since it was started without such \
-                       a port: put the port into its file and restart it, or start another daemon";
+            let why = "cannot use AF_XDP: the daemon's sandbox forbids AF_XDP, because the daemon started without \
+                       such a port; put the port into the file and restart the daemon";
             return Err(Refusal::CannotBeDone(why.into()));
         }
         let others = self.ports.iter().filter(|port| Some(port.name()) != replaced);
@@ -206,20 +207,20 @@ impl Ports {
     fn end(&mut self, name: &str) -> Result<(), Refusal> {
         let place = self.place(name)?;
         let port = self.ports.remove(place);
-        self.let_go(port);
+        self.drop_on_thread(port);
         Ok(())
     }
 
     /// Ends the port that was started last.
     fn end_last(&mut self) {
         if let Some(port) = self.ports.pop() {
-            self.let_go(port);
+            self.drop_on_thread(port);
         }
     }
 
     /// Ends a port on a thread of its own. The port's threads can block in a descriptor of its VMM. The close of
     /// the port's socket can block too: pending connections can carry descriptors that linger.
-    fn let_go(&self, port: Port) {
+    fn drop_on_thread(&self, port: Port) {
         let sandbox = self.sandbox;
         let (done, ended) = channel();
         let end = move || {

@@ -1,9 +1,8 @@
 //! Privileges that the daemon drops once everything is open: a compromised thread has few.
 //!
-//! Two steps. [`Sandbox::enter`], before any thread is started, is for the whole process: another
-//! user and group if wanted, no capabilities, no new privileges, no core dumps and no ptrace by
-//! others, no files, no network. [`Sandbox::confine`], called by each thread when it is ready to
-//! begin, leaves it the system calls of its [`Role`].
+//! Two steps. [`Sandbox::enter`] restricts the whole process before any thread starts: the configured user and
+//! group, no capabilities, no new privileges, no core dumps, no ptrace by other processes, no files, no network.
+//! [`Sandbox::confine`] then restricts each thread, at its start, to the system calls of its [`Role`].
 
 mod calls;
 
@@ -52,13 +51,13 @@ pub enum Seccomp {
 /// Rights that the process keeps in the sandbox.
 #[derive(Debug)]
 pub struct Needs<'a> {
-    /// Whether ports on AF_XDP are served, which need capabilities.
+    /// True if the process serves ports on AF_XDP, which require capabilities.
     pub af_xdp: bool,
-    /// Paths of the sockets that the process listens on. It may remove each file and make it again.
+    /// Paths of the sockets that the process listens on. The process may remove each file and make it again.
     pub sockets: Vec<&'a Path>,
 }
 
-/// Task of a thread.
+/// Task of a thread, which determines its system calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Waits for signals.
@@ -84,16 +83,16 @@ pub enum Role {
 #[derive(Debug, Clone, Copy)]
 pub struct Sandbox {
     seccomp: Seccomp,
-    /// Whether the rights for AF_XDP were kept.
+    /// True if the process kept the capabilities for AF_XDP.
     af_xdp: bool,
 }
 
 impl Sandbox {
-    /// No restriction of any thread.
+    /// Sandbox that restricts no thread.
     pub const NONE: Self = Sandbox { seccomp: Seccomp::None, af_xdp: true };
 
-    /// Gives up for the whole process all rights but those that `needs` lists. Everything that the
-    /// configuration names is open; no thread has been started.
+    /// Drops all privileges of the process except those that `needs` lists. The caller has opened all configured
+    /// objects, and has started no thread.
     ///
     /// # Errors
     /// The user or group does not exist, or the kernel refuses a step. A kernel without landlock is no error;
@@ -102,20 +101,21 @@ impl Sandbox {
         let kept = capabilities(needs);
         let failed =
             |what: &str, error: &dyn std::fmt::Display| StartError::new(format!("{what}: {error}"));
-        // While we may: another user can't.
-        limit_capabilities(&kept).map_err(|error| failed("drop capabilities", &error))?;
+        // Before becoming another user, who may not.
+        limit_capabilities(&kept).map_err(|error| failed("cannot drop capabilities", &error))?;
         let user = become_user(confinement, !kept.is_empty())?;
-        let kept = drop_capabilities(&kept).map_err(|error| failed("drop capabilities", &error))?;
-        prctl::set_no_new_privs().map_err(|error| failed("set no_new_privs", &error))?;
+        let kept =
+            drop_capabilities(&kept).map_err(|error| failed("cannot drop capabilities", &error))?;
+        prctl::set_no_new_privs().map_err(|error| failed("cannot set no_new_privs", &error))?;
         // A socket that is made again has its mode from the start, and no thread may set it later by path.
         clear_file_mode_mask();
-        prctl::set_dumpable(false).map_err(|error| failed("switch core dumps off", &error))?;
-        let files =
-            restrict_files(&needs.sockets).map_err(|error| failed("restrict files", &error))?;
+        prctl::set_dumpable(false).map_err(|error| failed("cannot disable core dumps", &error))?;
+        let files = restrict_files(&needs.sockets)
+            .map_err(|error| failed("cannot restrict file access", &error))?;
         let seccomp = confinement.seccomp;
         let calls = match seccomp {
-            Seccomp::Kill => "a system call that is not a thread's ends the process",
-            Seccomp::Log => "system calls that are not a thread's are logged by the kernel",
+            Seccomp::Kill => "a system call outside a thread's allow-list kills the process",
+            Seccomp::Log => "the kernel logs system calls outside a thread's allow-list",
             Seccomp::None => "system calls are not filtered",
         };
         info!("sandbox: {user}, capabilities: {kept}; {files}; {calls}");
@@ -154,7 +154,7 @@ fn capabilities(needs: &Needs<'_>) -> HashSet<Capability> {
         Capability::CAP_NET_RAW,
         Capability::CAP_NET_ADMIN,
         Capability::CAP_BPF,
-        // Registered memory is locked.
+        // The kernel locks the memory of a UMEM.
         Capability::CAP_IPC_LOCK,
     ])
 }
@@ -162,9 +162,11 @@ fn capabilities(needs: &Needs<'_>) -> HashSet<Capability> {
 /// Becomes the configured user and group; returns the user for the log.
 fn become_user(confinement: &Confinement, keep: bool) -> Result<String, StartError> {
     let Confinement { user, group, .. } = confinement;
-    let no_such = |what: &str, name: &str| StartError::new(format!("there is no {what} {name}"));
+    let no_such = |what: &str, name: &str| {
+        StartError::new(format!("there is no {what} {name}; name one that exists"))
+    };
     let failed = |what: &str, name: &str, error: nix::Error| {
-        StartError::new(format!("become {what} {name}: {error}; start as root to change it"))
+        StartError::new(format!("cannot become {what} {name}: {error}; start as root"))
     };
     let found = match user {
         Some(name) => Some(find_user(name).ok().flatten().ok_or_else(|| no_such("user", name))?),
@@ -210,7 +212,7 @@ pub(crate) fn find_group(name: &str) -> Option<Gid> {
     }
 }
 
-/// Removes all capabilities but `needed` from the bounding set.
+/// Removes all capabilities except `needed` from the bounding set.
 fn limit_capabilities(needed: &HashSet<Capability>) -> Result<(), caps::errors::CapsError> {
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         for capability in caps::read(None, CapSet::Bounding)?.difference(needed) {
@@ -220,7 +222,7 @@ fn limit_capabilities(needed: &HashSet<Capability>) -> Result<(), caps::errors::
     Ok(())
 }
 
-/// Drops all capabilities but `needed`; returns the names of the remaining ones.
+/// Drops all capabilities except `needed`; returns the names of the remaining ones.
 fn drop_capabilities(needed: &HashSet<Capability>) -> Result<String, caps::errors::CapsError> {
     let have = caps::read(None, CapSet::Permitted)?;
     let kept: HashSet<Capability> = have.intersection(needed).copied().collect();
@@ -236,7 +238,7 @@ fn drop_capabilities(needed: &HashSet<Capability>) -> Result<String, caps::error
 /// Forbids opening files, binding and connecting TCP ports, connecting to abstract sockets, and sending
 /// signals to other processes, as far as the kernel supports it; returns the extent for the log.
 fn restrict_files(sockets: &[&Path]) -> Result<String, landlock::RulesetError> {
-    // Of an older kernel's, what there is.
+    // An older kernel enforces the rights that it knows.
     let abi = ABI::V6;
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(abi))?
@@ -244,20 +246,23 @@ fn restrict_files(sockets: &[&Path]) -> Result<String, landlock::RulesetError> {
         .scope(Scope::from_all(abi))?
         .create()?;
     for directory in sockets.iter().map(|path| directory_of(path)) {
-        // Our own socket's file is removed at the end, and made again if somebody has deleted it.
+        // The daemon removes its socket file at the end, and makes a deleted one again.
         match PathFd::new(directory) {
             Ok(opened) => {
                 let access = AccessFs::RemoveFile | AccessFs::MakeSock;
                 ruleset = ruleset.add_rule(PathBeneath::new(opened, access))?;
             }
-            Err(error) => warn!("{}: {error}: its socket will be left there", directory.display()),
+            Err(error) => warn!(
+                "{}: cannot open directory: {error}; its socket stays at the end",
+                directory.display()
+            ),
         }
     }
     let status = ruleset.restrict_self()?.ruleset;
     Ok(match status {
         RulesetStatus::FullyEnforced => "no files and no network by landlock".into(),
         RulesetStatus::PartiallyEnforced => {
-            "no files by landlock, as far as this kernel has it".into()
+            "no files by landlock, as far as this kernel supports it".into()
         }
         RulesetStatus::NotEnforced => "files are not restricted: the kernel has no landlock".into(),
     })

@@ -1,7 +1,7 @@
-//! System calls: the second of the two rooms where `unsafe` is allowed.
+//! System calls: one of the two modules with `unsafe` code; the other is [`guest`](crate::guest).
 //!
-//! Each function here is safe to call: it checks what the kernel's interface asks of its caller,
-//! owns what it maps or opens, and turns an error number into an [`std::io::Error`].
+//! Invariant: each public function is safe to call. It checks the preconditions of its system call, owns
+//! what it maps or opens, and returns an error number as an [`std::io::Error`].
 
 #![allow(unsafe_code)]
 
@@ -30,37 +30,37 @@ use nix::sys::time::TimeSpec;
 
 use segment::{ReadSegment, Segment};
 
-/// Plain old data: what the kernel may fill with any bytes, and read all bytes of.
+/// Plain old data: types that the kernel may fill with any bytes and read whole.
 ///
 /// # Safety
-/// Every pattern of bits must be a value of the type, and the type must have no padding.
+/// Every bit pattern must be a value of the type, and the type must have no padding.
 pub unsafe trait Plain: Copy + 'static {}
 
-// SAFETY: integers, and arrays of such, have all bit patterns and no padding.
+// SAFETY: every bit pattern of an integer is a value, and integers have no padding.
 unsafe impl Plain for u8 {}
-// SAFETY: as above.
+// SAFETY: as for u8.
 unsafe impl Plain for u32 {}
-// SAFETY: as above.
+// SAFETY: as for u8.
 unsafe impl Plain for u64 {}
-// SAFETY: as above.
+// SAFETY: `T` has no invalid bit pattern and no padding, and an array adds no padding between its elements.
 unsafe impl<T: Plain, const N: usize> Plain for [T; N] {}
 
-/// The value whose bytes are all zero.
+/// Returns the value whose bytes are all zero.
 fn zeros<T: Plain>() -> T {
-    // SAFETY: every pattern of bits is a value.
+    // SAFETY: every bit pattern is a value of `T`, as its implementation of `Plain` promises.
     unsafe { std::mem::zeroed() }
 }
 
-/// Turns the `-1` of a system call into the error behind it.
+/// Returns a system call's result, or the error in `errno` if the result is negative.
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// Writes all segments with one call, as one frame.
+/// Writes all segments as one frame, with one system call.
 fn write_segments(fd: BorrowedFd<'_>, segments: &[ReadSegment<'_>]) -> io::Result<usize> {
     let calls = [libc::SYS_write, libc::SYS_writev];
-    // SAFETY: a ReadSegment is an iovec of mapped memory, shared or of our own, which its lifetime
-    // keeps; the kernel only reads it here.
+    // SAFETY: a ReadSegment has the layout of a Segment (`repr(transparent)`). Its memory, shared or our own,
+    // stays mapped for its lifetime, which outlasts the call; these calls only read it.
     unsafe {
         transfer(calls, fd, std::slice::from_raw_parts(segments.as_ptr().cast(), segments.len()))
     }
@@ -68,19 +68,20 @@ fn write_segments(fd: BorrowedFd<'_>, segments: &[ReadSegment<'_>]) -> io::Resul
 
 /// Reads one frame into the segments.
 fn read_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
-    // SAFETY: a Segment is mapped memory, which its lifetime keeps. It is shared, and so may be
-    // written at any time, or it is memory of our own that is not looked at meanwhile.
+    // SAFETY: a Segment's memory stays mapped for its lifetime, which outlasts the call. It is shared memory,
+    // which may change at any time anyway, or our own memory to which no reference exists during the call.
     unsafe { transfer([libc::SYS_read, libc::SYS_readv], fd, segments) }
 }
 
-/// Moves the segments by the first of two system calls if there is one, which saves the kernel a copy
-/// of the list, and else by the second.
+/// Moves one frame: a single segment with the system call `one`, which saves the kernel a copy of the list,
+/// several with `list`.
 ///
-/// Not by the C library's functions of these names: each is a point where a thread may be cancelled,
-/// which costs two locked operations a frame.
+/// The C library's functions of these names are cancellation points, which cost two locked operations per
+/// frame. So this function makes the system calls directly.
 ///
 /// # Safety
-/// The segments must stay mapped, and may be what the calls do with them.
+/// The segments' memory must stay mapped through the call, and the calls must be allowed to read or write
+/// it, as they do.
 #[inline]
 unsafe fn transfer(
     [one, list]: [libc::c_long; 2],
@@ -88,7 +89,7 @@ unsafe fn transfer(
     segments: &[Segment<'_>],
 ) -> io::Result<usize> {
     let fd = fd.as_raw_fd();
-    // SAFETY: a Segment is an iovec; the rest is the caller's.
+    // SAFETY: a Segment has the layout of an iovec (`repr(transparent)`). The caller promises the rest.
     let moved = unsafe {
         match segments {
             [only] => libc::syscall(one, fd, only.start(), only.len()),
@@ -98,8 +99,8 @@ unsafe fn transfer(
     if moved < 0 { Err(io::Error::last_os_error()) } else { Ok(moved as usize) }
 }
 
-/// Waits until one of two descriptors has what it is waited on for (`POLLIN`, `POLLOUT`), or
-/// `timeout` has passed (none: for ever), or a signal arrives; says which of them has.
+/// Waits until one of two descriptors has its event (`POLLIN`, `POLLOUT`), `timeout` has passed (none: no
+/// limit), or a signal arrives. Returns for each descriptor whether it has an event.
 pub fn poll_two(
     fds: [(BorrowedFd<'_>, libc::c_short); 2],
     timeout: Option<Duration>,
@@ -111,14 +112,14 @@ pub fn poll_two(
     }
 }
 
-/// Whether nobody is at the other end of a pipe or a socket any more.
+/// Returns true if the other end of a pipe or a socket is closed.
 pub fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
     poll(&mut [PollFd::new(fd, PollFlags::empty())], PollTimeout::ZERO).is_ok_and(|found| found > 0)
 }
 
-/// A new epoll instance.
+/// Creates an epoll instance, closed on exec.
 pub fn epoll() -> io::Result<OwnedFd> {
     let fd = epoll::create(true)?;
-    // SAFETY: the descriptor was just made and has no other owner.
+    // SAFETY: the kernel has just created the descriptor, and it has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,10 +1,9 @@
-//! Whom a port's guest speaks to, and by what protocol: counted while somebody asks.
+//! Counts of a guest's frames by peer and protocol, while an operator asks for them.
 //!
-//! Frames are counted where their headers are seen: those from the guest by the worker, on its copy
-//! of their headers; those for it by the worker too on a TAP, and in the XDP program on AF_XDP. While
-//! nobody asks, nothing is looked at.
+//! The worker counts frames from the guest, by its copy of their headers. Frames to the guest are counted by the
+//! worker on a TAP, and by the XDP program on AF_XDP. Otherwise no frame is inspected for counts.
 //!
-//! Invariant: a table has a fixed number of rows at the most, whatever comes over the wire.
+//! Invariant: a table has at most [`MAX_ROWS`] rows, whatever frames arrive.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,40 +15,40 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use crate::frame::FrameDirection;
 use crate::policy::filter::{Protocol, carried};
 
-/// Rows of a table at the most. What belongs to none of them is counted together.
+/// Maximum number of rows of a table. Further peers are counted together, in one row for each direction.
 pub const MAX_ROWS: usize = 1024;
 
-/// What rows differ by.
+/// The key of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
-    /// Which way.
-    pub way: FrameDirection,
-    /// By what protocol; nothing, if the frames do not show it, or for all frames that found no row.
+    /// Direction of the frames.
+    pub direction: FrameDirection,
+    /// Protocol of the frames; `None` if the headers do not show it, and in the row of further peers.
     pub protocol: Option<Protocol>,
-    /// The address that is not the guest's: where frames from it go to, and where those for it come
-    /// from. Nothing, if it is no IP.
+    /// IP address of the peer: the destination on tx, the source on rx. `None` if the frames are no IP packets, and in
+    /// the row of further peers.
     pub peer: Option<IpAddr>,
 }
 
-/// Frames, and their bytes without the virtio header.
+/// Numbers of frames and bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Volume {
-    /// Frames. One that is to be segmented is one.
+    /// Frames. A GSO frame counts as one.
     pub frames: u64,
-    /// Bytes.
+    /// Bytes, virtio-net headers excluded.
     pub bytes: u64,
 }
 
-/// A row of what was counted.
+/// A row of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    /// What is counted.
+    /// Direction, protocol and peer.
     pub key: Key,
-    /// How much, since counting began.
+    /// Frames and bytes since counting began.
     pub volume: Volume,
 }
 
-/// What a worker has counted.
+/// The counts of a port's workers.
 #[derive(Debug, Default)]
 pub struct PeerTable {
     on: AtomicBool,
@@ -62,45 +61,46 @@ impl PeerTable {
     }
 
     fn enable(&self, on: bool) {
-        // Before it is on, and after it is off: it holds what is counted meanwhile.
+        // The table is empty before counting begins, and after it ends.
         self.lock().clear();
         self.on.store(on, Ordering::Relaxed);
     }
 
-    /// Whether frames are to be looked at.
+    /// Whether frames are counted.
     #[inline]
     pub fn is_on(&self) -> bool {
         self.on.load(Ordering::Relaxed)
     }
 }
 
-/// Frames of a burst that a worker has looked at.
+/// The frames of a burst, before a worker adds them to the [`PeerTable`].
 #[derive(Debug)]
-pub struct Notes {
+pub struct PeerNotes {
     peers: Arc<PeerTable>,
     seen: Vec<(Key, u64)>,
 }
 
-impl Notes {
-    /// For this table.
+impl PeerNotes {
+    /// Creates an empty list for a table.
     pub fn new(peers: Arc<PeerTable>) -> Self {
-        Notes { peers, seen: Vec::new() }
+        PeerNotes { peers, seen: Vec::new() }
     }
 
-    /// Whether frames are to be looked at: asked once a burst.
+    /// Whether frames are counted. Workers ask once for each burst.
     #[inline]
-    pub fn wanted(&self) -> bool {
+    pub fn is_on(&self) -> bool {
         self.peers.is_on()
     }
 
-    /// Notes a frame of `length` bytes by its start.
-    pub fn note(&mut self, way: FrameDirection, start: &[u8], length: usize) {
+    /// Notes a frame of `length` bytes by the headers in `start`.
+    pub fn note(&mut self, direction: FrameDirection, start: &[u8], length: usize) {
         let (protocol, addresses) = carried(start);
-        let peer = addresses.map(|[from, to]| if way == FrameDirection::Tx { to } else { from });
-        self.seen.push((Key { way, protocol, peer }, length as u64));
+        let peer =
+            addresses.map(|[from, to]| if direction == FrameDirection::Tx { to } else { from });
+        self.seen.push((Key { direction, protocol, peer }, length as u64));
     }
 
-    /// Puts what was noted into the table.
+    /// Adds the burst to the table.
     #[inline]
     pub fn publish(&mut self) {
         if !self.seen.is_empty() {
@@ -120,31 +120,31 @@ fn add(rows: &mut HashMap<Key, Volume>, key: Key, more: Volume) {
     volume.bytes += more.bytes;
 }
 
-/// A counter of frames that workers do not see: those for the guest that an XDP program brings.
+/// A counter of frames that no worker inspects: frames to the guest on AF_XDP.
 pub trait PeerCounter: fmt::Debug + Send + Sync {
-    /// Counts frames by their sender from now on, starting at zero, or no longer.
+    /// Starts counting frames by sender, from zero, or stops it.
     ///
     /// # Errors
-    /// Those of loading an XDP program; nothing has changed then.
+    /// The kernel refuses to load the XDP program. Counting stays as it was.
     fn count_peers(&self, on: bool) -> io::Result<()>;
 
-    /// The counts since they were switched on; none if they are off.
+    /// Returns the counts since counting started; none if it is off.
     ///
     /// # Errors
-    /// Those of reading the XDP program's map.
+    /// The kernel refuses to read the XDP program's map.
     fn peers(&self) -> io::Result<Vec<(Key, Volume)>>;
 }
 
-/// What is counted of a port.
+/// All counts of a port by peer.
 #[derive(Debug, Clone)]
 pub struct Traffic {
     peers: Arc<PeerTable>,
-    /// Counter of the frames that the workers do not see. It is dropped with the port's queues.
+    /// Counter of the frames that no worker inspects. The port's queues own the counter.
     counter: Option<Weak<dyn PeerCounter>>,
 }
 
 impl Traffic {
-    /// Of a port whose workers count in `peers`.
+    /// Creates the counts of a port whose workers count in `peers`.
     pub fn new(peers: Arc<PeerTable>, counter: Option<Weak<dyn PeerCounter>>) -> Self {
         Traffic { peers, counter }
     }
@@ -153,10 +153,10 @@ impl Traffic {
         self.counter.as_ref().and_then(Weak::upgrade)
     }
 
-    /// Has frames counted from now on, from nothing, or not any more. For the port's control thread.
+    /// Starts counting, from zero, or stops it. Called by the port's control thread.
     ///
     /// # Errors
-    /// Those of loading an XDP program; nothing has changed then.
+    /// The kernel refuses to load the XDP program. Counting stays as it was.
     pub fn enable(&self, on: bool) -> io::Result<()> {
         if on == self.peers.is_on() {
             return Ok(());
@@ -168,10 +168,10 @@ impl Traffic {
         Ok(())
     }
 
-    /// What was counted since it was switched on: most bytes first. For the port's control thread.
+    /// Returns the counts since counting started, most bytes first. Called by the port's control thread.
     ///
     /// # Errors
-    /// Those of reading the XDP program's map.
+    /// The kernel refuses to read the XDP program's map.
     pub fn snapshot(&self) -> io::Result<Vec<Row>> {
         let mut rows = self.peers.lock().clone();
         if let Some(counter) = self.counter() {
@@ -198,17 +198,17 @@ mod tests {
         frame
     }
 
-    fn traffic() -> (Traffic, Notes) {
+    fn traffic() -> (Traffic, PeerNotes) {
         let peers = Arc::new(PeerTable::default());
-        (Traffic::new(peers.clone(), None), Notes::new(peers))
+        (Traffic::new(peers.clone(), None), PeerNotes::new(peers))
     }
 
     #[test]
-    fn frames_are_counted_by_protocol_and_peer_while_somebody_asks() {
+    fn frames_are_counted_by_protocol_and_peer_while_on() {
         let (traffic, mut notes) = traffic();
-        assert!(!notes.wanted());
+        assert!(!notes.is_on());
         traffic.enable(true).unwrap();
-        assert!(notes.wanted());
+        assert!(notes.is_on());
         let frame = datagram([198, 51, 100, 1]);
         notes.note(FrameDirection::Tx, &frame, 100);
         notes.note(FrameDirection::Tx, &frame, 50);
@@ -221,7 +221,7 @@ mod tests {
             .iter()
             .map(|Row { key, volume }| {
                 let protocol = key.protocol.map_or("other".into(), |it| it.to_string());
-                format!("{:?} {protocol} {:?} {volume:?}", key.way, key.peer)
+                format!("{:?} {protocol} {:?} {volume:?}", key.direction, key.peer)
             })
             .collect();
         assert_eq!(
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_is_never_longer_than_it_may() {
+    fn table_has_at_most_max_rows() {
         let (traffic, mut notes) = traffic();
         traffic.enable(true).unwrap();
         for number in 0..5000_u16 {

@@ -1,11 +1,9 @@
-//! `virtio_net_hdr` as a value: read once, checked, written (virtio 1.3, section 5.1.6).
+//! The virtio-net header, `virtio_net_hdr`, as a value: read once, checked, written (virtio 1.3, section 5.1.6).
 //!
-//! Invariant: no header that the guest wrote reaches the host. [`HeaderChecks`] copy it, check the
-//! copy against the frame and the negotiated features, and what is sent begins with the copy. For
-//! a frame to be segmented the copy goes on through the TCP or UDP header, so that the very
-//! headers that were checked are the ones the kernel segments by; so it does where somebody else
-//! inspects the frame's headers. The guest can rewrite its memory meanwhile and change nothing but its
-//! payload.
+//! Invariant: no header in guest memory reaches the host. [`HeaderChecks`] copy the header, and check the copy against
+//! the frame and the negotiated features. The port sends the copy. For a GSO frame the copy extends through the TCP
+//! or UDP header, so the kernel segments by the headers that were checked. It also does if anti-spoofing or a packet
+//! filter inspects the headers. A guest that rewrites its memory meanwhile changes only its payload.
 
 mod checks;
 mod validation;
@@ -32,28 +30,28 @@ const GSO_TCPV6: u8 = VIRTIO_NET_HDR_GSO_TCPV6 as u8;
 const GSO_UDP_L4: u8 = VIRTIO_NET_HDR_GSO_UDP_L4 as u8;
 const GSO_ECN: u8 = VIRTIO_NET_HDR_GSO_ECN as u8;
 
-/// Longest headers in bytes of a frame to be segmented: IPv4 and TCP, each with all options, behind
-/// two VLAN tags. A [`HeaderCopy`] has room for as many.
+/// Longest headers of a GSO frame, in bytes: IPv4 and TCP, each with all options, behind two VLAN tags. A
+/// [`HeaderCopy`] holds that many.
 pub const MAX_HEADERS: usize = LINK_OVERHEAD + 60 + 60;
 
-/// The header's fields.
+/// Fields of the header.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct VnetHeader {
     /// `VIRTIO_NET_HDR_F_*`.
     pub flags: u8,
     /// `VIRTIO_NET_HDR_GSO_*`.
     pub gso_type: u8,
-    /// Length of the headers in bytes: a hint.
+    /// Length of the headers in bytes. It is a hint.
     pub hdr_len: u16,
-    /// Payload bytes of each segment.
+    /// Payload of each segment in bytes.
     pub gso_size: u16,
-    /// Where checksumming starts, counted from the start of the frame.
+    /// Offset in the frame of the first byte to checksum.
     pub csum_start: u16,
-    /// Where the checksum goes, counted from `csum_start`.
+    /// Offset of the checksum from `csum_start`.
     pub csum_offset: u16,
 }
 
-/// Where the last field is. The others, at the offsets asserted below, are read and written as one word.
+/// Offset of the last field. The others, at the offsets asserted below, are read and written as one word.
 const CSUM_OFFSET: usize = offset_of!(virtio_net_hdr, csum_offset);
 const _: () = assert!(
     offset_of!(virtio_net_hdr, flags) == 0
@@ -65,10 +63,10 @@ const _: () = assert!(
 );
 
 impl VnetHeader {
-    /// Offset of `num_buffers`, which headers to the guest have.
+    /// Offset of `num_buffers`, which only the long header has.
     pub const NUM_BUFFERS: usize = offset_of!(virtio_net_hdr_v1, num_buffers);
 
-    /// Reads the fields, which each form of the header begins with.
+    /// Reads the fields from the bytes that both forms of the header begin with.
     #[inline]
     pub fn parse(bytes: &[u8; LEGACY_HEADER_LENGTH]) -> Self {
         let [first @ .., low, high] = *bytes;
@@ -83,7 +81,7 @@ impl VnetHeader {
         }
     }
 
-    /// The header as it goes before a frame; `num_buffers` is 0, as a driver must send it.
+    /// Returns the header's bytes. `num_buffers` is 0, as the specification requires of a driver.
     #[inline]
     pub fn to_bytes(self) -> [u8; HEADER_LENGTH] {
         let mut bytes = [0; HEADER_LENGTH];
@@ -97,24 +95,24 @@ impl VnetHeader {
         bytes
     }
 
-    /// Whether a header that begins with these bytes asks neither for a checksum nor for segmentation.
+    /// Returns true if a header with these first two bytes requests neither a checksum nor segmentation.
     #[inline]
-    fn asks_for_nothing(bytes: u16) -> bool {
+    fn requests_nothing(bytes: u16) -> bool {
         const FLAGS_AND_TYPE: u16 = u16::from_le_bytes([NEEDS_CSUM, 0xff]);
         bytes & FLAGS_AND_TYPE == 0
     }
 
-    /// Whether the reader has to complete a checksum.
+    /// Returns true if the frame has a partial checksum, which its receiver must complete.
     pub fn needs_checksum(&self) -> bool {
         self.flags & NEEDS_CSUM != 0
     }
 
-    /// Whether the frame is to be segmented.
+    /// Returns true for a GSO frame.
     pub fn needs_segmentation(&self) -> bool {
         self.gso_type != GSO_NONE
     }
 
-    /// Whether a frame with this header may be given to someone who accepts `offloads`.
+    /// Returns true if a receiver with `offloads` accepts a frame with this header.
     #[inline]
     pub fn accepted_by(&self, offloads: &Offloads) -> bool {
         let segmentation = match self.gso_type & !GSO_ECN {
@@ -130,18 +128,18 @@ impl VnetHeader {
     }
 }
 
-/// What goes over the wire on top of frames themselves: each is sent in segments, which all have
-/// headers.
+/// Packets and bytes that segmentation adds to GSO frames on the wire: each segment has headers of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SegmentationOverhead {
-    /// Segments, but for the first of each frame.
+    /// Segments, without the first of each frame.
     pub packets: u64,
-    /// Bytes of their headers.
+    /// Bytes of the headers of these segments.
     pub bytes: u64,
 }
 
 impl SegmentationOverhead {
-    /// That of a frame of `length` bytes with `header`, whose own headers take `headers` bytes.
+    /// Returns the overhead of a frame of `length` bytes with `header`. Its Ethernet, IP and transport headers have
+    /// `headers` bytes.
     #[inline]
     pub fn of(header: &VnetHeader, headers: usize, length: usize) -> Self {
         if !header.needs_segmentation() {

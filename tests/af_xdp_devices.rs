@@ -145,7 +145,7 @@ fn vlan_tags_from_another_namespace_may_be_lost() {
     let log = daemon.log();
     other.kill().unwrap();
     other.wait().unwrap();
-    assert!(log.contains("VLAN tags may be lost; whether the other end of the veth"), "{log}");
+    assert!(log.contains("VLAN tags may be lost; the other end of the veth may keep"), "{log}");
     assert!(log.contains("'ethtool -K NAME txvlan off tx-vlan-stag-hw-insert off' there"), "{log}");
 }
 
@@ -184,11 +184,11 @@ fn mtu_beyond_af_xdp_is_refused_and_the_guest_is_served() {
     assert_eq!(configured_mtu(&mut guest.frontend), 3806);
     guest.send(0, &frame(2, 1400));
     assert_eq!(wire.receive(1000).unwrap(), frame(2, 1400));
-    let said = "af_xdp veth0: MTU differs device=1500 card=3806";
+    let said = "af_xdp veth0: MTU differs device=1500 guest=3806";
     eventually(said, || daemon.log().contains(said));
     drop((guest, daemon));
     let refused = crate::af_xdp::refused(&["--af-xdp=veth0", "--mtu=9000"]);
-    assert!(refused.contains("cannot carry the card's MTU of 9000 on veth0"), "{refused}");
+    assert!(refused.contains("cannot carry the port's MTU of 9000 on veth0"), "{refused}");
 }
 
 #[test]
@@ -300,7 +300,7 @@ fn lower_devices_that_join_frames_are_warned_of() {
         ethtool("veth0", &format!("gro {state}"));
         let daemon = Daemon::start(&["--af-xdp=mv0,attach=generic"]);
         let said =
-            "joined frames are lost; veth0 joins received frames; run 'ethtool -K veth0 gro off'";
+            "merged frames are lost; veth0 merges received frames; run 'ethtool -K veth0 gro off'";
         assert_eq!(daemon.log().contains(said), warned, "{}", daemon.log());
     }
 }

@@ -24,7 +24,7 @@ fn capturing(rest: &str) -> (Daemon, Card) {
 
 /// Starts `ctl capture`, and waits until frames are captured.
 fn start(daemon: &Daemon, options: &[&str]) -> Child {
-    let before = daemon.log().matches("captured by an operator").count();
+    let before = daemon.log().matches("capture started by an operator").count();
     let child = program()
         .arg("ctl")
         .arg("--control")
@@ -35,7 +35,9 @@ fn start(daemon: &Daemon, options: &[&str]) -> Child {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    eventually("it captures", || daemon.log().matches("captured by an operator").count() > before);
+    eventually("it captures", || {
+        daemon.log().matches("capture started by an operator").count() > before
+    });
     child
 }
 
@@ -253,14 +255,14 @@ fn a_capture_ends_with_its_port_and_what_cant_be_captured_is_said() {
     let output = daemon.ctl(&["capture", "one", "-w", "/proc/nowhere/x"]);
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(text.contains("write /proc/nowhere/x: "), "{text}");
-    eventually("it has ended", || daemon.log().contains("capture ended: 0 frames"));
+    eventually("it has ended", || daemon.log().contains("capture ended frames=0"));
     std::fs::write(file, "an older capture").unwrap();
     let refused = daemon.ctl(&["capture", "two", "-w", file]);
     assert_eq!(refused.status.code(), Some(1));
     assert_eq!(std::fs::read(file).unwrap(), b"an older capture");
     let child = start(&daemon, &["-w", file]);
     for (words, code, said) in [
-        (&["capture", "one", "-w", "/dev/null"][..], 1, "is being captured already"),
+        (&["capture", "one", "-w", "/dev/null"][..], 1, "another capture runs"),
         (&["capture", "two", "-w", "/dev/null"], 1, "no port \"two\""),
         (&["capture", "one", "--snaplen=3", "-w", "-"], 2, "snaplen"),
         (&["capture", "one"], 2, "--write"),

@@ -61,7 +61,7 @@ fn a_socket_path_that_can_not_be_is_named() {
     fails(&["--loopback", &path("missing/socket")], &["missing/socket", "directory"]);
 
     fs::write(directory.as_path().join("file"), "precious").unwrap();
-    fails(&["--loopback", &path("file")], &["file", "no socket"]);
+    fails(&["--loopback", &path("file")], &["file", "not a socket"]);
     assert_eq!(fs::read(directory.as_path().join("file")).unwrap(), b"precious");
 
     let listener = UnixListener::bind(directory.as_path().join("live")).unwrap();

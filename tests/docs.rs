@@ -407,7 +407,7 @@ fn wrong_files(page: &Page) -> Vec<String> {
         fs::write(&file, lines.join("\n")).unwrap();
         // A part of a port may be all that is shown.
         match config::read_file(&file) {
-            Err(why) if !why.contains("name one of") => wrong.push(why),
+            Err(why) if !why.contains("specify exactly one of") => wrong.push(why),
             _ => {}
         }
     }

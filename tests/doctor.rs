@@ -1,8 +1,8 @@
-//! An operator with a host that is not as it should be: `vhost-user-net doctor` names what is wrong,
-//! and the command that it prints mends it.
+//! An operator with a misconfigured host: `vhost-user-net doctor` names the problem, and the printed
+//! command fixes it.
 //!
-//! Each test breaks one thing in a namespace of its own, takes the command from what is printed, has
-//! a shell run it there, and looks again.
+//! Each test breaks one thing in a namespace of its own, runs the printed command there in a shell, and
+//! runs doctor again.
 
 mod devices;
 mod host;
@@ -18,7 +18,7 @@ use crate::support::daemon::program;
 use crate::support::needs_root;
 use crate::support::network::{enter_new_namespace, ip, output};
 
-/// One line of what doctor prints.
+/// A finding of doctor, from its JSON.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Line {
     status: String,
@@ -28,8 +28,8 @@ struct Line {
     fix: Option<String>,
 }
 
-/// Runs doctor, by another program that limits it if there is one; returns its exit code and what it
-/// found.
+/// Runs doctor, through a program that limits it (`wrapper`) if that is not empty; returns the exit code and
+/// the findings.
 #[track_caller]
 fn examine_by(wrapper: &[&str], arguments: &[&str]) -> (i32, Vec<Line>) {
     let daemon = program();
@@ -62,29 +62,29 @@ fn examine(arguments: &[&str]) -> Vec<Line> {
     examine_by(&[], arguments).1
 }
 
-/// The one line of a check that has this status.
+/// Returns the first finding of a check with this status.
 #[track_caller]
 fn line<'a>(lines: &'a [Line], check: &str, status: &str) -> &'a Line {
     let mut all = lines.iter().filter(|line| line.check == check && line.status == status);
     all.next().unwrap_or_else(|| panic!("no {status} of {check} in {lines:#?}"))
 }
 
-/// Has a shell run a command that was printed.
+/// Runs a printed command in a shell.
 #[track_caller]
 fn shell(command: &str) {
     let output = Command::new("sh").args(["-c", command]).output().unwrap();
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Says that doctor finds one thing wrong, whose fix, once carried out, has it find the same thing
-/// right. Returns what it said was wrong.
+/// Asserts that doctor reports a problem, and that the check passes after the printed command. Returns the
+/// finding of the problem.
 #[track_caller]
-fn is_mended(check: &str, status: &str, arguments: &[&str]) -> Line {
-    is_mended_for(&[], check, status, arguments)
+fn is_fixed(check: &str, status: &str, arguments: &[&str]) -> Line {
+    is_fixed_for(&[], check, status, arguments)
 }
 
 #[track_caller]
-fn is_mended_for(wrapper: &[&str], check: &str, status: &str, arguments: &[&str]) -> Line {
+fn is_fixed_for(wrapper: &[&str], check: &str, status: &str, arguments: &[&str]) -> Line {
     let (_, before) = examine_by(wrapper, arguments);
     let wrong = line(&before, check, status).clone();
     let fix = wrong.fix.as_deref().unwrap_or_else(|| panic!("no fix: {wrong:?}"));
@@ -94,7 +94,7 @@ fn is_mended_for(wrapper: &[&str], check: &str, status: &str, arguments: &[&str]
     wrong
 }
 
-/// Says that what was wrong is right now.
+/// Asserts that the check of `wrong` passes now.
 #[track_caller]
 fn is_right(wrong: &Line, after: &[Line]) {
     let same: Vec<&Line> = after.iter().filter(|line| line.what == wrong.what).collect();
@@ -108,19 +108,19 @@ fn is_right(wrong: &Line, after: &[Line]) {
 /// Prints a finding, its fix, and the finding afterwards, with --nocapture.
 fn show(wrong: &Line, right: &Line) {
     let fix = wrong.fix.as_deref().unwrap_or_default();
-    println!("\n    {} {} — {} — {fix}", wrong.status, wrong.what, wrong.why);
-    println!("    {} {} — {}", right.status, right.what, right.why);
+    println!("\n    {} {} {}: {}. Fix: {fix}", wrong.status, wrong.check, wrong.what, wrong.why);
+    println!("    {} {} {}: {}", right.status, right.check, right.what, right.why);
 }
 
-/// Mounts that only this thread and what it starts see.
+/// Gives this thread, and the processes that it starts, a mount namespace of their own.
 fn enter_new_mounts() {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     shell("mount --make-rprivate /");
 }
 
 #[test]
-fn what_is_printed_is_a_line_for_each_finding_and_a_verdict() {
-    needs_root!("what_is_printed_is_a_line_for_each_finding_and_a_verdict");
+fn text_report_is_a_line_for_each_finding_and_a_summary() {
+    needs_root!("text_report_is_a_line_for_each_finding_and_a_summary");
     enter_new_namespace();
     let text = |arguments: &[&str]| {
         let output = program().arg("doctor").args(arguments).output().unwrap();
@@ -129,18 +129,17 @@ fn what_is_printed_is_a_line_for_each_finding_and_a_verdict() {
     let (code, report) = text(&["--af-xdp=gone0"]);
     assert_eq!(code, 1);
     let failed = report.lines().find(|line| line.starts_with("FAIL device gone0")).unwrap();
-    let parts: Vec<&str> = failed.split(" — ").collect();
-    let [_, why, fix] = parts[..] else { panic!("{failed}") };
-    assert!(why.contains("no such network device"), "{failed}");
+    let (finding, fix) = failed.split_once(". Fix: ").unwrap_or_else(|| panic!("{failed}"));
+    assert!(finding.starts_with("FAIL device gone0: no such network device"), "{failed}");
     shell(fix);
     let (_, report) = text(&["--af-xdp=gone0"]);
-    assert!(report.contains("\nPASS device gone0 — it is there, and up\n"), "{report}");
+    assert!(report.contains("\nPASS device gone0: up\n"), "{report}");
     let verdict = report.lines().last().unwrap();
     assert!(verdict.ends_with(" 0 fail") && verdict.contains(" warn, "), "{report}");
 }
 
 #[test]
-fn a_wrong_command_line_is_said_in_one_line() {
+fn wrong_command_line_gives_one_line() {
     for (arguments, named) in [
         (&["--tap=far/too/long"][..], "far/too/long"),
         (&["--mtu=67"], "67"),
@@ -157,8 +156,8 @@ fn a_wrong_command_line_is_said_in_one_line() {
 }
 
 #[test]
-fn looking_changes_nothing() {
-    needs_root!("looking_changes_nothing");
+fn doctor_changes_nothing() {
+    needs_root!("doctor_changes_nothing");
     enter_new_namespace();
     ip("tuntap add dev tap0 mode tap");
     ip("link add veth0 type veth peer name veth1");
@@ -176,12 +175,12 @@ fn looking_changes_nothing() {
 }
 
 #[test]
-fn what_nobody_named_does_not_fail() {
-    needs_root!("what_nobody_named_does_not_fail");
+fn unnamed_device_warns_but_never_fails() {
+    needs_root!("unnamed_device_warns_but_never_fails");
     enter_new_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr");
     let lines = examine(&[]);
-    assert_eq!(line(&lines, "tap-state", "WARN").what, "tap tap0", "it is down, for all we know");
+    assert_eq!(line(&lines, "tap-state", "WARN").what, "tap0", "a TAP may be down on purpose");
     let lines = examine(&["--tap=tap0"]);
-    assert_eq!(line(&lines, "tap-state", "FAIL").what, "tap tap0");
+    assert_eq!(line(&lines, "tap-state", "FAIL").what, "tap0");
 }

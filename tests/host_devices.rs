@@ -76,7 +76,7 @@ fn alternative_name_serves_tap_everywhere() {
     assert_eq!(daemon.show("second")["device"]["name"], "tap1");
     // Whatever it is called, it is another port's.
     let refused = String::from_utf8(add("three", "first", "2").stderr).unwrap();
-    assert!(refused.contains(&format!("port {LONG} has its device")), "{refused}");
+    assert!(refused.contains(&format!("port {LONG} uses the same device")), "{refused}");
     // It is the file's port still.
     let before = daemon.show(LONG)["connections"].clone();
     daemon.ask(&["reload"]);
@@ -96,7 +96,7 @@ fn device_under_two_names_starts_no_two_ports() {
     fs::write(&file, ports).unwrap();
     let output = program().args(["run", "--config"]).arg(file).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("port tap0 has its device under another name"), "{said}");
+    assert!(said.contains("port tap0 uses the same device under another name"), "{said}");
 }
 
 #[test]

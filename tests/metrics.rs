@@ -95,7 +95,7 @@ fn prometheus_fetches_metrics_by_a_socket_or_a_port() {
     let output =
         output.args(["--socket-path=x", "--loopback", "--metrics=192.0.2.1:9560"]).output();
     let said = String::from_utf8(output.unwrap().stderr).unwrap();
-    assert!(said.contains("no loopback address"), "{said}");
+    assert!(said.contains("not a loopback address"), "{said}");
 }
 
 #[test]

@@ -345,7 +345,7 @@ fn log_of_a_reload_tells_who_changed_what() {
     let never = "[[port]]\nname = \"never\"\nsocket-path = \"{}/none/x\"\nloopback = true\n";
     daemon.write_config(&(CONTROL.to_owned() + &port("one", &one) + never));
     daemon.signal(Signal::SIGHUP);
-    eventually("the file is read again", || daemon.log().contains("read again, 1 failures"));
+    eventually("the file is read again", || daemon.log().contains(" failures=1"));
     assert_eq!(daemon.show("one")["state"], "running");
     let log = daemon.log();
     for said in [

@@ -90,7 +90,7 @@ fn check(test: &str, preloaded: &str) {
     next.arg(&tree).arg(program().get_program()).args(["run", "--take-over", "--config"]);
     let next = next.arg(daemon.path("config")).stderr(daemon.open_log()).spawn().unwrap();
     daemon.become_successor(next);
-    eventually("it has taken over", || daemon.log().contains("took over;"));
+    eventually("it has taken over", || daemon.log().contains("daemon: took over ports="));
     loopback.check_echo(50);
     drop(loopback);
     check_operators(&daemon, &text);
@@ -114,7 +114,7 @@ fn check_operators(daemon: &Daemon, text: &str) {
     let [mut loopback, mut tap] = ["one", "two"].map(|name| card(daemon, name));
     loopback.check_echo(200);
     wait_for_carrier("tap0");
-    let captured = || daemon.log().matches("captured by an operator").count();
+    let captured = || daemon.log().matches("capture started by an operator").count();
     let (before, file) = (captured(), daemon.path("capture"));
     let mut capture = program();
     capture.arg("ctl").arg("--control").arg(daemon.path("control"));

@@ -29,7 +29,7 @@ fn several_ports_are_served_at_once_and_each_ends_for_itself() {
     two.check_echo(500);
     card(&daemon, "one").check_echo(500);
     let log = daemon.log();
-    for line in ["one: ready, 1 queue pairs", "two: ready", "one: frontend disconnected"] {
+    for line in ["one: ready queue_pairs=1", "two: ready", "one: frontend disconnected"] {
         assert!(log.contains(line), "{line}: {log}");
     }
     // Once by whoever waited for it to listen.
@@ -61,7 +61,7 @@ fn what_is_wrong_with_a_file_is_said_with_its_place() {
     let cases = [
         ("[[port]]\nsocket-path = \"x\"\ntup = \"y\"\n", ":3:1: unknown field `tup`"),
         ("[defaults]\ntap = \"y\"\n", ":1:2: [defaults] can't name"),
-        ("", ": it describes no port"),
+        ("", ": no port, and no control socket"),
     ];
     for (contents, said) in cases {
         fs::write(&file, contents).unwrap();
@@ -88,6 +88,6 @@ fn two_ports_of_one_name_are_an_error() {
     let output = program().args(["run", "--config"]).arg(&file).output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(text.contains("two ports are called loopback: give one a name"), "{text}");
+    assert!(text.contains("two ports have the name loopback; set name for one"), "{text}");
     eventually("no socket is left", || !daemon.path("a").exists());
 }

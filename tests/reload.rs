@@ -40,8 +40,8 @@ fn add(daemon: &Daemon, name: &str) {
 fn reload(daemon: &Daemon, times: usize) {
     daemon.signal(Signal::SIGHUP);
     eventually("the file is read again", || {
-        daemon.log().matches("read again, ").count()
-            + daemon.log().matches("nothing is changed").count()
+        daemon.log().matches("reload: finished ").count()
+            + daemon.log().matches("no port changed").count()
             == times
     });
 }
@@ -104,7 +104,7 @@ fn reload_takes_no_descriptor_of_the_opener_s_own() {
     for fd in 3..6 {
         daemon.write_config(&(file.clone() + &odd(fd)));
         reload(&daemon, fd - 2);
-        let failed = daemon.log().matches("odd: not added: use descriptor").count();
+        let failed = daemon.log().matches("odd: not added: cannot use descriptor").count();
         assert_eq!(failed, fd - 2, "{}", daemon.log());
     }
     daemon.write_config(&(file + &loopback("new")));
@@ -125,7 +125,7 @@ fn the_opener_has_nothing_that_the_daemon_was_started_with() {
     let odd = format!("[[port]]\nname = \"odd\"\nfd = {number}\nloopback = true\n");
     daemon.write_config(&(file + &odd));
     reload(&daemon, 1);
-    let refused = format!("odd: not added: use descriptor {number} (--fd): ");
+    let refused = format!("odd: not added: cannot use descriptor {number} (--fd): ");
     assert!(daemon.log().contains(&refused), "{}", daemon.log());
 }
 
@@ -221,6 +221,8 @@ fn a_file_that_is_wrong_changes_nothing() {
     reload(&daemon, 1);
     one.check_echo(50);
     assert!(daemon.log().contains(":3:1: unknown field `tup`"), "{}", daemon.log());
+    assert_eq!(daemon.ctl(&["reload"]).status.code(), Some(1));
+    assert!(daemon.log().contains("daemon: reload refused: "), "{}", daemon.log());
     // Nor is a port lost for another that can't be had; what can't change is said.
     let wrong = "log-level = \"debug\"\n".to_owned() + CONTROL + &loopback("one");
     let three = loopback("three");
@@ -260,8 +262,8 @@ fn a_tap_port_is_added_to_a_daemon_that_can_open_nothing() {
         (&["add", &socket, "--tap=tap1"], "guest belongs to port tap0; name another"),
         (&["add", "--connect=/tmp/x", "--tap=tap0", "--name=b"], "tap tap0 belongs to port tap0"),
         (&["add", "--connect=/tmp/x", "--loopback", "--name=tap0"], "port tap0 already exists"),
-        (&["add", "--connect=/tmp/x", "--af-xdp=lo"], "has given up what AF_XDP needs"),
-        (&["add", "--connect=/tmp/x"], "name one of tap"),
+        (&["add", "--connect=/tmp/x", "--af-xdp=lo"], "sandbox forbids AF_XDP"),
+        (&["add", "--connect=/tmp/x"], "specify exactly one of tap"),
         (&["remove", "tap1"], "no port \"tap1\""),
     ] {
         let output = daemon.ctl(words);
@@ -269,6 +271,10 @@ fn a_tap_port_is_added_to_a_daemon_that_can_open_nothing() {
         assert_eq!(output.status.code(), Some(1), "{words:?}: {text}");
         assert!(text.contains(said), "{words:?}: {text}");
     }
+    daemon.ask(&["add", "--connect=/tmp/x", "--tap=tap7"]);
+    let log = daemon.log();
+    assert!(log.contains("tap tap7: created; removed on exit"), "{log}");
+    assert!(!log.contains("tap tap0: created"), "{log}");
     check_both_ways(&wire, &mut card(&daemon, "guest"), 200);
 }
 
@@ -325,7 +331,7 @@ fn rules_change_under_traffic() {
     eventually("it is dropped", dropped);
     assert_eq!(daemon.show("one")["options"]["anti-spoofing"], true);
     let refused = daemon.ctl(&["set", "one", "--anti-spoofing=off", "--vlan=7"]);
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("need anti-spoofing"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("require anti-spoofing"));
     daemon.ask(&["set", "one", "--source-mac=02:00:00:00:00:05,02:00:00:00:00:06"]);
     daemon.ask(&["set", "one", "--source-mac=none", "--anti-spoofing=off"]);
     card.recycle(0);
@@ -352,8 +358,8 @@ fn a_set_that_is_refused_changes_nothing() {
     let refused = daemon.ctl(&words);
     let text = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(1), "{text}");
-    assert!(text.contains("set its rx filter"), "{text}");
-    assert!(text.contains("nothing is changed"), "{text}");
+    assert!(text.contains("cannot set rx-filter"), "{text}");
+    assert!(text.contains("the port is unchanged"), "{text}");
     let after = daemon.show("one");
     for key in ["link", "tx_filter", "rx_filter", "tx_limit", "options"] {
         assert_eq!(after[key], before[key], "{key}");

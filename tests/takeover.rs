@@ -26,10 +26,10 @@ fn card(daemon: &Daemon, port: &str, options: Options) -> Card {
     Card::start(Frontend::new(daemon.connect_to(port)), options)
 }
 
-/// How long ports stood still each time, by the log.
+/// The pause of the ports at each take-over, by the log.
 fn gaps(daemon: &Daemon) -> Vec<Duration> {
     let log = daemon.log();
-    let times = log.lines().filter_map(|line| line.split_once("ports stood still for "));
+    let times = log.lines().filter_map(|line| line.split_once(" pause_max="));
     let parse = |text: &str| {
         let number = text.split(' ').next().unwrap();
         let (digits, unit) =
@@ -204,7 +204,7 @@ fn a_successor_that_fails_or_dies_leaves_all_to_its_predecessor() {
     let mut card = card(&other, "x", Options::default());
     assert_eq!(other.start_successor().wait().unwrap().code(), Some(1));
     assert!(
-        other.log().contains("x is on AF_XDP, whose sockets can't change hands"),
+        other.log().contains("cannot take over port x: AF_XDP sockets cannot be passed on"),
         "{}",
         other.log()
     );
@@ -214,7 +214,7 @@ fn a_successor_that_fails_or_dies_leaves_all_to_its_predecessor() {
     let mut nobody = Daemon::with_config(&(CONTROL.to_owned() + &ports), "one");
     nobody.kill();
     assert_eq!(nobody.start_successor().wait().unwrap().code(), Some(1));
-    assert!(nobody.log().contains("take over from the daemon at "), "{}", nobody.log());
+    assert!(nobody.log().contains("cannot take over from the daemon at "), "{}", nobody.log());
     nobody.write_config(&ports);
     assert_eq!(nobody.start_successor().wait().unwrap().code(), Some(2));
 }
@@ -332,7 +332,7 @@ fn takeover_refuses_an_incomplete_replay() {
         // It asks for nothing more, and ends.
         assert_eq!(read_until(&client, line).0, b"", "{count} messages, {cut} bytes");
         assert_eq!(successor.wait().unwrap().code(), Some(1));
-        assert!(fake.log().contains("take one over: "), "{}", fake.log());
+        assert!(fake.log().contains("cannot take over port one: "), "{}", fake.log());
     }
     card.check_echo(20);
 }
@@ -348,13 +348,13 @@ fn late_successor_does_not_end_anothers_takeover() {
         assert!(ask(successor, "hand-over").0["ok"].is_array());
         // Nobody else has the ports meanwhile.
         let refusal = ask(&next, "hand-over").0["error"]["message"].to_string();
-        assert!(refusal.contains("another daemon is taking the ports over"), "{refusal}");
+        assert!(refusal.contains("another daemon is taking over the ports"), "{refusal}");
         card.check_echo(20);
     }
     let (_told, _files) = ask(&next, "hand-over");
     // The late one is told so, and neither its request nor another's end changes anything.
     let refusal = ask(&late, "let-go").0["error"]["message"].to_string();
-    assert!(refusal.contains("the ports are resumed already"), "{refusal}");
+    assert!(refusal.contains("the old daemon has resumed its ports"), "{refusal}");
     drop((late, gone));
     std::thread::sleep(Duration::from_millis(50));
     assert!(!daemon.log().contains("the other daemon has gone"), "{}", daemon.log());

@@ -116,7 +116,7 @@ impl Client {
         }
     }
 
-    /// Sends the reply; returns false if the client must read before there is room.
+    /// Sends the reply; returns false if the client must read first.
     fn send(&mut self) -> io::Result<bool> {
         while !self.output.is_empty() {
             match self.stream.write(&self.output) {

@@ -43,7 +43,7 @@ pub(super) struct Report {
     summary: Summary,
     /// The state, and the event that ends it, for an operator.
     explanation: String,
-    /// The network device; `None` if the kernel does not tell.
+    /// The network device; `None` if the kernel does not report it.
     device: Option<DeviceReport>,
     /// The options that were set.
     options: serde_json::Map<String, serde_json::Value>,
@@ -51,7 +51,7 @@ pub(super) struct Report {
     connections: u64,
     /// Process ID of the connected VMM, if it is in the daemon's PID namespace.
     vmm_process: Option<i32>,
-    /// Whether another VMM has connected since. It waits, or has disconnected again unnoticed.
+    /// True if another VMM has connected since. It waits, or has disconnected again unnoticed.
     another_vmm_waits: bool,
     features: Option<String>,
     /// Mapped bytes of the VMM's files, and their limit.
@@ -68,7 +68,7 @@ struct DeviceReport {
     index: u32,
     /// Frames that the kernel dropped in the device, from host to guest.
     rx_drops: u64,
-    /// The same, from guest to host.
+    /// Frames that the kernel dropped in the device, from guest to host.
     tx_drops: u64,
     /// Number of its queues that other processes have open.
     foreign_queues: u32,
@@ -210,7 +210,7 @@ pub(super) fn features(port: &Port) -> serde_json::Value {
 pub(super) fn traffic(row: &Row) -> serde_json::Value {
     let Row { key, volume } = row;
     serde_json::json!({
-        "way": if key.way == FrameDirection::Tx { "tx" } else { "rx" },
+        "way": if key.direction == FrameDirection::Tx { "tx" } else { "rx" },
         "protocol": key.protocol.map(|protocol| protocol.to_string()),
         "peer": key.peer,
         "frames": volume.frames,

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
+use log::error;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -45,7 +46,7 @@ pub enum Command {
         /// The options that describe the port.
         #[command(flatten)]
         port: Box<PortOptions>,
-        /// Whether the daemon's file describes the port.
+        /// True if the daemon's file describes the port.
         #[arg(skip)]
         #[serde(default)]
         from_file: bool,
@@ -64,6 +65,12 @@ pub enum Command {
         /// The names of these ports.
         ports: Vec<String>,
     },
+    /// Log that the client could not read the file of a reload.
+    #[command(skip)]
+    ReloadRefused {
+        /// The reason, with the place in the file.
+        why: String,
+    },
     /// Replace a port by one that the daemon's file describes; the old port resumes if the new one cannot start. The
     /// request brings the descriptors that the new port needs and the old one does not have.
     #[command(skip)]
@@ -77,7 +84,7 @@ pub enum Command {
     Remove {
         /// The port's name.
         port: String,
-        /// Whether the port is removed because the daemon's file no longer describes it.
+        /// True if the port is removed because the daemon's file no longer describes it.
         #[arg(skip)]
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         from_file: bool,
@@ -125,6 +132,7 @@ impl Command {
             | Command::Metrics {}
             | Command::Features {}
             | Command::Missing { .. }
+            | Command::ReloadRefused { .. }
             | Command::Listeners {}
             | Command::LetGo {} => true,
             Command::Set { .. }
@@ -240,6 +248,10 @@ fn answer(
         }
         Command::Missing { ports: names } => {
             ports.set_missing(names);
+            Ok(json!({}))
+        }
+        Command::ReloadRefused { why } => {
+            error!("daemon: reload refused: {why}; no port changed");
             Ok(json!({}))
         }
         Command::Remove { port, from_file } => {

@@ -1,5 +1,5 @@
-//! Pieces of the command line that become a configuration: the daemon's own options, and the options of
-//! `run` and `check-config`.
+//! Command-line options that become a configuration: those of the daemon itself, of `run` and of
+//! `check-config`.
 
 use std::path::PathBuf;
 
@@ -78,7 +78,9 @@ impl RunOptions {
         let config = file::read(&self.config)?;
         if self.take_over && config.control.is_none() {
             let shown = self.config.display();
-            return Err(format!("{shown}: take-over needs a control socket: control = \"PATH\""));
+            return Err(format!(
+                "{shown}: --take-over requires a control socket; add control = \"PATH\""
+            ));
         }
         Ok(Config { take_over: self.take_over, ..config })
     }
@@ -93,10 +95,10 @@ pub struct CheckOptions {
 }
 
 impl CheckOptions {
-    /// Checks the file, also against this host; returns the notes and a summary, a line each.
+    /// Checks the file and this host; returns possible mistakes and a summary, one line each.
     ///
     /// # Errors
-    /// All mistakes, a line each.
+    /// The file has mistakes, which the text names, one line each.
     pub fn check(&self) -> Result<String, String> {
         let (config, notes) = file::check(&self.config)?;
         let notes: String = notes.iter().map(|note| format!("{note}\n")).collect();

@@ -1,5 +1,5 @@
-//! A file that describes several ports, in TOML: `[defaults]`, and a `[[port]]` for each. The keys
-//! are the command line's options.
+//! The configuration file in TOML: the daemon's keys, `[defaults]`, and a `[[port]]` for each port. The keys
+//! have the names of the command line's options.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -17,7 +17,7 @@ use super::options::socket_path;
 use super::{Config, MetricsAddress, PortConfig, PortOptions, check_start};
 use crate::sandbox::{Confinement, Seccomp};
 
-/// Longest file in bytes: 128 bytes a line, that is some hundred ports with all options.
+/// Longest file in bytes: about a hundred ports with all options, at 128 bytes per line.
 const MAX_FILE: u64 = 1 << 20;
 
 #[derive(Debug, Deserialize)]
@@ -41,7 +41,7 @@ fn info() -> LevelFilter {
     LevelFilter::Info
 }
 
-/// Configuration of a file, and the place at which each port begins, in bytes.
+/// Configuration of a file, and the offset of each port in bytes.
 #[derive(Debug)]
 struct Parsed {
     config: Config,
@@ -51,7 +51,7 @@ struct Parsed {
 /// Reads a file.
 ///
 /// # Errors
-/// One line: the file, line and column, the first mistake, and the number of further mistakes.
+/// The file has a mistake. One line names file, line, column, the first mistake, and the number of others.
 pub fn read(path: &Path) -> Result<Config, String> {
     let text = read_text(path)?;
     let Parsed { config, .. } = parse(&text).map_err(|wrong| {
@@ -66,11 +66,11 @@ pub fn read(path: &Path) -> Result<Config, String> {
     named(config, path)
 }
 
-/// Reads a file and checks it against this host. Returns the configuration, and possible mistakes, a line
+/// Reads a file and checks it against this host. Returns the configuration, and possible mistakes, one line
 /// each.
 ///
 /// # Errors
-/// The mistakes, a line each: the file, line and column, and the mistake.
+/// The file has mistakes. Each line names file, line, column and mistake.
 pub(super) fn check(path: &Path) -> Result<(Config, Vec<String>), String> {
     let text = read_text(path)?;
     let lines = |wrong: &[Wrong]| -> Vec<String> {
@@ -89,17 +89,18 @@ pub(super) fn check(path: &Path) -> Result<(Config, Vec<String>), String> {
 }
 
 fn named(config: Config, path: &Path) -> Result<Config, String> {
-    let file =
-        std::path::absolute(path).map_err(|error| format!("find {}: {error}", path.display()))?;
+    let file = std::path::absolute(path).map_err(|error| {
+        format!("cannot find {}: {error}; write its path from / on", path.display())
+    })?;
     Ok(Config { file: Some(file), ..config })
 }
 
-/// Reads a regular file of at most [`MAX_FILE`] bytes. Nothing else is waited for.
+/// Reads a regular file of at most [`MAX_FILE`] bytes. Does not block on a FIFO or a device.
 fn read_text(path: &Path) -> Result<String, String> {
     let shown = path.display();
-    let failed = |error: io::Error| format!("read {shown}: {error}");
-    let irregular = || Err(format!("read {shown}: not a regular file; name a file in TOML"));
-    // Before it is opened: to open a device can do something.
+    let failed = |error: io::Error| format!("cannot read {shown}: {error}");
+    let irregular = || Err(format!("cannot read {shown}: not a regular file; name a file in TOML"));
+    // Checked before opening too, because opening a device can have effects.
     if !fs::metadata(path).map_err(failed)?.is_file() {
         return irregular();
     }
@@ -113,16 +114,16 @@ fn read_text(path: &Path) -> Result<String, String> {
     file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > MAX_FILE {
         return Err(format!(
-            "read {shown}: longer than {MAX_FILE} bytes; is it the configuration file?"
+            "cannot read {shown}: longer than {MAX_FILE} bytes; is it the configuration file?"
         ));
     }
     String::from_utf8(bytes).map_err(|error| {
         let place = error.utf8_error().valid_up_to();
-        format!("read {shown}: byte {place} is not UTF-8; write the file in UTF-8")
+        format!("cannot read {shown}: byte {place} is not UTF-8; write the file in UTF-8")
     })
 }
 
-/// A mistake, and its place in bytes.
+/// A mistake, and its offset in bytes.
 type Wrong = (Option<usize>, String);
 
 /// Returns a mistake with the file, line and column.
@@ -140,7 +141,7 @@ fn located(path: &Path, text: &str, (offset, what): &Wrong) -> String {
 fn wrong(error: &toml::de::Error) -> Wrong {
     let lines: Vec<&str> = error.message().lines().collect();
     let mut what = lines.join(", ");
-    // What else there could be takes 400 letters.
+    // toml's list of all keys would add 400 letters.
     if let Some((unknown, _)) = what.split_once(", expected one of `")
         && unknown.starts_with("unknown field")
     {
@@ -186,7 +187,7 @@ pub(super) fn first_mistake(text: &str) -> Option<String> {
     parse(text).err().map(|wrong| wrong[0].1.clone())
 }
 
-/// Parses a file's text and finds all mistakes that no other mistake hides.
+/// Parses a file's text. Reports all mistakes, except those that another mistake hides.
 fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
     let (mut root, errors) = DeTable::parse_recoverable(text);
     if !errors.is_empty() {
@@ -218,13 +219,15 @@ fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
         mistakes.push((None, format!("control: {what}")));
         None
     });
-    // Whatever has no default is gone after this.
+    // `or` drops the keys that can have no default.
     if PortOptions::default().or(&defaults) != defaults {
-        let what = "[defaults] can't name a port, its frontend, its host side or its MAC address";
+        let what = "[defaults] can't name a port, its frontend, its host side or its MAC address; move these \
+                    keys to each [[port]]";
         mistakes.push((defaults_place, what.into()));
     }
     if !described && control.is_none() && mistakes.is_empty() {
-        let what = "it describes no port, and no control socket to add one by: write a [[port]]";
+        let what =
+            "no port, and no control socket to add one; write a [[port]], or control = \"PATH\"";
         mistakes.push((None, what.into()));
     }
     let (mut ports, mut places): (Vec<PortConfig>, Vec<usize>) = Default::default();
@@ -234,7 +237,7 @@ fn parse(text: &str) -> Result<Parsed, Vec<Wrong>> {
             Ok(port) => {
                 ports.push(port);
                 places.push(place);
-                // One that takes what another has counts no more.
+                // A port that claims another port's object is left out, so that later ports are checked.
                 if let Err(what) = check_start(&ports, control.as_deref()) {
                     mistakes.push((Some(place), what));
                     ports.pop();
@@ -269,7 +272,7 @@ mod tests {
     use crate::policy::Limit;
 
     #[test]
-    fn a_port_says_what_differs_from_the_defaults() {
+    fn port_overrides_defaults() {
         let config = parse(
             r#"
             log-level = "debug"
@@ -310,8 +313,8 @@ mod tests {
         assert_eq!((b.mtu, b.guest_tso, b.name.as_deref()), (1400, false, Some("b")));
         assert_eq!(b.cpu_affinity, [1, 3, 4]);
         assert_eq!(a.allowed_sources, None);
-        let identity = b.allowed_sources.unwrap();
-        assert_eq!((identity.macs.len(), identity.addresses.len()), (2, 2));
+        let sources = b.allowed_sources.unwrap();
+        assert_eq!((sources.macs.len(), sources.addresses.len()), (2, 2));
         let filter = "deny tcp dport 25; default allow".parse().unwrap();
         assert_eq!((&a.tx_filter, &b.tx_filter), (&filter, &filter));
         assert_eq!((a.rx_filter.is_none(), b.rx_filter.is_none()), (false, true));
@@ -321,11 +324,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_its_place() {
+    fn mistake_has_line_and_column() {
         let port = "[[port]]\nsocket-path = \"/a\"\nloopback = true\n";
         let cases = [
             ("", (None, "no port")),
-            ("metrics = \"0.0.0.0:9560\"\n", (Some((1, 11)), "no loopback address")),
+            ("metrics = \"0.0.0.0:9560\"\n", (Some((1, 11)), "not a loopback address")),
             ("metrics = \"9560\"\n", (Some((1, 11)), "127.0.0.1:9560")),
             ("control = \"/a\"\n[[port]]\n", (Some((2, 1)), "socket-path")),
             ("[[port]]\nsocket-path = \"/a\"\ntup = \"x\"\n", (Some((3, 1)), "tup")),
@@ -355,8 +358,8 @@ mod tests {
             (&format!("{port}mtu = 67\n"), (Some((1, 1)), "67")),
             (&format!("{port}name = \"a b\"\n"), (Some((1, 1)), "a b")),
             (&format!("[defaults]\ntap = \"a\"\n{port}"), (Some((1, 2)), "[defaults]")),
-            (&format!("{port}{port}"), (Some((4, 1)), "socket /a is named twice")),
-            (&format!("control = \"/a\"\n{port}"), (Some((2, 1)), "socket /a is named twice")),
+            (&format!("{port}{port}"), (Some((4, 1)), "socket /a is used twice")),
+            (&format!("control = \"/a\"\n{port}"), (Some((2, 1)), "socket /a is used twice")),
             ("[[port]\n", (Some((1, 8)), "")),
         ];
         for (text, (place, named)) in cases {
@@ -368,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn all_mistakes_are_said_at_once() {
+    fn all_mistakes_are_reported_at_once() {
         let text = "log-level = \"loud\"\nusr = \"x\"\n[defaults]\nmtu = 70000\n\
                     [[port]]\nsocket-path = \"/a\"\ntap = \"far/too\"\n\
                     [[port]]\nsocket-path = \"/b\"\ntup = \"\"\"\na\nb\"\"\"\nlink = \"on\"\n\
@@ -379,13 +382,13 @@ mod tests {
             wrong.iter().filter_map(|(place, _)| Some(position(text, (*place)?).0)).collect();
         assert_eq!(lines, [1, 2, 4, 5, 10, 13, 17], "{wrong:?}");
         for (named, (_, what)) in
-            ["log-level: ", "usr", "mtu: ", "far/too", "tup", "link: ", "named twice"]
+            ["log-level: ", "usr", "mtu: ", "far/too", "tup", "link: ", "used twice"]
                 .iter()
                 .zip(&wrong)
         {
             assert!(what.contains(named), "{what}");
         }
-        // What is no TOML may hide the rest.
+        // A syntax error may hide other mistakes.
         assert_eq!(parse("a = \nb = ]\n[[port\n").unwrap_err().len(), 3);
     }
 }

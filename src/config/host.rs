@@ -18,7 +18,7 @@ use crate::sys::process::{check_cpus, check_writable};
 pub(super) struct Finding {
     /// The port's index; `None` for the daemon's own settings.
     pub(super) port: Option<usize>,
-    /// Whether the daemon would fail; else the mistake may be fixed before its start.
+    /// True if the daemon would fail; false if the mistake may be fixed before the daemon starts.
     pub(super) certain: bool,
     /// `KEY: CAUSE; FIX`.
     pub(super) what: String,
@@ -47,7 +47,7 @@ pub(super) fn check_host(config: &Config) -> Vec<Finding> {
     found
 }
 
-/// Whether a mistake is certain, and its text.
+/// Certainty of a mistake, and its text.
 type Found = (bool, String);
 
 fn wrong(what: String) -> Result<(), Found> {
@@ -78,7 +78,7 @@ fn check_port(port: &PortConfig, earlier: &[PortConfig]) -> [Result<(), Found>; 
 fn check_name(port: &PortConfig, earlier: &[PortConfig]) -> Result<(), Found> {
     let Some(name) = port.known_name() else { return Ok(()) };
     if earlier.iter().any(|other| other.known_name() == Some(name)) {
-        return wrong(format!("name: two ports are called {name}; give one a name"));
+        return wrong(format!("name: two ports have the name {name}; set name for one"));
     }
     Ok(())
 }
@@ -92,15 +92,15 @@ fn check_group(key: &str, group: Option<&str>) -> Result<(), Found> {
     }
 }
 
-/// Checks that a socket can be made at `path`. A missing directory below /run may be made when a service
-/// starts.
+/// Checks that a socket can be created at `path`. A missing directory below /run is no certain mistake: a service
+/// creates its directory when it starts.
 fn check_socket(key: &str, path: &Path) -> Result<(), Found> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     let directory = parent.unwrap_or(Path::new("."));
     let shown = directory.display();
     match fs::metadata(directory) {
         Ok(metadata) if !metadata.is_dir() => {
-            return wrong(format!("{key}: {shown} is no directory; choose another path"));
+            return wrong(format!("{key}: {shown} is not a directory; choose another path"));
         }
         Ok(_) => {}
         Err(error) => {
@@ -115,14 +115,14 @@ fn check_socket(key: &str, path: &Path) -> Result<(), Found> {
     }
     match fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.file_type().is_socket() => wrong(format!(
-            "{key}: {} is a file that is no socket; remove it or choose another path",
+            "{key}: {} is a file that is not a socket; remove it or choose another path",
             path.display()
         )),
         _ => Ok(()),
     }
 }
 
-/// Checks that a device is of the right kind. The daemon makes a missing TAP.
+/// Checks that a device is of the right kind. A missing TAP is no mistake, because the daemon creates it.
 fn check_device(port: &PortConfig) -> Result<(), Found> {
     match &port.host {
         Host::Tap(name) => {

@@ -9,15 +9,15 @@ use super::{DaemonOptions, PortOptions, file};
 pub struct Key {
     /// The key, which is the option's name.
     pub name: String,
-    /// Types of TOML that its value may have.
+    /// TOML types that its value may have.
     pub kind: String,
     /// The option's help.
     pub help: String,
-    /// The value that holds if the file does not have the key.
+    /// Value that holds if the key is omitted, as text for people.
     pub default: Option<String>,
-    /// A line of a file.
+    /// Line of a file with this key.
     pub example: String,
-    /// The tables that take it.
+    /// Tables that take the key.
     pub place: Place,
 }
 
@@ -32,11 +32,11 @@ pub enum Place {
     PortAndDefaults,
 }
 
-/// Types of TOML with a value of each.
+/// TOML types, with a value of each.
 const KINDS: [(&str, &str); 4] =
     [("true or false", "true"), ("number", "1"), ("text", "\"x\""), ("list", "[]")];
 
-/// A value for each key.
+/// Example value for each key.
 const EXAMPLES: [(&str, &str); 34] = [
     ("af-xdp", "\"eth1,queue=2,mode=zero-copy\""),
     ("anti-spoofing", "true"),
@@ -74,7 +74,7 @@ const EXAMPLES: [(&str, &str); 34] = [
     ("vlan", "[10, 20]"),
 ];
 
-/// All keys, in the order of the help.
+/// Returns all keys, in the order of the help.
 pub fn keys() -> Vec<Key> {
     let options = DaemonOptions::augment_args(PortOptions::augment_args(clap::Command::new("")));
     options.get_arguments().filter_map(key).collect()
@@ -96,9 +96,11 @@ fn key(arg: &Arg) -> Option<Key> {
         _ => Place::Port,
     };
     let help = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
-    let said = help.split_once("[default: ").and_then(|(_, rest)| rest.split_once(']'));
+    // The first paragraph only: the others describe parts of the value, with defaults of their own.
+    let summary = arg.get_help().map(ToString::to_string).unwrap_or_default();
+    let stated = summary.split_once("[default: ").and_then(|(_, rest)| rest.split_once(']'));
     let values: Vec<_> = arg.get_default_values().iter().map(|it| it.to_string_lossy()).collect();
-    let default = match said {
+    let default = match stated {
         Some((default, _)) => Some(default.to_owned()),
         None => {
             arg.get_action().takes_values().then(|| values.join(",")).filter(|it| !it.is_empty())
@@ -115,7 +117,7 @@ fn daemon(text: &str) -> Result<(), String> {
     file::first_mistake(text).map_or(Ok(()), Err)
 }
 
-/// The types that a key takes, by what `read` complains of; none if there is no such key.
+/// Returns the TOML types that a key takes, by the errors of `read`; `None` for an unknown key.
 fn kinds(read: impl Fn(&str) -> Result<(), String>) -> Option<String> {
     let taken = |value: &str| match read(value) {
         Err(why) if why.contains("unknown field") => None,
@@ -138,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_key_has_an_example_that_the_file_takes() {
+    fn every_key_has_a_valid_example() {
         let keys = keys();
         let named: BTreeSet<&str> = keys.iter().map(|key| key.name.as_str()).collect();
         let examples: BTreeSet<&str> = EXAMPLES.iter().map(|(key, _)| *key).collect();
@@ -157,5 +159,18 @@ mod tests {
             ["log-level", "tap", "mtu"].map(place),
             [Place::Daemon, Place::Port, Place::PortAndDefaults]
         );
+    }
+
+    #[test]
+    fn default_of_a_sub_option_is_not_the_keys() {
+        let keys = keys();
+        let default =
+            |name: &str| keys.iter().find(|key| key.name == name).unwrap().default.clone();
+        // `queue=N` of af-xdp, and `burst=` of a limit, have defaults of their own.
+        assert_eq!(default("af-xdp"), None);
+        assert_eq!(default("tx-limit").as_deref(), Some("none"));
+        assert_eq!(default("mtu").as_deref(), Some("1500"));
+        assert_eq!(default("log-level").as_deref(), Some("info"));
+        assert!(default("max-memory").is_some_and(|it| it.starts_with("twice the host's RAM")));
     }
 }

@@ -15,7 +15,7 @@ const KEYS: [&str; 10] =
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct NetBackend {
     pub(super) socket: PathBuf,
-    /// Whether to connect to the socket.
+    /// True to connect to the socket, false to listen on it.
     pub(super) client: bool,
     pub(super) tap: String,
     pub(super) queue_pairs: u16,
@@ -23,7 +23,7 @@ pub(super) struct NetBackend {
     pub(super) mtu: Option<u16>,
 }
 
-/// Reads the value of a key.
+/// Parses the value of a key, if it is present.
 fn read<T: FromStr<Err: Display>>(key: &str, value: Option<&str>) -> Result<Option<T>, String> {
     let parse = |value: &str| value.parse().map_err(|error| format!("{key}={value}: {error}"));
     value.map(parse).transpose()
@@ -35,16 +35,17 @@ impl FromStr for NetBackend {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut pairs = Vec::new();
         for part in text.split(',') {
-            let (key, value) =
-                part.split_once('=').ok_or_else(|| format!("'{part}' is no key=value"))?;
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| format!("'{part}' is not of the form key=value"))?;
             if !KEYS.contains(&key) {
-                return Err(format!("'{key}' is none of {}", KEYS.join(", ")));
+                return Err(format!("unknown key '{key}'; use {}", KEYS.join(", ")));
             }
             pairs.push((key, value));
         }
         let get = |key| pairs.iter().rfind(|pair| pair.0 == key).map(|pair| pair.1);
-        let tap = get("tap").ok_or("tap is missing: name the device")?.to_owned();
-        // The daemon gives up the right to configure devices; whoever makes them has it.
+        let tap = get("tap").ok_or("tap is missing; name the device")?.to_owned();
+        // The sandboxed daemon may not configure devices; the operator who creates them may.
         let ip: Option<IpAddr> = read("ip", get("ip"))?;
         let mask: Option<IpAddr> = read("mask", get("mask"))?;
         if ip.is_some() || mask.is_some() {
@@ -55,13 +56,13 @@ impl FromStr for NetBackend {
                 None => 24,
             };
             return Err(format!(
-                "ip and mask are not set by this program: leave them out, and run \
+                "this program does not set ip and mask; leave them out, and run \
                  'ip address add {ip}/{length} dev {tap}'"
             ));
         }
         if let Some(mac) = get("host_mac") {
             return Err(format!(
-                "host_mac is not set by this program: leave it out, and run \
+                "this program does not set host_mac; leave it out, and run \
                  'ip link set dev {tap} address {mac}'"
             ));
         }
@@ -72,12 +73,12 @@ impl FromStr for NetBackend {
         };
         let queues: u16 = read("num_queues", get("num_queues"))?.unwrap_or(2);
         if queues == 0 || !queues.is_multiple_of(2) {
-            return Err(format!("num_queues={queues}: receive and transmit queues come in pairs"));
+            return Err(format!("num_queues={queues} is not even; a queue pair has two queues"));
         }
-        // Rings have the size that the VMM asks for, up to 32768.
+        // Checked, and ignored: the VMM sets the size of the rings, up to 32768.
         let _: Option<u16> = read("queue_size", get("queue_size"))?;
         Ok(NetBackend {
-            socket: get("socket").ok_or("socket is missing: name its path")?.into(),
+            socket: get("socket").ok_or("socket is missing; name its path")?.into(),
             client,
             tap,
             queue_pairs: queues / 2,
@@ -92,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn its_keys_stand_for_options() {
+    fn net_backend_keys_become_options() {
         let text = "mac=52:54:00:00:00:01,mtu=9000,socket=/run/a,client=on,num_queues=4,\
                     queue_size=256,tap=vmtap0";
         let expected = NetBackend {
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_does_beyond_a_backend_is_refused_with_the_command_for_it() {
+    fn unsupported_key_is_refused_with_a_command() {
         let cases = [
             ("ip=192.168.100.1,mask=255.255.255.0", "'ip address add 192.168.100.1/24 dev t'"),
             ("ip=2001:db8::1,mask=ffff:ffff::", "'ip address add 2001:db8::1/32 dev t'"),

@@ -1,4 +1,4 @@
-//! Options of a port, on the command line or in the file, and what they mean.
+//! Options of a port, on the command line or in the file, and their conversion into a configuration.
 
 mod changes;
 mod values;
@@ -33,7 +33,7 @@ const TUNING: &str = "Tuning";
 /// Longest name of a port in bytes.
 const MAX_PORT_NAME: usize = 63;
 const DEFAULT_MTU: u16 = 1500;
-/// Highest number of a VLAN (IEEE 802.1Q).
+/// Highest VLAN ID (IEEE 802.1Q).
 const MAX_VLAN: u16 = 4094;
 
 /// Options of a port, each present or omitted. Options of the command line and keys of the file have the
@@ -181,7 +181,7 @@ impl PortOptions {
 
     /// Returns these options with absolute paths.
     pub fn absolute(self) -> Self {
-        let own = self.in_own_words();
+        let own = self.expand_net_backend();
         // Fails for an empty path, which is refused later.
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
         PortOptions {
@@ -192,7 +192,7 @@ impl PortOptions {
     }
 
     /// Returns these options with --net-backend replaced by the options that it stands for.
-    fn in_own_words(mut self) -> Self {
+    fn expand_net_backend(mut self) -> Self {
         let Some(backend) = self.net_backend.take() else { return self };
         let place = if backend.client { &mut self.connect } else { &mut self.socket_path };
         *place = Some(backend.socket);
@@ -205,19 +205,19 @@ impl PortOptions {
         }
     }
 
-    /// Returns the configuration of the port that they describe.
+    /// Returns the configuration of the port that the options describe.
     ///
     /// # Errors
-    /// One line that names the first mistake.
+    /// An option is wrong or missing. The line names the first mistake.
     pub fn check(mut self) -> Result<PortConfig, String> {
-        self = self.in_own_words();
+        self = self.expand_net_backend();
         let options = self.clone();
         let name = self.name.map(port_name).transpose()?;
         let frontend = match (self.socket_path, self.fd, self.connect) {
             (Some(path), None, None) => Frontend::Listen(socket_path(path)?),
             (None, Some(fd), None) => Frontend::Inherited(fd),
             (None, None, Some(path)) => Frontend::Connect(socket_path(path)?),
-            _ => return Err("name one of socket-path, fd and connect".into()),
+            _ => return Err("specify exactly one of socket-path, fd or connect".into()),
         };
         let queues_given = u16::try_from(self.tap_fd.len()).unwrap_or(u16::MAX);
         let queue_pairs = self.queue_pairs.unwrap_or(queues_given.max(1));
@@ -231,7 +231,7 @@ impl PortOptions {
             (None, Some(af_xdp), false, 0) => Host::AfXdp(af_xdp),
             (None, None, true, 0) => Host::Loopback,
             (None, None, false, 1..) => Host::TapDescriptors(self.tap_fd),
-            _ => return Err("name one of tap, tap-fd, af-xdp and loopback".into()),
+            _ => return Err("specify exactly one of tap, tap-fd, af-xdp or loopback".into()),
         };
         match &host {
             Host::TapDescriptors(_) if queues_given != queue_pairs => {
@@ -241,12 +241,12 @@ impl PortOptions {
                 ));
             }
             Host::AfXdp(af_xdp) if af_xdp.steer && self.mac.is_none() => {
-                return Err("steer=mac needs the guest's address: mac".into());
+                return Err("steer=mac requires the guest's address; set mac".into());
             }
             Host::AfXdp(af_xdp) if af_xdp.steer && queue_pairs > 1 => {
                 return Err(format!(
-                    "steer=mac brings all frames to one queue, which does not go with \
-                     queue-pairs={queue_pairs}"
+                    "steer=mac steers all frames to one queue, and queue-pairs={queue_pairs}; use one queue \
+                     pair"
                 ));
             }
             _ => {}
@@ -254,11 +254,11 @@ impl PortOptions {
         let anti_spoofing = self.anti_spoofing.unwrap_or(false);
         let macs: Vec<MacAddress> = self.mac.into_iter().chain(self.source_mac).collect();
         if anti_spoofing && macs.is_empty() {
-            return Err("anti-spoofing needs the guest's address: mac or source-mac".into());
+            return Err("anti-spoofing requires the guest's address; set mac or source-mac".into());
         }
         let sources = macs.len() > usize::from(self.mac.is_some()) || !self.source_ip.is_empty();
         if !anti_spoofing && (sources || !self.vlan.is_empty()) {
-            return Err("source-mac, source-ip and vlan need anti-spoofing".into());
+            return Err("source-mac, source-ip and vlan require anti-spoofing; turn it on".into());
         }
         if let Some(vlan) = self.vlan.iter().find(|vlan| !(1..=MAX_VLAN).contains(*vlan)) {
             return Err(format!("vlan={vlan} is not between 1 and {MAX_VLAN}"));
@@ -271,11 +271,11 @@ impl PortOptions {
         });
         let rx_filter = self.rx_filter.unwrap_or_default();
         if host == Host::Loopback && !rx_filter.is_none() {
-            return Err("rx-filter does not go with loopback: use tx-filter".into());
+            return Err("loopback does not support rx-filter; use tx-filter".into());
         }
         let mtu = self.mtu.unwrap_or(DEFAULT_MTU);
         if mtu < MIN_MTU {
-            return Err(format!("mtu={mtu} is less than {MIN_MTU}, the smallest of IPv4"));
+            return Err(format!("mtu={mtu} is less than {MIN_MTU}, the minimum of IPv4"));
         }
         Ok(PortConfig {
             options,
@@ -310,7 +310,7 @@ fn set_of<T: Ord>(mut list: Vec<T>) -> Vec<T> {
     list
 }
 
-/// Checks a port's name, which stands in messages, paths and metrics as it is.
+/// Checks a port's name, which messages, paths and metrics contain verbatim.
 fn port_name(name: String) -> Result<String, String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if name.is_empty()
@@ -319,8 +319,8 @@ fn port_name(name: String) -> Result<String, String> {
         || !name.chars().all(plain)
     {
         return Err(format!(
-            "{name:?} is no name for a port: 1 to {MAX_PORT_NAME} letters, digits, -, _ and ., \
-             and no . at the start"
+            "{name:?} is not a valid port name; use 1 to {MAX_PORT_NAME} letters, digits, -, _ and ., \
+             without . at the start"
         ));
     }
     Ok(name)
@@ -331,12 +331,12 @@ pub(super) fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
     let length = path.as_os_str().len();
     if length > MAX_PATH {
         return Err(format!(
-            "socket path {} has {length} bytes: a unix socket's path has {MAX_PATH} at the most",
+            "socket path {} has {length} bytes; use at most {MAX_PATH}, the limit of unix sockets",
             path.display()
         ));
     }
     if length == 0 {
-        return Err("the socket path is empty".into());
+        return Err("the socket path is empty; name a path".into());
     }
     Ok(path)
 }
@@ -353,7 +353,7 @@ pub(crate) fn device_name(name: &str) -> Result<String, String> {
         });
     if bad {
         return Err(format!(
-            "{name:?} is no name for a network device: 1 to {MAX_NAME} bytes without /, :, % or blanks"
+            "{name:?} is not a valid device name; use 1 to {MAX_NAME} bytes without /, :, % or blanks"
         ));
     }
     Ok(name.to_owned())
@@ -387,7 +387,7 @@ impl FromStr for AfXdp {
             let (key, value) = part
                 .split_once('=')
                 .ok_or_else(|| format!("'{part}' is not of the form key=value"))?;
-            let one_of = |choices: &str| format!("'{value}' is no {key}: write {choices}");
+            let one_of = |choices: &str| format!("'{value}' is not a valid {key}; write {choices}");
             match key {
                 "queue" => {
                     parsed.queue = value.parse().map_err(|_| one_of("a number up to 65535"))?;
@@ -402,13 +402,11 @@ impl FromStr for AfXdp {
                 }
                 "steer" if value == "mac" => parsed.steer = true,
                 "steer" => return Err(one_of("mac")),
-                _ => return Err(format!("'{key}' is none of queue, mode, attach and steer")),
+                _ => return Err(format!("unknown key '{key}'; use queue, mode, attach or steer")),
             }
         }
         if parsed.mode == Mode::ZeroCopy && parsed.attach == Attach::Generic {
-            return Err(
-                "mode=zero-copy needs the driver: it does not go with attach=generic".into()
-            );
+            return Err("mode=zero-copy requires the driver; remove attach=generic".into());
         }
         Ok(parsed)
     }

@@ -1,10 +1,10 @@
-//! Histograms of values, by powers of two.
+//! Histograms whose bounds are powers of two.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::Counter;
 
-/// How often values were how large: at most 1, 2, 4, … up to 2^(N-1), or larger.
+/// Counts of values by size: at most 1, at most 2, at most 4, … at most 2^(N-1), and larger.
 #[derive(Debug)]
 pub struct Histogram<const N: usize> {
     counts: [Counter; N],
@@ -28,7 +28,7 @@ impl<const N: usize> Serialize for Histogram<N> {
 
 impl<'de, const N: usize> Deserialize<'de> for Histogram<N> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // Of another version it may have fewer, or more.
+        // Another version may have fewer bounds, or more.
         let mut all = Vec::<Counter>::deserialize(deserializer)?.into_iter();
         let counts = std::array::from_fn(|_| all.next().unwrap_or_default());
         let (larger, sum) = (all.next().unwrap_or_default(), all.next().unwrap_or_default());
@@ -40,21 +40,23 @@ impl<const N: usize> Histogram<N> {
     /// Counts a value. Only the histogram's one writer may call this.
     #[inline]
     pub fn observe(&self, value: u64) {
-        let place = (u64::BITS - value.saturating_sub(1).leading_zeros()) as usize;
-        self.counts.get(place).unwrap_or(&self.larger).add(1);
+        let index = (u64::BITS - value.saturating_sub(1).leading_zeros()) as usize;
+        self.counts.get(index).unwrap_or(&self.larger).add(1);
         self.sum.add(value);
     }
 
-    pub(super) fn restore(&self, told: &Self) {
-        self.counts.iter().zip(&told.counts).for_each(|(ours, theirs)| ours.restore(theirs));
-        self.larger.restore(&told.larger);
-        self.sum.restore(&told.sum);
+    /// Adds the counts of another daemon, as [`Counter::restore`] does.
+    pub(super) fn restore(&self, other: &Self) {
+        self.counts.iter().zip(&other.counts).for_each(|(ours, theirs)| ours.restore(theirs));
+        self.larger.restore(&other.larger);
+        self.sum.restore(&other.sum);
     }
 
-    /// Bounds, and how many values were not above each; infinity, with all of them, comes last.
+    /// Returns the bounds in ascending order, each with the number of values at or below it. The last bound is
+    /// infinity.
     pub fn cumulated(&self) -> Vec<(f64, u64)> {
         let mut below = 0;
-        let bounds = (0..N).map(|place| (1_u64 << place) as f64).chain([f64::INFINITY]);
+        let bounds = (0..N).map(|index| (1_u64 << index) as f64).chain([f64::INFINITY]);
         let counts = self.counts.iter().chain([&self.larger]);
         let cumulate = |(bound, count): (f64, &Counter)| {
             below += count.get();
@@ -63,12 +65,13 @@ impl<const N: usize> Histogram<N> {
         bounds.zip(counts).map(cumulate).collect()
     }
 
-    /// The sum of all values.
+    /// Returns the sum of all values.
     pub fn sum(&self) -> u64 {
         self.sum.get()
     }
 
-    /// The bound that a share of the values is not above; nothing if there are no values.
+    /// Returns the lowest bound that at least `share` (0 to 1) of the values do not exceed. Returns `None` if there
+    /// are no values.
     pub fn quantile(&self, share: f64) -> Option<f64> {
         let cumulated = self.cumulated();
         let all = cumulated.last().map_or(0, |(_, all)| *all);

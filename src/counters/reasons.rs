@@ -1,4 +1,4 @@
-//! Reasons that frames are dropped or copied for, and a counter for each.
+//! Reasons for dropping or copying frames, and a counter for each.
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -7,35 +7,35 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::Counter;
 
-/// Why a frame was dropped.
+/// Reason for dropping a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum DropReason {
-    /// Shorter than its headers.
+    /// The frame is shorter than its headers.
     TooShort,
-    /// Longer than the port's MTU allows.
+    /// The frame is longer than the port's MTU allows.
     TooLong,
-    /// Its virtio header contradicts the frame or the negotiated features.
+    /// The virtio-net header contradicts the frame or the negotiated features.
     BadHeader,
-    /// The guest's buffers were too small or too few for it.
+    /// The guest's buffers are too small or too few for the frame.
     NoRoom,
-    /// It needs a checksum or segmentation that the guest did not accept.
+    /// The frame needs a checksum or segmentation, which the guest did not negotiate.
     NotAccepted,
-    /// Its ring is disabled.
+    /// The frontend has disabled the ring.
     Disabled,
-    /// An operator has set the card's link down.
+    /// The operator has set the link of the virtio-net device down.
     LinkDown,
-    /// The host refused it.
+    /// The host's device refused the frame.
     HostRefused,
-    /// Its source, or the sender that it names, is an Ethernet address that is not the guest's.
+    /// The Ethernet source address, or the sender's in the payload, is not the guest's.
     SpoofedMac,
-    /// Its source, or what it claims, is an IP address that is not the guest's.
+    /// The IP source address, or an IP address that the frame claims, is not the guest's.
     SpoofedAddress,
-    /// It has a VLAN tag that is not the guest's to set.
+    /// The frame has a VLAN tag that the guest may not set.
     ForbiddenVlan,
-    /// It is nothing that a guest sends: a router's, a DHCP server's, a bridge's, or unknown.
+    /// Guests may not send such frames: those of a router, a DHCP server or a bridge, and unknown ones.
     Forbidden,
-    /// The operator's filter denies it.
+    /// The operator's packet filter denies the frame.
     Filtered,
 }
 
@@ -57,7 +57,7 @@ impl DropReason {
         DropReason::Filtered,
     ];
 
-    /// The reason as it is shown.
+    /// Returns the name in reports, in metrics and in counters that move to another daemon.
     pub fn name(self) -> &'static str {
         match self {
             DropReason::TooShort => "too_short",
@@ -77,21 +77,21 @@ impl DropReason {
     }
 }
 
-/// Why a frame's payload was copied in user space, on a port that can do without.
+/// Reason for copying a frame's payload in user space, on a port that copies no others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum CopyReason {
-    /// The host completes its checksum: metadata or the sum itself goes with a private copy.
+    /// tx: the guest left the checksum to the host. The checksum, or metadata for it, needs a private copy.
     Checksum,
-    /// The guest's frame lies in several pieces.
+    /// tx: the frame lies in several buffers.
     Pieces,
-    /// There are rules for the guest's frame, and it must be sent as it was judged.
+    /// tx: anti-spoofing or a packet filter checks the frame, and the port must send the headers that were checked.
     Rules,
-    /// The guest's frame was cut into segments.
+    /// tx: the port segmented the frame.
     Segmentation,
-    /// The guest's buffer does not suit the host, which put the frame into one of ours.
+    /// rx: the guest's buffer does not suit the kernel, which wrote the frame into a private buffer.
     Unsuitable,
-    /// The frame came before the guest's buffer, and waited for it in one of ours.
+    /// rx: the frame came before the guest's buffer, and waited for it in a private buffer.
     Late,
 }
 
@@ -106,7 +106,7 @@ impl CopyReason {
         CopyReason::Late,
     ];
 
-    /// The reason as it is shown.
+    /// Returns the name in reports, in metrics and in counters that move to another daemon.
     pub fn name(self) -> &'static str {
         match self {
             CopyReason::Checksum => "checksum",
@@ -119,12 +119,12 @@ impl CopyReason {
     }
 }
 
-/// Why something is counted apart.
+/// A set of reasons with a counter for each.
 pub(super) trait Reason {
-    /// All reasons by their names, in the order of their numbers.
+    /// Returns the names of all reasons, in the order of [`number`](Self::number).
     fn names() -> Vec<&'static str>;
 
-    /// Place among all reasons.
+    /// Returns the index of the reason, from 0.
     fn number(self) -> usize;
 }
 
@@ -159,17 +159,18 @@ impl<R: Reason> Default for ByReason<R> {
 }
 
 impl<R: Reason> ByReason<R> {
-    /// The counter for a reason.
+    /// Returns the counter for a reason.
     pub(super) fn of(&self, reason: R) -> &Counter {
         &self.0[reason.number()]
     }
 
-    pub(super) fn restore(&self, told: &Self) {
-        self.0.iter().zip(&told.0).for_each(|(ours, theirs)| ours.restore(theirs));
+    /// Adds the counts of another daemon, as [`Counter::restore`] does.
+    pub(super) fn restore(&self, other: &Self) {
+        self.0.iter().zip(&other.0).for_each(|(ours, theirs)| ours.restore(theirs));
     }
 }
 
-/// By name: another version may have other reasons.
+/// A map from names to counts: another version may have other reasons.
 impl<R: Reason> Serialize for ByReason<R> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(R::names().into_iter().zip(&self.0))

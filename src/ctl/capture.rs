@@ -13,7 +13,7 @@ use crate::sys::process::Signals;
 /// Captures until the capture ends or a signal arrives; returns a line with the number of frames.
 ///
 /// # Errors
-/// The daemon cannot be asked or refuses, or the file can't be written.
+/// The daemon cannot be reached or refuses, or the file cannot be written.
 pub(super) fn capture(
     daemon: &mut Connection,
     port: &str,
@@ -21,15 +21,15 @@ pub(super) fn capture(
     file: &Path,
 ) -> Result<String, Failure> {
     let shown = file.display();
-    let failed = |error: io::Error| Failure::Refused(format!("write {shown}: {error}"));
-    // Before the daemon is asked: an interrupted capture is whole too.
+    let failed = |error: io::Error| Failure::Refused(format!("cannot write {shown}: {error}"));
+    // Before the request, so that a signal always leaves a complete capture.
     let signals = Signals::block().map_err(failed)?;
     let (mut frames, pipe) = io::pipe().map_err(failed)?;
     let request = Command::Capture { port: port.to_owned(), wanted: wanted.clone() };
     daemon.ask(&request, &[pipe.as_fd()])?;
-    // The daemon has the only one now: when it closes it, that is the end.
+    // The daemon then has the only write end, and ends the capture by closing it.
     drop(pipe);
-    // Only now: a capture that is refused leaves an older file as it is.
+    // After the reply, so that a refused capture leaves an older file unchanged.
     let mut output: Box<dyn Write> = match file.as_os_str().as_encoded_bytes() {
         b"-" => Box::new(io::stdout().lock()),
         _ => Box::new(File::create(file).map_err(failed)?),
@@ -55,14 +55,14 @@ pub(super) fn capture(
         }
     })();
     let stats = daemon.ask(&stop, &[]);
-    // What was on its way when a signal came.
+    // Frames that were in the pipe when the signal came.
     let rest = result.and_then(|()| io::copy(&mut frames, &mut output));
     match rest.and_then(|_| output.flush()) {
-        // Whoever closes the pipe early has seen enough.
+        // A reader that closes the pipe ends the capture without an error.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(failed(error)),
         _ => drop(frames),
     }
-    // The port may have gone meanwhile, and the numbers with it: the file has them.
+    // If the port was removed meanwhile, only the file has the counts.
     let stats = stats.and_then(|_| daemon.ask(&stop, &[]));
     Ok(stats.map_or(format!("{port}: capture ended\n"), |stats| {
         format!("{port}: {} frames captured, {} left out\n", stats["captured"], stats["left_out"])

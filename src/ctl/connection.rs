@@ -1,4 +1,4 @@
-//! A connection to a daemon's control socket: requests, replies, and what the daemon asks of its helper
+//! A connection to a daemon's control socket: requests, replies, and the daemon's requests to its helper
 //! process.
 
 use std::collections::VecDeque;
@@ -19,7 +19,7 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest reply in bytes.
 const MAX_REPLY: u64 = 64 << 20;
 
-/// The reason why a request got no answer, with a line for people.
+/// The reason why a request failed, as one line for people.
 #[derive(Debug)]
 pub enum Failure {
     /// No daemon can be reached.
@@ -58,8 +58,8 @@ pub struct Connection {
     reader: BufReader<UnixStream>,
     /// The daemon's address, for messages.
     daemon: String,
-    /// Requests of the daemon that came while a reply was awaited.
-    wishes: VecDeque<HelperRequest>,
+    /// Requests of the daemon that arrived before an awaited reply.
+    helper_requests: VecDeque<HelperRequest>,
 }
 
 /// A request of a daemon to its helper process.
@@ -88,12 +88,12 @@ impl HelperRequest {
 impl Connection {
     /// Wraps a connected socket; `daemon` is its address, for messages.
     pub fn new(stream: UnixStream, daemon: String) -> Self {
-        Connection { reader: BufReader::new(stream), daemon, wishes: VecDeque::new() }
+        Connection { reader: BufReader::new(stream), daemon, helper_requests: VecDeque::new() }
     }
 
     fn unreachable(&self, error: impl Into<io::Error>) -> Failure {
         let error = error.into();
-        let why = format!("ask the daemon at {}: {error}", self.daemon);
+        let why = format!("cannot reach the daemon at {}: {error}", self.daemon);
         match error.kind() {
             io::ErrorKind::UnexpectedEof
             | io::ErrorKind::BrokenPipe
@@ -125,14 +125,14 @@ impl Connection {
     ///
     /// # Errors
     /// Reading fails, or a line is no message.
-    pub fn wish(&mut self) -> io::Result<Option<HelperRequest>> {
+    pub fn helper_request(&mut self) -> io::Result<Option<HelperRequest>> {
         self.reader.get_ref().set_read_timeout(None)?;
         loop {
-            if let Some(wish) = self.wishes.pop_front() {
-                return Ok(Some(wish));
+            if let Some(request) = self.helper_requests.pop_front() {
+                return Ok(Some(request));
             }
             match self.line() {
-                Ok(line) => self.wishes.extend(HelperRequest::parse(&line)),
+                Ok(line) => self.helper_requests.extend(HelperRequest::parse(&line)),
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
                 Err(error) => return Err(error),
             }
@@ -144,13 +144,13 @@ impl Connection {
     /// # Errors
     /// The daemon cannot be reached, or refuses.
     pub fn ask(&mut self, command: &Command, files: &[BorrowedFd<'_>]) -> Result<Value, Failure> {
-        // One that turns us away says why, and hangs up.
+        // A daemon that refuses the client sends the reason and closes. So the reply is read even if sending failed.
         let sent = self.send(command, files);
         let reply = loop {
             match self.line() {
                 Ok(line) => match HelperRequest::parse(&line) {
-                    Some(wish) if self.wishes.contains(&wish) => {}
-                    Some(wish) => self.wishes.push_back(wish),
+                    Some(request) if self.helper_requests.contains(&request) => {}
+                    Some(request) => self.helper_requests.push_back(request),
                     None => break line,
                 },
                 Err(error) => {

@@ -1,5 +1,5 @@
-//! Reload: ports are added, changed, replaced and removed until they are as the file says. Others are not
-//! touched.
+//! Reload: adds, changes, replaces and removes the ports that differ from the file. Other ports continue
+//! untouched.
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -47,7 +47,7 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
     let about = daemon.ask(&Command::Features {}, &[])?;
     for (key, value) in config.settings() {
         if about["started"]["settings"][key] != value.as_str() {
-            outcome.failed.push(format!("{key}: can't change while the daemon runs: restart it"));
+            outcome.failed.push(format!("{key}: can't change while the daemon runs; restart it"));
         }
     }
     let list = daemon.ask(&Command::List {}, &[])?;
@@ -65,12 +65,13 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
     let mut starts = Vec::new();
     for port in &config.ports {
         let Some(name) = port.known_name() else {
-            let why = "a port with tap-fd can be added only when the daemon starts".to_owned();
+            let why =
+                "a port with tap-fd can be added only when the daemon starts; use tap".to_owned();
             outcome.failed.push(why);
             continue;
         };
         if !running.contains(name) {
-            // Under another name, it may run already.
+            // The port may run under its previous name.
             let is_it = |(_, old): &(&str, PortConfig)| old.frontend == port.frontend;
             let old = gone.iter().position(is_it).map(|place| gone.remove(place).0.to_owned());
             let why = old.as_ref().map_or(String::new(), |old| format!("it was called {old}"));
@@ -92,7 +93,7 @@ pub fn reload(daemon: &mut Connection, file: &Path) -> Result<Outcome, Failure> 
         remove(daemon, name)?;
         outcome.done.push(format!("{name}: removed"));
     }
-    // One may need what another gives up.
+    // A port may need an object that another port releases, so failed starts are repeated after each success.
     loop {
         let (before, mut failures) = (starts.len(), Vec::new());
         let mut left = Vec::new();
@@ -128,7 +129,7 @@ fn remove(daemon: &mut Connection, name: &str) -> Result<(), Failure> {
 
 /// Returns the line about a port that continues unchanged.
 fn keeps(name: &str, why: &str) -> String {
-    format!("{name}: keeps the options it has: {why}")
+    format!("{name}: not changed: {why}")
 }
 
 /// Starts a port, in place of a running one if it has one.
@@ -169,7 +170,7 @@ fn replace(
     let (report, old) = running_config(daemon, name)?;
     let state = &report["state"];
     if state == "ended" {
-        // It has nothing that would be lost.
+        // An ended port has no connection to lose.
         remove(daemon, name)?;
         return add(daemon, config, true).map(|_| None);
     }
@@ -186,7 +187,7 @@ fn replace(
         Some(endpoint)
     };
     let is_same_tap = config.host == old.host && state != "degraded";
-    // It may be called otherwise than in the file by now.
+    // The device may have been renamed since.
     let device = report["device"]["name"].as_str().filter(|_| is_same_tap);
     let queues = if is_same_tap && config.queue_pairs <= old.queue_pairs {
         Vec::new()
@@ -212,15 +213,15 @@ fn replace(
         && let tap = device.unwrap_or(tap)
         && !is_persistent(tap)
     {
-        // The daemon has made it, with the MTU that it had then.
+        // The daemon created this TAP with the previous MTU.
         let set = device::set_mtu(tap, config.mtu.into());
-        let failure = |error| StartError::new(format!("set the MTU of tap {tap}: {error}"));
+        let failure = |error| StartError::new(format!("cannot set the MTU of tap {tap}: {error}"));
         failed = failed.or(set.map_err(failure).err());
     }
     Ok(failed.map(|error| format!("{name}: replaced, but: {error}")))
 }
 
-/// Returns true if a TAP outlives its maker, or if that is unknown.
+/// Returns true if a TAP persists after its creator exits, or if that is unknown.
 fn is_persistent(tap: &str) -> bool {
     find(tap).ok().and_then(|link| link.tun).is_none_or(|tun| tun.persistent)
 }
@@ -241,8 +242,8 @@ pub fn reopen_tap(daemon: &mut Connection, file: &Path, name: &str) -> Result<bo
     replace(daemon, name, port).map(|_| true)
 }
 
-/// Returns why a port and a running one exclude each other, if they do. The kernel would only report that a
-/// device is busy.
+/// Returns the reason why a port and a running one exclude each other, if they do. The kernel would only report
+/// that a device is busy.
 ///
 /// # Errors
 /// The daemon cannot be asked.
@@ -262,7 +263,7 @@ pub(super) fn conflict(
     Ok(None)
 }
 
-/// Starts the ports `names` of `file`, as far as they can be started.
+/// Starts those of the ports `names` of `file` that can be started.
 ///
 /// # Errors
 /// The file has a mistake, or the daemon cannot be asked.
@@ -310,7 +311,7 @@ pub(super) fn add(
     }
 }
 
-/// Opens a port's socket and TAP. The TAP comes last, so that none is made if the socket cannot be opened.
+/// Opens a port's socket, then its TAP, so that no TAP is created if the socket cannot be opened.
 fn open(config: &PortConfig) -> Result<(Endpoint, Vec<OwnedFd>), StartError> {
     let Descriptors { frontend, mut tap_queues } = Descriptors::inherit(config)?;
     let endpoint = Endpoint::open(&config.frontend, frontend)?;

@@ -1,4 +1,4 @@
-//! `vhost-user-net ctl stats`: ports' rates, from the differences of their counters.
+//! `vhost-user-net ctl stats`: ports' rates, from differences of counters.
 
 use std::time::{Duration, Instant};
 
@@ -71,7 +71,7 @@ fn difference((then, before): &(Instant, Value), (now, after): &(Instant, Value)
         "device_drops_per_second": lost(&in_device),
         "kicks_per_second": (rate("/rx/kicks") + rate("/tx/kicks")).round(),
         "calls_per_second": (rate("/rx/calls") + rate("/tx/calls")).round(),
-        // Of one processor; with several queue pairs it may be more than 1.
+        // In CPUs: above 1 with several queue pairs.
         "busy": (rate("/busy_seconds") * 1000.0).round() / 1000.0,
     })
 }

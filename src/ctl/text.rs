@@ -20,7 +20,7 @@ fn cell(value: &Value) -> String {
     }
 }
 
-/// Writes to standard output; false once nobody reads it.
+/// Writes to standard output; returns false once the reader has closed the pipe.
 pub(super) fn print(text: &str) -> bool {
     let mut output = io::stdout().lock();
     output.write_all(text.as_bytes()).and_then(|()| output.flush()).is_ok()
@@ -35,7 +35,7 @@ pub(super) fn short(number: f64) -> String {
     }
 }
 
-/// Aligns rows of cells in columns; the first row holds the heads.
+/// Returns rows of cells, aligned in columns; the first row holds the heads.
 pub(super) fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.first().map_or(0, Vec::len);
     let widest = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
@@ -48,7 +48,7 @@ pub(super) fn columns(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Table of ports, a line each.
+/// Returns the table of ports, one line each.
 pub(super) fn list(ports: &[Value]) -> String {
     const COLUMNS: [&str; 11] = [
         "name",
@@ -68,7 +68,7 @@ pub(super) fn list(ports: &[Value]) -> String {
     columns(&[vec![heads], ports.iter().map(row).collect()].concat())
 }
 
-/// Table of ports' rates, a line each.
+/// Returns the table of ports' rates, one line each.
 pub(super) fn rates(rates: &[Value]) -> String {
     const COLUMNS: [(&str, &str); 9] = [
         ("RX-FRAMES/s", "rx_frames_per_second"),
@@ -93,7 +93,7 @@ pub(super) fn rates(rates: &[Value]) -> String {
     columns(&rows)
 }
 
-/// One port's report.
+/// Returns a port's report.
 pub(super) fn report(report: &Value) -> String {
     let mut text = format!("{}: {}\n", plain(&report["name"]), plain(&report["explanation"]));
     let _ = writeln!(text, "  host          {}", plain(&report["host"]));
@@ -127,7 +127,7 @@ pub(super) fn report(report: &Value) -> String {
     for what in ["link", "mac", "anti_spoofing", "source_macs", "source_ips", "vlans"] {
         let value = match cell(&report[what]) {
             value if !value.is_empty() => value,
-            // Addresses of no kind are named: any may be used.
+            // No addresses are listed, so the guest may use any.
             _ if what == "source_ips" || report["anti_spoofing"] != true => "any".into(),
             _ => "none".into(),
         };
@@ -177,7 +177,7 @@ pub(super) fn report(report: &Value) -> String {
     text
 }
 
-/// The daemon's version and settings, and its ports' feature bits.
+/// Returns the daemon's version and settings, and its ports' feature bits.
 pub(super) fn features(reply: &Value) -> String {
     let started = &reply["started"];
     let mut text = format!(

@@ -1,4 +1,4 @@
-//! `vhost-user-net ctl top`: whom a port's guest speaks to, and how much, as it happens.
+//! `vhost-user-net ctl top`: a live table of a port's traffic by protocol and peer.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -47,7 +47,7 @@ pub(super) fn top(
         let mut rates = rates(&before, &rows, now - since);
         rates.truncate(options.rows);
         let text = if in_json { format!("{:#}\n", json!(rates)) } else { table(&rates) };
-        // Whoever closes the pipe has seen enough.
+        // The reader has closed the pipe.
         if !print(&(clear.to_owned() + &text)) {
             return Ok(());
         }

@@ -280,7 +280,8 @@ impl<'a> MainLoop<'a> {
     /// Disconnects a client that cannot be waited for.
     fn check(&mut self, source: Source, watched: io::Result<()>) {
         let Err(error) = watched else { return };
-        warn!("control socket: client disconnected: cannot wait for it: {error}");
+        let name = if matches!(source, Source::Client(_)) { "control socket" } else { "metrics" };
+        warn!("{name}: client disconnected: cannot wait for it: {error}");
         match (source, &mut self.scrape) {
             (Source::Client(number), _) => self.server.hang_up(number, &mut self.ports),
             (Source::ScrapeClient(number), Some(scrape)) => scrape.hang_up(number),

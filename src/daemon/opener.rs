@@ -1,8 +1,10 @@
-//! The process that opens what a daemon is to have once it has given up its rights: it is started
-//! before, and waits until the daemon is told to read its file again (SIGHUP), or has lost a TAP.
+//! The privileged helper process (`vhost-user-net-opener`), which opens sockets and devices that the sandboxed
+//! daemon may not open. The daemon starts the helper before the sandbox, and asks it to read the file again after
+//! SIGHUP, to start a missing port, or to open a deleted TAP again.
 //!
-//! It keeps what the daemon was started with, and takes nothing from it but the word to begin, and
-//! short replies: whoever has taken the daemon over gains no more than what the file names.
+//! The helper keeps the privileges that the daemon was started with. It opens only objects that the file names, and
+//! reads only port names and short replies from the daemon. So a compromised daemon gains nothing that the file
+//! does not grant.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -18,21 +20,21 @@ use crate::ctl::{Connection, HelperRequest, reload, reopen_tap, start_missing};
 use crate::logging::Log;
 use crate::sys::process::close_inherited;
 
-/// Starts it; returns the daemon's end of the connection with it. It ends when that is closed, and by no
-/// signal: it inherits our mask.
+/// Starts the helper process; returns the daemon's end of the connection. The helper exits when the daemon closes
+/// that end. SIGTERM, SIGINT and SIGHUP do not end the helper, because it inherits the daemon's signal mask.
 pub(super) fn start(file: &Path, level: LevelFilter) -> io::Result<UnixStream> {
-    let (ours, its) = UnixStream::pair()?;
-    ours.set_nonblocking(true)?;
+    let (daemon, helper) = UnixStream::pair()?;
+    daemon.set_nonblocking(true)?;
     let program = std::env::current_exe()?;
     Command::new(program)
         .arg0("vhost-user-net-opener")
         .arg("opener")
         .arg(file)
         .arg(format!("--log-level={}", level.to_string().to_lowercase()))
-        .stdin(Stdio::from(OwnedFd::from(its)))
+        .stdin(Stdio::from(OwnedFd::from(helper)))
         .stdout(Stdio::null())
         .spawn()?;
-    Ok(ours)
+    Ok(daemon)
 }
 
 /// Command line of the helper process.
@@ -45,15 +47,20 @@ pub struct Options {
     log_level: LevelFilter,
 }
 
-/// Runs the helper process: has the daemon's ports be what the file says, each time that it is told to.
+/// Runs the helper process until the daemon closes the connection.
+///
+/// # Errors
+/// The log's thread cannot be started, or reading from the daemon fails.
 pub fn run(Options { config: file, log_level }: &Options) -> io::Result<()> {
-    // Those that a port uses were taken before we were started: of the others, none is ours.
+    // The daemon set close-on-exec on the descriptors of its ports; the helper uses none of the others.
     close_inherited();
     let mut log = Log::new(*log_level);
     log.start(|| Ok(()))?;
     let result = serve(file);
     if let Err(error) = &result {
-        error!("daemon: the helper process cannot listen to the daemon: {error}");
+        error!(
+            "daemon: helper process exits: cannot read from the daemon: {error}; restart the daemon"
+        );
     }
     log.flush();
     result
@@ -61,24 +68,26 @@ pub fn run(Options { config: file, log_level }: &Options) -> io::Result<()> {
 
 fn serve(file: &Path) -> io::Result<()> {
     let daemon = UnixStream::from(std::os::fd::AsFd::as_fd(&io::stdin()).try_clone_to_owned()?);
-    let mut daemon = Connection::new(daemon, "its opener's socket".into());
-    let mut said = Vec::new();
-    while let Some(wish) = daemon.wish()? {
-        match wish {
-            HelperRequest::Reload => read_again(&mut daemon, file, &mut said),
-            HelperRequest::Start(names) => start_again(&mut daemon, file, &names, &mut said),
+    let mut daemon = Connection::new(daemon, "the helper's socket".into());
+    let mut logged = Vec::new();
+    while let Some(request) = daemon.helper_request()? {
+        match request {
+            HelperRequest::Reload => reload_file(&mut daemon, file, &mut logged),
+            HelperRequest::Start(names) => start_ports(&mut daemon, file, &names, &mut logged),
             HelperRequest::ReopenTap(port) => match reopen_tap(&mut daemon, file, &port) {
-                Ok(true) => info!("{port}: its TAP is there again, and opened"),
+                Ok(true) => info!("{port}: TAP opened again"),
                 Ok(false) => {}
-                Err(error) => warn!("{port}: open its TAP again: {error}"),
+                Err(error) => {
+                    warn!("{port}: cannot open its TAP again: {error}; retried every second")
+                }
             },
         }
     }
     Ok(())
 }
 
-/// Starts ports that do not run. Why one cannot be started is said once.
-fn start_again(daemon: &mut Connection, file: &Path, names: &[String], said: &mut Vec<String>) {
+/// Starts missing ports. A failure that is already in `logged` is not logged again.
+fn start_ports(daemon: &mut Connection, file: &Path, names: &[String], logged: &mut Vec<String>) {
     let failed = match start_missing(daemon, file, names) {
         Ok(outcome) => {
             outcome.done.iter().for_each(|line| info!("reload {line}"));
@@ -88,12 +97,13 @@ fn start_again(daemon: &mut Connection, file: &Path, names: &[String], said: &mu
     };
     failed
         .iter()
-        .filter(|line| !said.contains(line))
+        .filter(|line| !logged.contains(line))
         .for_each(|line| warn!("reload failed {line}"));
-    *said = failed;
+    *logged = failed;
 }
 
-fn read_again(daemon: &mut Connection, file: &Path, said: &mut Vec<String>) {
+/// Reads the file again, and changes the daemon's ports to its description.
+fn reload_file(daemon: &mut Connection, file: &Path, logged: &mut Vec<String>) {
     match reload(daemon, file) {
         Ok(outcome) => {
             for line in outcome.done {
@@ -102,11 +112,10 @@ fn read_again(daemon: &mut Connection, file: &Path, said: &mut Vec<String>) {
             for line in &outcome.failed {
                 warn!("reload failed {line}");
             }
-            let shown = file.display();
             let failures = outcome.failed.len();
-            info!("reload: {shown} read again, {failures} failures");
-            *said = outcome.failed;
+            info!("reload: finished file={} failures={failures}", file.display());
+            *logged = outcome.failed;
         }
-        Err(error) => error!("reload: {error}; nothing is changed"),
+        Err(error) => error!("reload: refused: {error}; no port changed"),
     }
 }

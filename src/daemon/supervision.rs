@@ -1,8 +1,8 @@
-//! What a service manager is told (sd_notify(3)): that ports listen, that the main thread is alive,
-//! and that the end has begun. Nothing happens without one.
+//! Notifications to the service manager (sd_notify(3)): ready, status, watchdog and stopping. Without
+//! `NOTIFY_SOCKET` nothing is sent.
 //!
-//! The sandbox has the main thread make no sockets, so that ours is connected before, and each
-//! message is one send on it.
+//! The daemon connects the socket before it enters the sandbox, which may forbid connect(2) to the main thread. Each
+//! message is one send(2).
 
 use std::env;
 use std::io;
@@ -15,25 +15,26 @@ use sd_notify::{NotifyState, watchdog_enabled};
 
 use crate::ports::Ports;
 
-/// The way to the service manager, if one has started us.
+/// Connection to the service manager, if one started the daemon.
 #[derive(Debug)]
 pub(super) struct Supervisor {
     socket: Option<UnixDatagram>,
-    /// The status that it has heard of last.
+    /// Status sent last.
     status: String,
     watchdog: Option<Watchdog>,
 }
 
-/// A promise to speak in time.
+/// Schedule of watchdog messages.
 #[derive(Debug)]
 struct Watchdog {
-    /// Half the time after which the service manager ends who is silent.
+    /// Time between two messages: half of the unit's `WatchdogSec=`.
     interval: Duration,
+    /// Time of the next message.
     next: Instant,
 }
 
 impl Supervisor {
-    /// Connects to `NOTIFY_SOCKET`. Before the sandbox is entered.
+    /// Connects to `NOTIFY_SOCKET`. The sandbox must not be in force yet.
     pub(super) fn connect() -> Self {
         let Some(path) = env::var_os("NOTIFY_SOCKET") else {
             return Supervisor { socket: None, status: String::new(), watchdog: None };
@@ -41,52 +42,56 @@ impl Supervisor {
         let connected = connect(Path::new(&path));
         if let Err(error) = &connected {
             let shown = path.to_string_lossy();
-            warn!("tell the service manager at {shown}: {error}; it will not hear from us");
+            warn!(
+                "service manager: cannot connect to {shown}: {error}; it gets neither readiness nor watchdog \
+                 messages"
+            );
         }
         let time = watchdog_enabled().filter(|time| !time.is_zero());
         let watchdog = time.map(|time| Watchdog { interval: time / 2, next: Instant::now() });
         Supervisor { socket: connected.ok(), status: String::new(), watchdog }
     }
 
-    /// All `ports` listen that are to be there from the start and can be.
+    /// Reports that the daemon is ready: all ports that could be started listen.
     pub(super) fn ready(&mut self, ports: &Ports) {
         self.status = serving(ports);
-        self.tell(&[NotifyState::Ready, NotifyState::Status(&self.status)]);
+        self.send(&[NotifyState::Ready, NotifyState::Status(&self.status)]);
     }
 
-    /// Tells how many ports there are and are missing if that is news, and that the main thread is alive if it is time
-    /// to; returns how long that is good for.
+    /// Sends a changed number of running or missing ports, and a watchdog message if one is due. Returns the time
+    /// until the next watchdog message.
     pub(super) fn report(&mut self, ports: &Ports) -> Option<Duration> {
         let status = serving(ports);
         if self.status != status {
-            self.tell(&[NotifyState::Status(&status)]);
+            self.send(&[NotifyState::Status(&status)]);
             self.status = status;
         }
         let Watchdog { interval, next } = self.watchdog.as_mut()?;
         let (interval, now) = (*interval, Instant::now());
         if now >= *next {
             *next = now + interval;
-            self.tell(&[NotifyState::Watchdog]);
+            self.send(&[NotifyState::Watchdog]);
             return Some(interval);
         }
         Some(*next - now)
     }
 
-    /// The end has begun.
+    /// Reports that the daemon is stopping.
     pub(super) fn stopping(&self) {
-        self.tell(&[NotifyState::Stopping]);
+        self.send(&[NotifyState::Stopping]);
     }
 
-    /// Sends one message. Whoever does not read them holds nothing up.
-    fn tell(&self, states: &[NotifyState<'_>]) {
+    /// Sends one message, without waiting for the service manager to read it.
+    fn send(&self, states: &[NotifyState<'_>]) {
         let Some(socket) = &self.socket else { return };
         let lines: Vec<String> = states.iter().map(ToString::to_string).collect();
         if let Err(error) = socket.send(lines.join("\n").as_bytes()) {
-            warn!("tell the service manager {}: {error}", lines.join(", "));
+            warn!("service manager: cannot send {}: {error}", lines.join(", "));
         }
     }
 }
 
+/// Returns the status: the numbers of running and of missing ports.
 fn serving(ports: &Ports) -> String {
     let (count, missing) = (ports.iter().count(), ports.missing().len());
     let served = format!("serving {count} port{}", if count == 1 { "" } else { "s" });

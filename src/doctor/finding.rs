@@ -1,16 +1,16 @@
-//! One thing that was looked at, and what came of it.
+//! The result of one check of one object.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// How bad it is.
+/// Severity of a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Status {
-    /// As it should be, or of no concern here.
+    /// Correct, or not applicable to this host.
     Pass,
-    /// The daemon serves, but slower or less safely than it could; or it can't be known.
+    /// The daemon would serve, but slower or less safely; or the doctor cannot tell.
     Warn,
     /// The daemon could not serve, or would serve wrongly.
     Fail,
@@ -26,18 +26,18 @@ impl fmt::Display for Status {
     }
 }
 
-/// One thing that was looked at.
+/// Result of one check of one object. `Display` prints it as `STATUS check object: reason. Fix: command`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// How bad it is.
+    /// Severity.
     pub status: Status,
-    /// Which check it is of.
+    /// Name of the check, as in docs/doctor.md.
     pub check: &'static str,
-    /// What was looked at.
+    /// Checked object: a device, a path, a process, a setting, or the whole host.
     pub what: String,
-    /// What was seen, and what it means.
+    /// State of the object, its consequence, and a remedy that is no command.
     pub why: String,
-    /// The command that mends it, where one does.
+    /// Shell command that fixes the problem, if there is one.
     pub fix: Option<String>,
 }
 
@@ -51,7 +51,7 @@ impl Finding {
         Finding { status, check, what: what.into(), why: why.into(), fix: None }
     }
 
-    /// It is as it should be.
+    /// Returns a finding with [`Status::Pass`].
     pub(super) fn pass(
         check: &'static str,
         what: impl Into<String>,
@@ -60,7 +60,7 @@ impl Finding {
         Self::new(Status::Pass, check, what, why)
     }
 
-    /// It is slower or less safe than it could be, or unknown.
+    /// Returns a finding with [`Status::Warn`].
     pub(super) fn warn(
         check: &'static str,
         what: impl Into<String>,
@@ -69,7 +69,7 @@ impl Finding {
         Self::new(Status::Warn, check, what, why)
     }
 
-    /// The daemon could not serve, or not rightly.
+    /// Returns a finding with [`Status::Fail`].
     pub(super) fn fail(
         check: &'static str,
         what: impl Into<String>,
@@ -78,14 +78,14 @@ impl Finding {
         Self::new(Status::Fail, check, what, why)
     }
 
-    /// With the command that mends it.
+    /// Adds the command that fixes the problem.
     pub(super) fn fix(mut self, command: impl Into<String>) -> Self {
         self.fix = Some(command.into());
         self
     }
 
-    /// A failure becomes a warning: of a device that nobody asked about.
-    pub(super) fn soften(&mut self) {
+    /// Turns a FAIL into a WARN, for a device that the operator did not name.
+    pub(super) fn downgrade(&mut self) {
         if self.status == Status::Fail {
             self.status = Status::Warn;
         }
@@ -94,16 +94,16 @@ impl Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut line = format!("{} {} — {}", self.status, self.what, self.why);
+        let mut line = format!("{} {} {}: {}", self.status, self.check, self.what, self.why);
         if let Some(fix) = &self.fix {
-            line = format!("{line} — {fix}");
+            line = format!("{line}. Fix: {fix}");
         }
-        // Names and command lines are others' to choose, and a terminal obeys control characters.
+        // Other users choose names and command lines, and a terminal obeys control characters.
         f.write_str(&line.replace(char::is_control, "?"))
     }
 }
 
-/// Text as one word of a shell's command, whatever it holds.
+/// Quotes text as one word of a shell command.
 pub(super) fn quoted(text: &str) -> String {
     let harmless = |c: char| c.is_ascii_alphanumeric() || "_-./:@%+=,".contains(c);
     if !text.is_empty() && text.chars().all(harmless) {
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_can_not_smuggle_a_command_into_a_cure() {
+    fn names_are_quoted_for_the_shell() {
         assert_eq!(quoted("vnet0"), "vnet0");
         assert_eq!(quoted("$(reboot)"), "'$(reboot)'");
         assert_eq!(quoted("a'b"), r"'a'\''b'");
@@ -126,10 +126,10 @@ mod tests {
     }
 
     #[test]
-    fn a_finding_is_a_line_whatever_its_words_hold() {
-        let finding = Finding::fail("tap", "tap a\x1b[2J", "it is\ndown").fix("ip link");
-        assert_eq!(finding.to_string(), "FAIL tap a?[2J — it is?down — ip link");
+    fn control_characters_are_replaced() {
+        let finding = Finding::fail("tap-state", "a\x1b[2J", "is\ndown").fix("ip link");
+        assert_eq!(finding.to_string(), "FAIL tap-state a?[2J: is?down. Fix: ip link");
         let json = serde_json::to_value(&finding).unwrap();
-        assert_eq!((&json["status"], &json["check"]), (&"FAIL".into(), &"tap".into()));
+        assert_eq!((&json["status"], &json["check"]), (&"FAIL".into(), &"tap-state".into()));
     }
 }

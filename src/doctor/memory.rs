@@ -1,20 +1,24 @@
-//! Memory: huge pages for guests, and how much may be locked.
+//! Checks of memory: huge pages for guests, and the limit of locked memory.
 
 use super::finding::Finding;
-use super::host::{Host, Myself, capability};
+use super::host::{Credentials, Host, capability};
 use super::options::Requirements;
 
-/// No guest that is of use is smaller than this many bytes.
+/// Memory of the smallest useful guest, in bytes.
 const SMALLEST_GUEST: u64 = 64 << 20;
 
 /// Checks both.
-pub(super) fn check(host: &Host, myself: &Myself, requirements: &Requirements) -> Vec<Finding> {
+pub(super) fn check(
+    host: &Host,
+    credentials: &Credentials,
+    requirements: &Requirements,
+) -> Vec<Finding> {
     let mut found = huge_pages(host);
-    found.push(locked(host, myself, requirements.names_af_xdp()));
+    found.push(locked(host, credentials, requirements.names_af_xdp()));
     found
 }
 
-/// Huge pages of each memory node (Documentation/admin-guide/mm/hugetlbpage.rst).
+/// Checks the huge pages of each memory node (Documentation/admin-guide/mm/hugetlbpage.rst).
 fn huge_pages(host: &Host) -> Vec<Finding> {
     const NODES: &str = "/sys/devices/system/node";
     let nodes = host.list(NODES).into_iter().filter(|name| {
@@ -22,14 +26,13 @@ fn huge_pages(host: &Host) -> Vec<Finding> {
     });
     let mut found: Vec<_> = nodes.map(|node| of_node(host, NODES, &node)).collect();
     if found.is_empty() {
-        let why = "the kernel shows no memory nodes: what there is of them is not known";
-        found.push(Finding::warn("hugepages", "huge pages", why));
+        let why = "the kernel reports no memory nodes, so huge pages are not known";
+        found.push(Finding::warn("hugepages", "host", why));
     }
     found
 }
 
 fn of_node(host: &Host, nodes: &str, node: &str) -> Finding {
-    let what = format!("huge pages of {node}");
     let directory = format!("{nodes}/{node}/hugepages");
     let sizes = host.list(&directory);
     let count = |size: &str, which: &str| -> u64 {
@@ -42,56 +45,58 @@ fn of_node(host: &Host, nodes: &str, node: &str) -> Finding {
         free += unused;
         if total > 0 {
             let size = size.trim_start_matches("hugepages-");
-            shown.push(format!("{unused} of {total} of {size} are free"));
+            shown.push(format!("{unused} of {total} huge pages of {size} are free"));
         }
     }
-    let need = "guests' memory is then in small pages: the processor misses its page tables more \
-                often, and AF_XDP with zero copy copies frames after all";
+    let consequence =
+        "small pages for guests cost TLB misses, and AF_XDP with zero copy then copies frames";
     let Some(smallest) = sizes.first() else {
-        return Finding::warn(
-            "hugepages",
-            what,
-            format!("the kernel has none (CONFIG_HUGETLBFS): {need}"),
-        );
+        let why = format!("the kernel lacks huge pages (CONFIG_HUGETLBFS); {consequence}");
+        return Finding::warn("hugepages", node, why);
     };
     let more = |wanted: u64| format!("echo {wanted} > {directory}/{smallest}/nr_hugepages");
     if all == 0 {
-        Finding::warn("hugepages", what, format!("none is set aside: {need}")).fix(more(512))
+        let why = format!("no huge pages are reserved; {consequence}");
+        Finding::warn("hugepages", node, why).fix(more(512))
     } else if free == 0 {
-        let why = format!("{}: the next guest gets none", shown.join(", "));
-        Finding::warn("hugepages", what, why).fix(more(count(smallest, "nr_hugepages") + 512))
+        let why = format!("{}; the next guest gets none", shown.join(", "));
+        Finding::warn("hugepages", node, why).fix(more(count(smallest, "nr_hugepages") + 512))
     } else {
-        Finding::pass("hugepages", what, shown.join(", "))
+        Finding::pass("hugepages", node, shown.join(", "))
     }
 }
 
-/// AF_XDP pins the guest's memory, which counts against RLIMIT_MEMLOCK without CAP_IPC_LOCK.
-fn locked(host: &Host, myself: &Myself, af_xdp: bool) -> Finding {
+/// Checks RLIMIT_MEMLOCK. AF_XDP pins guest memory, which counts against the limit without CAP_IPC_LOCK.
+fn locked(host: &Host, credentials: &Credentials, af_xdp: bool) -> Finding {
     const CHECK: &str = "locked-memory";
-    let what = "locked memory";
+    let what = "this process";
     let fix = "ulimit -l unlimited";
-    if myself.can(capability::IPC_LOCK) {
-        return Finding::pass(CHECK, what, "CAP_IPC_LOCK: no limit applies");
+    if credentials.has(capability::IPC_LOCK) {
+        return Finding::pass(CHECK, what, "has CAP_IPC_LOCK: no limit applies");
     }
     if !af_xdp {
-        let why = "a TAP needs none: not applicable";
+        let why = "not applicable: a TAP needs no locked memory";
         return Finding::pass(CHECK, what, why);
     }
-    let how = "as root, or LimitMEMLOCK=infinity in the unit";
+    let remedy = "raise it as root, or by LimitMEMLOCK=infinity in the daemon's unit";
     match host.limit("Max locked memory") {
-        None => Finding::warn(CHECK, what, "the limit is not known (/proc/self/limits)"),
-        Some(u64::MAX) => Finding::pass(CHECK, what, "no limit is set"),
+        None => {
+            let why = "cannot read the limit of locked memory (/proc/self/limits)";
+            Finding::warn(CHECK, what, why)
+        }
+        Some(u64::MAX) => Finding::pass(CHECK, what, "locked memory is unlimited"),
         Some(bytes) if bytes < SMALLEST_GUEST => {
             let why = format!(
-                "{} MiB without CAP_IPC_LOCK: no guest fits, whose memory AF_XDP pins; raise it, {how}",
+                "lacks CAP_IPC_LOCK, and its limit of {} MiB locked memory is too small for any guest, \
+                 whose memory AF_XDP pins; {remedy}",
                 bytes >> 20
             );
             Finding::fail(CHECK, what, why).fix(fix)
         }
         Some(bytes) => {
             let why = format!(
-                "{} MiB without CAP_IPC_LOCK: larger guests are refused, whose memory AF_XDP pins; \
-                 raise it, {how}",
+                "lacks CAP_IPC_LOCK, and its limit is {} MiB locked memory: the daemon refuses larger \
+                 guests, whose memory AF_XDP pins; {remedy}",
                 bytes >> 20
             );
             Finding::warn(CHECK, what, why).fix(fix)
@@ -108,7 +113,7 @@ mod tests {
     const SMALL: &str = "/sys/devices/system/node/node0/hugepages/hugepages-2048kB";
 
     #[test]
-    fn each_node_has_its_huge_pages() {
+    fn huge_pages_are_checked_for_each_node() {
         let (_directory, host) = fake(&[
             (&format!("{SMALL}/nr_hugepages"), "4\n"),
             (&format!("{SMALL}/free_hugepages"), "4\n"),
@@ -126,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_pages_that_are_all_taken_are_too_few() {
+    fn huge_pages_in_use_do_not_count() {
         let (_directory, host) = fake(&[
             (&format!("{SMALL}/nr_hugepages"), "4\n"),
             (&format!("{SMALL}/free_hugepages"), "0\n"),
@@ -135,11 +140,11 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_of_locked_memory_matters_to_af_xdp() {
+    fn locked_memory_limit_applies_to_af_xdp_only() {
         let locked = |limit: &str, af_xdp| {
             let line = format!("Max locked memory         {limit}   unlimited   bytes");
             let (_directory, host) = fake(&[("/proc/self/limits", &line)]);
-            locked(&host, &Myself::default(), af_xdp).status
+            locked(&host, &Credentials::default(), af_xdp).status
         };
         assert_eq!(locked("8388608", true), Status::Fail);
         assert_eq!(locked("8388608", false), Status::Pass);

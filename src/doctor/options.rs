@@ -1,5 +1,5 @@
-//! What is asked for: by the command line, by a configuration's ports, or by nobody, and then it is
-//! what the host has.
+//! The requirements to check: from the command line and the configuration file, else each TAP and NIC of
+//! the host.
 
 use std::path::PathBuf;
 
@@ -10,9 +10,9 @@ use crate::port::af_xdp::{AfXdp, Attach, Mode};
 
 use super::network::Network;
 
-/// MTU of a card that nothing is said about.
+/// Default MTU of a port, in bytes.
 const DEFAULT_MTU: u16 = 1500;
-/// Who QEMU is under libvirt on Debian and Ubuntu.
+/// The user that QEMU runs as under libvirt, on Debian and Ubuntu.
 const LIBVIRT_USER: &str = "libvirt-qemu";
 
 /// Command line of `doctor`.
@@ -29,7 +29,7 @@ pub struct Options {
     /// The value is that of the daemon's --af-xdp.
     #[arg(long, value_name = "NAME[,…]")]
     pub af_xdp: Vec<AfXdp>,
-    /// Check that a socket can be made at this path.
+    /// Check that the daemon can create a socket at this path.
     #[arg(long, value_name = "PATH")]
     pub socket_path: Vec<PathBuf>,
     /// Check --tap and --af-xdp for this many queue pairs, 1 to 128.
@@ -46,7 +46,7 @@ pub struct Options {
     pub json: bool,
 }
 
-/// A port as far as the host must fit it.
+/// The part of a port's configuration that places requirements on the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Port {
     pub(super) host: Host,
@@ -55,27 +55,27 @@ pub(super) struct Port {
     pub(super) mac: Option<MacAddress>,
     pub(super) cpus: Vec<usize>,
     pub(super) busy_poll: bool,
-    /// Whether what its guest sends is judged by the daemon.
-    pub(super) judged: bool,
+    pub(super) anti_spoofing: bool,
     pub(super) require_sealed_memory: bool,
-    /// Whether somebody asked about it.
+    /// True if the operator named the port's device, on the command line or in the file.
     pub(super) named: bool,
 }
 
-/// A socket that a daemon is to make.
+/// A socket that the daemon is to create.
 #[derive(Debug)]
 pub(super) struct Socket {
     pub(super) path: PathBuf,
-    /// The group that it is given to, if it is.
+    /// The `socket-group` of the port.
     pub(super) group: Option<String>,
 }
 
-/// All that is to be checked.
+/// All requirements on the host.
 #[derive(Debug)]
 pub(super) struct Requirements {
     pub(super) ports: Vec<Port>,
     pub(super) sockets: Vec<Socket>,
     pub(super) qemu_user: Option<String>,
+    /// Largest MTU of the ports, in bytes.
     pub(super) mtu: u16,
 }
 
@@ -88,7 +88,7 @@ impl Port {
             mac: None,
             cpus: Vec::new(),
             busy_poll: false,
-            judged: false,
+            anti_spoofing: false,
             require_sealed_memory: false,
             named,
         }
@@ -102,7 +102,7 @@ impl Port {
             mac: config.mac,
             cpus: config.cpu_affinity,
             busy_poll: config.busy_poll.is_some_and(|time| !time.is_zero()),
-            judged: config.allowed_sources.is_some(),
+            anti_spoofing: config.allowed_sources.is_some(),
             require_sealed_memory: config.require_sealed_memory,
             named: true,
         }
@@ -110,7 +110,8 @@ impl Port {
 }
 
 impl Requirements {
-    /// What `options` and `config` name; without a name, each TAP and each card of the host.
+    /// Collects the ports and sockets of `options` and `config`. If there are none, each TAP and each NIC
+    /// of the host becomes a port.
     pub(super) fn new(mut options: Options, config: Option<Config>, network: &Network) -> Self {
         let paths = std::mem::take(&mut options.socket_path).into_iter();
         let mut sockets: Vec<Socket> = paths.map(|path| Socket { path, group: None }).collect();
@@ -141,13 +142,13 @@ impl Requirements {
                 }
             }
         }
-        let known = |name: &str| matches!(nix::unistd::User::from_name(name), Ok(Some(_)));
-        let libvirt = || Some(LIBVIRT_USER.to_owned()).filter(|name| known(name));
+        let exists = |name: &str| matches!(nix::unistd::User::from_name(name), Ok(Some(_)));
+        let libvirt = || Some(LIBVIRT_USER.to_owned()).filter(|name| exists(name));
         let mtu = ports.iter().map(|port| port.mtu).max().or(options.mtu).unwrap_or(DEFAULT_MTU);
         Requirements { ports, sockets, qemu_user: options.qemu_user.or_else(libvirt), mtu }
     }
 
-    /// The ports on AF_XDP, with their devices.
+    /// Returns the ports on AF_XDP, with their device options.
     pub(super) fn af_xdp(&self) -> impl Iterator<Item = (&Port, &AfXdp)> {
         self.ports.iter().filter_map(|port| match &port.host {
             Host::AfXdp(af_xdp) => Some((port, af_xdp)),
@@ -155,13 +156,13 @@ impl Requirements {
         })
     }
 
-    /// Whether somebody asked about a port on a TAP.
+    /// Returns whether the operator named a port on a TAP.
     pub(super) fn names_a_tap(&self) -> bool {
         let is_tap = |port: &Port| matches!(port.host, Host::Tap(_) | Host::TapDescriptors(_));
         self.ports.iter().any(|port| port.named && is_tap(port))
     }
 
-    /// Whether somebody asked about a port on AF_XDP.
+    /// Returns whether the operator named a port on AF_XDP.
     pub(super) fn names_af_xdp(&self) -> bool {
         self.af_xdp().any(|(port, _)| port.named)
     }

@@ -1,4 +1,4 @@
-//! The way behind a port: what bridges, cards and tunnels carry, and what tunnels take off.
+//! Checks of the MTU on the path behind a port: bridges, NICs and tunnels.
 
 use super::finding::{Finding, quoted};
 use super::network::Network;
@@ -8,9 +8,9 @@ use crate::sys::link::Link;
 
 const CHECK: &str = "tunnel";
 
-/// Bytes that a kind of tunnel puts before what it carries, over IPv4; over IPv6 its header is 20
-/// longer. Those that carry Ethernet frames count the inner header too (`VXLAN_HEADROOM`,
-/// `GENEVE_IPV4_HLEN`, `MESSAGE_MINIMUM_LENGTH` of WireGuard with UDP and IP).
+/// Returns the bytes that a kind of tunnel adds to each packet over IPv4; an IPv6 header adds 20 more.
+/// Tunnels that carry Ethernet frames count the inner Ethernet header too (`VXLAN_HEADROOM`,
+/// `GENEVE_IPV4_HLEN`). WireGuard counts `MESSAGE_MINIMUM_LENGTH`, UDP and IP.
 fn overhead(kind: &str) -> Option<u32> {
     Some(match kind {
         "ipip" | "sit" => 20,
@@ -25,7 +25,7 @@ fn overhead(kind: &str) -> Option<u32> {
     })
 }
 
-/// Checks each tunnel and card that is up.
+/// Checks each tunnel, NIC and bridge port that is up.
 pub(super) fn check(network: &Network, requirements: &Requirements) -> Vec<Finding> {
     let up = network.links.iter().filter(|link| link.is_up);
     let mut found = Vec::new();
@@ -35,44 +35,44 @@ pub(super) fn check(network: &Network, requirements: &Requirements) -> Vec<Findi
             continue;
         }
         if let Some(overhead) = overhead {
-            found.push(inside(network, link, overhead));
+            found.push(tunnel_mtu(network, link, overhead));
         }
-        found.extend(carries(network, link, requirements));
+        found.extend(path_mtu(network, link, requirements));
     }
     found
 }
 
-/// Whether what a tunnel makes of a frame fits the device below it.
-fn inside(network: &Network, tunnel: &Link, overhead: u32) -> Finding {
-    let what = format!("{} {}", tunnel.kind, tunnel.name);
+/// Checks that a tunnel's packets fit the device below the tunnel.
+fn tunnel_mtu(network: &Network, tunnel: &Link, overhead: u32) -> Finding {
+    let (what, kind, mtu) = (&tunnel.name, &tunnel.kind, tunnel.mtu);
     let Some(lower) = tunnel.lower.and_then(|index| network.at(index)) else {
         let why = format!(
-            "it takes {overhead} bytes off the MTU of the device that its packets leave by (20 more \
-             over IPv6), and does not say which that is; its own MTU is {}",
-            tunnel.mtu
+            "MTU {mtu}; {kind} takes {overhead} bytes (20 more over IPv6) of the MTU of the outgoing \
+             device, which the kernel does not report"
         );
         return Finding::pass(CHECK, what, why);
     };
-    let room = lower.mtu.saturating_sub(overhead);
-    if tunnel.mtu <= room {
+    let most = lower.mtu.saturating_sub(overhead);
+    let (below, lower_mtu) = (&lower.name, lower.mtu);
+    if mtu <= most {
         let why = format!(
-            "it takes {overhead} bytes (20 more over IPv6) off the {} of {}, and its MTU of {} fits",
-            lower.mtu, lower.name, tunnel.mtu
+            "MTU {mtu} fits: {kind} takes {overhead} bytes (20 more over IPv6) of the MTU {lower_mtu} of \
+             {below}"
         );
         return Finding::pass(CHECK, what, why);
     }
     let why = format!(
-        "its MTU is {}, and {} carries {} less {overhead}: its packets go in fragments, or are lost",
-        tunnel.mtu, lower.name, lower.mtu
+        "MTU {mtu} exceeds the MTU {lower_mtu} of {below} less {overhead} bytes of {kind} headers; packets \
+         are fragmented or lost"
     );
-    let command = format!("ip link set {} mtu {room}", quoted(&tunnel.name));
+    let command = format!("ip link set {} mtu {most}", quoted(what));
     Finding::warn(CHECK, what, why).fix(command)
 }
 
-/// Whether the cards' frames fit a device that they may leave by.
-fn carries(network: &Network, link: &Link, requirements: &Requirements) -> Option<Finding> {
-    let what = format!("path through {}", link.name);
-    // TAPs and AF_XDP devices of ports are checked as such.
+/// Checks that frames of the ports' MTU fit a device that they may leave by.
+fn path_mtu(network: &Network, link: &Link, requirements: &Requirements) -> Option<Finding> {
+    let what = &link.name;
+    // TAPs and AF_XDP devices of ports have checks of their own.
     let is_port = requirements.ports.iter().any(|port| match &port.host {
         HostSide::Tap(name) => *name == link.name,
         HostSide::AfXdp(af_xdp) => af_xdp.name == link.name,
@@ -93,30 +93,29 @@ fn carries(network: &Network, link: &Link, requirements: &Requirements) -> Optio
         .map(|tap| tap.name.as_str())
         .collect();
     if link.master.is_some() && link.parent.is_none() && bridged.is_empty() {
-        // A bridge's port beside none of ours.
+        // A port of a bridge without a checked TAP.
         return None;
     }
     let wanted = u32::from(requirements.mtu);
     if link.mtu >= wanted {
-        let why = format!("it carries {} bytes, and the card's MTU is {wanted}", link.mtu);
+        let why = format!("MTU {} is at least the port's {wanted}", link.mtu);
         return Some(Finding::pass("path-mtu", what, why));
     }
     let less = link.mtu;
     Some(match bridged.first() {
         Some(tap) => {
             let why = format!(
-                "it carries {less} bytes, and is in one bridge with {tap}, whose card's MTU is \
-                 {wanted}: longer frames are lost without a word; start the daemon with --mtu={less} \
-                 too"
+                "MTU {less} is below the {wanted} of the port on {tap} in the same bridge, which silently \
+                 drops larger frames. Also start the daemon with --mtu={less}"
             );
             let command = format!("ip link set {} mtu {less}", quoted(tap));
             Finding::fail("path-mtu", what, why).fix(command)
         }
         None => {
             let why = format!(
-                "it carries {less} bytes, and the card's MTU is {wanted}: what is routed through it is \
-                 refused or cut, and senders must learn that; start the daemon with --mtu={less}, \
-                 if its guests send that way"
+                "MTU {less} is below the port's {wanted}: the host fragments or refuses larger packets \
+                 that it routes here, and senders must learn the path MTU. If guests send this way, start \
+                 the daemon with --mtu={less}"
             );
             Finding::warn("path-mtu", what, why)
         }
@@ -137,25 +136,25 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_tunnel_takes_its_bytes_off() {
-        let card = Link { parent: Some(("pci".into(), "x".into())), ..link(1, "e", "", 1500) };
-        for (kind, room) in [("ipip", 1480), ("vxlan", 1450), ("wireguard", 1440), ("gre", 1476)] {
+    fn tunnel_overhead_depends_on_its_kind() {
+        let nic = Link { parent: Some(("pci".into(), "x".into())), ..link(1, "e", "", 1500) };
+        for (kind, most) in [("ipip", 1480), ("vxlan", 1450), ("wireguard", 1440), ("gre", 1476)] {
             let tunnel = |mtu| Link { lower: Some(1), ..link(2, "t", kind, mtu) };
-            let judged = |mtu| {
-                let network = network(vec![card.clone(), tunnel(mtu)]);
-                inside(&network, &network.links[1], overhead(kind).unwrap())
+            let found = |mtu| {
+                let network = network(vec![nic.clone(), tunnel(mtu)]);
+                tunnel_mtu(&network, &network.links[1], overhead(kind).unwrap())
             };
-            assert_eq!(judged(room).status, Status::Pass);
-            let fix = format!("ip link set t mtu {room}");
-            assert_eq!(judged(room + 1).fix, Some(fix));
+            assert_eq!(found(most).status, Status::Pass);
+            let fix = format!("ip link set t mtu {most}");
+            assert_eq!(found(most + 1).fix, Some(fix));
         }
         assert_eq!(overhead("bridge"), None);
     }
 
     #[test]
-    fn a_tunnel_in_the_guests_bridge_fails_and_one_beside_it_warns() {
+    fn tunnel_in_the_guests_bridge_fails_and_elsewhere_warns() {
         let tap = Link { master: Some(9), ..link(1, "tap0", "tun", 1500) };
-        let judged = |master| {
+        let finding = |master| {
             let network =
                 network(vec![tap.clone(), Link { master, ..link(2, "t", "vxlan", 1450) }]);
             let options =
@@ -164,9 +163,9 @@ mod tests {
             let found = check(&network, &requirements);
             found.into_iter().find(|finding| finding.check == "path-mtu").unwrap()
         };
-        let bridged = judged(Some(9));
+        let bridged = finding(Some(9));
         assert_eq!(bridged.status, Status::Fail);
         assert_eq!(bridged.fix.as_deref(), Some("ip link set tap0 mtu 1450"));
-        assert_eq!(judged(None).status, Status::Warn);
+        assert_eq!(finding(None).status, Status::Warn);
     }
 }

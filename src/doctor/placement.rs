@@ -1,5 +1,4 @@
-//! Where things are: a card's memory node, its interrupts, processors that are kept for the daemon,
-//! and the IOMMU.
+//! Checks of placement: a NIC's memory node and interrupts, CPUs reserved for the daemon, and the IOMMU.
 
 use std::collections::BTreeSet;
 
@@ -11,17 +10,18 @@ use super::options::{Port, Requirements};
 use crate::port::af_xdp::Mode;
 use crate::sys::link::Link;
 
-/// Processors by their numbers.
-type Processors = BTreeSet<usize>;
+/// A set of CPU numbers.
+type CpuSet = BTreeSet<usize>;
 
-/// Checks where a card is, for a port on it.
+/// Checks the memory node and the interrupts of a port's NIC.
 pub(super) fn of_device(host: &Host, link: &Link, port: &Port, what: &str) -> Vec<Finding> {
-    let Some(place) = place(host, link) else {
-        let why = "it is virtual: it has neither memory node nor interrupts of its own";
+    let Some(directory) = sysfs_directory(host, link) else {
+        let why = "not applicable: a virtual device has no memory node and no interrupts";
         return vec![Finding::pass("numa", what, why)];
     };
-    let above = |name: &str| {
-        let mut at = place.as_str();
+    // The device's own directory, or the nearest above it, has these files.
+    let nearest = |name: &str| {
+        let mut at = directory.as_str();
         while !at.is_empty() {
             let path = format!("{at}/{name}");
             if host.exists(&path) {
@@ -31,19 +31,19 @@ pub(super) fn of_device(host: &Host, link: &Link, port: &Port, what: &str) -> Ve
         }
         None
     };
-    let node = above("numa_node").and_then(|path| host.number::<i32>(&path));
+    let node = nearest("numa_node").and_then(|path| host.number::<i32>(&path));
     let near = node
         .and_then(|node| host.read(&format!("/sys/devices/system/node/node{node}/cpulist")))
-        .map(|list| processors(&list));
-    let interrupts = above("msi_irqs").map(|path| host.list(&path)).unwrap_or_default();
+        .map(|list| parse_cpus(&list));
+    let interrupts = nearest("msi_irqs").map(|path| host.list(&path)).unwrap_or_default();
     vec![
         numa(nodes(host), node, near.as_ref(), port, what),
         interrupt_placement(host, &interrupts, near.as_ref(), port, what),
     ]
 }
 
-/// The device's directory in sysfs; a virtual one has none.
-pub(super) fn place(host: &Host, link: &Link) -> Option<String> {
+/// Returns the device's directory in sysfs; none for a virtual device.
+pub(super) fn sysfs_directory(host: &Host, link: &Link) -> Option<String> {
     let (bus, name) = link.parent.as_ref()?;
     host.resolve(&format!("/sys/bus/{bus}/devices/{name}"))
 }
@@ -58,31 +58,33 @@ fn nodes(host: &Host) -> usize {
 fn numa(
     nodes: usize,
     node: Option<i32>,
-    near: Option<&Processors>,
+    near: Option<&CpuSet>,
     port: &Port,
     what: &str,
 ) -> Finding {
     if nodes < 2 {
-        return Finding::pass("numa", what, "the host has one memory node: not applicable");
+        return Finding::pass("numa", what, "not applicable: the host has one memory node");
     }
     let (Some(node @ 0..), Some(near)) = (node, near) else {
-        let why = "its memory node is not known (numa_node): place workers by measuring";
+        let why = "the NIC's memory node is not known (numa_node); place workers by measurement";
         return Finding::warn("numa", what, why);
     };
-    let far: Vec<usize> = port.cpus.iter().copied().filter(|cpu| !near.contains(cpu)).collect();
-    let list = shown(near);
+    let far: CpuSet = port.cpus.iter().copied().filter(|cpu| !near.contains(cpu)).collect();
+    let list = format_cpus(near);
     if port.cpus.is_empty() {
         let why = format!(
-            "it is at memory node {node}, and nothing keeps the daemon there: start it with \
+            "the NIC is on memory node {node}, and the daemon has no CPU affinity; start it with \
              --cpu-affinity={list}"
         );
         Finding::warn("numa", what, why)
     } else if far.is_empty() {
-        Finding::pass("numa", what, format!("it and the daemon are at memory node {node}"))
+        let why = format!("the NIC and the daemon's CPUs are on memory node {node}");
+        Finding::pass("numa", what, why)
     } else {
         let why = format!(
-            "it is at memory node {node}, and processors {far:?} of the daemon's are not: start it \
-             with --cpu-affinity={list}"
+            "the NIC is on memory node {node}, but the daemon's CPUs {} are not; start it with \
+             --cpu-affinity={list}",
+            format_cpus(&far)
         );
         Finding::warn("numa", what, why)
     }
@@ -91,91 +93,97 @@ fn numa(
 fn interrupt_placement(
     host: &Host,
     interrupts: &[String],
-    near: Option<&Processors>,
+    near: Option<&CpuSet>,
     port: &Port,
     what: &str,
 ) -> Finding {
-    let placed: Vec<(&String, Processors)> = interrupts
+    let placed: Vec<(&String, CpuSet)> = interrupts
         .iter()
         .filter_map(|number| {
             let list = host.read(&format!("/proc/irq/{number}/effective_affinity_list"))?;
-            Some((number, processors(&list)))
+            Some((number, parse_cpus(&list)))
         })
         .collect();
     if placed.is_empty() {
-        let why = "it has no message-signalled interrupts that are seen: not applicable";
+        let why = "not applicable: no message-signalled interrupts of it are visible";
         return Finding::pass("interrupts", what, why);
     }
-    let daemons: Processors = port.cpus.iter().copied().collect();
+    let daemons: CpuSet = port.cpus.iter().copied().collect();
     let online = online(host);
     let near = near.unwrap_or(&online);
-    // With busy polling the daemon's processor does the card's work, and should.
+    // With busy polling, the daemon's CPU does the NIC's work, and so should take its interrupts.
     let avoided = |cpu: &usize| !port.busy_poll && daemons.contains(cpu);
-    let good: Processors = near.iter().copied().filter(|cpu| !avoided(cpu)).collect();
+    let good: CpuSet = near.iter().copied().filter(|cpu| !avoided(cpu)).collect();
     let wrong: Vec<&str> = placed
         .iter()
         .filter(|(_, at)| !good.is_empty() && !at.is_subset(&good))
         .map(|(number, _)| number.as_str())
         .collect();
     if wrong.is_empty() {
-        let all: Processors = placed.iter().flat_map(|(_, at)| at.iter().copied()).collect();
-        let why = format!("its {} interrupts go to processors {}", placed.len(), shown(&all));
+        let all: CpuSet = placed.iter().flat_map(|(_, at)| at.iter().copied()).collect();
+        let why = format!("interrupts: {}, on CPUs {}", placed.len(), format_cpus(&all));
         return Finding::pass("interrupts", what, why);
     }
     let why = format!(
-        "interrupts {} go to processors of the daemon's, or of another memory node (irqbalance may \
-         move them back: ban them there)",
+        "interrupts {} go to the daemon's CPUs or to another memory node. Exclude them from irqbalance, \
+         which may move them back",
         wrong.join(", ")
     );
     let command = format!(
         "for irq in {}; do echo {} > /proc/irq/$irq/smp_affinity_list; done",
         wrong.join(" "),
-        shown(&good)
+        format_cpus(&good)
     );
     Finding::warn("interrupts", what, why).fix(command)
 }
 
-fn online(host: &Host) -> Processors {
-    processors(&host.read("/sys/devices/system/cpu/online").unwrap_or_default())
+fn online(host: &Host) -> CpuSet {
+    parse_cpus(&host.read("/sys/devices/system/cpu/online").unwrap_or_default())
 }
 
-/// Checks isolation and the IOMMU.
+/// Checks the isolation of the daemon's CPUs, and the IOMMU.
 pub(super) fn check(host: &Host, network: &Network, requirements: &Requirements) -> Vec<Finding> {
-    let wanted: Processors = requirements.ports.iter().flat_map(|port| port.cpus.clone()).collect();
+    let wanted: CpuSet = requirements.ports.iter().flat_map(|port| port.cpus.clone()).collect();
     vec![isolation(host, &wanted), iommu(host, network, requirements)]
 }
 
-fn isolation(host: &Host, wanted: &Processors) -> Finding {
-    // By the kernel's command line (isolcpus=), and by cgroups' partitions.
+fn isolation(host: &Host, wanted: &CpuSet) -> Finding {
+    let what = "host";
+    // CPUs isolated by the kernel's command line (isolcpus=), and by cgroup partitions.
     let files = ["/sys/devices/system/cpu/isolated", "/sys/fs/cgroup/cpuset.cpus.isolated"];
     let lists = files.iter().filter_map(|path| host.read(path));
-    let isolated: Processors = lists.flat_map(|list| processors(&list)).collect();
-    let what = "isolated processors";
-    let have = if isolated.is_empty() { "none".into() } else { shown(&isolated) };
+    let isolated: CpuSet = lists.flat_map(|list| parse_cpus(&list)).collect();
+    let have = match isolated.is_empty() {
+        true => "isolated CPUs: none".into(),
+        false => format!("isolated CPUs: {}", format_cpus(&isolated)),
+    };
     let Some(last) = wanted.last() else {
-        let why = format!("{have}; no --cpu-affinity asks for any: not applicable");
+        let why = format!("{have}; not applicable without --cpu-affinity");
         return Finding::pass("isolation", what, why);
     };
-    let absent: Processors = wanted.difference(&online(host)).copied().collect();
+    let absent: CpuSet = wanted.difference(&online(host)).copied().collect();
     if !absent.is_empty() {
-        let why = format!("--cpu-affinity names {}, which the host has not", shown(&absent));
+        let list = format_cpus(&absent);
+        let why = format!("--cpu-affinity names CPUs {list}, which are missing or offline");
         let found = Finding::fail("isolation", what, why);
         let file = format!("/sys/devices/system/cpu/cpu{last}/online");
         return if host.exists(&file) { found.fix(format!("echo 1 > {file}")) } else { found };
     }
-    let shared: Processors = wanted.difference(&isolated).copied().collect();
+    let shared: CpuSet = wanted.difference(&isolated).copied().collect();
     if shared.is_empty() {
-        return Finding::pass("isolation", what, format!("{have}: all that the daemon is to have"));
+        let why = format!("{have}, with all of --cpu-affinity");
+        return Finding::pass("isolation", what, why);
     }
-    let list = shown(&shared);
+    let list = format_cpus(&shared);
     let why = format!(
-        "{have}, and --cpu-affinity names {list} too: other processes run there as well; boot with \
-         isolcpus={list}, or make them a cgroup's isolated partition"
+        "{have}; other processes run on CPUs {list} of --cpu-affinity too. Boot with isolcpus={list}, or put \
+         these CPUs into an isolated cgroup partition"
     );
     Finding::warn("isolation", what, why)
 }
 
 fn iommu(host: &Host, network: &Network, requirements: &Requirements) -> Finding {
+    let what = "host";
     let units = host.list("/sys/class/iommu").len();
     let groups = host.list("/sys/kernel/iommu_groups");
     let may_write = requirements.af_xdp().any(|(port, af_xdp)| {
@@ -183,13 +191,13 @@ fn iommu(host: &Host, network: &Network, requirements: &Requirements) -> Finding
         port.named && af_xdp.mode != Mode::Copy && zero_copy()
     });
     if units == 0 && groups.is_empty() {
-        let why = "none is seen: with zero copy a card writes to guests' memory, and nothing but its \
-                   driver keeps it from the rest";
         return if may_write {
-            Finding::warn("iommu", "IOMMU", format!("{why}; boot with one, or use mode=copy"))
+            let why = "no IOMMU is visible: with zero copy a NIC writes to guest memory, and only its \
+                       driver keeps it from all other memory. Boot with an IOMMU, or use mode=copy";
+            Finding::warn("iommu", what, why)
         } else {
-            let why = "none is seen, and TAPs and copy mode do without: not applicable";
-            Finding::pass("iommu", "IOMMU", why)
+            let why = "no IOMMU is visible; not applicable: TAPs and copy mode do not need one";
+            Finding::pass("iommu", what, why)
         };
     }
     let open: Vec<&str> = groups
@@ -202,18 +210,18 @@ fn iommu(host: &Host, network: &Network, requirements: &Requirements) -> Finding
         .collect();
     if may_write && !open.is_empty() {
         let why = format!(
-            "groups {} are passed through: a card there can write anywhere; boot with \
+            "IOMMU groups {} are passed through: a NIC in these groups can write to any memory. Boot with \
              iommu.passthrough=0, or use mode=copy",
             open.join(", ")
         );
-        return Finding::warn("iommu", "IOMMU", why);
+        return Finding::warn("iommu", what, why);
     }
-    let why = format!("{units} units, {} groups, {} passed through", groups.len(), open.len());
-    Finding::pass("iommu", "IOMMU", why)
+    let why = format!("IOMMUs: {units}, groups: {}, passed through: {}", groups.len(), open.len());
+    Finding::pass("iommu", what, why)
 }
 
-/// Reads a list such as `0-3,8`.
-fn processors(list: &str) -> Processors {
+/// Parses a list of CPUs such as `0-3,8`.
+fn parse_cpus(list: &str) -> CpuSet {
     let range = |part: &str| {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         Some(first.trim().parse::<usize>().ok()?..=last.trim().parse::<usize>().ok()?)
@@ -221,9 +229,10 @@ fn processors(list: &str) -> Processors {
     list.split(',').filter_map(range).flatten().collect()
 }
 
-fn shown(processors: &Processors) -> String {
+/// Formats CPUs as a list such as `0-3,8`.
+fn format_cpus(cpus: &CpuSet) -> String {
     let mut parts: Vec<(usize, usize)> = Vec::new();
-    for &cpu in processors {
+    for &cpu in cpus {
         match parts.last_mut() {
             Some((_, last)) if *last + 1 == cpu => *last = cpu,
             _ => parts.push((cpu, cpu)),

@@ -1,4 +1,4 @@
-//! A port's socket: whether the daemon can make it, and QEMU's user reach it.
+//! Checks of a port's socket: the daemon can create it, and QEMU's user can connect to it.
 
 use std::ffi::CString;
 use std::io;
@@ -8,32 +8,32 @@ use std::path::Path;
 use nix::unistd::{AccessFlags, User, getgrouplist};
 
 use super::finding::{Finding, quoted};
-use super::host::{Host, Myself};
+use super::host::{Credentials, Host};
 use super::options::Socket;
 use crate::sandbox::find_group;
 use crate::sys::process::may_access;
 use crate::sys::socket::MAX_PATH;
 
-/// QEMU's user, with all groups.
+/// The user that QEMU runs as.
 struct Qemu {
     name: String,
     user: u32,
+    /// Primary group, then all groups of the user.
     groups: Vec<u32>,
 }
 
-/// Checks the place of a socket.
+/// Checks the path of a socket.
 pub(super) fn check(
     host: &Host,
-    myself: &Myself,
+    credentials: &Credentials,
     socket: &Socket,
     qemu_user: Option<&str>,
 ) -> Vec<Finding> {
     let path = socket.path.as_path();
-    let what = format!("socket {}", path.display());
+    let what = path.display().to_string();
     let length = path.as_os_str().len();
     if length > MAX_PATH {
-        let why =
-            format!("its path has {length} bytes, and a unix socket's {MAX_PATH} at the most");
+        let why = format!("the path has {length} bytes; a unix socket's has at most {MAX_PATH}");
         return vec![Finding::fail("socket", what, why)];
     }
     let qemu = match qemu_user.map(find).transpose() {
@@ -47,24 +47,27 @@ pub(super) fn check(
     let directory = match parent.canonicalize() {
         Ok(directory) if directory.is_dir() => directory,
         Ok(_) => {
-            let why = format!("{} is no directory: choose another path", parent.display());
+            let why = format!("{} is not a directory; choose another path", parent.display());
             return vec![Finding::fail("socket", what, why)];
         }
-        Err(error) => return vec![no_directory(&error, parent, myself, qemu.as_ref(), what)],
+        Err(error) => {
+            return vec![no_directory(&error, parent, credentials, qemu.as_ref(), what)];
+        }
     };
-    let mut found = vec![place(host, path, &directory, &what)];
-    found.extend(openness(&directory, &what));
+    let mut found = vec![creation(host, path, &directory, &what)];
+    found.extend(writable_by_others(&directory, &what));
     if let Some(qemu) = qemu {
-        let searched = search(&directory, &qemu, &what);
-        found.push(searched.unwrap_or_else(|| connect(myself, socket, &directory, &qemu, &what)));
+        let unreachable = search(&directory, &qemu, &what);
+        let connects = || connect(credentials, socket, &directory, &qemu, &what);
+        found.push(unreachable.unwrap_or_else(connects));
     }
     found
 }
 
 fn find(name: &str) -> Result<Qemu, String> {
     let user = User::from_name(name)
-        .map_err(|error| format!("look up QEMU's user {name}: {error}"))?
-        .ok_or_else(|| format!("there is no user {name}, whom QEMU is to run as: mend the name"))?;
+        .map_err(|error| format!("cannot look up QEMU's user {name}: {error}"))?
+        .ok_or_else(|| format!("QEMU's user {name} does not exist; correct --qemu-user"))?;
     let known = CString::new(name).ok().and_then(|name| getgrouplist(&name, user.gid).ok());
     let mut groups = vec![user.gid.as_raw()];
     groups.extend(known.unwrap_or_default().into_iter().map(|group| group.as_raw()));
@@ -74,32 +77,33 @@ fn find(name: &str) -> Result<Qemu, String> {
 fn no_directory(
     error: &io::Error,
     parent: &Path,
-    myself: &Myself,
+    credentials: &Credentials,
     qemu: Option<&Qemu>,
     what: String,
 ) -> Finding {
     if error.kind() != io::ErrorKind::NotFound {
-        let why = format!("its directory {}: {error}", parent.display());
+        let why = format!("cannot open directory {}: {error}", parent.display());
         return Finding::fail("socket", what, why);
     }
-    let why = format!("its directory {} is not there", parent.display());
+    let why = format!("directory {} does not exist", parent.display());
     let shown = quoted(&parent.display().to_string());
-    // Whoever connects is the VMM: nobody but its group gets in. What is made there is the group's.
+    // The daemon takes every process that connects for the VMM, so only the VMM's group may enter. Files
+    // in the directory inherit the group.
     let command = match qemu {
         Some(qemu) => {
-            format!("install -d -m 2770 -o {} -g {} {shown}", myself.user, qemu.groups[0])
+            format!("install -d -m 2770 -o {} -g {} {shown}", credentials.user, qemu.groups[0])
         }
         None => format!("install -d -m 700 {shown}"),
     };
     Finding::fail("socket", what, why).fix(command)
 }
 
-/// Whether the socket can be put there.
-fn place(host: &Host, path: &Path, directory: &Path, what: &str) -> Finding {
+/// Checks that the daemon can create the socket, or replace the existing one.
+fn creation(host: &Host, path: &Path, directory: &Path, what: &str) -> Finding {
     let shown = quoted(&path.display().to_string());
     if let Err(error) = may_access(None, directory, AccessFlags::W_OK | AccessFlags::X_OK) {
         let directory = directory.display();
-        let why = format!("this user can't make files in {directory}: {error}");
+        let why = format!("this user cannot create files in {directory}: {error}");
         let found = Finding::fail("socket", what, why);
         return match error.raw_os_error() {
             Some(libc::EACCES) => {
@@ -111,23 +115,23 @@ fn place(host: &Host, path: &Path, directory: &Path, what: &str) -> Finding {
     }
     match path.symlink_metadata() {
         Ok(file) if file.file_type().is_socket() && listens(host, path) => {
-            Finding::pass("socket", what, "a process listens there: another daemon can't")
+            let why = "a process listens on it, so another daemon cannot";
+            Finding::pass("socket", what, why)
         }
         Ok(file) if file.file_type().is_socket() => {
-            Finding::pass("socket", what, "it is there, and nobody listens: the daemon replaces it")
+            let why = "exists, and no process listens on it: the daemon replaces it";
+            Finding::pass("socket", what, why)
         }
         Ok(_) => {
-            let why = "it is a file that is no socket, and the daemon leaves that alone";
+            let why = "exists and is not a socket, so the daemon does not replace it";
             Finding::fail("socket", what, why).fix(format!("mv {shown} {shown}.old"))
         }
-        Err(_) => {
-            Finding::pass("socket", what, "its directory is there, and the daemon can make it")
-        }
+        Err(_) => Finding::pass("socket", what, "the daemon can create it"),
     }
 }
 
-/// Whether some process listens at a path (proc_net_unix(5); flag `__SO_ACCEPTCON`). To connect would
-/// tell, too, but a daemon takes whoever connects for its VMM.
+/// Returns whether a process listens at a path, from proc_net_unix(5) and its flag `__SO_ACCEPTCON`. The
+/// doctor does not connect, because a daemon would take it for its VMM.
 fn listens(host: &Host, path: &Path) -> bool {
     const ACCEPTS: u32 = 0x1_0000;
     let path = path.display().to_string();
@@ -138,8 +142,8 @@ fn listens(host: &Host, path: &Path) -> bool {
     })
 }
 
-/// Whether strangers can put sockets of their own there.
-fn openness(directory: &Path, what: &str) -> Option<Finding> {
+/// Checks that not every user can create sockets in the directory.
+fn writable_by_others(directory: &Path, what: &str) -> Option<Finding> {
     const OTHERS_WRITE: u32 = 0o002;
     const STICKY: u32 = 0o1000;
     let mode = directory.metadata().ok()?.permissions().mode();
@@ -148,20 +152,20 @@ fn openness(directory: &Path, what: &str) -> Option<Finding> {
         (false, _) => None,
         (true, true) => {
             let why = format!(
-                "everybody can make files in {shown}, and so sockets that a VMM takes for ours: \
-                 choose a directory of the VMM's own"
+                "every user can create files in {shown}, and so sockets that a VMM takes for the \
+                 daemon's; choose a directory for the VMM only"
             );
             Some(Finding::warn("socket", what, why))
         }
         (true, false) => {
-            let why = format!("everybody can put another socket in its place in {shown}");
+            let why = format!("every user can write to {shown}, and replace the socket");
             let command = format!("chmod o-w {}", quoted(&shown.to_string()));
             Some(Finding::warn("socket", what, why).fix(command))
         }
     }
 }
 
-/// Whether QEMU's user gets as far as the directory; nothing if so.
+/// Checks that QEMU's user may search each directory of the path. Returns a finding only if not.
 fn search(directory: &Path, qemu: &Qemu, what: &str) -> Option<Finding> {
     let mut ancestors: Vec<&Path> = directory.ancestors().collect();
     ancestors.reverse();
@@ -173,11 +177,12 @@ fn search(directory: &Path, qemu: &Qemu, what: &str) -> Option<Finding> {
         };
         let (name, shown) = (&qemu.name, ancestor.display());
         if error.raw_os_error() != Some(libc::EACCES) {
-            let why =
-                format!("whether {name} can reach it can't be asked ({error}): run this as root");
+            let why = format!(
+                "cannot check the rights of QEMU's user {name}: {error}; run doctor as root"
+            );
             return Some(Finding::warn("qemu-user", what, why));
         }
-        let why = format!("QEMU's user {name} may not search {shown}, and can't connect");
+        let why = format!("QEMU's user {name} may not search {shown}, so it cannot connect");
         let path = quoted(&shown.to_string());
         let command = if ancestor == directory {
             format!("chgrp {} {path} && chmod g+sx {path}", qemu.groups[0])
@@ -189,9 +194,9 @@ fn search(directory: &Path, qemu: &Qemu, what: &str) -> Option<Finding> {
     None
 }
 
-/// Whether QEMU's user may connect, which takes the right to write.
+/// Checks that QEMU's user may connect, which requires the right to write.
 fn connect(
-    myself: &Myself,
+    credentials: &Credentials,
     Socket { path, group }: &Socket,
     directory: &Path,
     qemu: &Qemu,
@@ -202,27 +207,28 @@ fn connect(
     let shown = quoted(&path.display().to_string());
     if path.exists() {
         return match may_access(who, path, AccessFlags::W_OK) {
-            Ok(()) => Finding::pass("qemu-user", what, format!("QEMU's user {name} may connect")),
+            Ok(()) => Finding::pass("qemu-user", what, format!("QEMU's user {name} can connect")),
             Err(_) => {
-                let why = format!("QEMU's user {name} may not write to it, and can't connect");
+                let why =
+                    format!("QEMU's user {name} may not write to the socket, so it cannot connect");
                 let command = format!("chgrp {} {shown} && chmod g+w {shown}", qemu.groups[0]);
                 Finding::fail("qemu-user", what, why).fix(command)
             }
         };
     }
-    let made = Made::by(myself, directory, group.as_deref());
-    if made.admits(qemu) {
-        let why = format!("QEMU's user {name} may connect to it, as it will be made");
+    let future = FutureSocket::new(credentials, directory, group.as_deref());
+    if future.admits(qemu) {
+        let why = format!("QEMU's user {name} can connect once the daemon has created the socket");
         return Finding::pass("qemu-user", what, why);
     }
     let why = format!(
-        "it will be made with mode {:o}, and QEMU's user {name} can't connect then: name its group by \
-         socket-group",
-        made.mode
+        "the daemon will create the socket with mode {:o}, so QEMU's user {name} cannot connect; set \
+         socket-group to a group of that user",
+        future.mode
     );
     let at = quoted(&directory.display().to_string());
     let group = qemu.groups[0];
-    let command = if qemu.groups.contains(&made.group) {
+    let command = if qemu.groups.contains(&future.group) {
         "umask 007".to_owned()
     } else {
         format!("chgrp {group} {at} && chmod g+sx {at} && umask 007")
@@ -230,24 +236,25 @@ fn connect(
     Finding::warn("qemu-user", what, why).fix(command)
 }
 
-/// A socket that the daemon will make.
-struct Made {
+/// Owner and mode of a socket that the daemon will create.
+struct FutureSocket {
     owner: u32,
     group: u32,
     mode: u32,
 }
 
-impl Made {
-    /// In a directory with the set-group-ID bit it is the directory's group's (inode(7)).
-    fn by(myself: &Myself, directory: &Path, given_to: Option<&str>) -> Self {
-        if let Some(group) = given_to.and_then(find_group) {
-            return Made { owner: myself.user, group: group.as_raw(), mode: 0o660 };
+impl FutureSocket {
+    /// Predicts owner and mode. The group is `socket_group`, else the group of a directory with the
+    /// set-group-ID bit (inode(7)), else the daemon's.
+    fn new(credentials: &Credentials, directory: &Path, socket_group: Option<&str>) -> Self {
+        if let Some(group) = socket_group.and_then(find_group) {
+            return FutureSocket { owner: credentials.user, group: group.as_raw(), mode: 0o660 };
         }
         const SET_GROUP: u32 = 0o2000;
-        let own = myself.groups.last().copied().unwrap_or(0);
+        let own = credentials.groups.last().copied().unwrap_or(0);
         let inherited = directory.metadata().ok().filter(|it| it.mode() & SET_GROUP != 0);
         let group = inherited.map_or(own, |it| it.gid());
-        Made { owner: myself.user, group, mode: 0o777 & !myself.umask }
+        FutureSocket { owner: credentials.user, group, mode: 0o777 & !credentials.umask }
     }
 
     fn admits(&self, qemu: &Qemu) -> bool {
@@ -271,34 +278,35 @@ mod tests {
     use crate::doctor::host::tests::fake;
 
     #[test]
-    fn a_listener_is_seen_without_connecting() {
+    fn listener_is_found_without_connecting() {
         let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
                      0000: 00000002 00000000 00010000 0001 01 7 /run/a b\n\
                      0000: 00000003 00000000 00000000 0001 03 8 /run/c\n";
         let (_directory, host) = fake(&[("/proc/net/unix", table)]);
         assert!(listens(&host, Path::new("/run/a b")));
-        assert!(!listens(&host, Path::new("/run/c")), "it is connected");
+        assert!(!listens(&host, Path::new("/run/c")), "it is a connected socket");
         assert!(!listens(&host, Path::new("/run/d")));
     }
 
     #[test]
-    fn a_socket_is_its_owners_its_groups_or_everybodys() {
+    fn socket_admits_owner_group_or_others_by_mode() {
         let qemu = Qemu { name: "q".into(), user: 5, groups: vec![6, 7] };
-        let admits = |owner, group, mode| Made { owner, group, mode }.admits(&qemu);
+        let admits = |owner, group, mode| FutureSocket { owner, group, mode }.admits(&qemu);
         assert!(admits(5, 0, 0o755) && !admits(0, 0, 0o755));
         assert!(admits(0, 7, 0o770) && !admits(0, 7, 0o757));
         assert!(admits(0, 0, 0o777));
     }
 
     #[test]
-    fn what_is_no_socket_is_moved_out_of_the_way() {
+    fn file_at_the_sockets_path_is_moved_away() {
         let (directory, host) = fake(&[("run/it", "precious")]);
         let path = directory.as_path().join("run/it");
         let socket = Socket { path, group: None };
-        let found = check(&host, &Myself::default(), &socket, None).remove(0);
+        let found = check(&host, &Credentials::default(), &socket, None).remove(0);
         assert_eq!(found.status, Status::Fail);
         assert!(found.fix.unwrap().starts_with("mv "));
-        let nobody = check(&host, &Myself::default(), &socket, Some("no-such-user")).remove(0);
-        assert!(nobody.why.contains("no-such-user"));
+        let unknown =
+            check(&host, &Credentials::default(), &socket, Some("no-such-user")).remove(0);
+        assert!(unknown.why.contains("no-such-user"));
     }
 }

@@ -1,4 +1,4 @@
-//! `/dev/net/tun`: whether TAP devices can be opened, and with what.
+//! Checks of `/dev/net/tun`: TAP devices can be opened, with the features that ports require.
 
 use std::io;
 
@@ -9,48 +9,49 @@ use crate::sys::tap;
 const CHECK: &str = "tun";
 const DEVICE: &str = "/dev/net/tun";
 
-/// Checks the device, and what the kernel says it can do.
+/// Checks the device file, and the features that the kernel reports through it.
 pub(super) fn check(requirements: &Requirements) -> Vec<Finding> {
-    let mut found = judge(tap::features(), requirements.ports.iter().any(|port| port.pairs > 1));
-    // A host for AF_XDP alone does without.
+    let several = requirements.ports.iter().any(|port| port.pairs > 1);
+    let mut found = vec![check_features(tap::features(), several)];
+    // A host with AF_XDP ports only does not need the file.
     if !requirements.names_a_tap() {
-        found.iter_mut().for_each(Finding::soften);
+        found.iter_mut().for_each(Finding::downgrade);
     }
     found
 }
 
-fn judge(features: io::Result<u32>, several: bool) -> Vec<Finding> {
+fn check_features(features: io::Result<u32>, several: bool) -> Finding {
     let flags = match features {
         Ok(flags) => flags,
-        Err(error) => return vec![unusable(&error)],
+        Err(error) => return unusable(&error),
     };
     let has = |flag: libc::c_int| flags & flag as u32 != 0;
     if !has(libc::IFF_VNET_HDR) || !has(libc::IFF_TAP) {
-        let why = "the kernel has no IFF_VNET_HDR: checksum and segmentation need it, and the \
-                   daemon too; take a kernel that has it (any since Linux 2.6.27)";
-        return vec![Finding::fail(CHECK, DEVICE, why)];
+        let why = "the kernel lacks IFF_TAP or IFF_VNET_HDR, which the daemon requires; use Linux 2.6.27 \
+                   or later";
+        return Finding::fail(CHECK, DEVICE, why);
     }
     if !has(libc::IFF_MULTI_QUEUE) {
-        let why = "the kernel has no IFF_MULTI_QUEUE: a TAP has one queue pair; take a kernel that \
-                   has it (any since Linux 3.8)";
+        let why = "the kernel lacks IFF_MULTI_QUEUE, so a TAP has one queue pair; use Linux 3.8 or later \
+                   for more";
         let make = if several { Finding::fail } else { Finding::warn };
-        return vec![make(CHECK, DEVICE, why)];
+        return make(CHECK, DEVICE, why);
     }
-    vec![Finding::pass(CHECK, DEVICE, "it opens, with virtio headers and several queues")]
+    Finding::pass(CHECK, DEVICE, "opens; the kernel has IFF_VNET_HDR and IFF_MULTI_QUEUE")
 }
 
 fn unusable(error: &io::Error) -> Finding {
-    let why = format!("a TAP is opened through it: {error}");
+    let why = format!("cannot open: {error}; the daemon opens TAPs through it");
     match error.raw_os_error() {
         Some(libc::ENOENT) => {
-            let why = "it is not there, and a TAP is opened through it";
+            let why = "does not exist; the daemon opens TAPs through it";
             // Documentation/networking/tuntap.rst: character device 10, 200.
             let command = "modprobe -q tun; [ -e /dev/net/tun ] || { mkdir -p /dev/net && mknod \
                            -m 666 /dev/net/tun c 10 200; }";
             Finding::fail(CHECK, DEVICE, why).fix(command)
         }
         Some(libc::ENODEV | libc::ENXIO) => Finding::fail(CHECK, DEVICE, why).fix("modprobe tun"),
-        // Opening it gives no right over any device (tuntap.rst).
+        // Opening the file gives no right over any device (tuntap.rst).
         Some(libc::EACCES) => Finding::fail(CHECK, DEVICE, why).fix("chmod 666 /dev/net/tun"),
         _ => Finding::fail(CHECK, DEVICE, why),
     }
@@ -62,16 +63,16 @@ mod tests {
     use crate::doctor::Status;
 
     #[test]
-    fn what_the_kernel_lacks_is_said_and_what_is_missing_is_made() {
+    fn missing_kernel_features_and_device_file_are_reported() {
         let all = libc::IFF_TAP | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
-        let status = |flags: libc::c_int, several| judge(Ok(flags as u32), several)[0].status;
+        let status = |flags: libc::c_int, several| check_features(Ok(flags as u32), several).status;
         assert_eq!(status(all, true), Status::Pass);
         assert_eq!(status(all & !libc::IFF_MULTI_QUEUE, false), Status::Warn);
         assert_eq!(status(all & !libc::IFF_MULTI_QUEUE, true), Status::Fail);
         assert_eq!(status(all & !libc::IFF_VNET_HDR, false), Status::Fail);
-        let missing = judge(Err(io::Error::from_raw_os_error(libc::ENOENT)), false).remove(0);
+        let missing = check_features(Err(io::Error::from_raw_os_error(libc::ENOENT)), false);
         assert!(missing.fix.unwrap().contains("mknod"));
-        let denied = judge(Err(io::Error::from_raw_os_error(libc::EACCES)), false).remove(0);
+        let denied = check_features(Err(io::Error::from_raw_os_error(libc::EACCES)), false);
         assert!(denied.fix.unwrap().starts_with("chmod"));
     }
 }

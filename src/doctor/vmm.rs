@@ -1,6 +1,6 @@
-//! VMs that run: whether their memory is shared with us, and whether it could be cut away.
+//! Checks of running VMs: the guest's memory is shared, and sealed against truncation.
 //!
-//! A VMM's largest mapping that is readable and writable is taken for the guest's memory.
+//! The doctor takes a VMM's largest readable and writable mapping for the guest's memory.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -8,17 +8,18 @@ use std::os::unix::fs::MetadataExt;
 use nix::unistd::User;
 
 use super::finding::{Finding, quoted};
-use super::host::{Host, Myself};
+use super::host::{Credentials, Host};
 use crate::sys::process::file_facts;
 
 const CHECK: &str = "vm-memory";
-/// The program that changes what libvirt knows of a VM.
+/// Name of the program that changes a VM's definition in libvirt.
 const LIBVIRT: &str = "virt-xml";
 
 /// A process that runs a guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Vmm {
     process: String,
+    /// Command line.
     words: Vec<String>,
 }
 
@@ -31,17 +32,17 @@ struct Mapping {
     name: String,
 }
 
-/// Checks each VMM that runs.
+/// Checks each running VMM.
 pub(super) fn check(host: &Host, require_sealed: bool) -> Vec<Finding> {
-    let judged = |vmm: &Vmm| {
-        let found = judge(host, vmm, require_sealed);
-        // One that has exited meanwhile was judged by nothing.
+    let of_running = |vmm: &Vmm| {
+        let found = check_vmm(host, vmm, require_sealed);
+        // The finding about a process that has exited meanwhile is void.
         words(host, &vmm.process).is_some_and(|words| words == vmm.words).then_some(found)
     };
-    let mut found: Vec<_> = vmms(host).iter().filter_map(judged).collect();
+    let mut found: Vec<_> = vmms(host).iter().filter_map(of_running).collect();
     if found.is_empty() {
-        let why = "no QEMU and no cloud-hypervisor runs: not applicable";
-        found.push(Finding::pass(CHECK, "memory of running VMs", why));
+        let why = "not applicable: no QEMU or cloud-hypervisor is running";
+        found.push(Finding::pass(CHECK, "host", why));
     }
     found
 }
@@ -59,47 +60,48 @@ fn vmms(host: &Host) -> Vec<Vmm> {
         .collect()
 }
 
-/// The words that a process was started with.
+/// Reads a process's command line.
 fn words(host: &Host, process: &str) -> Option<Vec<String>> {
     let line = host.read(&format!("/proc/{process}/cmdline"))?;
     Some(line.trim_end_matches('\0').split('\0').map(str::to_owned).collect())
 }
 
-fn judge(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
+fn check_vmm(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
     let program = vmm.words[0].rsplit('/').next().unwrap_or_default();
-    let what = format!("memory of {program} (process {})", vmm.process);
+    let what = format!("{program} (pid {})", vmm.process);
     let maps = host.read(&format!("/proc/{}/maps", vmm.process)).unwrap_or_default();
     let Some(memory) = guest_memory(&maps) else {
-        let why = "its mappings can't be seen: run this as root";
+        let why = "cannot read its memory mappings; run doctor as root";
         return Finding::warn(CHECK, what, why);
     };
     let size = memory.bytes >> 20;
-    let has_card =
+    let has_vhost_user =
         vmm.words.iter().any(|word| word.contains("vhost-user") || word.contains("vhost_user"));
     let expected = expected_bytes(&vmm.words);
-    if has_card && memory.bytes < expected / 2 {
+    if has_vhost_user && memory.bytes < expected / 2 {
         let why = format!(
-            "its guest's {} MiB are not seen yet: it waits for a socket, or has just started; look \
-             again when the guest runs",
+            "has not mapped its {} MiB of guest memory yet: it waits for a socket, or has just started; \
+             run doctor again when the guest runs",
             expected >> 20
         );
         return Finding::warn(CHECK, what, why);
     }
     if !memory.shared {
-        let why = format!("its {size} MiB are not shared");
-        if !has_card {
-            let why = format!("{why}, and it has no vhost-user device: not applicable");
+        let why = format!("guest memory ({size} MiB) is not shared");
+        if !has_vhost_user {
+            let why = format!("{why}; not applicable without a vhost-user device");
             return Finding::pass(CHECK, what, why);
         }
         let why = format!(
-            "{why}, and its vhost-user device needs that: shut the guest down and start it so"
+            "{why}, but its vhost-user device requires shared memory. Shut the guest down, and start it \
+             with shared memory"
         );
         let found = Finding::fail(CHECK, what, why);
-        // A container's files and users are not those of whoever reads this.
+        // In a container, the VMM's paths and users are not the operator's.
         let namespace = |process: &str| host.link(&format!("/proc/{process}/ns/pid"));
         let is_here = namespace(&vmm.process) == namespace("self");
         let command = is_here
-            .then(|| shared(&vmm.words))
+            .then(|| shared_memory_command(&vmm.words))
             .flatten()
             .and_then(|command| as_its_user(host, vmm, command));
         return match command {
@@ -109,21 +111,21 @@ fn judge(host: &Host, vmm: &Vmm, require_sealed: bool) -> Finding {
     }
     match seals(&vmm.process, &memory) {
         Some(true) => {
-            let why = format!("its {size} MiB are shared, and sealed: they can't be cut away");
+            let why = format!("guest memory ({size} MiB) is shared, and sealed against truncation");
             Finding::pass(CHECK, what, why)
         }
         Some(false) => {
             let why = format!(
-                "its {size} MiB are shared, and not sealed: who truncates their file stops the port; \
-                 use memory-backend-memfd for a file, and no seal=off"
+                "guest memory ({size} MiB) is shared, but not sealed: truncating its file stops the port. \
+                 Use memory-backend-memfd, without seal=off"
             );
             let make = if require_sealed { Finding::fail } else { Finding::warn };
             make(CHECK, what, why)
         }
         None => {
             let why = format!(
-                "its {size} MiB are shared ({}), and whether they are memory, and sealed, can't be \
-                 seen",
+                "guest memory ({size} MiB) is shared ({}); doctor cannot tell whether it is a sealed \
+                 memory file",
                 memory.name
             );
             Finding::warn(CHECK, what, why)
@@ -140,7 +142,7 @@ fn guest_memory(maps: &str) -> Option<Mapping> {
         let bytes = number(end)?.checked_sub(number(start)?)?;
         let inode = fields.nth(2)?.parse().ok()?;
         let name = fields.collect::<Vec<_>>().join(" ");
-        // What can be run is the code that an emulator makes.
+        // An executable mapping holds the code that an emulator generates.
         (rights.starts_with("rw-")).then(|| Mapping {
             bytes,
             shared: rights.ends_with('s'),
@@ -151,12 +153,12 @@ fn guest_memory(maps: &str) -> Option<Mapping> {
     maps.lines().filter_map(read).max_by_key(|mapping| mapping.bytes)
 }
 
-/// Whether the file behind the memory is sealed against truncation; nothing if that can't be seen.
+/// Returns whether the file behind the memory is sealed against truncation; `None` if it cannot be read.
 fn seals(process: &str, memory: &Mapping) -> Option<bool> {
     let descriptors = std::fs::read_dir(format!("/proc/{process}/fd")).ok()?;
     for descriptor in descriptors.flatten() {
         let path = descriptor.path();
-        // Only what is mapped is opened, which so is a file.
+        // Opens the mapped file only, and so no pipe or device.
         let is_it = path.metadata().is_ok_and(|file| file.is_file() && file.ino() == memory.inode)
             && std::fs::read_link(&path).is_ok_and(|link| link.to_string_lossy() == memory.name);
         if is_it {
@@ -166,28 +168,28 @@ fn seals(process: &str, memory: &Mapping) -> Option<bool> {
     None
 }
 
-/// A command of the words that a process was started with is for the user who chose them, and not for
-/// whoever reads it here.
+/// Makes a command that contains a process's command line run as the process's own user, who chose its words.
+/// Returns `None` if that user has no name.
 fn as_its_user(host: &Host, vmm: &Vmm, command: String) -> Option<String> {
-    let user = Myself::of_process(host, &vmm.process).user;
-    if user == Myself::of(host).user || command.starts_with(&format!("{LIBVIRT} ")) {
+    let user = Credentials::of_process(host, &vmm.process).user;
+    if user == Credentials::of(host).user || command.starts_with(&format!("{LIBVIRT} ")) {
         return Some(command);
     }
     let user = User::from_uid(user.into()).ok()??;
     Some(format!("runuser -u {} -- {command}", quoted(&user.name)))
 }
 
-/// The word behind an option.
+/// Returns the word after an option.
 fn after<'a>(words: &'a [String], option: &str) -> Option<&'a str> {
     let found = words.windows(2).find(|pair| pair[0].trim_start_matches('-') == option)?;
     Some(&found[1])
 }
 
-/// The size of the guest's memory, or of the smallest part of it, by the words that its VMM was started
-/// with; 0 if these do not tell.
+/// Returns the size of the guest's memory, or of its smallest part, in bytes, from the VMM's command line;
+/// 0 if the command line does not contain it.
 fn expected_bytes(words: &[String]) -> u64 {
     const MIB: u64 = 1 << 20;
-    // A number, and one of the letters that stand for powers of 1024.
+    // A number, and a letter for a power of 1024.
     let bytes = |text: &str, unit: u64| {
         let digits = text.bytes().take_while(u8::is_ascii_digit).count();
         let number: u64 = text[..digits].parse().ok()?;
@@ -197,7 +199,7 @@ fn expected_bytes(words: &[String]) -> u64 {
     };
     let size = |word: &str| {
         let text = word.split(',').find_map(|part| part.strip_prefix("size="));
-        // As libvirt writes it.
+        // libvirt's JSON form.
         let text = text.or_else(|| Some(word.split_once("\"size\":")?.1.trim_start()));
         bytes(text?, 1)
     };
@@ -212,8 +214,8 @@ fn expected_bytes(words: &[String]) -> u64 {
     bytes(first.map_or("128", |word| word.trim_start_matches("size=")), MIB).unwrap_or(0)
 }
 
-/// The command that starts a VM with memory that is shared.
-fn shared(words: &[String]) -> Option<String> {
+/// Returns the command that starts a VM with shared memory.
+fn shared_memory_command(words: &[String]) -> Option<String> {
     let program = words.first()?.rsplit('/').next()?;
     let after = |option| after(words, option);
     let libvirt = after("name").filter(|name| name.starts_with("guest="));
@@ -230,12 +232,12 @@ fn shared(words: &[String]) -> Option<String> {
         *memory = memory.replace(",shared=off", "").replace(",shared=on", "") + ",shared=on";
     } else if let Some(backend) = words.iter_mut().find(|word| word.starts_with("memory-backend-"))
     {
-        // Anonymous memory has no file that could be handed over.
+        // Anonymous memory has no file to pass to the daemon.
         let kept = backend.replace(",share=off", "").replace(",share=on", "");
         *backend = kept.replace("memory-backend-ram", "memory-backend-memfd") + ",share=on";
         let id = backend.split(',').find_map(|part| part.strip_prefix("id="))?;
         let uses = ["memory-backend", "memdev"].map(|option| format!("{option}={id}"));
-        // Nothing but the name makes it the guest's.
+        // Only a reference by the id makes the backend the guest's memory.
         let machine = uses[0].clone();
         let is_use = |part: &str| uses.iter().any(|it| it == part);
         if !words.iter().any(|word| word.split(',').any(is_use)) {
@@ -244,7 +246,7 @@ fn shared(words: &[String]) -> Option<String> {
     } else if words.iter().any(|word| word.starts_with('{') && word.contains("memory-backend-")) {
         return None;
     } else {
-        // QEMU's default, and its unit without one.
+        // QEMU's default size, in MiB, which is also its default unit.
         let size = after("m").map_or("128", |size| size.trim_start_matches("size="));
         let size = size.split(',').next()?;
         let unit = if size.bytes().all(|byte| byte.is_ascii_digit()) { "M" } else { "" };
@@ -273,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guests_memory_is_the_largest_that_is_no_code() {
+    fn largest_data_mapping_is_guest_memory() {
         let memory = guest_memory(PRIVATE).unwrap();
         assert_eq!((memory.bytes, memory.shared), (1 << 30, false));
         let shared = "7f0000000000-7f0040000000 rw-s 00000000 00:01 7 /memfd:mem (deleted)\n";
@@ -283,29 +285,29 @@ mod tests {
     }
 
     #[test]
-    fn only_a_vm_with_a_vhost_user_device_must_share() {
-        let judged = |line: &str| {
+    fn shared_memory_is_required_by_vhost_user_only() {
+        let finding = |line: &str| {
             let line = line.replace(' ', "\0") + "\0";
             let files = [("/proc/7/cmdline", &line[..]), ("/proc/7/maps", PRIVATE)];
             let (_directory, host) = fake(&files);
             check(&host, false).remove(0)
         };
-        assert_eq!(judged("/usr/bin/qemu-system-x86_64 -m 1G").status, Status::Pass);
-        let found = judged("/usr/bin/qemu-system-x86_64 -m 1G -netdev vhost-user,id=n,chardev=c");
+        assert_eq!(finding("/usr/bin/qemu-system-x86_64 -m 1G").status, Status::Pass);
+        let found = finding("/usr/bin/qemu-system-x86_64 -m 1G -netdev vhost-user,id=n,chardev=c");
         assert_eq!(found.status, Status::Fail);
         assert!(found.fix.unwrap().ends_with("-machine memory-backend=shared-memory"));
-        assert!(judged("/bin/sh -c vhost-user").why.contains("not applicable"));
+        assert!(finding("/bin/sh -c vhost-user").why.contains("not applicable"));
     }
 
     #[test]
-    fn memory_that_is_not_made_yet_is_no_fault() {
+    fn unmapped_guest_memory_warns_only() {
         const EARLY: &str = "7f0000000000-7f0000800000 rw-p 00000000 00:00 0 \n";
-        let judged = |line: &str, maps: &str| {
+        let finding = |line: &str, maps: &str| {
             let line = line.replace(' ', "\0") + "\0";
             let (_directory, host) = fake(&[("/proc/7/cmdline", &line), ("/proc/7/maps", maps)]);
             check(&host, false).remove(0)
         };
-        let card = "-netdev vhost-user,id=n,chardev=c";
+        let device = "-netdev vhost-user,id=n,chardev=c";
         for memory in [
             "-m 192",
             "-m size=1G,slots=2",
@@ -313,16 +315,16 @@ mod tests {
             "-object memory-backend-memfd,id=mem,size=192M,share=on",
             "-object {\"qom-type\":\"memory-backend-memfd\",\"id\":\"m\",\"size\":201326592}",
         ] {
-            let found = judged(&format!("qemu-system-x86_64 {memory} {card}"), EARLY);
+            let found = finding(&format!("qemu-system-x86_64 {memory} {device}"), EARLY);
             assert_eq!((found.status, &found.fix), (Status::Warn, &None), "{memory}: {found:?}");
-            assert!(found.why.contains("not seen yet"), "{found:?}");
+            assert!(found.why.contains("guest memory yet"), "{found:?}");
         }
         let line = "cloud-hypervisor --memory size=1G,shared=on --net vhost_user=true";
-        assert!(judged(line, EARLY).why.contains("its guest's 1024 MiB are not seen yet"));
-        // Two parts of a guest's memory, each as large as what is seen.
+        assert!(finding(line, EARLY).why.contains("not mapped its 1024 MiB"));
+        // Two parts of a guest's memory, each as large as the visible mapping.
         let halves = "-m 2G -object memory-backend-ram,id=a,size=1G -numa node,memdev=a \
                       -object memory-backend-ram,id=b,size=1G -numa node,memdev=b";
-        let found = judged(&format!("qemu-system-x86_64 {halves} {card}"), PRIVATE);
+        let found = finding(&format!("qemu-system-x86_64 {halves} {device}"), PRIVATE);
         assert_eq!(found.status, Status::Fail);
     }
 
@@ -341,13 +343,13 @@ mod tests {
         link("7", "pid:[2]");
         let found = check(&host, false).remove(0);
         assert_eq!((found.status, found.fix), (Status::Fail, None), "it is in a container");
-        // Between two looks, as a zombie has it.
+        // A process that has exited: a zombie has no command line.
         std::fs::write(root.join("proc/7/cmdline"), "").unwrap();
         assert!(check(&host, false)[0].why.contains("not applicable"));
     }
 
     #[test]
-    fn a_strangers_command_line_is_run_by_the_stranger_only() {
+    fn command_line_of_another_user_runs_as_that_user() {
         let line = "/home/x/qemu-system-x86_64\0-netdev\0vhost-user,id=n\0";
         let fix = |owner: u32| {
             let status = format!("Uid:\t{owner}\t{owner}\t{owner}\t{owner}\n");
@@ -362,12 +364,12 @@ mod tests {
         assert!(fix(0).unwrap().starts_with("/home/x/qemu-system-x86_64 "));
         let nobody = User::from_name("nobody").unwrap().unwrap().uid.as_raw();
         assert!(fix(nobody).unwrap().starts_with("runuser -u nobody -- /home/x/qemu"));
-        assert_eq!(fix(0xffff_fff0), None, "nobody knows whose it is");
+        assert_eq!(fix(0xffff_fff0), None, "the user has no name");
     }
 
     #[test]
-    fn each_vmm_has_its_own_way_to_share() {
-        let fix = |line| shared(&words(line)).unwrap();
+    fn command_for_shared_memory_depends_on_the_vmm() {
+        let fix = |line| shared_memory_command(&words(line)).unwrap();
         assert_eq!(
             fix("qemu-system-x86_64 -object memory-backend-ram,id=m,size=1G,share=off"),
             "qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -machine \

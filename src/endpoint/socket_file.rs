@@ -19,7 +19,7 @@ use crate::sys::process::file_mode_mask;
 use crate::sys::socket::{bind, listen};
 
 /// Time between two checks of a socket's file.
-const LOOK_INTERVAL: Duration = Duration::from_secs(4);
+const CHECK_INTERVAL: Duration = Duration::from_secs(4);
 
 /// Permits only its owner and the members of `group` to connect to the socket at `path`; without a group,
 /// the umask decides.
@@ -39,7 +39,7 @@ pub fn share(path: &Path, group: Option<&str>) -> Result<(), StartError> {
     let group = group.map_or_else(|| gid.to_string(), str::to_owned);
     set_access(path, Some(gid.as_raw()), mode).map_err(|error| {
         StartError::new(format!(
-            "give {shown} to group {group}: {error}; its owner must be a member"
+            "cannot give {shown} to group {group}: {error}; start as root, or as a member of the group"
         ))
     })
 }
@@ -54,11 +54,11 @@ pub fn set_access(path: &Path, group: Option<u32>, mode: u32) -> io::Result<()> 
     let file = options.read(true).custom_flags(libc::O_PATH | libc::O_NOFOLLOW).open(path)?;
     let metadata = file.metadata()?;
     if !metadata.file_type().is_socket() {
-        return Err(io::Error::other("it is no socket"));
+        return Err(io::Error::other("not a socket"));
     }
-    // A descriptor of this kind changes nothing, but its name does.
+    // An O_PATH descriptor cannot change the file; its name in /proc can.
     let held = format!("/proc/self/fd/{}", file.as_raw_fd());
-    // The units permit no chown(2) at all.
+    // The packaged units forbid chown(2), so an equal group is not set.
     if group.is_some_and(|group| group != metadata.gid()) {
         chown(&held, None, group)?;
     }
@@ -124,7 +124,7 @@ impl Access {
     fn kept_by(listener: &UnixListener) -> io::Result<Self> {
         let socket = fs::File::from(listener.as_fd().try_clone_to_owned()?);
         let access = Access::of(&socket.metadata()?);
-        // Daemons up to version 0.1.0 have it keep nothing.
+        // Daemons up to version 0.1.0 store nothing in the socket, whose mode is 0777 then.
         let mode = if access.mode == 0o777 { 0o755 } else { access.mode };
         Ok(Access { mode, ..access })
     }
@@ -138,7 +138,7 @@ impl SocketFile {
             identity: Some(identity(&metadata)),
             access: Cell::new(Access::of(&metadata)),
             state: FileState::Ours,
-            next_look: Instant::now() + LOOK_INTERVAL,
+            next_look: Instant::now() + CHECK_INTERVAL,
         })
     }
 
@@ -169,8 +169,8 @@ impl SocketFile {
         let Access { mode, group } = self.access.get();
         let made = bind(&self.path, mode)?;
         let found = fs::symlink_metadata(&self.path)?;
-        // A file has no other group than its maker's, or its directory's, from the start. No link is
-        // followed, and nobody can connect before it listens.
+        // A new file has the group of this process or of its directory. lchown(2) follows no link, and no
+        // client can connect before listen(2).
         let has_group = found.gid() == group;
         let set = if has_group { Ok(()) } else { lchown(&self.path, None, Some(group)) };
         let set = set.and_then(|()| listen(&made));
@@ -178,7 +178,7 @@ impl SocketFile {
             let _ = fs::remove_file(&self.path);
             return Err(error);
         }
-        // For whoever takes it over.
+        // For a daemon that takes the socket over.
         let _ = self.access.get().keep(&made);
         (self.identity, self.state) = (Some(identity(&found)), FileState::Ours);
         Ok(made)
@@ -189,7 +189,7 @@ impl SocketFile {
         if Instant::now() < self.next_look {
             return None;
         }
-        self.next_look = Instant::now() + LOOK_INTERVAL;
+        self.next_look = Instant::now() + CHECK_INTERVAL;
         let state = match fs::symlink_metadata(&self.path) {
             Ok(metadata) if Some(identity(&metadata)) == self.identity => {
                 if Access::of(&metadata) != self.access.get() {
@@ -199,7 +199,7 @@ impl SocketFile {
             }
             Ok(_) => FileState::Replaced,
             Err(error) if error.kind() == io::ErrorKind::NotFound => FileState::Gone,
-            // Another user may not look.
+            // This user may not search the directory.
             Err(_) => self.state,
         };
         let before = std::mem::replace(&mut self.state, state);

@@ -12,25 +12,24 @@ pub const IPV6: u16 = 0x86dd;
 const CUSTOMER_TAG: u16 = 0x8100;
 /// VLAN tag of a provider (IEEE 802.1ad).
 const PROVIDER_TAG: u16 = 0x88a8;
-/// VLAN tag of a provider before that standard.
+/// VLAN tag of a provider before IEEE 802.1ad.
 const OLD_PROVIDER_TAG: u16 = 0x9100;
-/// All VLAN tags.
+/// Ethertypes of VLAN tags.
 pub const VLAN_TAGS: [u16; 3] = [CUSTOMER_TAG, PROVIDER_TAG, OLD_PROVIDER_TAG];
 
-/// Smallest ethertype. A smaller number is a length, and 802.2 LLC follows, which may carry any
-/// ethertype behind a SNAP header (IEEE 802.3, RFC 1042).
+/// Smallest ethertype. A smaller number is a length. An 802.2 LLC header follows it, which may carry any ethertype
+/// behind a SNAP header (IEEE 802.3, RFC 1042).
 pub const MIN: u16 = 0x0600;
-/// Ethertypes of encapsulations, which no reader looks into: TRILL, B.A.T.M.A.N.,
-/// Ethernet in Ethernet, PPP, MPLS, PPPoE, LLC in jumbo frames, MACsec, PBB, Cisco's tags, HSR, the
-/// E-tag, NSH, and VLAN tags of old.
+/// Ethertypes of encapsulations, which no reader parses: TRILL, B.A.T.M.A.N., Ethernet in Ethernet, PPP, MPLS, PPPoE,
+/// LLC in jumbo frames, MACsec, PBB, Cisco's tags, HSR, the E-tag, NSH, and old VLAN tags.
 pub const CARRIERS: [u16; 18] = [
     0x22f3, 0x4305, 0x6558, 0x880b, 0x8847, 0x8848, 0x8863, 0x8864, 0x8870, 0x88e5, 0x88e7, 0x8909,
     0x892f, 0x893f, 0x894f, 0x9200, 0x9300, 0x9a22,
 ];
 
-/// Whether it is the ethertype of a VLAN tag, which another ethertype follows.
+/// Returns true for the ethertype of a VLAN tag, behind which another ethertype follows.
 #[inline]
 pub fn is_vlan_tag(ethertype: u16) -> bool {
-    // A search in the array would be a call.
+    // A search of `VLAN_TAGS` would compile to a function call.
     matches!(ethertype, CUSTOMER_TAG | PROVIDER_TAG | OLD_PROVIDER_TAG)
 }

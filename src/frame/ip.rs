@@ -12,8 +12,8 @@ use super::protocol::{
 pub struct Ipv4<'a>(&'a [u8; 20]);
 
 impl<'a> Ipv4<'a> {
-    /// The header that `packet` begins with. Returns `None` if it is cut short, of another version, or
-    /// says that it is shorter than a header can be.
+    /// Reads the header that `packet` begins with. Returns `None` if the packet ends within its first 20 bytes, if the
+    /// version is not 4, or if the header's length is below 20 bytes.
     #[inline]
     pub fn parse(packet: &'a [u8]) -> Option<Self> {
         let header: &[u8; 20] = packet.first_chunk()?;
@@ -21,39 +21,39 @@ impl<'a> Ipv4<'a> {
         (0x45..=0x4f).contains(&header[0]).then_some(Ipv4(header))
     }
 
-    /// Length in bytes of the header with its options: 20 to 60.
+    /// Returns the length of the header with its options: 20 to 60 bytes.
     #[inline]
     pub fn header_length(self) -> usize {
         usize::from(self.0[0] & 0xf) * 4
     }
 
-    /// Length in bytes of the packet, as its header says.
+    /// Returns the packet's length in bytes, from its header.
     #[inline]
     pub fn total_length(self) -> usize {
         usize::from(u16::from_be_bytes([self.0[2], self.0[3]]))
     }
 
-    /// Offset of this fragment in the packet, in units of eight bytes. Only the fragment at 0 has a
+    /// Returns the offset of this fragment in the packet, in units of eight bytes. Only the fragment at 0 has a
     /// transport header.
     #[inline]
     pub fn fragment_offset(self) -> u16 {
         u16::from_be_bytes([self.0[6], self.0[7]]) & 0x1fff
     }
 
-    /// Protocol of the next header.
+    /// Returns the protocol of the next header.
     #[inline]
     pub fn protocol(self) -> u8 {
         self.0[9]
     }
 
-    /// The sender's address.
+    /// Returns the source address.
     #[inline]
     pub fn source(self) -> Ipv4Addr {
         let [.., a, b, c, d, _, _, _, _] = *self.0;
         Ipv4Addr::new(a, b, c, d)
     }
 
-    /// The receiver's address.
+    /// Returns the destination address.
     #[inline]
     pub fn destination(self) -> Ipv4Addr {
         let [.., a, b, c, d] = *self.0;
@@ -69,32 +69,33 @@ impl<'a> Ipv6<'a> {
     /// Length of the header in bytes.
     pub const LENGTH: usize = 40;
 
-    /// The header that `packet` begins with. Returns `None` if it is cut short, or of another version.
+    /// Reads the header that `packet` begins with. Returns `None` if the packet ends before the header does, or if the
+    /// version is not 6.
     #[inline]
     pub fn parse(packet: &'a [u8]) -> Option<Self> {
         let header: &[u8; Ipv6::LENGTH] = packet.first_chunk()?;
         (header[0] >> 4 == 6).then_some(Ipv6(header))
     }
 
-    /// Length in bytes of the packet with this header, as the header says.
+    /// Returns the packet's length in bytes, from its header, which is included.
     #[inline]
     pub fn total_length(self) -> usize {
         Ipv6::LENGTH + usize::from(u16::from_be_bytes([self.0[4], self.0[5]]))
     }
 
-    /// Protocol of the next header: a transport protocol, or an extension header.
+    /// Returns the protocol of the next header: a transport protocol, or an extension header.
     #[inline]
     pub fn next_header(self) -> u8 {
         self.0[6]
     }
 
-    /// The sender's address.
+    /// Returns the source address.
     #[inline]
     pub fn source(self) -> Ipv6Addr {
         self.address(8)
     }
 
-    /// The receiver's address.
+    /// Returns the destination address.
     #[inline]
     pub fn destination(self) -> Ipv6Addr {
         self.address(24)
@@ -109,33 +110,34 @@ impl<'a> Ipv6<'a> {
 /// The header behind the extension headers of an IPv6 packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Upper {
-    /// Its protocol. In a later fragment it is what the fragment header names, maybe an extension header.
+    /// Protocol of the header. In a later fragment it is the protocol that the fragment header names, which may be an
+    /// extension header.
     pub protocol: u8,
-    /// Its offset, which may be behind the packet's end. `None` in a later fragment.
+    /// Offset of the header, which may lie behind the packet's end. `None` in a later fragment.
     pub transport: Option<usize>,
-    /// Whether the packet is a fragment, the first one or a later one.
+    /// True for any fragment, the first or a later one.
     pub is_fragment: bool,
 }
 
 /// A walk over the extension headers of an IPv6 packet (RFC 8200, section 4).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Walk {
-    /// Whether the walk ends at an extension header behind which Linux does not segment.
+    /// True if the walk ends at an extension header behind which Linux does not segment.
     only_segmentable: bool,
     /// Highest number of extension headers in a packet; the walk of a packet with more fails.
     max_headers: usize,
 }
 
 impl Walk {
-    /// Limit in bytes on the offset of a header; the walk of a packet with one at or behind it fails.
+    /// Limit on the offset of a header, in bytes. The walk fails at a header at or behind it.
     pub const MAX_OFFSET: usize = 1024;
 
-    /// The walk of segmentation: over hop-by-hop options, routing headers and destination options, as
-    /// `ipv6_gso_pull_exthdrs` in net/ipv6/ip6_offload.c.
+    /// Walk for segmentation, over hop-by-hop options, routing headers and destination options, as Linux's
+    /// `ipv6_gso_pull_exthdrs` (net/ipv6/ip6_offload.c).
     pub const SEGMENTATION: Walk =
         Walk { only_segmentable: true, max_headers: Walk::MAX_OFFSET / 8 };
 
-    /// A walk over all extension headers, at most `max_headers`.
+    /// Creates a walk over extension headers of all kinds, at most `max_headers`.
     pub const fn over_all(max_headers: usize) -> Walk {
         Walk { only_segmentable: false, max_headers }
     }
@@ -148,8 +150,8 @@ impl Walk {
         }
     }
 
-    /// Walks from the header of protocol `first` at `start`. Returns `None` if there are too many headers, or
-    /// one is cut short.
+    /// Walks from the header of protocol `first` at `start`. Returns `None` if there are too many headers, if a header
+    /// lies at or behind [`MAX_OFFSET`](Self::MAX_OFFSET), or if the packet ends within an extension header.
     #[inline(always)]
     pub fn walk(self, packet: &[u8], first: u8, start: usize) -> Option<Upper> {
         let (mut protocol, mut at, mut is_fragment) = (first, start, false);
@@ -184,7 +186,7 @@ impl Walk {
 mod tests {
     use super::*;
 
-    /// Headers of a protocol with eight bytes each, then one that is no extension header's.
+    /// Returns extension headers of the given protocols with eight bytes each; TCP follows.
     fn headers(protocols: &[u8]) -> Vec<u8> {
         let next = protocols[1..].iter().chain(&[6]);
         next.flat_map(|next| [*next, 0, 0, 0, 0, 0, 0, 0]).collect()
@@ -196,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_extension_headers_are_walked_over_as_the_reader_allows() {
+    fn the_reader_sets_how_many_extension_headers_are_skipped() {
         let all = [0, 43, 60, 135, 139, 140];
         assert_eq!(behind(Walk::over_all(6), &all), Some((6, Some(48))));
         assert_eq!(behind(Walk::over_all(5), &all), None);

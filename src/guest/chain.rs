@@ -121,7 +121,7 @@ impl<'q, 'mem, D: Direction> Chain<'q, 'mem, D> {
         self.list.is_empty().then_some(self.first)
     }
 
-    /// Returns the memory behind the chain's first `bytes`, if the chain is one segment and longer.
+    /// Returns the memory after the chain's first `bytes`, if the chain is one segment and longer.
     #[inline]
     pub fn only_after(&self, bytes: usize) -> Option<Segment<'mem>> {
         self.list.is_empty().then(|| self.first_after(bytes)).flatten()
@@ -189,7 +189,7 @@ impl Chain<'_, '_, Writable> {
         }
     }
 
-    /// Copies the bytes of `source` behind `offset` to this chain's start; returns the number of bytes copied.
+    /// Copies the bytes of `source` from `offset` to this chain's start; returns the number of bytes copied.
     #[inline]
     pub fn copy_from(&self, source: &Chain<'_, '_, Readable>, offset: usize) -> usize {
         if let ([], Some(only)) = (self.list, source.only_after(offset)) {
@@ -235,7 +235,7 @@ impl<'mem> Chain<'_, 'mem, Command> {
 }
 
 impl Chain<'_, '_, Readable> {
-    /// Copies the chain's bytes behind `offset` to `target`, up to the end of the shorter; returns the number
+    /// Copies the chain's bytes from `offset` to `target`, up to the end of the shorter; returns the number
     /// of bytes copied.
     #[inline]
     pub fn copy_to(&self, offset: usize, target: &Segment<'_>) -> usize {

@@ -8,7 +8,7 @@ use std::ptr;
 use super::chain::{Chain, Direction};
 use crate::sys::segment::Segment;
 
-/// Minimum number of finished chains' segments to remove while others are listed: a removal moves the others.
+/// Number of finished chains' segments that may stay in the list, because a removal moves all others.
 const KEPT: usize = 1024;
 
 /// One chain. The size of 16 bytes is why `start` has two meanings.
@@ -123,7 +123,7 @@ impl<'mem> ChainTable<'mem> {
     /// in bytes, and so does this function.
     ///
     /// # Errors
-    /// Those of `collect`; then the table is unchanged.
+    /// The errors of `collect`; then the table is unchanged.
     pub(super) fn set_list<E>(
         &mut self,
         position: u16,

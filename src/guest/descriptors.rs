@@ -10,8 +10,8 @@ use super::fault::Fault;
 use super::memory::{GuestMemory, Window};
 use crate::sys::segment::{Segment, Unaligned};
 
-/// Maximum number of segments of one chain: `IOV_MAX` (1024) of one `writev`, less those for the daemon's own
-/// header. A frame of 64 KiB in pages has 18.
+/// Maximum number of segments of one chain, so that one `writev` (`IOV_MAX`, 1024) has space for the daemon's
+/// own header too. A frame of 64 KiB in pages has 18 segments.
 pub const MAX_SEGMENTS: usize = 1022;
 
 /// A ring's descriptor table.
@@ -27,7 +27,7 @@ pub(super) struct Descriptors<'mem> {
 }
 
 impl<'mem> Descriptors<'mem> {
-    /// Uses the table of `size` entries that [`RingLayout::resolve`](super::RingLayout::resolve) returned.
+    /// Creates a view of the table of `size` entries that [`RingLayout::resolve`](super::RingLayout::resolve) returned.
     pub(super) fn new(
         memory: &'mem GuestMemory,
         table: NonNull<u8>,

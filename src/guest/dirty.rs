@@ -90,7 +90,7 @@ mod tests {
     use std::sync::Arc;
 
     #[test]
-    fn pages_are_marked_by_their_bits_and_nothing_beyond_the_end() {
+    fn mark_sets_the_bits_of_pages_within_the_log() {
         // SAFETY: a fresh descriptor, owned by the File.
         let file = unsafe { File::from_raw_fd(libc::memfd_create(c"log".as_ptr(), 0)) };
         file.set_len(0x2000).unwrap();

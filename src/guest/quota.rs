@@ -12,7 +12,7 @@ use super::memory::MemoryError;
 /// Limit on the bytes that all ports together map: half of the address space of a process on x86-64.
 const PROCESS_LIMIT: u64 = 1 << 46;
 
-/// Bytes that all ports together have reserved.
+/// Bytes reserved in this process.
 static PROCESS: AtomicU64 = AtomicU64::new(0);
 
 /// A port's limit on mapped bytes: guest memory regions, dirty log and inflight buffer.

@@ -1,6 +1,6 @@
-//! SIGBUS from guest memory, which is lost when its file is truncated or a page of it fails.
+//! Handling of SIGBUS from lost guest memory. Memory is lost when its file is truncated, or a page fails.
 //!
-//! An access to such memory raises SIGBUS, which would end the process and all its ports. The handler maps
+//! An access to lost memory raises SIGBUS, which would end the process and all its ports. The handler maps
 //! zeros over the region instead, and marks the table as lost. The access continues with zeros, and the worker
 //! stops at its next turn. Other ports are not affected.
 //!
@@ -36,7 +36,7 @@ pub fn contained<T>(memory: &GuestMemory, work: impl FnOnce() -> T) -> T {
 /// Installs the handler, for the whole process.
 ///
 /// # Errors
-/// Those of `sigaction`.
+/// The errors of `sigaction`.
 pub fn contain_sigbus() -> io::Result<()> {
     // SAFETY: all zeros is a valid sigaction. The handler has the signature that SA_SIGINFO requires, and
     // calls only async-signal-safe functions.

@@ -1,9 +1,7 @@
-//! The memory of AF_XDP sockets: a private bounce area, and files such as guest memory beside it, in
-//! one range of addresses.
+//! Memory of AF_XDP sockets: a private bounce area and files such as guest memory, in one range of addresses.
 //!
-//! Invariant: all of the range is mapped for reading and writing as long as the value lives. What
-//! is in it is shared with the kernel, and the files' part with the guest: it is reached as
-//! [`Segment`]s, by copying.
+//! Invariant: the whole range stays mapped for reading and writing while the value lives. The kernel shares
+//! all of the range, the guest the files' part. So all access is by copies, through [`Segment`]s.
 
 use std::io;
 use std::ops::Range;
@@ -18,14 +16,15 @@ use crate::sys::xsk::Registrable;
 /// A range of memory for AF_XDP sockets.
 #[derive(Debug)]
 pub struct Umem {
-    /// The mapping that all others lie in, and its length: the range, with what is left over of
-    /// the first huge page.
+    /// Outer mapping and its length in bytes: the range, and space to align its parts to huge pages.
     reserved: (NonNull<u8>, usize),
     start: NonNull<u8>,
     length: usize,
+    /// Length of the bounce area in bytes.
     bounce_area: usize,
+    /// Offsets of the mapped files in bytes.
     parts: Vec<Range<usize>>,
-    /// Its share of the address space of the process.
+    /// Count of the mapped bytes towards the limit of the process.
     _reservation: Reservation,
 }
 
@@ -47,13 +46,12 @@ unsafe impl Registrable for Umem {
 }
 
 impl Umem {
-    /// Maps a bounce area of at least `bounce_area` bytes, what `parts` map behind it in the order given, and
-    /// `pad` bytes behind them. The parts should come with the largest pages first, so that little
-    /// is lost between them.
+    /// Maps a bounce area of at least `bounce_area` bytes, then the files of `parts` in the order given, then
+    /// `pad` bytes. Parts with the largest pages should come first, which leaves the smallest gaps.
     ///
     /// # Errors
-    /// Those of mmap, and the limit of the process on mapped bytes; `InvalidInput` if the range
-    /// would be longer than an address space.
+    /// Those of mmap(2); the limit of the process on mapped bytes; `InvalidInput` if the range exceeds the
+    /// address space.
     pub fn new(bounce_area: usize, parts: &[Mapped<'_>], pad: usize) -> io::Result<Self> {
         let largest = parts.iter().map(|part| part.page() as usize).max().unwrap_or(PAGE);
         let Plan { bounce_area, lead, places, length, reserved } = Plan::new(
@@ -79,7 +77,7 @@ impl Umem {
         }
         let whole = NonNull::new(whole.cast::<u8>()).expect("mmap does not map at address 0");
         let skip = whole.addr().get().next_multiple_of(largest) - whole.addr().get();
-        // SAFETY: skip is less than `largest`, and the reservation has that much to spare.
+        // SAFETY: `skip` is less than `largest`, and the reservation has `largest` bytes more than the range.
         let start = unsafe { whole.add(skip + lead) };
         let umem = Umem {
             reserved: (whole, reserved),
@@ -91,9 +89,9 @@ impl Umem {
         };
         for (part, place) in parts.iter().zip(&umem.parts) {
             let (file, offset) = part.source();
-            // SAFETY: MAP_FIXED replaces pages of the reservation, which is ours alone, and of
-            // which `place` is a part: the length is a multiple of the file's pages, and the kernel
-            // rounds it up no further. Whoever fails drops `umem`, which unmaps all of it.
+            // SAFETY: MAP_FIXED replaces pages of the reservation, which is ours alone and contains `place`.
+            // The length is a multiple of the file's page size, so the kernel maps no more. On an error, the
+            // drop of `umem` unmaps everything.
             let mapped = unsafe {
                 libc::mmap(
                     umem.start.add(place.start).as_ptr().cast(),
@@ -111,41 +109,43 @@ impl Umem {
         Ok(umem)
     }
 
-    /// Where each part lies, as offsets from the start.
+    /// Returns the offsets of each part from the start, in bytes.
     pub fn parts(&self) -> &[Range<usize>] {
         &self.parts
     }
 
-    /// `length` bytes of the bounce area at `offset`.
+    /// Returns `length` bytes of the bounce area at `offset`.
     ///
     /// # Panics
-    /// If they are not in the bounce area.
+    /// If these bytes are not in the bounce area.
     #[inline]
     pub fn bounce_area(&self, offset: usize, length: usize) -> Segment<'_> {
         let fits = offset.checked_add(length).is_some_and(|end| end <= self.bounce_area);
-        assert!(fits, "the bounce_area has {} bytes", self.bounce_area);
+        assert!(fits, "the bounce area has {} bytes", self.bounce_area);
         // SAFETY: inside the mapping, which lives as long as `self`.
         unsafe { Segment::new(self.start.add(offset), length) }
     }
 }
 
-/// Size of a page that a bounce area consists of, in bytes.
+/// Page size of the bounce area in bytes.
 const PAGE: usize = 4096;
 
-/// Where everything lies in a range, in bytes from its start.
+/// Layout of a range, in bytes from its start.
 #[derive(Debug, PartialEq, Eq)]
 struct Plan {
     bounce_area: usize,
-    /// What the bounce area leaves of the first large page, which is not part of the range.
+    /// Bytes between a huge-page boundary and the range, so that the bounce area ends at such a boundary.
     lead: usize,
+    /// Offsets of the parts.
     places: Vec<Range<usize>>,
     length: usize,
-    /// Bytes to be mapped, such that the lead can begin a large page.
+    /// Bytes to map, so that the lead can begin at a huge-page boundary.
     reserved: usize,
 }
 
 impl Plan {
-    /// For parts of these lengths and page sizes; nothing if there is no such range.
+    /// Plans a range for `parts`, each a length and a page size in bytes. Returns `None` if the range exceeds
+    /// the address space.
     fn new(
         bounce_area: usize,
         parts: impl Iterator<Item = (usize, usize)> + Clone,
@@ -169,7 +169,7 @@ impl Plan {
 
 impl Drop for Umem {
     fn drop(&mut self) {
-        // SAFETY: `new` mapped it, and every Segment that refers to it borrowed `self`.
+        // SAFETY: `new` mapped the range, and every Segment that refers to it borrows `self`.
         unsafe { libc::munmap(self.reserved.0.as_ptr().cast(), self.reserved.1) };
     }
 }
@@ -180,7 +180,7 @@ mod tests {
     use std::panic::catch_unwind;
 
     #[test]
-    fn arena_ends_where_its_segments_must() {
+    fn segments_outside_the_bounce_area_panic() {
         let umem = Umem::new(2 * PAGE, &[], PAGE).unwrap();
         assert_eq!(umem.bounce_area(PAGE, PAGE).len(), PAGE);
         for (offset, length) in [(PAGE, PAGE + 1), (2 * PAGE, 1), (usize::MAX, 2), (1, usize::MAX)]

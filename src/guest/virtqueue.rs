@@ -143,7 +143,7 @@ impl<'mem, D: Direction> Virtqueue<'mem, D> {
         self.next_used
     }
 
-    /// Returns the position of the chain to pop next, behind all chains in flight.
+    /// Returns the position of the chain to pop next, after all chains in flight.
     #[inline]
     pub fn next_avail(&self) -> u16 {
         self.next_avail

@@ -1,27 +1,31 @@
-//! Where lines are written: whole ones only, whatever becomes of the disk or the reader.
+//! The log's output stream.
+//!
+//! Invariant: the stream gets whole lines only, even if a write fails in the middle of one.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Time between two lines that say how many were lost.
+/// Minimum time between two lines that report lost lines.
 const NOTICE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A stream of lines, which may fail for a while.
+/// A stream of lines, whose writes may fail for a time.
 pub(super) struct Output<W> {
     stream: W,
-    /// What is missing of a line that was written in part.
+    /// Unwritten rest of a line that was written in part.
     rest: Vec<u8>,
+    /// Time of the last report of lost lines.
     noticed: Option<Instant>,
 }
 
 impl<W: Write> Output<W> {
-    /// Writes to `stream`.
+    /// Creates an output that writes to `stream`.
     pub(super) fn new(stream: W) -> Self {
         Output { stream, rest: Vec::new(), noticed: None }
     }
 
-    /// Writes lines, or counts them as lost. Says before them how many were lost since it was said last.
+    /// Writes lines, or adds them to `lost`. Reports lost lines first, and subtracts the reported ones from
+    /// `lost`.
     pub(super) fn write(&mut self, lines: &[u8], lost: &AtomicU64) {
         let count = lost.load(Ordering::Relaxed);
         let due = self.noticed.is_none_or(|at| at.elapsed() >= NOTICE_INTERVAL);
@@ -35,7 +39,8 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// Writes lines, behind the rest of those before. What was begun is kept, and ended later.
+    /// Writes lines after the rest of earlier ones. Returns false if no byte of them was written; keeps the rest
+    /// of lines written in part.
     fn take(&mut self, lines: &[u8]) -> bool {
         if !self.finish() {
             return false;
@@ -48,7 +53,7 @@ impl<W: Write> Output<W> {
         true
     }
 
-    /// Writes the rest; says whether nothing is left.
+    /// Writes the rest; returns true if nothing is left.
     fn finish(&mut self) -> bool {
         while !self.rest.is_empty() {
             match self.stream.write(&self.rest) {
@@ -62,7 +67,7 @@ impl<W: Write> Output<W> {
     }
 }
 
-/// A line like the next one, whose time it has.
+/// Formats the report of `count` lost lines, with the timestamp of the next line.
 fn notice(next: &[u8], count: u64) -> Vec<u8> {
     let time = next.split(|byte| *byte == b' ').next().unwrap_or_default();
     let time = String::from_utf8_lossy(time);
@@ -76,7 +81,7 @@ fn notice(next: &[u8], count: u64) -> Vec<u8> {
 mod tests {
     use super::*;
 
-    /// Takes some bytes, and then nothing until there is room again.
+    /// A stream that accepts `room` bytes, and fails after that.
     #[derive(Default)]
     struct Disk {
         text: Vec<u8>,
@@ -101,7 +106,7 @@ mod tests {
 
     #[test]
     fn torn_lines_are_completed_and_lost_ones_counted() {
-        // All lengths at which a disk can be full.
+        // Each number of bytes after which the disk can be full.
         for room in 0..=24 {
             let mut output = Output::new(Disk { room, ..Disk::default() });
             let lost = AtomicU64::new(0);

@@ -1,11 +1,11 @@
-//! AF_XDP sockets as port: the guest's own memory is what the kernel, or the device, sends from
-//! and receives into.
+//! AF_XDP sockets as port. The kernel or the device sends from the guest's own memory and receives into it.
 //!
-//! The pieces: `umem` says which addresses the kernel may be given, `program` brings frames to
-//! the sockets, `interface` opens and closes these, the `transmitter` and the `receiver` keep
-//! what the kernel holds, and a `session` is what a worker runs. A socket lives for a session at
-//! the most: it opens when the guest first has something for it, since that pins all of the
-//! guest's memory, and is closed before a single buffer goes back unfinished.
+//! `umem` decides which addresses the kernel may get. `program` redirects frames to the sockets, and
+//! `interface` opens and closes the sockets. The `transmitter` and the `receiver` keep account of the
+//! kernel's buffers. A worker runs a `session`.
+//!
+//! A socket lives at most for one session. It opens when the guest first has something for it, since
+//! opening pins all guest memory. It is closed before any unfinished buffer is reused.
 
 mod checksum;
 mod device_caps;
@@ -38,12 +38,12 @@ use umem::LONGEST_FRAME;
 
 /// Largest MTU in bytes of a device that AF_XDP sockets can serve.
 pub const MAX_MTU: u32 = (LONGEST_FRAME - HEADER_LENGTH - LINK_OVERHEAD) as u32;
-/// How long a queue whose last socket was just closed is left alone between attempts.
+/// Pause between attempts to bind to a queue whose last socket was just closed.
 const BUSY_RETRY: Duration = Duration::from_millis(2);
-/// For how long a queue may be busy with a socket of our own that was closed.
+/// Longest time for which the kernel is expected to keep a queue busy after its socket was closed.
 const BUSY_LIMIT: Duration = Duration::from_secs(1);
 
-/// Why a device can't be used: one line that names it and the way out.
+/// Reason why a device cannot be used: one line that names the device and the fix.
 #[derive(Debug)]
 pub struct OpenError(pub(crate) String);
 
@@ -53,30 +53,31 @@ impl fmt::Display for OpenError {
     }
 }
 
-/// One queue of a network device, for the daemon's life. A session on it is an [`XdpPort`].
+/// One queue of a network device, for the port's life. A session on it is an [`XdpPort`].
 #[derive(Debug)]
 pub struct XdpQueue {
     interface: Arc<Interface>,
-    /// Which of the port's queue pairs it is for.
+    /// Index of the queue pair within the port.
     pair: u16,
+    /// Notices of changed network devices.
     watch: Watch,
-    /// It was said that the device does not work.
+    /// The log has said that the device does not work, and not yet that it works again.
     reported: bool,
 }
 
 impl XdpQueue {
-    /// The device, which all queues of a port share.
+    /// Returns the device, which all queues of a port share.
     pub fn interface(&self) -> &Arc<Interface> {
         &self.interface
     }
 
-    /// What the port can do for the guest. Frames from the wire come as they are: whole, and with
-    /// their checksums.
+    /// Returns the offloads that the port offers: all of them from the guest, none towards the guest.
+    /// Frames from the wire arrive segmented and with complete checksums.
     pub fn offloads(&self) -> PortOffloads {
         PortOffloads { both_ways: false, ..PortOffloads::ALL }
     }
 
-    /// A socket for frames beside those of a session.
+    /// Opens a packet socket on the device, for frames beside those of a session.
     pub(super) fn packet_socket(&self) -> io::Result<OwnedFd> {
         self.interface.packet_socket()
     }

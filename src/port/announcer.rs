@@ -1,4 +1,6 @@
-//! Frames of our own to a port's network: where a card is that has moved here.
+//! Frames of the daemon's own to a port's network: they announce a virtio-net device that has moved to this host.
+//!
+//! Invariant: an announcement passes the port's tx filter and rate limit, as the guest's frames do.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -9,38 +11,38 @@ use nix::sys::socket::{MsgFlags, send};
 use crate::policy::{Limits, LiveFilter};
 use crate::sys::tap::Queue;
 
-/// What frames are sent by.
+/// The output of the frames.
 #[derive(Debug)]
-enum FrameDirection {
+enum Output {
     /// A queue of a TAP device.
     Tap(Queue),
-    /// A packet socket that is bound to a device.
+    /// A packet socket bound to a device.
     Socket(OwnedFd),
 }
 
-/// Tells switches where a card is.
+/// A sender of frames that tell switches the location of a virtio-net device.
 #[derive(Debug)]
 pub struct Announcer {
-    way: FrameDirection,
+    output: Output,
     limits: Arc<Limits>,
     tx_filter: Arc<LiveFilter>,
 }
 
 impl Announcer {
-    /// By a TAP's queue, within the port's limits and tx filter.
+    /// Creates an announcer on a TAP's queue, which keeps to the port's limits and tx filter.
     pub fn on_tap(queue: Queue, limits: Arc<Limits>, tx_filter: Arc<LiveFilter>) -> Self {
-        Announcer { way: FrameDirection::Tap(queue), limits, tx_filter }
+        Announcer { output: Output::Tap(queue), limits, tx_filter }
     }
 
-    /// By a packet socket that is bound to a device, within the port's limits and tx filter.
+    /// Creates an announcer on a packet socket bound to a device, which keeps to the port's limits and tx filter.
     pub fn on_socket(socket: OwnedFd, limits: Arc<Limits>, tx_filter: Arc<LiveFilter>) -> Self {
-        Announcer { way: FrameDirection::Socket(socket), limits, tx_filter }
+        Announcer { output: Output::Socket(socket), limits, tx_filter }
     }
 
-    /// Sends one frame from the card's address to all.
+    /// Broadcasts one frame from the virtio-net device's address.
     ///
     /// # Errors
-    /// The port's tx filter denies the frame, the port may not send that much, or the host refuses it.
+    /// The port's tx filter denies the frame, the tx limit is reached, or the host refuses the frame.
     pub fn announce(&self, address: [u8; 6]) -> io::Result<()> {
         let frame = reverse_arp(address);
         if self.tx_filter.get().check(&frame).is_err() {
@@ -51,9 +53,9 @@ impl Announcer {
         if limit.is_limited() && limit.admit([(1, frame.len() as u64)].into_iter()) == 0 {
             return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "the port's tx limit"));
         }
-        match &self.way {
-            FrameDirection::Tap(queue) => queue.write_plain(&frame),
-            FrameDirection::Socket(socket) => {
+        match &self.output {
+            Output::Tap(queue) => queue.write_plain(&frame),
+            Output::Socket(socket) => {
                 send(socket.as_raw_fd(), &frame, MsgFlags::MSG_DONTWAIT)?;
                 Ok(())
             }
@@ -61,8 +63,8 @@ impl Announcer {
     }
 }
 
-/// A request for the sender's own IP address (RFC 903), as QEMU and Linux announce a card: switches
-/// learn its place by it, and nobody answers.
+/// A reverse ARP request for the sender's own IP address (RFC 903), as QEMU and Linux send to announce a device.
+/// Switches learn the device's location from the source address, and no host answers.
 fn reverse_arp(address: [u8; 6]) -> [u8; 60] {
     let mut frame = [0; 60];
     frame[..6].fill(0xff);

@@ -1,7 +1,6 @@
-//! What became of frames in a turn: a port notes it, and the worker counts, publishes and records it.
+//! The outcome of the frames of a turn: a port notes it, and the worker counts, publishes and records it.
 //!
-//! Invariant: frames from the guest that are kept for a capture stand in the order of the ring, one for each
-//! position.
+//! Invariant: the tx frames kept for a capture are in the order of the ring, at most one for each position.
 
 use std::collections::VecDeque;
 
@@ -9,77 +8,77 @@ use crate::counters::{CopyReason, DropReason};
 use crate::guest::{Readable, Virtqueue};
 use crate::vnet_header::{HeaderCopy, SegmentationOverhead};
 
-/// What became of a frame from the guest.
+/// The outcome of a frame from the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// It was handed to the host.
+    /// The host has accepted the frame.
     Sent,
-    /// It was dropped.
+    /// The frame was dropped.
     Dropped(DropReason),
 }
 
-/// Frames and bytes of a burst, headers excluded.
+/// Frames and bytes of a burst.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Moved {
-    /// Frames.
+    /// Frames. A GSO frame counts as one.
     pub frames: u64,
-    /// Bytes, virtio headers excluded.
+    /// Bytes, virtio-net headers excluded.
     pub bytes: u64,
-    /// What the frames are on the wire beyond themselves.
+    /// Packets and bytes that segmentation adds on the wire.
     pub overhead: SegmentationOverhead,
 }
 
-/// What became of frames in a turn: the sums, and what is not in a chain's used entry.
+/// The outcome of the frames of a turn: sums, and facts that a chain's used entry does not show.
 #[derive(Debug, Default)]
 pub struct Completions {
-    /// Frames that the guest was given.
+    /// Frames delivered to the guest.
     pub rx: Moved,
-    /// Frames from the guest that were sent.
+    /// Frames from the guest that the host has accepted.
     pub tx: Moved,
-    /// Frames that never reached the guest, why, and how many.
+    /// Numbers of frames to the guest that were dropped, each with the reason.
     pub rx_dropped: Vec<(DropReason, u64)>,
-    /// Frames from the guest that were not sent, why, and how many.
+    /// Numbers of frames from the guest that were dropped, each with the reason.
     pub tx_dropped: Vec<(DropReason, u64)>,
-    /// For each frame to the guest that was copied in user space, why.
+    /// Reasons of copies in user space, one for each copied frame to the guest.
     pub rx_copied: Vec<CopyReason>,
-    /// The same for frames from the guest.
+    /// Reasons of copies in user space, one for each copied frame from the guest.
     pub tx_copied: Vec<CopyReason>,
-    /// Whether somebody captures frames.
+    /// Whether an operator captures frames.
     pub captures: bool,
-    /// While somebody does: frames from the guest that have completed, or will, oldest first.
+    /// During a capture, frames from the guest that have completed or will complete, oldest first.
     pub captured: VecDeque<Captured>,
 }
 
-/// A frame from the guest, as a capture shows it.
+/// A frame from the guest, kept for a capture.
 #[derive(Debug)]
 pub struct Captured {
     /// Position of its chain.
     pub position: u16,
-    /// What was checked of it, and sent; nothing of a frame that was not looked at.
+    /// The checked start that was sent; `None` if no byte of the frame was copied.
     pub start: Option<HeaderCopy>,
-    /// What became of it.
+    /// The frame's outcome.
     pub outcome: Outcome,
 }
 
 impl Completions {
-    /// Keeps what [`admit`](super::admit) copied of a frame for the capture.
+    /// Keeps for the capture what [`TxStages::check`](super::TxStages::check) has copied of a frame.
     #[inline(never)]
     pub(super) fn capture(&mut self, position: u16, start: &HeaderCopy, outcome: Outcome) {
-        // Of these nothing was copied.
+        // No byte of these was copied.
         let unread =
             [DropReason::TooShort, DropReason::TooLong].map(Outcome::Dropped).contains(&outcome);
         let start = (!unread).then(|| start.clone());
-        // A frame that was to be segmented can be begun twice.
+        // The port may begin a GSO frame twice.
         self.captured.pop_back_if(|last| last.position == position);
         self.captured.push_back(Captured { position, start, outcome });
     }
 
-    /// Completes the oldest frame from the guest, which is not sent.
+    /// Completes the oldest frame from the guest as dropped.
     #[inline(never)]
     pub(super) fn drop_oldest(&mut self, tx: &mut Virtqueue<'_, Readable>, reason: DropReason) {
         let position = tx.next_used();
         let outcome = Outcome::Dropped(reason);
-        // Younger frames may be there already.
+        // Younger frames may be kept already.
         let age = |position: u16| position.wrapping_sub(tx.published());
         let place = self.captured.partition_point(|it| age(it.position) < age(position));
         match self.captured.get_mut(place).filter(|it| it.position == position) {
@@ -114,7 +113,7 @@ mod tests {
     use crate::guest::{Budget, GuestMemory, Notification, RegionRequest, RingLayout};
     use crate::sys::process::sealed_memory;
 
-    /// A tx ring on memory of a page, in which the driver has made four chains of a byte available.
+    /// Creates memory of one page with a tx ring, in which the driver has made four chains of one byte available.
     fn memory() -> GuestMemory {
         let file = sealed_memory(c"port", 0x1000).unwrap();
         for head in 0..4_u16 {
@@ -143,7 +142,7 @@ mod tests {
         let memory = memory();
         let mut tx = ring(&memory);
         let mut done = Completions { captures: true, ..Completions::default() };
-        // A younger frame was kept first, when a capture began.
+        // The capture began after a younger frame was kept.
         done.capture(2, &HeaderCopy::default(), Outcome::Sent);
         done.drop_oldest(&mut tx, DropReason::TooShort);
         done.drop_oldest(&mut tx, DropReason::TooLong);
@@ -161,7 +160,7 @@ mod tests {
         let mut done = Completions::default();
         done.drop_all(&mut tx, 3, DropReason::Disabled);
         assert_eq!((tx.completed(), tx.in_flight()), (3, 1));
-        // A port that was told of nothing since stands behind.
+        // A port that has not been called since may pass an old position.
         for until in [0, 2, 5, 0xffff] {
             done.drop_all(&mut tx, until, DropReason::HostRefused);
             assert_eq!((tx.completed(), tx.in_flight()), (3, 1), "{until}");

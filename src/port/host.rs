@@ -1,8 +1,8 @@
-//! The host side of a queue pair, and the filter for frames to its guest: one type each for all kinds of
+//! The host side of a queue pair, and the packet filter of frames to its guest: one type each for all kinds of
 //! port.
 //!
 //! Invariant: a [`HostQueue`] stays open over all sessions. An [`RxFilter`] does not keep the device open: the
-//! device is closed with the port's queues, by their threads.
+//! threads of the port's queues close the device.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,19 +16,19 @@ use crate::policy::{Filter, Limits, LiveFilter};
 use crate::sandbox::Role;
 use crate::traffic::{PeerCounter, PeerTable, Traffic};
 
-/// The host side of one queue pair: it stays open over all sessions.
+/// The host side of one queue pair, which stays open over all sessions.
 #[derive(Debug)]
 pub enum HostQueue {
-    /// A queue of a TAP device.
+    /// A queue of a TAP.
     Tap(Box<tap::TapQueue>),
-    /// A queue of a network device, through an AF_XDP socket.
+    /// A queue of a network device, used through an AF_XDP socket.
     AfXdp(Box<af_xdp::XdpQueue>),
-    /// Frames go back to the guest that sent them.
+    /// No device: frames return to the guest that sent them.
     Loopback,
 }
 
 impl HostQueue {
-    /// What the port can do with a frame's offloads.
+    /// Offloads that the port supports.
     pub fn offloads(&self) -> PortOffloads {
         match self {
             HostQueue::Tap(queue) => queue.offloads(),
@@ -37,11 +37,11 @@ impl HostQueue {
         }
     }
 
-    /// What its card is announced by, within these limits and this tx filter; nothing for a port
-    /// without a network.
+    /// Creates an announcer of the port's virtio-net device, which keeps to the limits and the tx filter. Returns
+    /// `None` for a port without a network.
     ///
     /// # Errors
-    /// No descriptor is to be had.
+    /// The process or the host has no descriptor left.
     pub fn announcer(
         &self,
         limits: &Arc<Limits>,
@@ -49,9 +49,7 @@ impl HostQueue {
     ) -> io::Result<Option<Announcer>> {
         let (limits, tx_filter) = (limits.clone(), tx_filter.clone());
         Ok(match self {
-            HostQueue::Tap(queue) => {
-                Some(Announcer::on_tap(queue.another_handle()?, limits, tx_filter))
-            }
+            HostQueue::Tap(queue) => Some(Announcer::on_tap(queue.duplicate()?, limits, tx_filter)),
             HostQueue::AfXdp(queue) => {
                 Some(Announcer::on_socket(queue.packet_socket()?, limits, tx_filter))
             }
@@ -59,18 +57,19 @@ impl HostQueue {
         })
     }
 
-    /// Its descriptor once more, for another daemon to take it over; nothing if it has none that can be.
+    /// Duplicates the queue's descriptor for a take-over by another daemon. Returns `None` for a queue that
+    /// cannot be taken over.
     ///
     /// # Errors
-    /// No descriptor is to be had.
+    /// The process or the host has no descriptor left.
     pub fn handle(&self) -> io::Result<Option<OwnedFd>> {
         Ok(match self {
-            HostQueue::Tap(queue) => Some(queue.another_handle()?.into()),
+            HostQueue::Tap(queue) => Some(queue.duplicate()?.into()),
             HostQueue::AfXdp(_) | HostQueue::Loopback => None,
         })
     }
 
-    /// What a successor needs beside [`handle`](Self::handle); `None` if the queue has none.
+    /// State of the TAP that a successor needs beside [`handle`](Self::handle); `None` for other queues.
     pub fn tap_state(&self) -> Option<TapState> {
         match self {
             HostQueue::Tap(queue) => Some(queue.state()),
@@ -78,7 +77,7 @@ impl HostQueue {
         }
     }
 
-    /// Index of its device at any time; 0 for none, and for one in another network namespace.
+    /// Current index of the device; 0 without a device, and for a device in another network namespace.
     pub fn device(&self) -> Arc<AtomicU32> {
         match self {
             HostQueue::Tap(queue) => Arc::new(queue.state().index.unwrap_or(0).into()),
@@ -87,7 +86,7 @@ impl HostQueue {
         }
     }
 
-    /// Largest MTU in bytes of a card on it.
+    /// Largest MTU in bytes that a virtio-net device on this queue can have.
     pub fn largest_mtu(&self) -> u16 {
         match self {
             HostQueue::AfXdp(_) => af_xdp::MAX_MTU as u16,
@@ -95,7 +94,7 @@ impl HostQueue {
         }
     }
 
-    /// What a thread that serves it does.
+    /// Sandbox role of the thread that serves the queue.
     pub fn role(&self) -> Role {
         match self {
             HostQueue::AfXdp(_) => Role::XdpWorker,
@@ -103,7 +102,7 @@ impl HostQueue {
         }
     }
 
-    /// What judges frames for the guest, for all queues of its port.
+    /// Filter of frames to the guest, for all queues of the port.
     pub fn rx_filter(&self) -> RxFilter {
         let (backend, current) = match self {
             HostQueue::Tap(queue) => {
@@ -113,12 +112,12 @@ impl HostQueue {
                 FilterBackend::AfXdp(Arc::downgrade(queue.interface())),
                 queue.interface().filter(),
             ),
-            HostQueue::Loopback => (FilterBackend::Nobody, Filter::default()),
+            HostQueue::Loopback => (FilterBackend::Loopback, Filter::default()),
         };
         RxFilter { backend, current: Arc::new(LiveFilter::new(current)) }
     }
 
-    /// What is counted of its port's traffic, in `peers` by those who serve the queues.
+    /// Creates the counter of the port's traffic. The workers count in `peers`.
     pub fn traffic(&self, peers: Arc<PeerTable>) -> Traffic {
         let counter: Option<Weak<dyn PeerCounter>> = match self {
             HostQueue::AfXdp(queue) => Some(Arc::downgrade(queue.interface()) as _),
@@ -127,11 +126,11 @@ impl HostQueue {
         Traffic::new(peers, counter)
     }
 
-    /// Puts right what a session that panicked may have left half done.
+    /// Restores the queue after a session that panicked.
     pub fn recover(&mut self) {
         match self {
             HostQueue::Tap(queue) => queue.recover(),
-            // The session's end has closed the socket.
+            // Dropping the session has closed the socket.
             HostQueue::AfXdp(_) | HostQueue::Loopback => {}
         }
     }
@@ -154,70 +153,70 @@ impl HostQueue {
     }
 }
 
-/// What judges frames for a port's guest: the kernel, before they reach its memory.
+/// The filter of frames to a port's guest. The kernel applies the filter before a frame reaches guest memory.
 #[derive(Debug, Clone)]
 pub struct RxFilter {
     backend: FilterBackend,
-    /// What was set last.
+    /// The filter that was set last.
     current: Arc<LiveFilter>,
 }
 
-/// Where frames are judged. Whoever has one does not keep the device: that is closed with the port's
-/// queues, by their threads.
+/// The place where the kernel filters frames. The references are weak, so the device closes with the port's queues.
 #[derive(Debug, Clone)]
 enum FilterBackend {
-    /// In a filter of the TAP's queues.
+    /// The socket filter of the TAP's queues.
     Tap(Weak<tap::TapFilter>),
-    /// In the XDP program.
+    /// The XDP program.
     AfXdp(Weak<af_xdp::Interface>),
-    /// There is no host.
-    Nobody,
+    /// No filter: a loopback port gets no frames from the host.
+    Loopback,
 }
 
 impl RxFilter {
-    /// The filter that is in force.
+    /// The filter in force.
     pub fn get(&self) -> Arc<Filter> {
         self.current.get()
     }
 
-    /// Has frames judged by this filter from now on, whatever runs. For the port's control thread,
-    /// which has the [`role`](Self::role).
+    /// Replaces the filter, with or without a running session. Called by the port's control thread, which needs
+    /// the [`role`](Self::role).
     ///
     /// # Errors
-    /// Why not; the filter of before is in force then.
+    /// The port has stopped, or the kernel or the device refuses the filter. The previous filter stays in force.
     pub fn set(&self, filter: &Filter) -> io::Result<()> {
-        let stopped = || io::Error::other("the port has stopped");
+        let stopped = || io::Error::other("cannot set rx-filter: the port has stopped");
         match &self.backend {
             FilterBackend::Tap(tap) => tap.upgrade().ok_or_else(stopped)?.set(filter)?,
             FilterBackend::AfXdp(interface) => {
                 let set = interface.upgrade().ok_or_else(stopped)?.set_filter(filter);
                 set.map_err(|error| io::Error::other(error.to_string()))?;
             }
-            FilterBackend::Nobody if filter.is_none() => {}
-            FilterBackend::Nobody => {
-                return Err(io::Error::other("a loopback port has nobody to filter for"));
+            FilterBackend::Loopback if filter.is_none() => {}
+            FilterBackend::Loopback => {
+                let why = "a loopback port gets no frames from the host; remove rx-filter";
+                return Err(io::Error::other(format!("cannot set rx-filter: {why}")));
             }
         }
         self.current.set(filter.clone());
         Ok(())
     }
 
-    /// Sets a TAP's filter, header, offloads, carrier and steering again, the latter when the next session
-    /// begins: another daemon may have set them.
+    /// Sets a TAP's filter again, and has the next session set header length, offloads, carrier and steering
+    /// again: another daemon may have changed all of them.
     ///
     /// # Errors
-    /// Those of the device.
+    /// The device refuses the filter.
     pub fn reassert(&self) -> io::Result<()> {
         match &self.backend {
             FilterBackend::Tap(tap) => tap.upgrade().map_or(Ok(()), |tap| tap.reassert()),
-            FilterBackend::AfXdp(_) | FilterBackend::Nobody => Ok(()),
+            FilterBackend::AfXdp(_) | FilterBackend::Loopback => Ok(()),
         }
     }
 
-    /// What a thread does that may change it.
+    /// Sandbox role of the thread that calls [`set`](Self::set).
     pub fn role(&self) -> Role {
         match self.backend {
-            FilterBackend::Tap(_) | FilterBackend::Nobody => Role::Control,
+            FilterBackend::Tap(_) | FilterBackend::Loopback => Role::Control,
             FilterBackend::AfXdp(_) => Role::XdpControl,
         }
     }

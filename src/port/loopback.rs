@@ -1,5 +1,5 @@
-//! A port that returns each frame to the guest that sent it: for tests of a frontend or a driver
-//! without any network, and of everything above the seam.
+//! A port that returns each frame to the guest that sent it. It tests a frontend or a driver without any network,
+//! and everything above [`Port`].
 
 use super::{Completions, Mode, Outcome, Port, Readiness, SessionConfig, TxStages, Virtqueues};
 use crate::counters::DropReason;
@@ -8,7 +8,7 @@ use crate::frame::LINK_OVERHEAD;
 use crate::guest::{Chain, Readable, Virtqueue, Writable};
 use crate::vnet_header::{HeaderCopy, Validated, VnetHeader};
 
-/// rx buffers that are in flight at the most.
+/// Maximum number of rx buffers in flight.
 const MAX_BUFFERS: usize = 256;
 
 /// A session of the loopback port.
@@ -18,20 +18,20 @@ pub struct Loopback {
     accepted: Offloads,
     mergeable: bool,
     start: HeaderCopy,
-    /// Position in the tx ring up to which frames are to be delivered.
+    /// Position in the tx ring up to which the worker has submitted frames.
     until: u16,
-    /// A frame waits for buffers.
+    /// Whether a frame waits for more rx buffers.
     starved: bool,
 }
 
-/// What can be done with a frame.
+/// The decision on a frame.
 enum Delivery {
-    /// It fits so many buffers.
+    /// The frame fits the given number of buffers.
     Fits(Validated, usize),
-    /// The guest has to provide more buffers.
+    /// The frame waits until the guest provides more buffers.
     Waits,
-    /// It never will.
-    Never(DropReason),
+    /// The frame is dropped.
+    Dropped(DropReason),
 }
 
 impl Loopback {
@@ -48,25 +48,25 @@ impl Loopback {
         }
     }
 
-    /// Checks a frame, and looks for room for it.
+    /// Checks a frame, and finds the buffers for it.
     fn place(&mut self, frame: &Chain<'_, '_, Readable>, rx: &Virtqueue<'_, Writable>) -> Delivery {
-        let admitted = match self.stages.check(frame, &mut self.start) {
-            Err(reason) => return Delivery::Never(reason),
+        let validated = match self.stages.check(frame, &mut self.start) {
+            Err(reason) => return Delivery::Dropped(reason),
             Ok(Validated::Copied) if !self.start.header().accepted_by(&self.accepted) => {
-                return Delivery::Never(DropReason::NotAccepted);
+                return Delivery::Dropped(DropReason::NotAccepted);
             }
-            Ok(admitted) => admitted,
+            Ok(validated) => validated,
         };
         match self.buffers_for(frame.len(), rx) {
-            Some(buffers) => Delivery::Fits(admitted, buffers),
+            Some(buffers) => Delivery::Fits(validated, buffers),
             None if rx.in_flight() >= MAX_BUFFERS || (!self.mergeable && rx.in_flight() > 0) => {
-                Delivery::Never(DropReason::NoRoom)
+                Delivery::Dropped(DropReason::NoRoom)
             }
             None => Delivery::Waits,
         }
     }
 
-    /// How many of the oldest buffers hold `length` bytes, if there are as many.
+    /// Number of the oldest buffers that hold `length` bytes; `None` if all of them are too small.
     #[inline]
     fn buffers_for(&self, length: usize, rx: &Virtqueue<'_, Writable>) -> Option<usize> {
         if rx.in_flight() > 0 && rx.chain(rx.next_used()).len() >= length {
@@ -82,7 +82,7 @@ impl Loopback {
         last.map(|last| last + 1)
     }
 
-    /// Copies the frame into the oldest `buffers`; what was `checked` stands for its start.
+    /// Copies the frame into the oldest `buffers`, and replaces the frame's start by the `checked` bytes.
     fn deliver(
         &self,
         frame: &Chain<'_, '_, Readable>,
@@ -137,7 +137,7 @@ impl<'mem> Port<'mem> for Loopback {
                     self.starved = true;
                     return;
                 }
-                Delivery::Never(reason) => {
+                Delivery::Dropped(reason) => {
                     let outcome = Outcome::Dropped(reason);
                     self.stages.observe(position, &self.start, length, outcome, done);
                     done.drop_oldest(tx, reason);

@@ -1,36 +1,36 @@
-//! Where the MTU of a card and that of the device behind it differ, somebody has to say so: frames
-//! that are too long for one of them are lost without a word.
+//! Comparison of the virtio-net device's MTU with the host device's. If the two differ, a frame that is too long
+//! for one of them is lost silently, so a log line warns the operator.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use log::{info, warn};
 
-/// The MTUs of a card and its device as they were compared last, for all queues of the device.
+/// The MTUs of both devices at the last comparison, shared by all queues of the host device.
 #[derive(Debug, Default)]
 pub(super) struct MtuComparison(AtomicU64);
 
 impl MtuComparison {
-    /// Compares the MTUs in bytes of a device of that kind and name, and of the card; says what that
-    /// means if it has changed.
-    pub(super) fn compare(&self, kind: &str, name: &str, device: u32, card: u16) {
-        let now = u64::from(card) << 32 | u64::from(device);
+    /// Compares the MTUs, in bytes, of the host device `name` and of the guest's virtio-net device. Logs the result
+    /// if an MTU has changed.
+    pub(super) fn compare(&self, kind: &str, name: &str, device: u32, guest: u16) {
+        let now = u64::from(guest) << 32 | u64::from(device);
         let before = self.0.swap(now, Ordering::Relaxed);
-        let card = u32::from(card);
+        let guest = u32::from(guest);
         if now == before {
             return;
         }
-        if device < card {
+        if device < guest {
             warn!(
-                "{kind} {name}: MTU differs device={device} card={card}; longer frames are lost; run \
-                 'ip link set {name} mtu {card}', or lower --mtu and the VMM's host_mtu="
+                "{kind} {name}: MTU differs device={device} guest={guest}; longer frames are lost; run \
+                 'ip link set {name} mtu {guest}', or lower --mtu and the VMM's host_mtu="
             );
-        } else if device > card {
+        } else if device > guest {
             info!(
-                "{kind} {name}: MTU differs device={device} card={card}; the guest may drop longer \
+                "{kind} {name}: MTU differs device={device} guest={guest}; the guest may drop longer \
                  frames"
             );
         } else if before != 0 {
-            info!("{kind} {name}: MTU agrees device={device} card={card}");
+            info!("{kind} {name}: MTU agrees device={device} guest={guest}");
         }
     }
 }

@@ -1,10 +1,10 @@
-//! A TAP device as port: frames go between guest memory and the kernel without a copy of ours.
+//! A port on a TAP device: the kernel copies frames to and from guest memory.
 //!
-//! *transmit* hands the kernel a private, checked copy of the headers and the rest of the chain
-//! where it lies, a burst with one io_uring submission where that is permitted, else a `writev` per
-//! frame. *reap* has the kernel read each frame straight into the oldest buffers.
+//! *transmit* gives the kernel a private, checked copy of each frame's headers, and the rest of the chain in place.
+//! A burst is one io_uring submission where the kernel permits io_uring, else one `writev` for each frame. *reap*
+//! reads each frame straight into the oldest rx buffers.
 //!
-//! Invariant: what is checked of a frame from the guest is sent from the copy, which the guest cannot write to.
+//! Invariant: the checked bytes of a frame from the guest are sent from the copy, which the guest cannot write to.
 
 mod filter;
 mod queue;
@@ -29,12 +29,12 @@ use read_gate::{ReadGate, Room};
 use receiver::{MAX_BUFFERS, Receiver};
 use transmitter::Transmitter;
 
-/// Frames that one turn reads.
+/// Maximum number of frames that one turn reads.
 const READS_PER_TURN: usize = 64;
-/// How long a device that is gone is left alone.
-const RETRY: Duration = Duration::from_secs(1);
-/// Time between questions for the device's MTU while frames are dropped.
-const ASK_FOR_MTU: Duration = Duration::from_millis(10);
+/// Time between attempts to read a device that is gone.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Minimum time between queries for the device's MTU while frames are dropped.
+const MTU_QUERY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A session on a TAP queue.
 #[derive(Debug)]
@@ -45,14 +45,14 @@ pub struct TapPort<'mem> {
     transmitter: Transmitter,
     receiver: Receiver<'mem>,
     gate: ReadGate,
-    /// When the device was last found to be gone.
+    /// Time of the last failure of the device, while the device is gone.
     gone_since: Option<Instant>,
-    /// When a dropped frame last had the device's MTU asked for.
-    mtu_asked: Option<Instant>,
+    /// Time of the last query for the device's MTU after a dropped frame.
+    mtu_queried: Option<Instant>,
 }
 
 impl TapQueue {
-    /// Begins a session: the device leaves to the guest what the guest has accepted, and no more.
+    /// Begins a session, with exactly the offloads that the guest has accepted.
     pub fn session<'mem>(&'mem mut self, config: &SessionConfig) -> TapPort<'mem> {
         let configured = self.configure(config);
         let longest = self.longest_frame(config.mtu);
@@ -62,7 +62,7 @@ impl TapQueue {
             mtu: config.mtu,
             gate: ReadGate::new(config.receives),
             gone_since: None,
-            mtu_asked: None,
+            mtu_queried: None,
             host: self,
         };
         if let Err(error) = configured {
@@ -73,14 +73,17 @@ impl TapQueue {
 }
 
 impl<'mem> TapPort<'mem> {
-    /// Notes that the device does not work: its frames are dropped, and it is tried again later.
+    /// Notes that the device does not work. Frames are dropped until an attempt succeeds.
     fn gone(&mut self, error: &io::Error) {
         if self.gone_since.replace(Instant::now()).is_none() {
-            warn!("tap {}: the device is gone, frames are dropped: {error}", self.host.name());
+            warn!(
+                "tap {}: the device is gone: {error}; dropping frames, retrying every second",
+                self.host.name()
+            );
         }
     }
 
-    /// Has the kernel segment for a ring that cannot hold the largest frame, and only for such a ring.
+    /// Has the kernel segment frames to the guest as long as the rx ring cannot hold the largest GSO frame.
     fn fit_offloads(&mut self, rx: &Virtqueue<'mem, Writable>) {
         let is_small = self.receiver.is_small;
         if is_small == self.host.is_small {
@@ -88,8 +91,8 @@ impl<'mem> TapPort<'mem> {
         }
         self.host.set_small(is_small);
         self.host.small_size = is_small.then_some(rx.size());
-        self.receiver.expect(self.host.longest_frame(self.mtu));
-        let (header_length, accepted) = self.receiver.terms();
+        self.receiver.set_longest(self.host.longest_frame(self.mtu));
+        let (header_length, accepted) = self.receiver.device_settings();
         if let Err(error) = self.host.apply(header_length, &accepted) {
             return self.gone(&error);
         }
@@ -127,19 +130,20 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         if let Err(error) = self.host.set_attached(true) {
             self.gone(&error);
         }
-        self.receiver.measure(rx);
+        self.receiver.measure_ring(rx);
         self.fit_offloads(rx);
         self.gate.note_buffers(self.receiver.room(rx));
     }
 
     fn reap(&mut self, queues: &mut Virtqueues<'mem>, rx_allowance: usize, done: &mut Completions) {
         let Some(rx) = &mut queues.rx else { return };
-        let gone = self.gone_since.is_some_and(|at| at.elapsed() < RETRY);
+        let gone = self.gone_since.is_some_and(|at| at.elapsed() < RETRY_INTERVAL);
         if gone || !self.gate.may_have_frames() {
             return;
         }
-        self.receiver.look();
-        let asks = |last: Option<Instant>| last.is_none_or(|at| at.elapsed() >= ASK_FOR_MTU);
+        self.receiver.begin_burst();
+        let is_due =
+            |last: Option<Instant>| last.is_none_or(|at| at.elapsed() >= MTU_QUERY_INTERVAL);
         for _ in 0..rx_allowance.min(READS_PER_TURN) {
             if !self.receiver.can_read(&mut self.gate, rx) {
                 break;
@@ -153,7 +157,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                         self.gate.note_empty();
                         break;
                     }
-                    // The frame is lost: the guest's buffer has no room for a header, or is gone.
+                    // The frame is lost: the guest's buffer is shorter than a header, or is unmapped.
                     Some(libc::EINVAL | libc::EFAULT) => {
                         done.rx_dropped.push((DropReason::NoRoom, 1));
                     }
@@ -164,13 +168,13 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
                 },
             }
             self.gone_since = None;
-            if done.rx_dropped.len() > dropped && asks(self.mtu_asked) {
-                // Perhaps the device's MTU was raised: the next frame will find the room.
-                self.mtu_asked = Some(Instant::now());
-                self.receiver.expect(self.host.longest_frame(self.mtu));
+            if done.rx_dropped.len() > dropped && is_due(self.mtu_queried) {
+                // If the device's MTU was raised, the next frame of that length is not lost.
+                self.mtu_queried = Some(Instant::now());
+                self.receiver.set_longest(self.host.longest_frame(self.mtu));
             }
         }
-        self.receiver.count();
+        self.receiver.end_burst();
         self.fit_offloads(rx);
     }
 
@@ -185,7 +189,7 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
     fn readiness(&self, queues: &Virtqueues<'mem>) -> Readiness<'_> {
         let room = queues.rx.as_ref().map_or(Room::None, |rx| self.receiver.room(rx));
         let timeout = match self.gone_since {
-            Some(_) => Some(RETRY),
+            Some(_) => Some(RETRY_INTERVAL),
             None => self.gate.timeout(room),
         };
         Readiness {
@@ -206,14 +210,14 @@ impl<'mem> Port<'mem> for TapPort<'mem> {
         self.receiver.stop();
         if self.host.is_small {
             self.host.set_small(false);
-            let (header_length, accepted) = self.receiver.terms();
-            // Other queues are left segments again. The next session meets the error, if there is one.
+            let (header_length, accepted) = self.receiver.device_settings();
+            // Guests on the other queues get GSO frames again. An error recurs when the next session begins.
             let _ = self.host.apply(header_length, &accepted);
         }
     }
 }
 
-/// Explains why the network device `name` cannot be opened as a TAP by its name, and what to do about it.
+/// Explains why the network device `name` cannot be opened as a TAP by its name, and states the fix.
 pub fn no_tap(name: &str) -> String {
     match link::find(name) {
         Ok(link) if link.is_macvtap() => format!(
@@ -221,6 +225,6 @@ pub fn no_tap(name: &str) -> String {
              3<>/dev/tap{}",
             link.kind, link.index
         ),
-        _ => format!("{name} is a network device, but no TAP; choose another name"),
+        _ => format!("{name} is a network device, but not a TAP; choose another name"),
     }
 }

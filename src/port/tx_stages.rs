@@ -1,8 +1,8 @@
-//! What a frame from the guest passes in front of a port, the same on every port: validation of its virtio-net
-//! header, anti-spoofing, the tx filter; then the capture and the count of peers.
+//! The stages that a frame from the guest passes in front of every port: validation of its virtio-net header,
+//! anti-spoofing and the tx filter, then the capture and the count of peers.
 //!
-//! Invariant: what was checked is what is sent: the copy in a [`HeaderCopy`], of which the host changes nothing
-//! afterwards but the frame's own checksum.
+//! Invariant: the bytes that were checked are the bytes that are sent, from a private [`HeaderCopy`]. Afterwards
+//! the host changes only the frame's own checksum.
 
 use std::sync::Arc;
 
@@ -12,25 +12,25 @@ use crate::features::Negotiated;
 use crate::frame::{FrameDirection, Headers};
 use crate::guest::{Chain, Readable, Segment};
 use crate::policy::{AntiSpoofing, FilterView};
-use crate::traffic::{Notes, PeerTable};
+use crate::traffic::{PeerNotes, PeerTable};
 use crate::vnet_header::{HeaderChecks, HeaderCopy, PLAIN_HEADER, Validated, VnetHeader};
 
-/// The stages of a session.
+/// The stages in front of a port, for one session.
 #[derive(Debug)]
 pub struct TxStages {
     /// Validation of the virtio-net header.
     pub headers: HeaderChecks,
-    /// What the guest may send.
+    /// Anti-spoofing, if it is on.
     pub anti_spoofing: Option<Arc<AntiSpoofing>>,
-    /// Frames that the operator denies.
+    /// The operator's tx filter.
     pub filter: FilterView,
-    peers: Notes,
-    /// Whether frames of this burst go into a capture or are counted by peer.
+    peers: PeerNotes,
+    /// Whether this burst's frames go into a capture, or are counted by peer.
     observes: bool,
 }
 
 impl TxStages {
-    /// For frames of up to `max_frame` bytes, GSO frames excepted.
+    /// Creates the stages for frames of up to `max_frame` bytes; GSO frames may be longer.
     pub fn new(
         negotiated: &Negotiated,
         max_frame: usize,
@@ -42,14 +42,14 @@ impl TxStages {
             headers: HeaderChecks::new(negotiated, max_frame),
             anti_spoofing,
             filter,
-            peers: Notes::new(peers),
+            peers: PeerNotes::new(peers),
             observes: false,
         }
     }
 
-    /// Prepares for a burst. Where a stage inspects headers, every frame's are copied.
+    /// Prepares for a burst. If a stage inspects headers, the headers of all frames are copied.
     pub fn begin_burst(&mut self, done: &Completions) {
-        self.observes = done.captures || self.peers.wanted();
+        self.observes = done.captures || self.peers.is_on();
         self.filter.refresh();
         self.headers.begin_burst(self.inspects_headers() || self.observes);
     }
@@ -65,23 +65,23 @@ impl TxStages {
         self.headers.header_length
     }
 
-    /// Whether the frame in `chain` is sent without an inspection.
+    /// Whether the frame in `chain` passes without a copy or an inspection of its headers.
     #[inline(always)]
     pub(super) fn is_plain(&self, chain: &Segment<'_>) -> bool {
         self.headers.is_plain(chain)
     }
 
-    /// Whether anti-spoofing or the filter inspects headers, which must be sent as they were then.
+    /// Whether anti-spoofing or the filter inspects headers. The inspected bytes must be sent unchanged.
     #[inline]
     pub fn inspects_headers(&self) -> bool {
         self.anti_spoofing.is_some() || self.filter.current().is_some()
     }
 
-    /// Checks a frame. Unless it is plain, `start` holds what is to be sent in place of its start.
+    /// Checks a frame. Unless the frame is plain, `start` then holds the bytes that replace its start.
     ///
     /// # Errors
-    /// Why the frame must be dropped. Behind its virtio-net header `start` holds what was checked, unless the
-    /// frame is too short or too long.
+    /// The reason to drop the frame. Behind the virtio-net header `start` holds the checked bytes, unless the frame
+    /// is too short or too long.
     #[inline(always)]
     pub fn check(
         &self,
@@ -94,7 +94,7 @@ impl TxStages {
         }
     }
 
-    /// Checks a frame that may not be plain, and copies its start in any case.
+    /// Checks a frame, and copies its start even if the frame is plain.
     ///
     /// # Errors
     /// As for [`check`](Self::check).
@@ -104,14 +104,14 @@ impl TxStages {
         chain: &Chain<'_, '_, Readable>,
         start: &mut HeaderCopy,
     ) -> Result<(), DropReason> {
-        // Nearly always it lies in one piece, no stage inspects it, and it is no GSO frame.
+        // Fast path: a frame in one segment that no stage inspects, and that is no GSO frame.
         match self.headers.check_header(chain, start) {
             Some(checked) => checked,
             None => self.check_any(chain, start),
         }
     }
 
-    /// Checks a frame of any kind, and copies as much as the stages inspect.
+    /// Checks a frame of any kind, and copies the bytes that the stages inspect.
     #[inline(never)]
     fn check_any(
         &self,
@@ -125,11 +125,11 @@ impl TxStages {
         Ok(())
     }
 
-    /// Has anti-spoofing and the filter inspect a frame's headers.
+    /// Applies anti-spoofing and the filter to a frame's headers.
     #[inline(never)]
     fn inspect(&self, header: &VnetHeader, headers: &[u8]) -> Result<(), DropReason> {
-        // The host writes the checksum afterwards: it must not write over what was inspected. Validation has
-        // seen to that for a GSO frame, of which the segments' own lengths count.
+        // The host writes the checksum afterwards, and must not overwrite inspected bytes. For a GSO frame the
+        // validation ensures that; its header describes the segments, not the frame.
         if header.needs_checksum() && !header.needs_segmentation() {
             let parsed = Headers::parse(headers).ok_or(DropReason::BadHeader)?;
             let (start, offset) = (header.csum_start.into(), header.csum_offset.into());
@@ -143,7 +143,7 @@ impl TxStages {
         self.filter.current().map_or(Ok(()), |filter| filter.check(headers))
     }
 
-    /// The checked bytes that replace a frame's start.
+    /// The checked bytes that replace the frame's start.
     #[inline(always)]
     pub(super) fn checked<'a>(&self, how: Validated, start: &'a HeaderCopy) -> &'a [u8] {
         match how {
@@ -152,7 +152,7 @@ impl TxStages {
         }
     }
 
-    /// Shows the frame of `length` bytes at a ring position to the capture and the count of peers, if one of them
+    /// Passes the frame of `length` bytes at a ring position to the capture and the count of peers, if one of them
     /// is on.
     #[inline(always)]
     pub(super) fn observe(
@@ -164,12 +164,12 @@ impl TxStages {
         done: &mut Completions,
     ) {
         if self.observes {
-            self.show(position, start, length, outcome, done);
+            self.note(position, start, length, outcome, done);
         }
     }
 
     #[inline(never)]
-    fn show(
+    fn note(
         &mut self,
         position: u16,
         start: &HeaderCopy,
@@ -180,7 +180,7 @@ impl TxStages {
         if done.captures {
             done.capture(position, start, outcome);
         }
-        if outcome == Outcome::Sent && self.peers.wanted() {
+        if outcome == Outcome::Sent && self.peers.is_on() {
             self.peers.note(FrameDirection::Tx, &start.bytes()[self.header_length()..], length);
         }
     }

@@ -1,4 +1,4 @@
-//! Changing a port while it runs: every difference is applied, or none.
+//! Changes of a running port. Invariant: every difference is applied, or none.
 
 use std::io;
 use std::sync::Arc;
@@ -22,9 +22,11 @@ impl Port {
         if config.is_live_equal(&self.config) {
             return Ok(false);
         }
-        match self.order_change(&config) {
+        match self.send_change(&config) {
             Ok(set) => set.map_err(|error| {
-                Refusal::CannotBeDone(format!("set its rx filter: {error}; nothing is changed"))
+                Refusal::CannotBeDone(format!(
+                    "cannot set rx-filter: {error}; the port is unchanged"
+                ))
             })?,
             Err(refusal) => {
                 self.undo_change(&config);
@@ -49,12 +51,13 @@ impl Port {
         Ok(true)
     }
 
-    /// Orders the control thread to apply its part. The rx filter comes first: if the device refuses the
+    /// Has the control thread apply its part of the change. The rx filter comes first: if the device refuses the
     /// filter, nothing has changed.
-    fn order_change(&self, config: &PortConfig) -> Result<io::Result<()>, Refusal> {
+    fn send_change(&self, config: &PortConfig) -> Result<io::Result<()>, Refusal> {
         if config.rx_filter != self.config.rx_filter {
             let filter = config.rx_filter.clone();
-            let set: io::Result<()> = self.order(|done| ControlCommand::RxFilter(filter, done))?;
+            let set: io::Result<()> =
+                self.request(|done| ControlCommand::RxFilter(filter, done))?;
             if set.is_err() {
                 return Ok(set);
             }
@@ -64,16 +67,16 @@ impl Port {
                 .allowed_sources
                 .clone()
                 .map(|identity| Arc::new(AntiSpoofing::new(identity)));
-            self.order(|done| ControlCommand::AntiSpoofing(rules, done))?;
+            self.request(|done| ControlCommand::AntiSpoofing(rules, done))?;
         }
         if config.link != self.config.link {
-            self.order(|done| ControlCommand::Link(config.link, done))?;
+            self.request(|done| ControlCommand::Link(config.link, done))?;
         }
         Ok(Ok(()))
     }
 
-    /// Orders the control thread to restore the old options, after it has not answered in time. The thread
-    /// receives these orders after those that it has not carried out yet.
+    /// Has the control thread restore the old options, after it has not answered in time. The thread receives
+    /// these commands after those that it has not carried out yet.
     fn undo_change(&self, config: &PortConfig) {
         let old = &self.config;
         if config.rx_filter != old.rx_filter {

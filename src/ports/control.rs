@@ -1,4 +1,4 @@
-//! The control thread of a port: it accepts connections, and handles vhost-user messages and orders.
+//! The control thread of a port: it accepts connections, and handles vhost-user messages and commands.
 
 mod handover;
 
@@ -19,22 +19,22 @@ use crate::sandbox::Role;
 use crate::sys::eventfd::Waker;
 use crate::traffic::Row;
 
-pub(super) use handover::{HandoverFds, Predecessor};
+pub(super) use handover::{FrontendHandover, HandoverFds};
 
-/// Messages handled before the thread looks at other descriptors again.
+/// Maximum number of messages before the thread checks other descriptors again.
 const MESSAGES_PER_TURN: usize = 64;
-/// Time after which the thread looks at orders again, however many messages wait.
+/// Time after which the thread reads commands again, however many messages wait.
 const TURN: Duration = Duration::from_millis(50);
 
 /// An event that the control thread waits for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
-    ControlCommand,
+    Command,
     Endpoint,
     Connection,
 }
 
-/// An order of the main thread.
+/// A command of the main thread.
 pub(super) enum ControlCommand {
     /// Stop, for this reason.
     Stop(&'static str),
@@ -42,7 +42,7 @@ pub(super) enum ControlCommand {
     AntiSpoofing(Option<Arc<AntiSpoofing>>, Sender<()>),
     /// Set the link up or down, then reply.
     Link(bool, Sender<()>),
-    /// Filter what the guest is given, and reply with the result.
+    /// Filter the frames to the guest, and reply with the result.
     RxFilter(Filter, Sender<io::Result<()>>),
     /// Enable or disable the count of traffic by protocol and peer, and reply with the result.
     CountTraffic(bool, Sender<io::Result<()>>),
@@ -59,43 +59,43 @@ pub(super) enum ControlCommand {
 /// A port's device, and the connection to its frontend.
 pub(super) struct Control {
     poller: Poller<Source>,
-    /// Woken by the main thread after it has sent an order.
+    /// Woken by the main thread after it has sent a command.
     wake: Arc<Waker>,
-    orders: Receiver<ControlCommand>,
+    commands: Receiver<ControlCommand>,
     status: Arc<PortStatus>,
     device: Device,
     endpoint: Endpoint,
     connection: Option<Connection>,
-    /// Whether another daemon serves the guest: it has not let go yet, or it has taken over.
-    is_anothers: bool,
+    /// True while another daemon serves the guest: before this one resumes the port, and after a hand-over.
+    is_handed_over: bool,
     /// The reason why the thread ends, for the log.
-    stops: &'static str,
+    stop_reason: &'static str,
 }
 
 impl Control {
-    /// Creates the control thread's state; the main thread wakes `wake` after it has sent an order.
+    /// Creates the control thread's state; the main thread wakes `wake` after it has sent a command.
     pub(super) fn new(
         device: Device,
         endpoint: Endpoint,
         status: Arc<PortStatus>,
         wake: Arc<Waker>,
-        orders: Receiver<ControlCommand>,
+        commands: Receiver<ControlCommand>,
     ) -> io::Result<Self> {
         let mut poller = Poller::new()?;
-        poller.add(&*wake, Interest::Read, Source::ControlCommand)?;
+        poller.add(&*wake, Interest::Read, Source::Command)?;
         if let Some(fd) = endpoint.fd() {
             poller.add(fd, Interest::Read, Source::Endpoint)?;
         }
         Ok(Control {
             poller,
             wake,
-            orders,
+            commands,
             status,
             device,
             endpoint,
             connection: None,
-            is_anothers: false,
-            stops: "its thread ends",
+            is_handed_over: false,
+            stop_reason: "its thread ends",
         })
     }
 
@@ -114,12 +114,12 @@ impl Control {
         self.device.name()
     }
 
-    /// Serves one frontend after the other until an order or the end of an inherited connection.
+    /// Serves one frontend after the other, until a command stops the port or an inherited connection closes.
     pub(super) fn serve(&mut self) {
         loop {
             if self.connection.is_none() {
                 if self.endpoint.is_exhausted() {
-                    info!("{}: the inherited connection has ended", self.device.name());
+                    info!("{}: inherited connection closed; the port ends", self.device.name());
                     return;
                 }
                 self.connect();
@@ -129,13 +129,13 @@ impl Control {
                 None => self.endpoint.deadline(),
             };
             let deadline = deadline.into_iter().chain(self.endpoint.next_look()).min();
-            let (mut ordered, mut knocked) = (false, false);
+            let (mut ordered, mut another_connected) = (false, false);
             let waited = self.poller.wait(until(deadline), |source| {
-                ordered |= source == Source::ControlCommand;
-                knocked |= source == Source::Endpoint;
+                ordered |= source == Source::Command;
+                another_connected |= source == Source::Endpoint;
             });
             if let Err(error) = waited {
-                warn!("{}: wait for descriptors: {error}", self.device.name());
+                warn!("{}: cannot wait for events: {error}; the port ends", self.device.name());
                 return;
             }
             if ordered && self.handle_commands() {
@@ -143,10 +143,10 @@ impl Control {
             }
             let served = self.connection.is_some();
             self.talk();
-            if knocked && served {
+            if another_connected && served {
                 self.note_second_frontend();
             }
-            self.look_after_socket();
+            self.check_socket_file();
         }
     }
 
@@ -163,7 +163,7 @@ impl Control {
     }
 
     /// Checks the socket's file, and watches the socket that replaces a deleted one.
-    fn look_after_socket(&mut self) {
+    fn check_socket_file(&mut self) {
         let Some(look) = self.endpoint.look(self.device.name()) else { return };
         self.status.set_hidden(look.hidden);
         let Some((_old, fd)) = look.old.zip(self.endpoint.fd()) else { return };
@@ -172,16 +172,20 @@ impl Control {
         // Frontends that wait at the old socket see its close.
         let kept = replaced.and_then(|()| fd.try_clone_to_owned());
         if let Err(error) = kept.map(|fd| self.status.set_listener(Some(fd))) {
-            warn!("{}: wait for descriptors: {error}", self.device.name());
+            warn!(
+                "{}: cannot wait on its new socket: {error}; new VMMs are not served; remove the port and add it \
+                 again",
+                self.device.name()
+            );
         }
     }
 
-    /// Carries out all orders that have come; returns whether the thread is to end.
+    /// Carries out all commands that have come; returns whether the thread must end.
     fn handle_commands(&mut self) -> bool {
-        // The event is cleared first, so that a later order wakes the thread again.
+        // The event is cleared first, so that a later command wakes the thread again.
         self.wake.clear();
         loop {
-            let done = match self.orders.try_recv() {
+            let done = match self.commands.try_recv() {
                 Ok(ControlCommand::AntiSpoofing(rules, done)) => {
                     self.device.set_anti_spoofing(rules);
                     done
@@ -213,7 +217,7 @@ impl Control {
                 Ok(ControlCommand::Resume | ControlCommand::CommitHandover) => continue,
                 Err(TryRecvError::Empty) => return false,
                 Ok(ControlCommand::Stop(why)) => {
-                    self.stops = why;
+                    self.stop_reason = why;
                     return true;
                 }
                 Err(TryRecvError::Disconnected) => return true,
@@ -242,7 +246,7 @@ impl Control {
                 self.status.connected(connection.peer());
                 self.connection = Some(connection);
             }
-            Err(error) => warn!("{name}: take a connection: {error}"),
+            Err(error) => warn!("{name}: cannot serve a connection: {error}"),
         }
     }
 
@@ -321,26 +325,26 @@ impl Control {
         debug!("{}: stopped in {:?}", self.device.name(), started.elapsed());
         let _ = self.poller.remove(Source::Connection);
         self.connection = None;
-        // The source stays registered: the kernel may refuse to add it again, and then nobody could connect.
+        // The source stays registered: the kernel may refuse to add it again, and then no frontend could connect.
         let _ = self.poller.modify(Source::Endpoint, self.endpoint.interest());
         self.log_counters();
     }
 
-    /// Stops without a half-done step: first the rings, then the connection, then the socket's file. The last two
-    /// happen when `self` is dropped.
+    /// Stops the rings, then closes the connection, then removes the socket's file. The last two happen when `self`
+    /// is dropped.
     pub(super) fn finish(mut self) {
-        if self.is_anothers {
+        if self.is_handed_over {
             return;
         }
         if self.connection.is_some() {
-            info!("{}: frontend disconnected: {}", self.device.name(), self.stops);
+            info!("{}: frontend disconnected: {}", self.device.name(), self.stop_reason);
             self.end_connection();
         }
         // The next user of the device must not meet this port's filter.
         if !self.status.filters.rx.get().is_none()
             && let Err(error) = self.status.filters.rx.set(&Filter::default())
         {
-            debug!("{}: take its filter off: {error}", self.device.name());
+            debug!("{}: cannot remove the rx filter: {error}", self.device.name());
         }
         info!("{}: stopped", self.device.name());
     }
@@ -352,7 +356,7 @@ impl Control {
             info!("{name}/{pair}: rx {}", counters.rx);
             info!("{name}/{pair}: tx {}", counters.tx);
             debug!(
-                "{name}/{pair}: {} turns, {} sleeps, {} waits for the guest's buffers",
+                "{name}/{pair}: {} turns, {} sleeps, {} waits for rx buffers",
                 counters.turns.get(),
                 counters.sleeps.get(),
                 counters.starved.get()

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use log::{info, warn};
 
+use super::opening::log_created;
 use super::{Port, Ports};
 use crate::config::{Host, PortConfig};
 use crate::error::StartError;
@@ -37,7 +38,7 @@ struct Seen {
 struct Known {
     /// Time of the next count of the queues.
     due: Option<Instant>,
-    /// Number of queues that other processes had at the last count.
+    /// Number of queues that other processes had open at the last count.
     foreign_queues: u32,
 }
 
@@ -53,19 +54,19 @@ pub(super) struct Devices {
     questions: Option<Questions>,
     watch: Option<Watch>,
     known: HashMap<u32, Known>,
-    /// The kernel's last answer. Each request can wait for another process that changes devices, so one request
+    /// The kernel's last answer. A request can wait for another process that changes devices, so one request
     /// serves all ports.
     seen: RefCell<Option<Seen>>,
 }
 
 impl Devices {
-    /// Opens the sockets. Call it before the sandbox filters the main thread's system calls.
+    /// Opens the sockets. The caller does so before the sandbox filters the main thread's system calls.
     pub(super) fn new() -> Self {
         let (questions, watch) = (Questions::open().ok(), Watch::new().ok());
         Devices { questions, watch, known: HashMap::new(), seen: RefCell::default() }
     }
 
-    /// Returns a device as it was at most 1 s ago; `None` if it does not exist, or the kernel does not tell.
+    /// Returns a device as it was at most 1 s ago; `None` if it does not exist, or the kernel does not report it.
     fn at(&self, index: u32) -> Option<Link> {
         let questions = self.questions.as_ref()?;
         let mut seen = self.seen.borrow_mut();
@@ -123,7 +124,7 @@ pub fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), 
         };
         if let Some(other) = before.iter().find(overlaps) {
             return Err(StartError::new(format!(
-                "cannot start port {}: port {} has its device under another name; name another device",
+                "cannot start port {}: port {} uses the same device under another name; choose another device",
                 claim.port, other.port
             )));
         }
@@ -132,8 +133,8 @@ pub fn check_devices<'a>(claims: impl Iterator<Item = Claim<'a>>) -> Result<(), 
     Ok(())
 }
 
-/// Returns name and index of a port's device; 0 if the index is unknown. Opening the device reports why it cannot
-/// be had.
+/// Returns name and index of a port's device; 0 if the index is unknown. Opening the device reports any
+/// error.
 fn find_device(config: &PortConfig, queues: &[OwnedFd]) -> (String, u32) {
     let queue = queues.first().and_then(|fd| Queue::inherit(fd.try_clone().ok()?).ok());
     if let Some(queue) = queue {
@@ -169,13 +170,28 @@ impl Ports {
         check_devices(others.chain([Claim::new(name, device, config)]))
     }
 
-    /// Returns a port's device as it is now; `None` if the kernel does not tell.
+    /// Returns a port's device as it was at most 1 s ago; `None` if the kernel does not report it.
     pub fn device(&self, port: &Port) -> Option<Link> {
         let index = port.device_index();
         (index != 0).then(|| self.devices.at(index)).flatten()
     }
 
-    /// Returns the number of queues of a port's TAP that other processes had at the last count.
+    /// Logs that the TAP of a new port was created for it, by the client or the helper process that passed its
+    /// queues: the TAP exists only until its last queue is closed, and no other process has a queue.
+    pub(super) fn log_created_tap(&mut self, name: &str) {
+        self.devices.forget();
+        let Ok(port) = self.find(name) else { return };
+        let pairs = u32::from(port.config().queue_pairs);
+        let is_new = |tun: &Tun| !tun.persistent && tun.queues <= pairs;
+        if matches!(port.config().host, Host::Tap(_))
+            && let Some(link) = self.device(port)
+            && link.tun.as_ref().is_some_and(is_new)
+        {
+            log_created(&link.name);
+        }
+    }
+
+    /// Returns the number of queues of a port's TAP that other processes had open at the last count.
     pub fn foreign_queues(&self, port: &Port) -> u32 {
         self.devices.known.get(&port.device_index()).map_or(0, |known| known.foreign_queues)
     }
@@ -253,8 +269,8 @@ fn warn_of_missing_owner(port: &Port, link: &Link) {
     if link.tun.as_ref().is_some_and(ownerless) {
         let device = &link.name;
         warn!(
-            "{}: tap {device} has no owner; every user of this host can attach to it and have its frames; \
-             make it with 'ip tuntap add dev {device} … user NAME'",
+            "{}: tap {device} has no owner; every user of this host can attach to it and read its frames; \
+             create it with 'ip tuntap add dev {device} … user NAME'",
             port.name()
         );
     }

@@ -1,7 +1,7 @@
-//! Passing all ports to another daemon, and building ports that another daemon has passed on.
+//! Take-over of all ports by another daemon: the old daemon's part, and the new one's.
 //!
-//! The old daemon suspends its ports (`hand-over`) until the new one asks it to let go (`let-go`). The ports
-//! resume if the new daemon fails, dies, or takes longer than 2 s. The frontend's messages are replayed as
+//! The old daemon suspends its ports at the request `hand-over`, and ends them at the request `let-go`. The ports
+//! resume if the new daemon fails, exits, or takes longer than 2 s. The frontend's messages are replayed as
 //! vhost-user messages, so the two daemons may be of different versions.
 
 use std::io;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 use serde::{Deserialize, Serialize};
 
-use super::control::{ControlCommand, HandoverFds, Predecessor};
+use super::control::{ControlCommand, FrontendHandover, HandoverFds};
 use super::{Opened, Port, Ports, Refusal};
 use crate::config::{Host, PortOptions};
 use crate::counters::PairCounters;
@@ -23,7 +23,7 @@ use crate::port::TapState;
 
 /// Time that all ports together have to suspend.
 const SUSPEND_TIMEOUT: Duration = Duration::from_millis(500);
-/// Time from the first port's suspension to the successor's request to let go.
+/// Maximum time from the first port's suspension to the successor's request `let-go`.
 pub const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The owner of the ports.
@@ -31,7 +31,7 @@ pub const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(2);
 pub(super) enum Handover {
     /// This daemon.
     None,
-    /// None: another daemon is taking the ports over. They resume here at this deadline.
+    /// None: another daemon is taking over the ports. They resume here at this deadline.
     Until(Instant),
     /// Another daemon, for good.
     Committed,
@@ -44,9 +44,9 @@ pub struct PortHandover {
     options: PortOptions,
     #[serde(default)]
     from_file: bool,
-    /// Whether the port has a socket that frontends connect to.
+    /// True if the port has a listening socket.
     listens: bool,
-    /// Whether a frontend is connected, and its connection is passed on.
+    /// True if a frontend is connected, and its connection is passed on.
     connected: bool,
     /// Number of a TAP's queues.
     queues: usize,
@@ -62,10 +62,10 @@ pub struct PortHandover {
     counters: Vec<PairCounters>,
 }
 
-/// Creates the refusal for a successor whose deadline is over.
+/// Returns the refusal for a successor whose deadline has passed.
 pub fn too_late() -> Refusal {
     Refusal::CannotBeDone(format!(
-        "the ports are resumed already: a take-over may take {} s",
+        "the take-over took longer than {} s; the old daemon has resumed its ports",
         TAKE_OVER_TIMEOUT.as_secs()
     ))
 }
@@ -75,13 +75,13 @@ impl Ports {
     /// 2 s, unless the hand-over is [aborted](Self::abort_handover) or [committed](Self::commit_handover) before.
     ///
     /// # Errors
-    /// A port cannot change hands; all ports resume.
+    /// A port cannot be passed on; all ports resume.
     pub fn prepare_handover(&mut self) -> Result<(Vec<PortHandover>, Vec<OwnedFd>), Refusal> {
         self.check_present()?;
         let running = || self.iter().filter(|port| !port.status().has_ended());
         if let Some(port) = running().find(|port| matches!(port.config().host, Host::AfXdp(_))) {
             return Err(Refusal::CannotBeDone(format!(
-                "{} is on AF_XDP, whose sockets can't change hands: restart the daemon instead",
+                "cannot take over port {}: AF_XDP sockets cannot be passed on; restart the daemon instead",
                 port.name()
             )));
         }
@@ -96,15 +96,17 @@ impl Ports {
         let mut all = (Vec::new(), Vec::new());
         let passed = suspended.into_iter().try_for_each(|(port, fds)| {
             let passed = port.pass_on(&fds, now + SUSPEND_TIMEOUT);
-            if let Some((told, files)) = passed.map_err(|why| format!("{}: {why}", port.name()))? {
-                all.0.push(told);
+            if let Some((handover, files)) =
+                passed.map_err(|why| format!("{}: {why}", port.name()))?
+            {
+                all.0.push(handover);
                 all.1.extend(files);
             }
             Ok::<(), String>(())
         });
         self.handover = Handover::Until(now + TAKE_OVER_TIMEOUT);
         if let Err(why) = passed {
-            self.abort_handover("a port can't be passed on");
+            self.abort_handover("a port cannot be passed on");
             return Err(Refusal::CannotBeDone(why));
         }
         info!("daemon: all ports suspended for a take-over");
@@ -136,11 +138,11 @@ impl Ports {
     /// Ends all ports, which another daemon serves from now on.
     ///
     /// # Errors
-    /// The deadline is over; the ports have resumed.
+    /// The deadline has passed; the ports have resumed.
     pub fn commit_handover(&mut self) -> Result<(), Refusal> {
         let deadline = self.handover_deadline();
         if deadline.is_none_or(|deadline| Instant::now() > deadline) {
-            self.abort_handover("it took too long");
+            self.abort_handover("it took longer than 2 s");
             return Err(too_late());
         }
         self.handover = Handover::Committed;
@@ -148,39 +150,42 @@ impl Ports {
         Ok(())
     }
 
-    /// Refuses requests that need the ports' threads while another daemon takes the ports over.
+    /// Refuses requests that need the ports' threads while another daemon takes over the ports.
+    ///
+    /// # Errors
+    /// Another daemon is taking over the ports, or has taken them over.
     pub fn check_present(&self) -> Result<(), Refusal> {
         match self.handover {
             Handover::None => Ok(()),
             Handover::Until(_) | Handover::Committed => Err(Refusal::CannotBeDone(
-                "another daemon is taking the ports over: try again in a few seconds".into(),
+                "another daemon is taking over the ports; try again in a few seconds".into(),
             )),
         }
     }
 
-    /// Resumes the ports if the hand-over's deadline is over; returns the time that is left.
+    /// Resumes the ports if the hand-over's deadline has passed; returns the time that is left.
     pub fn end_overdue_handover(&mut self) -> Option<Duration> {
         let left = self.handover_deadline()?.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            self.abort_handover("it takes too long");
+            self.abort_handover("it takes longer than 2 s");
             return None;
         }
         Some(left)
     }
 
     /// Builds a port that another daemon has passed on, from the next descriptors of `files`, and starts its control
-    /// thread, which waits for an order to resume. The receiver gets the result of the replay.
+    /// thread, which waits for a command to resume. The receiver gets the result of the replay.
     ///
     /// # Errors
     /// A descriptor is missing, or an object cannot be opened.
     pub fn restore_port(
         &mut self,
-        told: PortHandover,
+        handover: PortHandover,
         files: &mut impl Iterator<Item = OwnedFd>,
     ) -> Result<(String, Receiver<Result<(), String>>), StartError> {
-        let PortHandover { name, options, from_file, listens, connected, queues, .. } = told;
-        let failed = |why: String| StartError::new(format!("take {name} over: {why}"));
-        let mut next = || files.next().ok_or_else(|| failed("its descriptors did not come".into()));
+        let PortHandover { name, options, from_file, listens, connected, queues, .. } = handover;
+        let failed = |why: String| StartError::new(format!("cannot take over port {name}: {why}"));
+        let mut next = || files.next().ok_or_else(|| failed("descriptors are missing".into()));
         let listener = listens.then(&mut next).transpose()?;
         let connection = connected.then(&mut next).transpose()?;
         let queues = (0..queues).map(|_| next()).collect::<Result<Vec<_>, _>>()?;
@@ -191,14 +196,19 @@ impl Ports {
             (_, Some(fd)) => Endpoint::taken(fd).map_err(|error| failed(error.to_string()))?,
             (frontend, None) => Endpoint::open(frontend, None)?,
         };
-        let opened =
-            Opened::of_predecessor(name.clone(), config, from_file, (queues, told.tap), endpoint)?;
-        let mut prepared = self.prepare(opened, told.counters)?;
-        prepared.status().set_connections(told.connections.saturating_sub(connected.into()));
+        let opened = Opened::of_predecessor(
+            name.clone(),
+            config,
+            from_file,
+            (queues, handover.tap),
+            endpoint,
+        )?;
+        let mut prepared = self.prepare(opened, handover.counters)?;
+        prepared.status().set_connections(handover.connections.saturating_sub(connected.into()));
         let (done, restored) = channel();
-        prepared.succeed(Predecessor {
+        prepared.take_over(FrontendHandover {
             replay,
-            messages: told.messages,
+            messages: handover.messages,
             connection: connection.map(UnixStream::from),
             done,
         });
@@ -208,7 +218,7 @@ impl Ports {
 }
 
 impl Port {
-    /// Returns the description and the descriptors of a port that was ordered to suspend; `None` if the port has
+    /// Returns the description and the descriptors of a port that is about to suspend; `None` if the port has
     /// ended. A port that does not suspend in time is passed on without its frontend.
     ///
     /// # Errors
@@ -224,7 +234,7 @@ impl Port {
             Ok(fds) => fds?,
             Err(RecvTimeoutError::Disconnected) => return Ok(None),
             Err(RecvTimeoutError::Timeout) => {
-                warn!("{}: does not suspend in time; frontend disconnected", self.name());
+                warn!("{}: did not suspend within 500 ms; frontend disconnected", self.name());
                 let (replay, _) = UnixStream::pair().map_err(text)?;
                 let listener = self.listener().map_err(text)?;
                 HandoverFds { listener, connection: None, replay, messages: 0 }
@@ -234,7 +244,7 @@ impl Port {
         let counters = self.status().pairs.iter();
         let counters = counters.map(|pair| serde_json::to_value(&pair.counters));
         let counters = counters.map(|value| value.and_then(serde_json::from_value));
-        let told = PortHandover {
+        let handover = PortHandover {
             name: self.name().to_owned(),
             options: self.options().clone(),
             from_file: self.is_from_file(),
@@ -247,6 +257,6 @@ impl Port {
             counters: counters.collect::<Result<_, _>>().map_err(|error| error.to_string())?,
         };
         let files = fds.listener.into_iter().chain(fds.connection).chain(queues);
-        Ok(Some((told, files.chain([fds.replay.into()]).collect())))
+        Ok(Some((handover, files.chain([fds.replay.into()]).collect())))
     }
 }

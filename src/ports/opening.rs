@@ -1,4 +1,4 @@
-//! Opening what a port needs from the host: inherited descriptors, the device's queues, and the socket.
+//! Opening the host side of a port: inherited descriptors, the device's queues, and the socket.
 
 mod tap;
 
@@ -19,9 +19,10 @@ use crate::sys::device;
 use crate::sys::process::inherit;
 use crate::sys::tap::Queue;
 
+pub(super) use tap::log_created;
 use tap::open_tap;
 
-/// Descriptors that a port is built on: inherited, or passed with a request.
+/// Descriptors for a port: inherited, or passed with a request.
 #[derive(Debug, Default)]
 pub struct Descriptors {
     /// The listening socket, or the connection to the VMM.
@@ -38,7 +39,7 @@ impl Descriptors {
     pub fn inherit(config: &PortConfig) -> Result<Self, StartError> {
         let take = |number: RawFd, option: &str| {
             inherit(number).map_err(|error| {
-                StartError::new(format!("use descriptor {number} ({option}): {error}"))
+                StartError::new(format!("cannot use descriptor {number} ({option}): {error}"))
             })
         };
         let frontend = match config.frontend {
@@ -67,7 +68,7 @@ impl Descriptors {
         };
         if files.len() != frontends + queues {
             return Err(StartError::new(format!(
-                "the port needs {} descriptors, and {} were passed with it; add it by \
+                "the port needs {} descriptors, and the request brings {}; use \
                  'vhost-user-net ctl add', which opens them",
                 frontends + queues,
                 files.len()
@@ -79,7 +80,7 @@ impl Descriptors {
     }
 }
 
-/// What was opened for a port, before the process gives up any rights.
+/// A port whose host side is open. The process still has all its rights.
 pub struct Opened {
     pub(super) name: String,
     pub(super) config: PortConfig,
@@ -89,7 +90,7 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Opens what `config` names and `brought` does not contain.
+    /// Opens the objects that `config` names and `brought` does not contain.
     ///
     /// # Errors
     /// The cause, with the name of the object that cannot be opened.
@@ -150,11 +151,11 @@ pub fn open_queues(config: &PortConfig, now: Option<&str>) -> Result<Vec<OwnedFd
     match &config.host {
         Host::Tap(name) => {
             let name = now.unwrap_or(name);
-            let queues = open_tap(name, config.queue_pairs, config.mtu)?;
+            let (queues, _) = open_tap(name, config.queue_pairs, config.mtu)?;
             for queue in queues.iter().filter(|queue| queue.identity().multi_queue) {
-                // Until a guest posts buffers, the kernel steers frames only to queues that are served already.
+                // The kernel then steers no frame to this queue before a guest posts buffers.
                 queue.set_attached(false).map_err(|error| {
-                    StartError::new(format!("detach a queue of tap {name}: {error}"))
+                    StartError::new(format!("cannot detach a queue of tap {name}: {error}"))
                 })?;
             }
             Ok(queues.into_iter().map(OwnedFd::from).collect())
@@ -187,13 +188,20 @@ fn open_host(
             let queues = queues.into_iter().map(|queue| HostQueue::AfXdp(Box::new(queue)));
             return Ok((options.name.clone(), queues.collect()));
         }
-        Host::Tap(name) if brought.is_empty() => open_tap(name, pairs, config.mtu)?,
+        Host::Tap(name) if brought.is_empty() => {
+            let (queues, is_new) = open_tap(name, pairs, config.mtu)?;
+            if is_new {
+                log_created(&queues[0].identity().name);
+            }
+            queues
+        }
         Host::Tap(_) | Host::TapDescriptors(_) => brought
             .into_iter()
             .map(|fd| {
                 let number = fd.as_raw_fd();
-                Queue::inherit(fd)
-                    .map_err(|error| StartError::new(format!("--tap-fd={number}: {error}")))
+                Queue::inherit(fd).map_err(|error| {
+                    StartError::new(format!("cannot use --tap-fd={number}: {error}"))
+                })
             })
             .collect::<Result<_, _>>()?,
     };
@@ -202,7 +210,9 @@ fn open_host(
         && *wanted != name
         && !device::index(wanted).is_ok_and(|it| it.is_some() && it == queues[0].identity().index)
     {
-        return Err(StartError::new(format!("queues of tap {name} were passed for tap {wanted}")));
+        return Err(StartError::new(format!(
+            "cannot use queues of tap {name} for tap {wanted}; add the port again"
+        )));
     }
     let is_another = |queue: &&Queue| {
         let (it, first) = (queue.identity(), queues[0].identity());
@@ -211,11 +221,11 @@ fn open_host(
     if let Some(other) = queues.iter().find(is_another) {
         let other = &other.identity().name;
         return Err(StartError::new(format!(
-            "--tap-fd names queues of {name} and of {other}: all must be of one device"
+            "cannot use --tap-fd: it has queues of {name} and of {other}; pass queues of one device"
         )));
     }
     let queues = TapQueue::prepare(queues, config.tx_method, &config.rx_filter)
-        .map_err(|error| StartError::new(format!("set up tap {name}: {error}")))?;
+        .map_err(|error| StartError::new(format!("cannot set up tap {name}: {error}")))?;
     let queues: Vec<_> = queues.into_iter().map(|queue| HostQueue::Tap(Box::new(queue))).collect();
     if let HostQueue::Tap(queue) = &queues[0] {
         let offloads = queue.offloads();
@@ -236,6 +246,6 @@ fn adopt_tap(
     state: &TapState,
 ) -> Result<Vec<HostQueue>, StartError> {
     let queues = TapQueue::of_predecessor(queues, state, config.tx_method, &config.rx_filter)
-        .map_err(|error| StartError::new(format!("set up tap {}: {error}", state.name)))?;
+        .map_err(|error| StartError::new(format!("cannot set up tap {}: {error}", state.name)))?;
     Ok(queues.into_iter().map(|queue| HostQueue::Tap(Box::new(queue))).collect())
 }

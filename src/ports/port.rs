@@ -1,4 +1,4 @@
-//! A port as the main thread sees it: its state, and the orders to its control thread.
+//! The main thread's view of a port: its state, and the commands to its control thread.
 
 use std::fs::File;
 use std::io;
@@ -23,7 +23,7 @@ use crate::sandbox::{Role, Sandbox};
 use crate::sys::eventfd::Waker;
 use crate::traffic::Row;
 
-/// Time that a port's control thread may take to carry out an order.
+/// Time that a port's control thread may take to carry out a command.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time that a removed port has to stop; a port that takes longer is abandoned.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
@@ -102,29 +102,32 @@ pub struct Port {
     /// The TAP's queues, for another daemon.
     pub(super) queues: Vec<OwnedFd>,
     pub(super) tap: Option<TapState>,
-    pub(super) orders: Sender<ControlCommand>,
+    pub(super) commands: Sender<ControlCommand>,
     pub(super) wake: Arc<Waker>,
     pub(super) thread: Option<JoinHandle<()>>,
 }
 
 impl Port {
+    /// Starts the control thread of a prepared port.
     pub(super) fn start(
         prepared: Prepared,
         sandbox: Sandbox,
         running: &Arc<Running>,
     ) -> Result<Self, StartError> {
-        let Prepared { mut control, mut port, predecessor } = prepared;
+        let Prepared { mut control, mut port, frontend } = prepared;
         let name = control.name().to_owned();
-        control.start().map_err(|error| StartError::new(format!("{name}: listen: {error}")))?;
+        control
+            .start()
+            .map_err(|error| StartError::new(format!("cannot listen for port {name}: {error}")))?;
         let alive = Alive::new(running, &port.status);
         port.status.pairs.iter().for_each(|pair| pair.wake_on_device_loss(running.changed.clone()));
         let thread = thread::Builder::new().name(name).spawn(move || {
             let alive = alive;
             match sandbox.confine(control.role()) {
                 Ok(()) => {
-                    // A panic ends this port only; the rest of the thread stops the port as an order would.
+                    // A panic ends this port only; the rest of the thread stops the port as a command would.
                     let serve = || {
-                        if predecessor.is_none_or(|predecessor| control.take_over(predecessor)) {
+                        if frontend.is_none_or(|frontend| control.take_over(frontend)) {
                             control.serve();
                         }
                     };
@@ -137,7 +140,10 @@ impl Port {
                         );
                     }
                 }
-                Err(error) => error!("{}: filter its system calls: {error}", control.name()),
+                Err(error) => error!(
+                    "{}: cannot filter system calls: {error}; the port has ended",
+                    control.name()
+                ),
             }
             control.finish();
         });
@@ -200,10 +206,10 @@ impl Port {
         self.offloads
     }
 
-    /// Sends an order to the control thread, and does not wait.
-    pub(super) fn send(&self, order: ControlCommand) {
+    /// Sends a command to the control thread, and does not wait.
+    pub(super) fn send(&self, command: ControlCommand) {
         // A thread that does not receive any more has ended.
-        let _ = self.orders.send(order);
+        let _ = self.commands.send(command);
         self.wake.wake();
     }
 
@@ -218,21 +224,23 @@ impl Port {
         let name = self.name().to_owned();
         let pairs = self.status.pairs.len();
         let Some(writer) = self.capture.begin(&name, pairs, options, output) else {
-            return Err(Refusal::CannotBeDone(format!("{name} is being captured already")));
+            return Err(Refusal::CannotBeDone(format!(
+                "cannot capture {name}: another capture runs; end it first"
+            )));
         };
-        info!("{name}: captured by an operator");
+        info!("{name}: capture started by an operator");
         let started = thread::Builder::new().name("capture".into()).spawn(move || {
             match sandbox.confine(Role::Capture).and_then(|()| writer.run()) {
                 Ok(stats) => info!(
-                    "{name}: capture ended: {} frames written, {} left out",
+                    "{name}: capture ended frames={} left_out={}",
                     stats.captured, stats.left_out
                 ),
-                Err(error) => warn!("{name}: capture: {error}"),
+                Err(error) => warn!("{name}: capture failed: {error}"),
             }
         });
         started.map(|_| ()).map_err(|error| {
             self.capture.stop();
-            Refusal::CannotBeDone(format!("start a thread: {error}"))
+            Refusal::CannotBeDone(format!("cannot start a thread: {error}"))
         })
     }
 
@@ -252,8 +260,11 @@ impl Port {
     /// # Errors
     /// The control thread does not answer, or the device cannot count.
     pub fn count_traffic(&self, enable: bool) -> Result<(), Refusal> {
-        let done: io::Result<()> = self.order(|done| ControlCommand::CountTraffic(enable, done))?;
-        done.map_err(|error| Refusal::CannotBeDone(format!("count its traffic: {error}")))
+        let done: io::Result<()> =
+            self.request(|done| ControlCommand::CountTraffic(enable, done))?;
+        done.map_err(|error| {
+            Refusal::CannotBeDone(format!("cannot count the traffic of {}: {error}", self.name()))
+        })
     }
 
     /// Returns the traffic counted so far, by protocol and peer.
@@ -261,23 +272,29 @@ impl Port {
     /// # Errors
     /// The control thread does not answer, or the device's counters cannot be read.
     pub fn traffic(&self) -> Result<Vec<Row>, Refusal> {
-        let rows: io::Result<Vec<Row>> = self.order(ControlCommand::Traffic)?;
-        rows.map_err(|error| Refusal::CannotBeDone(format!("read its traffic: {error}")))
-    }
-
-    /// Sends an order to the control thread, and waits up to 1 s for the reply.
-    pub(super) fn order<T>(
-        &self,
-        order: impl FnOnce(Sender<T>) -> ControlCommand,
-    ) -> Result<T, Refusal> {
-        let (done, finished) = channel();
-        self.send(order(done));
-        finished.recv_timeout(COMMAND_TIMEOUT).map_err(|_| {
-            Refusal::CannotBeDone(format!("{}: its thread does not answer", self.name()))
+        let rows: io::Result<Vec<Row>> = self.request(ControlCommand::Traffic)?;
+        rows.map_err(|error| {
+            Refusal::CannotBeDone(format!("cannot read the traffic of {}: {error}", self.name()))
         })
     }
 
-    /// Waits until the control thread has ended, or abandons it: no tenant may delay the removal of its port.
+    /// Sends a command to the control thread, and waits up to 1 s for the reply.
+    pub(super) fn request<T>(
+        &self,
+        command: impl FnOnce(Sender<T>) -> ControlCommand,
+    ) -> Result<T, Refusal> {
+        let (done, finished) = channel();
+        self.send(command(done));
+        finished.recv_timeout(COMMAND_TIMEOUT).map_err(|_| {
+            Refusal::CannotBeDone(format!(
+                "{}: control thread did not answer within 1 s",
+                self.name()
+            ))
+        })
+    }
+
+    /// Waits until the control thread has ended, or abandons it at `deadline`: no guest may delay the removal of its
+    /// port.
     /// The thread keeps the guest's memory mapped until it ends.
     pub(super) fn finish(&mut self, deadline: Instant) {
         self.stop_capture();
@@ -288,15 +305,15 @@ impl Port {
                 ABANDONED.fetch_add(1, Ordering::Relaxed);
                 let name = self.name();
                 error!(
-                    "{name}: port did not stop in time and is abandoned; its threads and memory stay \
-                     until its VMM lets go or the daemon exits"
+                    "{name}: port abandoned: it did not stop in time; its threads and memory stay until the \
+                     system call that blocks them returns, or the daemon exits"
                 );
                 return;
             }
             thread::sleep(STOP_POLL);
         }
         if thread.join().is_err() {
-            error!("{}: the port's thread has panicked", self.name());
+            error!("{}: control thread panicked (bug) while it stopped", self.name());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Preparing a port: its workers start, but no VMM can connect yet.
+//! Preparation of a port: the workers start, but no VMM can connect yet.
 
 use std::io;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 
 use log::info;
 
-use super::control::{Control, Predecessor};
+use super::control::{Control, FrontendHandover};
 use super::{Filters, Opened, Port, PortStatus};
 use crate::config::{Host, PortConfig};
 use crate::counters::PairCounters;
@@ -27,8 +27,8 @@ pub struct Prepared {
     pub(super) control: Control,
     /// The port, without its control thread.
     pub(super) port: Port,
-    /// What another daemon has passed on of the port.
-    pub(super) predecessor: Option<Predecessor>,
+    /// The frontend that another daemon or port passes on.
+    pub(super) frontend: Option<FrontendHandover>,
 }
 
 impl Prepared {
@@ -36,9 +36,9 @@ impl Prepared {
         self.port.status()
     }
 
-    /// Has the port take over from another daemon: its control thread then waits for an order to resume.
-    pub(super) fn succeed(&mut self, predecessor: Predecessor) {
-        self.predecessor = Some(predecessor);
+    /// Sets the frontend that the port takes over. The control thread then waits for a command to resume.
+    pub(super) fn take_over(&mut self, frontend: FrontendHandover) {
+        self.frontend = Some(frontend);
     }
 }
 
@@ -105,7 +105,7 @@ pub(super) fn prepare(
     ));
     status.set_link(config.link);
     status.set_listener(listener);
-    info!("{name}: ready, {} queue pairs, features {:#x}", config.queue_pairs, offer.bits());
+    info!("{name}: ready queue_pairs={} features={:#x}", config.queue_pairs, offer.bits());
     let mut device = Device::new(name, offer, net_config, workers);
     device.set_anti_spoofing(
         config.allowed_sources.clone().map(|identity| Arc::new(AntiSpoofing::new(identity))),
@@ -118,7 +118,7 @@ pub(super) fn prepare(
     device.set_largest_mtu(largest_mtu);
     device.require_sealed_memory(config.require_sealed_memory);
     let wake = Arc::new(Waker::new().map_err(no_descriptor)?);
-    let (orders, inbox) = channel();
+    let (commands, inbox) = channel();
     let control = Control::new(device, endpoint, status.clone(), wake.clone(), inbox);
     let control = control.map_err(no_descriptor)?;
     let (offered, queues, thread) = (offer.bits(), handles, None);
@@ -131,11 +131,11 @@ pub(super) fn prepare(
         capture,
         queues,
         tap,
-        orders,
+        commands,
         wake,
         thread,
     };
-    Ok(Prepared { control, port, predecessor: None })
+    Ok(Prepared { control, port, frontend: None })
 }
 
 /// Starts one worker per queue pair; the workers' options differ only by the pair's number.
@@ -153,7 +153,7 @@ fn start_workers(
             ..shared.clone()
         };
         Worker::start(queue, options, counters.unwrap_or_default())
-            .map_err(|error| StartError::new(format!("start a worker of {name}: {error}")))
+            .map_err(|error| StartError::new(format!("cannot start a worker of {name}: {error}")))
     };
     queues.enumerate().map(start).collect()
 }

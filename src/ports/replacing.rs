@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use log::{error, info, warn};
 
-use super::control::{ControlCommand, Predecessor};
+use super::control::{ControlCommand, FrontendHandover};
 use super::preparing::offer;
 use super::{Opened, Port, Ports, Prepared, Refusal};
 use crate::config::{Host, PortConfig, PortOptions};
@@ -27,8 +27,12 @@ use crate::sys::process::check_cpus;
 const READY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time that the kernel may take to free the queues of a closed AF_XDP socket.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
-/// Interval between two attempts.
+/// Interval between two attempts to bind such a queue.
 const RELEASE_POLL: Duration = Duration::from_millis(5);
+
+/// Refusal to replace a port whose frontend cannot connect again.
+const ONE_CONNECTION: &str = "the port has an inherited connection (fd), which cannot be opened again; restart the \
+                              program that started the daemon";
 
 /// The descriptors that a new port is built on.
 struct Base {
@@ -67,6 +71,7 @@ impl Ports {
         if shares_host(old.config(), &config) || is_on_same_device(old.config(), &config) {
             old.check_features(&config, old.offloads())?;
         }
+        let is_same_tap = shares_host(old.config(), &config) && !old.status().is_degraded();
         let base = old.base_of(&config, files)?;
         self.check_device(&config, &base.queues, Some(name))?;
         if is_on_same_device(old.config(), &config) {
@@ -75,6 +80,9 @@ impl Ports {
             self.replace_beside(name, &new_name, config, base)?;
         }
         info!("{new_name}: replaced; its VMM reconnects");
+        if !is_same_tap {
+            self.log_created_tap(&new_name);
+        }
         self.find(&new_name)
     }
 
@@ -96,7 +104,8 @@ impl Ports {
         let suspended = old.suspend();
         let started = suspended.and_then(|()| {
             let started = self.start_suspended(prepared)?;
-            started.map_err(|why| Refusal::CannotBeDone(format!("start it: {why}")))
+            started
+                .map_err(|why| Refusal::CannotBeDone(format!("cannot start the new port: {why}")))
         });
         let old = self.find(name)?;
         if let Err(refusal) = started {
@@ -131,7 +140,7 @@ impl Ports {
         }
         old.send(ControlCommand::CommitHandover);
         self.end(name)?;
-        let failed = match self.start_anew(new_name, &config, true, base.endpoint) {
+        let failed = match self.start_again(new_name, &config, true, base.endpoint) {
             Ok(()) => {
                 if config.frontend != old_config.frontend {
                     remove_socket(again, &old_config.frontend);
@@ -141,20 +150,21 @@ impl Ports {
             Err(error) => error,
         };
         warn!("{name}: not changed: {failed}; starting it again with its old options");
-        match self.start_anew(name, &old_config, from_file, again) {
-            Ok(()) => {
-                Err(Refusal::CannotBeDone(format!("{failed}; it was started again as it was")))
-            }
+        match self.start_again(name, &old_config, from_file, again) {
+            Ok(()) => Err(Refusal::CannotBeDone(format!(
+                "{failed}; the port was started again with its old options"
+            ))),
             Err(why) => {
                 error!("{name}: cannot start it again: {why}");
-                let why = format!("{failed}; cannot start it again as it was: {why}");
+                let why =
+                    format!("{failed}; cannot start the port again with its old options: {why}");
                 Err(Refusal::CannotBeDone(why))
             }
         }
     }
 
     /// Starts a port on a device whose queues the kernel is about to free.
-    fn start_anew(
+    fn start_again(
         &mut self,
         name: &str,
         config: &PortConfig,
@@ -187,7 +197,7 @@ impl Ports {
         Ok(())
     }
 
-    /// Starts a port's control thread, which waits for an order to resume. If the thread fails, the port is removed
+    /// Starts a port's control thread, which waits for a command to resume. If the thread fails, the port is removed
     /// again, and the inner error is the thread's.
     ///
     /// # Errors
@@ -199,10 +209,11 @@ impl Ports {
         let (done, ready) = channel();
         // An empty replay: the port takes over no frontend.
         let (replay, _) = UnixStream::pair().map_err(no_descriptor)?;
-        prepared.succeed(Predecessor { replay, messages: Some(0), connection: None, done });
+        prepared.take_over(FrontendHandover { replay, messages: Some(0), connection: None, done });
         self.start(prepared)?;
         let ready = ready.recv_timeout(READY_TIMEOUT);
-        let ready = ready.unwrap_or_else(|_| Err("its thread does not answer".into()));
+        let ready =
+            ready.unwrap_or_else(|_| Err("its control thread did not answer within 1 s".into()));
         if ready.is_err() {
             self.end_last();
         }
@@ -217,25 +228,26 @@ impl Port {
         let old = self.config();
         let inherited = matches!(config.frontend, Frontend::Inherited(_));
         if inherited && !matches!(self.listener(), Ok(Some(_))) {
-            return Err(Refusal::CannotBeDone(
-                "its inherited connection cannot be made again".into(),
-            ));
+            return Err(Refusal::CannotBeDone(ONE_CONNECTION.into()));
         }
         if self.status().connection().since.is_none() {
             return Ok(());
         }
         if config.frontend != old.frontend {
-            return Err(lost("the socket", "its VMM would look for it at the old place"));
+            return Err(cannot_change("the socket", "its VMM would reconnect to the old path"));
         }
         if config.queue_pairs < old.queue_pairs {
-            return Err(lost("queue-pairs", &format!("it was offered {}", old.queue_pairs)));
+            return Err(cannot_change(
+                "queue-pairs",
+                &format!("it was offered {}", old.queue_pairs),
+            ));
         }
         let mapped = self.status().memory.mapped();
         if config.memory_limit() < mapped {
-            return Err(lost("max-memory", &format!("it has {mapped} bytes mapped")));
+            return Err(cannot_change("max-memory", &format!("it has {mapped} bytes mapped")));
         }
         if config.require_sealed_memory && !old.require_sealed_memory && mapped > 0 {
-            return Err(lost("require-sealed-memory", "its memory may not be sealed"));
+            return Err(cannot_change("require-sealed-memory", "its memory may not be sealed"));
         }
         Ok(())
     }
@@ -252,7 +264,7 @@ impl Port {
         let keys = self.config().fixed_differences(config);
         let keys: Vec<&str> = keys.into_iter().filter(|key| KEYS.contains(key)).collect();
         let features = names(missing).join(", ");
-        Err(lost(&keys.join(", "), &format!("it has accepted {features}")))
+        Err(cannot_change(&keys.join(", "), &format!("it has accepted {features}")))
     }
 
     /// Returns the descriptors that a port under `config` is built on: those in `files`, and those of this port.
@@ -264,14 +276,18 @@ impl Port {
         let endpoint = match config.frontend {
             Frontend::Connect(_) => Endpoint::open(&config.frontend, None)?,
             _ if has_listener => {
-                let listener = self.listener().map_err(failed)?.ok_or_else(|| {
-                    Refusal::CannotBeDone("its inherited connection cannot be made again".into())
-                })?;
+                let listener = self
+                    .listener()
+                    .map_err(failed)?
+                    .ok_or_else(|| Refusal::CannotBeDone(ONE_CONNECTION.into()))?;
                 Endpoint::taken(listener).map_err(failed)?
             }
             _ => {
                 let fd = files.next().ok_or_else(|| {
-                    Refusal::CannotBeDone("its listening socket did not come".into())
+                    Refusal::CannotBeDone(
+                        "the request brings no listening socket; use 'vhost-user-net ctl reload'"
+                            .into(),
+                    )
                 })?;
                 Endpoint::taken(fd).map_err(failed)?
             }
@@ -289,16 +305,19 @@ impl Port {
         }
         let needed = if is_tap { pairs } else { 0 };
         if queues.len() != needed {
-            let why = format!("it needs {needed} descriptors of queues, and {} came", queues.len());
+            let why = format!(
+                "the port needs {needed} queues of its TAP, and the request brings {}; reload again",
+                queues.len()
+            );
             return Err(Refusal::CannotBeDone(why));
         }
         let tap = self.tap().filter(|_| is_same).cloned();
         Ok(Base { endpoint, queues, tap })
     }
 
-    /// Suspends the port until an order tells the outcome.
+    /// Suspends the port until a command resumes or ends it.
     fn suspend(&self) -> Result<(), Refusal> {
-        let suspended: Result<_, String> = self.order(ControlCommand::PrepareHandover)?;
+        let suspended: Result<_, String> = self.request(ControlCommand::PrepareHandover)?;
         suspended.map(drop).map_err(Refusal::CannotBeDone)
     }
 
@@ -346,8 +365,8 @@ fn remove_socket(mut endpoint: Endpoint, frontend: &Frontend) {
     }
 }
 
-/// Creates the refusal to change a key while a VMM is connected.
-fn lost(key: &str, why: &str) -> Refusal {
+/// Returns the refusal to change a key while a VMM is connected.
+fn cannot_change(key: &str, why: &str) -> Refusal {
     Refusal::CannotBeDone(format!(
         "cannot change {key} while its VMM is connected: {why}; stop the VMM and reload, or remove and \
          add the port"

@@ -28,9 +28,9 @@ pub struct FrontendStatus {
     pub features: Option<u64>,
     /// Number of connections so far.
     pub connections: u64,
-    /// Process ID of the frontend, if the kernel tells it.
+    /// Process ID of the frontend, if the kernel reports it.
     pub process: Option<i32>,
-    /// Whether another frontend has connected since. It waits, or has disconnected again unnoticed.
+    /// True if another frontend has connected since. It waits, or has disconnected again unnoticed.
     pub another_waits: bool,
     /// The reason why no other VMM can find the port's socket, if that is so.
     pub hidden: Option<&'static str>,
@@ -147,7 +147,7 @@ impl PortStatus {
         self.ended.load(Ordering::Relaxed)
     }
 
-    /// Records a new connection; `process` is the frontend's process ID, if the kernel tells it.
+    /// Records a new connection; `process` is the frontend's process ID, if the kernel reports it.
     pub fn connected(&self, process: Option<i32>) {
         let mut status = lock(&self.connection);
         (status.since, status.process) = (Some(Instant::now()), process);

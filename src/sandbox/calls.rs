@@ -1,8 +1,8 @@
 //! The system calls of each role.
 //!
-//! Found by tracing the daemon through its tests, and read against what the standard library and
-//! the C library do on their own: they allocate, take locks, end threads, and ask the kernel for
-//! the time where the vDSO can't tell.
+//! The lists come from traces of the daemon's tests. They also have the calls that the standard library and the C
+//! library make on their own: for allocation, locks, the end of threads, and the time where the vDSO cannot tell
+//! it.
 
 use std::collections::BTreeMap;
 
@@ -15,8 +15,7 @@ use seccompiler::{
 use super::Role;
 use crate::sys::uring::UNREGISTER_FILES;
 
-/// What every thread may do: take and give memory (none that can be executed), wait for locks and
-/// time, use descriptors that are open, end.
+/// System calls of every thread: memory (never executable), locks, time, open descriptors, and its end.
 const COMMON: &[c_long] = &[
     libc::SYS_brk,
     libc::SYS_clock_getres,
@@ -50,7 +49,7 @@ const COMMON: &[c_long] = &[
     libc::SYS_writev,
 ];
 
-/// Waiting for several descriptors.
+/// System calls that wait for several descriptors.
 const WAIT: &[c_long] = &[
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
@@ -60,7 +59,7 @@ const WAIT: &[c_long] = &[
     libc::SYS_ppoll,
 ];
 
-/// Messages with descriptors, and what must be known of these; the socket's file.
+/// System calls of control threads: messages with descriptors, checks of these, and the socket's file.
 const CONTROL: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_bind,
@@ -91,7 +90,7 @@ const CONTROL: &[c_long] = &[
     libc::SYS_unlink,
 ];
 
-/// Operators, and their socket's file.
+/// System calls of the main thread: operators, and the control socket's file.
 const MAIN: &[c_long] = &[
     libc::SYS_accept4,
     libc::SYS_bind,
@@ -102,7 +101,7 @@ const MAIN: &[c_long] = &[
     libc::SYS_lchown,
     libc::SYS_listen,
     libc::SYS_lstat,
-    // Of netlink.
+    // For netlink.
     libc::SYS_recvfrom,
     libc::SYS_recvmsg,
     libc::SYS_sendto,
@@ -110,7 +109,7 @@ const MAIN: &[c_long] = &[
     libc::SYS_unlink,
 ];
 
-/// A port's start: its threads, with their filters, and what they wait for and write by.
+/// System calls that start a port: threads with their filters, eventfds and io_uring.
 const START: &[c_long] = &[
     libc::SYS_clone,
     libc::SYS_clone3,
@@ -123,10 +122,10 @@ const START: &[c_long] = &[
     libc::SYS_seccomp,
 ];
 
-/// Frames of a TAP, and calls by a socket.
+/// System calls of workers: frames of a TAP, and calls to a guest through a socket.
 const WORKER: &[c_long] = &[libc::SYS_io_uring_enter, libc::SYS_readv, libc::SYS_sendto];
 
-/// Sockets, and their devices, programs and maps.
+/// System calls of AF_XDP workers: sockets, devices, programs and maps.
 const XDP: &[c_long] = &[
     libc::SYS_bind,
     libc::SYS_bpf,
@@ -140,7 +139,7 @@ const XDP: &[c_long] = &[
     libc::SYS_setsockopt,
 ];
 
-/// A rule that a call's argument is one of a few 32-bit numbers.
+/// Returns rules that permit a call if one argument is one of these 32-bit numbers.
 fn one_of(argument: u8, values: &[c_int]) -> Result<Vec<SeccompRule>, BackendError> {
     let rule = |value: &c_int| {
         let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
@@ -150,9 +149,9 @@ fn one_of(argument: u8, values: &[c_int]) -> Result<Vec<SeccompRule>, BackendErr
     values.iter().map(rule).collect()
 }
 
-/// A rule for internet sockets, through which requests to network devices go. Nothing is sent by such: a
-/// TAP's worker connects nothing, and no thread [names an address](no_address). An AF_XDP worker reaches
-/// the network anyway, by its sockets.
+/// Returns the rule for internet sockets, through which ioctl(2) configures network devices. No thread can send
+/// through one: a TAP's worker may not connect(2), and no thread may [name an address](no_address). An AF_XDP
+/// worker can send frames anyway.
 fn datagrams() -> Result<SeccompRule, BackendError> {
     let is = |argument, value: c_int| {
         let (length, equal) = (SeccompCmpArgLen::Dword, SeccompCmpOp::Eq);
@@ -162,25 +161,25 @@ fn datagrams() -> Result<SeccompRule, BackendError> {
     SeccompRule::new(vec![is(0, libc::AF_INET)?, is(1, kind)?])
 }
 
-/// A rule that what is sent goes to the peer of its socket: the fifth argument would be another address.
+/// Returns the rule that sendto(2) sends to the socket's peer: its fifth argument, an address, is null.
 fn no_address() -> Result<Vec<SeccompRule>, BackendError> {
     let (length, equal) = (SeccompCmpArgLen::Qword, SeccompCmpOp::Eq);
     Ok(vec![SeccompRule::new(vec![SeccompCondition::new(4, length, equal, 0)?])?])
 }
 
-/// A rule that a file's owner stays: it would be the second argument.
+/// Returns the rule that lchown(2) keeps the owner: its second argument is -1.
 fn same_owner() -> Result<Vec<SeccompRule>, BackendError> {
     one_of(1, &[-1])
 }
 
-/// A rule that memory can't be executed: its protection is the third argument.
+/// Returns the rule that memory is not executable: the third argument, the protection, has no PROT_EXEC.
 fn not_executable() -> Result<Vec<SeccompRule>, BackendError> {
     let executable = SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64);
     let condition = SeccompCondition::new(2, SeccompCmpArgLen::Dword, executable, 0)?;
     Ok(vec![SeccompRule::new(vec![condition])?])
 }
 
-/// Requests to devices: those of a TAP (linux/if_tun.h), and that for a name.
+/// Requests of ioctl(2) for a TAP (linux/if_tun.h).
 const TAP_REQUESTS: &[Ioctl] = &[
     libc::TUNGETIFF,
     libc::TUNGETSNDBUF,
@@ -194,10 +193,10 @@ const TAP_REQUESTS: &[Ioctl] = &[
     libc::SIOCGIFNAME,
     libc::SIOCGIFMTU,
 ];
-/// Requests by which a TAP's device is found.
+/// Requests that look up a TAP's network device.
 const LOOK_UP_REQUESTS: &[Ioctl] = &[libc::SIOCGIFHWADDR, libc::SIOCGIFINDEX];
 
-/// What a role may do.
+/// System calls and arguments that a role permits.
 #[derive(Default)]
 struct Allowed {
     calls: Vec<c_long>,
@@ -209,9 +208,9 @@ struct Allowed {
     options: Vec<c_int>,
     /// Families of socket(2).
     families: Vec<c_int>,
-    /// Whether there may be internet sockets for requests to network devices.
+    /// True if internet sockets are permitted, for requests to network devices.
     datagrams: bool,
-    /// Whether a daemon that takes over may be spoken to: by socket pairs, and with timeouts.
+    /// True if socket pairs and timeouts are permitted, which a take-over by another daemon requires.
     hand_over: bool,
 }
 
@@ -227,11 +226,11 @@ impl Allowed {
     }
 }
 
-/// What a role may do, in a process with or without AF_XDP.
+/// Returns the system calls and arguments of a role, in a process with or without AF_XDP.
 fn allowed(role: Role, af_xdp: bool) -> Allowed {
     let calls = |lists: &[&[c_long]]| [&[COMMON], lists].concat().concat();
-    // Builds for debugging look whether a descriptor that they close is open; the C library names
-    // what it allocates.
+    // Debug builds check with F_GETFD that a descriptor is open before closing it. The C library names its
+    // allocations with PR_SET_VMA.
     let (commands, options) = (vec![libc::F_GETFD], vec![libc::PR_SET_VMA]);
     let descriptors =
         vec![libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SETFL, libc::F_GET_SEALS];
@@ -242,16 +241,16 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         Role::Main => Allowed {
             calls: calls(&[WAIT, MAIN]),
             commands: vec![libc::F_GETFD, libc::F_DUPFD_CLOEXEC],
-            // Of a listener, for its connections.
+            // Non-blocking mode of accepted connections.
             requests: vec![libc::FIONBIO],
-            // A socket of its own is made again if its file was deleted.
+            // To make the control or metrics socket again after its file was deleted.
             families: vec![libc::AF_UNIX],
             ..common
         },
         Role::Operated => {
             let options =
                 vec![libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_TIMERSLACK];
-            // A TAP has a second descriptor, by which its card is announced.
+            // For the second descriptor of a TAP, which announces a migrated device.
             let commands = vec![libc::F_DUPFD_CLOEXEC];
             let mut all =
                 Allowed { calls: calls(&[START]), commands, options, ..Allowed::default() };
@@ -263,7 +262,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         }
         Role::XdpControl => {
             let mut control = allowed(Role::Control, af_xdp);
-            // Its filters are programs.
+            // The packet filters of AF_XDP are BPF programs.
             control.calls.push(libc::SYS_bpf);
             control
         }
@@ -274,7 +273,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
                 vec![libc::F_ADD_SEALS, libc::F_DUPFD_CLOEXEC, libc::F_SETPIPE_SZ],
             ]
             .concat(),
-            // Of a TAP, to announce a card, and to change its filter.
+            // For a TAP: to announce a migrated device, and to change the packet filter.
             requests: [TAP_REQUESTS, &[libc::FIONBIO, libc::TUNGETVNETHDRSZ]].concat(),
             // To connect to a VMM.
             families: vec![libc::AF_UNIX],
@@ -291,7 +290,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
             calls: calls(&[WAIT, WORKER, XDP]),
             commands: descriptors,
             requests: vec![libc::FIONBIO, libc::SIOCETHTOOL, libc::SIOCGIFNAME],
-            // AF_XDP itself, netlink, and an address to listen to.
+            // AF_PACKET registers the guest's MAC address with the device.
             families: vec![libc::AF_XDP, libc::AF_NETLINK, libc::AF_PACKET],
             datagrams: true,
             ..common
@@ -299,7 +298,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
     }
 }
 
-/// The filter of a role; whatever else a thread does meets `otherwise`.
+/// Returns the seccomp filter of a role; other system calls meet the action `otherwise`.
 pub(super) fn filter(
     role: Role,
     af_xdp: bool,
@@ -329,12 +328,12 @@ pub(super) fn filter(
         (libc::SYS_ioctl, one_of(1, &requests)?),
         (libc::SYS_socket, sockets),
     ] {
-        // No rule would allow all of them.
+        // An empty list of rules would permit all arguments.
         if !rule.is_empty() {
             rules.insert(call, rule);
         }
     }
-    // Whoever drops a TAP's queue gives back what is registered with io_uring.
+    // A thread that drops a TAP's queue unregisters the queue's files from io_uring.
     let unregister = one_of(1, &[UNREGISTER_FILES.into()])?;
     rules.entry(libc::SYS_io_uring_register).or_insert(unregister);
     for (call, rule) in [(libc::SYS_sendto, no_address()?), (libc::SYS_lchown, same_owner()?)] {
@@ -343,7 +342,7 @@ pub(super) fn filter(
     if hand_over {
         rules.insert(libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX])?);
         let timeouts = one_of(2, &[libc::SO_RCVTIMEO, libc::SO_SNDTIMEO])?;
-        // Where all options may be set, these may.
+        // A role that may set all socket options keeps that right.
         rules.entry(libc::SYS_setsockopt).or_insert(timeouts);
     }
     SeccompFilter::new(rules, otherwise, SeccompAction::Allow, TargetArch::x86_64)

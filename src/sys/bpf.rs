@@ -1,8 +1,7 @@
-//! The part of `bpf(2)` that an XDP program and its maps need.
+//! The commands of `bpf(2)` that XDP programs and their maps need.
 //!
-//! Each value owns a descriptor. The kernel frees a program or a map when its last user has gone,
-//! and detaches a link's program when the link's last descriptor is closed, however its process
-//! ended.
+//! Each value owns a descriptor. The kernel frees a program or map with its last reference. It detaches a
+//! link's program when the link's last descriptor is closed, also after a crash.
 
 pub mod assembly;
 pub mod btf;
@@ -43,27 +42,27 @@ mod command {
 /// Longest name of a program or a map in bytes (`BPF_OBJ_NAME_LEN` less its nul).
 const MAX_NAME: usize = 15;
 
-/// Calls bpf(2); returns what it returns.
+/// Calls bpf(2), and returns its result.
 ///
 /// # Safety
-/// `attributes` must be what the command expects, and pointers in it valid.
+/// `attributes` must have the command's type, with valid pointers.
 unsafe fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_int> {
     let size = mem::size_of::<T>() as libc::c_long;
-    // SAFETY: the attributes live through the call and have the size given; the rest is the
-    // caller's promise.
+    // SAFETY: the attributes live through the call and have the size given; the caller promises the rest.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size) };
     check(result as libc::c_int)
 }
 
-/// The same for a command that returns a descriptor.
+/// Calls bpf(2) with a command that returns a descriptor.
 ///
 /// # Safety
-/// As [`bpf`].
+/// As for [`bpf`].
 unsafe fn bpf_open<T>(command: libc::c_long, attributes: &mut T) -> io::Result<OwnedFd> {
-    // SAFETY: the caller's promise; the descriptor is fresh and has no other owner.
+    // SAFETY: the caller's promise; the descriptor is new and has no other owner.
     unsafe { Ok(OwnedFd::from_raw_fd(bpf(command, attributes)?)) }
 }
 
+/// Opens a program, map or link by its id.
 fn open_by_id(command: libc::c_long, id: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attributes {
@@ -71,14 +70,15 @@ fn open_by_id(command: libc::c_long, id: u32) -> io::Result<OwnedFd> {
         next_id: u32,
         open_flags: u32,
     }
-    // SAFETY: these commands read an id and flags, and have no pointers.
+    // SAFETY: the attributes of these commands have no pointers.
     unsafe { bpf_open(command, &mut Attributes { id, next_id: 0, open_flags: 0 }) }
 }
 
-/// Fills the start of the kernel's information about an object.
+/// Reads the start of the kernel's information about an object into `info`.
 ///
 /// # Safety
-/// `info` must be integers, as the kernel has them, and pointers in it valid for the lengths in it.
+/// `info` must have the kernel's layout and consist of integers. Pointers in it must be valid for the lengths
+/// in it.
 unsafe fn information<T>(fd: &OwnedFd, info: &mut T) -> io::Result<()> {
     #[repr(C)]
     struct Attributes {
@@ -91,17 +91,19 @@ unsafe fn information<T>(fd: &OwnedFd, info: &mut T) -> io::Result<()> {
         length: mem::size_of::<T>() as u32,
         info: &raw mut *info as u64,
     };
-    // SAFETY: the kernel writes `length` bytes to `info` at the most; the rest is the caller's promise.
+    // SAFETY: the kernel writes at most `length` bytes to `info`; the caller promises the rest.
     unsafe { bpf(command::OBJ_GET_INFO_BY_FD, &mut attributes)? };
     Ok(())
 }
 
+/// Returns a name as the kernel stores it, which panics if it is longer than [`MAX_NAME`].
 fn name_bytes(name: &str) -> [u8; MAX_NAME + 1] {
     let mut bytes = [0; MAX_NAME + 1];
     bytes[..name.len()].copy_from_slice(name.as_bytes());
     bytes
 }
 
+/// Returns the text before the first nul.
 fn name_from(bytes: &[u8]) -> String {
     CStr::from_bytes_until_nul(bytes).map_or_else(
         |_| String::from_utf8_lossy(bytes).into_owned(),
@@ -109,20 +111,20 @@ fn name_from(bytes: &[u8]) -> String {
     )
 }
 
-/// For how many processors the kernel keeps values (`num_possible_cpus`): a number that does not
-/// change, read once, while files may still be opened.
+/// Returns the number of CPUs for which the kernel keeps values (`num_possible_cpus`). The number is
+/// constant; the first call reads it from a file, before the sandbox forbids opening files.
 ///
 /// # Errors
 /// Those of reading the file.
-pub fn possible_processors() -> io::Result<usize> {
-    static PROCESSORS: OnceLock<usize> = OnceLock::new();
-    if let Some(processors) = PROCESSORS.get() {
-        return Ok(*processors);
+pub fn possible_cpus() -> io::Result<usize> {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    if let Some(cpus) = CPUS.get() {
+        return Ok(*cpus);
     }
     let text = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
     let last = text.trim().rsplit([',', '-']).next().and_then(|number| number.parse().ok());
-    let processors = last
+    let cpus = last
         .map(|last: usize| last + 1)
-        .ok_or_else(|| io::Error::other("read the list of processors"))?;
-    Ok(*PROCESSORS.get_or_init(|| processors))
+        .ok_or_else(|| io::Error::other("cannot parse /sys/devices/system/cpu/possible"))?;
+    Ok(*CPUS.get_or_init(|| cpus))
 }

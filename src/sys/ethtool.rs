@@ -1,5 +1,5 @@
-//! What a network device can do and how it is set up, as the kernel's netlink families `ethtool`
-//! (`linux/ethtool_netlink.h`) and `netdev` (`linux/netdev.h`) tell. Nothing is changed here.
+//! Capabilities and settings of a network device, read from the kernel's netlink families `ethtool`
+//! (`linux/ethtool_netlink.h`) and `netdev` (`linux/netdev.h`). This module changes no setting.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -11,68 +11,68 @@ const FEATURES_GET: u8 = 11;
 const RINGS_GET: u8 = 15;
 const CHANNELS_GET: u8 = 17;
 const RSS_GET: u8 = 38;
-/// The attribute in each question that names the device (`ETHTOOL_A_*_HEADER`), and its index there.
+/// Attribute of each request that identifies the device (`ETHTOOL_A_*_HEADER`), and the device's index in it.
 const ETHTOOL_HEADER: u16 = 1;
 const ETHTOOL_DEVICE_INDEX: u16 = 1;
-/// The `netdev` family's one question of interest, and attributes of its answer.
+/// Command of the `netdev` family that reads a device, and attributes of its request and answer.
 const NETDEV_CMD_DEV_GET: u8 = 1;
 const NETDEV_A_DEV_IFINDEX: u16 = 1;
 const NETDEV_A_DEV_XDP_FEATURES: u16 = 3;
 const NETDEV_A_DEV_XDP_RX_METADATA_FEATURES: u16 = 5;
 
-/// `enum netdev_xdp_act` of `linux/netdev.h`: what a driver can do with XDP.
+/// XDP capabilities of a driver: `enum netdev_xdp_act` of `linux/netdev.h`.
 pub mod xdp {
-    /// Run a program, which may drop frames, pass them on, or send them back.
+    /// Support for XDP programs that drop frames, pass them to the kernel, or send them back.
     pub const BASIC: u64 = 1;
-    /// Redirect frames, to AF_XDP sockets among others.
+    /// Support for `XDP_REDIRECT`, to AF_XDP sockets among others.
     pub const REDIRECT: u64 = 2;
-    /// Have the device read and write an AF_XDP socket's memory.
+    /// Support for AF_XDP zero copy: the device reads and writes the socket's UMEM.
     pub const ZERO_COPY: u64 = 8;
-    /// Tell a program of a frame's VLAN tag (`NETDEV_XDP_RX_METADATA_VLAN_TAG`): of what a driver
-    /// tells programs, not of what it does.
+    /// Metadata of a frame's VLAN tag for XDP programs (`NETDEV_XDP_RX_METADATA_VLAN_TAG`). This bit is one of
+    /// `enum netdev_xdp_rx_metadata`, not of `enum netdev_xdp_act`.
     pub const TELLS_VLAN_TAG: u64 = 4;
 }
 
-/// Offloads by the kernel's names for them (`net/ethtool/common.c`).
+/// A device's offloads, by the kernel's names (`net/ethtool/common.c`).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Features {
-    /// Those that can be switched on.
+    /// Offloads that an operator can turn on.
     pub possible: BTreeSet<String>,
-    /// Those that somebody wants.
+    /// Offloads that are requested, active or not.
     pub wanted: BTreeSet<String>,
-    /// Those that are on.
+    /// Offloads that are on.
     pub active: BTreeSet<String>,
 }
 
-/// How many there are of something, and how many there can be.
+/// A configured number of ring entries or queues, and its maximum.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Amount {
-    /// Now.
+    /// Configured number.
     pub now: u32,
-    /// At the most.
+    /// Maximum number that the driver supports.
     pub most: u32,
 }
 
-/// Queues, by what they are for.
+/// Numbers of a device's queues, by direction.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Channels {
-    /// For both ways.
+    /// Queues that receive and send.
     pub combined: Amount,
-    /// Which only receive.
+    /// Queues that only receive.
     pub rx: Amount,
-    /// Which only send.
+    /// Queues that only send.
     pub tx: Amount,
 }
 
-/// The `ethtool` family, open for questions.
+/// A netlink socket for the `ethtool` family.
 #[derive(Debug)]
 pub struct Ethtool(Family);
 
 impl Ethtool {
-    /// Opens it.
+    /// Opens the socket.
     ///
     /// # Errors
-    /// ENOENT if the kernel has none (`CONFIG_ETHTOOL_NETLINK`).
+    /// ENOENT if the kernel lacks the family (`CONFIG_ETHTOOL_NETLINK`).
     pub fn open() -> io::Result<Self> {
         Family::open("ethtool").map(Ethtool)
     }
@@ -82,20 +82,20 @@ impl Ethtool {
         self.0.ask(command, &[device])
     }
 
-    /// The offloads of the device of that index.
+    /// Reads the offloads of the device with index `device`.
     ///
     /// # Errors
-    /// ENODEV without such a device.
+    /// ENODEV if there is no such device.
     pub fn features(&self, device: u32) -> io::Result<Features> {
         let answer = self.ask(FEATURES_GET, device)?;
         let set = |kind| answer.inside(kind).map(|set| names(&set)).unwrap_or_default();
         Ok(Features { possible: set(2), wanted: set(3), active: set(4) })
     }
 
-    /// Entries of its receive rings and of its transmit rings.
+    /// Reads the numbers of entries in each receive ring and in each transmit ring.
     ///
     /// # Errors
-    /// EOPNOTSUPP if its driver has no rings to speak of.
+    /// EOPNOTSUPP if the driver reports no rings.
     pub fn rings(&self, device: u32) -> io::Result<(Amount, Amount)> {
         let answer = self.ask(RINGS_GET, device)?;
         let amount = |most, now| Amount {
@@ -105,10 +105,10 @@ impl Ethtool {
         Ok((amount(2, 6), amount(5, 9)))
     }
 
-    /// Its queues.
+    /// Reads the numbers of queues.
     ///
     /// # Errors
-    /// EOPNOTSUPP if its driver does not tell.
+    /// EOPNOTSUPP if the driver reports no queues.
     pub fn channels(&self, device: u32) -> io::Result<Channels> {
         let answer = self.ask(CHANNELS_GET, device)?;
         let amount = |most, now| Amount {
@@ -118,10 +118,10 @@ impl Ethtool {
         Ok(Channels { rx: amount(2, 6), tx: amount(3, 7), combined: amount(5, 9) })
     }
 
-    /// Queues that its receive hashing brings frames to.
+    /// Reads the RSS indirection table: the queues to which receive hashing steers frames.
     ///
     /// # Errors
-    /// EOPNOTSUPP if it has no such table.
+    /// EOPNOTSUPP if the device has no such table.
     pub fn hashed_queues(&self, device: u32) -> io::Result<BTreeSet<u32>> {
         const INDIRECTION: u16 = 4;
         let table = self.ask(RSS_GET, device)?.bytes(INDIRECTION).unwrap_or_default();
@@ -133,7 +133,8 @@ impl Ethtool {
     }
 }
 
-/// The names in a bit set (`ETHTOOL_A_BITSET_*`). Without a mask, all that are listed are set.
+/// Returns the names of the set bits in a bit set (`ETHTOOL_A_BITSET_*`). Without a mask, all listed bits are
+/// set.
 fn names(set: &Attributes) -> BTreeSet<String> {
     const NO_MASK: u16 = 1;
     const BITS: u16 = 3;
@@ -145,15 +146,15 @@ fn names(set: &Attributes) -> BTreeSet<String> {
     bits.each().filter(|(_, bit)| is_set(bit)).filter_map(|(_, bit)| bit.text(NAME)).collect()
 }
 
-/// What the driver of the device of that index can do with XDP: bits of [`xdp`].
+/// Reads the XDP capabilities of the driver of the device with index `device`, as bits of [`xdp`].
 ///
 /// # Errors
-/// ENOENT if the kernel can't tell (before Linux 6.3), ENODEV without such a device.
+/// ENOENT before Linux 6.3, which lacks the `netdev` family; ENODEV if there is no such device.
 pub fn xdp_features(device: u32) -> io::Result<u64> {
     driver_features(device, NETDEV_A_DEV_XDP_FEATURES)
 }
 
-/// Whether its driver tells an XDP program of VLAN tags that it keeps beside frames.
+/// Returns true if the driver gives XDP programs the VLAN tags that the device has removed from frames.
 ///
 /// # Errors
 /// As [`xdp_features`]; `InvalidData` before Linux 6.7.
@@ -175,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loopback_device_has_offloads_and_neither_rings_nor_queues() {
+    fn loopback_has_offloads_and_neither_rings_nor_queues() {
         let device = crate::sys::link::find("lo").unwrap().index;
         let ethtool = Ethtool::open().unwrap();
         let features = ethtool.features(device).unwrap();

@@ -1,12 +1,14 @@
-//! Event descriptors: those that somebody else handed us, and our own.
+//! Event descriptors: the frontend's kick, call and error descriptors, and the daemon's own wakers.
 //!
-//! Invariant: no descriptor from a frontend can block the control thread or raise a signal. Kick
-//! descriptors are never read: the worker watches them edge-triggered, so each kick wakes it once
-//! whatever the counter says. Call and error descriptors are non-blocking. A socket among them does
-//! not block whatever the frontend does. The frontend can make an eventfd blocking, since the flag
-//! belongs to the open file, and no system call writes to an eventfd without regard to it. So only a
-//! worker writes to them: the frontend can hold up its own queue pair, until the control thread
-//! interrupts the worker.
+//! Invariant: no descriptor from a frontend can block the control thread or raise a signal.
+//!
+//! - The daemon never reads a kick descriptor. The worker watches it edge-triggered, so each kick wakes the
+//!   worker once, for any value of the counter.
+//! - Call and error descriptors are non-blocking. A write to a socket cannot block: MSG_DONTWAIT applies to
+//!   each call. O_NONBLOCK of an eventfd belongs to the open file, so the frontend can clear it, and no system
+//!   call writes to an eventfd without obeying it.
+//! - So only workers write to call and error descriptors. A frontend can hold up only its own queue pair, until
+//!   the control thread interrupts the worker.
 
 use std::fs::{self, File};
 use std::io;
@@ -22,31 +24,30 @@ use nix::unistd::write;
 use super::process::set_nonblocking;
 use super::socket::{Inherited, classify};
 
-/// How soon to look again whether a descriptor can be replaced.
+/// Interval between two attempts to replace a descriptor.
 const RETRY: Duration = Duration::from_millis(1);
-/// How long whoever signals a descriptor sleeps at a time while somebody replaces it.
-const GIVE_WAY: Duration = Duration::from_micros(50);
+/// Sleep of a worker, before it signals a descriptor, while the control thread replaces it.
+const YIELD: Duration = Duration::from_micros(50);
 
-/// A descriptor by which the frontend and we notify each other: it was checked to be an eventfd, or a
-/// connected unix stream socket.
+/// A descriptor for notifications between frontend and daemon: an eventfd, or a connected unix stream socket.
 ///
-/// It is the frontend's open file description: the other side may read it, fill it or change its
-/// flags at any time, and nothing here depends on its counter or bytes.
+/// The frontend shares the open file description. It may read, fill or drain it, or change its flags, at any
+/// time; so nothing here depends on its counter or bytes.
 #[derive(Debug)]
 pub struct NotifyFd {
     file: Arc<File>,
-    /// It is a unix stream socket, which is signalled in its own way.
+    /// True for a unix stream socket, which is signalled with `send`.
     is_socket: bool,
 }
 
 impl NotifyFd {
     /// Checks that `file` is an eventfd and makes it non-blocking.
     ///
-    /// A pipe at its end, a full pipe without a reader or a regular file would wake a worker for
-    /// ever, raise SIGPIPE or fail to be watched at all.
+    /// Other files would do harm: a pipe at its end would wake a worker continuously, a pipe without a reader
+    /// would raise SIGPIPE, and epoll does not accept a regular file.
     ///
     /// # Errors
-    /// `InvalidInput` if the descriptor is anything but an eventfd.
+    /// `InvalidInput` if the descriptor is not an eventfd.
     pub fn new(file: File) -> io::Result<Self> {
         let kind = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         if kind.as_os_str() != "anon_inode:[eventfd]" {
@@ -59,12 +60,14 @@ impl NotifyFd {
         Ok(NotifyFd { file: Arc::new(file), is_socket: false })
     }
 
-    /// Checks that `file` is an eventfd, as [`new`](Self::new) does, or a connected unix stream socket, by which
-    /// user-mode Linux is called. A pipe is refused: whoever reads it holds its lock for as long as the
-    /// memory that they read to takes to appear, and no signal ends the wait for that lock.
+    /// Checks that `file` is a connected unix stream socket, which user-mode Linux uses for calls, or an eventfd
+    /// as in [`new`](Self::new).
+    ///
+    /// It refuses a pipe. A process that reads from a pipe holds the pipe's lock until the page that it reads
+    /// into is present. A writer needs that lock, and no signal ends its wait.
     ///
     /// # Errors
-    /// `InvalidInput` if the descriptor is anything else.
+    /// `InvalidInput` if the descriptor is neither.
     pub fn or_socket(file: File) -> io::Result<Self> {
         if matches!(classify(file.as_fd()), Ok(Inherited::Connection)) {
             return Ok(NotifyFd { file: Arc::new(file), is_socket: true });
@@ -72,11 +75,11 @@ impl NotifyFd {
         Self::new(file)
     }
 
-    /// Adds one to the counter, which wakes whoever waits for it, or sends so many bytes.
+    /// Signals the other side: adds one to an eventfd's counter, or sends 8 bytes to a socket.
     ///
     /// # Errors
-    /// `WouldBlock` if the counter is at its maximum, or the socket is full: whoever waits has been woken
-    /// long ago.
+    /// `WouldBlock` if the counter is at its maximum or the socket is full: then earlier signals are still
+    /// pending. `BrokenPipe` if the socket's other end is closed.
     pub fn signal(&self) -> io::Result<()> {
         let one = 1u64.to_ne_bytes();
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
@@ -87,7 +90,7 @@ impl NotifyFd {
         Ok(())
     }
 
-    /// Its file.
+    /// Returns the descriptor's file.
     pub fn file(&self) -> Arc<File> {
         self.file.clone()
     }
@@ -99,36 +102,37 @@ impl AsFd for NotifyFd {
     }
 }
 
-/// The place of a descriptor that the frontend may change at any time, or take away.
+/// A call or error descriptor that the frontend may replace or remove at any time.
 #[derive(Debug, Default)]
 pub struct ForeignEvent {
-    place: Mutex<Option<NotifyFd>>,
-    /// Somebody waits to replace it: whoever signals it lets them go first. Else a thread that is stuck
-    /// in one signal after the other would hardly ever leave the place free.
+    event: Mutex<Option<NotifyFd>>,
+    /// True while the control thread waits to replace the descriptor. Workers then do not start to signal it:
+    /// a worker that blocks in one signal after the other would hardly ever release the lock.
     replacing: AtomicBool,
-    /// Whether there is one, without a wait for whoever signals it.
+    /// True if a descriptor is set; readable without the lock, which a worker may hold for long.
     is_set: AtomicBool,
 }
 
 impl ForeignEvent {
-    /// Signals it, if there is one; says whether there was.
+    /// Signals the descriptor; returns false if none is set. Only workers may call it: an eventfd that the
+    /// frontend made blocking holds up the caller.
     pub fn signal(&self) -> bool {
         while self.replacing.load(Ordering::Acquire) {
-            std::thread::sleep(GIVE_WAY);
+            std::thread::sleep(YIELD);
         }
         let event = self.lock();
-        // A full counter means that a signal is pending anyway.
+        // Errors are ignored: a full counter or socket means that a signal is pending.
         event.as_ref().map(NotifyFd::signal).is_some()
     }
 
-    /// Puts another descriptor in its place, or none. While somebody signals it, `interrupt` is
-    /// called again and again: it must get them out of the system call that they may be stuck in.
+    /// Replaces the descriptor, or removes it. While a worker signals the old one, calls `interrupt` every 1 ms:
+    /// `interrupt` must end the worker's system call, which the frontend may have made blocking.
     pub fn replace(&self, event: Option<NotifyFd>, interrupt: impl Fn()) {
         self.is_set.store(event.is_some(), Ordering::Relaxed);
         self.replacing.store(true, Ordering::Release);
-        let mut place = loop {
-            match self.place.try_lock() {
-                Ok(place) => break place,
+        let mut current = loop {
+            match self.event.try_lock() {
+                Ok(current) => break current,
                 Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
                 Err(TryLockError::WouldBlock) => {
                     interrupt();
@@ -136,36 +140,36 @@ impl ForeignEvent {
                 }
             }
         };
-        *place = event;
+        *current = event;
         self.replacing.store(false, Ordering::Release);
     }
 
-    /// Whether there is one.
+    /// Returns true if a descriptor is set. Does not wait.
     pub fn is_set(&self) -> bool {
         self.is_set.load(Ordering::Relaxed)
     }
 
-    /// Whether it is a socket, which the kernel may refuse to pass on.
+    /// Returns true if the descriptor is a socket. The kernel may refuse to pass a socket over a socket.
     pub fn is_socket(&self) -> bool {
         self.lock().as_ref().is_some_and(|event| event.is_socket)
     }
 
-    /// Its file, if there is one.
+    /// Returns the descriptor's file, if one is set.
     pub fn file(&self) -> Option<Arc<File>> {
         self.lock().as_ref().map(NotifyFd::file)
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<NotifyFd>> {
-        self.place.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.event.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
-/// An eventfd of our own, by which one thread wakes another.
+/// An eventfd of the daemon's own, by which one thread wakes another.
 #[derive(Debug)]
 pub struct Waker(EventFd);
 
 impl Waker {
-    /// Makes one that nobody has rung yet.
+    /// Creates an eventfd that is not readable.
     pub fn new() -> io::Result<Self> {
         let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
         Ok(Waker(EventFd::from_flags(flags)?))
@@ -173,13 +177,13 @@ impl Waker {
 
     /// Makes the descriptor readable.
     pub fn wake(&self) {
-        // It fails only when the counter is full, and then the descriptor is readable.
+        // Fails only if the counter is at its maximum, and then the descriptor is readable.
         let _ = self.0.write(1);
     }
 
-    /// Makes the descriptor unreadable until it is woken again.
+    /// Makes the descriptor unreadable until the next [`wake`](Self::wake).
     pub fn clear(&self) {
-        // It fails only when the counter is zero already.
+        // Fails only if the counter is zero already.
         let _ = self.0.read();
     }
 }
@@ -203,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_adds_one() {
+    fn signal_adds_one_to_the_counter() {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         let foreign = foreign(&event);
         foreign.signal().unwrap();
@@ -212,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blocking_eventfd_at_its_maximum_does_not_block() {
+    fn signal_of_a_full_blocking_eventfd_does_not_block() {
         let event = EventFd::new().unwrap();
         event.write(u64::MAX - 1).unwrap();
         let error = foreign(&event).signal().unwrap_err();
@@ -220,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_but_an_eventfd_is_refused() {
+    fn files_and_pipes_are_refused() {
         let (read_end, write_end) = io::pipe().unwrap();
         let files = [
             File::open("/dev/zero").unwrap(),
@@ -237,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn full_or_closed_socket_does_not_block_its_signal() {
+    fn signal_of_a_full_or_closed_socket_does_not_block() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let file = File::from(OwnedFd::from(ours));
         assert!(NotifyFd::new(file.try_clone().unwrap()).is_err(), "no kick descriptor");

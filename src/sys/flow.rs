@@ -1,5 +1,5 @@
-//! Which frames a network card takes, and which of its queues they go to: the receive flow rules of
-//! `linux/ethtool.h`, and the filter of unicast addresses.
+//! Steering of received frames to a NIC's queues by the flow rules of `linux/ethtool.h`, and the NIC's filter
+//! of unicast addresses.
 
 use std::io;
 use std::mem;
@@ -13,12 +13,12 @@ const ETHTOOL_GRXCLSRULE: u32 = 0x2f;
 const ETHTOOL_GRXCLSRLALL: u32 = 0x30;
 const ETHTOOL_SRXCLSRLDEL: u32 = 0x31;
 const ETHTOOL_SRXCLSRLINS: u32 = 0x32;
-/// The driver chooses a rule's place itself.
+/// Flag and location by which the driver chooses the location of a new rule.
 const RX_CLS_LOC_SPECIAL: u64 = 0x8000_0000;
 const RX_CLS_LOC_ANY: u32 = 0xffff_ffff;
-/// A rule about the Ethernet header.
+/// Flow type of rules on the Ethernet header.
 const ETHER_FLOW: u32 = 0x12;
-/// Rules of a card that are looked at, at the most: a size that leaves no padding.
+/// Maximum number of a NIC's rules that this module reads: an odd number, so that [`Request`] has no padding.
 const MOST: usize = 1025;
 
 /// `ethtool_rx_flow_spec`, with an Ethernet header in the unions.
@@ -36,7 +36,7 @@ struct FlowSpec {
     location: u32,
 }
 
-/// `ethtool_rxnfc`, with room for the places of rules.
+/// `ethtool_rxnfc`, with space for the locations of [`MOST`] rules.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 struct Request {
@@ -50,25 +50,25 @@ struct Request {
 
 impl Request {
     fn new(command: u32) -> Box<Self> {
-        // SAFETY: plain numbers, for which all zeros is a value.
+        // SAFETY: the fields are integers and arrays of integers, for which all zeros is a value.
         let mut request: Box<Self> = Box::new(unsafe { mem::zeroed() });
         request.command = command;
         request
     }
 }
 
-/// A rule: frames for a MAC address go to a queue.
+/// A flow rule that steers frames for a MAC address to a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rule {
-    /// The destination address of its frames.
+    /// Destination MAC address of the frames.
     pub address: [u8; 6],
-    /// The queue that they go to.
+    /// Index of the queue.
     pub queue: u64,
-    /// Its place in the card's table.
+    /// Location in the NIC's table, which identifies the rule.
     pub location: u32,
 }
 
-/// The flow rules of a network device.
+/// Access to the flow rules of a NIC.
 #[derive(Debug)]
 pub struct Rules {
     socket: OwnedFd,
@@ -76,24 +76,26 @@ pub struct Rules {
 }
 
 impl Rules {
-    /// Those of the device of that index.
+    /// Opens a socket for the rules of the device with index `device`.
     pub fn of(device: u32) -> io::Result<Self> {
         Ok(Rules { socket: device::control_socket()?, device })
     }
 
-    fn ask(&self, question: &mut Request) -> io::Result<()> {
+    /// Sends a request to the driver, which overwrites it with the answer.
+    fn ask(&self, request: &mut Request) -> io::Result<()> {
         let mut named = device::request(&device::name(self.device)?)?;
-        named.ifr_ifru.ifru_data = (&raw mut *question).cast();
-        // SAFETY: SIOCETHTOOL reads and writes an `ethtool_rxnfc`, and behind it as many places as
-        // `count` says, which is MOST at the most.
+        named.ifr_ifru.ifru_data = (&raw mut *request).cast();
+        // SAFETY: SIOCETHTOOL reads and writes an `ethtool_rxnfc`, followed by `count` locations. `locations`
+        // sets `count` to at most MOST, which Request has space for; in all other requests `count` is 0. The
+        // request is borrowed through the call.
         unsafe { check(libc::ioctl(self.socket.as_raw_fd(), libc::SIOCETHTOOL, &mut named))? };
         Ok(())
     }
 
-    /// The rules there are about nothing but a destination address.
+    /// Reads the rules that match on the destination address only.
     ///
     /// # Errors
-    /// EOPNOTSUPP if the driver has no flow rules; `OutOfMemory` if there are too many.
+    /// EOPNOTSUPP if the driver has no flow rules; `OutOfMemory` if the NIC has more than 1025.
     pub fn list(&self) -> io::Result<Vec<Rule>> {
         let mut rules = Vec::new();
         for location in self.locations()?.0 {
@@ -101,14 +103,14 @@ impl Rules {
             request.rule.location = location;
             self.ask(&mut request)?;
             let FlowSpec { destination, queue, .. } = request.rule;
-            if is_about(&request.rule, destination) {
+            if matches_only(&request.rule, destination) {
                 rules.push(Rule { address: destination, queue, location });
             }
         }
         Ok(rules)
     }
 
-    /// The places of all rules, and where the next may be put.
+    /// Reads the locations of all rules, and chooses the location for a new one.
     fn locations(&self) -> io::Result<(Vec<u32>, u32)> {
         let mut counts = Request::new(ETHTOOL_GRXCLSRLCNT);
         self.ask(&mut counts)?;
@@ -125,10 +127,10 @@ impl Rules {
         Ok((taken, if special { RX_CLS_LOC_ANY } else { free.unwrap_or(RX_CLS_LOC_ANY) }))
     }
 
-    /// Brings frames for `address` to `queue`.
+    /// Inserts a rule that steers frames for `address` to `queue`.
     ///
     /// # Errors
-    /// EOPNOTSUPP, EINVAL if the driver does not take such a rule; ENOSPC if its table is full.
+    /// EOPNOTSUPP or EINVAL if the driver does not support such a rule; ENOSPC if its table is full.
     pub fn insert(&self, address: [u8; 6], queue: u64) -> io::Result<Rule> {
         let mut request = Request::new(ETHTOOL_SRXCLSRLINS);
         request.rule.flow_type = ETHER_FLOW;
@@ -140,7 +142,7 @@ impl Rules {
         Ok(Rule { address, queue, location: request.rule.location })
     }
 
-    /// Takes a rule away.
+    /// Deletes a rule.
     pub fn delete(&self, rule: &Rule) -> io::Result<()> {
         let mut request = Request::new(ETHTOOL_SRXCLSRLDEL);
         request.rule.location = rule.location;
@@ -148,8 +150,8 @@ impl Rules {
     }
 }
 
-/// Whether the rule is about this destination address and nothing else.
-fn is_about(rule: &FlowSpec, address: [u8; 6]) -> bool {
+/// Returns true if the rule matches on this destination address only.
+fn matches_only(rule: &FlowSpec, address: [u8; 6]) -> bool {
     rule.flow_type == ETHER_FLOW
         && rule.destination == address
         && rule.destination_mask == [0xff; 6]
@@ -157,18 +159,18 @@ fn is_about(rule: &FlowSpec, address: [u8; 6]) -> bool {
         && rule.extension_mask == [0; 20]
 }
 
-/// A unicast address that a network device takes frames for, beside its own. The kernel takes it
-/// back when the value, or the process, ends.
+/// A unicast address that a network device accepts besides its own. The kernel removes the address when the
+/// value is dropped or the process exits.
 #[derive(Debug)]
 pub struct AddressFilter {
     _socket: OwnedFd,
 }
 
 impl AddressFilter {
-    /// Has the device of that index take frames for `address`.
+    /// Adds `address` to the addresses of the device with index `device`.
     ///
     /// # Errors
-    /// EPERM without CAP_NET_RAW, EOPNOTSUPP, ENOSPC if the device takes no more.
+    /// EPERM without CAP_NET_RAW; EOPNOTSUPP if the device has no such filter; ENOSPC if its filter is full.
     pub fn new(device: u32, address: [u8; 6]) -> io::Result<Self> {
         /// `packet_mreq` of `linux/if_packet.h`.
         #[repr(C)]
@@ -185,8 +187,8 @@ impl AddressFilter {
             address: [0; 8],
         };
         membership.address[..6].copy_from_slice(&address);
-        // SAFETY: the descriptor is fresh and has no other owner; protocol 0 receives nothing. The
-        // membership lives through the call, and has the length given.
+        // SAFETY: the kernel has just created the descriptor, which has no other owner. The membership lives
+        // through the call, and has the length given. (Protocol 0: the socket receives no frames.)
         unsafe {
             let flags = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
             let socket = OwnedFd::from_raw_fd(check(libc::socket(libc::AF_PACKET, flags, 0))?);
@@ -207,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_are_laid_out_as_the_kernel_has_them() {
+    fn request_has_the_kernels_layout() {
         assert_eq!(mem::offset_of!(Request, rule), 16);
         assert_eq!(mem::offset_of!(Request, rule.queue), 16 + 152);
         assert_eq!(mem::offset_of!(Request, rule.location), 16 + 160);

@@ -1,4 +1,4 @@
-//! Network devices as rtnetlink shows them: what one is like now, and that some have changed.
+//! State of network devices, and notifications of changes, by rtnetlink.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -26,122 +26,122 @@ const LINK_GROUP: u32 = 1;
 /// `IFLA_ALT_IFNAME` of `linux/if_link.h`.
 const ALTERNATIVE_NAME: u16 = 53;
 
-/// How long an answer of the kernel's is waited for.
+/// Time to wait for an answer of the kernel.
 const ANSWER_TIMEOUT: TimeVal = TimeVal::new(1, 0);
 
-/// A network device as it is at the moment.
+/// State of a network device when it was read.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Link {
-    /// Its index in the network namespace.
+    /// Index in the network namespace.
     pub index: u32,
-    /// Whether it is up.
+    /// True if the device is set up (`IFF_UP`).
     pub is_up: bool,
     /// MTU in bytes.
     pub mtu: u32,
-    /// Id of the XDP program attached to it.
+    /// Id of the attached XDP program.
     pub program: Option<u32>,
-    /// Whether that runs in the kernel's generic code, not in the driver.
+    /// True if the XDP program runs in generic mode, not in the driver.
     pub program_is_generic: bool,
-    /// Index of its other end, where that is in the same namespace, for a veth.
+    /// Index of a veth's peer, if the peer is in the same namespace.
     pub veth_peer: Option<u32>,
-    /// Whether it is a veth.
+    /// True if the device is a veth.
     pub is_veth: bool,
-    /// Its name.
+    /// Primary name.
     pub name: String,
-    /// What kind of virtual device it is: `tun`, `veth`, `bridge`, `vxlan`; nothing for a card.
+    /// Kind of virtual device: `tun`, `veth`, `bridge`, `vxlan`; empty for a NIC.
     pub kind: String,
-    /// Its place on a bus of the host's, as `pci` and `0000:00:03.0` (Linux 5.14).
+    /// Bus and address of a device on a host bus, as `pci` and `0000:00:03.0` (Linux 5.14 or later).
     pub parent: Option<(String, String)>,
-    /// Index of the bridge, bond or the like that it belongs to.
+    /// Index of the bridge, bond or similar device that has this one as a port.
     pub master: Option<u32>,
-    /// Index of the device below it: of a VLAN or a tunnel.
+    /// Index of the device below a VLAN or a tunnel.
     pub lower: Option<u32>,
-    /// What there is to know of it as TUN or TAP.
+    /// TUN or TAP state, if the device is one.
     pub tun: Option<Tun>,
-    /// Its other names.
+    /// Alternative names.
     pub alternative_names: Vec<String>,
-    /// Whether the host takes addresses and routes from router advertisements that it receives.
+    /// True if the host configures addresses and routes from router advertisements received here.
     pub takes_advertisements: bool,
-    /// What it has dropped.
+    /// Dropped frames.
     pub drops: Drops,
 }
 
 impl Link {
-    /// Whether this is its name, or another of its names.
+    /// Returns true if `name` is the primary or an alternative name.
     pub fn is_called(&self, name: &str) -> bool {
         self.name == name || self.alternative_names.iter().any(|it| it == name)
     }
 
-    /// Whether it is a macvtap or an ipvtap, whose queues are opened by a file of its own.
+    /// Returns true for a macvtap or an ipvtap, whose queues are opened through a device file of its own.
     pub fn is_macvtap(&self) -> bool {
         ["macvtap", "ipvtap"].contains(&&*self.kind)
     }
 }
 
-/// Frames that a device has dropped since it was made, in its own directions.
+/// Frames that a device has dropped since its creation, in the device's own directions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Drops {
-    /// Of those that it received, for whatever reason.
+    /// Received frames dropped, for any reason.
     pub rx: u64,
-    /// Of those that it was to send. A TAP sends to its reader.
+    /// Frames to send that were dropped. A TAP sends to its reader.
     pub tx: u64,
 }
 
-/// A TUN or TAP device, as `IFLA_TUN_*` of `linux/if_link.h` tell of it.
+/// State of a TUN or TAP device: `IFLA_TUN_*` of `linux/if_link.h`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tun {
-    /// User that may open it without CAP_NET_ADMIN; without one, and a group, everybody.
+    /// User that may open the device without CAP_NET_ADMIN. With neither owner nor group, every user may.
     pub owner: Option<u32>,
-    /// Group that may.
+    /// Group that may open the device without CAP_NET_ADMIN.
     pub group: Option<u32>,
-    /// Whether it is a TAP: it moves Ethernet frames.
+    /// True for a TAP (Ethernet frames), false for a TUN (IP packets).
     pub is_tap: bool,
-    /// Whether a virtio header stands before each frame.
+    /// True if a virtio-net header precedes each frame.
     pub vnet_hdr: bool,
-    /// Whether it outlives whoever opened it.
+    /// True if the device remains after its last queue is closed.
     pub persistent: bool,
-    /// Whether several queues of it can be opened.
+    /// True if several queues can be opened.
     pub multi_queue: bool,
-    /// Queues that are open: attached, and detached. The kernel tells it of multi-queue devices only.
+    /// Number of open queues, attached or detached. The kernel reports it for multi-queue devices only.
     pub queues: u32,
 }
 
-/// Looks a device up by its name, or another of its names.
+/// Looks up a device by its primary or an alternative name.
 ///
 /// # Errors
-/// ENODEV if there is none.
+/// ENODEV if there is no such device.
 pub fn find(name: &str) -> io::Result<Link> {
     let mut message = LinkMessage::default();
     message.attributes.push(if name.len() > MAX_NAME {
         let text = [name.as_bytes(), &[0]].concat();
         LinkAttribute::Other(DefaultNla::new(ALTERNATIVE_NAME, text))
     } else {
-        // The kernel looks among all names.
+        // The kernel searches primary and alternative names.
         LinkAttribute::IfName(name.to_owned())
     });
     Questions::open()?.ask_for_one(message)
 }
 
-/// Looks a device up by index.
+/// Looks up a device by index.
 ///
 /// # Errors
-/// ENODEV if there is none.
+/// ENODEV if there is no such device.
 pub fn at(index: u32) -> io::Result<Link> {
     Questions::open()?.at(index)
 }
 
-/// All devices of this network namespace.
+/// Lists all devices of this network namespace.
 ///
 /// # Errors
-/// Those of netlink.
+/// The errors of netlink; EAGAIN if the kernel does not answer within 1 s.
 pub fn all() -> io::Result<Vec<Link>> {
     Questions::open()?.all()
 }
 
-/// A socket to look devices up by, again and again.
+/// A netlink socket for repeated look-ups of devices.
 pub struct Questions {
     socket: Socket,
-    /// The last question's number, which its answers bear: those to another one may still come.
+    /// Sequence number of the last request. An answer with another number is to an earlier request.
     number: AtomicU32,
 }
 
@@ -152,10 +152,10 @@ impl std::fmt::Debug for Questions {
 }
 
 impl Questions {
-    /// Opens it.
+    /// Opens the socket.
     ///
     /// # Errors
-    /// EAFNOSUPPORT where netlink is not permitted.
+    /// EAFNOSUPPORT if netlink is not permitted.
     pub fn open() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
@@ -164,20 +164,20 @@ impl Questions {
         Ok(Questions { socket, number: AtomicU32::new(0) })
     }
 
-    /// Looks a device up by index.
+    /// Looks up a device by index.
     ///
     /// # Errors
-    /// ENODEV if there is none.
+    /// ENODEV if there is no such device; EAGAIN if the kernel does not answer within 1 s.
     pub fn at(&self, index: u32) -> io::Result<Link> {
         let mut message = LinkMessage::default();
         message.header.index = index;
         self.ask_for_one(message)
     }
 
-    /// All devices of the network namespace that the socket was opened in.
+    /// Lists all devices of the network namespace in which the socket was opened.
     ///
     /// # Errors
-    /// Those of netlink; EAGAIN if no answer comes.
+    /// The errors of netlink; EAGAIN if the kernel does not answer within 1 s.
     pub fn all(&self) -> io::Result<Vec<Link>> {
         let mut links = Vec::new();
         self.ask(LinkMessage::default(), NLM_F_DUMP, |link| {
@@ -196,8 +196,8 @@ impl Questions {
         found.ok_or_else(|| malformed(&"it ends early"))
     }
 
-    /// Asks the kernel, and gives `is_last` each device of the answer until that is so, or the kernel has
-    /// told all.
+    /// Sends a request, and calls `is_last` with each device of the answer, until `is_last` returns true or the
+    /// answer ends.
     fn ask(
         &self,
         message: LinkMessage,
@@ -212,7 +212,7 @@ impl Questions {
             while !rest.is_empty() {
                 let next = NetlinkBuffer::new_checked(rest).map_err(|error| malformed(&error))?;
                 let length = next.length().next_multiple_of(4) as usize;
-                // An answer to another question was not read in time.
+                // Ignores a late answer to an earlier request.
                 if next.sequence_number() == number
                     && parse(rest)?.is_none_or(|link| is_last(read(&link)))
                 {
@@ -240,9 +240,8 @@ fn malformed(error: &dyn std::fmt::Display) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the kernel's answer: {error}"))
 }
 
-/// The first message of an answer; nothing at its end.
+/// Parses the first message of an answer; returns none for the message that ends the answer.
 fn parse(answer: &[u8]) -> io::Result<Option<LinkMessage>> {
-    // An error's number is enough: its message may carry attributes of any kind.
     NetlinkBuffer::new_checked(answer).map_err(|error| malformed(&error))?;
     match NetlinkMessage::<RouteNetlinkMessage>::deserialize(answer)
         .map_err(|error| malformed(&error))?
@@ -250,6 +249,7 @@ fn parse(answer: &[u8]) -> io::Result<Option<LinkMessage>> {
     {
         NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
         NetlinkPayload::Done(_) => Ok(None),
+        // The error number is enough: the message's attributes may be of any kind.
         NetlinkPayload::Error(error) => Err(error.to_io()),
         other => Err(malformed(&format!("{other:?}"))),
     }
@@ -306,7 +306,8 @@ fn read(message: &LinkMessage) -> Link {
     link
 }
 
-/// `ipv6_accept_ra` of include/net/ipv6.h.
+/// Returns true if a device's IPv6 settings accept router advertisements: `ipv6_accept_ra` of
+/// include/net/ipv6.h.
 fn takes_advertisements(family: &AfSpecUnspec) -> bool {
     let AfSpecUnspec::Inet6(facts) = family else { return false };
     facts.iter().any(|fact| match fact {
@@ -317,7 +318,7 @@ fn takes_advertisements(family: &AfSpecUnspec) -> bool {
     })
 }
 
-/// Reads what is particular to a kind of device.
+/// Reads the attributes that depend on the kind of device.
 fn read_info(info: &LinkInfo, link: &mut Link, vxlan_lower: &mut Option<u32>) {
     match info {
         LinkInfo::Kind(kind) => link.kind = kind.to_string(),
@@ -336,7 +337,7 @@ fn read_info(info: &LinkInfo, link: &mut Link, vxlan_lower: &mut Option<u32>) {
     }
 }
 
-/// Reads an attribute of `IFLA_TUN_*`.
+/// Reads an `IFLA_TUN_*` attribute.
 fn read_tun(attribute: &InfoTun, tun: &mut Tun) {
     /// `IFF_TAP` of `linux/if_tun.h`, the type of a TAP.
     const TAP: u8 = libc::IFF_TAP as u8;
@@ -358,7 +359,8 @@ fn read_tun(attribute: &InfoTun, tun: &mut Tun) {
     }
 }
 
-/// Tells that some network device of this namespace has changed: come, gone, up, down, renamed.
+/// Notifications of changes to this namespace's network devices: created, deleted, up, down, renamed. The
+/// descriptor is readable after a change.
 pub struct Watch(Socket);
 
 impl std::fmt::Debug for Watch {
@@ -368,7 +370,7 @@ impl std::fmt::Debug for Watch {
 }
 
 impl Watch {
-    /// Starts watching.
+    /// Subscribes to the notifications.
     pub fn new() -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
@@ -377,15 +379,16 @@ impl Watch {
         Ok(Watch(socket))
     }
 
-    /// Forgets what it was told; it becomes readable with the next change. Returns the indexes of the
-    /// devices that have changed; `None` if more came than it could keep.
+    /// Reads all pending notifications; the descriptor becomes readable again with the next change. Returns
+    /// the indexes of the changed devices, or none if the socket's buffer overflowed: any device may have
+    /// changed then.
     pub fn clear(&self) -> Option<BTreeSet<u32>> {
         let mut changed = Some(BTreeSet::new());
         let mut buffer = Vec::with_capacity(4096);
         loop {
             buffer.clear();
             match self.0.recv(&mut buffer, libc::MSG_TRUNC) {
-                // An `nlmsghdr`, and the index in the `ifinfomsg` behind it.
+                // The message is an `nlmsghdr`, followed by an `ifinfomsg` with the index.
                 Ok(_) => match (&mut changed, buffer.get(20..24)) {
                     (Some(changed), Some(&[a, b, c, d])) => {
                         changed.insert(u32::from_ne_bytes([a, b, c, d]));
@@ -410,7 +413,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loopback_device_is_found_and_a_missing_one_is_not() {
+    fn loopback_is_found_and_a_missing_device_is_not() {
         let link = find("lo").unwrap();
         assert!(link.index > 0 && link.mtu > 0 && !link.is_veth && link.program.is_none());
         assert_eq!(at(link.index).unwrap(), link);
@@ -419,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn answer_that_was_not_read_is_not_the_next_ones() {
+    fn late_answer_to_an_earlier_request_is_ignored() {
         let lo = find("lo").unwrap();
         let questions = Questions::open().unwrap();
         let mut lost = LinkMessage::default();

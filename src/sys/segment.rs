@@ -1,25 +1,25 @@
-//! Pieces of memory that the kernel, or the daemon, reads and writes: `iovec`s whose lifetime says how
-//! long they stay mapped.
+//! Segments: ranges of memory that the kernel or the daemon reads and writes, as `iovec`s whose lifetime
+//! ends before the mapping's.
 //!
-//! Invariant: nobody gets a slice of shared memory. What the guest may be writing is copied out, by
-//! volatile access, and only the copy is looked at.
+//! Invariant: there is never a slice of shared memory. The daemon copies bytes that the guest may be writing,
+//! by volatile access, and inspects only the copy.
 //!
-//! The type is of this room, since the system calls take it, and says nothing about where memory comes
-//! from. `Segment::new` is therefore an `unsafe fn`: its caller promises that the bytes stay mapped,
-//! readable and writable, for `'mem`. `guest` keeps the promise by borrowing the mapping of a region or
-//! of a UMEM, [`tap`](super::tap) with a byte of its own stack. Safe code can only make a segment smaller,
-//! or join two that are adjacent; code outside of `guest` and `sys` cannot write `unsafe`, so it cannot
-//! make one for memory of its choice. [`ReadSegment::of_bytes`] is safe: it borrows a slice, and a
-//! `ReadSegment` has no way to write.
+//! The type is in this module because the system calls take it; it does not know where memory comes from.
+//! `Segment::new` is therefore an `unsafe fn`: its caller promises that the bytes stay mapped, readable and
+//! writable, for `'mem`. `guest` keeps the promise with a reference to the mapping of a region or of a UMEM,
+//! [`tap`](super::tap) with a byte on its stack. Safe code can only shorten a segment, or join two adjacent
+//! ones. Code outside of `guest` and `sys` has no `unsafe`, so it cannot make a segment of other memory.
+//! [`ReadSegment::of_bytes`] is safe: it holds the reference to its slice, and no method of `ReadSegment`
+//! writes.
 
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-/// A piece of shared memory that is contiguous for the host: guest memory, or a bounce buffer that
-/// the kernel writes too. It can be read and written.
+/// A readable and writable range of shared memory, contiguous in this process: guest memory, or a bounce
+/// buffer that the kernel writes too.
 ///
-/// It has the layout of `iovec`, and no way to a slice: the guest may be writing there.
+/// It has the layout of `iovec`. No method returns a slice, because the guest may be writing the memory.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
 pub struct Segment<'mem> {
@@ -27,21 +27,21 @@ pub struct Segment<'mem> {
     memory: PhantomData<&'mem ()>,
 }
 
-// SAFETY: a Segment is an address and a length; what it points to is shared memory that is only
-// reached through copies made by volatile access or by the kernel.
+// SAFETY: a Segment is an address and a length, valid for `'mem` on every thread. The memory is shared with
+// guest or kernel anyway, and only copied by this module's functions or by the kernel, never referenced.
 unsafe impl Send for Segment<'_> {}
 
 impl<'mem> Segment<'mem> {
-    /// No bytes.
+    /// A segment without bytes.
     pub(crate) const EMPTY: Self = Segment {
         iovec: libc::iovec { iov_base: NonNull::<libc::c_void>::dangling().as_ptr(), iov_len: 0 },
         memory: PhantomData,
     };
 
-    /// The `length` bytes from `start`.
+    /// Creates the segment of `length` bytes from `start`.
     ///
     /// # Safety
-    /// They must stay mapped, readable and writable, for `'mem`.
+    /// The bytes must stay mapped, readable and writable, for `'mem`.
     #[inline]
     pub(crate) unsafe fn new(start: NonNull<u8>, length: usize) -> Self {
         Segment {
@@ -50,7 +50,7 @@ impl<'mem> Segment<'mem> {
         }
     }
 
-    /// The same, from a segment's own [`start`](Self::start).
+    /// Creates the segment of `length` bytes from another segment's [`start`](Self::start).
     ///
     /// # Safety
     /// As for [`new`](Self::new).
@@ -60,17 +60,17 @@ impl<'mem> Segment<'mem> {
         Segment { iovec, memory: PhantomData }
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     #[inline]
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.iovec.iov_len
     }
 
-    /// This segment without its first `bytes`.
+    /// Returns this segment without its first `bytes`.
     ///
     /// # Panics
-    /// If it is shorter than that.
+    /// If the segment is shorter.
     #[inline]
     #[must_use]
     pub fn skip(&self, bytes: usize) -> Self {
@@ -84,7 +84,7 @@ impl<'mem> Segment<'mem> {
         }
     }
 
-    /// The first `bytes` of this segment, or all if it is not longer.
+    /// Returns the first `bytes` of this segment, or all of a shorter one.
     #[inline]
     #[must_use]
     pub fn first(&self, bytes: usize) -> Self {
@@ -93,10 +93,10 @@ impl<'mem> Segment<'mem> {
         Segment { iovec, memory: PhantomData }
     }
 
-    /// This segment and `next` as one, if that begins where this one ends.
+    /// Returns this segment and `next` as one, if `next` begins where this segment ends.
     #[inline]
     pub fn joined(&self, next: &Self) -> Option<Self> {
-        // Both are mapped for 'mem: so is the whole.
+        // Both are mapped for 'mem, so the whole is too.
         let iov_len = self.iovec.iov_len + next.iovec.iov_len;
         (self.address() + self.iovec.iov_len == next.address()).then_some(Segment {
             iovec: libc::iovec { iov_len, ..self.iovec },
@@ -104,23 +104,23 @@ impl<'mem> Segment<'mem> {
         })
     }
 
-    /// Where it starts in this process, to find out what it is a part of.
+    /// Returns the first address in this process, to look up the containing mapping.
     #[inline]
     pub fn address(&self) -> usize {
         self.iovec.iov_base as usize
     }
 
-    /// The same as a pointer.
+    /// Returns the first address in this process as a pointer.
     #[inline]
     pub(crate) fn start(&self) -> *mut u8 {
         self.iovec.iov_base.cast()
     }
 
-    /// Has the processor fetch its first bytes: headers are looked at soon.
+    /// Prefetches the first 128 bytes into the CPU's caches, for the checks of a frame's headers.
     #[inline]
     pub(crate) fn prefetch(&self) {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch changes nothing, and faults nowhere.
+        // SAFETY: a prefetch changes no memory, and faults at no address.
         unsafe {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             _mm_prefetch::<_MM_HINT_T0>(self.start().cast());
@@ -128,19 +128,19 @@ impl<'mem> Segment<'mem> {
         }
     }
 
-    /// Copies from `source` as much as both have; returns the bytes copied.
+    /// Copies from `source`, up to the end of the shorter; returns the number of bytes copied.
     #[inline]
     pub fn copy_from<'a>(&self, source: impl Into<ReadSegment<'a>>) -> usize {
         let source = source.into();
         let length = self.len().min(source.len());
-        // SAFETY: both are mapped for at least `length` bytes (`new`, `of_bytes`). A guest can make
-        // its buffers overlap; `copy` allows that, and the guest gets what it asked for. This
-        // range is never seen as a Rust reference, so it is no part of a borrowed source.
+        // SAFETY: both are mapped for at least `length` bytes (`new`, `of_bytes`). A guest can make its buffers
+        // overlap, which `copy` allows; then only the guest's own data mixes. No Rust reference to this range
+        // exists, so a source slice of our own cannot overlap it.
         unsafe { std::ptr::copy(source.start(), self.start(), length) };
         length
     }
 
-    /// A copy of its first bytes, if it has as many.
+    /// Copies the first `N` bytes; returns none if the segment is shorter.
     #[inline]
     pub fn first_bytes<const N: usize>(&self) -> Option<[u8; N]> {
         (self.len() >= N).then(|| {
@@ -150,39 +150,42 @@ impl<'mem> Segment<'mem> {
         })
     }
 
-    /// Its first two bytes as a little-endian number, if it has as many.
+    /// Reads the first two bytes as a little-endian number; returns none if the segment is shorter.
     #[inline(always)]
     pub fn first_u16(&self) -> Option<u16> {
         self.first_bytes().map(u16::from_le_bytes)
     }
 
-    /// Copies to `target` as much as both have; returns the bytes copied.
+    /// Copies to `target`, up to the end of the shorter; returns the number of bytes copied. Reads each byte
+    /// once.
     #[inline]
     pub fn read(&self, target: &mut [u8]) -> usize {
         let length = self.len().min(target.len());
-        // SAFETY: `length` bytes are mapped (`new`) and `target` is our own, so they do not
-        // overlap. The guest may write meanwhile: the copy may then mix old and new bytes, but
-        // it is taken once, and only the copy is used.
+        // SAFETY: `length` bytes are mapped (`new`). `target` is exclusively ours, and no Rust reference to
+        // shared memory exists, so the two do not overlap. The guest may write meanwhile: the copy may then
+        // mix old and new bytes, but it is taken once, and only the copy is used.
         unsafe { copy_once(self.start(), target.as_mut_ptr(), length) };
         length
     }
 
-    /// Copies to `target` as much as both have, of what is passed on and not looked at; returns the bytes
-    /// copied. The guest may write meanwhile, and these bytes may then be read more than once.
+    /// Copies to `target`, up to the end of the shorter; returns the number of bytes copied. Only for payload
+    /// that is forwarded unchecked: it may read a byte more than once while the guest writes it.
     #[inline]
     pub fn copy_to(&self, target: &mut [u8]) -> usize {
         let length = self.len().min(target.len());
-        // SAFETY: as in `read`; every byte is a value, whatever the guest does.
+        // SAFETY: `length` bytes are mapped (`new`), and they do not overlap `target` (see `read`). Every byte
+        // is a valid u8, whatever the guest writes meanwhile.
         unsafe { std::ptr::copy_nonoverlapping(self.start(), target.as_mut_ptr(), length) };
         length
     }
 
-    /// Copies from `source` as much as both have; returns the bytes copied.
+    /// Copies from `source`, up to the end of the shorter; returns the number of bytes copied.
     #[inline]
     pub fn write(&self, source: &[u8]) -> usize {
         let length = self.len().min(source.len());
-        // SAFETY: as in `read`, the other way round. Nobody reads this back; the guest looks at it when
-        // the used index says so, which is stored later, with release.
+        // SAFETY: `length` bytes are mapped and writable (`new`), and they do not overlap `source` (see
+        // `read`). The daemon does not read them back. The guest reads them after the used index covers them,
+        // which is stored later, with release.
         unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), self.start(), length) };
         length
     }
@@ -194,13 +197,12 @@ impl fmt::Debug for Segment<'_> {
     }
 }
 
-/// A piece of memory that is only read: bytes of our own, such as a header put before a frame, or
-/// a [`Segment`] in the same system call.
+/// A read-only range of memory: bytes of our own, such as a header before a frame, or a [`Segment`].
 ///
 /// ```compile_fail,E0599
 /// # use vhost_user_net::sys::segment::ReadSegment;
 /// let bytes = [0u8; 4];
-/// // `bytes` is borrowed as constant: there is no way to write to it.
+/// // `bytes` is constant, and a ReadSegment has no `write`.
 /// ReadSegment::of_bytes(&bytes).write(&[1]);
 /// ```
 #[repr(transparent)]
@@ -208,7 +210,7 @@ impl fmt::Debug for Segment<'_> {
 pub struct ReadSegment<'mem>(Segment<'mem>);
 
 impl<'mem> ReadSegment<'mem> {
-    /// Memory of our own.
+    /// Creates a segment of our own bytes.
     #[inline]
     pub fn of_bytes(bytes: &'mem [u8]) -> Self {
         let iov_base = bytes.as_ptr().cast_mut().cast();
@@ -218,30 +220,30 @@ impl<'mem> ReadSegment<'mem> {
         })
     }
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     #[inline]
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// This segment without its first `bytes`.
+    /// Returns this segment without its first `bytes`.
     ///
     /// # Panics
-    /// If it is shorter than that.
+    /// If the segment is shorter.
     #[inline]
     #[must_use]
     pub fn skip(&self, bytes: usize) -> Self {
         ReadSegment(self.0.skip(bytes))
     }
 
-    /// First address in this process.
+    /// Returns the first address in this process as a pointer.
     #[inline]
     pub(crate) fn start(&self) -> *const u8 {
         self.0.start()
     }
 
-    /// Copies to `target` as much as both have; returns the bytes copied.
+    /// Copies to `target`, up to the end of the shorter; returns the number of bytes copied.
     #[inline]
     pub fn read(&self, target: &mut [u8]) -> usize {
         self.0.read(target)
@@ -266,15 +268,15 @@ impl fmt::Debug for ReadSegment<'_> {
 #[derive(Clone, Copy)]
 pub(crate) struct Unaligned<T>(pub(crate) T);
 
-/// Copies `length` bytes of shared memory such that each is read once, as words where it can.
+/// Copies `length` bytes of shared memory, mostly as 8-byte words, and reads each byte once.
 ///
 /// # Safety
-/// Both ranges must be mapped and must not overlap, and nobody else may see `to`.
+/// Both ranges must be mapped and must not overlap, and no other thread may access `to`.
 #[inline]
 unsafe fn copy_once(from: *const u8, to: *mut u8, length: usize) {
     let mut done = 0;
-    // SAFETY: every access lies within `length` bytes of `from` and `to`; Unaligned has
-    // alignment 1.
+    // SAFETY: every access lies within `length` bytes of `from` and `to`, which the caller promises are mapped.
+    // Unaligned has alignment 1.
     unsafe {
         let copy_word = |at: usize| {
             let word = from.add(at).cast::<Unaligned<u64>>().read_volatile();

@@ -1,5 +1,9 @@
-//! One system call for a burst of writes: io_uring, used as a vector of `writev`. It saves a system call
-//! per frame, with the filter before it, and costs a submission and a completion.
+//! io_uring as a vector of `writev`: one system call for a burst of writes.
+//!
+//! A burst saves one system call, with its seccomp filter, for each frame, and costs a submission and a
+//! completion for each.
+//!
+//! Invariant: no write is in flight when a call returns, so the frames' segments need not outlive the call.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -11,7 +15,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 
 use super::segment::ReadSegment;
 
-/// Writes of one burst at the most.
+/// Maximum number of writes in one burst.
 pub const MAX_WRITES: usize = 64;
 
 /// `IORING_UNREGISTER_FILES` of linux/io_uring.h.
@@ -22,23 +26,23 @@ const RETRY: Duration = Duration::from_micros(50);
 
 /// An io_uring instance for writes to one file.
 ///
-/// The file is registered with it, which saves looking it up for each write. The kernel lets go of
-/// registered files some 30 ms after a process was killed, and until then a TAP device is busy for
-/// the next one; a process that ends by itself takes them back first.
+/// The file is registered with the instance, which saves a look-up for each write. The kernel releases
+/// registered files about 30 ms after a process is killed; until then a TAP device is busy for the next
+/// process. A process that exits normally unregisters the file first.
 pub struct Writer {
     ring: IoUring,
-    /// What the next calls of `io_uring_enter` do instead.
+    /// Replacements for the next calls of `io_uring_enter`.
     #[cfg(test)]
     script: std::collections::VecDeque<fn(&IoUring) -> io::Result<usize>>,
 }
 
-/// A burst that `io_uring_enter` failed to submit, or submitted in part.
+/// Failure of `io_uring_enter` to submit a burst, or all of a burst.
 #[derive(Debug)]
 pub struct SubmitError {
-    /// Number of frames that the kernel took: the first of the burst. Each has its result; the
-    /// kernel did not see the others.
+    /// Number of frames that the kernel accepted, from the start of the burst. Each of them has its result;
+    /// the others were not submitted.
     pub submitted: usize,
-    /// The error of `io_uring_enter`.
+    /// Error of `io_uring_enter`.
     pub source: io::Error,
 }
 
@@ -50,23 +54,23 @@ impl std::fmt::Debug for Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // Fails if there are none.
+        // Fails if no files are registered, which is harmless.
         let _ = self.ring.submitter().unregister_files();
     }
 }
 
 impl Writer {
-    /// Makes an instance for the file behind `target`, which it keeps open.
+    /// Creates an instance for the file behind `target`, and keeps that file open.
     ///
     /// # Errors
-    /// EPERM or ENOSYS where io_uring is not permitted or not there.
+    /// EPERM if io_uring is not permitted, ENOSYS if the kernel has none.
     pub fn new(target: impl AsFd) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         let ring = builder.setup_coop_taskrun().setup_r_disabled().build(MAX_WRITES as u32)?;
         let submitter = ring.submitter();
         submitter.register_files(&[target.as_fd().as_raw_fd()])?;
-        // No seccomp filter sees what io_uring does: whoever takes a worker over writes to this file too,
-        // and does nothing else by it.
+        // Seccomp filters do not apply to io_uring's operations. The restrictions confine an attacker who
+        // controls a worker to writes to this file.
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Write::CODE),
             Restriction::sqe_op(opcode::Writev::CODE),
@@ -81,17 +85,17 @@ impl Writer {
         })
     }
 
-    /// Writes each of `frames` in order and puts the outcome of the n-th into `results[n]`:
-    /// bytes written, or an error number made negative.
+    /// Writes `frames` in order, and stores the result of the n-th in `results[n]`: the number of bytes
+    /// written, or a negative error number.
     ///
-    /// A TAP's write never waits, so every write has completed when this returns.
+    /// Returns when every write has completed; writes to a TAP do not block.
     ///
     /// # Errors
-    /// Those of `io_uring_enter`. Every frame that the kernel took has completed and has its
-    /// result. The instance must be dropped: it holds the frames that the kernel did not take.
+    /// [`SubmitError`] if `io_uring_enter` fails. Every frame that the kernel accepted has completed and has its
+    /// result. The caller must drop the instance: its submission queue still has the other frames.
     ///
     /// # Panics
-    /// If there are more than [`MAX_WRITES`] frames, or an earlier burst was not submitted whole.
+    /// If there are more than [`MAX_WRITES`] frames, or an earlier burst failed.
     pub fn write_all<'a>(
         &mut self,
         frames: impl Iterator<Item = &'a [ReadSegment<'a>]>,
@@ -99,22 +103,22 @@ impl Writer {
     ) -> Result<(), SubmitError> {
         let target = types::Fixed(0);
         let mut queue = self.ring.submission();
-        // What is left of an earlier burst points to segments that may be gone.
+        // Entries left from an earlier burst point to segments that may be unmapped.
         assert!(queue.is_empty(), "an instance that failed is not used again");
         let mut count = 0;
         for segments in frames {
             assert!(count < MAX_WRITES, "a burst has at most 64 frames");
             let entry = match segments {
-                // Saves the kernel a copy of the list.
+                // A single segment saves the kernel a copy of the list.
                 [only] => opcode::Write::new(target, only.start(), only.len() as u32).build(),
                 _ => opcode::Writev::new(target, segments.as_ptr().cast(), segments.len() as u32)
                     .build(),
             }
             .user_data(count as u64);
-            // SAFETY: the segments live until this function returns, and it does not return
-            // before every submitted write has completed; entries that were not submitted stay
-            // where they are (above). What the segments point to is guest memory, mapped for
-            // their lifetime, or memory of our own.
+            // SAFETY: the segments are borrowed until this function returns, and it returns only after every
+            // submitted write has completed (`settle` waits after an error). The kernel never gets the other
+            // entries: the assertion above refuses any further burst. A segment's memory is guest memory or our
+            // own, mapped for the segment's lifetime.
             unsafe { queue.push(&entry) }.expect("the queue was empty and holds a whole burst");
             count += 1;
         }
@@ -131,12 +135,12 @@ impl Writer {
         Ok(())
     }
 
-    /// Whether it holds no frames: false after [`write_all`](Self::write_all) has failed or panicked.
+    /// Returns true if both queues are empty; false after [`write_all`](Self::write_all) failed or panicked.
     pub fn is_idle(&mut self) -> bool {
         self.ring.submission().is_empty() && self.ring.completion().is_empty()
     }
 
-    /// Takes the completions that are there; returns how many.
+    /// Stores the results of all available completions; returns their number.
     fn reap(&mut self, results: &mut [i32; MAX_WRITES]) -> usize {
         let mut count = 0;
         for completion in self.ring.completion() {
@@ -146,8 +150,8 @@ impl Writer {
         count
     }
 
-    /// After an error: waits for all writes that the kernel took, since it may read their segments
-    /// until they complete. A write that was started completes whether or not anybody enters.
+    /// Waits, after an error, for all writes that the kernel accepted, because it reads their segments until
+    /// they complete. They complete without further calls of `io_uring_enter`.
     #[cold]
     fn settle(
         &mut self,
@@ -182,9 +186,9 @@ mod tests {
 
     use super::*;
 
-    /// Submits `N` entries and waits for none, as the kernel does when it is short of memory.
+    /// Submits `N` entries and waits for none, as the kernel does when memory is short.
     fn submit_only<const N: u32>(ring: &IoUring) -> io::Result<usize> {
-        // SAFETY: no argument; the entries are those of `write_all`, which waits for them.
+        // SAFETY: the call has no argument. The entries are those of `write_all`, which waits for them.
         unsafe { ring.submitter().enter::<libc::sigset_t>(N, 0, 0, None) }
     }
 
@@ -193,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn failed_submission_tells_which_frames_were_written() {
+    fn failed_submission_reports_the_frames_written() {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         let Ok(mut writer) = Writer::new(&ours) else {
@@ -213,14 +217,14 @@ mod tests {
         let arrived: Vec<u8> =
             std::iter::from_fn(|| theirs.recv(&mut byte).ok().map(|_| byte[0])).collect();
         assert_eq!(arrived, Vec::from_iter(0..8));
-        // What is left would be submitted with the next burst.
+        // The entries left would be submitted with the next burst.
         let again = catch_unwind(AssertUnwindSafe(|| writer.write_all(burst(), &mut results)));
         assert!(again.is_err());
         assert!(theirs.recv(&mut byte).is_err());
     }
 
     #[test]
-    fn ring_does_nothing_but_writes() {
+    fn ring_permits_only_writes_to_its_file() {
         let (ours, theirs) = UnixDatagram::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         let Ok(mut writer) = Writer::new(&ours) else { return };
@@ -229,7 +233,7 @@ mod tests {
             opcode::Send::new(types::Fixed(0), byte, 1).build(),
             opcode::Write::new(types::Fd(ours.as_raw_fd()), byte, 1).build(),
         ] {
-            // SAFETY: the byte is static.
+            // SAFETY: the byte is static, so it outlives the operation.
             unsafe { writer.ring.submission().push(&entry).unwrap() };
             writer.ring.submit_and_wait(1).unwrap();
             let result = writer.ring.completion().next().unwrap().result();

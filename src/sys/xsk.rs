@@ -1,5 +1,5 @@
-//! AF_XDP sockets (`Documentation/networking/af_xdp.rst`, `linux/if_xdp.h`): the calls that set
-//! them up, and their four rings.
+//! AF_XDP sockets (`Documentation/networking/af_xdp.rst`, `linux/if_xdp.h`): their set-up, their system
+//! calls, and their four rings.
 
 mod rings;
 
@@ -16,28 +16,28 @@ pub use rings::{Consumer, Producer};
 
 use super::{Plain, check, zeros};
 
-/// The kernel reads or writes this many bytes at the most for one address: it is a page, which
-/// costs the least of its memory for each byte of guest memory registered.
+/// Size of a chunk in bytes: the most that the kernel reads or writes for one address. It is a page, the size
+/// that costs the least kernel memory for each byte of guest memory.
 pub const CHUNK: u32 = 4096;
-/// Bytes that the kernel leaves before a received frame (`XDP_PACKET_HEADROOM`), beside the
-/// headroom that is asked for.
+/// Bytes that the kernel leaves free before a received frame (`XDP_PACKET_HEADROOM`), beside the UMEM's
+/// headroom.
 pub const KERNEL_HEADROOM: u32 = 256;
-/// Bytes of `struct xsk_tx_metadata`, which stands right before a frame to be sent.
+/// Size in bytes of `struct xsk_tx_metadata`, which precedes a frame to be sent.
 pub const TX_METADATA: usize = 24;
-/// The part of an address that is a place; above it stands an offset that the kernel adds to it
-/// (`XSK_UNALIGNED_BUF_OFFSET_SHIFT`).
+/// Number of low bits of an address that are its base. The upper bits are an offset that the kernel adds to
+/// the base (`XSK_UNALIGNED_BUF_OFFSET_SHIFT`).
 pub const ADDRESS_BITS: u32 = 48;
 
-/// How many frames one call sends in copy mode (Linux 6.17); libc does not have it.
+/// Socket option: most frames that one call sends in copy mode (Linux 6.17). libc lacks it.
 const XDP_MAX_TX_SKB_BUDGET: libc::c_int = 9;
 
-/// `struct xdp_desc`: a frame to be sent, or one received.
+/// A frame to be sent, or a received one (`struct xdp_desc`).
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Descriptor {
-    /// Where the frame starts in the UMEM.
+    /// UMEM address of the frame's first byte.
     pub address: u64,
-    /// Its length in bytes.
+    /// Length of the frame in bytes.
     pub length: u32,
     /// `XDP_TX_METADATA`, `XDP_PKT_CONTD`.
     pub options: u32,
@@ -55,13 +55,13 @@ unsafe impl Plain for libc::xdp_options {}
 unsafe impl Plain for libc::xdp_statistics {}
 
 impl Descriptor {
-    /// Says that [`TX_METADATA`] bytes of metadata stand before the frame.
+    /// Option: [`TX_METADATA`] bytes of metadata precede the frame.
     pub const HAS_METADATA: u32 = libc::XDP_TX_METADATA;
-    /// Says that the frame goes on in the next descriptor.
+    /// Option: the frame continues in the next descriptor.
     pub const CONTINUES: u32 = libc::XDP_PKT_CONTD;
 
-    /// The same frame, with a number below 65536 in the part of its address that the kernel only adds to the
-    /// rest. The kernel completes an address as it got it, so the number comes back.
+    /// Returns this descriptor with a number below 65536 in the upper bits of the address, which the kernel
+    /// adds to the base. The completion ring returns the address unchanged, and so the number.
     #[inline(always)]
     #[must_use]
     pub fn tagged(self, number: usize) -> Self {
@@ -70,7 +70,8 @@ impl Descriptor {
     }
 }
 
-/// `struct xsk_tx_metadata` with a request to complete the checksum.
+/// Returns a `struct xsk_tx_metadata` that requests the checksum over all bytes from `start` on, at `start +
+/// offset`.
 pub fn checksum_request(start: u16, offset: u16) -> [u8; TX_METADATA] {
     let mut bytes = [0; TX_METADATA];
     bytes[..8].copy_from_slice(&u64::from(libc::XDP_TXMD_FLAGS_CHECKSUM).to_ne_bytes());
@@ -79,114 +80,113 @@ pub fn checksum_request(start: u16, offset: u16) -> [u8; TX_METADATA] {
     bytes
 }
 
-/// Entries of each of a socket's rings: powers of two.
+/// Numbers of entries of a socket's rings: powers of two.
 #[derive(Debug, Clone, Copy)]
 pub struct RingSizes {
-    /// Of the fill ring and the rx ring, which so has room for every buffer that is posted.
+    /// Entries of the fill ring and of the rx ring, which so has room for every posted buffer.
     pub rx: u32,
-    /// Of the tx ring and the completion ring.
+    /// Entries of the tx ring and of the completion ring.
     pub tx: u32,
 }
 
-/// How a socket is bound to its queue.
+/// Queue and mode of a bound socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Binding {
     /// Index of the network device.
     pub device: u32,
     /// Number of the queue.
     pub queue: u32,
-    /// Whether the driver moves frames itself, or the kernel copies them.
+    /// Zero-copy mode: the device reads and writes the UMEM. Else the kernel copies frames.
     pub zero_copy: bool,
-    /// Whether a frame may have several descriptors (Linux 6.6). The port does without: the
-    /// benchmark shows what it costs.
+    /// A frame may have several descriptors (Linux 6.6). Only a benchmark uses this, to measure the cost.
     pub multi_buffer: bool,
 }
 
-/// What the kernel counted for a socket (`struct xdp_statistics`).
+/// The kernel's counters of a socket (`struct xdp_statistics`).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Statistics {
     /// Frames lost because no buffer was posted, or they were longer than a buffer.
     pub rx_dropped: u64,
-    /// Times that no buffer was posted.
+    /// Attempts of the kernel to take a buffer when none was posted.
     pub rx_no_buffer: u64,
     /// Frames lost because the rx ring was full.
     pub rx_ring_full: u64,
-    /// Addresses in the fill ring that were refused. We check them before: it is a fault of ours.
+    /// Refused addresses in the fill ring. The port checks addresses before, so any is a bug of the daemon.
     pub rx_invalid: u64,
-    /// Descriptors in the tx ring that were refused; likewise.
+    /// Refused descriptors in the tx ring; any is a bug of the daemon.
     pub tx_invalid: u64,
 }
 
 impl Statistics {
-    /// Frames lost on the way to the guest.
+    /// Returns the number of frames lost on the way to the guest.
     pub fn lost(&self) -> u64 {
         self.rx_dropped + self.rx_ring_full
     }
 
-    /// Of those, the ones that were longer than a buffer, in copy mode (`__xsk_rcv` of
-    /// net/xdp/xsk.c): drivers with zero copy look for buffers when no frame is there, too.
+    /// Returns the number of lost frames that were longer than a buffer. Valid in copy mode only (`__xsk_rcv`
+    /// in net/xdp/xsk.c): zero-copy drivers try to take buffers before frames arrive.
     pub fn too_long(&self) -> u64 {
         self.rx_dropped.saturating_sub(self.rx_no_buffer)
     }
 }
 
-/// Memory that can be registered with a socket: its UMEM.
+/// Memory that can be registered with a socket as its UMEM.
 ///
 /// # Safety
-/// The `length` bytes from `start` must stay mapped, readable and writable, for as long as the value
-/// lives, and must not be seen as Rust references: the kernel reads and writes them at any moment.
+/// While the value lives, the `length` bytes from `start` must stay mapped, readable and writable. There must
+/// be no Rust references to them: the kernel reads and writes them at any moment.
 pub unsafe trait Registrable: fmt::Debug + Send + Sync {
-    /// First address in this process.
+    /// Returns the first address in this process.
     fn start(&self) -> usize;
 
-    /// Length in bytes.
+    /// Returns the length in bytes.
     fn length(&self) -> usize;
 }
 
-/// A socket that is set up and not yet bound. It takes buffers into its fill ring already.
+/// A socket and its mapped rings. The fill ring takes buffers even before the socket is bound.
 #[derive(Debug)]
 pub struct Socket {
-    // Dropped in this order: the kernel lets go of a socket when its last mapping has gone.
-    /// Frames that have arrived.
+    // Dropped in this order: the kernel closes a socket only after its last mapping is gone.
+    /// Received frames.
     pub rx: Consumer<Descriptor>,
     /// Frames to be sent.
     pub tx: Producer<Descriptor>,
-    /// Buffers for frames to come.
+    /// Empty buffers for received frames.
     pub fill: Producer<u64>,
-    /// Addresses of frames that were sent.
+    /// Addresses of sent frames.
     pub completion: Consumer<u64>,
     fd: Arc<OwnedFd>,
-    /// What the rings' addresses are offsets into, kept as long as the kernel uses it.
+    /// UMEM of the rings' addresses, mapped while the kernel uses it.
     _umem: Arc<dyn Registrable>,
 }
 
-/// Whose memory a new socket is to use.
+/// Registration of a new socket's UMEM.
 #[derive(Debug, Clone)]
 pub enum Registration<'a> {
-    /// Registered with this socket: all of the UMEM is pinned.
+    /// Registers the UMEM, and so pins all of its memory.
     New {
         /// Bytes left free before each received frame, beside [`KERNEL_HEADROOM`].
         headroom: u32,
-        /// Whether frames to be sent may carry metadata (Linux 6.8).
+        /// Frames to be sent may have metadata (Linux 6.8).
         metadata: bool,
     },
-    /// As registered with that socket, which must be bound.
+    /// Uses the UMEM of that socket, which must be bound.
     Shared(BorrowedFd<'a>),
 }
 
 impl Socket {
-    /// Makes a socket with its rings.
+    /// Creates a socket with its rings.
     ///
     /// # Errors
-    /// ENOBUFS if the UMEM is more than may be locked (RLIMIT_MEMLOCK without CAP_IPC_LOCK),
-    /// EINVAL if the kernel does not know a flag (metadata before Linux 6.8), EAFNOSUPPORT
-    /// without AF_XDP, EPERM without CAP_NET_RAW.
+    /// ENOBUFS if the UMEM exceeds the limit of locked memory (RLIMIT_MEMLOCK without CAP_IPC_LOCK); EINVAL
+    /// if the kernel does not support metadata (before Linux 6.8); EAFNOSUPPORT if the kernel has no AF_XDP;
+    /// EPERM without CAP_NET_RAW.
     pub fn new(
         umem: &Arc<impl Registrable + 'static>,
         sizes: RingSizes,
         registration: &Registration<'_>,
     ) -> io::Result<Self> {
-        // SAFETY: the descriptor is fresh and has no other owner.
+        // SAFETY: the descriptor is new and has no other owner.
         let fd = unsafe {
             let flags = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
             OwnedFd::from_raw_fd(check(libc::socket(libc::AF_XDP, flags, 0))?)
@@ -214,7 +214,7 @@ impl Socket {
         ] {
             set_option(&fd, libc::SOL_XDP, option, &size)?;
         }
-        // An older kernel sends 32 frames by a call, and is called again.
+        // A kernel before Linux 6.17 lacks this option. It sends 32 frames in a call, and is called again.
         let _ = set_option(&fd, libc::SOL_XDP, XDP_MAX_TX_SKB_BUDGET, &sizes.tx);
         let offsets: libc::xdp_mmap_offsets =
             get_option(&fd, libc::SOL_XDP, libc::XDP_MMAP_OFFSETS)?;
@@ -233,11 +233,11 @@ impl Socket {
     /// Binds the socket to a queue. Frames arrive once an XDP program redirects them to it.
     ///
     /// # Errors
-    /// EBUSY if the queue has a socket, or had one until some 30 ms ago; EINVAL if there is no
-    /// such queue; EOPNOTSUPP if its driver has no zero copy; ENODEV, ENETDOWN without the device.
+    /// EBUSY if the queue has a socket, or had one until some 30 ms ago; EINVAL if there is no such queue;
+    /// EOPNOTSUPP if the driver has no zero copy; ENODEV or ENETDOWN if the device is gone or down.
     pub fn bind(&self, to: Binding, registration: &Registration<'_>) -> io::Result<()> {
         let (flags, shared) = match registration {
-            // The mode is that of the first socket.
+            // The kernel uses the mode of the first socket.
             Registration::Shared(first) => (libc::XDP_SHARED_UMEM, first.as_raw_fd() as u32),
             Registration::New { .. } => {
                 let mode = if to.zero_copy { libc::XDP_ZEROCOPY } else { libc::XDP_COPY };
@@ -260,19 +260,19 @@ impl Socket {
         Ok(())
     }
 
-    /// The descriptor, for a map of sockets or for others to share its UMEM. Whoever keeps it
-    /// keeps the socket alive.
+    /// Returns the descriptor, for a map of sockets, or for a socket that shares the UMEM. Each clone keeps
+    /// the socket open.
     pub fn descriptor(&self) -> &Arc<OwnedFd> {
         &self.fd
     }
 
-    /// Whether it is bound in zero-copy mode.
+    /// Returns true if the socket is bound in zero-copy mode.
     pub fn is_zero_copy(&self) -> io::Result<bool> {
         let options: libc::xdp_options = get_option(&self.fd, libc::SOL_XDP, libc::XDP_OPTIONS)?;
         Ok(options.flags & libc::XDP_OPTIONS_ZEROCOPY != 0)
     }
 
-    /// What the kernel has counted since it was made.
+    /// Reads the kernel's counters since the socket's creation.
     pub fn statistics(&self) -> io::Result<Statistics> {
         let counts: libc::xdp_statistics =
             get_option(&self.fd, libc::SOL_XDP, libc::XDP_STATISTICS)?;
@@ -285,18 +285,18 @@ impl Socket {
         })
     }
 
-    /// Lets frames to be sent take this many bytes of the kernel's memory at a time, beyond the
-    /// system's limit if we may.
+    /// Sets the kernel memory in bytes that frames to be sent may take, beyond the system's limit if
+    /// CAP_NET_ADMIN permits.
     pub fn set_send_buffer(&self, bytes: u32) {
         let forced = set_option(&self.fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, &bytes);
         if forced.is_err() {
-            // As much as there is: frames then wait for room.
+            // Up to the system's limit: further frames then wait.
             let _ = set_option(&self.fd, libc::SOL_SOCKET, libc::SO_SNDBUF, &bytes);
         }
     }
 
-    /// Has [`send`](Self::send) and [`receive`](Self::receive) do the driver's work, and its
-    /// interrupts held back meanwhile (Linux 5.11).
+    /// Makes [`send`](Self::send) and [`receive`](Self::receive) poll the driver, and defers its interrupts
+    /// (Linux 5.11). `time` is SO_BUSY_POLL, `budget` the most frames of one poll.
     pub fn prefer_busy_poll(&self, time: Duration, budget: u32) -> io::Result<()> {
         let microseconds = time.as_micros().min(u32::MAX.into()) as u32;
         for (option, value) in [
@@ -309,23 +309,22 @@ impl Socket {
         Ok(())
     }
 
-    /// Has the kernel send what the tx ring holds.
+    /// Calls the kernel to send the frames in the tx ring.
     ///
     /// # Errors
-    /// EAGAIN if it has sent a part, and is to be called again; EBUSY if the device dropped a
-    /// frame, and is to be called again; ENOBUFS without memory; ENETDOWN, ENXIO if the device is
-    /// down or gone.
+    /// EAGAIN if frames are left, and EBUSY if the device dropped a frame: call again. ENOBUFS without
+    /// memory; ENETDOWN or ENXIO if the device is down or gone.
     pub fn send(&self) -> io::Result<()> {
-        // SAFETY: sends nothing from our side: no buffer, no address.
+        // SAFETY: the call has neither buffer nor address.
         let result = unsafe {
             libc::sendto(self.fd.as_raw_fd(), ptr::null(), 0, libc::MSG_DONTWAIT, ptr::null(), 0)
         };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// Has the driver look at the fill ring, and receive, if frames are busily polled for.
+    /// Wakes the driver to read the fill ring. With busy polling the driver also receives frames.
     pub fn receive(&self) -> io::Result<()> {
-        // SAFETY: receives nothing on our side: no buffer, no address.
+        // SAFETY: the call has neither buffer nor address.
         let result = unsafe {
             libc::recvfrom(
                 self.fd.as_raw_fd(),
@@ -346,6 +345,7 @@ impl AsFd for Socket {
     }
 }
 
+/// Sets a socket option.
 fn set_option<T: Plain>(
     fd: &OwnedFd,
     level: libc::c_int,
@@ -360,12 +360,12 @@ fn set_option<T: Plain>(
     Ok(())
 }
 
-/// Reads an option that is plain numbers; a kernel that knows fewer of them leaves zeros.
+/// Reads a socket option. Fields that an older kernel does not know are 0.
 fn get_option<T: Plain>(fd: &OwnedFd, level: libc::c_int, option: libc::c_int) -> io::Result<T> {
     let mut value: T = zeros();
     let mut length = mem::size_of::<T>() as libc::socklen_t;
     let place = (&raw mut value).cast();
-    // SAFETY: the kernel writes `length` bytes at the most, which may be any.
+    // SAFETY: the kernel writes at most `length` bytes, and every bit pattern is valid for `T`.
     unsafe { check(libc::getsockopt(fd.as_raw_fd(), level, option, place, &mut length))? };
     Ok(value)
 }

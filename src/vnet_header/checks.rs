@@ -1,7 +1,7 @@
-//! Checks of a copied header, against its frame and the negotiated features.
+//! Checks of a copied virtio-net header against its frame and the negotiated features.
 //!
-//! Invariant: the header that a check returns has only fields that were checked, or that follow from the
-//! frame; everything else that the guest wrote is left out.
+//! Invariant: the header that a check returns has only fields that were checked or that follow from the frame. All
+//! other fields are zero.
 
 use super::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VnetHeader};
 use crate::counters::DropReason;
@@ -9,22 +9,25 @@ use crate::features::Offloads;
 use crate::frame::protocol::{TCP, TCP_CHECKSUM, UDP, UDP_CHECKSUM};
 use crate::frame::{ETHERNET_LENGTH, Headers};
 
-/// Smallest segment that TCP or UDP may be cut into: Linux's TCP_MIN_GSO_SIZE. One byte a segment
-/// would make 65,000 packets of one frame.
+/// Smallest payload of a segment in bytes, as Linux's `TCP_MIN_GSO_SIZE`. Segments of one byte would turn one frame
+/// into 65,000 packets.
 const MIN_SEGMENT: u16 = 8;
-/// `GSO_BY_FRAGS`, which has a meaning of its own inside Linux.
+/// Value of `gso_size` that Linux uses internally for `GSO_BY_FRAGS`.
 const GSO_BY_FRAGS: u16 = 0xffff;
-/// Linux's UDP_MAX_SEGMENTS.
+/// Highest number of segments of a UDP frame, as Linux's `UDP_MAX_SEGMENTS`.
 const MAX_UDP_SEGMENTS: usize = 128;
 
-/// The header of a frame that is sent as it is, maybe with its checksum completed.
+/// Checks the header of a frame that is no GSO frame. Returns the header to send.
+///
+/// # Errors
+/// The frame has a partial checksum that was not negotiated, or lies at a wrong place.
 #[inline]
 pub(super) fn check_plain(
     header: &VnetHeader,
     frame_length: usize,
     offloads: &Offloads,
 ) -> Result<VnetHeader, DropReason> {
-    // Flags that only a device may set mean nothing here; nor do the other fields.
+    // Only a device may set other flags. Without NEEDS_CSUM no other field has a meaning.
     let none = VnetHeader::default();
     if !header.needs_checksum() {
         return Ok(none);
@@ -50,7 +53,10 @@ fn check_checksum(
     if sound { Ok(()) } else { Err(DropReason::BadHeader) }
 }
 
-/// A frame that the host is to segment: `copy` is its start.
+/// Checks the header of a GSO frame; `copy` is the frame's start. Returns the header to send.
+///
+/// # Errors
+/// The header contradicts the frame, the negotiated features or Linux's limits, or `copy` does not hold all headers.
 #[inline(never)]
 pub(super) fn check_segmented(
     header: &VnetHeader,
@@ -65,7 +71,7 @@ pub(super) fn check_segmented(
     {
         return Err(DropReason::BadHeader);
     }
-    // Where the checksum lies follows from the headers, as is checked below.
+    // The code below checks the checksum's place: the headers determine it.
     if !offloads.checksum || usize::from(header.hdr_len) > frame_length {
         return Err(DropReason::BadHeader);
     }
@@ -97,7 +103,7 @@ pub(super) fn check_segmented(
         8
     };
     let header_end = transport + transport_length;
-    // All of the headers must be in the copy, or the guest could still change them.
+    // All headers must be in the copy: the guest could change the others after the check.
     if header_end > copy.len() {
         return Err(DropReason::BadHeader);
     }
@@ -144,10 +150,10 @@ mod tests {
     }
 
     #[test]
-    fn a_tcp_frame_is_admitted_with_its_header_length_recalculated() {
+    fn a_tcp_frame_passes_with_its_header_length_recalculated() {
         let (header, frame) = tcp4();
-        let lie = VnetHeader { hdr_len: 0, ..header };
-        assert_eq!(check(lie, &frame), Ok(header));
+        let wrong = VnetHeader { hdr_len: 0, ..header };
+        assert_eq!(check(wrong, &frame), Ok(header));
     }
 
     #[test]
@@ -213,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn udp_may_be_cut_into_128_segments_at_the_most() {
+    fn a_udp_frame_has_at_most_128_segments() {
         let (header, mut frame) = tcp4();
         frame[23] = 17;
         let header = VnetHeader { gso_type: GSO_UDP_L4, csum_offset: 6, gso_size: 512, ..header };
@@ -225,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_frame_loses_what_a_driver_may_not_set() {
+    fn fields_that_a_driver_may_not_set_are_cleared() {
         let noise = VnetHeader {
             flags: 0xfe,
             hdr_len: 9,
@@ -250,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn judged_frames_may_open_their_own_checksum_only() {
+    fn own_checksum_is_that_of_the_transport_header() {
         let (_, mut frame) = tcp4();
         frame[16..18].copy_from_slice(&128_u16.to_be_bytes());
         let own = |frame: &[u8], start, offset| {

@@ -1,8 +1,8 @@
-//! Validation of the virtio headers of frames from the guest: which frames are sent as they lie, and which
-//! begin with a copy of their headers.
+//! Validation of the virtio-net headers of frames from the guest. A frame is sent from guest memory, or begins with a
+//! copy of its headers.
 //!
-//! Invariant: a frame is sent behind [`PLAIN_HEADER`], or behind what a [`HeaderCopy`] holds: bytes of
-//! our own, which were checked, and which the guest cannot change any more.
+//! Invariant: a frame is sent behind [`PLAIN_HEADER`], or begins with the bytes of a [`HeaderCopy`]. Both are private:
+//! the guest cannot change them after the check.
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use crate::features::{HEADER_LENGTH, Negotiated, Offloads};
 use crate::frame::{ETHERNET_LENGTH, MAX_FRAME};
 use crate::guest::{Chain, Readable, Segment};
 
-/// Start of a frame in memory of our own: what [`HeaderChecks`] have passed.
+/// Private copy of a frame's start, which has passed [`HeaderChecks`].
 #[derive(Debug, Clone)]
 pub struct HeaderCopy {
     bytes: [u8; HEADER_LENGTH + MAX_HEADERS],
@@ -27,31 +27,31 @@ impl Default for HeaderCopy {
 }
 
 impl HeaderCopy {
-    /// The checked bytes, virtio header first: they replace as many at the chain's start.
+    /// Returns the checked bytes, virtio-net header first. They replace as many bytes at the chain's start.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
     }
 
-    /// Whether the frame is to be segmented.
+    /// Returns true for a GSO frame.
     #[inline]
     pub fn needs_segmentation(&self) -> bool {
         self.bytes[1] != GSO_NONE
     }
 
-    /// Whether the host has to complete a checksum.
+    /// Returns true if the frame has a partial checksum, which the host must complete.
     #[inline]
     pub fn needs_checksum(&self) -> bool {
         self.bytes[0] & NEEDS_CSUM != 0
     }
 
-    /// What the frame of `length` bytes is on the wire beyond itself.
+    /// Returns the packets and bytes that segmentation adds to the frame, whose length is `length` bytes.
     #[inline]
     pub fn overhead(&self, length: usize) -> SegmentationOverhead {
         let header = self.header();
         SegmentationOverhead::of(&header, header.hdr_len.into(), length)
     }
 
-    /// Puts the virtio header there, of which the guest has so many bytes.
+    /// Writes the first `length` bytes of the virtio-net header, which is the negotiated length.
     #[inline]
     fn set_header(&mut self, header: VnetHeader, length: usize) {
         let bytes = header.to_bytes();
@@ -61,49 +61,52 @@ impl HeaderCopy {
         }
     }
 
-    /// The virtio header.
+    /// Returns the virtio-net header.
     #[inline]
     pub fn header(&self) -> VnetHeader {
-        VnetHeader::parse(self.bytes.first_chunk().expect("a header is longer"))
+        VnetHeader::parse(self.bytes.first_chunk().expect("a copy is longer than a header"))
     }
 }
 
-/// How a frame passed the checks.
+/// Form in which a frame that has passed the checks is sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Validated {
-    /// It asks for nothing: it is sent behind [`PLAIN_HEADER`], and nothing of it was copied.
+    /// The frame requests nothing. It is sent behind [`PLAIN_HEADER`], and no byte of it was copied.
     Plain,
-    /// It begins with what was copied.
+    /// The frame begins with the [`HeaderCopy`].
     Copied,
 }
 
-/// Bytes of a chain at the most whose frame is copied whole, where that is done.
-const SMALL: usize = HEADER_LENGTH + MAX_HEADERS;
+/// Longest chain in bytes whose frame is copied whole, if the port copies small frames.
+const MAX_SMALL_CHAIN: usize = HEADER_LENGTH + MAX_HEADERS;
 
-/// Before each frame that asks for nothing.
+/// Header of all frames that request nothing.
 pub const PLAIN_HEADER: [u8; HEADER_LENGTH] = [0; HEADER_LENGTH];
 
-/// Checks of the virtio headers of frames from the guest, by the negotiated features.
+/// Checks of the virtio-net headers of frames from the guest, by the negotiated features.
+///
+/// The lengths of chains are in bytes. In a burst whose headers a caller inspects, all three ranges are empty.
 #[derive(Debug, Clone)]
 pub struct HeaderChecks {
-    /// Length in bytes of the header that was negotiated.
+    /// Length in bytes of the negotiated header.
     pub header_length: usize,
-    /// What the guest may leave to the host.
+    /// Offloads that the guest may use.
     pub offloads: Offloads,
-    /// Longest frame in bytes that is not to be segmented: MTU and [`LINK_OVERHEAD`](crate::frame::LINK_OVERHEAD).
+    /// Longest frame in bytes, GSO frames excepted: MTU and [`LINK_OVERHEAD`](crate::frame::LINK_OVERHEAD).
     pub max_frame: usize,
-    /// Whether frames that fit a [`HeaderCopy`] are copied whole: where a second piece costs more.
+    /// True if frames that fit a [`HeaderCopy`] are copied whole, because a second iovec costs more than the copy.
     pub copies_small: bool,
-    /// Bytes of chains whose frames are sent without a further look if they ask for nothing.
+    /// Lengths of chains whose frames stay in guest memory if they request nothing.
     plain: Range<usize>,
-    /// The same of those that are copied whole.
+    /// Lengths of chains whose frames are copied whole.
     small: Range<usize>,
-    /// Both.
-    unseen: Range<usize>,
+    /// Lengths of chains whose headers no caller inspects: `small` and `plain` together.
+    uninspected: Range<usize>,
 }
 
 impl HeaderChecks {
-    /// Checks for frames up to `max_frame` bytes that are not to be segmented.
+    /// Creates checks for frames of up to `max_frame` bytes, GSO frames excepted. [`begin_burst`](Self::begin_burst)
+    /// must follow.
     pub fn new(negotiated: &Negotiated, max_frame: usize) -> Self {
         HeaderChecks {
             header_length: negotiated.header_length(),
@@ -112,40 +115,40 @@ impl HeaderChecks {
             copies_small: false,
             plain: 0..0,
             small: 0..0,
-            unseen: 0..0,
+            uninspected: 0..0,
         }
     }
 
-    /// Prepares for a burst. With `copies_headers` each of its frames is sent behind a copy of its headers, for
-    /// callers that inspect them.
+    /// Prepares for a burst. With `copies_headers`, every frame of the burst begins with a copy of its headers, which
+    /// callers can inspect.
     pub fn begin_burst(&mut self, copies_headers: bool) {
-        self.unseen = match copies_headers {
+        self.uninspected = match copies_headers {
             true => 0..0,
             false => self.header_length + ETHERNET_LENGTH..self.header_length + self.max_frame + 1,
         };
-        let Range { start, end } = self.unseen;
-        let copied = if self.copies_small { SMALL + 1 } else { start };
+        let Range { start, end } = self.uninspected;
+        let copied = if self.copies_small { MAX_SMALL_CHAIN + 1 } else { start };
         self.small = start..copied.min(end);
         self.plain = copied.max(start)..end;
     }
 
-    /// Whether the frame in `chain` is sent without a further look at it.
+    /// Returns true if the frame in `chain` requests nothing, and is sent from guest memory.
     #[inline(always)]
     pub fn is_plain(&self, chain: &Segment<'_>) -> bool {
-        // Read once: nothing else of the header counts.
+        // Reads guest memory once. The other fields of the header have no effect.
         self.plain.contains(&chain.len())
-            && chain.first_u16().is_some_and(VnetHeader::asks_for_nothing)
+            && chain.first_u16().is_some_and(VnetHeader::requests_nothing)
     }
 
-    /// The same for a frame that is copied whole.
+    /// Returns true if the frame in `chain` requests nothing, and is copied whole.
     #[inline(always)]
     fn is_small(&self, chain: &Segment<'_>) -> bool {
         self.small.contains(&chain.len())
-            && chain.first_u16().is_some_and(VnetHeader::asks_for_nothing)
+            && chain.first_u16().is_some_and(VnetHeader::requests_nothing)
     }
 
-    /// Passes a frame whose header requests nothing, if no caller inspects headers. Returns `None` for any other
-    /// frame.
+    /// Passes a frame in one segment whose header requests nothing, if no caller inspects headers. Returns `None` for
+    /// any other frame.
     #[inline(always)]
     pub fn pass_plain(
         &self,
@@ -163,17 +166,19 @@ impl HeaderChecks {
         })
     }
 
-    /// Checks the virtio header of a frame in one piece that is not to be segmented, if no caller inspects
-    /// headers. Returns `None` for any other frame.
+    /// Checks the virtio-net header of a frame in one segment, if no caller inspects headers. Returns `None` for any
+    /// other frame, and for a GSO frame.
+    ///
+    /// The inner result is an error with the reason if the frame must be dropped.
     #[inline(always)]
     pub fn check_header(
         &self,
         chain: &Chain<'_, '_, Readable>,
         start: &mut HeaderCopy,
     ) -> Option<Result<(), DropReason>> {
-        let only = chain.only_piece().filter(|only| self.unseen.contains(&only.len()))?;
+        let only = chain.only_piece().filter(|only| self.uninspected.contains(&only.len()))?;
         only.first_u16().filter(|bytes| bytes >> 8 == u16::from(GSO_NONE))?;
-        // This copy of the header counts, and no other.
+        // The code below uses only this copy of the header: guest memory may change.
         let header = VnetHeader::parse(&only.first_bytes()?);
         if header.needs_segmentation() {
             return None;
@@ -188,10 +193,10 @@ impl HeaderChecks {
         }))
     }
 
-    /// Copies the headers of a frame of any kind, and checks the virtio header against them.
+    /// Copies the headers of a frame of any kind, and checks the virtio-net header against the others.
     ///
     /// # Errors
-    /// Why the frame must be dropped.
+    /// The reason for dropping the frame.
     #[inline(always)]
     pub fn check_headers(
         &self,
@@ -205,7 +210,7 @@ impl HeaderChecks {
         if frame_length < ETHERNET_LENGTH {
             return Err(DropReason::TooShort);
         }
-        // Read once: only this copy counts.
+        // The code below uses only this copy: guest memory may change.
         start.length = chain.read_start(&mut start.bytes);
         let header = start.header();
         let checked = if !header.needs_segmentation() {

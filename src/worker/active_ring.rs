@@ -20,7 +20,7 @@ impl<'s> ActiveRing<'s> {
     /// Starts one of the session's rings; `index` is its vhost-user index. Returns `None`s without `ring`.
     ///
     /// # Errors
-    /// As [`Virtqueue::start`].
+    /// A [`Fault`] if the ring's layout is not allowed, or indices in guest memory contradict each other.
     pub(super) fn start<D: Direction>(
         name: &str,
         session: &'s Session,

@@ -11,14 +11,14 @@ use std::mem;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Lowest number of frames in a large run. One of the kernel's batches (64 frames, `NAPI_POLL_WEIGHT`) may come as
-/// two runs.
+/// Lowest number of frames in a large run: half a batch of the kernel (64 frames, `NAPI_POLL_WEIGHT`), which may come
+/// as two runs.
 const MIN_FRAMES: u64 = 32;
 /// Longest time from the end of one run, or of the sleep after it, to the end of the next.
 const MAX_PERIOD: Duration = Duration::from_micros(150);
 /// Longest coalescing sleep.
 const MAX_SLEEP: Duration = Duration::from_micros(70);
-/// Divisor of the smaller ring's size: during a sleep, at most a quarter of the ring is expected to be used.
+/// Divisor of the smaller ring's size: a sleep ends before more than a quarter of the ring would be used.
 const RING_DIVISOR: u32 = 4;
 
 /// State of a session's coalescing, and the counts of the present run.

@@ -27,7 +27,7 @@ impl<'s> ControlQueue<'s> {
     /// enabled yet is served: a driver may need an answer before it reports that it is ready.
     ///
     /// # Errors
-    /// As [`Virtqueue::start`].
+    /// A [`Fault`] if the queue's layout is not allowed, or indices in guest memory contradict each other.
     pub(super) fn start(session: &'s Session) -> Result<Option<Self>, Fault> {
         let served = |ring: &&Ring| ring.state != RingState::Disabled;
         let Some(ring) = session.control.as_ref().filter(served) else { return Ok(None) };
@@ -49,7 +49,7 @@ impl<'s> ControlQueue<'s> {
     /// Asks the driver for a kick. Returns true if commands are available already.
     ///
     /// # Errors
-    /// As [`Virtqueue::enable_notify`].
+    /// [`Fault::AvailIndex`] if the available index covers too many chains, or went back.
     pub(super) fn enable_notify(&mut self) -> Result<bool, Fault> {
         self.queue.enable_notify()
     }
@@ -57,7 +57,7 @@ impl<'s> ControlQueue<'s> {
     /// Answers at most 16 commands. Returns true if there were any.
     ///
     /// # Errors
-    /// As [`Virtqueue::pop`].
+    /// A [`Fault`] if the guest broke a rule; commands popped before the fault are answered.
     pub(super) fn answer(&mut self) -> Result<bool, Fault> {
         let popped = self.queue.pop(BUDGET);
         while self.queue.in_flight() > 0 {

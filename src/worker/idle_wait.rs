@@ -89,7 +89,7 @@ impl IdleWait {
     /// Sleeps until an event of `readiness` or of the session's descriptors, or until the timeout.
     ///
     /// # Errors
-    /// As [`Poller::wait_also`].
+    /// epoll_wait(2), epoll_ctl(2) or ppoll(2) failed.
     pub(super) fn sleep(
         &mut self,
         readiness: &Readiness<'_>,

@@ -10,12 +10,12 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use vhost_user_net::sys::bpf::{Hook, Link, Program};
 use vhost_user_net::sys::link;
 
-use super::{examine, is_mended, is_right, line, shell};
+use super::{examine, is_fixed, is_right, line, shell};
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_new_namespace, ip, make_veth, output};
 use crate::support::{eventually, needs_program, needs_root};
 
-/// A veth that is as it should be: `veth0` for the daemon, `veth1` the host's.
+/// Creates a veth set up as documented: `veth0` for the daemon, `veth1` for the host.
 fn enter_namespace_with_good_veth() {
     enter_new_namespace();
     make_veth(1);
@@ -28,111 +28,111 @@ fn foreign_program(name: &str) -> Program {
 }
 
 #[test]
-fn a_veth_as_the_documentation_makes_it_passes() {
-    needs_root!("a_veth_as_the_documentation_makes_it_passes");
+fn veth_set_up_as_documented_passes() {
+    needs_root!("veth_set_up_as_documented_passes");
     enter_namespace_with_good_veth();
     let lines = examine(&["--af-xdp=veth0"]);
-    let about = |line: &&super::Line| line.what == "device veth0";
+    let about = |line: &&super::Line| line.what == "veth0" && line.check != "firewall";
     assert!(lines.iter().filter(about).count() > 6, "{lines:#?}");
     assert!(lines.iter().filter(about).all(|line| line.status == "PASS"), "{lines:#?}");
     assert!(line(&lines, "firewall", "WARN").why.contains("--anti-spoofing=on"));
 }
 
 #[test]
-fn a_missing_device_is_made_by_the_command_that_is_printed() {
-    needs_root!("a_missing_device_is_made_by_the_command_that_is_printed");
+fn printed_command_creates_a_missing_device() {
+    needs_root!("printed_command_creates_a_missing_device");
     enter_new_namespace();
     let arguments = ["--af-xdp=tenant-number-1", "--mtu=3000"];
-    is_mended("device", "FAIL", &arguments);
+    is_fixed("device", "FAIL", &arguments);
     let lines = examine(&arguments);
     assert_eq!(lines.iter().filter(|line| line.status == "FAIL").count(), 0, "{lines:#?}");
-    assert!(Daemon::start(&arguments).is_alive(), "and the daemon takes it");
+    assert!(Daemon::start(&arguments).is_alive(), "and the daemon opens it");
 }
 
 #[test]
-fn a_device_that_is_down_is_mended_by_the_command_that_is_printed() {
-    needs_root!("a_device_that_is_down_is_mended_by_the_command_that_is_printed");
+fn printed_command_brings_a_device_up() {
+    needs_root!("printed_command_brings_a_device_up");
     enter_namespace_with_good_veth();
     ip("link set veth0 down");
-    is_mended("device", "FAIL", &["--af-xdp=veth0"]);
+    is_fixed("device", "FAIL", &["--af-xdp=veth0"]);
 }
 
 #[test]
-fn an_mtu_that_is_too_small_or_too_large_is_mended_by_the_command_that_is_printed() {
-    needs_root!("an_mtu_that_is_too_small_or_too_large_is_mended_by_the_command_that_is_printed");
+fn printed_command_corrects_a_devices_mtu() {
+    needs_root!("printed_command_corrects_a_devices_mtu");
     enter_namespace_with_good_veth();
     ip("link set veth0 mtu 1400");
-    is_mended("mtu", "FAIL", &["--af-xdp=veth0"]);
+    is_fixed("mtu", "FAIL", &["--af-xdp=veth0"]);
     ip("link set veth1 mtu 1400");
-    let wrong = is_mended("mtu", "FAIL", &["--af-xdp=veth0"]);
+    let wrong = is_fixed("mtu", "FAIL", &["--af-xdp=veth0"]);
     assert!(wrong.why.contains("from the guest"), "{wrong:?}");
     ip("link set veth0 mtu 9000");
-    let wrong = is_mended("mtu", "FAIL", &["--af-xdp=veth0"]);
+    let wrong = is_fixed("mtu", "FAIL", &["--af-xdp=veth0"]);
     assert!(wrong.why.contains("3806"), "{wrong:?}");
     assert!(output("ip", "link show veth0").contains("mtu 1500"));
     let lines = examine(&["--af-xdp=veth0", "--mtu=9000"]);
-    assert_eq!(line(&lines, "mtu", "FAIL").fix, None, "that is for the operator to lower");
+    assert_eq!(line(&lines, "mtu", "FAIL").fix, None, "only the operator can lower the port's MTU");
 }
 
 #[test]
-fn open_checksums_at_the_other_end_are_mended_by_the_command_that_is_printed() {
-    needs_root!("open_checksums_at_the_other_end_are_mended_by_the_command_that_is_printed");
-    needs_program!("open_checksums_at_the_other_end_are_mended", "ethtool");
+fn printed_command_turns_off_the_veth_peers_offloads() {
+    needs_root!("printed_command_turns_off_the_veth_peers_offloads");
+    needs_program!("printed_command_turns_off_the_veth_peers_offloads", "ethtool");
     enter_new_namespace();
     make_veth(1);
-    let wrong = is_mended("offloads", "FAIL", &["--af-xdp=veth0"]);
+    let wrong = is_fixed("offloads", "FAIL", &["--af-xdp=veth0"]);
     assert_eq!(wrong.fix.as_deref(), Some("ethtool -K veth1 tx off"));
 }
 
 #[test]
-fn lost_vlan_tags_are_mended_by_the_command_that_is_printed() {
-    needs_root!("lost_vlan_tags_are_mended_by_the_command_that_is_printed");
-    needs_program!("lost_vlan_tags_are_mended_by_the_command_that_is_printed", "ethtool");
+fn printed_command_keeps_vlan_tags_in_frames() {
+    needs_root!("printed_command_keeps_vlan_tags_in_frames");
+    needs_program!("printed_command_keeps_vlan_tags_in_frames", "ethtool");
     enter_namespace_with_good_veth();
-    // In the driver the tags are put back, by a program of which nothing is left.
+    // In the driver the program restores the tags. Doctor leaves no program attached.
     line(&examine(&["--af-xdp=veth0"]), "vlan-tags", "PASS");
     assert!(!output("ip", "-d link show veth0").contains("prog/xdp"));
-    let wrong = is_mended("vlan-tags", "FAIL", &["--af-xdp=veth0,attach=generic"]);
+    let wrong = is_fixed("vlan-tags", "FAIL", &["--af-xdp=veth0,attach=generic"]);
     let fix = "ethtool -K veth1 txvlan off tx-vlan-stag-hw-insert off";
     assert_eq!(wrong.fix.as_deref(), Some(fix));
     ip("link add mv0 link veth1 type macvlan mode bridge");
     let lines = examine(&["--af-xdp=mv0,attach=generic"]);
-    assert_eq!(line(&lines, "vlan-tags", "WARN").fix, None, "the kernel does it itself");
+    assert_eq!(line(&lines, "vlan-tags", "WARN").fix, None, "no setting changes it");
 }
 
 #[test]
-fn a_lower_device_that_joins_frames_is_mended_by_the_command_that_is_printed() {
-    needs_root!("a_lower_device_that_joins_frames_is_mended_by_the_command_that_is_printed");
-    needs_program!("a_lower_device_that_joins_frames_is_mended", "ethtool");
+fn printed_command_stops_a_lower_device_joining_frames() {
+    needs_root!("printed_command_stops_a_lower_device_joining_frames");
+    needs_program!("printed_command_stops_a_lower_device_joining_frames", "ethtool");
     enter_namespace_with_good_veth();
     ip("link add br0 type bridge");
     ip("link set veth0 master br0");
     ip("link set br0 up");
     shell("ethtool -K veth0 gro on");
-    // What joins frames of a device whose driver runs the program is the device itself.
+    // The check applies in generic mode only: here the driver runs the program.
     let own = examine(&["--af-xdp=veth0"]);
     assert!(!own.iter().any(|line| line.check == "joined-frames"), "{own:#?}");
-    let wrong = is_mended("joined-frames", "WARN", &["--af-xdp=br0"]);
+    let wrong = is_fixed("joined-frames", "WARN", &["--af-xdp=br0"]);
     assert_eq!(wrong.fix.as_deref(), Some("ethtool -K veth0 gro off"));
 }
 
 #[test]
-fn missing_queues_are_made_by_the_command_that_is_printed() {
-    needs_root!("missing_queues_are_made_by_the_command_that_is_printed");
-    needs_program!("missing_queues_are_made_by_the_command_that_is_printed", "ethtool");
+fn printed_command_adds_missing_queues() {
+    needs_root!("printed_command_adds_missing_queues");
+    needs_program!("printed_command_adds_missing_queues", "ethtool");
     enter_new_namespace();
     make_veth(4);
     shell("ethtool -L veth0 rx 1 tx 1; ethtool -L veth1 rx 1 tx 1; ethtool -K veth1 tx off");
     let arguments = ["--af-xdp=veth0,queue=1", "--queue-pairs=2"];
-    is_mended("queues", "FAIL", &arguments);
-    assert!(Daemon::start(&arguments).is_alive(), "and the daemon takes them");
+    is_fixed("queues", "FAIL", &arguments);
+    assert!(Daemon::start(&arguments).is_alive(), "and the daemon opens them");
     let lines = examine(&["--af-xdp=veth0,queue=7"]);
-    assert_eq!(line(&lines, "queues", "FAIL").fix, None, "it can't have so many");
+    assert_eq!(line(&lines, "queues", "FAIL").fix, None, "the driver's maximum is lower");
 }
 
 #[test]
-fn a_driver_without_xdp_is_known_by_what_it_says() {
-    needs_root!("a_driver_without_xdp_is_known_by_what_it_says");
+fn driver_without_xdp_is_recognized() {
+    needs_root!("driver_without_xdp_is_recognized");
     enter_new_namespace();
     ip("link add dummy0 type ifb");
     ip("link set dummy0 up");
@@ -145,12 +145,12 @@ fn a_driver_without_xdp_is_known_by_what_it_says() {
 }
 
 #[test]
-fn steering_where_there_are_no_rules_fails() {
-    needs_root!("steering_where_there_are_no_rules_fails");
+fn steering_without_flow_rules_fails() {
+    needs_root!("steering_without_flow_rules_fails");
     enter_namespace_with_good_veth();
     let lines = examine(&["--af-xdp=veth0"]);
     line(&lines, "steering", "PASS");
-    // It takes --mac, which doctor has from a file.
+    // Steering requires --mac, which doctor reads from a file.
     let directory = vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/vhost-user-net-test-");
     let directory = directory.unwrap();
     let file = directory.as_path().join("config");
@@ -167,18 +167,18 @@ fn steering_where_there_are_no_rules_fails() {
 }
 
 #[test]
-fn a_foreign_program_is_detached_by_the_command_that_is_printed() {
-    needs_root!("a_foreign_program_is_detached_by_the_command_that_is_printed");
+fn printed_command_detaches_a_foreign_xdp_program() {
+    needs_root!("printed_command_detaches_a_foreign_xdp_program");
     enter_namespace_with_good_veth();
     attach_by_netlink("veth0", foreign_program("by_netlink"), "by_netlink");
-    let wrong = is_mended("xdp-program", "FAIL", &["--af-xdp=veth0"]);
+    let wrong = is_fixed("xdp-program", "FAIL", &["--af-xdp=veth0"]);
     assert!(wrong.why.contains("'by_netlink'"), "{wrong:?}");
     assert!(Daemon::start(&["--af-xdp=veth0"]).is_alive(), "and the daemon attaches its own");
 }
 
 #[test]
-fn a_process_that_holds_a_foreign_program_is_named() {
-    needs_root!("a_process_that_holds_a_foreign_program_is_named");
+fn process_that_holds_a_foreign_xdp_program_is_named() {
+    needs_root!("process_that_holds_a_foreign_xdp_program_is_named");
     enter_namespace_with_good_veth();
     let device = link::find("veth0").unwrap().index;
     let program = foreign_program("by_link");
@@ -187,10 +187,10 @@ fn a_process_that_holds_a_foreign_program_is_named() {
     let wrong = line(&lines, "xdp-program", "FAIL");
     let fix = format!("kill {}", std::process::id());
     assert_eq!(wrong.fix, Some(fix), "'xdp off' does not take it from the link's holder");
-    // Which ends this process, too; the kernel does no more than this then.
+    // The printed command would end this test process; closing the link has the same effect.
     drop(link);
-    // A process that another test is just starting has it, too, until it runs its own program.
-    eventually("nobody holds it", || {
+    // A process that another test is just starting also holds the link, until its exec.
+    eventually("no process holds the link", || {
         let lines = examine(&["--af-xdp=veth0"]);
         !lines.iter().any(|line| line.check == wrong.check && line.status == "FAIL")
     });
@@ -198,8 +198,8 @@ fn a_process_that_holds_a_foreign_program_is_named() {
 }
 
 #[test]
-fn the_daemons_own_program_is_known() {
-    needs_root!("the_daemons_own_program_is_known");
+fn daemons_own_xdp_program_passes() {
+    needs_root!("daemons_own_xdp_program_passes");
     enter_namespace_with_good_veth();
     let _daemon = Daemon::start(&["--af-xdp=veth0"]);
     let lines = examine(&["--af-xdp=veth0"]);
@@ -207,16 +207,16 @@ fn the_daemons_own_program_is_known() {
 }
 
 #[test]
-fn too_little_locked_memory_is_mended_by_the_command_that_is_printed() {
-    needs_root!("too_little_locked_memory_is_mended_by_the_command_that_is_printed");
-    needs_program!("too_little_locked_memory_is_mended", "setpriv");
+fn printed_command_raises_the_locked_memory_limit() {
+    needs_root!("printed_command_raises_the_locked_memory_limit");
+    needs_program!("printed_command_raises_the_locked_memory_limit", "setpriv");
     enter_namespace_with_good_veth();
     let limited = ["prlimit", "--memlock=1048576", "setpriv", "--bounding-set=-ipc_lock"];
     let (_, before) = super::examine_by(&limited, &["--af-xdp=veth0"]);
     let wrong = line(&before, "locked-memory", "FAIL");
     let may_raise = Command::new("prlimit").args(["--memlock=unlimited", "true"]).status();
     if !may_raise.unwrap().success() {
-        // Not even root may here: what is left is the capability.
+        // Here not even root may raise the limit: only the capability remains.
         return is_right(wrong, &examine(&["--af-xdp=veth0"]));
     }
     let mut in_shell = limited.to_vec();
@@ -241,7 +241,7 @@ fn missing_capabilities_are_named() {
         .args(["--af-xdp=veth0", "--socket-path=/tmp/vhost-user-net-test-none"])
         .stderr(Stdio::null())
         .status();
-    assert_eq!(status.unwrap().code(), Some(1), "nor can the daemon start");
+    assert_eq!(status.unwrap().code(), Some(1), "the daemon cannot start either");
     line(&examine(&["--af-xdp=veth0"]), "capabilities", "PASS");
 }
 
@@ -266,7 +266,7 @@ fn attach_by_netlink(device: &str, program: Program, name: &str) {
     drop(program);
 }
 
-/// The number of this process's descriptor of the program of that name.
+/// Returns this process's descriptor of the BPF program with that name.
 fn descriptor_of(name: &str) -> RawFd {
     let numbers = std::fs::read_dir("/proc/self/fdinfo").unwrap().flatten();
     let is_it = |number: &RawFd| {

@@ -1,15 +1,15 @@
-//! The rest of the host: VMs that run, huge pages, limits, sysctls.
+//! Checks of running VMs, huge pages, limits and sysctls.
 
 use std::process::{Child, Command, Stdio};
 
 use vmm_sys_util::tempdir::TempDir;
 
-use super::{Line, enter_new_mounts, examine, examine_by, is_mended, is_right, line, shell};
+use super::{Line, enter_new_mounts, examine, examine_by, is_fixed, is_right, line, shell};
 use crate::support::daemon::Daemon;
 use crate::support::network::{enter_new_namespace, ip};
 use crate::support::{eventually, needs_program, needs_root};
 
-/// A VM that does not run its guest.
+/// A QEMU process whose guest is paused.
 struct Qemu(Child);
 
 impl Qemu {
@@ -22,9 +22,9 @@ impl Qemu {
         Qemu(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap())
     }
 
-    /// What doctor says of it, once it has made its memory.
+    /// Returns doctor's finding about this VM, once QEMU has mapped the guest's memory.
     fn line(&self) -> Line {
-        let what = format!("memory of qemu-system-x86_64 (process {})", self.0.id());
+        let what = format!("qemu-system-x86_64 (pid {})", self.0.id());
         find(&what)
     }
 }
@@ -40,15 +40,14 @@ fn find(what: &str) -> Line {
     let mut found = None;
     eventually("doctor sees the VM's memory", || {
         found = examine(&[]).into_iter().find(|line| line.what == what);
-        found.as_ref().is_some_and(|line| line.why.contains("its 192 MiB"))
+        found.as_ref().is_some_and(|line| line.why.contains("guest memory (192 MiB)"))
     });
     found.unwrap()
 }
 
 #[test]
-fn a_vm_that_does_not_share_its_memory_is_mended_by_the_command_that_is_printed() {
-    const TEST: &str =
-        "a_vm_that_does_not_share_its_memory_is_mended_by_the_command_that_is_printed";
+fn printed_command_starts_a_vm_with_shared_memory() {
+    const TEST: &str = "printed_command_starts_a_vm_with_shared_memory";
     needs_root!(TEST);
     needs_program!(TEST, "qemu-system-x86_64");
     let daemon = Daemon::start(&["--loopback"]);
@@ -74,28 +73,28 @@ fn a_vm_that_does_not_share_its_memory_is_mended_by_the_command_that_is_printed(
 }
 
 #[test]
-fn vm_that_waits_for_its_socket_is_not_judged_yet() {
-    needs_root!("vm_that_waits_for_its_socket_is_not_judged_yet");
-    needs_program!("vm_that_waits_for_its_socket_is_not_judged_yet", "qemu-system-x86_64");
+fn vm_that_waits_for_its_socket_only_warns() {
+    needs_root!("vm_that_waits_for_its_socket_only_warns");
+    needs_program!("vm_that_waits_for_its_socket_only_warns", "qemu-system-x86_64");
     let daemon = Daemon::spawn(&["--loopback", "--connect={}"]);
     let socket = daemon.directory().join("waits");
     let waits = format!("{},server=on,wait=on", socket.display());
     let backend = "memory-backend-memfd,id=mem,size=192M,share=on";
     let qemu = Qemu::start(&waits, &["-object", backend, "-machine", "memory-backend=mem"]);
-    eventually("it waits", || socket.exists());
-    let what = format!("memory of qemu-system-x86_64 (process {})", qemu.0.id());
+    eventually("QEMU listens", || socket.exists());
+    let what = format!("qemu-system-x86_64 (pid {})", qemu.0.id());
     let found = examine(&[]).into_iter().find(|line| line.what == what).unwrap();
     assert_eq!((&found.status[..], &found.fix), ("WARN", &None), "{found:?}");
-    assert!(found.why.contains("its guest's 192 MiB are not seen yet"), "{found:?}");
-    // It goes on once the daemon finds it, and is judged then.
+    assert!(found.why.contains("has not mapped its 192 MiB of guest memory yet"), "{found:?}");
+    // QEMU continues once the daemon connects, and maps the guest's memory.
     std::os::unix::fs::symlink(&socket, daemon.socket()).unwrap();
     assert_eq!(qemu.line().status, "PASS");
 }
 
 #[test]
-fn memory_that_could_be_cut_is_warned_of() {
-    needs_root!("memory_that_could_be_cut_is_warned_of");
-    needs_program!("memory_that_could_be_cut_is_warned_of", "qemu-system-x86_64");
+fn unsealed_guest_memory_warns() {
+    needs_root!("unsealed_guest_memory_warns");
+    needs_program!("unsealed_guest_memory_warns", "qemu-system-x86_64");
     let daemon = Daemon::start(&["--loopback"]);
     let socket = daemon.socket().display().to_string();
     let backend = "memory-backend-memfd,id=mem,size=192M,share=on,seal=off";
@@ -106,8 +105,8 @@ fn memory_that_could_be_cut_is_warned_of() {
 }
 
 #[test]
-fn too_few_descriptors_are_mended_by_the_command_that_is_printed() {
-    needs_root!("too_few_descriptors_are_mended_by_the_command_that_is_printed");
+fn printed_command_raises_the_descriptor_limit() {
+    needs_root!("printed_command_raises_the_descriptor_limit");
     enter_new_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr");
     for (limit, status) in [("--nofile=12", "FAIL"), ("--nofile=32", "WARN")] {
@@ -122,10 +121,10 @@ fn too_few_descriptors_are_mended_by_the_command_that_is_printed() {
 }
 
 #[test]
-fn huge_pages_are_set_aside_by_the_command_that_is_printed() {
-    needs_root!("huge_pages_are_set_aside_by_the_command_that_is_printed");
+fn printed_command_reserves_huge_pages() {
+    needs_root!("printed_command_reserves_huge_pages");
     enter_new_mounts();
-    // The machine's are everybody's: a directory that looks like them stands in their place.
+    // All tests share the machine's huge pages, so a directory with the same files replaces them.
     let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let root = directory.as_path().display();
     shell(&format!(
@@ -133,30 +132,30 @@ fn huge_pages_are_set_aside_by_the_command_that_is_printed() {
          {root}/node0/hugepages/hugepages-2048kB && echo 0 > nr_hugepages && ln -s nr_hugepages \
          free_hugepages && mount --bind {root} /sys/devices/system/node"
     ));
-    let wrong = is_mended("hugepages", "WARN", &[]);
-    assert_eq!(wrong.what, "huge pages of node0");
+    let wrong = is_fixed("hugepages", "WARN", &[]);
+    assert_eq!(wrong.what, "node0");
 }
 
 #[test]
-fn bridge_netfilter_is_turned_off_by_the_command_that_is_printed() {
-    needs_root!("bridge_netfilter_is_turned_off_by_the_command_that_is_printed");
+fn printed_command_turns_off_bridge_netfilter() {
+    needs_root!("printed_command_turns_off_bridge_netfilter");
     enter_new_namespace();
     ip("link add br0 type bridge");
     if !std::path::Path::new("/proc/sys/net/bridge").exists() {
-        let test = "bridge_netfilter_is_turned_off_by_the_command_that_is_printed";
+        let test = "printed_command_turns_off_bridge_netfilter";
         return crate::support::skip(test, "the kernel has no br_netfilter");
     }
     shell("sysctl -qw net.bridge.bridge-nf-call-iptables=1");
-    is_mended("bridge-netfilter", "WARN", &[]);
+    is_fixed("bridge-netfilter", "WARN", &[]);
 }
 
 #[test]
-fn small_tcp_buffers_are_raised_by_the_command_that_is_printed() {
-    needs_root!("small_tcp_buffers_are_raised_by_the_command_that_is_printed");
+fn printed_command_raises_tcp_buffers() {
+    needs_root!("printed_command_raises_tcp_buffers");
     enter_new_namespace();
     shell(
         "sysctl -qw net.ipv4.tcp_wmem='4096 16384 212992' net.ipv4.tcp_rmem='4096 131072 6291456'",
     );
-    let wrong = is_mended("tcp-buffers", "WARN", &[]);
+    let wrong = is_fixed("tcp-buffers", "WARN", &[]);
     assert!(wrong.why.contains("this host's own connections"), "{wrong:?}");
 }

@@ -155,7 +155,7 @@ fn hostile_52_no_vmm_takes_its_neighbours_descriptors() {
     // There is not enough for every port's share, and the daemon says so; ordinary guests are served.
     let daemon = start(100);
     eventually("it warns", || {
-        daemon.log().contains("daemon: 100 descriptors may be open, and the ports can need 208")
+        daemon.log().contains("daemon: limit of open descriptors is low limit=100 needed=208")
     });
     let (_one, _) = hog(&daemon, "one");
     let (_two, _) = hog(&daemon, "two");
@@ -222,7 +222,7 @@ fn hostile_76_lost_descriptors_are_refused_not_misread() {
     without_any(&mut || {
         daemon.signal(Signal::SIGHUP);
         says("the helper process cannot pass descriptors: descriptors of a message are lost");
-        says("read again, 1 failures");
+        says("failures=1");
     });
     daemon.signal(Signal::SIGHUP);
     eventually("the port is added", || daemon.ask(&["list"]).contains("three"));

@@ -96,7 +96,7 @@ fn hostile_56_stuck_port_is_abandoned() {
     let asked = Instant::now();
     assert!(scene.daemon.ask(&["remove", "attacked"]).contains("removed"));
     assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
-    scene.daemon_says("attacked: port did not stop in time and is abandoned");
+    scene.daemon_says("attacked: port abandoned: it did not stop in time");
     assert!(scene.daemon.ask(&["metrics"]).contains("vhost_user_net_abandoned_ports_total 1"));
     scene.lives();
     ends_within_a_second(&mut scene, control);

@@ -1,4 +1,4 @@
-//! Changes to the options of a port that runs.
+//! Changes to the options of a running port.
 
 use serde::{Deserialize, Serialize};
 

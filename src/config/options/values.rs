@@ -1,4 +1,4 @@
-//! Types of options' values, as they are written on the command line and in the file.
+//! Types of options' values, in the notation of the command line and the file.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -47,7 +47,7 @@ impl FromStr for Prefix {
     fn from_str(text: &str) -> Result<Self, String> {
         let parsed = text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
         parsed.map(Prefix).ok_or_else(|| {
-            format!("'{text}' is no IP address or prefix: write 192.0.2.5 or 2001:db8::/64")
+            format!("'{text}' is not an IP address or prefix; write 192.0.2.5 or 2001:db8::/64")
         })
     }
 }
@@ -60,7 +60,7 @@ impl TryFrom<String> for Prefix {
     }
 }
 
-/// A number of bytes, as `512m`, `64g` or `1t`; the letters are powers of 1024.
+/// Number of bytes, as `512m`, `64g` or `1t`; k, m, g and t are powers of 1024.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(super) struct ByteSize(pub(super) u64);
@@ -90,7 +90,7 @@ impl FromStr for ByteSize {
         number
             .and_then(|number| number.checked_mul(1 << shift))
             .map(ByteSize)
-            .ok_or_else(|| format!("'{text}' is no size in bytes: write 512m, 64g or 1t"))
+            .ok_or_else(|| format!("'{text}' is not a size in bytes; write 512m, 64g or 1t"))
     }
 }
 
@@ -119,7 +119,7 @@ impl FromStr for CpuList {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |text: &str| {
-            text.parse::<usize>().map_err(|_| format!("'{text}' is no processor number"))
+            text.parse::<usize>().map_err(|_| format!("'{text}' is not a CPU number; write 2,4-7"))
         };
         let mut cpus = Vec::new();
         for part in text.split(',') {
@@ -128,7 +128,7 @@ impl FromStr for CpuList {
                 None => (number(part)?, number(part)?),
             };
             if last < first || last >= libc::CPU_SETSIZE as usize {
-                return Err(format!("'{part}' is no range of processors"));
+                return Err(format!("'{part}' is not a range of CPUs; write 2,4-7"));
             }
             cpus.extend(first..=last);
         }

@@ -40,7 +40,7 @@ fn addresses_resolve_only_inside_their_region() {
 }
 
 #[test]
-fn a_region_must_lie_inside_its_file() {
+fn region_beyond_its_file_is_refused() {
     let outside = [
         RegionRequest { size: 0x2000, ..region(0, 0) },
         RegionRequest { file_offset: 0x800, ..region(0, 0x1000) },

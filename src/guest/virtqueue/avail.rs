@@ -39,7 +39,7 @@ impl<D: Direction> Virtqueue<'_, D> {
         popped.map(|()| self.next_avail.wrapping_sub(first).into())
     }
 
-    /// Pops up to `chains` chains, or fewer that have `bytes` bytes or more in total.
+    /// Pops up to `chains` chains, and stops early once those have `bytes` bytes in total.
     #[inline]
     fn pop_available(&mut self, chains: usize, bytes: usize) -> Result<(), Fault> {
         let end = self.next_avail.wrapping_add(chains as u16);

@@ -1,30 +1,30 @@
-//! The Internet checksum (RFC 1071), for frames whose guest left it to us.
+//! The Internet checksum (RFC 1071), for guest frames with a partial checksum.
 
-/// Completes the checksum at `start + offset`: it sums everything from `start` on, in which the
-/// guest has put the sum of the pseudo-header where the checksum goes.
+/// Completes the checksum at `start + offset`, over all bytes from `start` on. The checksum field holds the
+/// sum of the pseudo-header.
 ///
 /// # Panics
-/// If the place is outside the frame.
+/// If the field is outside the frame.
 pub(super) fn complete(frame: &mut [u8], start: usize, offset: usize) {
     let sum = !fold(sum(&frame[start..]));
-    // Zero would mean "no checksum" to UDP; the other zero is as good for all (RFC 768).
+    // For UDP, 0 means "no checksum". 0xffff has the same value in ones' complement (RFC 768).
     let sum = if sum == 0 { 0xffff } else { sum };
     let place = start + offset;
     frame[place..place + 2].copy_from_slice(&sum.to_ne_bytes());
 }
 
-/// Replaces one number by another in the sum that stands at the start of `bytes`, not inverted
-/// yet, in network order (RFC 1624).
+/// Replaces the number `old` by `new` in the sum in the first two bytes, which is in network order and not
+/// yet inverted (RFC 1624).
 ///
 /// # Panics
-/// If there are no two bytes.
+/// If `bytes` has fewer than two bytes.
 pub(super) fn replace(bytes: &mut [u8], old: u16, new: u16) {
     let sum = u16::from_be_bytes([bytes[0], bytes[1]]);
     let sum = fold(u64::from(sum) + u64::from(!old) + u64::from(new));
     bytes[..2].copy_from_slice(&sum.to_be_bytes());
 }
 
-/// Sums 16-bit words as they lie in memory: the order of their bytes does not matter to the sum.
+/// Sums 16-bit words in memory order: the ones' complement sum is independent of byte order.
 fn sum(bytes: &[u8]) -> u64 {
     let words = bytes.chunks_exact(4);
     let rest = words.remainder();
@@ -34,7 +34,7 @@ fn sum(bytes: &[u8]) -> u64 {
     words.map(word).sum::<u64>() + word(&last)
 }
 
-/// Folds the carries in.
+/// Folds the carries of a sum into 16 bits.
 fn fold(mut sum: u64) -> u16 {
     while sum >> 16 != 0 {
         sum = (sum & 0xffff) + (sum >> 16);
@@ -42,7 +42,7 @@ fn fold(mut sum: u64) -> u16 {
     sum as u16
 }
 
-/// The folded sum of all pieces, of which each has an even length but for the last.
+/// Returns the folded sum of all pieces. Each but the last has an even length.
 #[cfg(test)]
 pub(super) fn sum_of(pieces: &[&[u8]]) -> u16 {
     fold(pieces.iter().map(|piece| sum(piece)).sum())

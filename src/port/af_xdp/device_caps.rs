@@ -1,4 +1,4 @@
-//! What a device, its driver and the kernel can do, found out by binding a socket to each queue.
+//! Capabilities of a device, its driver and the kernel, found by binding a socket to each queue.
 
 use std::io;
 use std::ops::Range;
@@ -14,49 +14,50 @@ use crate::guest::Umem;
 use crate::sys::link;
 use crate::sys::xsk::{Binding, CHUNK, Registration, RingSizes, Socket};
 
-/// What device, driver and kernel can do.
+/// Capabilities of device, driver and kernel, for all queues of a port.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct DeviceCaps {
     /// The device itself reads and writes the UMEM.
     pub(super) zero_copy: bool,
-    /// Frames to be sent may carry metadata.
+    /// The kernel completes checksums that a frame's metadata requests: Linux 6.8, in copy mode.
     pub(super) metadata: bool,
     /// The XDP program runs in the kernel's generic code.
     pub(super) generic: bool,
 }
 
 impl DeviceCaps {
-    /// Binds a socket to each of the queues and closes it.
+    /// Finds the capabilities: binds a socket to each of `queues`, and closes it.
     ///
     /// # Errors
-    /// There is no such queue, it is in use, or can't do what was asked for.
+    /// A queue does not exist or is in use, or the device lacks the required `mode`.
     pub(super) fn find(
         name: &str,
         device: u32,
         queues: Range<u32>,
         mode: Mode,
     ) -> Result<Self, OpenError> {
-        // A driver binds in zero-copy mode then, too, and its frames never reach the socket.
+        // With a generic program, a driver still binds in zero-copy mode, but its frames never reach the
+        // socket.
         let generic = link::at(device).is_ok_and(|link| link.program_is_generic);
         if generic && mode == Mode::ZeroCopy {
             return Err(OpenError(format!(
-                "{name} has its XDP program in the kernel's generic code, and zero copy needs it \
-                 in the driver: use mode=auto, or see why attach=native fails"
+                "cannot use zero copy on {name}: its XDP program runs in the kernel's generic code, \
+                 not in the driver; use mode=auto, or see why attach=native fails"
             )));
         }
         let zero_copy = mode != Mode::Copy && !generic;
-        let mut abilities = DeviceCaps { zero_copy, metadata: true, generic };
+        let mut caps = DeviceCaps { zero_copy, metadata: true, generic };
         for queue in queues.clone() {
             loop {
-                let binding = abilities.binding(device, queue);
-                match try_bind(binding, abilities.metadata) {
+                let binding = caps.binding(device, queue);
+                match try_bind(binding, caps.metadata) {
                     Ok(()) => break,
-                    Err(Refused::Metadata) => abilities.metadata = false,
+                    Err(Refused::Metadata) => caps.metadata = false,
                     Err(Refused::Bind(error))
-                        if abilities.zero_copy && mode == Mode::Auto && !is_final(&error) =>
+                        if caps.zero_copy && mode == Mode::Auto && !is_final(&error) =>
                     {
                         debug!("af_xdp {name}: no zero copy: {error}");
-                        abilities.zero_copy = false;
+                        caps.zero_copy = false;
                     }
                     Err(Refused::Bind(error) | Refused::Socket(error)) => {
                         return Err(refused(name, binding, &error));
@@ -68,76 +69,87 @@ impl DeviceCaps {
             "af_xdp {name}: queues {}-{}, {} mode{}, checksums by {}",
             queues.start,
             queues.end - 1,
-            if abilities.zero_copy { "zero-copy" } else { "copy" },
+            if caps.zero_copy { "zero-copy" } else { "copy" },
             match mode {
                 Mode::Auto if generic => ", since the XDP program does not run in the driver",
-                Mode::Auto if !abilities.zero_copy => ", since the driver has no zero copy",
+                Mode::Auto if !caps.zero_copy => ", since the driver has no zero copy",
                 _ => "",
             },
-            if abilities.metadata && !abilities.zero_copy { "the kernel" } else { "the daemon" },
+            if caps.metadata && !caps.zero_copy { "the kernel" } else { "the daemon" },
         );
-        // Drivers need not look at metadata, as virtio_net does not.
-        abilities.metadata &= !abilities.zero_copy;
-        Ok(abilities)
+        // In zero-copy mode a driver may ignore metadata, as virtio_net does.
+        caps.metadata &= !caps.zero_copy;
+        Ok(caps)
     }
 
-    /// How to bind to a queue of the device of that index.
+    /// Returns the binding to a queue of the device with index `device`.
     pub(super) fn binding(&self, device: u32, queue: u32) -> Binding {
         Binding { device, queue, zero_copy: self.zero_copy, multi_buffer: false }
     }
 }
 
-/// What a refusal to bind means, and what to do about it.
+/// Returns the message for a failed bind, with the fix.
 pub(super) fn refused(name: &str, to: Binding, error: &io::Error) -> OpenError {
     let Binding { queue, zero_copy, .. } = to;
     let hint = match error.raw_os_error() {
         Some(libc::EBUSY) => {
-            "; another AF_XDP socket has that queue: choose another with queue=N, or stop whoever \
-             uses it"
+            "; another AF_XDP socket uses that queue: choose another queue with queue=N, or stop the \
+             process that has the socket"
         }
         Some(libc::EINVAL | libc::EOPNOTSUPP) if zero_copy => {
-            "; the driver has no zero copy, or not as the device is set up: use mode=auto or \
+            "; the driver has no zero copy, or not with the device's settings: use mode=auto or \
              mode=copy"
         }
-        Some(libc::EINVAL) => "; has it that many queues? 'ethtool -l' tells",
+        Some(libc::EINVAL) => "; check the number of queues with 'ethtool -l'",
         Some(libc::EPERM) => "; run with CAP_NET_RAW",
         Some(libc::EAFNOSUPPORT) => "; the kernel has no AF_XDP (CONFIG_XDP_SOCKETS)",
         _ => "",
     };
     let mode = if zero_copy { "zero-copy" } else { "copy" };
     OpenError(format!(
-        "bind an AF_XDP socket to queue {queue} of {name} in {mode} mode: {error}{hint}"
+        "cannot bind an AF_XDP socket to queue {queue} of {name} in {mode} mode: {error}{hint}"
     ))
 }
 
-/// Waits until the device has let go of a queue whose zero-copy socket was closed: it writes into
-/// its buffers until then. That is when the queue can be bound again.
+/// Waits until the device has released a queue whose zero-copy socket was closed, at most [`BUSY_LIMIT`].
+///
+/// Closing only schedules the release (`xp_put_pool` in net/xdp/xsk_buff_pool.c). Until the release, the
+/// device writes received frames into its buffers, which are guest memory. `xp_clear_dev` first stops the
+/// device's use of the UMEM, then frees the queue. So the device has stopped once another socket can be
+/// bound. If the queue stays busy, the device may still write, or another process may have bound the queue
+/// after the release.
 pub(super) fn wait_for_device(name: &str, binding: Binding) {
     let started = Instant::now();
     if let Err(Refused::Bind(error)) = try_bind(Binding { zero_copy: false, ..binding }, false)
         && error.raw_os_error() == Some(libc::EBUSY)
     {
-        warn!("af_xdp {name}: queue {} stays busy", binding.queue);
+        warn!(
+            "af_xdp {name}: queue {} stays busy after its socket was closed; the device may still write \
+             frames into guest memory: stop it with 'ip link set {name} down'",
+            binding.queue
+        );
         return;
     }
-    debug!("af_xdp {name}: the device let go after {:?}", started.elapsed());
+    debug!("af_xdp {name}: the device released its queue after {:?}", started.elapsed());
 }
 
-/// An error that has nothing to do with zero copy.
+/// Returns true if binding fails with this error in copy mode too.
 fn is_final(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENODEV | libc::ENETDOWN | libc::EPERM))
 }
 
-/// Where an attempt to bind ended.
+/// Step at which an attempt to bind failed.
 enum Refused {
-    /// The kernel knows no metadata of frames to be sent.
+    /// The kernel does not support metadata of frames to be sent (before Linux 6.8).
     Metadata,
+    /// Creating the socket failed.
     Socket(io::Error),
+    /// bind(2) failed.
     Bind(io::Error),
 }
 
-/// Binds a socket that nobody uses, and closes it. A queue that is busy may be so with a socket
-/// that was closed a moment ago, also by a process that has ended.
+/// Binds a socket with a UMEM of its own, and closes it. Tries a busy queue again for [`BUSY_LIMIT`]: the
+/// queue stays busy for some 30 ms after its last socket was closed, also by a process that has ended.
 fn try_bind(binding: Binding, metadata: bool) -> Result<(), Refused> {
     const SIZES: RingSizes = RingSizes { rx: 64, tx: 64 };
     const BUFFERS: u32 = 64;

@@ -1,7 +1,7 @@
-//! A network device as the queue pairs of a port share it: one XDP program, one UMEM for all sockets of a
+//! A network device, shared by the queue pairs of a port: one XDP program, and one UMEM for all sockets of a
 //! memory table.
 //!
-//! Invariant: wherever the program is attached, it does with frames for our queues what was wanted last.
+//! Invariant: the attached program treats frames for our queues by the last [`QueueConfig`], on any device.
 
 mod queue_config;
 mod sockets;
@@ -34,20 +34,21 @@ use queue_config::QueueConfig;
 use sockets::Registered;
 pub(super) use sockets::{Failure, OpenSocket};
 
-/// What a frame has on top of its MTU at the most: an Ethernet header and a VLAN tag, as Linux
-/// forwards frames (`is_skb_forwardable`).
+/// Bytes by which a frame may exceed the MTU: an Ethernet header and one VLAN tag, as Linux forwards frames
+/// (`is_skb_forwardable`).
 pub(super) const OVERHEAD: usize = ETHERNET_LENGTH + VLAN_TAG_LENGTH;
 
+/// State that the queue pairs' workers and the control thread share.
 #[derive(Debug, Default)]
 struct Shared {
-    wanted: QueueConfig,
+    queue_config: QueueConfig,
     attachment: Option<Arc<Attachment>>,
     steering: Option<Steering>,
-    /// What becomes of VLAN tags of frames to the guest, when that was looked up last.
+    /// State of VLAN tags in frames to the guest, at the last check.
     tags: Tags,
-    /// Index of the other end of a veth, which the tags depend on.
+    /// Index of a veth's other end, which `tags` depends on.
     peer: Option<u32>,
-    abilities: DeviceCaps,
+    caps: DeviceCaps,
     registered: Option<Registered>,
 }
 
@@ -55,23 +56,25 @@ struct Shared {
 #[derive(Debug)]
 pub struct Interface {
     options: AfXdp,
+    /// Number of queue pairs.
     pairs: u16,
+    /// SO_BUSY_POLL of the sockets; 0 disables it.
     busy_poll: Duration,
-    /// The address whose frames are to be brought to the queue.
-    steer_for: Option<MacAddress>,
+    /// MAC address whose frames a flow rule steers to the queue.
+    steered_address: Option<MacAddress>,
     shared: Mutex<Shared>,
-    /// Whether there is a filter.
-    filters: AtomicBool,
-    /// Index of the device that it is attached to; 0 for none.
+    /// The queues have a filter: a copy that workers read without the lock.
+    has_filter: AtomicBool,
+    /// Index of the device that the program is attached to; 0 for none.
     device: Arc<AtomicU32>,
     mtu: MtuComparison,
 }
 
 impl Interface {
-    /// Attaches the program and tries each queue.
+    /// Attaches the program, and tries each queue by binding a socket to it.
     ///
     /// # Errors
-    /// There is no such device or queue, it is in use, or can't do what was asked for.
+    /// The device or a queue does not exist, a queue is in use, or the device lacks a required capability.
     pub fn start(
         options: &AfXdp,
         pairs: u16,
@@ -85,65 +88,58 @@ impl Interface {
             options: options.clone(),
             pairs,
             busy_poll,
-            steer_for: mac.filter(|_| options.steer),
+            steered_address: mac.filter(|_| options.steer),
             shared: Mutex::default(),
-            filters: AtomicBool::new(!filter.is_none()),
+            has_filter: AtomicBool::new(!filter.is_none()),
             device: Arc::default(),
             mtu: MtuComparison::default(),
         });
         let link = interface.find()?;
         if !link.is_up {
-            warn!("af_xdp {name}: is down; set it up with 'ip link set {name} up'");
+            warn!("af_xdp {name}: device is down; set it up with 'ip link set {name} up'");
         }
         interface.layout(&link, mtu, HEADER_LENGTH, false)?;
         if link.is_veth {
-            let peer = link.veth_peer.and_then(|peer| link::at(peer).ok());
-            if peer.as_ref().is_none_or(|peer| tags::leaves_checksums(peer).unwrap_or(true)) {
-                let peer = peer.map_or("NAME".into(), |peer| peer.name);
-                warn!(
-                    "af_xdp {name}: the other end of a veth must send whole frames, with their \
-                     checksums: 'ethtool -K {peer} tx off'"
-                );
-            }
+            warn_of_partial_checksums(name, &link);
         }
         if pairs > 1 {
             info!(
-                "af_xdp {name}: serves {pairs} queue pairs; frames on the queues of pairs that the \
-                 guest does not use are lost to it"
+                "af_xdp {name}: serves queue_pairs={pairs}; frames on queues of pairs that the guest \
+                 does not use go to the host"
             );
         }
         let mut shared = interface.lock();
-        shared.wanted.filter = filter.clone();
-        shared.attachment = Some(interface.attach(&link, &shared.wanted)?);
-        interface.look_for_tags(&link, &mut shared);
-        shared.abilities = interface.find_abilities(&link)?;
+        shared.queue_config.filter = filter.clone();
+        shared.attachment = Some(interface.attach(&link, &shared.queue_config)?);
+        interface.check_tags(&link, &mut shared);
+        shared.caps = interface.find_caps(&link)?;
         shared.steering = interface.steer(&link)?;
-        if shared.abilities.generic {
+        if shared.caps.generic {
             for joining in Joining::below(&link, &link::all().unwrap_or_default()) {
-                warn!("af_xdp {name}: joined frames are lost; {joining}");
+                warn!("af_xdp {name}: merged frames are lost; {joining}");
             }
         }
         drop(shared);
         (0..pairs)
             .map(|pair| {
                 let watch = Watch::new()
-                    .map_err(|error| OpenError(format!("watch network devices: {error}")))?;
+                    .map_err(|error| OpenError(format!("cannot watch network devices: {error}")))?;
                 Ok(XdpQueue { interface: interface.clone(), pair, watch, reported: false })
             })
             .collect()
     }
 
-    /// The device's name.
+    /// Returns the name that the operator gave, which the device may have lost since.
     pub(super) fn name(&self) -> &str {
         &self.options.name
     }
 
-    /// Index of the device, as it is known at any time; 0 for none.
+    /// Returns the index of the device, which follows a replaced device; 0 for none.
     pub fn device(&self) -> &Arc<AtomicU32> {
         &self.device
     }
 
-    /// A socket for frames beside those of the queues.
+    /// Opens a packet socket on the device, for frames beside those of the queues.
     pub(super) fn packet_socket(&self) -> io::Result<OwnedFd> {
         let device = self.find().map_err(|error| io::Error::other(error.to_string()))?;
         socket::packet_socket(device.index)
@@ -153,12 +149,14 @@ impl Interface {
         self.shared.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
+    /// Returns the device queue of a queue pair.
     fn queue(&self, pair: u16) -> u32 {
         u32::from(self.options.queue) + u32::from(pair)
     }
 
+    /// Looks up the device: by index while that device exists, else by name.
     fn find(&self) -> Result<Link, OpenError> {
-        // Whatever it is called by now: another device may have its name.
+        // The index first: the device may have been renamed, and another one may have its name.
         if let Ok(link) = link::at(self.device.load(Ordering::Relaxed)) {
             return Ok(link);
         }
@@ -168,10 +166,11 @@ impl Interface {
                 "there is no network device {name}; 'ip link add {name} type veth peer name …' \
                  makes one"
             )),
-            _ => OpenError(format!("look up network device {name}: {error}")),
+            _ => OpenError(format!("cannot look up network device {name}: {error}")),
         })
     }
 
+    /// Returns the frame layout for the larger of the device's MTU and the port's.
     fn layout(
         &self,
         link: &Link,
@@ -184,27 +183,27 @@ impl Interface {
             let name = self.name();
             OpenError(if u32::from(mtu) > link.mtu {
                 format!(
-                    "cannot carry the card's MTU of {mtu} on {name}: AF_XDP takes an MTU up to \
+                    "cannot carry the port's MTU of {mtu} on {name}: AF_XDP supports an MTU up to \
                      {MAX_MTU} bytes; lower --mtu and the VMM's host_mtu="
                 )
             } else {
                 format!(
-                    "{name} has an MTU of {}: AF_XDP takes an MTU up to {MAX_MTU} bytes; lower that \
-                     of the device",
+                    "{name} has an MTU of {}: AF_XDP supports an MTU up to {MAX_MTU} bytes; lower \
+                     the device's MTU",
                     link.mtu
                 )
             })
         })
     }
 
-    /// Brings the guest's frames to the queue, if that was asked for.
+    /// Inserts the flow rule for the guest's frames, if the options ask for it.
     fn steer(&self, link: &Link) -> Result<Option<Steering>, OpenError> {
         let steer = |address| Steering::new(&link.name, link.index, address, self.queue(0));
-        self.steer_for.map(steer).transpose()
+        self.steered_address.map(steer).transpose()
     }
 
-    /// Looks what becomes of VLAN tags of frames to the guest, and says so where they are lost.
-    fn look_for_tags(&self, link: &Link, shared: &mut Shared) {
+    /// Checks if frames to the guest keep their VLAN tags, and logs a warning when they start to lose them.
+    fn check_tags(&self, link: &Link, shared: &mut Shared) {
         let restored = shared.attachment.as_ref().is_some_and(|it| it.restores_tags);
         let tags = if restored { Tags::Kept } else { Tags::of(link) };
         if tags != shared.tags
@@ -216,21 +215,33 @@ impl Interface {
         shared.peer = link.veth_peer;
     }
 
-    /// Looks for the tags again if its device or the other end of a veth is among the devices that have
-    /// changed; `None` stands for any.
-    pub(super) fn look_for_tags_again(&self, changed: Option<&BTreeSet<u32>>) {
+    /// Checks the tags again if the device, or a veth's other end, is among the `changed` devices. `None`
+    /// means that any device may have changed.
+    pub(super) fn recheck_tags(&self, changed: Option<&BTreeSet<u32>>) {
         let mut shared = self.lock();
         let devices = [Some(self.device.load(Ordering::Relaxed)), shared.peer];
         let is_among = |all: &BTreeSet<u32>| devices.iter().flatten().any(|it| all.contains(it));
         if changed.is_none_or(is_among)
             && let Ok(link) = self.find()
         {
-            self.look_for_tags(&link, &mut shared);
+            self.check_tags(&link, &mut shared);
         }
     }
 
-    fn find_abilities(&self, link: &Link) -> Result<DeviceCaps, OpenError> {
+    fn find_caps(&self, link: &Link) -> Result<DeviceCaps, OpenError> {
         let queues = self.queue(0)..self.queue(self.pairs);
         DeviceCaps::find(self.name(), link.index, queues, self.options.mode)
+    }
+}
+
+/// Logs a warning unless a veth's other end is known to complete checksums.
+fn warn_of_partial_checksums(name: &str, veth: &Link) {
+    let peer = veth.veth_peer.and_then(|peer| link::at(peer).ok());
+    if peer.as_ref().is_none_or(|peer| tags::leaves_checksums(peer).unwrap_or(true)) {
+        let peer = peer.map_or("NAME".into(), |peer| peer.name);
+        warn!(
+            "af_xdp {name}: the veth's other end may send partial checksums and GSO frames; TCP and UDP \
+             to the guest then fail: run 'ethtool -K {peer} tx off'"
+        );
     }
 }

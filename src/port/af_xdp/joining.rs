@@ -1,28 +1,28 @@
-//! Devices that join received frames (GRO, LRO) below one whose XDP program runs in the kernel's generic
-//! code. The kernel stops joining on the device of the program only (`netif_elide_gro` in
-//! net/core/gro.c); joined frames are longer than the guest's buffers.
+//! Lower devices that merge received frames (GRO, LRO), below a device whose XDP program runs in the kernel's
+//! generic code. The kernel disables GRO only on the program's own device (`netif_elide_gro` in
+//! net/core/gro.c). Merged frames are longer than the guest's buffers.
 
 use std::fmt;
 
 use crate::sys::ethtool::Ethtool;
 use crate::sys::link::Link;
 
-/// How many devices may lie below each other.
+/// Most layers of lower devices that are searched.
 const DEEPEST: usize = 8;
-/// Offloads that join frames, as the kernel names them, and as ethtool does.
+/// Offloads that merge frames: the kernel's name, and ethtool's.
 const JOIN: [(&str, &str); 3] = [("rx-gro", "gro"), ("rx-lro", "lro"), ("rx-gro-hw", "rx-gro-hw")];
 
-/// A device that joins frames.
+/// A device that merges received frames.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Joining {
-    /// Its name.
+    /// Name of the device.
     pub device: String,
-    /// What ethtool is to be told for it to leave that.
+    /// Arguments of `ethtool -K` that stop it.
     pub offloads: String,
 }
 
 impl Joining {
-    /// Those of `links` that frames have come through before they reach `link`.
+    /// Finds the merging devices among those of `links` that frames pass before they reach `link`.
     pub fn below(link: &Link, links: &[Link]) -> Vec<Self> {
         let Ok(ethtool) = Ethtool::open() else { return Vec::new() };
         let joining = |link: &Link| {
@@ -39,11 +39,12 @@ impl Joining {
 impl fmt::Display for Joining {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Joining { device, offloads } = self;
-        write!(f, "{device} joins received frames; run 'ethtool -K {device} {offloads}'")
+        write!(f, "{device} merges received frames; run 'ethtool -K {device} {offloads}'")
     }
 }
 
-/// All devices below one: a macvlan's or VLAN's, a bridge's or bond's, and those below them.
+/// Returns all lower devices of `link`: those of a macvlan or VLAN, the ports of a bridge or bond, and the
+/// lower devices of each.
 fn lower<'a>(link: &'a Link, links: &'a [Link]) -> Vec<&'a Link> {
     let (mut found, mut above) = (Vec::new(), vec![link]);
     for _ in 0..DEEPEST {
@@ -66,7 +67,7 @@ mod tests {
     #[test]
     fn lower_devices_are_found_through_all_layers() {
         let link = |index, lower, master| Link { index, lower, master, ..Link::default() };
-        // A macvlan on a bridge of a VLAN and a veth; the VLAN on a bond of two cards.
+        // A macvlan on a bridge of a VLAN and a veth; the VLAN on a bond of two NICs.
         let macvlan = link(1, Some(2), None);
         let links = [
             macvlan.clone(),

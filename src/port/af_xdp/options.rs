@@ -1,4 +1,4 @@
-//! What an operator chooses about AF_XDP sockets. The configuration reads it, and writes it as text.
+//! An operator's options for AF_XDP sockets. `config` converts them from and to text.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,36 +6,36 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct AfXdp {
-    /// The device's name.
+    /// Name of the network device.
     pub name: String,
-    /// Queue of the first queue pair; the others follow it.
+    /// Device queue of the first queue pair. Further queue pairs use the following queues.
     pub queue: u16,
-    /// Who moves frames between the device and the guest's memory.
+    /// Copy or zero-copy mode.
     pub mode: Mode,
-    /// Where the XDP program runs.
+    /// Hook of the XDP program.
     pub attach: Attach,
-    /// Whether the card is to bring frames for the guest's address to the queue.
+    /// Insert a flow rule with which the NIC steers frames for the guest's MAC address to the queue.
     pub steer: bool,
 }
 
-/// Who moves frames between the device and the guest's memory.
+/// The mover of frames between the device and guest memory: the kernel, or the device itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Mode {
-    /// The device if its driver can, else the kernel.
+    /// Zero copy if the driver supports it, else copy mode.
     Auto,
-    /// The kernel, by copying.
+    /// The kernel copies each frame.
     Copy,
-    /// The device.
+    /// The device reads and writes guest memory.
     ZeroCopy,
 }
 
-/// Where the XDP program runs.
+/// Hook at which the XDP program runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Attach {
-    /// In the driver if it can, else in the kernel's generic code.
+    /// The driver if it supports XDP, else the kernel's generic code.
     Auto,
-    /// In the driver.
+    /// The driver.
     Native,
-    /// In the kernel's generic code.
+    /// The kernel's generic code.
     Generic,
 }

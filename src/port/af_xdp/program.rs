@@ -1,17 +1,17 @@
-//! The XDP program: it redirects the frames of each queue that has a socket, and passes all others to
-//! the host, and counts these. Where the kernel copies frames to the guest, it puts the virtio header
-//! before them: the daemon then does not touch the buffer, whose cache lines come from the sender's
-//! processor and go to the guest's.
+//! The XDP program. It redirects frames of each queue that has a socket, and passes and counts all others.
 //!
-//! A device takes one program, so all daemons with ports on one device share it: the first loads
-//! and attaches it, those that follow find it there and hold on to its link. The kernel detaches
-//! it when the last of them has ended, however it ended.
+//! In copy mode the program also writes the virtio-net header before each frame. The daemon then does not
+//! access the buffer, whose cache lines move from the sender's CPU to the guest's.
 //!
-//! Frames of a queue whose port has a filter, or counts who sends them, are seen to by a program of
-//! that queue's (`code`), which the daemon that has the queue loads and puts into a map.
+//! A device runs one program, so all daemons with ports on a device share it. The first daemon loads and
+//! attaches the program; later ones open its link. The kernel detaches the program after the last of these
+//! daemons has ended, even by a crash.
 //!
-//! It is assembled here, some sixty instructions: the loaders of the field (aya, libbpf) take an
-//! ELF object, and making one takes clang or a nightly compiler.
+//! If a port has a filter or counts peers, its queues have a program of their own, the queue program
+//! (`code`). The port's daemon loads it and puts it into a map.
+//!
+//! The daemon assembles the programs, some sixty instructions each: aya and libbpf take ELF objects, which
+//! take clang or a nightly compiler to make.
 
 mod code;
 
@@ -29,43 +29,43 @@ use crate::policy::Filter;
 use crate::policy::filter::SEEN;
 use crate::sys::bpf::{
     Counters, FoundMap, Hook, Link, Map, Numbers, Program, ProgramInfo, Programs, Recent, Sockets,
-    btf, possible_processors,
+    btf, possible_cpus,
 };
 use crate::sys::{ethtool, link};
 use crate::traffic::MAX_ROWS;
 
-/// The program's name, by which another daemon knows it.
+/// Name of the device's program, by which other daemons recognise it.
 pub const NAME: &str = "vhost_user_net";
-/// That of a queue's own program.
-const OWN_NAME: &str = "vun_queue";
+/// Name of a queue program.
+const QUEUE_PROGRAM_NAME: &str = "vun_queue";
 const SOCKETS: &str = "vun_sockets";
 const COUNTERS: &str = "vun_counters";
 const QUEUE_SETTINGS: &str = "vun_queues";
 const PROGRAMS: &str = "vun_programs";
 const PEERS: &str = "vun_peers";
-/// Of a queue's settings: length in bytes of the virtio header before each frame.
+/// Mask of a queue's settings: length in bytes of the virtio-net header before each frame.
 const HEADER_LENGTH: u32 = 0xffff;
-/// Frames are seen to by a program of the queue's own.
-const OWN_PROGRAM: u32 = 1 << 16;
-/// Of the first queue's settings: the device's program puts VLAN tags back into frames.
+/// Bit of a queue's settings: the queue has a queue program.
+const HAS_QUEUE_PROGRAM: u32 = 1 << 16;
+/// Bit of the first queue's settings: the device's program restores VLAN tags.
 const RESTORES_TAGS: u32 = 1 << 17;
-/// Numbers that are counted for a queue.
+/// Counters of a queue.
 const COUNTED: usize = 4;
-/// Queues of a device at the most that can have a socket.
+/// Number of queues of a device that can have a socket: the first ones.
 const QUEUES: u32 = 1024;
-/// Attempts to attach, or to find who was faster.
+/// Most attempts to attach the program, or to join another daemon's.
 const ATTEMPTS: usize = 5;
 
-/// What the program has counted on one queue, on behalf of all that used it.
+/// The program's counters of one queue, since the program was attached, on behalf of all daemons.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct QueueCounters {
-    /// Frames passed to the host, since the queue had no socket.
+    /// Frames passed to the host, because the queue had no socket.
     pub passed: u64,
-    /// Bytes of those.
+    /// Bytes of the passed frames.
     pub passed_bytes: u64,
     /// Frames that the filter of the queue's port denied.
     pub filtered: u64,
-    /// Bytes of those.
+    /// Bytes of the denied frames.
     pub filtered_bytes: u64,
 }
 
@@ -80,29 +80,29 @@ impl fmt::Display for QueueCounters {
     }
 }
 
-/// The program, attached to a device for as long as somebody holds it.
+/// The device's program, attached while any daemon has the link open.
 #[derive(Debug)]
 pub struct Attachment {
     link: Link,
     maps: Maps,
     device: u32,
-    /// Whether it puts VLAN tags back that the kernel, or the driver, keeps beside frames.
+    /// The program restores VLAN tags that the kernel or the driver keeps beside frames.
     pub restores_tags: bool,
 }
 
-/// What a port wants done with frames for its queues.
+/// Content of a port's queue program.
 #[derive(Debug, Clone, Copy)]
 pub struct QueueProgram<'a> {
-    /// What they are judged by.
+    /// Filter that each frame must pass.
     pub filter: &'a Filter,
-    /// Where those that pass are counted by who sends them.
+    /// Map in which the program counts passing frames by sender.
     pub peers: Option<&'a Peers>,
 }
 
-/// Frames and bytes by what the filter has seen of a frame: protocol and sender.
+/// Numbers of frames and bytes by protocol and sender, as the filter has parsed them.
 pub type Peers = Map<Recent<SEEN>>;
 
-/// A map for [`QueueProgram::peers`].
+/// Creates a map for [`QueueProgram::peers`].
 ///
 /// # Errors
 /// EPERM without CAP_BPF.
@@ -110,14 +110,14 @@ pub fn peers() -> io::Result<Peers> {
     Map::new(PEERS, MAX_ROWS as u32)
 }
 
-/// What the program and those who use it share, by queue.
+/// Maps that the device's program and the daemons share, indexed by queue.
 #[derive(Debug)]
 struct Maps {
     sockets: Map<Sockets>,
     counters: Map<Counters<COUNTED>>,
-    /// What is done with a frame: [`HEADER_LENGTH`], [`OWN_PROGRAM`].
+    /// Settings: [`HEADER_LENGTH`], [`HAS_QUEUE_PROGRAM`], [`RESTORES_TAGS`].
     queues: Map<Numbers>,
-    /// The queues' own programs.
+    /// Queue programs.
     programs: Map<Programs>,
 }
 
@@ -131,7 +131,7 @@ impl Maps {
         })
     }
 
-    /// Those of a program that is loaded; nothing if it has others.
+    /// Opens the maps of a loaded program. Returns `None` if a map is missing or of another size.
     fn of(info: &ProgramInfo) -> io::Result<Option<Self>> {
         let maps =
             info.maps.iter().map(|id| FoundMap::by_id(*id)).collect::<io::Result<Vec<_>>>()?;
@@ -149,11 +149,11 @@ impl Maps {
 }
 
 impl Attachment {
-    /// Attaches the program to the device `name`, or joins those who did: without rights of ours if
-    /// that was this process.
+    /// Attaches the program to the device `name`, or joins the attached one. If this process has attached it,
+    /// joining takes no capabilities.
     ///
     /// # Errors
-    /// The device has a foreign program, its driver can't run one, or we may not attach one.
+    /// The device has a foreign program, its driver cannot run one, or a capability is missing.
     pub fn new(name: &str, device: u32, attach: Attach) -> Result<Arc<Self>, OpenError> {
         static HELD: Mutex<Vec<Weak<Attachment>>> = Mutex::new(Vec::new());
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
@@ -172,7 +172,7 @@ impl Attachment {
             if let Some(program) = link::at(device).map_err(|e| failed(name, &e))?.program {
                 match Self::join(device, program) {
                     Ok(attachment) => return Ok(attachment),
-                    // It was detached meanwhile.
+                    // The program was detached in between.
                     Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
                     Err(error) => return Err(foreign(name, program, &error)),
                 }
@@ -184,7 +184,8 @@ impl Attachment {
             }
         }
         Err(OpenError(format!(
-            "attach an XDP program to {name}: others attach and detach theirs all the time"
+            "cannot attach an XDP program to {name}: another process keeps attaching and detaching its own; \
+             stop that process"
         )))
     }
 
@@ -225,10 +226,10 @@ impl Attachment {
         Err(last.expect("there is a hook to try"))
     }
 
-    /// Holds on to the program that is attached already, if it is one of ours.
+    /// Opens the link of the attached program, if another of our daemons has loaded it.
     ///
     /// # Errors
-    /// ENOENT if it has gone; `InvalidInput`, with its name, if it is foreign.
+    /// ENOENT if the program is gone; `InvalidInput`, with its name, if it is foreign.
     fn join(device: u32, id: u32) -> io::Result<Self> {
         let info = Program::by_id(id)?.info()?;
         let foreign = || io::Error::new(io::ErrorKind::InvalidInput, info.name.clone());
@@ -241,49 +242,52 @@ impl Attachment {
         Ok(Attachment { link, maps, device, restores_tags })
     }
 
-    /// Whether it is still attached to the device of that index.
+    /// Returns true if the program is still attached to the device with index `device`.
     pub fn is_on(&self, device: u32) -> bool {
         let attached = self.link.info().ok().flatten().map(|info| info.device);
         self.device == device && attached == Some(device)
     }
 
-    /// Has frames of a queue redirected to the socket, with a virtio header of so many bytes
-    /// before each (10 or 12; 0: none).
+    /// Redirects frames of a queue to the socket, with a virtio-net header of `header` bytes before each
+    /// frame: 10 or 12, or 0 for none.
     pub fn redirect(&self, queue: u32, socket: &OwnedFd, header: u32) -> io::Result<()> {
         let settings = self.maps.queues.number(queue)? & !HEADER_LENGTH;
         self.maps.queues.set_number(queue, settings | header)?;
         self.maps.sockets.set_socket(queue, socket)
     }
 
-    /// Has frames of a queue passed to the host again.
+    /// Removes a queue's socket: the program passes the queue's frames to the host again.
     pub fn pass(&self, queue: u32) -> io::Result<()> {
         self.maps.sockets.remove(queue)
     }
 
-    /// Has frames for the sockets of these queues judged, and counted, so from now on.
+    /// Loads a queue program and sets it for these queues. Without filter and peers it removes theirs.
     ///
     /// # Errors
-    /// Those of loading a program; frames are judged as before then.
+    /// Those of loading a program; the old program then stays in force.
     pub fn load_queue_program(
         &self,
         mut queues: Range<u32>,
-        own: &QueueProgram<'_>,
+        queue_program: &QueueProgram<'_>,
     ) -> io::Result<()> {
         let Maps { queues: settings, programs, .. } = &self.maps;
-        if own.filter.is_none() && own.peers.is_none() {
-            // A program that was there stays, for frames that are just on their way to it.
+        if queue_program.filter.is_none() && queue_program.peers.is_none() {
+            // The old program stays in the map, for frames that are between the two programs.
             return queues.try_for_each(|queue| {
-                settings.set_number(queue, settings.number(queue)? & !OWN_PROGRAM)
+                settings.set_number(queue, settings.number(queue)? & !HAS_QUEUE_PROGRAM)
             });
         }
-        let program = Program::load(OWN_NAME, &code::assemble(&self.maps, Some(own), None))?;
+        let program = Program::load(
+            QUEUE_PROGRAM_NAME,
+            &code::assemble(&self.maps, Some(queue_program), None),
+        )?;
         queues.try_for_each(|queue| {
             programs.set_program(queue, &program)?;
-            settings.set_number(queue, settings.number(queue)? | OWN_PROGRAM)
+            settings.set_number(queue, settings.number(queue)? | HAS_QUEUE_PROGRAM)
         })
     }
 
-    /// What the program has counted on a queue.
+    /// Reads the counters of a queue.
     pub fn counters(&self, queue: u32) -> io::Result<QueueCounters> {
         let [passed, passed_bytes, filtered, filtered_bytes] =
             self.maps.counters.counters(queue)?;
@@ -291,29 +295,28 @@ impl Attachment {
     }
 }
 
-/// Reads what a port's start reads of files, while they may still be opened; it is read once.
+/// Reads and keeps the files that a port's start needs, before the sandbox forbids opening them.
 pub fn read_kernel_files() {
-    // What cannot be read now is missed by whoever needs it.
-    let _ = possible_processors();
+    // An error now is an error again at the port's start.
+    let _ = possible_cpus();
     tag_function();
 }
 
-/// The kernel's function that tells an XDP program of a frame's VLAN tag (Linux 6.8).
+/// Returns the number of the kernel's function that gives a frame's VLAN tag to an XDP program (Linux 6.8).
 fn tag_function() -> Option<i32> {
     static NUMBER: OnceLock<Option<i32>> = OnceLock::new();
     *NUMBER.get_or_init(|| btf::function("bpf_xdp_metadata_rx_vlan_tag"))
 }
 
-/// The device's program with VLAN tags put back; nothing where the driver does not tell of them, or
-/// the kernel does not load it.
+/// Loads the device's program with VLAN tag restoration. Returns `None` if the driver does not report tags,
+/// or the kernel refuses the program.
 fn load_restoring(maps: &Maps, device: u32) -> Option<Program> {
     let function = tag_function().filter(|_| ethtool::tells_vlan_tags(device).unwrap_or(false))?;
     let program = Program::load_for(NAME, &code::assemble(maps, None, Some(function)), device);
-    program.inspect_err(|error| debug!("VLAN tags are not put back: {error}")).ok()
+    program.inspect_err(|error| debug!("VLAN tags are not restored: {error}")).ok()
 }
 
-/// Whether VLAN tags that are beside frames can be put back on a device, where the program runs in
-/// its driver.
+/// Returns true if a program in the device's driver can restore VLAN tags that are beside frames.
 ///
 /// # Errors
 /// EPERM without CAP_BPF and CAP_NET_ADMIN.
@@ -330,30 +333,32 @@ impl fmt::Display for Hook {
     }
 }
 
+/// Returns the message for an attached program that could not be joined.
 fn foreign(name: &str, id: u32, error: &io::Error) -> OpenError {
     OpenError(match error.kind() {
         io::ErrorKind::InvalidInput => format!(
-            "{name} has another XDP program, '{error}' (id {id}): stop whoever uses it, or detach \
-             it with 'ip link set dev {name} xdp off' or 'bpftool net detach xdp dev {name}'"
+            "{name} has another XDP program, '{error}' (id {id}): stop the process that uses it, or \
+             detach it with 'ip link set dev {name} xdp off' or 'bpftool net detach xdp dev {name}'"
         ),
         io::ErrorKind::PermissionDenied => format!(
-            "{name} has an XDP program (id {id}), and to share it with another daemon takes \
-             CAP_SYS_ADMIN"
+            "cannot share the XDP program (id {id}) of {name} with another daemon: it takes \
+             CAP_SYS_ADMIN; run with that capability, or run one daemon for each device"
         ),
-        _ => format!("share the XDP program (id {id}) of {name}: {error}"),
+        _ => format!("cannot share the XDP program (id {id}) of {name}: {error}; try again"),
     })
 }
 
+/// Returns the message for a program that could not be attached, with the fix.
 fn failed(name: &str, error: &io::Error) -> OpenError {
     let hint = match error.raw_os_error() {
         Some(libc::EPERM) => "; run with CAP_NET_ADMIN and CAP_BPF",
-        Some(libc::EOPNOTSUPP) => "; its driver has no XDP: use attach=generic",
+        Some(libc::EOPNOTSUPP) => "; the driver has no XDP: use attach=generic",
         Some(libc::EINVAL | libc::ERANGE) => {
             "; see the kernel's log: drivers refuse XDP with a large MTU, with offloads such as \
-             LRO, or with too few queues. attach=generic works with all"
+             LRO, or with too few queues; attach=generic works with every driver"
         }
-        Some(libc::ENODEV) => "; there is no such device",
+        Some(libc::ENODEV) => "; the device does not exist",
         _ => "",
     };
-    OpenError(format!("attach an XDP program to {name}: {error}{hint}"))
+    OpenError(format!("cannot attach an XDP program to {name}: {error}{hint}"))
 }

@@ -1,8 +1,8 @@
-//! Segmentation: a guest's frame larger than the MTU becomes frames of the MTU.
+//! Segmentation of a guest's GSO frames.
 //!
-//! What the kernel does for frames from a TAP (`tcp_gso_segment`, `__udp_gso_segment`), for a
-//! socket that sends frames as they are. The headers are those that were checked; each segment's
-//! checksum is left open, as the guest left that of the whole.
+//! The kernel segments frames from a TAP (`tcp_gso_segment`, `__udp_gso_segment`). An AF_XDP socket sends
+//! frames as they are, so the daemon segments. Each segment gets the checked headers, and a partial checksum
+//! like the GSO frame's.
 
 use super::checksum;
 use crate::frame::{Headers, Ipv6, protocol};
@@ -12,26 +12,28 @@ const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
 const TCP_CWR: u8 = 0x80;
 
-/// How a frame is to be cut.
+/// Plan for the segmentation of one GSO frame.
 #[derive(Debug, Clone, Copy)]
 pub struct Segmentation {
+    /// Offset of the IP header in bytes.
     network: usize,
+    /// Offset of the TCP or UDP header in bytes.
     transport: usize,
     /// Bytes before the payload.
     headers: usize,
-    /// Where in the transport header its checksum is.
+    /// Offset of the checksum in the transport header in bytes.
     checksum: usize,
     ipv4: bool,
     tcp: bool,
-    /// Payload bytes of each segment but the last.
+    /// Payload bytes of each segment but the last (`gso_size`).
     size: usize,
-    /// Payload bytes of all.
+    /// Payload bytes of the GSO frame.
     payload: usize,
 }
 
 impl Segmentation {
-    /// How to cut a frame of `length` bytes that was admitted with this header, and whose headers
-    /// `start` holds; nothing if it is not to be cut.
+    /// Plans the segmentation of a frame of `length` bytes with a checked virtio-net header. `start` holds
+    /// the frame's headers. Returns `None` if the frame is not a GSO frame.
     pub fn of(header: &VnetHeader, start: &[u8], length: usize) -> Option<Self> {
         if !header.needs_segmentation() {
             return None;
@@ -50,28 +52,28 @@ impl Segmentation {
         })
     }
 
-    /// Length in bytes of the longest segment, as a frame.
+    /// Returns the length in bytes of the longest segment, with its headers.
     pub fn longest(&self) -> usize {
         self.headers + self.size.min(self.payload)
     }
 
-    /// Bytes before each segment's payload.
+    /// Returns the number of bytes before each segment's payload.
     pub fn headers(&self) -> usize {
         self.headers
     }
 
-    /// Payload bytes of the segment that begins at `offset` of the payload.
+    /// Returns the payload bytes of the segment at payload `offset`.
     pub fn payload_at(&self, offset: usize) -> usize {
         self.size.min(self.payload - offset)
     }
 
-    /// Whether that segment is the last.
+    /// Returns true if the segment at payload `offset` is the last.
     pub fn is_last(&self, offset: usize) -> bool {
         self.payload - offset <= self.size
     }
 
-    /// The headers of that segment, made from those of the whole. Its transport checksum is the
-    /// sum of the pseudo-header.
+    /// Builds the headers of the segment at payload `offset` from those of the GSO frame. The transport
+    /// checksum is the sum of the pseudo-header.
     ///
     /// # Panics
     /// If `whole` is shorter than the headers.
@@ -119,7 +121,7 @@ mod tests {
     const GSO_TCPV4: u8 = 1;
     const GSO_UDP_L4: u8 = 5;
 
-    /// A frame's headers behind an Ethernet header with these bytes before its ethertype.
+    /// Returns a frame's headers, with `tag` before the ethertype, and its virtio-net header.
     fn frame(ip: &[u8], transport: &[u8], tag: &[u8], gso_type: u8) -> (Vec<u8>, VnetHeader) {
         let mut bytes = vec![2; 12];
         bytes.extend(tag);
@@ -135,7 +137,7 @@ mod tests {
             csum_start,
             csum_offset: if gso_type == GSO_UDP_L4 { 6 } else { 16 },
         };
-        // As a guest leaves it: the sum of the pseudo-header of the whole.
+        // A guest's partial checksum: the sum of the GSO frame's pseudo-header.
         let addresses = if ip[0] >> 4 == 4 { &ip[12..20] } else { &ip[8..40] };
         let protocol = if gso_type == GSO_UDP_L4 { 17 } else { 6 };
         let length = (transport.len() + PAYLOAD) as u16;
@@ -145,8 +147,8 @@ mod tests {
         (bytes, header)
     }
 
-    /// Cuts the frame; each segment as it goes out, checksum completed.
-    fn cut(headers: &[u8], header: &VnetHeader) -> Vec<Vec<u8>> {
+    /// Segments the frame, and completes each segment's checksum.
+    fn segment(headers: &[u8], header: &VnetHeader) -> Vec<Vec<u8>> {
         let how = Segmentation::of(header, headers, headers.len() + PAYLOAD).unwrap();
         let payload: Vec<u8> = (0..PAYLOAD).map(|at| (at * 7) as u8).collect();
         let mut segments = Vec::new();
@@ -185,7 +187,7 @@ mod tests {
         tcp[12] = 0x80;
         tcp[13] = TCP_CWR | TCP_PSH | TCP_FIN | 0x10;
         let (headers, header) = frame(&ipv4(6), &tcp, &[0x81, 0, 0, 7], GSO_TCPV4);
-        let segments = cut(&headers, &header);
+        let segments = segment(&headers, &header);
         assert_eq!(segments.len(), 4);
         for (index, segment) in segments.iter().enumerate() {
             let (ip, tcp) = (&segment[18..38], &segment[38..]);
@@ -209,8 +211,8 @@ mod tests {
         ip[6] = 17;
         ip[8..].fill(0x20);
         let (headers, header) = frame(&ip, &[0; 8], &[], GSO_UDP_L4);
-        for segment in cut(&headers, &header) {
-            let (ip, udp) = (&segment[14..54], &segment[54..]);
+        for frame in segment(&headers, &header) {
+            let (ip, udp) = (&frame[14..54], &frame[54..]);
             let length = (udp.len() as u16).to_be_bytes();
             assert_eq!((&ip[4..6], &udp[4..6]), (&length[..], &length[..]));
             assert_eq!(sum_of(&[&ip[8..40], &[0, 17], &length, udp]), 0xffff);

@@ -1,9 +1,8 @@
-//! A session on a queue: what its worker has the device do, while there is a socket and while there is
-//! none.
+//! A session on a queue: the worker's port while a socket is open, and while none is.
 //!
-//! Invariant: frames that the kernel or the program drops are counted, by what they have counted themselves
-//! since the last time. While the device does not work, frames from the guest are dropped; while the queue is
-//! busy with its last socket, they wait.
+//! Invariant: frames that the kernel or the XDP program drops are counted, from the kernel's own counters.
+//! While the device does not work, the port drops frames from the guest. While the queue is still busy with
+//! its last socket, frames from the guest wait.
 
 mod socket;
 
@@ -22,65 +21,68 @@ use crate::guest::{GuestMemory, Virtqueue};
 use crate::port::{Completions, Mode, Port, Readiness, SessionConfig, Virtqueues};
 use crate::sys::xsk::Statistics;
 
-/// How soon to look whether the kernel has finished with frames that it was given.
-const COMPLETION: Duration = Duration::from_millis(1);
-/// How often frames that the program has dropped are counted.
-const FILTERED: Duration = Duration::from_secs(1);
+/// Interval at which the port checks for completed frames while the kernel has some.
+const COMPLETION_INTERVAL: Duration = Duration::from_millis(1);
+/// Interval at which the port reads the counters of the program and the kernel.
+const COUNTING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A session on a queue.
 #[derive(Debug)]
 pub struct XdpPort<'mem> {
     host: &'mem mut XdpQueue,
     memory: &'mem Arc<GuestMemory>,
-    /// The card's MTU.
+    /// MTU of the virtio-net device in bytes.
     mtu: u16,
-    /// Whether the guest has an rx ring.
+    /// The guest has an rx ring.
     receives: bool,
     state: State,
-    /// Frames from the guest were left behind.
+    /// The last `transmit` left frames in the tx ring.
     left_behind: bool,
-    /// The device was heard to work no more.
+    /// Error of the last device check, until `reap` closes the socket.
     failed: Option<OpenError>,
-    /// The device has changed so that the socket is to be opened again.
+    /// Change of the device that requires a new socket, until `reap` opens it.
     changed: Option<&'static str>,
-    /// When the socket was opened anew for a fault.
-    opened_anew: Option<Instant>,
+    /// Time of the last reopening because of a fault.
+    reopened_at: Option<Instant>,
     filtered: Filtered,
-    /// What the kernel has counted for the socket, when that was looked up last.
+    /// The kernel's counters for the socket, when last read.
     statistics: Statistics,
     transmitter: Transmitter,
     receiver: Receiver,
 }
 
-/// Whether a session has a socket.
+/// State of a session's socket.
 #[derive(Debug)]
 enum State {
     Open(Box<OpenSocket>),
     Closed {
-        /// Since when there has been none though there should be.
+        /// Failure of the last attempt to open a socket; `None` before the first attempt.
         since: Option<Closed>,
-        /// When to try again.
+        /// Time of the next attempt.
         retry: Instant,
     },
 }
 
+/// Failure to open a socket.
 #[derive(Debug, Clone, Copy)]
 struct Closed {
+    /// Time of the first attempt that found the queue busy, or of the last attempt on a gone device.
     at: Instant,
-    /// The device does not work, and it was said so: frames are dropped.
+    /// The device does not work, and the log says so: the port drops frames.
     gone: bool,
 }
 
-/// Frames that the program has dropped for the filter.
+/// The program's counter of frames that the filter denied.
 #[derive(Debug)]
 struct Filtered {
-    /// How many, when that was looked up last.
+    /// Value when last read.
     counted: Option<u64>,
+    /// Time of that reading.
     at: Instant,
 }
 
 impl XdpQueue {
-    /// Begins a session. Nothing is opened yet.
+    /// Begins a session. The socket opens later, when the guest first has frames or buffers.
     pub fn session<'mem>(
         &'mem mut self,
         memory: &'mem Arc<GuestMemory>,
@@ -99,7 +101,7 @@ impl XdpQueue {
             left_behind: false,
             failed: None,
             changed: None,
-            opened_anew: None,
+            reopened_at: None,
             filtered: Filtered { counted: None, at: Instant::now() },
             statistics: Statistics::default(),
             state: State::Closed { since: None, retry: Instant::now() },
@@ -122,7 +124,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
                 self.transmitter.drop_all(tx, Some(until), done);
                 true
             }
-            // The queue is busy with its last socket: it takes some 30 ms.
+            // The queue is still busy with its last socket, for some 30 ms.
             State::Closed { .. } => false,
         };
         self.left_behind = !has_taken;
@@ -144,7 +146,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         if let State::Open(open) = &mut self.state {
             let kicked = self.transmitter.kick(open);
             if open.busy_poll {
-                // Its errors are those of sending.
+                // Any error is also an error of the next `send`.
                 let _ = open.socket.receive();
             }
             reap(&mut self.receiver, &mut self.transmitter, queues, open, rx_allowance, done);
@@ -155,12 +157,12 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
             } else if let Some(why) = self.changed.take() {
                 self.reopen(why, queues, done);
             } else if let Some(fault) = self.receiver.fault() {
-                self.open_anew(fault, queues, done);
+                self.reopen_after_fault(fault, queues, done);
             }
         } else if queues.buffers() > 0 || self.is_gone() {
             self.open(queues);
         }
-        if self.counts_dropped() && self.filtered.at.elapsed() >= FILTERED {
+        if self.counts_dropped() && self.filtered.at.elapsed() >= COUNTING_INTERVAL {
             self.count_filtered(done);
             if let State::Open(open) = &self.state
                 && let Ok(statistics) = open.socket.statistics()
@@ -183,16 +185,16 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         let (fd, timeout) = match &self.state {
             State::Open(open) => {
                 let wait = if self.transmitter.has_frames() {
-                    Some(COMPLETION)
+                    Some(COMPLETION_INTERVAL)
                 } else if self.left_behind {
-                    // It was opened for the guest's buffers, after that.
+                    // The socket was opened for the guest's rx buffers after `transmit` had failed.
                     Some(Duration::ZERO)
                 } else {
-                    self.receiver.patience()
+                    self.receiver.reorder_timeout()
                 };
                 let count = self
                     .counts_dropped()
-                    .then(|| FILTERED.saturating_sub(self.filtered.at.elapsed()));
+                    .then(|| COUNTING_INTERVAL.saturating_sub(self.filtered.at.elapsed()));
                 (Some(open.as_fd()), wait.into_iter().chain(count).min())
             }
             State::Closed { since: Some(_), retry } => {
@@ -220,7 +222,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
         let changed = self.host.watch.clear();
         if self.host.pair == 0 {
             // Once for all queues of the device.
-            self.host.interface.look_for_tags_again(changed.as_ref());
+            self.host.interface.recheck_tags(changed.as_ref());
         }
         match &mut self.state {
             State::Open(open) => match self.host.interface.check(open) {
@@ -237,7 +239,7 @@ impl<'mem> Port<'mem> for XdpPort<'mem> {
 }
 
 impl XdpPort<'_> {
-    /// Counts the frames that the program has dropped since the last time.
+    /// Counts the frames that the program's filter has dropped since the last call.
     fn count_filtered(&mut self, done: &mut Completions) {
         let now = self.host.interface.filtered(self.host.pair);
         let before = std::mem::replace(&mut self.filtered.counted, now);
@@ -249,15 +251,15 @@ impl XdpPort<'_> {
         self.filtered.at = Instant::now();
     }
 
-    /// Counts frames that the kernel has dropped since the last time, by what it has counted by now.
+    /// Counts the frames that the kernel has dropped since the last call. `now` has the kernel's counters.
     fn count_lost(&mut self, now: Statistics, done: &mut Completions) {
         let before = std::mem::replace(&mut self.statistics, now);
         let too_long = now.too_long().saturating_sub(before.too_long());
         let lost = now.lost().saturating_sub(before.lost()).saturating_sub(too_long);
         if too_long > 0 && before.too_long() == 0 {
             warn!(
-                "af_xdp {}: frames longer than its MTU are lost; find out by 'vhost-user-net doctor' \
-                 who joins them",
+                "af_xdp {}: frames longer than its MTU are lost; find the device that merges them with \
+                 'vhost-user-net doctor'",
                 self.host.interface.name()
             );
         }
@@ -268,15 +270,15 @@ impl XdpPort<'_> {
         }
     }
 
-    /// Whether frames may be being dropped of which nobody hears otherwise: for the filter, or since
-    /// devices below this one join them.
+    /// Returns true if frames may be lost without an event: denied by the filter, or too long since lower
+    /// devices merge them.
     fn counts_dropped(&self) -> bool {
         let State::Open(open) = &self.state else { return false };
-        self.receives && (self.host.interface.filters() || open.generic)
+        self.receives && (self.host.interface.has_filter() || open.generic)
     }
 }
 
-/// Completes what the kernel has finished with, up to `most` frames for the guest.
+/// Completes chains that the kernel has finished with. Delivers at most `most` frames to the guest.
 fn reap<'mem>(
     receiver: &mut Receiver,
     transmitter: &mut Transmitter,

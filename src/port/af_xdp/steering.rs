@@ -1,8 +1,8 @@
-//! Bringing a guest's frames to its queue: a flow rule for its MAC address, and the card's filter for
-//! addresses opened for it.
+//! Steering of a guest's frames to its queue: a flow rule for its MAC address, and that address in the NIC's
+//! address filter.
 //!
-//! The filter goes with the process. A rule stays behind a daemon that is killed; its successor
-//! finds it and takes it over.
+//! The kernel removes the filter's entry when the process ends. A flow rule outlives a killed daemon; the
+//! next daemon finds the rule and takes it over.
 
 use std::io;
 
@@ -12,7 +12,7 @@ use super::OpenError;
 use crate::net_config::MacAddress;
 use crate::sys::flow::{AddressFilter, Rule, Rules};
 
-/// A guest's frames come to a queue for as long as this lives.
+/// Flow rule and filter entry for one MAC address, which are removed on drop.
 #[derive(Debug)]
 pub(super) struct Steering {
     device: u32,
@@ -23,10 +23,10 @@ pub(super) struct Steering {
 }
 
 impl Steering {
-    /// Brings frames for `address` to `queue` of the device `name`.
+    /// Steers frames for `address` to `queue` of the device `name`.
     ///
     /// # Errors
-    /// The driver takes no such rule, or there is one that brings them to another queue.
+    /// The driver refuses the rule, or a rule steers the frames to another queue.
     pub(super) fn new(
         name: &str,
         device: u32,
@@ -36,15 +36,15 @@ impl Steering {
         let failed = |error: io::Error| {
             let hint = match error.raw_os_error() {
                 Some(libc::EOPNOTSUPP | libc::EINVAL) => format!(
-                    "; its driver takes no such rule, or not as the device is set up: try \
-                     'ethtool -K {name} ntuple on'; without steer=mac, bring the guest's frames to \
-                     queue {queue} another way"
+                    "; the driver takes no such rule, or not with the device's settings: try \
+                     'ethtool -K {name} ntuple on', or steer the frames another way, without \
+                     steer=mac"
                 ),
                 Some(libc::EPERM) => "; run with CAP_NET_ADMIN and CAP_NET_RAW".into(),
                 _ => String::new(),
             };
             OpenError(format!(
-                "bring frames for {address} to queue {queue} of {name}: {error}{hint}"
+                "cannot steer frames for {address} to queue {queue} of {name}: {error}{hint}"
             ))
         };
         let filter = AddressFilter::new(device, address.0).map_err(failed)?;
@@ -54,17 +54,17 @@ impl Steering {
             Some(rule) if rule.queue == u64::from(queue) => *rule,
             Some(Rule { queue: other, location, .. }) => {
                 return Err(OpenError(format!(
-                    "{name} has a flow rule that brings frames for {address} to queue {other}; \
-                     if nobody needs it, 'ethtool -N {name} delete {location}'"
+                    "cannot steer frames for {address} to queue {queue} of {name}: a flow rule steers \
+                     them to queue {other}; if it is unused, run 'ethtool -N {name} delete {location}'"
                 )));
             }
             None => rules.insert(address.0, queue.into()).map_err(failed)?,
         };
-        info!("af_xdp {name}: frames for {address} come to queue {queue}");
+        info!("af_xdp {name}: flow rule active address={address} queue={queue}");
         Ok(Steering { device, name: name.to_owned(), rules, rule, _filter: filter })
     }
 
-    /// Whether it is about the device of that index.
+    /// Returns true if the rule is on the device with index `device`.
     pub(super) fn is_on(&self, device: u32) -> bool {
         self.device == device
     }
@@ -73,10 +73,10 @@ impl Steering {
 impl Drop for Steering {
     fn drop(&mut self) {
         match self.rules.delete(&self.rule) {
-            // The device has gone, and its rules with it.
+            // The device is gone, with its rules.
             Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
             Err(error) => warn!(
-                "af_xdp {}: a flow rule stays, 'ethtool -N {} delete {}' removes it: {error}",
+                "af_xdp {}: cannot delete the flow rule: {error}; run 'ethtool -N {} delete {}'",
                 self.name, self.name, self.rule.location
             ),
             Ok(()) => {}

@@ -1,49 +1,51 @@
-//! VLAN tags that the kernel, or a card, keeps beside a frame: an XDP program does not get them, and
-//! the guest then takes the frame for an untagged one. And checksums that the sender has left open.
+//! VLAN tags that the kernel or a NIC keeps beside a frame. An XDP program receives the frame without its
+//! tag, and the guest takes the frame for an untagged one. Also partial checksums that a sender leaves in
+//! frames.
 
 use std::fmt;
 
 use crate::sys::ethtool::Ethtool;
 use crate::sys::link::{self, Link};
 
-/// Kinds of devices above others. The kernel moves a tag beside the frame before they get it
+/// Kinds of upper devices. The kernel moves a tag beside the frame before they get the frame
 /// (`skb_vlan_untag` in net/core/dev.c).
 const ABOVE_OTHERS: [&str; 6] = ["bridge", "macvlan", "macvtap", "ipvlan", "bond", "team"];
-/// Offloads that move a tag beside the frame: of a veth's other end, and of a card; as the kernel
-/// names them, and as ethtool does.
+/// Offloads of a veth's other end that move a tag beside the frame: the kernel's name, and ethtool's.
 const OF_PEER: [(&str, &str); 2] =
     [("tx-vlan-hw-insert", "txvlan"), ("tx-vlan-stag-hw-insert", "tx-vlan-stag-hw-insert")];
-const OF_CARD: [(&str, &str); 2] =
+/// Offloads of a NIC that move a tag beside the frame: the kernel's name, and ethtool's.
+const OF_NIC: [(&str, &str); 2] =
     [("rx-vlan-hw-parse", "rxvlan"), ("rx-vlan-stag-hw-parse", "rx-vlan-stag-hw-parse")];
 
-/// Checksums that are left to whoever sends: the kernel's names.
+/// Offloads with which a device takes partial checksums: the kernel's names. A veth passes such a frame on
+/// with its partial checksum.
 pub const CHECKSUMS: [&str; 3] = ["tx-checksum-ip-generic", "tx-checksum-ipv4", "tx-checksum-ipv6"];
 
-/// Whether a device leaves checksums to whoever gets its frames; `None` if it does not tell.
+/// Returns true if frames sent on the device may have partial checksums; `None` if ethtool cannot tell.
 pub(super) fn leaves_checksums(link: &Link) -> Option<bool> {
     let features = Ethtool::open().and_then(|ethtool| ethtool.features(link.index)).ok()?;
     Some(CHECKSUMS.iter().any(|name| features.active.contains(*name)))
 }
 
-/// Whether the tags of frames to the guest are in the frames, where no program puts them back.
+/// State of VLAN tags of frames to the guest, without an XDP program that restores them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Tags {
-    /// They are.
+    /// Tags are in the frames.
     #[default]
     Kept,
-    /// It is not known: of the other end of a veth in another namespace, or of this device.
+    /// The state is unknown: of a veth's other end in another namespace (`None`), or of the named device.
     Unknown(Option<String>),
-    /// A device keeps them beside the frames.
+    /// A device keeps tags beside the frames.
     Beside {
-        /// The device.
+        /// Name of that device.
         device: String,
-        /// What ethtool is to be told for it to leave them alone; nothing if the device can't.
+        /// Arguments of `ethtool -K` that stop it; empty if nothing can.
         offloads: String,
     },
 }
 
 impl Tags {
-    /// Those of frames that come by this device.
+    /// Finds the state for frames that arrive through `link`.
     pub fn of(link: &Link) -> Self {
         if ABOVE_OTHERS.contains(&&*link.kind) {
             return Tags::Beside { device: link.name.clone(), offloads: String::new() };
@@ -52,7 +54,7 @@ impl Tags {
         let (device, offloads) = match (link.is_veth, &peer) {
             (true, Some(peer)) => (peer, OF_PEER),
             (true, None) => return Tags::Unknown(None),
-            (false, _) => (link, OF_CARD),
+            (false, _) => (link, OF_NIC),
         };
         let Ok(features) = Ethtool::open().and_then(|ethtool| ethtool.features(device.index))
         else {
@@ -68,7 +70,7 @@ impl Tags {
         Tags::Beside { device: device.name.clone(), offloads: off.join(" ") }
     }
 
-    /// What is to be said of them in the log.
+    /// Returns the warning for the log, if tags are or may be lost.
     pub(super) fn warning(&self) -> Option<String> {
         match self {
             Tags::Kept => None,
@@ -86,7 +88,7 @@ impl fmt::Display for Tags {
             Tags::Kept => f.write_str("VLAN tags are in the frames"),
             Tags::Unknown(device) => write!(
                 f,
-                "whether {} keeps tags beside frames is not known; run 'ethtool -K {} txvlan off \
+                "{} may keep tags beside frames; run 'ethtool -K {} txvlan off \
                  tx-vlan-stag-hw-insert off' there",
                 device.as_deref().unwrap_or("the other end of the veth"),
                 device.as_deref().unwrap_or("NAME"),

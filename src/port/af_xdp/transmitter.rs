@@ -1,13 +1,13 @@
-//! Frames from the guest, on their way through the tx ring and back out of the completion ring.
+//! Frames from the guest: submitted in the tx ring, completed through the completion ring.
 //!
-//! A frame in one piece is sent from where the guest put it. One that needs a checksum, lies in
-//! several pieces, or was judged by rules, which its headers must not change after, is copied into
-//! the bounce area: measured, that costs a tenth of what the kernel takes for a frame of two descriptors
-//! (docs/af-xdp.md). So is each segment of a frame that is to be cut.
+//! A frame in one piece is sent from guest memory. The transmitter copies a frame into a bounce buffer if it
+//! needs a checksum, lies in several pieces, or has headers that a policy has checked, which must not change
+//! afterwards. By measurement the copy costs a tenth of what the kernel takes for a frame of two descriptors
+//! (docs/af-xdp.md). Each segment of a GSO frame is copied too.
 //!
-//! Invariant: a chain completes when the kernel has completed its frame, and in the order of the ring.
-//! The kernel completes an address as it got it, so each carries its frame's number in
-//! the part that the kernel only adds to the rest.
+//! Invariant: a chain completes after the kernel has completed its frame, and in the order of the ring. The
+//! kernel returns each address as it got it. So the address carries the frame's slot, in the upper part,
+//! which the kernel adds to the lower part.
 
 mod frames;
 mod placement;
@@ -24,35 +24,35 @@ use crate::port::{Completions, Outcome, SessionConfig, TxStages};
 use crate::sys::xsk::{ADDRESS_BITS, Descriptor};
 use crate::vnet_header::HeaderCopy;
 
-/// Calls for one burst at the most: a kernel before Linux 6.17 sends 32 frames at a time.
+/// Most `send` calls for one burst: a kernel before Linux 6.17 sends 32 frames in a call.
 const SENDS: usize = 16;
 
-/// Frames from the guest on their way.
+/// Frames from the guest in transmission.
 #[derive(Debug)]
 pub(super) struct Transmitter {
     pair: u16,
     stages: TxStages,
-    /// The start of the frame that was admitted last.
+    /// Headers of the last checked frame.
     start: HeaderCopy,
-    /// How that frame is being cut, and where in its payload the next segment begins.
-    cut: Option<(Segmentation, usize)>,
+    /// GSO frame that is being segmented, and the payload offset of its next segment in bytes.
+    segmenting: Option<(Segmentation, usize)>,
     frames: Frames,
-    /// Position of the chain to take next: those before it are in `frames`.
+    /// Position of the next chain to submit. Chains in flight before it are in `frames`.
     next: u16,
-    /// A frame whose checksum is completed.
+    /// Copy of a frame while its checksum is computed.
     scratch: Vec<u8>,
-    /// The kernel has not taken everything yet.
+    /// The tx ring has entries that the kernel has not taken.
     unfinished: bool,
 }
 
 impl Transmitter {
-    /// For a session that begins at position `next`.
+    /// Creates the transmitter of a session that begins at position `next`.
     pub(super) fn new(config: &SessionConfig, pair: u16, next: u16) -> Self {
         Transmitter {
             pair,
             stages: config.tx_stages(0),
             start: HeaderCopy::default(),
-            cut: None,
+            segmenting: None,
             frames: Frames::new(),
             next,
             scratch: Vec::new(),
@@ -66,13 +66,13 @@ impl Transmitter {
         self.unfinished = false;
     }
 
-    /// Whether the kernel has frames of ours.
+    /// Returns true if frames are in transmission.
     pub(super) fn has_frames(&self) -> bool {
         self.frames.len() > 0
     }
 
-    /// Hands the frames before position `until` to the kernel, as far as there are places for them. Says
-    /// whether it has taken all.
+    /// Submits the frames before position `until`, while the tx ring and `frames` have room. Returns true if
+    /// it submitted all.
     pub(super) fn transmit(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
@@ -87,13 +87,13 @@ impl Transmitter {
             if self.next == until || room == 0 {
                 break;
             }
-            // One that is not plain.
+            // A frame that is not plain.
             let (chain, slot) = (tx.chain(self.next), self.frames.next_slot());
             match self.place_checked(&chain, slot, open, done) {
                 Ok(descriptor) => {
                     open.socket.tx.stage(descriptor.tagged(slot));
-                    // The last segment takes the chain with it.
-                    let ends_chain = self.cut.is_none();
+                    // The chain completes with its last segment.
+                    let ends_chain = self.segmenting.is_none();
                     self.next = self.next.wrapping_add(u16::from(ends_chain));
                     self.frames.push(Frame::pending(ends_chain));
                     self.unfinished = true;
@@ -106,8 +106,8 @@ impl Transmitter {
         self.next == until
     }
 
-    /// Stages frames that ask for nothing, up to `room` of them, from where they lie, until one is of another
-    /// kind; returns how many.
+    /// Stages frames without checksum or segmentation requests from guest memory, up to the first other
+    /// frame. Takes at most `room` frames; returns their number.
     #[inline(always)]
     fn stage_plain(
         &mut self,
@@ -116,7 +116,7 @@ impl Transmitter {
         open: &mut OpenSocket,
         room: usize,
     ) -> usize {
-        if self.cut.is_some() {
+        if self.segmenting.is_some() {
             return 0;
         }
         let OpenSocket { socket, umem, .. } = open;
@@ -140,7 +140,7 @@ impl Transmitter {
         staged
     }
 
-    /// Puts a frame that is not sent among the others.
+    /// Records a dropped frame, whose chain completes in the order of the ring.
     #[inline(never)]
     fn refuse(&mut self, reason: DropReason, done: &mut Completions) {
         self.stages.observe(self.next, &self.start, 0, Outcome::Dropped(reason), done);
@@ -148,10 +148,10 @@ impl Transmitter {
         self.frames.push(Frame::dropped(reason));
     }
 
-    /// Has the kernel send what it was handed.
+    /// Calls the kernel to send the submitted frames, if the ring asks for it.
     ///
     /// # Errors
-    /// If the device does not work any more.
+    /// Any error but a busy device or a lack of memory: the device works no more.
     pub(super) fn kick(&mut self, open: &mut OpenSocket) -> io::Result<()> {
         if !self.unfinished {
             return Ok(());
@@ -161,7 +161,7 @@ impl Transmitter {
                 let Err(error) = open.socket.send() else { break };
                 match error.raw_os_error() {
                     Some(libc::EBUSY) => self.note_refused(open),
-                    // It has sent as many as it does at a time, or there is no memory for now.
+                    // The kernel has sent its maximum for one call, or lacks memory at the moment.
                     Some(libc::EAGAIN | libc::ENOBUFS | libc::EINTR) => {}
                     _ => return Err(error),
                 }
@@ -174,7 +174,7 @@ impl Transmitter {
         Ok(())
     }
 
-    /// The device dropped the frame that the kernel took last: it is completed all the same.
+    /// Marks the frame that the kernel took last as dropped by the device. The kernel still completes it.
     fn note_refused(&mut self, open: &mut OpenSocket) {
         let unsent = open.socket.tx.pending() as usize;
         let age = self.frames.pending().nth(unsent);
@@ -195,7 +195,7 @@ impl Transmitter {
         while let Some(address) = open.socket.completion.take() {
             any = true;
             let slot = (address >> ADDRESS_BITS) as usize;
-            // Nearly always it is the oldest.
+            // Nearly always the frame is the oldest.
             if self.frames.pop_whole(slot) {
                 whole += 1;
                 continue;
@@ -213,7 +213,8 @@ impl Transmitter {
         self.complete_chains(tx, whole, done);
     }
 
-    /// Completes the chains of so many `whole` frames that were sent, and then of those that are the oldest.
+    /// Completes the chains of `whole` sent frames, then the oldest chains whose frames are completed or
+    /// dropped.
     #[inline]
     fn complete_chains(
         &mut self,
@@ -229,7 +230,7 @@ impl Transmitter {
         }
     }
 
-    /// Completes the oldest frame, and its chain if that ends with it.
+    /// Completes the oldest frame, and its chain if the frame is the chain's last segment.
     #[inline(never)]
     fn complete_oldest(&mut self, tx: &mut Virtqueue<'_, Readable>, done: &mut Completions) {
         let Some(frame) = self.frames.pop_oldest().filter(Frame::ends_chain) else { return };
@@ -242,20 +243,20 @@ impl Transmitter {
         }
     }
 
-    /// Whether the kernel is busy with frames: handed to the device, and not completed.
+    /// Returns true if the kernel has taken frames from the tx ring and not completed them.
     pub(super) fn is_waiting(&self, open: &mut OpenSocket) -> bool {
         self.frames.pending().count() > open.socket.tx.pending() as usize
     }
 
-    /// Takes back what the kernel has, whose socket is closed next: nothing of it is touched from then on.
-    /// Chains that it has not sent stay in flight.
+    /// Completes the chains of frames that the kernel has taken, before the socket is closed. Chains of
+    /// frames left in the tx ring stay in flight.
     pub(super) fn stop(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
         open: &mut OpenSocket,
         done: &mut Completions,
     ) {
-        // The tx ring is taken from in order: what is left there are the youngest.
+        // The kernel takes entries in order, so the youngest frames are left in the tx ring.
         let mut unsent = open.socket.tx.pending() as usize;
         while unsent > 0
             && let Some(youngest) = self.frames.pop_youngest()
@@ -265,12 +266,13 @@ impl Transmitter {
         while self.frames.len() > 0 {
             self.complete_oldest(tx, done);
         }
-        self.cut = None;
+        self.segmenting = None;
         self.frames = Frames::new();
         self.unfinished = false;
     }
 
-    /// Drops what the kernel has not sent, or all frames before position `until`: the device does not work.
+    /// Drops the frames that the kernel has not sent, or all frames before position `until`, since the device
+    /// does not work.
     pub(super) fn drop_all(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,

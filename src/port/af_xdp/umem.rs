@@ -1,12 +1,12 @@
-//! The guest's memory as UMEM, and which of its addresses the kernel may be given.
+//! Guest memory as UMEM, and the check of each address before the kernel gets it.
 //!
 //! ```text
 //! | rx frames | tx frames | …next pair… | guest region 0 | guest region 1 | … | pad |
-//! '------- bounce area: private, ours --------'---------- shared with the guest ----'
+//! '--------- bounce area: private ------------'---------- shared with the guest ----'
 //! ```
 //!
-//! Invariant: every address that is posted has been checked here. The kernel drops a bad one
-//! silently, and its buffer would be lost.
+//! Invariant: every posted address has been checked here. The kernel drops a bad address silently, and its
+//! buffer would be lost.
 
 use std::io;
 use std::ops::Range;
@@ -16,45 +16,46 @@ use crate::guest::memory::Mapped;
 use crate::guest::{Chain, GuestMemory, Pinned, Segment, Umem, Writable};
 use crate::sys::xsk::{CHUNK, KERNEL_HEADROOM, Registrable, TX_METADATA};
 
-/// Frames from the guest that a queue pair has under way at the most. Each has a place in the
-/// bounce area, for when it can't be sent from where it lies.
-pub(super) const TX_SLOTS: usize = 256;
-/// Frames that a queue pair can receive into the bounce area.
-pub(super) const RX_SLOTS: usize = 64;
-/// What stands before a frame in its tx slot.
+/// Most frames of a queue pair in transmission. Each has a bounce buffer, which it uses if it cannot be sent
+/// from guest memory.
+pub(super) const TX_BUFFERS: usize = 256;
+/// Bounce buffers of a queue pair for received frames.
+pub(super) const RX_BUFFERS: usize = 64;
+/// Bytes before the frame in a tx bounce buffer, for its metadata.
 const TX_LEAD: usize = 32;
-/// Headroom of a chunk at the most (`xdp_umem_reg` in net/xdp/xdp_umem.c; measured: 704).
+/// Largest headroom in bytes that the kernel accepts (`xdp_umem_reg` in net/xdp/xdp_umem.c; measured).
 const MAX_HEADROOM: u32 = CHUNK - 704;
-/// Longest frame in bytes that any layout can take.
+/// Longest frame in bytes of any layout, with the virtio-net header if the program writes one.
 pub(super) const LONGEST_FRAME: usize = (CHUNK - KERNEL_HEADROOM) as usize;
-/// In zero-copy mode drivers round a buffer's size down, as igb does to whole KiB.
+/// Unit of a buffer's size in bytes in zero-copy mode: drivers round the size down, igb to whole KiB.
 const ZERO_COPY_UNIT: usize = 1024;
 
-/// How long frames may be, and what that makes of addresses.
+/// Longest frame of a UMEM, and where in its chunk a frame begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FrameLayout {
-    /// Longest frame in bytes that the kernel is to deliver, or to take.
+    /// Longest frame in bytes, in both directions.
     pub(super) longest: usize,
     /// Bytes that the kernel, or the device, may write into a buffer.
     pub(super) writes: usize,
-    /// Bytes of virtio header that the XDP program puts before each frame: in copy mode all of it.
+    /// Bytes of virtio-net header that the XDP program writes before each frame: the whole header in copy
+    /// mode, 0 in zero-copy mode.
     pub(super) header: usize,
-    /// Whether the device itself reads and writes: a buffer must then lie in one page.
+    /// The device itself reads and writes, so a buffer must lie in one page.
     pub(super) zero_copy: bool,
 }
 
 impl FrameLayout {
-    /// For frames up to `longest` bytes, behind a header of `header_length`.
+    /// Returns the layout for frames of at most `longest` bytes and a virtio-net header of `header_length`.
     ///
     /// # Errors
-    /// `InvalidInput` if they are longer than [`LONGEST_FRAME`].
+    /// `InvalidInput` if frame and written header exceed [`LONGEST_FRAME`].
     pub(super) fn new(longest: usize, header_length: usize, zero_copy: bool) -> io::Result<Self> {
         let header = if zero_copy { 0 } else { header_length };
         if longest + header > LONGEST_FRAME {
             let most = super::MAX_MTU;
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
-                format!("AF_XDP takes an MTU up to {most} bytes"),
+                format!("AF_XDP supports an MTU up to {most} bytes"),
             ));
         }
         let unit = if zero_copy { ZERO_COPY_UNIT } else { 1 };
@@ -63,39 +64,40 @@ impl FrameLayout {
         Ok(FrameLayout { longest, writes, header, zero_copy })
     }
 
-    /// Bytes to be left free in each chunk before a frame, beside the kernel's own: what is left
-    /// behind them is exactly what may be written.
+    /// Returns the bytes to leave free before each frame, beside the kernel's own headroom. The rest of the
+    /// chunk has exactly `writes` bytes.
     pub(super) fn headroom(&self) -> u32 {
         CHUNK - KERNEL_HEADROOM - self.writes as u32
     }
 
-    /// From an address in the fill ring to where its frame will start.
+    /// Returns the bytes between an address in the fill ring and the start of its frame.
     pub(super) fn lead(&self) -> u64 {
         u64::from(KERNEL_HEADROOM + self.headroom())
     }
 
-    fn tx_slot(&self) -> usize {
+    /// Returns the size of a tx bounce buffer in bytes.
+    fn tx_buffer_size(&self) -> usize {
         (TX_LEAD + self.longest).next_power_of_two()
     }
 
-    /// Bytes of bounce area that a queue pair needs.
+    /// Returns the size of a queue pair's bounce area in bytes.
     fn bounce_area(&self) -> usize {
-        RX_SLOTS * CHUNK as usize + TX_SLOTS * self.tx_slot()
+        RX_BUFFERS * CHUNK as usize + TX_BUFFERS * self.tx_buffer_size()
     }
 }
 
-/// Where a guest region lies in the UMEM.
+/// Place of a guest region in the UMEM.
 #[derive(Debug)]
 struct Region {
-    /// In the mapping that segments point into.
+    /// Addresses of the mapping that segments point into.
     mapped: Range<usize>,
-    /// In the UMEM, in bytes from its start.
+    /// Offset in the UMEM in bytes.
     offset: u64,
-    /// Size of its pages in bytes.
+    /// Page size in bytes.
     page: u64,
 }
 
-/// The largest region, in copy mode: nearly all of a guest's buffers lie in it.
+/// The largest region in copy mode, which holds nearly all of a guest's buffers.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct MainRegion {
     start: usize,
@@ -104,7 +106,7 @@ pub(super) struct MainRegion {
 }
 
 impl MainRegion {
-    /// The address of `segment`, if it lies in the region.
+    /// Returns the UMEM address of `segment`, if the segment lies in this region.
     #[inline(always)]
     pub(super) fn address_of(&self, segment: &Segment<'_>) -> Option<u64> {
         let at = segment.address().wrapping_sub(self.start);
@@ -113,27 +115,27 @@ impl MainRegion {
     }
 }
 
-/// A UMEM that holds the guest's memory.
+/// A UMEM of bounce area and guest memory.
 #[derive(Debug)]
 pub(super) struct GuestUmem {
     memory: Arc<Umem>,
-    /// In the order of their mappings.
+    /// Guest regions, by address of their mappings.
     regions: Vec<Region>,
     main: MainRegion,
     pub(super) layout: FrameLayout,
-    /// From the registration on the kernel keeps all of it in memory.
+    /// Count of the pinned bytes: the kernel keeps a registered UMEM in memory.
     _pinned: Pinned,
 }
 
 impl GuestUmem {
-    /// Maps the regions of `guest` side by side, behind a bounce area for `pairs` queue pairs.
+    /// Maps a bounce area for `pairs` queue pairs, and the regions of `guest` behind it.
     ///
     /// # Errors
-    /// Those of mmap.
+    /// Those of mmap(2).
     pub(super) fn new(guest: &GuestMemory, pairs: u16, layout: FrameLayout) -> io::Result<Self> {
         let mut mappings: Vec<_> = guest.mappings().collect();
         mappings.sort_by_key(|mapped| std::cmp::Reverse(mapped.page()));
-        // The chunk of the last buffer ends behind the guest's memory.
+        // A pad of one chunk: the chunk of a buffer at the end of guest memory reaches beyond it.
         let memory =
             Umem::new(layout.bounce_area() * usize::from(pairs), &mappings, CHUNK as usize)?;
         let place = |(mapped, part): (&Mapped<'_>, &Range<usize>)| Region {
@@ -154,17 +156,18 @@ impl GuestUmem {
         Ok(GuestUmem { memory: Arc::new(memory), regions, main, layout, _pinned: pinned })
     }
 
-    /// The memory itself.
+    /// Returns the mapped memory.
     pub(super) fn memory(&self) -> &Arc<Umem> {
         &self.memory
     }
 
-    /// The largest region; an empty one with zero copy, which has rules about pages.
+    /// Returns the largest region. In zero-copy mode it is empty, since each buffer's pages must be checked.
     #[inline]
     pub(super) fn main_region(&self) -> MainRegion {
         self.main
     }
 
+    /// Returns the region that holds all of `segment`.
     fn region_of(&self, segment: &Segment<'_>) -> Option<&Region> {
         let address = segment.address();
         let holds = |region: &Region| {
@@ -174,14 +177,14 @@ impl GuestUmem {
         self.regions[..behind].last().filter(|region| holds(region))
     }
 
-    /// Whether the `length` bytes at `offset` are in one page of the region: what a device can
-    /// rely on to be contiguous.
+    /// Returns true if the `length` bytes at `offset` lie in one page of the region, so that they are
+    /// contiguous for the device.
     fn in_one_page(&self, region: &Region, offset: u64, length: u64) -> bool {
         let first = self.memory.start() as u64 + offset;
         first / region.page == (first + length - 1) / region.page
     }
 
-    /// The address to send the guest's `segment` from; nothing if it must be copied.
+    /// Returns the UMEM address to send the guest's `segment` from; `None` if the segment must be copied.
     #[inline(never)]
     pub(super) fn sendable(&self, segment: &Segment<'_>) -> Option<u64> {
         let region = self.region_of(segment)?;
@@ -190,8 +193,8 @@ impl GuestUmem {
         (!self.layout.zero_copy || self.in_one_page(region, offset, length)).then_some(offset)
     }
 
-    /// The address to post such that a frame lands right behind the header's place in `chain`;
-    /// nothing if the longest frame would not fit there, or the device can't write there.
+    /// Returns the address to post so that a frame arrives directly behind the virtio-net header in `chain`.
+    /// `None` if the longest frame does not fit there, or the device cannot write there.
     #[inline(never)]
     pub(super) fn receivable(
         &self,
@@ -204,7 +207,7 @@ impl GuestUmem {
         }
         let region = self.region_of(&room)?;
         let offset = region.offset + (room.address() - region.mapped.start) as u64;
-        // The bounce area is before all regions, and a pad behind them: the chunk lies in the UMEM.
+        // The bounce area precedes all regions and a pad follows them, so the chunk lies in the UMEM.
         let address = offset - self.layout.lead();
         if !self.layout.zero_copy {
             return Some(address);
@@ -213,44 +216,47 @@ impl GuestUmem {
         (in_region && self.in_one_page(region, address, CHUNK.into())).then_some(address)
     }
 
-    fn arena_of(&self, pair: u16) -> usize {
+    /// Returns the offset of a queue pair's bounce area.
+    fn bounce_area_of(&self, pair: u16) -> usize {
         usize::from(pair) * self.layout.bounce_area()
     }
 
-    /// The address to post for an rx slot of a queue pair's.
-    pub(super) fn rx_slot(&self, pair: u16, slot: usize) -> u64 {
-        (self.arena_of(pair) + slot * CHUNK as usize) as u64
+    /// Returns the address to post for an rx bounce buffer.
+    pub(super) fn rx_buffer(&self, pair: u16, buffer: usize) -> u64 {
+        (self.bounce_area_of(pair) + buffer * CHUNK as usize) as u64
     }
 
-    /// The frame that has arrived in an rx slot, in `length` bytes with what the program put
-    /// before it.
+    /// Returns the frame in an rx bounce buffer. `length` includes the header that the program has written.
     ///
     /// # Panics
-    /// If it is longer than the slot.
-    pub(super) fn rx_frame(&self, pair: u16, slot: usize, length: usize) -> Segment<'_> {
-        assert!(length <= self.layout.writes, "the kernel writes no more than it was given");
-        let start = self.rx_slot(pair, slot) + self.layout.lead();
+    /// If `length` exceeds the buffer.
+    pub(super) fn rx_frame(&self, pair: u16, buffer: usize, length: usize) -> Segment<'_> {
+        assert!(length <= self.layout.writes, "the kernel writes no more than the buffer holds");
+        let start = self.rx_buffer(pair, buffer) + self.layout.lead();
         self.memory.bounce_area(start as usize, length).skip(self.layout.header)
     }
 
-    /// Where to put a frame of `length` bytes to send it from a tx slot, and the address.
+    /// Returns the place of a frame of `length` bytes in a tx bounce buffer, and its UMEM address.
     ///
     /// # Panics
-    /// If it is longer than the slot.
+    /// If `length` exceeds the longest frame.
     #[inline]
-    pub(super) fn tx_frame(&self, pair: u16, slot: usize, length: usize) -> (Segment<'_>, u64) {
-        assert!(length <= self.layout.longest, "longer frames were not admitted");
-        let start = self.tx_start(pair, slot) + TX_LEAD;
+    pub(super) fn tx_frame(&self, pair: u16, buffer: usize, length: usize) -> (Segment<'_>, u64) {
+        assert!(length <= self.layout.longest, "longer frames were dropped before");
+        let start = self.tx_start(pair, buffer) + TX_LEAD;
         (self.memory.bounce_area(start, length), start as u64)
     }
 
-    /// Where the metadata of the frame in a tx slot goes.
-    pub(super) fn tx_metadata(&self, pair: u16, slot: usize) -> Segment<'_> {
-        let start = self.tx_start(pair, slot) + TX_LEAD - TX_METADATA;
+    /// Returns the place of the metadata in a tx bounce buffer.
+    pub(super) fn tx_metadata(&self, pair: u16, buffer: usize) -> Segment<'_> {
+        let start = self.tx_start(pair, buffer) + TX_LEAD - TX_METADATA;
         self.memory.bounce_area(start, TX_METADATA)
     }
 
-    fn tx_start(&self, pair: u16, slot: usize) -> usize {
-        self.arena_of(pair) + RX_SLOTS * CHUNK as usize + slot * self.layout.tx_slot()
+    /// Returns the offset of a tx bounce buffer.
+    fn tx_start(&self, pair: u16, buffer: usize) -> usize {
+        self.bounce_area_of(pair)
+            + RX_BUFFERS * CHUNK as usize
+            + buffer * self.layout.tx_buffer_size()
     }
 }

@@ -1,6 +1,7 @@
-//! What the kernel asks about frames for the guest, before they reach any of a TAP's queues.
+//! The packet filter of frames to the guest: a socket filter that the kernel runs before a frame reaches a queue of
+//! the TAP.
 //!
-//! Invariant: each queue has the filter that was set last, whether frames are steered to it or not.
+//! Invariant: each queue has the filter that was set last, whether the kernel steers frames to the queue or not.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,28 +11,28 @@ use crate::policy::Filter;
 use crate::policy::filter::classic;
 use crate::sys::tap::{ProgramMemory, Queue};
 
-/// The filter of a TAP, for all of its queues.
+/// The filter of a TAP, for all its queues.
 #[derive(Debug)]
 pub struct TapFilter {
     queues: Vec<Arc<Queue>>,
     state: Mutex<State>,
-    /// Counts how often another daemon may have set the device.
+    /// Number of times that another daemon may have changed the device's settings.
     generation: AtomicU64,
 }
 
 #[derive(Debug)]
 struct State {
     filter: Filter,
-    /// Where the program is, once there was one.
+    /// Memory of the program, since the first filter was set.
     memory: Option<ProgramMemory>,
 }
 
 impl TapFilter {
-    /// Sets the first filter, in the stead of one that somebody may have left behind. Frames that
-    /// wait were judged by nobody: they are dropped, if there is a filter now.
+    /// Sets the first filter, and removes one that another process may have left. Frames that wait in the queues
+    /// have passed no filter, so they are dropped unless the filter is `none`.
     ///
     /// # Errors
-    /// Those of the device, which names what can be done.
+    /// The device refuses the filter. The error names the fix.
     pub fn new(queues: Vec<Arc<Queue>>, filter: &Filter) -> io::Result<Self> {
         let state = Mutex::new(State { filter: Filter::default(), memory: None });
         let tap = TapFilter { queues, state, generation: AtomicU64::new(0) };
@@ -43,25 +44,25 @@ impl TapFilter {
         Ok(tap)
     }
 
-    /// The filter of a TAP that another daemon serves. The device is not touched before
+    /// Creates the filter of a TAP that another daemon serves. The device stays unchanged until
     /// [`reassert`](Self::reassert).
     pub fn of_predecessor(queues: Vec<Arc<Queue>>, filter: &Filter) -> Self {
         let state = Mutex::new(State { filter: filter.clone(), memory: None });
         TapFilter { queues, state, generation: AtomicU64::new(0) }
     }
 
-    /// Sets the filter again, and has every queue set its device again when its next session begins:
-    /// another daemon may have set them.
+    /// Sets the filter again, and has each queue's next session set the device again: another daemon may have
+    /// changed the settings.
     ///
     /// # Errors
-    /// Those of the device.
+    /// The device refuses the filter.
     pub fn reassert(&self) -> io::Result<()> {
         self.generation.fetch_add(1, Ordering::Release);
         let filter = self.get();
         if filter.is_none() { Ok(()) } else { self.set(&filter) }
     }
 
-    /// Changes whenever another daemon may have set the device.
+    /// A number that changes whenever another daemon may have changed the device's settings.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
@@ -70,37 +71,38 @@ impl TapFilter {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The filter that is in force.
+    /// The filter in force.
     pub fn get(&self) -> Filter {
         self.lock().filter.clone()
     }
 
-    /// Has the kernel judge frames by this filter from now on; those that wait in the queues were
-    /// judged already. Queues that no frames are steered to (a guest that uses fewer than there are)
-    /// get some for a moment, which are lost.
+    /// Replaces the filter. Frames that wait in the queues have passed the previous filter already.
+    ///
+    /// The kernel sets a filter for attached queues only, so detached queues are attached meanwhile (the guest may
+    /// use fewer queues than the TAP has). Frames that the kernel steers to these queues meanwhile are lost.
     ///
     /// # Errors
-    /// Those of the device; it judges as before then.
+    /// The device refuses the filter. The previous filter stays in force.
     pub fn set(&self, filter: &Filter) -> io::Result<()> {
         let mut state = self.lock();
-        let mut left_out = Vec::new();
+        let mut detached = Vec::new();
         for queue in &self.queues {
             if queue.identity().multi_queue && !queue.is_attached()? {
-                left_out.push(queue);
+                detached.push(queue);
                 queue.set_attached(true)?;
             }
         }
         let set = state.put(&self.queues[0], filter);
-        for queue in left_out {
+        for queue in detached {
             queue.set_attached(false)?;
         }
         set
     }
 
-    /// Has the kernel steer frames to one of the queues, or not.
+    /// Attaches or detaches one of the queues: the kernel steers frames to attached queues only.
     ///
     /// # Errors
-    /// Those of the device.
+    /// The device refuses.
     pub fn set_attached(&self, queue: &Queue, attached: bool) -> io::Result<()> {
         let _state = self.lock();
         queue.set_attached(attached)
@@ -124,13 +126,13 @@ impl State {
                 memory.set(queue, &classic(filter)).map_err(|error| {
                     let hint = match error.raw_os_error() {
                         Some(libc::ENOMEM) => {
-                            "; it has too many rules for net.core.optmem_max: use fewer, or \
-                             'sysctl -w net.core.optmem_max=131072'"
+                            "; its program is larger than net.core.optmem_max: use fewer rules, or \
+                             run 'sysctl -w net.core.optmem_max=131072'"
                         }
-                        Some(libc::EINVAL) => "; does this kernel have filters for a TAP?",
+                        Some(libc::EINVAL) => "; this kernel may have no socket filters for a TAP",
                         _ => "",
                     };
-                    io::Error::new(error.kind(), format!("set its filter: {error}{hint}"))
+                    io::Error::new(error.kind(), format!("cannot set rx-filter: {error}{hint}"))
                 })?;
             }
         }

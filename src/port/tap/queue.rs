@@ -1,8 +1,8 @@
-//! A queue of a TAP device, for the daemon's life: what the device can do, and what it is set to.
+//! A queue of a TAP, open for the daemon's life: the device's capabilities and settings.
 //!
-//! Invariant: what is noted of the device's offloads, link and steering is what was set last. Where a session
-//! that panicked or another daemon may have set something else, nothing is noted, or the kernel is asked
-//! again; so a session sets only what differs.
+//! Invariant: the recorded offloads, link state and steering are the settings that the device has, so a session sets
+//! only what differs. If a session that panicked or another daemon may have changed a setting, the record is
+//! cleared, or read from the kernel again.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -20,50 +20,49 @@ use crate::port::mtu::MtuComparison;
 use crate::sys::tap::{Identity, Queue, offload};
 use crate::sys::uring::Writer;
 
-/// How bursts of frames are written to a TAP.
+/// The method of writing bursts of frames to a TAP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TxMethod {
-    /// By io_uring where it is permitted, else by `writev`.
+    /// io_uring if the kernel permits it and the TAP's send buffer is unlimited, else `writev`.
     Auto,
-    /// One io_uring submission for a burst; an error where it is not permitted.
+    /// One io_uring submission for each burst; an error if the kernel does not permit io_uring.
     IoUring,
-    /// One system call for each frame.
+    /// One `writev` for each frame.
     Writev,
 }
 
-/// One queue of a TAP device, for the daemon's life.
+/// One queue of a TAP, open for the daemon's life.
 #[derive(Debug)]
 pub struct TapQueue {
     pub(super) queue: Arc<Queue>,
     filter: Arc<TapFilter>,
     pub(super) writer: Option<Writer>,
-    /// Why bursts are written that way.
+    /// The reason for the method of writing.
     reason: String,
     offloads: PortOffloads,
     settings: Arc<Settings>,
-    /// Whether it counts among the [small rings](Settings::small).
+    /// Whether this queue counts among the [small rings](Settings::small).
     pub(super) is_small: bool,
-    /// Size of the rx ring that was small in the last session: it is so from the next one's first frame on.
+    /// Size of the last session's rx ring, if the ring was small. A ring of the same size counts as small from the
+    /// next session's first frame on.
     pub(super) small_size: Option<u16>,
     /// Whether the device's link is up; `None` if another daemon may have set it.
     link: Option<bool>,
-    /// Whether it is to be up.
+    /// Link state that the session demands.
     wanted_link: bool,
-    /// Whether the kernel steers frames here; `None` for a device that has one queue only.
+    /// Whether the kernel steers frames to this queue; `None` for a device with one queue.
     attached: Option<bool>,
-    /// The filter's [generation](TapFilter::generation) when the device's settings, `link` and `attached` were
-    /// valid.
+    /// The filter's [generation](TapFilter::generation) that the recorded settings, `link` and `attached` belong to.
     generation: u64,
 }
 
-/// What is set for all queues of a device.
+/// Settings that all queues of a device share.
 #[derive(Debug, Default)]
 struct Settings {
-    /// What the device was last set to: header length and `TUN_F_*`.
+    /// Header length and `TUN_F_*` that were set last; `None` if unknown.
     applied: Mutex<Option<(usize, u32)>>,
-    /// Rx rings that cannot hold a frame that is to be segmented: the kernel segments as long as there
-    /// are any.
+    /// Number of rx rings that cannot hold a GSO frame of 64 KiB. If there is one, the kernel segments for all queues.
     small: AtomicUsize,
     mtu: MtuComparison,
 }
@@ -74,8 +73,8 @@ impl Settings {
     }
 }
 
-/// A TAP as a predecessor has opened it: what its successor cannot ask of the kernel without changing
-/// the device. Part of the take-over's messages: no name changes.
+/// State of a TAP that a predecessor has opened. A successor cannot read this state from the kernel without changing
+/// the device. It is part of the take-over's messages, so the names of its fields stay.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct TapState {
     /// The device's name when it was opened.
@@ -90,10 +89,10 @@ pub struct TapState {
 }
 
 impl TapState {
-    /// Has the kernel steer no frames to further queues of the device, as it does from their opening on.
+    /// Detaches additional queues of the device: the kernel steers frames to a queue from its opening on.
     ///
     /// # Errors
-    /// Those of the device.
+    /// A descriptor is no queue of this device, or the device refuses.
     pub fn detach(&self, queues: Vec<OwnedFd>) -> io::Result<Vec<OwnedFd>> {
         let detach = |fd| {
             let queue = Queue::inherit(fd)?;
@@ -101,7 +100,8 @@ impl TapState {
             if self.index.is_some() && index != self.index {
                 let other = &queue.identity().name;
                 return Err(io::Error::other(format!(
-                    "a queue of {other} came, which is another device than the port's"
+                    "cannot take over a queue: it belongs to {other}, not to {}; reload again",
+                    self.name
                 )));
             }
             if self.multi_queue {
@@ -114,11 +114,11 @@ impl TapState {
 }
 
 impl TapQueue {
-    /// Prepares the open queues of one device: sets what they all judge frames for the guest by,
-    /// asks what the device can do, and chooses how to write.
+    /// Prepares the open queues of one device: sets the filter of frames to the guest, probes the device's offloads,
+    /// and chooses the method of writing.
     ///
     /// # Errors
-    /// Those of the device's ioctls, and those of io_uring if `method` demands it.
+    /// The device refuses a setting, or io_uring is not permitted and `method` demands it.
     pub fn prepare(queues: Vec<Queue>, method: TxMethod, filter: &Filter) -> io::Result<Vec<Self>> {
         let queues: Vec<Arc<Queue>> = queues.into_iter().map(Arc::new).collect();
         let filter = Arc::new(TapFilter::new(queues.clone(), filter)?);
@@ -140,7 +140,7 @@ impl TapQueue {
         queue.set_offload(0)?;
         let multi_queue = queue.identity().multi_queue;
         if multi_queue {
-            // No frame is steered here before a guest has buffers for it.
+            // The kernel steers no frame here until the guest has rx buffers.
             filter.set_attached(&queue, false)?;
         }
         let (writer, reason) = choose_writer(&queue, method)?;
@@ -165,12 +165,11 @@ impl TapQueue {
         })
     }
 
-    /// Prepares the queues of a device that another daemon serves. Nothing is set: the predecessor must
-    /// find its device unchanged if the take-over fails. The first session after
-    /// [`TapFilter::reassert`] sets everything.
+    /// Prepares the queues of a device that another daemon serves, without a change of the device: the predecessor
+    /// continues if the take-over fails. The first session after [`TapFilter::reassert`] sets the device.
     ///
     /// # Errors
-    /// Those of io_uring if `method` demands it.
+    /// io_uring is not permitted and `method` demands it.
     pub fn of_predecessor(
         queues: Vec<OwnedFd>,
         state: &TapState,
@@ -183,7 +182,7 @@ impl TapQueue {
         let queues: Vec<Arc<Queue>> = queues.collect();
         let filter = Arc::new(TapFilter::of_predecessor(queues.clone(), filter));
         let settings = Arc::<Settings>::default();
-        let adopt = |queue: Arc<Queue>| {
+        let restore = |queue: Arc<Queue>| {
             let (writer, reason) = choose_writer(&queue, method)?;
             Ok(TapQueue {
                 filter: filter.clone(),
@@ -200,45 +199,45 @@ impl TapQueue {
                 queue,
             })
         };
-        queues.into_iter().map(adopt).collect()
+        queues.into_iter().map(restore).collect()
     }
 
-    /// What a successor needs beside the queues' descriptors.
+    /// State that a successor needs beside the queues' descriptors.
     pub fn state(&self) -> TapState {
         let Identity { name, index, multi_queue, is_macvtap } = self.queue.identity().clone();
         TapState { name, index, multi_queue, is_macvtap, offloads: self.offloads }
     }
 
-    /// How bursts are written, and why so.
+    /// Method of writing bursts, and the reason, for the log.
     pub fn tx_method(&self) -> String {
-        let way = if self.writer.is_some() { "io_uring" } else { "writev" };
-        format!("{way} ({})", self.reason)
+        let method = if self.writer.is_some() { "io_uring" } else { "writev" };
+        format!("{method} ({})", self.reason)
     }
 
-    /// What the device can do with a frame's offloads.
+    /// Offloads that the device supports.
     pub fn offloads(&self) -> PortOffloads {
         self.offloads
     }
 
-    /// The same queue once more, for frames beside those of a session.
-    pub(in crate::port) fn another_handle(&self) -> io::Result<Queue> {
+    /// Duplicates the queue's descriptor, for frames beside those of a session.
+    pub(in crate::port) fn duplicate(&self) -> io::Result<Queue> {
         self.queue.try_clone()
     }
 
-    /// What frames for the guest are judged by, for all queues of the device.
+    /// Filter of frames to the guest, for all queues of the device.
     pub fn filter(&self) -> &Arc<TapFilter> {
         &self.filter
     }
 
-    /// The device's name.
+    /// Name of the device when it was opened.
     pub fn name(&self) -> &str {
         &self.queue.identity().name
     }
 
-    /// Sets the device for a session: it leaves to the guest what the guest has accepted, and no more.
+    /// Sets the device for a session, with exactly the offloads that the guest has accepted.
     ///
     /// # Errors
-    /// Those of the device.
+    /// The device refuses a setting, for example because the device was deleted.
     pub(super) fn configure(&mut self, config: &SessionConfig) -> io::Result<()> {
         let generation = self.filter.generation();
         if self.generation != generation {
@@ -259,8 +258,8 @@ impl TapQueue {
         self.set_link(config.link)
     }
 
-    /// Forgets what a session that panicked may have set without noting it, and an io_uring instance that
-    /// holds frames of that session.
+    /// Clears the recorded settings after a session that panicked, and drops an io_uring instance that still holds
+    /// frames of that session.
     pub(in crate::port) fn recover(&mut self) {
         self.writer.take_if(|writer| !writer.is_idle());
         self.set_small(false);
@@ -269,8 +268,8 @@ impl TapQueue {
         self.attached = attached(&self.queue);
     }
 
-    /// Longest frame in bytes that is not to be segmented: by the device's MTU, which can be
-    /// changed at any time, or the card's.
+    /// Longest frame in bytes without segmentation: by the larger MTU of the TAP, which can change at any time, and
+    /// of the virtio-net device.
     pub(super) fn longest_frame(&self, mtu: u16) -> usize {
         let device = self.queue.mtu().unwrap_or(0);
         if device > 0 {
@@ -279,7 +278,7 @@ impl TapQueue {
         (device as usize).max(usize::from(mtu)) + LINK_OVERHEAD
     }
 
-    /// Sets what applies to the whole device, if no queue has done so already.
+    /// Sets header length and offloads of the whole device, unless another queue has set the same.
     pub(super) fn apply(&self, header_length: usize, accepted: &Offloads) -> io::Result<()> {
         let mut offloads = tun_offloads(accepted);
         let mut applied = self.settings.applied();
@@ -288,7 +287,7 @@ impl TapQueue {
         }
         let settings = (header_length, offloads);
         if *applied != Some(settings) {
-            // If one of both fails, neither is known.
+            // If one of the two calls fails, both settings are unknown.
             *applied = None;
             self.queue.set_header_length(header_length)?;
             self.queue.set_offload(offloads)?;
@@ -297,7 +296,7 @@ impl TapQueue {
         Ok(())
     }
 
-    /// Notes whether the rx ring is too small for frames that are to be segmented.
+    /// Records whether the rx ring is too small for GSO frames.
     pub(super) fn set_small(&mut self, small: bool) {
         match (std::mem::replace(&mut self.is_small, small), small) {
             (false, true) => _ = self.settings.small.fetch_add(1, Ordering::Relaxed),
@@ -306,13 +305,15 @@ impl TapQueue {
         }
     }
 
-    /// Sets the device's link, if it is not so already. While it is down the host sends it nothing:
-    /// what piled up meanwhile would be late. The kernel (`tun_net_change_carrier`) sets no link up of a
-    /// device without attached queues: the first one that is attached does.
+    /// Sets the device's link, if the recorded state differs. While the link is down the host sends no frames, so none
+    /// queue up and arrive late.
+    ///
+    /// The kernel (`tun_net_change_carrier`) cannot set the link up while no queue is attached. Then the first queue
+    /// that is attached sets the link up.
     fn set_link(&mut self, up: bool) -> io::Result<()> {
         self.wanted_link = up;
         if self.queue.identity().is_macvtap {
-            // Its carrier is that of the device below. Frames that came meanwhile would be late.
+            // A macvtap's carrier is the lower device's. Frames that have queued up meanwhile would be late.
             if up && self.link == Some(false) {
                 self.queue.drain();
             }
@@ -327,7 +328,7 @@ impl TapQueue {
         Ok(())
     }
 
-    /// Has the kernel steer frames here, or not, if the device has several queues.
+    /// Attaches or detaches the queue, if the device has several: the kernel steers frames to attached queues only.
     pub(super) fn set_attached(&mut self, attached: bool) -> io::Result<()> {
         if self.attached == Some(!attached) {
             self.filter.set_attached(&self.queue, attached)?;
@@ -340,20 +341,20 @@ impl TapQueue {
     }
 }
 
-/// Whether the kernel steers frames to a queue; `None` for a device that has one queue only. A queue
-/// of a device that is gone counts as detached.
+/// Asks the kernel whether it steers frames to a queue; `None` for a device with one queue. A queue of a device that
+/// is gone counts as detached.
 fn attached(queue: &Queue) -> Option<bool> {
     queue.identity().multi_queue.then(|| queue.is_attached().unwrap_or(false))
 }
 
-/// An io_uring instance if bursts are to be written with one, and the reason.
+/// Chooses the method of writing: an io_uring instance, or `None` for `writev`; and the reason.
 fn choose_writer(queue: &Queue, method: TxMethod) -> io::Result<(Option<Writer>, String)> {
     if method == TxMethod::Writev {
         return Ok((None, "as configured".into()));
     }
     if queue.has_send_limit() {
-        // Frames behind one that was refused for lack of room would overtake it.
-        return Ok((None, "the device limits what it buffers".into()));
+        // With io_uring, later frames would overtake one that found the send buffer full.
+        return Ok((None, "limited send buffer".into()));
     }
     match Writer::new(queue.as_fd()) {
         Ok(writer) if method == TxMethod::IoUring => Ok((Some(writer), "as configured".into())),
@@ -363,16 +364,16 @@ fn choose_writer(queue: &Queue, method: TxMethod) -> io::Result<(Option<Writer>,
     }
 }
 
-/// `TUN_F_*` for what the guest has accepted.
+/// Returns the `TUN_F_*` flags of the offloads that the guest has accepted.
 fn tun_offloads(accepted: &Offloads) -> u32 {
     let mut flags = 0;
     for (on, flag) in [
         (accepted.checksum, offload::CSUM),
         (accepted.tcp4, offload::TSO4),
         (accepted.tcp6, offload::TSO6),
-        // The kernel takes ECN only beside TSO.
+        // The kernel accepts ECN only with TSO.
         (accepted.ecn && (accepted.tcp4 || accepted.tcp6), offload::TSO_ECN),
-        // The kernel takes both or none.
+        // The kernel accepts only both.
         (accepted.udp4 && accepted.udp6, offload::USO4 | offload::USO6),
     ] {
         if on {

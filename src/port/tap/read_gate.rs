@@ -1,71 +1,71 @@
-//! When a TAP is read: frames may be there, and the guest's buffers can take the largest of them.
+//! The decision to read a TAP: frames may have arrived, and the rx buffers can take the largest frame.
 //!
-//! A frame that is read into too few buffers is lost, and a TAP does not tell the next frame's length. So frames
-//! wait for buffers, for [`SHORTAGE_TIMEOUT`] only, since the guest may have no more.
+//! A frame that is read into too few buffers is lost, and a TAP does not report the next frame's length. So frames
+//! wait for buffers, for at most [`SHORTAGE_TIMEOUT`], since the guest may have no more buffers.
 
 use std::time::{Duration, Instant};
 
 /// Longest wait of frames for the buffers that the largest of them could need.
 const SHORTAGE_TIMEOUT: Duration = Duration::from_millis(10);
 
-/// Whether the buffers in flight can take the largest frame.
+/// The size of the rx buffers in flight, compared with the largest frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Room {
-    /// There are no buffers.
+    /// No buffers are in flight.
     None,
-    /// There are too few.
+    /// The buffers are too small for the largest frame.
     Short,
-    /// There are enough.
+    /// The buffers can take the largest frame.
     Enough,
 }
 
-/// Too few buffers for a frame that waits.
+/// A shortage of rx buffers while a frame waits.
 #[derive(Debug, Clone, Copy)]
 enum Shortage {
-    /// No frame waits for buffers.
+    /// No frame is known to wait for buffers.
     None,
-    /// Frames wait for more buffers.
+    /// Frames have waited for more buffers since then.
     Since(Instant),
-    /// The wait timed out: frames are read into the buffers that there are.
+    /// The wait timed out: frames are read into the buffers in flight.
     TimedOut,
 }
 
-/// Decides whether to read.
+/// The state behind the decision to read.
 #[derive(Debug)]
 pub(super) struct ReadGate {
-    /// Whether frames may have come since the device was last found empty. Without buffers nobody looks, so it
-    /// stays.
+    /// Whether frames may have arrived since the device was last found empty.
     may_have_frames: bool,
     shortage: Shortage,
+    /// Bursts of frames from the guest since the worker's last sleep.
     tx_bursts: usize,
 }
 
 impl ReadGate {
-    /// For a session; `receives` says that its guest has an rx ring.
+    /// Creates the gate of a session; `receives` is true if the guest has an rx ring.
     pub(super) fn new(receives: bool) -> Self {
         ReadGate { may_have_frames: receives, shortage: Shortage::None, tx_bursts: 0 }
     }
 
-    /// Notes a burst of frames from the guest. A worker that goes from burst to burst does not sleep, and so is
-    /// not told of frames. After one burst it most often sleeps, and a read would find nothing.
+    /// Notes a burst of frames from the guest. A worker does not sleep between bursts, so epoll reports no frames to
+    /// it: from the second burst on, it reads without a report. After a single burst a read would mostly find nothing.
     pub(super) fn note_tx_burst(&mut self) {
         self.may_have_frames |= self.tx_bursts > 0;
         self.tx_bursts += 1;
     }
 
-    /// Notes that the worker slept. A device is reported as `readable` once, so what could not be read then is
-    /// still there.
+    /// Notes that the worker slept. epoll reports the device as `readable` once only (edge-triggered), so frames that
+    /// were not read then still wait.
     pub(super) fn note_wake_up(&mut self, readable: bool) {
         self.tx_bursts = 0;
         self.may_have_frames |= readable;
     }
 
-    /// Notes that the device has no frames.
+    /// Notes that the device is empty.
     pub(super) fn note_empty(&mut self) {
         self.may_have_frames = false;
     }
 
-    /// Notes new buffers, with which there is such `room`.
+    /// Notes new rx buffers, with which the buffers in flight amount to `room`.
     pub(super) fn note_buffers(&mut self, room: Room) {
         match self.shortage {
             Shortage::Since(_) if room == Room::Short => {}
@@ -73,12 +73,12 @@ impl ReadGate {
         }
     }
 
-    /// Whether a frame may wait in the device.
+    /// Whether frames may wait in the device.
     pub(super) fn may_have_frames(&self) -> bool {
         self.may_have_frames
     }
 
-    /// Whether frames have waited long enough for more buffers; starts the time-out if none runs.
+    /// Whether the wait for more buffers has timed out. The first call starts the timeout.
     pub(super) fn has_timed_out(&mut self) -> bool {
         match self.shortage {
             Shortage::None => self.shortage = Shortage::Since(Instant::now()),
@@ -90,7 +90,7 @@ impl ReadGate {
         matches!(self.shortage, Shortage::TimedOut)
     }
 
-    /// Whether to wait for the device: not while frames are known to wait for buffers.
+    /// Whether new frames must wake the worker: only if frames do not wait for buffers already.
     pub(super) fn waits_for_frames(&self, room: Room) -> bool {
         let waits_for_buffers = room == Room::Short
             && self.may_have_frames
@@ -98,7 +98,7 @@ impl ReadGate {
         room != Room::None && !waits_for_buffers
     }
 
-    /// Time until frames that wait for buffers are read without them.
+    /// Time until the wait for more buffers times out.
     pub(super) fn timeout(&self, room: Room) -> Option<Duration> {
         match self.shortage {
             Shortage::Since(since) if room == Room::Short => {

@@ -1,4 +1,4 @@
-//! Buffers for frames to come: the kernel reads each frame straight into the oldest of them.
+//! Frames to the guest: the kernel writes each frame straight into the oldest rx buffers.
 
 use std::io;
 
@@ -9,42 +9,41 @@ use crate::frame::{ETHERNET_LENGTH, FrameDirection, LINK_OVERHEAD, MAX_FRAME};
 use crate::guest::{Chain, MAX_SEGMENTS, Segment, Virtqueue, Writable};
 use crate::port::{Completions, SessionConfig};
 use crate::sys::tap::Queue;
-use crate::traffic::Notes;
+use crate::traffic::PeerNotes;
 use crate::vnet_header::{MAX_HEADERS, SegmentationOverhead, VnetHeader};
 
-/// Buffers that are in flight at the most, which bounds what a session holds. Eight frames of 64 KiB in
-/// the 1.5 KiB buffers of a Linux driver.
+/// Maximum number of rx buffers in flight: enough for eight frames of 64 KiB in a Linux driver's buffers of 1.5 KiB.
 pub(super) const MAX_BUFFERS: usize = 512;
 
-/// Buffers for frames to come.
+/// The rx side of a session on a TAP.
 #[derive(Debug)]
 pub(super) struct Receiver<'mem> {
     header_length: usize,
     accepted: Offloads,
     mergeable: bool,
-    /// The card's MTU in bytes.
+    /// The virtio-net device's MTU in bytes.
     mtu: u16,
-    /// Longest frame in bytes that the device can deliver, header included.
+    /// Length in bytes of the longest frame that the TAP can deliver, virtio-net header included.
     largest: usize,
-    /// Bytes of buffers with which frames are read at once.
+    /// Bytes of buffers in flight that suffice to read without a wait.
     enough: usize,
-    /// What the next frame may take: the segments of the oldest `window_chains` chains, of which those
-    /// that follow each other in memory, as a driver's buffers often do, are one.
+    /// Target of the next read: the segments of the oldest `window_chains` chains. Segments that are adjacent in
+    /// memory, as a driver's buffers often are, are joined.
     window: Vec<Segment<'mem>>,
     window_chains: usize,
-    window_room: usize,
-    notes: Notes,
-    /// Whether frames are noted.
-    peeks: bool,
-    /// The buffers held the largest frame at some time in this session.
+    window_bytes: usize,
+    peers: PeerNotes,
+    /// Whether this burst's frames are counted by peer.
+    counts_peers: bool,
+    /// Whether the buffers in flight could hold the largest frame at some time in this session.
     has_held_largest: bool,
-    /// The ring cannot hold the largest frame that is to be segmented: the kernel is to segment for it.
+    /// Whether the ring cannot hold the largest GSO frame, so that the kernel must segment.
     pub(super) is_small: bool,
 }
 
 impl<'mem> Receiver<'mem> {
-    /// For frames up to `longest` bytes, but for those that are to be segmented. `is_small` if the ring is
-    /// known not to hold these.
+    /// Creates the rx side for frames of up to `longest` bytes; GSO frames may be longer. `is_small` is true if the
+    /// ring is known to be too small for GSO frames.
     pub(super) fn new(config: &SessionConfig, longest: usize, is_small: bool) -> Self {
         let SessionConfig { negotiated, mtu, .. } = *config;
         let mut receiver = Receiver {
@@ -56,59 +55,59 @@ impl<'mem> Receiver<'mem> {
             enough: 0,
             window: Vec::new(),
             window_chains: 0,
-            window_room: 0,
-            notes: Notes::new(config.peers.clone()),
-            peeks: false,
+            window_bytes: 0,
+            peers: PeerNotes::new(config.peers.clone()),
+            counts_peers: false,
             has_held_largest: false,
             is_small,
         };
-        receiver.expect(longest);
+        receiver.set_longest(longest);
         receiver
     }
 
-    /// Prepares for frames up to `longest` bytes, but for those that are to be segmented.
-    pub(super) fn expect(&mut self, longest: usize) {
+    /// Prepares for frames of up to `longest` bytes; GSO frames may be longer.
+    pub(super) fn set_longest(&mut self, longest: usize) {
         let is_small = self.is_small;
-        let frame = if self.segments() && !is_small { MAX_FRAME } else { longest };
+        let frame = if self.accepts_gso() && !is_small { MAX_FRAME } else { longest };
         self.largest = self.header_length + frame;
-        // A small ring's buffers have the size of frames without VLAN tags.
+        // A driver with a small ring sizes its buffers for frames without VLAN tags.
         let tags = if is_small { LINK_OVERHEAD - ETHERNET_LENGTH } else { 0 };
         self.enough = self.largest - tags;
     }
 
-    /// Whether frames that are to be segmented may take several buffers.
-    fn segments(&self) -> bool {
+    /// Whether the guest accepts GSO frames, in several buffers each.
+    fn accepts_gso(&self) -> bool {
         self.mergeable && self.accepted.segmentation()
     }
 
-    /// Finds out whether the ring can hold the largest frame, from its size and the buffers in flight.
-    pub(super) fn measure(&mut self, rx: &Virtqueue<'mem, Writable>) {
-        let (buffers, room) = (rx.in_flight(), rx.bytes_in_flight());
-        if buffers == 0 || !self.segments() {
+    /// Determines from the ring's size and the buffers in flight whether the ring can hold the largest GSO frame.
+    pub(super) fn measure_ring(&mut self, rx: &Virtqueue<'mem, Writable>) {
+        let (buffers, bytes) = (rx.in_flight(), rx.bytes_in_flight());
+        if buffers == 0 || !self.accepts_gso() {
             return;
         }
         let wanted = self.header_length + MAX_FRAME;
-        if room >= wanted || buffers >= MAX_BUFFERS {
+        if bytes >= wanted || buffers >= MAX_BUFFERS {
             self.has_held_largest = true;
             self.is_small = false;
-        } else if !self.has_held_largest && usize::from(rx.size()) * (room / buffers) < wanted {
+        } else if !self.has_held_largest && usize::from(rx.size()) * (bytes / buffers) < wanted {
             self.is_small = true;
         }
     }
 
-    /// Length in bytes of the virtio header, and what the guest has accepted.
-    pub(super) fn terms(&self) -> (usize, Offloads) {
+    /// Settings that the device needs: length in bytes of the virtio-net header, and the accepted offloads.
+    pub(super) fn device_settings(&self) -> (usize, Offloads) {
         (self.header_length, self.accepted)
     }
 
-    /// Forgets the buffers that are in flight, when the session ends.
+    /// Forgets the buffers in flight, at the end of the session.
     pub(super) fn stop(&mut self) {
         self.window.clear();
         self.window_chains = 0;
-        self.window_room = 0;
+        self.window_bytes = 0;
     }
 
-    /// Whether the largest frame that may come fits the buffers in flight.
+    /// Compares the buffers in flight with the largest frame that the TAP can deliver.
     #[inline]
     pub(super) fn room(&self, rx: &Virtqueue<'mem, Writable>) -> Room {
         match rx.in_flight() {
@@ -118,32 +117,32 @@ impl<'mem> Receiver<'mem> {
         }
     }
 
-    /// Whether to read now.
+    /// Whether the buffers in flight permit a read now.
     #[inline]
     pub(super) fn can_read(&mut self, gate: &mut ReadGate, rx: &Virtqueue<'mem, Writable>) -> bool {
         match self.room(rx) {
             Room::Enough => true,
             Room::None => false,
-            Room::Short => self.makes_do(gate),
+            Room::Short => self.has_timed_out(gate),
         }
     }
 
-    /// Whether frames have waited in vain for more buffers, which shows that the ring is small.
+    /// Whether the wait for more buffers has timed out. A timeout shows that the ring is small.
     #[inline(never)]
-    fn makes_do(&mut self, gate: &mut ReadGate) -> bool {
+    fn has_timed_out(&mut self, gate: &mut ReadGate) -> bool {
         let has_timed_out = gate.has_timed_out();
-        self.is_small |= has_timed_out && self.segments() && !self.has_held_largest;
+        self.is_small |= has_timed_out && self.accepts_gso() && !self.has_held_largest;
         has_timed_out
     }
 
-    /// Reads the next frame into the oldest buffers; returns its length with header, or nothing if
-    /// it is lost, being longer than what these hold.
+    /// Reads the next frame into the oldest buffers. Returns the length with the virtio-net header, or `None` if the
+    /// frame is lost because it is longer than the buffers.
     pub(super) fn read(
         &mut self,
         queue: &Queue,
         rx: &Virtqueue<'mem, Writable>,
     ) -> io::Result<Option<usize>> {
-        // Without segmentation the oldest buffer nearly always takes any frame.
+        // Fast path: without GSO frames, the oldest buffer nearly always holds any frame.
         if self.window.is_empty() {
             let oldest = rx.chain(rx.next_used());
             if oldest.len() > self.largest {
@@ -151,18 +150,18 @@ impl<'mem> Receiver<'mem> {
                 return Ok((length < oldest.len()).then_some(length));
             }
         }
-        self.read_spread(queue, rx)
+        self.read_scattered(queue, rx)
     }
 
-    /// Reads the next frame into as many of the oldest buffers as the largest could take.
+    /// Reads the next frame into as many of the oldest buffers as the largest frame requires.
     #[inline(never)]
-    fn read_spread(
+    fn read_scattered(
         &mut self,
         queue: &Queue,
         rx: &Virtqueue<'mem, Writable>,
     ) -> io::Result<Option<usize>> {
         let most = if self.mergeable { rx.in_flight() } else { 1 };
-        while self.window_room < self.largest && self.window_chains < most {
+        while self.window_bytes < self.largest && self.window_chains < most {
             let chain = rx.chain(rx.next_used().wrapping_add(self.window_chains as u16));
             if self.window.len() + chain.segments().len() > MAX_SEGMENTS {
                 break;
@@ -174,22 +173,22 @@ impl<'mem> Receiver<'mem> {
                 }
             }
             self.window_chains += 1;
-            self.window_room += chain.len();
+            self.window_bytes += chain.len();
         }
-        if self.window_room <= self.largest {
+        if self.window_bytes <= self.largest {
             let length = queue.read_watching(&mut self.window)?;
-            return Ok((length <= self.window_room).then_some(length));
+            return Ok((length <= self.window_bytes).then_some(length));
         }
-        // No frame fills more than it may have, unless it was longer.
+        // The window is longer than any frame, so a frame that fills it was truncated.
         let length = queue.read(&self.window)?;
-        Ok((length < self.window_room).then_some(length))
+        Ok((length < self.window_bytes).then_some(length))
     }
 
-    /// Takes `chains` of so many `bytes` from the window's start.
+    /// Removes the oldest `chains`, which have `bytes` in total, from the window.
     #[inline(never)]
     fn move_window(&mut self, chains: usize, mut bytes: usize) {
         self.window_chains -= chains;
-        self.window_room -= bytes;
+        self.window_bytes -= bytes;
         let mut gone = 0;
         for segment in &mut self.window {
             if bytes < segment.len() {
@@ -202,7 +201,7 @@ impl<'mem> Receiver<'mem> {
         self.window.drain(..gone);
     }
 
-    /// Completes the buffers that the frame of `length` bytes takes, or counts it as dropped.
+    /// Completes the buffers that hold the frame of `length` bytes, or counts the frame as dropped.
     pub(super) fn deliver(
         &mut self,
         length: usize,
@@ -215,7 +214,7 @@ impl<'mem> Receiver<'mem> {
         }
         let first = rx.chain(rx.next_used());
         let header: [u8; LEGACY_HEADER_LENGTH] = first.first_bytes();
-        // Nearly always it says nothing. A guest may have made it say nothing of a frame that is cut.
+        // Most frames have an empty header. The guest can clear a GSO frame's header at any time, so length counts too.
         let is_long = length - self.header_length > usize::from(self.mtu) + LINK_OVERHEAD;
         if header[..2] != [0, 0] || is_long {
             match self.fit_header_to_guest(&VnetHeader::parse(&header), &first) {
@@ -226,10 +225,10 @@ impl<'mem> Receiver<'mem> {
                 }
             }
         }
-        if self.peeks {
-            self.note(&first, length);
+        if self.counts_peers {
+            self.note_peer(&first, length);
         }
-        // The kernel knows the legacy header only, and leaves the rest as it was.
+        // The kernel writes the legacy header's fields only, so `num_buffers` is ours.
         let has_number = self.header_length == HEADER_LENGTH;
         if length <= first.len() {
             if has_number {
@@ -240,10 +239,10 @@ impl<'mem> Receiver<'mem> {
                 self.move_window(1, taken);
             }
         } else {
-            let mut room = 0;
+            let mut total = 0;
             let needed = rx.positions(rx.next_avail()).take_while(|position| {
-                let before = room;
-                room += rx.chain(*position).len();
+                let before = total;
+                total += rx.chain(*position).len();
                 before < length
             });
             let buffers = needed.count();
@@ -256,7 +255,7 @@ impl<'mem> Receiver<'mem> {
                 left -= part;
                 taken += rx.push_used(part as u32);
             }
-            debug_assert_eq!(left, 0, "the window has room for the frame");
+            debug_assert_eq!(left, 0, "the window holds the frame");
             self.move_window(buffers, taken);
         }
         done.rx.frames += 1;
@@ -264,27 +263,30 @@ impl<'mem> Receiver<'mem> {
     }
 
     /// Prepares for a burst of frames.
-    pub(super) fn look(&mut self) {
-        self.peeks = self.notes.wanted();
+    pub(super) fn begin_burst(&mut self) {
+        self.counts_peers = self.peers.is_on();
     }
 
-    /// Counts the burst.
-    pub(super) fn count(&mut self) {
-        self.notes.publish();
+    /// Adds the burst's frames to the count of peers.
+    pub(super) fn end_burst(&mut self) {
+        self.peers.publish();
     }
 
-    /// Notes the frame in the oldest buffers, as far as the first of them shows it. The guest could
-    /// have changed it already, and would fool itself.
+    /// Notes the peer of the frame in the oldest buffers, by the bytes in the first buffer. A guest that changes the
+    /// buffer meanwhile falsifies only its own counts.
     #[inline(never)]
-    fn note(&mut self, first: &Chain<'_, 'mem, Writable>, length: usize) {
+    fn note_peer(&mut self, first: &Chain<'_, 'mem, Writable>, length: usize) {
         let mut start = [0; HEADER_LENGTH + MAX_HEADERS];
         let shown = first.read_start(&mut start).min(length);
         let frame = start.get(self.header_length..shown).unwrap_or_default();
-        self.notes.note(FrameDirection::Rx, frame, length - self.header_length);
+        self.peers.note(FrameDirection::Rx, frame, length - self.header_length);
     }
 
-    /// Looks at the header that the kernel wrote. The device was set to what the guest accepts,
-    /// but frames may have been queued before that.
+    /// Checks the header that the kernel wrote. The device has the guest's offloads, but a frame may have been queued
+    /// before they were set.
+    ///
+    /// # Errors
+    /// The guest does not accept such a frame.
     #[inline(never)]
     fn fit_header_to_guest(
         &self,
@@ -295,25 +297,25 @@ impl<'mem> Receiver<'mem> {
             return Err(DropReason::NotAccepted);
         }
         if !self.accepted.checksum && header.flags != 0 {
-            // Section 5.1.6.4.1: flags are zero without GUEST_CSUM.
+            // virtio 1.3, section 5.1.6.4.1: flags are zero without VIRTIO_NET_F_GUEST_CSUM.
             buffer.write_at(0, &[0]);
         }
         Ok(*header)
     }
 
-    /// What the frame of `length` bytes with its header is on the wire beyond itself. The guest may
-    /// have rewritten the header: however small it makes the segments, they fit the MTU.
+    /// Packets and bytes that segmentation adds to the frame of `length` bytes, virtio-net header included. The guest may
+    /// have rewritten the header, so the segment size is bounded by the MTU.
     fn overhead(&self, header: &VnetHeader, length: usize) -> SegmentationOverhead {
-        /// IPv4 and TCP without options.
-        const LEAST_HEADERS: u16 = 40;
-        /// TCP with its usual options. Without them there is one segment less at the most.
+        /// Bytes of IPv4 and TCP headers without options.
+        const MIN_HEADERS: u16 = 40;
+        /// Bytes of a TCP header with the usual options. Without options the estimate is at most one segment too high.
         const TCP: usize = 32;
         let length = length - self.header_length;
         if length <= usize::from(self.mtu) + LINK_OVERHEAD {
             return SegmentationOverhead::default();
         }
-        let gso_size = header.gso_size.min(self.mtu.saturating_sub(LEAST_HEADERS)).max(1);
-        // The kernel's hdr_len is not the length of headers.
+        let gso_size = header.gso_size.min(self.mtu.saturating_sub(MIN_HEADERS)).max(1);
+        // The kernel's `hdr_len` is not the length of the headers.
         let headers = usize::from(header.csum_start).clamp(34, 74) + TCP;
         SegmentationOverhead::of(&VnetHeader { gso_type: 1, gso_size, ..*header }, headers, length)
     }

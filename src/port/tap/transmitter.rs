@@ -1,4 +1,4 @@
-//! Frames from the guest: checked, and written a burst at a time.
+//! Frames from the guest: validated, and written to the TAP in bursts.
 
 use std::io;
 use std::iter;
@@ -14,16 +14,16 @@ use crate::port::{Completions, Outcome, SessionConfig, TxStages};
 use crate::sys::uring::MAX_WRITES;
 use crate::vnet_header::{HeaderCopy, Validated};
 
-/// Bursts from this many frames on go through io_uring: a submission of one costs more than a
-/// `writev`.
-const URING_FROM: usize = 2;
+/// Minimum number of frames in a burst for io_uring: a submission of one frame costs more than a `writev`.
+const MIN_URING_BURST: usize = 2;
 
-/// A frame of a burst that is written at once.
+/// A frame of a burst that one io_uring submission writes.
 #[derive(Debug, Clone, Copy)]
 struct Frame {
-    admitted: Result<Validated, DropReason>,
-    /// Where its segments are in the list of all; none of a frame that is dropped.
+    validated: Result<Validated, DropReason>,
+    /// First of the frame's segments in the burst's list. A frame that is dropped has none.
     first: u32,
+    /// End of the frame's segments in the burst's list.
     end: u32,
 }
 
@@ -33,32 +33,32 @@ impl Frame {
     }
 }
 
-/// What writes frames.
+/// The tx side of a session on a TAP.
 #[derive(Debug)]
 pub(super) struct Transmitter {
     stages: TxStages,
-    /// The virtio-net device's MTU in bytes, by which the longest frame is renewed.
+    /// The virtio-net device's MTU in bytes.
     mtu: u16,
-    /// Whether that was renewed in this burst.
-    renewed: bool,
-    /// The checked start of each frame of a burst that is not plain.
+    /// Whether the longest frame's length was updated in this burst.
+    is_max_frame_current: bool,
+    /// Checked starts of a burst's frames, unused for plain ones.
     starts: Vec<HeaderCopy>,
     frames: Vec<Frame>,
-    /// Room for the segments of a burst's frames.
+    /// Memory for the segments of a burst's frames, empty between bursts.
     segments: Vec<ReadSegment<'static>>,
-    /// The device had no room for the last frame.
+    /// Whether the TAP's send buffer was full at the last frame.
     pub(super) blocked: bool,
 }
 
 impl Transmitter {
     pub(super) fn new(config: &SessionConfig, longest: usize) -> Self {
         let mut stages = config.tx_stages(longest);
-        // A second piece costs a write more than copying a small frame does.
+        // A second iovec costs more than a copy of a small frame.
         stages.headers.copies_small = true;
         Transmitter {
             stages,
             mtu: config.mtu,
-            renewed: false,
+            is_max_frame_current: false,
             starts: vec![HeaderCopy::default(); MAX_WRITES],
             frames: Vec::with_capacity(MAX_WRITES),
             segments: Vec::new(),
@@ -66,7 +66,8 @@ impl Transmitter {
         }
     }
 
-    /// Sends what is admitted of the frames before position `until`, until the device has no room.
+    /// Sends the frames before position `until`, and drops those that are not valid. Stops when the TAP's send buffer
+    /// is full.
     pub(super) fn transmit(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
@@ -75,13 +76,13 @@ impl Transmitter {
         done: &mut Completions,
     ) {
         self.blocked = false;
-        self.renewed = false;
+        self.is_max_frame_current = false;
         self.stages.begin_burst(done);
         let mut starts = mem::take(&mut self.starts);
         while tx.next_used() != until && !self.blocked {
             let frames = usize::from(until.wrapping_sub(tx.next_used()));
-            if frames >= URING_FROM && host.writer.is_some() {
-                self.send_at_once(tx, until, host, &mut starts, done);
+            if frames >= MIN_URING_BURST && host.writer.is_some() {
+                self.send_burst(tx, until, host, &mut starts, done);
             } else {
                 self.send_next(tx, host, &mut starts[0], done);
             }
@@ -90,20 +91,20 @@ impl Transmitter {
         self.stages.end_burst();
     }
 
-    /// Checks a frame.
+    /// Validates a frame.
     #[inline(always)]
-    fn admit(
+    fn validate(
         &mut self,
         chain: &Chain<'_, '_, Readable>,
         start: &mut HeaderCopy,
         host: &TapQueue,
     ) -> Result<Validated, DropReason> {
-        let admitted = self.stages.check(chain, start);
-        if admitted != Err(DropReason::TooLong) || self.renewed {
-            return admitted;
+        let validated = self.stages.check(chain, start);
+        if validated != Err(DropReason::TooLong) || self.is_max_frame_current {
+            return validated;
         }
-        // Or the device's MTU was raised: once a burst it is asked.
-        self.renewed = true;
+        // The TAP's MTU may have been raised: query it, at most once in a burst.
+        self.is_max_frame_current = true;
         self.stages.headers.max_frame = host.longest_frame(self.mtu);
         self.stages.check(chain, start)
     }
@@ -117,8 +118,8 @@ impl Transmitter {
         done: &mut Completions,
     ) {
         let chain = tx.chain(tx.next_used());
-        let mut admitted = self.admit(&chain, start, host);
-        if let Ok(how) = admitted {
+        let mut validated = self.validate(&chain, start, host);
+        if let Ok(how) = validated {
             let checked = self.stages.checked(how, start);
             let first = ReadSegment::of_bytes(checked);
             let written = if checked.len() >= chain.len() {
@@ -135,14 +136,14 @@ impl Transmitter {
                     self.blocked = true;
                     return;
                 }
-                Err(_) => admitted = Err(DropReason::HostRefused),
+                Err(_) => validated = Err(DropReason::HostRefused),
             }
         }
-        self.complete(tx, admitted, start, done);
+        self.complete(tx, validated, start, done);
     }
 
-    /// Sends the oldest frames with one system call, as many as go into it.
-    fn send_at_once(
+    /// Sends the oldest frames with one system call, up to the maximum of a submission.
+    fn send_burst(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
         until: u16,
@@ -154,9 +155,9 @@ impl Transmitter {
         let mut segments = emptied(mem::take(&mut self.segments));
         for (position, start) in tx.positions(until).zip(&mut *starts) {
             let chain = tx.chain(position);
-            let admitted = self.admit(&chain, start, host);
+            let validated = self.validate(&chain, start, host);
             let first = segments.len() as u32;
-            if let Ok(how) = admitted {
+            if let Ok(how) = validated {
                 let checked = self.stages.checked(how, start);
                 segments.push(ReadSegment::of_bytes(checked));
                 match chain.only_after(checked.len()) {
@@ -167,31 +168,31 @@ impl Transmitter {
                     None => {}
                 }
             }
-            frames.push(Frame { admitted, first, end: segments.len() as u32 });
+            frames.push(Frame { validated, first, end: segments.len() as u32 });
         }
-        let dealt_with = write_at_once(&mut frames, &segments, host);
+        let finished = write_burst(&mut frames, &segments, host);
         self.segments = emptied(segments);
-        for (frame, start) in frames[..dealt_with].iter().zip(&*starts) {
-            self.complete(tx, frame.admitted, start, done);
+        for (frame, start) in frames[..finished].iter().zip(&*starts) {
+            self.complete(tx, frame.validated, start, done);
         }
         frames.clear();
         self.frames = frames;
     }
 
-    /// Completes the oldest frame.
+    /// Completes the oldest frame, as sent or as dropped.
     #[inline(always)]
     fn complete(
         &mut self,
         tx: &mut Virtqueue<'_, Readable>,
-        admitted: Result<Validated, DropReason>,
+        validated: Result<Validated, DropReason>,
         start: &HeaderCopy,
         done: &mut Completions,
     ) {
         let position = tx.next_used();
         let length = tx.chain(position).len().saturating_sub(self.stages.header_length());
-        let outcome = admitted.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
+        let outcome = validated.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
         self.stages.observe(position, start, length, outcome, done);
-        let how = match admitted {
+        let how = match validated {
             Ok(how) => how,
             Err(reason) => return done.drop_oldest(tx, reason),
         };
@@ -204,19 +205,19 @@ impl Transmitter {
     }
 }
 
-/// Writes the frames that were admitted with one system call, and notes which the device refuses. Returns how
-/// many frames are dealt with. Where the others are not, io_uring is not used any more.
-fn write_at_once(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut TapQueue) -> usize {
+/// Writes the valid frames with one system call, and notes the frames that the TAP refuses. Returns the number of
+/// frames that are finished. If io_uring fails for the others, the port uses `writev` from then on.
+fn write_burst(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut TapQueue) -> usize {
     let Some(writer) = &mut host.writer else { return 0 };
     let mut results = [0; MAX_WRITES];
     let parts = frames.iter().map(Frame::segments).filter(|part| !part.is_empty());
     let written = writer.write_all(parts.map(|part| &segments[part]), &mut results);
     let submitted = written.as_ref().map_or_else(|error| error.submitted, |()| MAX_WRITES);
     if let Err(error) = written {
-        let admitted = frames.iter().filter(|frame| !frame.segments().is_empty()).count();
+        let valid = frames.iter().filter(|frame| !frame.segments().is_empty()).count();
         warn!(
-            "tap {}: io_uring failed after {submitted} of {admitted} frames, writing frame by frame from \
-             now on: {}",
+            "tap {}: io_uring failed after {submitted} of {valid} frames: {}; using writev from \
+             now on",
             host.queue.identity().name,
             error.source
         );
@@ -228,7 +229,7 @@ fn write_at_once(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut 
             continue;
         }
         match results.next() {
-            Some(result) if *result < 0 => frame.admitted = Err(DropReason::HostRefused),
+            Some(result) if *result < 0 => frame.validated = Err(DropReason::HostRefused),
             Some(_) => {}
             None => return index,
         }
@@ -236,7 +237,7 @@ fn write_at_once(frames: &mut [Frame], segments: &[ReadSegment<'_>], host: &mut 
     frames.len()
 }
 
-/// The same memory for segments of other memory.
+/// Empties a list, and keeps its allocation for segments of another lifetime.
 fn emptied<'to>(mut segments: Vec<ReadSegment<'_>>) -> Vec<ReadSegment<'to>> {
     segments.clear();
     segments.into_iter().map(|_| unreachable!("it is empty")).collect()

@@ -11,8 +11,7 @@ use std::time::{Duration, Instant};
 use log::{info, warn};
 
 use super::{Control, ControlCommand, Source};
-use crate::endpoint::Endpoint;
-use crate::endpoint::Frontend;
+use crate::endpoint::{Endpoint, Frontend};
 use crate::event::{Interest, Poller, until};
 use crate::protocol::{self, Connection, Event, ReplayMessage};
 
@@ -20,7 +19,7 @@ use crate::protocol::{self, Connection, Event, ReplayMessage};
 const MESSAGE_TIMEOUT: Duration = Duration::from_millis(100);
 /// Time that the whole replay of a port may take.
 const REPLAY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Time that one message of a replay may block before the thread looks at orders again.
+/// Time that one message of a replay may block before the thread reads commands again.
 const REPLAY_TURN: Duration = Duration::from_millis(20);
 
 /// A suspended port's descriptors, for another daemon.
@@ -35,15 +34,15 @@ pub(in crate::ports) struct HandoverFds {
     pub(in crate::ports) messages: usize,
 }
 
-/// What another daemon has passed on of a port, for the control thread.
-pub(in crate::ports) struct Predecessor {
-    /// The socket from which the replay of the frontend's messages is read.
+/// The frontend that another daemon passes on to a port's control thread.
+pub(in crate::ports) struct FrontendHandover {
+    /// The socket from which the control thread reads the replay of the frontend's messages.
     pub(in crate::ports) replay: UnixStream,
-    /// Number of messages of the replay, if the old daemon tells it.
+    /// Number of messages of the replay; `None` if the old daemon does not pass it on.
     pub(in crate::ports) messages: Option<usize>,
     /// The frontend's connection.
     pub(in crate::ports) connection: Option<UnixStream>,
-    /// Receives whether the port can resume.
+    /// Receives the result: the port can resume, or the reason why not.
     pub(in crate::ports) done: Sender<Result<(), String>>,
 }
 
@@ -54,7 +53,7 @@ struct Replay {
 }
 
 impl Replay {
-    /// Sends one message if there is room; returns whether messages may be left.
+    /// Sends one message if the socket has space; returns whether messages may be left.
     fn send_next(&mut self) -> bool {
         let Some(message) = self.messages.peek() else { return false };
         match message.send(&self.socket) {
@@ -68,7 +67,7 @@ impl Replay {
 }
 
 impl Control {
-    /// Suspends the port, replies with its descriptors, and waits for the outcome; returns whether the thread is to
+    /// Suspends the port, replies with its descriptors, and waits for the outcome; returns whether the thread must
     /// end.
     pub(super) fn prepare_handover(&mut self, reply: &Sender<Result<HandoverFds, String>>) -> bool {
         let can_be_passed = self.bring_connection_to_rest();
@@ -83,7 +82,7 @@ impl Control {
                 None
             }
         };
-        self.stand_still(replay)
+        self.wait_for_outcome(replay)
     }
 
     /// Receives the rest of a message that has begun. Returns whether the connection can be passed on; a frontend
@@ -102,26 +101,26 @@ impl Control {
     }
 
     /// Waits until the port resumes or ends, and sends the rest of the replay meanwhile; returns whether the thread
-    /// is to end.
-    fn stand_still(&mut self, mut replay: Option<Replay>) -> bool {
+    /// must end.
+    fn wait_for_outcome(&mut self, mut replay: Option<Replay>) -> bool {
         loop {
-            let order = if replay.as_mut().is_some_and(Replay::send_next) {
-                match self.orders.try_recv() {
+            let command = if replay.as_mut().is_some_and(Replay::send_next) {
+                match self.commands.try_recv() {
                     Err(TryRecvError::Empty) => continue,
-                    order => order.ok(),
+                    command => command.ok(),
                 }
             } else {
                 // Closing the socket ends the replay.
                 replay = None;
-                self.orders.recv().ok()
+                self.commands.recv().ok()
             };
-            match order {
+            match command {
                 Some(ControlCommand::CommitHandover) => {
                     info!("{}: handed over", self.device.name());
                     let gone = Endpoint::Connected(None);
                     std::mem::replace(&mut self.endpoint, gone).give_away();
                     self.connection = None;
-                    self.is_anothers = true;
+                    self.is_handed_over = true;
                     return true;
                 }
                 Some(ControlCommand::Resume) => {
@@ -129,14 +128,14 @@ impl Control {
                     return false;
                 }
                 Some(ControlCommand::Stop(why)) => {
-                    self.stops = why;
+                    self.stop_reason = why;
                     return true;
                 }
                 None => return true,
                 Some(ControlCommand::CountTraffic(enable, done)) => {
                     let _ = done.send(self.status.traffic.enable(enable));
                 }
-                // The drop of the sender tells the main thread that nobody answers.
+                // The drop of the sender ends the main thread's wait for a reply.
                 Some(_) => {}
             }
         }
@@ -145,7 +144,7 @@ impl Control {
     /// Serves the guest: again after an aborted take-over, or for the first time after a committed one.
     fn resume(&mut self) {
         let name = self.device.name();
-        if std::mem::take(&mut self.is_anothers)
+        if std::mem::take(&mut self.is_handed_over)
             && let Frontend::Listen(path) = &self.status.frontend
         {
             self.endpoint.own(path);
@@ -178,15 +177,15 @@ impl Control {
     }
 
     /// Takes over the frontend of another daemon, and waits until the port may resume; returns whether the thread
-    /// is to serve.
-    pub(in crate::ports) fn take_over(&mut self, predecessor: Predecessor) -> bool {
-        self.is_anothers = true;
+    /// must serve.
+    pub(in crate::ports) fn take_over(&mut self, frontend: FrontendHandover) -> bool {
+        self.is_handed_over = true;
         self.device.suspend();
-        let done = predecessor.done.clone();
-        let taken = self.restore(predecessor);
+        let done = frontend.done.clone();
+        let taken = self.restore(frontend);
         let failed = taken.is_err();
         let _ = done.send(taken.map_err(|error| error.to_string()));
-        !failed && !self.stand_still(None)
+        !failed && !self.wait_for_outcome(None)
     }
 
     /// Replays the messages that the frontend has sent to its last backend. If one is refused, since the frontend
@@ -194,8 +193,8 @@ impl Control {
     ///
     /// # Errors
     /// Part of the replay is missing, or the process has no descriptor left.
-    fn restore(&mut self, predecessor: Predecessor) -> io::Result<()> {
-        let Predecessor { replay, messages, connection, .. } = predecessor;
+    fn restore(&mut self, frontend: FrontendHandover) -> io::Result<()> {
+        let FrontendHandover { replay, messages, connection, .. } = frontend;
         let mut replay = Connection::new(replay)?;
         let mut poller = Poller::new()?;
         poller.add(&replay, Interest::Read, ())?;
@@ -211,13 +210,13 @@ impl Control {
                     {
                         // A lack of descriptors must not disconnect the frontend: it fails the take-over.
                         replay.as_fd().try_clone_to_owned()?;
-                        refusal = Some(format!("{code:?} is refused: {why}"));
+                        refusal = Some(format!("{code:?} refused: {why}"));
                     }
                 }
                 Event::Pending if Instant::now() > deadline => {
                     return Err(io::Error::new(
                         io::ErrorKind::TimedOut,
-                        "the replay takes too long",
+                        "the replay took longer than 2 s",
                     ));
                 }
                 Event::Pending => poller.wait(until(Some(deadline)), |()| {})?,
@@ -228,7 +227,7 @@ impl Control {
             }
         }
         if let Some(sent) = messages.filter(|sent| *sent != received) {
-            return Err(io::Error::other(format!("{received} of {sent} replay messages came")));
+            return Err(io::Error::other(format!("received {received} of {sent} replay messages")));
         }
         if let Some(why) = refusal {
             warn!("{}: frontend disconnected: its state cannot be taken over: {why}", self.name());

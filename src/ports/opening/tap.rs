@@ -1,4 +1,4 @@
-//! Opening a TAP's queues, and making a TAP that is missing.
+//! Opening the queues of a TAP, and creating a missing TAP.
 
 use std::fs;
 use std::io;
@@ -14,44 +14,51 @@ use crate::sys::device::{self, MAX_NAME};
 use crate::sys::link;
 use crate::sys::tap::Queue;
 
-/// How long a TAP may be busy: the kernel keeps one for a while whose daemon was killed (see
+/// Time that a TAP may be busy: the kernel holds the TAP of a killed daemon for a moment (see
 /// [`Writer`](crate::sys::uring::Writer)).
-const BUSY_PATIENCE: Duration = Duration::from_secs(1);
-/// How long it is left alone between attempts.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
+/// Interval between two attempts to open a busy TAP.
 const BUSY_RETRY: Duration = Duration::from_millis(1);
 
-/// Opens `pairs` queues of the TAP that `wanted` leads to, as its primary or an alternative name. A
-/// missing TAP is made.
-pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>, StartError> {
+/// Opens `pairs` queues of the TAP whose primary or alternative name is `wanted`; creates the TAP if it is missing.
+/// Returns the queues, and whether the TAP was created: then it exists until its last queue is closed.
+///
+/// # Errors
+/// The cause, with the TAP's name.
+pub(super) fn open_tap(
+    wanted: &str,
+    pairs: u16,
+    mtu: u16,
+) -> Result<(Vec<Queue>, bool), StartError> {
     let several = if pairs > 1 { " multi_queue" } else { "" };
-    let make = format!("ip tuntap add dev {wanted} mode tap vnet_hdr{several} user NAME");
+    let create = format!("ip tuntap add dev {wanted} mode tap vnet_hdr{several} user NAME");
     let failed = |error: io::Error| {
         let hint = match error.raw_os_error() {
             Some(libc::EBUSY) => "; is another process using it?".into(),
             Some(libc::EPERM) => {
-                format!("; run with CAP_NET_ADMIN, or make it for this user with '{make}'")
+                format!("; run with CAP_NET_ADMIN, or create it for this user with '{create}'")
             }
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-                "; is the kernel module tun loaded, and /dev/net/tun there?".into()
+                "; run 'modprobe tun', or pass /dev/net/tun into the container".into()
             }
-            Some(libc::E2BIG) => "; other processes have queues of it open".into(),
+            Some(libc::E2BIG) => "; stop the other processes that have its queues open".into(),
             _ => String::new(),
         };
-        StartError::new(format!("open tap {wanted}: {error}{hint}"))
+        StartError::new(format!("cannot open tap {wanted}: {error}{hint}"))
     };
     let one_queue = |name: &str| {
         StartError::new(format!(
-            "tap {name} has one queue, and --queue-pairs={pairs}: make it again with \
-             'ip link delete {name} && {make}'"
+            "cannot use tap {name} for --queue-pairs={pairs}: it has one queue; create it again with \
+             'ip link delete {name} && {create}'"
         ))
     };
-    let until = Instant::now() + BUSY_PATIENCE;
+    let until = Instant::now() + BUSY_TIMEOUT;
     let (name, index, opened) = loop {
         let index = device::index(wanted).map_err(failed)?;
         if index.is_none() && wanted.len() > MAX_NAME {
             return Err(StartError::new(format!(
-                "cannot make tap {wanted}: a name of more than {MAX_NAME} bytes can only be the \
-                 alternative name of a device; make the TAP and add the name first"
+                "cannot create tap {wanted}: a name of more than {MAX_NAME} bytes can only be the \
+                 alternative name of a device; create the TAP and add the name first"
             )));
         }
         let name = index.map_or_else(|| Ok(wanted.to_owned()), device::name).map_err(failed)?;
@@ -64,12 +71,12 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
         }
     };
     let first = match (opened, pairs) {
-        // The kernel says EINVAL when IFF_MULTI_QUEUE is not what the device has.
+        // The kernel returns EINVAL if IFF_MULTI_QUEUE is set here and not in the device, or the reverse.
         (Err(error), _) if index.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
             match (Queue::open(&name, pairs == 1), pairs) {
                 (Ok(queue), 1) => queue,
                 (Ok(_), _) => return Err(one_queue(&name)),
-                // A port has the one queue.
+                // A port has the only queue.
                 (Err(error), 2..) if error.raw_os_error() == Some(libc::EBUSY) => {
                     return Err(one_queue(&name));
                 }
@@ -81,7 +88,7 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
         }
         (opened, _) => opened.map_err(failed)?,
     };
-    // One that was made in the stead of a device that has gone meanwhile goes with its queue.
+    // If the device was renamed or deleted meanwhile, the kernel has created another one, which this error closes.
     let check = |queue: &Queue, index: Option<u32>| match queue.identity().index {
         found if found == index => Ok(()),
         _ => Err(StartError::new(format!(
@@ -90,7 +97,7 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
     };
     let is_new = index.is_none();
     if is_new {
-        // Before others can have a queue of it, and frames of it are looked at.
+        // First of all, so that no other user opens a queue, and the host acts on no frame of the guest.
         first.set_owner(geteuid().as_raw()).map_err(failed)?;
         refuse_router_advertisements(&name);
     } else {
@@ -104,14 +111,18 @@ pub(super) fn open_tap(wanted: &str, pairs: u16, mtu: u16) -> Result<Vec<Queue>,
         queues.push(queue);
     }
     if is_new {
-        info!("tap {name}: made, for as long as this process runs");
         device::set_mtu(&name, mtu.into()).and_then(|()| device::set_up(&name)).map_err(failed)?;
     }
-    Ok(queues)
+    Ok((queues, is_new))
 }
 
-/// Has the host take no addresses and routes from what a TAP's guest sends, unlike the kernel's default
-/// for a device that is in no bridge.
+/// Logs that a TAP was created.
+pub(in crate::ports) fn log_created(name: &str) {
+    info!("tap {name}: created; removed on exit");
+}
+
+/// Has the host ignore router advertisements of the guest. By default the kernel takes addresses and routes from
+/// them, unless the device is in a bridge.
 fn refuse_router_advertisements(name: &str) {
     let written = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");
     if let Err(error) = written

@@ -1,14 +1,16 @@
-//! Functions of the kernel that a program may call, by the numbers that the kernel's description of
-//! its own types gives them (`Documentation/bpf/btf.rst`).
+//! Numbers of kernel functions that a program may call. BTF, the kernel's description of its own types,
+//! assigns them (`Documentation/bpf/btf.rst`).
 
 use std::fs;
 
-/// Number of the function `name` in `/sys/kernel/btf/vmlinux`; nothing if the kernel has none of that
-/// name, or no description. Reads a file of some megabytes: call it once, before files are given up.
+/// Finds the number of the function `name` in `/sys/kernel/btf/vmlinux`. Returns `None` if the kernel has no
+/// such function, or no BTF. The file has some megabytes: call this once, before the sandbox forbids opening
+/// files.
 pub fn function(name: &str) -> Option<i32> {
     find_function(&fs::read("/sys/kernel/btf/vmlinux").ok()?, name)
 }
 
+/// Finds the number of the function `name` in BTF data.
 fn find_function(btf: &[u8], name: &str) -> Option<i32> {
     const MAGIC: u16 = 0xeb9f;
     /// `BTF_KIND_FUNC`
@@ -17,7 +19,7 @@ fn find_function(btf: &[u8], name: &str) -> Option<i32> {
     if u16::from_ne_bytes(*btf.first_chunk()?) != MAGIC {
         return None;
     }
-    // struct btf_header: the lengths of itself, and of its two parts, with their offsets behind it.
+    // struct btf_header: its own length, then the offsets and lengths of the two sections behind it.
     let header = word(4)? as usize;
     let types = header.checked_add(word(8)? as usize)?;
     let end = types.checked_add(word(12)? as usize)?;
@@ -29,7 +31,7 @@ fn find_function(btf: &[u8], name: &str) -> Option<i32> {
     };
     let (mut at, mut number) = (types, 1);
     while at < end {
-        // struct btf_type: name, kind with the number of what follows, size or type.
+        // struct btf_type: name, kind and number of entries that follow, size or type.
         let (name, info) = (word(at)?, word(at + 4)?);
         let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
         if kind == FUNCTION && is_name(name) {
@@ -52,7 +54,7 @@ fn find_function(btf: &[u8], name: &str) -> Option<i32> {
 mod tests {
     use super::*;
 
-    /// A description with a structure of two members, an array, and the function `xyz`.
+    /// Returns BTF with a structure of two members, an array, and the function `xyz`.
     fn sample() -> Vec<u8> {
         let header = [0x0001_eb9f_u32, 24, 0, 12 + 24 + 24 + 12, 72, 10];
         let structure = [1, 4 << 24 | 2, 8, 0, 0, 0, 0, 0, 0];

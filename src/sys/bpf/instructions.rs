@@ -1,8 +1,8 @@
-//! Instructions of BPF as numbers, as `struct bpf_insn` has them
-//! (`Documentation/bpf/standardization/instruction-set.rst`). Registers are 0 to 10; jumps skip so
-//! many instructions.
+//! BPF instructions as numbers, in the layout of `struct bpf_insn`
+//! (`Documentation/bpf/standardization/instruction-set.rst`). Registers are 0 to 10. A jump's distance is the
+//! number of instructions that it skips.
 
-/// An instruction: code, registers, offset, immediate.
+/// Encodes an instruction: opcode, registers, offset, immediate.
 pub const fn instruction(code: u8, target: u8, source: u8, offset: i16, immediate: i32) -> u64 {
     code as u64
         | ((target | source << 4) as u64) << 8
@@ -44,7 +44,7 @@ instructions! {
     shift_left32(target: u8, bits: i32) = instruction(0x64, target, 0, 0, bits);
     /// target >>= bits, of 32 bits
     shift_right32(target: u8, bits: i32) = instruction(0x74, target, 0, 0, bits);
-    /// target = target's lower `bits`, which are in the network's order
+    /// target = the lower `bits` of target, converted between network and host order
     from_network(target: u8, bits: i32) = instruction(0xdc, target, 0, 0, bits);
     /// target = *(u8 *)(source + offset)
     load8(target: u8, source: u8, offset: i16) = instruction(0x71, target, source, offset, 0);
@@ -60,7 +60,7 @@ instructions! {
     store32(target: u8, source: u8, offset: i16) = instruction(0x63, target, source, offset, 0);
     /// *(u64 *)(target + offset) = source
     store64(target: u8, source: u8, offset: i16) = instruction(0x7b, target, source, offset, 0);
-    /// *(u64 *)(target + offset) += source, at once for all processors
+    /// *(u64 *)(target + offset) += source, atomically
     add_atomic64(target: u8, source: u8, offset: i16) = instruction(0xdb, target, source, offset, 0);
     /// *(u16 *)(target + offset) = value
     put16(target: u8, offset: i16, value: i32) = instruction(0x6a, target, 0, offset, value);
@@ -68,29 +68,29 @@ instructions! {
     put32(target: u8, offset: i16, value: i32) = instruction(0x62, target, 0, offset, value);
     /// *(u64 *)(target + offset) = value
     put64(target: u8, offset: i16, value: i32) = instruction(0x7a, target, 0, offset, value);
-    /// Calls a helper: its arguments are in 1 to 5, which are lost, its result in 0.
+    /// Calls a helper. Arguments are in registers 1 to 5, which the call overwrites; the result is in 0.
     call(helper: i32) = instruction(0x85, 0, 0, 0, helper);
-    /// Calls a function of the kernel, by its number there, like a helper.
+    /// Calls a kernel function by its BTF number. Registers as for [`call`].
     call_kernel(function: i32) = instruction(0x85, 0, 2, 0, function);
-    /// Goes on elsewhere.
+    /// Jumps unconditionally.
     jump(skip: i16) = instruction(0x05, 0, 0, skip, 0);
-    /// If register == value
+    /// Jumps if register == value
     if_equal(register: u8, value: i32, skip: i16) = instruction(0x15, register, 0, skip, value);
-    /// If register != value
+    /// Jumps if register != value
     if_not_equal(register: u8, value: i32, skip: i16) = instruction(0x55, register, 0, skip, value);
-    /// If register > than, a register too
+    /// Jumps if register > than, which is a register too
     if_greater(register: u8, than: u8, skip: i16) = instruction(0x2d, register, than, skip, 0);
-    /// If register == value, of 32 bits
+    /// Jumps if register == value, of 32 bits
     if_equal32(register: u8, value: i32, skip: i16) = instruction(0x16, register, 0, skip, value);
-    /// If register != value, of 32 bits
+    /// Jumps if register != value, of 32 bits
     if_not_equal32(register: u8, value: i32, skip: i16) =
         instruction(0x56, register, 0, skip, value);
-    /// If register >= value, of 32 bits, without a sign
+    /// Jumps if register >= value, of 32 bits, unsigned
     if_at_least32(register: u8, value: i32, skip: i16) =
         instruction(0x36, register, 0, skip, value);
-    /// If register & value, of 32 bits
+    /// Jumps if register & value, of 32 bits
     if_any_bit32(register: u8, value: i32, skip: i16) = instruction(0x46, register, 0, skip, value);
-    /// Ends, with what is in 0.
+    /// Ends the program with the verdict in register 0.
     exit() = instruction(0x95, 0, 0, 0, 0);
 }
 

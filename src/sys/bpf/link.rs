@@ -8,25 +8,25 @@ use super::{Program, bpf, bpf_open, command, information, open_by_id};
 const ATTACH_XDP: u32 = 37;
 const LINK_TYPE_XDP: u32 = 6;
 
-/// How an XDP program is run (`XDP_FLAGS_*`).
+/// Hook at which an XDP program runs (`XDP_FLAGS_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Hook {
-    /// By the device's driver, before the kernel has made a packet of the frame.
+    /// The device's driver, before the kernel allocates a socket buffer for the frame.
     Native,
-    /// By the kernel, for devices whose driver can't.
+    /// The kernel's generic code, for every device.
     Generic,
 }
 
-/// A program's attachment to a device, which ends with the last descriptor of it.
+/// A program's attachment to a device, which ends when its last descriptor is closed.
 #[derive(Debug)]
 pub struct Link(OwnedFd);
 
-/// What the kernel knows of a link.
+/// Program and device of a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LinkInfo {
     /// Id of the program.
     pub program: u32,
-    /// Index of the device, in the namespace where it is; 0 if the device has gone.
+    /// Index of the device in its own namespace; 0 if the device is gone.
     pub device: u32,
 }
 
@@ -34,8 +34,8 @@ impl Link {
     /// Attaches a program to a network device.
     ///
     /// # Errors
-    /// EBUSY or EEXIST if the device has a program, EOPNOTSUPP if its driver can't run one,
-    /// EINVAL if it can't with the MTU, or the number of queues, that it has.
+    /// EBUSY or EEXIST if the device has a program; EOPNOTSUPP if its driver does not support XDP; EINVAL if
+    /// the driver does not support XDP with the device's MTU or number of queues.
     pub fn attach(program: &Program, device: u32, hook: Hook) -> io::Result<Self> {
         #[repr(C)]
         struct Attributes {
@@ -58,10 +58,10 @@ impl Link {
         unsafe { bpf_open(command::LINK_CREATE, &mut attributes) }.map(Link)
     }
 
-    /// The link that attaches program `program` to an XDP hook, whoever has it.
+    /// Opens the link that attaches the program with id `program` to an XDP hook, of any process.
     ///
     /// # Errors
-    /// EPERM without CAP_SYS_ADMIN, ENOENT if the program was not attached by a link.
+    /// EPERM without CAP_SYS_ADMIN; ENOENT if no link attaches the program.
     pub fn of_program(program: u32) -> io::Result<Self> {
         #[repr(C)]
         struct Attributes {
@@ -75,7 +75,7 @@ impl Link {
             unsafe { bpf(command::LINK_GET_NEXT_ID, &mut attributes)? };
             attributes.start = attributes.next;
             let link = match open_by_id(command::LINK_GET_FD_BY_ID, attributes.next) {
-                // Gone meanwhile.
+                // The link was closed in between.
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => continue,
                 other => Link(other?),
             };
@@ -85,7 +85,7 @@ impl Link {
         }
     }
 
-    /// What the kernel knows of it, if it is one of an XDP program.
+    /// Reads the link's program and device. Returns `None` if the link is not one of an XDP program.
     pub fn info(&self) -> io::Result<Option<LinkInfo>> {
         #[repr(C)]
         #[derive(Default)]

@@ -1,7 +1,7 @@
-//! Maps, of which each kind has its own keys and values.
+//! Maps. Each kind has its own type of keys and values.
 //!
-//! Invariant: a [`Map`] is of its kind: the kernel has said so of its type, and of the sizes of its keys and
-//! values, before anything is read or written.
+//! Invariant: a [`Map`] has the type of its kind, and its sizes of keys and values. The kernel's information
+//! has confirmed this before any access.
 
 use std::io;
 use std::marker::PhantomData;
@@ -10,11 +10,11 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::{
     MAX_NAME, Program, bpf, bpf_open, command, information, name_bytes, name_from, open_by_id,
-    possible_processors,
+    possible_cpus,
 };
 use crate::sys::zeros;
 
-/// What a map holds, and how the kernel keeps it. Only the kinds of this module are.
+/// Content and kernel type of a map. Only this module's kinds implement it.
 pub trait MapKind: private::Layout {}
 
 impl<K: private::Layout> MapKind for K {}
@@ -22,16 +22,16 @@ impl<K: private::Layout> MapKind for K {}
 mod private {
     use crate::sys::Plain;
 
-    /// What the kernel must say of a map for it to be of a kind.
+    /// Type and sizes that a map of a kind has in the kernel.
     pub trait Layout {
         /// `BPF_MAP_TYPE_*`.
         const TYPE: u32;
         type Key: Plain;
-        /// A value, of each processor where there are several.
+        /// A value: of one CPU, in a per-CPU map.
         type Value: Plain;
     }
 
-    /// A kind whose maps have one value for each key, not one of each processor.
+    /// A kind whose maps have one value for each key, and not one for each CPU.
     pub trait Single: Layout {}
 }
 
@@ -57,8 +57,8 @@ impl Layout for Numbers {
     type Value = u32;
 }
 
-/// A program for each key (`BPF_MAP_TYPE_PROG_ARRAY`), which it loses with the last descriptor of the
-/// map.
+/// A program for each key (`BPF_MAP_TYPE_PROG_ARRAY`). The kernel empties the map when its last descriptor is
+/// closed.
 #[derive(Debug)]
 pub enum Programs {}
 
@@ -68,7 +68,7 @@ impl Layout for Programs {
     type Value = u32;
 }
 
-/// `N` counters for each key and processor (`BPF_MAP_TYPE_PERCPU_ARRAY`).
+/// `N` counters for each key and CPU (`BPF_MAP_TYPE_PERCPU_ARRAY`).
 #[derive(Debug)]
 pub enum Counters<const N: usize> {}
 
@@ -78,8 +78,8 @@ impl<const N: usize> Layout for Counters<N> {
     type Value = [u64; N];
 }
 
-/// Two `u64` for each key of `N` bytes: those used last, if there are more than the map's entries
-/// (`BPF_MAP_TYPE_LRU_HASH`).
+/// Two `u64` for each key of `N` bytes (`BPF_MAP_TYPE_LRU_HASH`). A full map drops the least recently used
+/// keys.
 #[derive(Debug)]
 pub enum Recent<const N: usize> {}
 
@@ -94,7 +94,7 @@ impl Single for Numbers {}
 impl Single for Programs {}
 impl<const N: usize> Single for Recent<N> {}
 
-/// What the kernel knows of a map: the start of `struct bpf_map_info`.
+/// The kernel's information about a map: the start of `struct bpf_map_info`.
 #[repr(C)]
 #[derive(Debug, Default)]
 struct MapInfo {
@@ -107,7 +107,7 @@ struct MapInfo {
     name: [u8; MAX_NAME + 1],
 }
 
-/// A map that somebody has made, of a kind that is not known yet.
+/// An existing map, whose kind is not yet checked.
 #[derive(Debug)]
 pub struct FoundMap {
     fd: OwnedFd,
@@ -115,28 +115,28 @@ pub struct FoundMap {
 }
 
 impl FoundMap {
-    /// Opens the map.
+    /// Opens the map with this id.
     ///
     /// # Errors
-    /// EPERM without CAP_SYS_ADMIN, ENOENT if there is none.
+    /// EPERM without CAP_SYS_ADMIN; ENOENT if there is no such map.
     pub fn by_id(id: u32) -> io::Result<Self> {
-        possible_processors()?;
+        possible_cpus()?;
         FoundMap::of(open_by_id(command::MAP_GET_FD_BY_ID, id)?)
     }
 
     fn of(fd: OwnedFd) -> io::Result<Self> {
         let mut info = MapInfo::default();
-        // SAFETY: all fields are integers, and none of them is a pointer.
+        // SAFETY: all fields are integers, and none is a pointer.
         unsafe { information(&fd, &mut info)? };
         Ok(FoundMap { fd, info })
     }
 
-    /// Name that the map was made with.
+    /// Returns the name that the map was created with.
     pub fn name(&self) -> String {
         name_from(&self.info.name)
     }
 
-    /// The map, if it is of kind `K` and was made for so many entries.
+    /// Returns the map if it is of kind `K`, with a capacity of `entries`.
     pub fn into_map<K: MapKind>(self, entries: u32) -> Option<Map<K>> {
         let MapInfo { kind, key_size, value_size, entries: made_for, .. } = self.info;
         let sizes = (mem::size_of::<K::Key>() as u32, mem::size_of::<K::Value>() as u32);
@@ -145,11 +145,11 @@ impl FoundMap {
     }
 }
 
-/// A map of kind `K`: the kernel's keys and values are as long as those of `K`.
+/// A map of kind `K`, with the key and value sizes of `K`.
 ///
 /// ```compile_fail,E0599
 /// # use vhost_user_net::sys::bpf::{Map, Recent};
-/// // Two numbers are kept for each key, not counters of each processor.
+/// // The map has two numbers for each key, not counters of each CPU.
 /// fn counters(map: &Map<Recent<16>>) -> std::io::Result<[u64; 4]> {
 ///     map.counters(0)
 /// }
@@ -161,7 +161,7 @@ pub struct Map<K> {
 }
 
 impl<K: MapKind> Map<K> {
-    /// Makes a map. `name` has 15 bytes at the most.
+    /// Creates a map with a capacity of `entries`. `name` has at most 15 bytes.
     ///
     /// # Errors
     /// EPERM without CAP_BPF.
@@ -187,29 +187,30 @@ impl<K: MapKind> Map<K> {
             numa_node: 0,
             name: name_bytes(name),
         };
-        possible_processors()?;
+        possible_cpus()?;
         // SAFETY: MAP_CREATE reads numbers only.
         let fd = unsafe { bpf_open(command::MAP_CREATE, &mut attributes)? };
         let map = FoundMap::of(fd)?.into_map(entries);
-        map.ok_or_else(|| io::Error::other("the kernel made another map than was asked for"))
+        map.ok_or_else(|| io::Error::other("the kernel created a map of another type or size"))
     }
 
-    /// Its descriptor's number, by which a program to be loaded names it.
+    /// Returns the descriptor's number, by which a program's instructions refer to the map.
     pub fn descriptor(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
 
-    /// Takes away what is under `key`.
+    /// Removes the entry under `key`.
     pub fn remove(&self, key: K::Key) -> io::Result<()> {
         // SAFETY: the command reads a key only.
         unsafe { self.element(command::MAP_DELETE_ELEM, &key, 0) }
     }
 
-    /// Asks for, or changes, what is under a key; a value, or the next key, is at `value`.
+    /// Reads, changes or removes the entry under a key. `value` is the address of a value, or of the next
+    /// key.
     ///
     /// # Safety
-    /// The kernel must be allowed to do there what the command does: to read or write a value for each
-    /// processor or one, as the kind has it, or to write a key.
+    /// The memory at `value` must be valid for the command: for reading or writing one value, or one value
+    /// for each CPU in a per-CPU map, or for writing a key.
     unsafe fn element(
         &self,
         command: libc::c_long,
@@ -225,66 +226,68 @@ impl<K: MapKind> Map<K> {
         }
         let mut attributes =
             Attributes { map: self.fd.as_raw_fd(), key: key as u64, value, flags: 0 };
-        // SAFETY: the map's keys are as long as `K::Key`; the rest is the caller's promise.
+        // SAFETY: the map's keys have the size of `K::Key`; the caller promises the rest.
         unsafe { bpf(command, &mut attributes) }.map(drop)
     }
 }
 
 impl<K: Single> Map<K> {
+    /// Sets the value under a key.
     fn update(&self, key: K::Key, value: K::Value) -> io::Result<()> {
         let value = &raw const value as u64;
-        // SAFETY: the kernel reads one value, which is as long as `K::Value`.
+        // SAFETY: the kernel reads one value, of the size of `K::Value`.
         unsafe { self.element(command::MAP_UPDATE_ELEM, &key, value) }
     }
 
+    /// Reads the value under a key.
     fn look_up(&self, key: K::Key) -> io::Result<K::Value> {
         let mut value: K::Value = zeros();
-        // SAFETY: the kernel writes one value, which is as long as `K::Value`.
+        // SAFETY: the kernel writes one value, of the size of `K::Value`.
         unsafe { self.element(command::MAP_LOOKUP_ELEM, &key, &raw mut value as u64)? };
         Ok(value)
     }
 }
 
 impl Map<Sockets> {
-    /// Puts a socket under `key`: frames that the program redirects to it arrive there from now.
+    /// Sets the socket under `key`, which receives redirected frames from now on.
     pub fn set_socket(&self, key: u32, socket: &OwnedFd) -> io::Result<()> {
         self.update(key, socket.as_raw_fd() as u32)
     }
 }
 
 impl Map<Numbers> {
-    /// Puts a number under `key`.
+    /// Sets the number under `key`.
     pub fn set_number(&self, key: u32, value: u32) -> io::Result<()> {
         self.update(key, value)
     }
 
-    /// The number under `key`.
+    /// Reads the number under `key`.
     pub fn number(&self, key: u32) -> io::Result<u32> {
         self.look_up(key)
     }
 }
 
 impl Map<Programs> {
-    /// Puts a program under `key`, in the stead of the one that is there.
+    /// Sets the program under `key`, and replaces an earlier one.
     pub fn set_program(&self, key: u32, program: &Program) -> io::Result<()> {
         self.update(key, program.descriptor().as_raw_fd() as u32)
     }
 }
 
 impl<const N: usize> Map<Recent<N>> {
-    /// All that the map holds, or `most` of it. What changes meanwhile may be missed.
+    /// Reads all entries, or `most` of them. It may miss entries that change during the call.
     pub fn recent(&self, most: usize) -> io::Result<Vec<([u8; N], [u64; 2])>> {
         let (mut found, mut last) = (Vec::new(), None::<[u8; N]>);
         while found.len() < most {
             let mut key = [0; N];
             let from = last.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-            // SAFETY: the kernel writes a key to `key`, which is as long. Without a key to begin from
-            // it writes the first.
+            // SAFETY: the kernel writes one key to `key`, which has the size of a key. For a null `from` it
+            // writes the first key.
             match unsafe { self.element(command::MAP_GET_NEXT_KEY, from, &raw mut key as u64) } {
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => break,
                 other => other?,
             };
-            // It may have gone meanwhile.
+            // The entry may be gone by now.
             if let Ok(value) = self.look_up(key) {
                 found.push((key, value));
             }
@@ -295,10 +298,10 @@ impl<const N: usize> Map<Recent<N>> {
 }
 
 impl<const N: usize> Map<Counters<N>> {
-    /// The counters under `key`, each summed over all processors.
+    /// Reads the counters under `key`, each summed over all CPUs.
     pub fn counters(&self, key: u32) -> io::Result<[u64; N]> {
-        let mut values = vec![[0u64; N]; possible_processors()?];
-        // SAFETY: the kernel writes N numbers of each possible processor, for which there is room.
+        let mut values = vec![[0u64; N]; possible_cpus()?];
+        // SAFETY: the kernel writes N numbers for each possible CPU, for which `values` has room.
         unsafe { self.element(command::MAP_LOOKUP_ELEM, &key, values.as_mut_ptr() as u64)? };
         let sum = |index: usize| values.iter().map(|value| value[index]).sum();
         Ok(std::array::from_fn(sum))

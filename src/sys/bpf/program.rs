@@ -1,4 +1,4 @@
-//! XDP programs: loading, trying and finding them.
+//! XDP programs: loading, test runs and information.
 
 use std::io;
 use std::mem;
@@ -9,40 +9,44 @@ use super::{MAX_NAME, bpf, bpf_open, command, information, name_bytes, name_from
 
 const PROG_TYPE_XDP: u32 = 6;
 
-/// A verified program.
+/// A program that the kernel has verified and loaded.
 #[derive(Debug)]
 pub struct Program(OwnedFd);
 
-/// What a program said, and how many nanoseconds it took on the average.
+/// Result of a test run.
 struct TestRun {
+    /// `enum xdp_action`.
     verdict: u32,
+    /// Average time of a run in nanoseconds.
     duration: u32,
 }
 
-/// What the kernel knows of a program.
+/// Name and maps of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProgramInfo {
-    /// Its name.
+    /// Name that the program was loaded with.
     pub name: String,
-    /// Ids of the first maps that it uses.
+    /// Ids of the program's maps: at most the first 8.
     pub maps: Vec<u32>,
 }
 
 impl Program {
-    /// Loads an XDP program of `instructions` (`struct bpf_insn`). `name` has 15 bytes at the most.
+    /// Loads an XDP program of `instructions` (`struct bpf_insn`). `name` has at most 15 bytes.
     ///
     /// # Errors
-    /// EPERM without CAP_BPF and CAP_NET_ADMIN; EINVAL or EACCES if the verifier refuses it, with
-    /// the end of what it said.
+    /// EPERM without CAP_BPF and CAP_NET_ADMIN; EINVAL or EACCES if the verifier refuses the program, with
+    /// the last two lines of its log.
     pub fn load(name: &str, instructions: &[u64]) -> io::Result<Self> {
         Self::load_for(name, instructions, 0)
     }
 
-    /// Loads an XDP program that runs on this device only, in its driver: it may ask the driver what
-    /// it knows of a frame (`BPF_F_XDP_DEV_BOUND_ONLY`). For any device if that is 0.
+    /// Loads an XDP program that runs only in the driver of the device with this index
+    /// (`BPF_F_XDP_DEV_BOUND_ONLY`). The program may ask the driver for a frame's metadata. Index 0 stands
+    /// for any device, without metadata.
     ///
     /// # Errors
-    /// As [`load`](Self::load); EINVAL before Linux 6.3, and before 6.16 if it uses other programs.
+    /// As for [`load`](Self::load); EINVAL before Linux 6.3, and before 6.16 if the program calls other
+    /// programs.
     pub fn load_for(name: &str, instructions: &[u64], device: u32) -> io::Result<Self> {
         const DEVICE_BOUND: u32 = 1 << 6;
         #[repr(C)]
@@ -90,25 +94,25 @@ impl Program {
         })
     }
 
-    /// Its descriptor, by which maps and links name it.
+    /// Returns the descriptor, by which maps and links refer to the program.
     pub(super) fn descriptor(&self) -> &OwnedFd {
         &self.0
     }
 
-    /// Opens a program that somebody has loaded.
+    /// Opens the program with this id, of any process.
     ///
     /// # Errors
-    /// EPERM without CAP_SYS_ADMIN, ENOENT if there is none.
+    /// EPERM without CAP_SYS_ADMIN; ENOENT if there is no such program.
     pub fn by_id(id: u32) -> io::Result<Self> {
         open_by_id(command::PROG_GET_FD_BY_ID, id).map(Program)
     }
 
-    /// Runs it on `count` copies of a frame, as if they had arrived on a device's first queue, and
-    /// does with them what it says: a program that says XDP_TX sends them through the device, more
-    /// than a million a second (Linux 5.18). The benchmark's source of frames.
+    /// Runs the program on `count` copies of a frame, as if they had arrived on a device's first queue, and
+    /// carries out its verdict (Linux 5.18). With XDP_TX it sends more than a million frames per second, for
+    /// the benchmarks.
     ///
     /// # Errors
-    /// EINVAL without such a device.
+    /// EINVAL if there is no such device.
     pub fn run_live(&self, device: u32, frame: &[u8], count: u32) -> io::Result<()> {
         const LIVE_FRAMES: u32 = 1 << 1;
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
@@ -117,7 +121,7 @@ impl Program {
         self.test_run(frame, Some(&context), count, LIVE_FRAMES).map(drop)
     }
 
-    /// Runs it on a frame, with which nothing happens; returns what it says.
+    /// Runs the program on a frame, and returns the verdict (`enum xdp_action`) without carrying it out.
     ///
     /// # Errors
     /// EINVAL if the frame has less than 14 bytes, or more than a page.
@@ -125,10 +129,10 @@ impl Program {
         self.test_run(frame, None, 1, 0).map(|run| run.verdict)
     }
 
-    /// How long it takes for a frame, on the average of so many times.
+    /// Measures the program's average time for a frame, over `times` runs.
     ///
     /// # Errors
-    /// As [`verdict`](Self::verdict).
+    /// As for [`verdict`](Self::verdict).
     pub fn time(&self, frame: &[u8], times: u32) -> io::Result<Duration> {
         let run = self.test_run(frame, None, times, 0)?;
         Ok(Duration::from_nanos(run.duration.into()))
@@ -159,7 +163,7 @@ impl Program {
             flags: u32,
             cpu: u32,
             batch: u32,
-            // The kernel wants zeros behind what it knows.
+            // Padding: the kernel requires zeros behind the fields that it knows.
             rest: u32,
         }
         let mut attributes = Attributes {
@@ -178,7 +182,7 @@ impl Program {
         Ok(TestRun { verdict, duration })
     }
 
-    /// What the kernel knows of it.
+    /// Reads the program's name and maps.
     pub fn info(&self) -> io::Result<ProgramInfo> {
         #[repr(C)]
         #[derive(Default)]
@@ -202,7 +206,7 @@ impl Program {
             maps: maps.as_mut_ptr() as u64,
             ..Info::default()
         };
-        // SAFETY: all fields are integers; `maps` has room for as many ids as it says.
+        // SAFETY: all fields are integers; `maps` has room for `map_count` ids.
         unsafe { information(&self.0, &mut info)? };
         let count = (info.map_count as usize).min(maps.len());
         Ok(ProgramInfo { name: name_from(&info.name), maps: maps[..count].to_vec() })

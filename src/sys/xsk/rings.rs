@@ -1,8 +1,8 @@
-//! A socket's rings as views: entries are staged or taken, then handed over all at once.
+//! A socket's rings. Entries are staged or taken, then published to the kernel with one store of an index.
 //!
-//! Invariant: a ring's memory is mapped as long as its view lives, and indices never lead outside
-//! it, whatever the other side stores there. Entries are values: what an address in one means is
-//! the port's business, which finds it in a table of its own before it believes it.
+//! Invariant: a ring's memory stays mapped while its value lives. No index leads outside it, whatever the
+//! kernel stores there. Entries are plain values: the port looks up each address in a table of its own before
+//! it uses the address.
 
 use std::io;
 use std::mem;
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::sys::Plain;
 
-/// A ring's memory: two indices, flags, and a power of two of entries.
+/// Mapped memory of a ring: two indices, flags, and entries, whose number is a power of two.
 #[derive(Debug)]
 pub(super) struct Mapped<T> {
     start: NonNull<u8>,
@@ -24,12 +24,12 @@ pub(super) struct Mapped<T> {
     mask: u32,
 }
 
-// SAFETY: the pointers are into a mapping that the value owns, and all of it that the kernel
-// writes is read by atomic or volatile access.
+// SAFETY: the pointers are into a mapping that the value owns. Everything that the kernel writes there is
+// read by atomic or volatile access.
 unsafe impl<T: Plain> Send for Mapped<T> {}
 
-/// Length in bytes of the mapping of a ring of `size` entries; nothing if the size is no power of two,
-/// or part of the ring is not aligned, or not in the mapping.
+/// Returns the length in bytes of the mapping of a ring of `size` entries. Returns `None` if the size is not
+/// a power of two, or a part of the ring is not aligned or not in the mapping.
 fn mapping_length<T>(offsets: &libc::xdp_ring_offset, size: u32) -> Option<usize> {
     let end = (size as usize)
         .checked_mul(mem::size_of::<T>())
@@ -44,10 +44,10 @@ fn mapping_length<T>(offsets: &libc::xdp_ring_offset, size: u32) -> Option<usize
 }
 
 impl<T: Plain> Mapped<T> {
-    /// Maps the ring of a socket's at `page`, of `size` entries.
+    /// Maps a socket's ring of `size` entries. `page` is the offset that selects the ring.
     ///
     /// # Errors
-    /// `InvalidInput` if the size is no power of two; those of mmap, which knows how long a ring is.
+    /// `InvalidInput` if the size is not a power of two; those of mmap(2), which checks the length.
     pub(super) fn new(
         fd: &OwnedFd,
         offsets: &libc::xdp_ring_offset,
@@ -55,7 +55,7 @@ impl<T: Plain> Mapped<T> {
         page: libc::off_t,
     ) -> io::Result<Self> {
         let length = mapping_length::<T>(offsets, size).ok_or(io::ErrorKind::InvalidInput)?;
-        // SAFETY: a new mapping anywhere, owned by the value made below.
+        // SAFETY: a new mapping at any address, owned by the value created below.
         let start = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -70,7 +70,7 @@ impl<T: Plain> Mapped<T> {
             return Err(io::Error::last_os_error());
         }
         let start = NonNull::new(start.cast::<u8>()).expect("mmap does not map at address 0");
-        // SAFETY: inside the mapping, says `mapping_length`.
+        // SAFETY: `mapping_length` has checked that the offset is inside the mapping.
         let place = |offset: u64| unsafe { start.add(offset as usize) };
         Ok(Mapped {
             start,
@@ -86,7 +86,7 @@ impl<T: Plain> Mapped<T> {
 
 impl<T> Mapped<T> {
     fn producer(&self) -> &AtomicU32 {
-        // SAFETY: an aligned word of the mapping, which `self` keeps.
+        // SAFETY: an aligned word of the mapping, which `self` owns.
         unsafe { self.producer.as_ref() }
     }
 
@@ -101,7 +101,7 @@ impl<T> Mapped<T> {
         flags & libc::XDP_RING_NEED_WAKEUP != 0
     }
 
-    /// Where the entry of that index is.
+    /// Returns the address of the entry at an index, modulo the ring's size.
     fn entry(&self, index: u32) -> *mut T {
         // SAFETY: `mask` keeps the index inside the ring that `new` mapped.
         unsafe { self.entries.add((index & self.mask) as usize).as_ptr() }
@@ -110,18 +110,18 @@ impl<T> Mapped<T> {
 
 impl<T> Drop for Mapped<T> {
     fn drop(&mut self) {
-        // SAFETY: `new` mapped it, and nothing refers to it any more.
+        // SAFETY: `new` mapped the memory, and nothing refers to it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
 }
 
-/// A ring that we fill: entries are staged, then shown to the kernel all at once.
+/// A ring that the daemon fills. Entries are staged, then published together.
 #[derive(Debug)]
 pub struct Producer<T> {
     ring: Mapped<T>,
-    /// Index of the entry to stage next.
+    /// Index of the next entry to stage.
     staged: u32,
-    /// The kernel's index as it was last read.
+    /// The kernel's index when last read.
     consumed: u32,
 }
 
@@ -130,7 +130,7 @@ impl<T: Plain> Producer<T> {
         Producer { ring, staged: 0, consumed: 0 }
     }
 
-    /// Entries that can be staged now: as many as are `wanted`, if there is room for them.
+    /// Returns the number of entries that can be staged now, at most `wanted`.
     #[inline]
     pub fn room(&mut self, wanted: u32) -> u32 {
         let size = self.ring.mask + 1;
@@ -143,26 +143,26 @@ impl<T: Plain> Producer<T> {
         wanted.min(size.saturating_sub(self.staged.wrapping_sub(self.consumed)))
     }
 
-    /// Puts an entry behind the others.
+    /// Stages an entry.
     ///
     /// # Panics
-    /// If there is no room.
+    /// If the ring is full.
     #[inline]
     pub fn stage(&mut self, entry: T) {
         self.batch(1).stage(entry);
     }
 
-    /// Entries that are put behind the others, up to `most` of them.
+    /// Begins to stage at most `most` entries.
     ///
     /// # Panics
-    /// If there is no room for as many.
+    /// If the ring has no room for `most` entries.
     #[inline(always)]
     pub fn batch(&mut self, most: u32) -> Batch<'_, T> {
         assert!(self.room(most) >= most, "entries are staged only where there is room");
         Batch { next: self.staged, end: self.staged.wrapping_add(most), producer: self }
     }
 
-    /// Shows the kernel what was staged.
+    /// Publishes the staged entries to the kernel.
     #[inline]
     pub fn submit(&mut self) {
         // Release pairs with the kernel's read barrier behind its load of the index (barriers B
@@ -170,21 +170,21 @@ impl<T: Plain> Producer<T> {
         self.ring.producer().store(self.staged, Ordering::Release);
     }
 
-    /// Entries that the kernel has not taken yet.
+    /// Returns the number of entries that the kernel has not yet taken.
     #[inline]
     pub fn pending(&mut self) -> u32 {
         self.consumed = self.ring.consumer().load(Ordering::Acquire);
         self.staged.wrapping_sub(self.consumed)
     }
 
-    /// Whether the kernel is to be told of new entries.
+    /// Returns true if the kernel must be called to notice new entries.
     #[inline]
     pub fn needs_wakeup(&self) -> bool {
         self.ring.needs_wakeup()
     }
 }
 
-/// Entries that are being staged.
+/// Staging of several entries, whose index is stored once, on drop.
 #[derive(Debug)]
 pub struct Batch<'r, T> {
     producer: &'r mut Producer<T>,
@@ -193,13 +193,13 @@ pub struct Batch<'r, T> {
 }
 
 impl<T: Plain> Batch<'_, T> {
-    /// Puts an entry behind the others.
+    /// Stages an entry.
     ///
     /// # Panics
-    /// If it is one more than there was to be.
+    /// If the batch has its full number of entries.
     #[inline(always)]
     pub fn stage(&mut self, entry: T) {
-        assert!(self.next != self.end, "a batch has an end");
+        assert!(self.next != self.end, "the batch is full");
         // SAFETY: inside the ring; the kernel does not read it before `submit`.
         unsafe { self.producer.ring.entry(self.next).write_volatile(entry) };
         self.next = self.next.wrapping_add(1);
@@ -213,13 +213,13 @@ impl<T> Drop for Batch<'_, T> {
     }
 }
 
-/// A ring that the kernel fills: entries are taken, then given back all at once.
+/// A ring that the kernel fills. Entries are taken, then released together.
 #[derive(Debug)]
 pub struct Consumer<T> {
     ring: Mapped<T>,
-    /// Index of the entry to take next.
+    /// Index of the next entry to take.
     taken: u32,
-    /// The kernel's index as it was last read.
+    /// The kernel's index when last read.
     produced: u32,
 }
 
@@ -228,7 +228,7 @@ impl<T: Plain> Consumer<T> {
         Consumer { ring, taken: 0, produced: 0 }
     }
 
-    /// The next entry, if there is one.
+    /// Takes the next entry, if there is one.
     #[inline]
     pub fn take(&mut self) -> Option<T> {
         if self.taken == self.produced {
@@ -244,7 +244,7 @@ impl<T: Plain> Consumer<T> {
         Some(entry)
     }
 
-    /// Takes entries while `wants` them, up to `most`; returns how many.
+    /// Takes entries while `wants` returns true for them, at most `most`. Returns their number.
     #[inline(always)]
     pub fn take_while(&mut self, most: usize, mut wants: impl FnMut(T) -> bool) -> usize {
         if self.taken == self.produced {
@@ -266,10 +266,10 @@ impl<T: Plain> Consumer<T> {
         count as usize
     }
 
-    /// Gives back to the kernel the entries that were taken.
+    /// Releases the taken entries to the kernel.
     #[inline]
     pub fn release(&mut self) {
-        // Release: they were read before (barrier D in net/xdp/xsk_queue.h).
+        // Release: the entries were read before this store (barrier D in net/xdp/xsk_queue.h).
         self.ring.consumer().store(self.taken, Ordering::Release);
     }
 }

@@ -1,4 +1,4 @@
-//! What is done with frames for a port's queues: which are dropped, and what is counted.
+//! The treatment of frames that arrive on a port's queues: the packet filter, and counters by peer.
 
 use std::io;
 use std::sync::Arc;
@@ -13,88 +13,93 @@ use crate::port::af_xdp::program::{self, Attachment, Peers, QueueProgram};
 use crate::sys::link::Link;
 use crate::traffic::{Key, MAX_ROWS, PeerCounter, Volume};
 
-/// What is to be done with frames for our queues.
+/// Filter and counters of the port's queues.
 #[derive(Debug, Clone, Default)]
 pub(super) struct QueueConfig {
     pub(super) filter: Filter,
-    /// Where frames are counted by who sends them.
+    /// Map in which the program counts frames by sender, while an operator asks for it.
     peers: Option<Arc<Peers>>,
 }
 
 impl Interface {
-    /// Attaches the program, and has it do with frames for our queues what we want, in the stead of
-    /// what somebody may have left behind.
+    /// Attaches the program, and replaces what an earlier daemon may have configured for our queues.
     pub(super) fn attach(
         &self,
         link: &Link,
-        wanted: &QueueConfig,
+        queue_config: &QueueConfig,
     ) -> Result<Arc<Attachment>, OpenError> {
         let attachment = Attachment::new(self.name(), link.index, self.options.attach)?;
-        self.put(&attachment, wanted)?;
+        self.load_programs(&attachment, queue_config)?;
         self.device.store(link.index, Ordering::Relaxed);
         Ok(attachment)
     }
 
-    fn put(&self, attachment: &Attachment, wanted: &QueueConfig) -> Result<(), OpenError> {
+    fn load_programs(
+        &self,
+        attachment: &Attachment,
+        queue_config: &QueueConfig,
+    ) -> Result<(), OpenError> {
         let queues = self.queue(0)..self.queue(self.pairs);
-        let own = QueueProgram { filter: &wanted.filter, peers: wanted.peers.as_deref() };
-        attachment.load_queue_program(queues, &own).map_err(|error| {
-            OpenError(format!("set the filter of {}'s queues: {error}", self.name()))
+        let program =
+            QueueProgram { filter: &queue_config.filter, peers: queue_config.peers.as_deref() };
+        attachment.load_queue_program(queues, &program).map_err(|error| {
+            OpenError(format!("cannot set the filter of {}'s queues: {error}", self.name()))
         })
     }
 
-    /// Has something else done with frames for our queues from now on.
-    fn want(&self, wanted: impl FnOnce(&QueueConfig) -> QueueConfig) -> Result<(), OpenError> {
+    /// Replaces the configuration by `change` of it. The old one stays in force if the new one fails to load.
+    fn configure(&self, change: impl FnOnce(&QueueConfig) -> QueueConfig) -> Result<(), OpenError> {
         let mut shared = self.lock();
-        let wanted = wanted(&shared.wanted);
+        let queue_config = change(&shared.queue_config);
         if let Some(attachment) = &shared.attachment {
-            self.put(attachment, &wanted)?;
+            self.load_programs(attachment, &queue_config)?;
         }
-        self.filters.store(!wanted.filter.is_none(), Ordering::Relaxed);
-        shared.wanted = wanted;
+        self.has_filter.store(!queue_config.filter.is_none(), Ordering::Relaxed);
+        shared.queue_config = queue_config;
         Ok(())
     }
 
-    /// How many frames for a queue pair the program has dropped so far, for whomever.
+    /// Returns the number of frames that the filter has dropped on a queue pair's queue, on behalf of every
+    /// daemon that used the queue since the program was attached.
     pub(in crate::port::af_xdp) fn filtered(&self, pair: u16) -> Option<u64> {
         let shared = self.lock();
         let counters = shared.attachment.as_ref()?.counters(self.queue(pair));
         counters.ok().map(|counters| counters.filtered)
     }
 
-    /// Whether frames for the guest are judged.
-    pub(in crate::port::af_xdp) fn filters(&self) -> bool {
-        self.filters.load(Ordering::Relaxed)
+    /// Returns true if a filter checks frames to the guest.
+    pub(in crate::port::af_xdp) fn has_filter(&self) -> bool {
+        self.has_filter.load(Ordering::Relaxed)
     }
 
-    /// The filter that frames for the guest are judged by.
+    /// Returns the filter of frames to the guest.
     pub fn filter(&self) -> Filter {
-        self.lock().wanted.filter.clone()
+        self.lock().queue_config.filter.clone()
     }
 
-    /// Has frames for the guest judged by this filter from now on.
+    /// Replaces the filter of frames to the guest.
     ///
     /// # Errors
-    /// Those of loading a program; frames are judged as before then.
+    /// Those of loading a program; the old filter then stays in force.
     pub fn set_filter(&self, filter: &Filter) -> Result<(), OpenError> {
-        self.want(|before| QueueConfig { filter: filter.clone(), ..before.clone() })
+        self.configure(|before| QueueConfig { filter: filter.clone(), ..before.clone() })
     }
 }
 
 impl PeerCounter for Interface {
     fn count_peers(&self, on: bool) -> io::Result<()> {
         let peers = on.then(program::peers).transpose().map_err(|error| {
-            io::Error::other(format!("count who sends to {}'s queues: {error}", self.name()))
+            io::Error::other(format!("cannot count the peers of {}: {error}", self.name()))
         })?;
-        self.want(|before| QueueConfig { peers: peers.map(Arc::new), ..before.clone() })
+        self.configure(|before| QueueConfig { peers: peers.map(Arc::new), ..before.clone() })
             .map_err(|error| io::Error::other(error.to_string()))
     }
 
     fn peers(&self) -> io::Result<Vec<(Key, Volume)>> {
-        let Some(peers) = self.lock().wanted.peers.clone() else { return Ok(Vec::new()) };
+        let Some(peers) = self.lock().queue_config.peers.clone() else { return Ok(Vec::new()) };
         let row = |(key, [frames, bytes]): (_, [u64; 2])| {
             let (protocol, peer) = seen(&key);
-            (Key { way: FrameDirection::Rx, protocol, peer }, Volume { frames, bytes })
+            (Key { direction: FrameDirection::Rx, protocol, peer }, Volume { frames, bytes })
         };
         Ok(peers.recent(2 * MAX_ROWS)?.into_iter().map(row).collect())
     }

@@ -1,8 +1,9 @@
-//! The sockets on a device's queues: each is opened on the UMEM that all sockets of a memory table share,
-//! bound to its queue, and closed.
+//! The sockets on a device's queues. Each is opened on the UMEM that all sockets of a memory table share,
+//! then bound to its queue, and closed at the session's end at the latest.
 //!
-//! Invariant: a UMEM is registered for as long as one of its sockets is open, and for one memory table.
-//! When a socket is closed, neither kernel nor device touches the guest's memory any more.
+//! Invariant: a UMEM is registered while one of its sockets is open, and for one memory table. After `close`,
+//! neither kernel nor device accesses guest memory. The exception is a zero-copy queue that the kernel does
+//! not release within 1 s, which is logged ([`wait_for_device`]).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,25 +12,26 @@ use std::time::Instant;
 
 use log::{debug, info, warn};
 
-use super::Interface;
+use super::{Interface, Shared};
 use crate::guest::GuestMemory;
 use crate::port::af_xdp::OpenError;
 use crate::port::af_xdp::device_caps::{refused, wait_for_device};
+use crate::port::af_xdp::program::Attachment;
 use crate::port::af_xdp::receiver::RING_SIZES;
-use crate::port::af_xdp::umem::GuestUmem;
-use crate::sys::link;
+use crate::port::af_xdp::umem::{FrameLayout, GuestUmem};
+use crate::sys::link::{self, Link};
 use crate::sys::xsk::{Binding, Registrable, Registration, Socket, Statistics};
 
-/// Memory in bytes that the kernel may use for frames of a socket on their way: a full ring of
-/// them, at what each takes with its bookkeeping.
+/// Bytes of kernel memory that a socket's frames in transmission may take: a full tx ring, with the kernel's
+/// overhead for each frame.
 const SEND_BUFFER: u32 = 4 << 20;
-/// Frames that one busy poll of the driver handles.
+/// Most frames that the driver handles in one busy poll.
 const BUSY_POLL_BUDGET: u32 = 64;
 
-/// Why a socket could not be opened.
+/// Reason why a socket could not be opened.
 #[derive(Debug)]
 pub(in crate::port::af_xdp) enum Failure {
-    /// The queue has another socket, maybe our own that was just closed.
+    /// The queue has another socket, possibly our own that was just closed.
     Busy(OpenError),
     /// The device does not work.
     Gone(OpenError),
@@ -40,19 +42,19 @@ pub(in crate::port::af_xdp) enum Failure {
 pub(in crate::port::af_xdp) struct OpenSocket {
     pub(in crate::port::af_xdp) socket: Socket,
     pub(in crate::port::af_xdp) umem: Arc<GuestUmem>,
-    /// Whether frames may ask for a checksum by metadata.
+    /// The kernel completes checksums that a frame's metadata requests.
     pub(in crate::port::af_xdp) metadata: bool,
-    /// Whether the kernel is to be asked for frames, rather than waited for.
+    /// The worker must ask the kernel for frames in each turn.
     pub(in crate::port::af_xdp) busy_poll: bool,
     binding: Binding,
-    /// Whether the program runs in the kernel's generic code.
+    /// The XDP program runs in the kernel's generic code.
     pub(in crate::port::af_xdp) generic: bool,
-    /// MTU of the device in bytes, when it was opened.
+    /// MTU of the device in bytes, when the socket was opened.
     device_mtu: u32,
 }
 
 impl OpenSocket {
-    /// Whether the device reads and writes the guest's memory itself.
+    /// Returns true if the device itself reads and writes guest memory.
     pub(in crate::port::af_xdp) fn is_zero_copy(&self) -> bool {
         self.binding.zero_copy
     }
@@ -64,17 +66,28 @@ impl AsFd for OpenSocket {
     }
 }
 
-/// The UMEM of the sockets that are open.
+/// UMEM of the sockets that are open.
 #[derive(Debug)]
 pub(super) struct Registered {
     guest: Arc<GuestMemory>,
     umem: Arc<GuestUmem>,
+    /// Queue pair and descriptor of each socket.
     sockets: Vec<(u16, Weak<OwnedFd>)>,
 }
 
+/// Redirection of a queue's frames to a socket.
+struct Redirection<'a> {
+    attachment: &'a Attachment,
+    /// Bytes of virtio-net header that the program writes before each frame.
+    header: u32,
+}
+
 impl Interface {
-    /// Opens a queue pair's socket on `memory`. `fill` posts buffers: drivers want some before
-    /// the socket is bound.
+    /// Opens a queue pair's socket on guest `memory`, and redirects the queue's frames to it. `fill` posts
+    /// buffers before the socket is bound, which some drivers require.
+    ///
+    /// # Errors
+    /// `Busy` if the queue has a socket; `Gone` if the device is down or missing, or a system call fails.
     pub(in crate::port::af_xdp) fn open(
         &self,
         pair: u16,
@@ -84,87 +97,35 @@ impl Interface {
         receives: bool,
         fill: impl FnOnce(&mut Socket, &GuestUmem),
     ) -> Result<OpenSocket, Failure> {
-        let link = self.find().map_err(Failure::Gone)?;
-        if !link.is_up {
-            let why = format!("it is down; set it up with 'ip link set {} up'", link.name);
-            return Err(Failure::Gone(OpenError(why)));
-        }
+        let link = self.find_running().map_err(Failure::Gone)?;
         let mut shared = self.lock();
         let shared = &mut *shared;
-        if !shared.attachment.as_ref().is_some_and(|attachment| attachment.is_on(link.index)) {
-            // Another device than before.
-            shared.attachment = None;
-            let attached = self.attach(&link, &shared.wanted);
-            shared.attachment = Some(attached.map_err(Failure::Gone)?);
-            self.look_for_tags(&link, shared);
-            shared.abilities = self.find_abilities(&link).map_err(Failure::Gone)?;
-        }
-        if !shared.steering.as_ref().is_some_and(|steering| steering.is_on(link.index)) {
-            shared.steering = None;
-            shared.steering = self.steer(&link).map_err(Failure::Gone)?;
-        }
-        let abilities = shared.abilities;
+        self.follow_device(&link, shared).map_err(Failure::Gone)?;
+        let caps = shared.caps;
         let layout =
-            self.layout(&link, mtu, header_length, abilities.zero_copy).map_err(Failure::Gone)?;
-        let queue = self.queue(pair);
-        let binding = abilities.binding(link.index, queue);
-        let failure = |error: io::Error| {
-            let busy = error.raw_os_error() == Some(libc::EBUSY);
-            let error = refused(self.name(), binding, &error);
-            if busy { Failure::Busy(error) } else { Failure::Gone(error) }
-        };
-
-        // A socket of another queue pair whose UMEM this is.
-        let first = shared.registered.as_ref().and_then(|registered| {
-            let same = Arc::ptr_eq(&registered.guest, memory) && registered.umem.layout == layout;
-            let mut live = registered.sockets.iter().filter_map(|(_, socket)| socket.upgrade());
-            same.then(|| live.next().map(|socket| (socket, registered.umem.clone()))).flatten()
-        });
-        let (registration, umem) = match &first {
-            Some((socket, umem)) => (Registration::Shared(socket.as_fd()), umem.clone()),
-            None => {
-                let umem = GuestUmem::new(memory, self.pairs, layout).map_err(|error| {
-                    Failure::Gone(OpenError(format!("map the guest's memory: {error}")))
-                })?;
-                let headroom = layout.headroom();
-                (Registration::New { headroom, metadata: abilities.metadata }, Arc::new(umem))
-            }
+            self.layout(&link, mtu, header_length, caps.zero_copy).map_err(Failure::Gone)?;
+        let binding = caps.binding(link.index, self.queue(pair));
+        let (first, umem) =
+            self.umem(shared.registered.as_ref(), memory, layout).map_err(Failure::Gone)?;
+        let registration = match &first {
+            Some(socket) => Registration::Shared(socket.as_fd()),
+            None => Registration::New { headroom: layout.headroom(), metadata: caps.metadata },
         };
         let started = Instant::now();
         let mut socket = Socket::new(umem.memory(), RING_SIZES, &registration)
             .map_err(|error| Failure::Gone(not_registered(&error, umem.memory().length())))?;
         fill(&mut socket, &umem);
-        let redirect = |socket: &Socket| match &shared.attachment {
-            Some(attachment) if receives => attachment
-                .redirect(queue, socket.descriptor(), layout.header as u32)
-                .map_err(|error| {
-                    let why = format!("redirect frames of queue {queue} to a socket: {error}");
-                    Failure::Gone(OpenError(why))
-                }),
-            _ => Ok(()),
-        };
-        if abilities.zero_copy {
-            // Frames that come between binding and redirecting are in its buffers already, which
-            // would go round in another order then.
-            redirect(&socket)?;
-        }
-        socket.bind(binding, &registration).map_err(failure)?;
-        if !abilities.zero_copy {
-            redirect(&socket)?;
-        }
-        if abilities.zero_copy && !socket.is_zero_copy().unwrap_or(false) {
-            let why = "the kernel bound the socket without zero copy".into();
-            return Err(Failure::Gone(OpenError(why)));
-        }
-        socket.set_send_buffer(SEND_BUFFER);
-        let busy_poll = !self.busy_poll.is_zero();
-        if busy_poll && let Err(error) = socket.prefer_busy_poll(self.busy_poll, BUSY_POLL_BUDGET) {
-            debug!("af_xdp {}: the kernel does not busy-poll: {error}", self.name());
-        }
+        let redirection = shared
+            .attachment
+            .as_deref()
+            .filter(|_| receives)
+            .map(|attachment| Redirection { attachment, header: layout.header as u32 });
+        self.bind(&socket, binding, &registration, redirection)?;
+        let busy_poll = self.set_options(&socket);
         let entry = (pair, Arc::downgrade(socket.descriptor()));
-        match (&mut shared.registered, first.is_some()) {
-            (Some(registered), true) => registered.sockets.push(entry),
-            (registered, _) => {
+        match &mut shared.registered {
+            Some(registered) if first.is_some() => registered.sockets.push(entry),
+            registered => {
                 *registered = Some(Registered {
                     guest: memory.clone(),
                     umem: umem.clone(),
@@ -173,9 +134,10 @@ impl Interface {
             }
         }
         info!(
-            "af_xdp {}: queue {queue} bound in {} mode, {} MiB of guest memory registered in {:?}",
+            "af_xdp {}: queue {} bound in {} mode, {} MiB of guest memory registered in {:?}",
             self.name(),
-            if abilities.zero_copy { "zero-copy" } else { "copy" },
+            binding.queue,
+            if caps.zero_copy { "zero-copy" } else { "copy" },
             umem.memory().length() >> 20,
             started.elapsed(),
         );
@@ -183,30 +145,127 @@ impl Interface {
         Ok(OpenSocket {
             socket,
             umem,
-            metadata: abilities.metadata,
+            metadata: caps.metadata,
             busy_poll,
             binding,
-            generic: abilities.generic,
+            generic: caps.generic,
             device_mtu: link.mtu,
         })
     }
 
-    /// Has frames of a queue pair's passed to the host.
+    /// Looks up the device, which must be up.
+    fn find_running(&self) -> Result<Link, OpenError> {
+        let link = self.find()?;
+        if !link.is_up {
+            let name = &link.name;
+            return Err(OpenError(format!("it is down; set it up with 'ip link set {name} up'")));
+        }
+        Ok(link)
+    }
+
+    /// Attaches program and flow rule to a device that has replaced the earlier one, and finds out what the
+    /// new device can do.
+    fn follow_device(&self, link: &Link, shared: &mut Shared) -> Result<(), OpenError> {
+        if !shared.attachment.as_ref().is_some_and(|attachment| attachment.is_on(link.index)) {
+            shared.attachment = None;
+            shared.attachment = Some(self.attach(link, &shared.queue_config)?);
+            self.check_tags(link, shared);
+            shared.caps = self.find_caps(link)?;
+        }
+        if !shared.steering.as_ref().is_some_and(|steering| steering.is_on(link.index)) {
+            shared.steering = None;
+            shared.steering = self.steer(link)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the UMEM for guest `memory`: the registered one, with the descriptor of a socket that has it,
+    /// or a new one.
+    fn umem(
+        &self,
+        registered: Option<&Registered>,
+        memory: &Arc<GuestMemory>,
+        layout: FrameLayout,
+    ) -> Result<(Option<Arc<OwnedFd>>, Arc<GuestUmem>), OpenError> {
+        if let Some(registered) = registered
+            && Arc::ptr_eq(&registered.guest, memory)
+            && registered.umem.layout == layout
+            && let Some(socket) = registered.sockets.iter().find_map(|(_, it)| it.upgrade())
+        {
+            return Ok((Some(socket), registered.umem.clone()));
+        }
+        let umem = GuestUmem::new(memory, self.pairs, layout)
+            .map_err(|error| OpenError(format!("cannot map the guest's memory: {error}")))?;
+        Ok((None, Arc::new(umem)))
+    }
+
+    /// Binds a socket to its queue, and redirects the queue's frames to it.
+    fn bind(
+        &self,
+        socket: &Socket,
+        binding: Binding,
+        registration: &Registration<'_>,
+        redirection: Option<Redirection<'_>>,
+    ) -> Result<(), Failure> {
+        let queue = binding.queue;
+        let redirect = || match &redirection {
+            Some(Redirection { attachment, header }) => {
+                attachment.redirect(queue, socket.descriptor(), *header).map_err(|error| {
+                    let why =
+                        format!("cannot redirect frames of queue {queue} to a socket: {error}");
+                    Failure::Gone(OpenError(why))
+                })
+            }
+            None => Ok(()),
+        };
+        if binding.zero_copy {
+            // A frame that arrived between the two calls would already be in one of the socket's buffers. The
+            // driver would then reuse that buffer out of order.
+            redirect()?;
+        }
+        socket.bind(binding, registration).map_err(|error| {
+            let busy = error.raw_os_error() == Some(libc::EBUSY);
+            let error = refused(self.name(), binding, &error);
+            if busy { Failure::Busy(error) } else { Failure::Gone(error) }
+        })?;
+        if !binding.zero_copy {
+            return redirect();
+        }
+        if !socket.is_zero_copy().unwrap_or(false) {
+            let why = "the kernel bound the socket without zero copy; use mode=copy".into();
+            return Err(Failure::Gone(OpenError(why)));
+        }
+        Ok(())
+    }
+
+    /// Sets the send buffer and busy polling of a bound socket. Returns true if the worker must ask the
+    /// kernel for frames.
+    fn set_options(&self, socket: &Socket) -> bool {
+        socket.set_send_buffer(SEND_BUFFER);
+        let busy_poll = !self.busy_poll.is_zero();
+        if busy_poll && let Err(error) = socket.prefer_busy_poll(self.busy_poll, BUSY_POLL_BUDGET) {
+            debug!("af_xdp {}: the kernel does not busy-poll: {error}", self.name());
+        }
+        busy_poll
+    }
+
+    /// Stops redirecting frames to a queue pair's socket: the program passes them to the host.
     pub(in crate::port::af_xdp) fn stop_receiving(&self, pair: u16) {
         if let Some(attachment) = &self.lock().attachment {
-            // It fails if it was not there, or the device has gone.
+            // It fails if the map has no such socket, or the device is gone.
             let _ = attachment.pass(self.queue(pair));
         }
     }
 
-    /// Closes a socket. When this returns, neither kernel nor device touches the guest's memory
-    /// any more. Returns what the kernel has counted.
+    /// Closes a socket, and waits until neither kernel nor device accesses guest memory: for a zero-copy
+    /// queue at most 1 s. Returns the kernel's counters.
     pub(in crate::port::af_xdp) fn close(&self, pair: u16, open: OpenSocket) -> Statistics {
         let OpenSocket { socket, umem, binding, .. } = open;
         let statistics = socket.statistics().unwrap_or_default();
         if statistics.rx_invalid + statistics.tx_invalid > 0 {
             warn!(
-                "af_xdp {}: the kernel refused addresses, {} for rx and {} for tx: this is a bug",
+                "af_xdp {}: kernel refused buffer addresses rx={} tx={}; their frames are lost: report \
+                 this bug",
                 self.name(),
                 statistics.rx_invalid,
                 statistics.tx_invalid
@@ -223,8 +282,8 @@ impl Interface {
         if let Some(Ok(counters)) = counted {
             info!("af_xdp {}: queue {}: {counters}", self.name(), binding.queue);
         }
-        // In copy mode this is enough: closing waits until nobody is in the middle of delivering
-        // (`synchronize_net` in xsk_unbind_dev), and sending copies at once.
+        // In copy mode this is enough: closing waits for deliveries in progress (`synchronize_net` in
+        // xsk_unbind_dev), and the kernel copies frames to be sent when the daemon submits them.
         drop(socket);
         drop(umem);
         drop(shared);
@@ -234,10 +293,11 @@ impl Interface {
         statistics
     }
 
-    /// Whether a socket still can work, after its device has changed; or why it is to be opened again.
+    /// Checks a socket after its device has changed. Returns a reason to open the socket again, if there is
+    /// one.
     ///
     /// # Errors
-    /// Why it can't.
+    /// The device is down or gone, so no socket can work.
     pub(in crate::port::af_xdp) fn check(
         &self,
         open: &OpenSocket,
@@ -247,22 +307,26 @@ impl Interface {
                 Ok((link.mtu != open.device_mtu).then_some("the device's MTU has changed"))
             }
             Ok(_) => Err(OpenError("it is down".into())),
-            Err(error) => Err(OpenError(format!("look it up: {error}"))),
+            Err(error) => Err(OpenError(format!("cannot look up the device: {error}"))),
         }
     }
 }
 
+/// Returns the error for a UMEM of `bytes` bytes that the kernel did not register.
 fn not_registered(error: &io::Error, bytes: usize) -> OpenError {
     let mebibytes = bytes.div_ceil(1 << 20);
     let hint = match error.raw_os_error() {
         Some(libc::ENOBUFS) => format!(
-            ": it needs that much locked memory; run with CAP_IPC_LOCK, or with 'ulimit -l {}' \
+            "; it needs that much locked memory: run with CAP_IPC_LOCK, or with 'ulimit -l {}' \
              (LimitMEMLOCK={mebibytes}M)",
             mebibytes << 10
         ),
-        Some(libc::ENOMEM) => ": the host has not that much memory free".into(),
-        Some(libc::EFAULT) => ": it can't be pinned; is the file shorter than the region?".into(),
+        Some(libc::ENOMEM) => "; the host has less free memory: use a smaller guest".into(),
+        Some(libc::EFAULT) => {
+            "; the kernel cannot pin it: check that the memory's file is as long as the region"
+                .into()
+        }
         _ => String::new(),
     };
-    OpenError(format!("register {mebibytes} MiB of guest memory with AF_XDP: {error}{hint}"))
+    OpenError(format!("cannot register {mebibytes} MiB of guest memory with AF_XDP: {error}{hint}"))
 }

@@ -1,7 +1,8 @@
-//! The program's instructions. For a queue whose frames are filtered, or counted by who sends them,
-//! there is a program of its own, to which the device's goes on: the same, with that in it.
+//! Instructions of the device's program and of queue programs. The device's program ends in a tail call to
+//! the queue program, where the queue has one. A queue program is the device's program with filter and
+//! counters.
 
-use super::{COUNTED, HEADER_LENGTH, Maps, OWN_PROGRAM, Peers, QueueProgram};
+use super::{COUNTED, HAS_QUEUE_PROGRAM, HEADER_LENGTH, Maps, Peers, QueueProgram};
 use crate::features;
 use crate::policy::filter::{SEEN_AT, extended};
 use crate::sys::bpf::assembly::{Assembly, Label};
@@ -28,15 +29,15 @@ const DATA: i16 = 0;
 const DATA_END: i16 = 4;
 const RX_QUEUE_INDEX: i16 = 16;
 
-// Registers that calls leave alone.
+// Registers that calls preserve.
 const QUEUE: u8 = 6;
 const LENGTH: u8 = 7;
 const SETTINGS: u8 = 8;
 const FRAME: u8 = 9;
-/// Where the queue's number is on the stack.
+/// Stack offset of the queue's number.
 const KEY: i16 = -4;
 
-/// Which of a queue's counters: frames, and bytes.
+/// A pair of a queue's counters: frames and bytes.
 #[derive(Debug, Clone, Copy)]
 enum Count {
     Passed,
@@ -45,26 +46,26 @@ enum Count {
 
 const _: () = assert!(COUNTED == 2 * (Count::Filtered as usize + 1));
 
-/// Puts the map's address into a register.
+/// Returns the instructions that load a map's address into a register.
 fn map(target: u8, map: &Map<impl MapKind>) -> [u64; 2] {
     // BPF_PSEUDO_MAP_FD
     [instruction(0x18, target, 1, 0, map.descriptor()), 0]
 }
 
-/// Looks the queue up in a map; nothing is there beyond its end.
+/// Looks up the queue in a map. Jumps to `nothing` if the queue is beyond the map's end.
 fn look_up(code: &mut Assembly, of: &Map<impl MapKind>, nothing: Label) {
     code.extend(map(1, of));
     code.extend([copy(2, 10), add(2, KEY.into()), call(MAP_LOOKUP_ELEM)]);
     code.jump(nothing, if_equal(0, 0, 0));
 }
 
-/// Asks for the frame's length in bytes. Most frames go on without: a call is a tenth of what is done
-/// with them here.
+/// Loads the frame's length in bytes into `LENGTH`. Done only for frames that are counted: the call takes a
+/// tenth of the program's time for a frame.
 fn measure(code: &mut Assembly) {
     code.extend([copy(1, FRAME), call(XDP_GET_BUFF_LEN), copy(LENGTH, 0)]);
 }
 
-/// Counts the frame.
+/// Adds the frame to a pair of the queue's counters.
 fn count(code: &mut Assembly, maps: &Maps, what: Count) {
     let done = code.label();
     measure(code);
@@ -81,11 +82,11 @@ fn count(code: &mut Assembly, maps: &Maps, what: Count) {
     code.place(done);
 }
 
-/// Counts the frame with those of the same protocol and sender, by what the filter has seen of it.
+/// Counts the frame by protocol and sender, as the filter has parsed them.
 fn count_peer(code: &mut Assembly, peers: &Peers) {
-    /// Where a row's frames and bytes are on the stack.
+    /// Stack offset of a new row's frames and bytes.
     const ROW: i16 = -88;
-    /// Where the frame's ports are, in what was seen of it: they make no difference.
+    /// Stack offset of the frame's ports in the parsed fields. The program zeroes them: rows ignore ports.
     const PORTS: i16 = SEEN_AT + 16;
     let [first, done] = [(); 2].map(|()| code.label());
     measure(code);
@@ -109,10 +110,10 @@ fn count_peer(code: &mut Assembly, peers: &Peers) {
     code.place(done);
 }
 
-/// Puts the VLAN tag that the driver keeps beside the frame back into it, by the number of the
-/// kernel's function that tells of the tag (`bpf_xdp_metadata_rx_vlan_tag`).
+/// Restores the VLAN tag that the driver keeps beside the frame. `function` is the number of the kernel's
+/// `bpf_xdp_metadata_rx_vlan_tag`.
 fn restore_tag(code: &mut Assembly, function: i32, lost: Label) {
-    /// Where the tag is on the stack: its protocol, in the network's order, and what it says.
+    /// Stack offset of the tag: its protocol, in network order, then its content, in host order.
     const TAG: i16 = -16;
     let untagged = code.label();
     code.extend([
@@ -137,22 +138,26 @@ fn restore_tag(code: &mut Assembly, function: i32, lost: Label) {
         load16(2, 10, TAG),
         store16(1, 2, 12),
         load16(2, 10, TAG + 2),
-        from_network(2, 16), // and to it
+        from_network(2, 16), // host to network order
         store16(1, 2, 14),
     ]);
     code.place(untagged);
 }
 
-/// Assembles the device's program, which puts tags back if it is given the function for that, or a
-/// queue's own.
-pub(super) fn assemble(maps: &Maps, own: Option<&QueueProgram<'_>>, tags: Option<i32>) -> Vec<u64> {
+/// Assembles the device's program, or with `queue_program` a queue program. With the number of the kernel's
+/// function in `tags`, the program restores VLAN tags.
+pub(super) fn assemble(
+    maps: &Maps,
+    queue_program: Option<&QueueProgram<'_>>,
+    tags: Option<i32>,
+) -> Vec<u64> {
     let mut code = Assembly::default();
     let [passed, plain, unheaded, lost] = [(); 4].map(|()| code.label());
     code.extend([copy(FRAME, 1), load32(QUEUE, 1, RX_QUEUE_INDEX), store32(10, QUEUE, KEY)]);
     code.extend(map(1, &maps.sockets));
     code.extend([
         copy(2, QUEUE),
-        set(3, PASS), // what to do if the queue has no socket
+        set(3, PASS), // verdict if the queue has no socket
         call(REDIRECT_MAP),
     ]);
     code.jump(passed, if_not_equal(0, REDIRECT, 0));
@@ -162,15 +167,15 @@ pub(super) fn assemble(maps: &Maps, own: Option<&QueueProgram<'_>>, tags: Option
 
     look_up(&mut code, &maps.queues, plain);
     code.push(load32(SETTINGS, 0, 0));
-    match own {
+    match queue_program {
         None => {
             let unfiltered = code.label();
-            code.push(if_any_bit32(SETTINGS, OWN_PROGRAM as i32, 1));
+            code.push(if_any_bit32(SETTINGS, HAS_QUEUE_PROGRAM as i32, 1));
             code.jump(unfiltered, jump(0));
             code.push(copy(1, FRAME));
             code.extend(map(2, &maps.programs));
             code.extend([copy(3, QUEUE), call(TAIL_CALL)]);
-            // There should be a program, and is none.
+            // The tail call returns only if the queue program is missing.
             count(&mut code, maps, Count::Filtered);
             code.extend([set(0, DROP), exit()]);
             code.place(unfiltered);
@@ -204,7 +209,7 @@ pub(super) fn assemble(maps: &Maps, own: Option<&QueueProgram<'_>>, tags: Option
     code.place(unheaded);
     code.extend([set(0, REDIRECT), exit()]);
 
-    // A queue beyond the map, which has no settings.
+    // A queue beyond the map has no settings.
     code.place(plain);
     code.extend([set(0, REDIRECT), exit()]);
 

@@ -1,13 +1,13 @@
-//! Frames that have arrived: each completes the guest's buffer that it is in, or is copied into the oldest
-//! buffers.
+//! Frames that have arrived. Each completes the guest buffer that it is in, or is copied into the oldest
+//! deferred buffers.
 //!
-//! Invariant: frames reach the guest in the order in which they came, but for those that the kernel brings
-//! in another order: such a frame waits in its buffer until all older buffers have theirs.
+//! Invariant: frames reach the guest in the order of posting. If the kernel returns a buffer early, its frame
+//! waits there until all older buffers have returned.
 
 use std::time::Instant;
 
 use super::posted::{Posted, Target};
-use super::{RESERVE_SLOTS, Receiver, Waiting};
+use super::{RESERVE_BUFFERS, Receiver, Waiting};
 use crate::counters::{CopyReason, DropReason};
 use crate::features::HEADER_LENGTH;
 use crate::guest::{Chain, ReadSegment, Virtqueue, Writable};
@@ -18,8 +18,8 @@ use crate::sys::xsk::ADDRESS_BITS;
 use crate::vnet_header::VnetHeader;
 
 impl Receiver {
-    /// Completes the buffers that frames have arrived in, up to `most` of these.
-    // By itself, or its variables would compete with the transmitter's for registers.
+    /// Completes buffers in which frames have arrived. Takes at most `most` frames.
+    // Not inlined, or its variables would compete with the transmitter's for registers.
     #[inline(never)]
     pub(in crate::port::af_xdp) fn reap(
         &mut self,
@@ -30,7 +30,7 @@ impl Receiver {
     ) {
         let (mut taken, mut delivered) = (0, false);
         loop {
-            // Nearly always that is all.
+            // Nearly always this takes all frames.
             let in_order = self.reap_in_order(rx, open, most - taken, done);
             taken += in_order;
             delivered |= in_order > 0;
@@ -40,7 +40,7 @@ impl Receiver {
             let Some(descriptor) = open.socket.rx.take() else { break };
             taken += 1;
             let address = descriptor.address & ((1 << ADDRESS_BITS) - 1);
-            // What is longer than a chunk was not written to one.
+            // A frame fits a chunk of 4096 bytes, so its length fits a u16.
             delivered |= self.take_other(address, descriptor.length as u16, rx, &open.umem, done);
         }
         if !self.waiting.is_empty() {
@@ -50,22 +50,22 @@ impl Receiver {
             return;
         }
         open.socket.rx.release();
-        let spare = if self.posted.len() == self.slots_posted { RESERVE_SLOTS } else { 0 };
-        if self.post_slots(&mut open.socket, &open.umem, spare) {
+        let spare = if self.posted.len() == self.bounce_posted { RESERVE_BUFFERS } else { 0 };
+        if self.post_bounce(&mut open.socket, &open.umem, spare) {
             open.socket.fill.submit();
             self.wake_driver(open);
         }
-        // Counted anew from each time that the oldest came back.
+        // The timeout starts again whenever the oldest buffer returns.
         self.overtaken = match self.overtaken {
-            _ if self.held == 0 => None,
+            _ if self.out_of_order == 0 => None,
             Some(since) if !delivered => Some(since),
             _ => Some(Instant::now()),
         };
     }
 
-    /// Completes buffers of the guest's in which frames have arrived with their headers, while these are the
-    /// oldest of all, up to `most`; returns how many.
-    // By itself, so that all its variables are in registers.
+    /// Completes guest buffers whose frames have arrived with their headers, while each is the oldest buffer.
+    /// Takes at most `most` frames; returns their number.
+    // Not inlined, so that all its variables are in registers.
     #[inline(never)]
     fn reap_in_order(
         &mut self,
@@ -74,9 +74,9 @@ impl Receiver {
         most: usize,
         done: &mut Completions,
     ) -> usize {
-        // The program has put the header there, if the kernel copies.
+        // In copy mode the program has written the header.
         let is_whole = open.umem.layout.header == self.header_length;
-        if !is_whole || self.held > 0 || !self.waiting.is_empty() {
+        if !is_whole || self.out_of_order > 0 || !self.waiting.is_empty() {
             return 0;
         }
         let (posted, mut bytes) = (&mut self.posted, 0);
@@ -94,7 +94,7 @@ impl Receiver {
         frames
     }
 
-    /// Takes a frame in a buffer of any kind; says whether one was delivered.
+    /// Takes a frame in a buffer of any kind. Returns true if a frame was delivered.
     #[inline(never)]
     fn take_other(
         &mut self,
@@ -109,44 +109,44 @@ impl Receiver {
             Some(oldest) => self.deliver(oldest.target(), length, rx, umem, done),
             None => self.mark_out_of_order(address, length),
         }
-        (self.held > 0 && self.deliver_held(rx, umem, done)) || oldest.is_some()
+        (self.out_of_order > 0 && self.deliver_out_of_order(rx, umem, done)) || oldest.is_some()
     }
 
-    /// Notes a frame that has arrived in a buffer which is not the oldest.
+    /// Records a frame that has arrived in a buffer other than the oldest.
     fn mark_out_of_order(&mut self, address: u64, length: u16) {
         let Some(mut index) = self.posted.iter().position(|posted| posted.is_at(address)) else {
             self.foreign_address = true;
             return;
         };
-        if self.posted.get_mut(index).is_slot() {
-            // One slot is as good as another: frames stay in the order in which they came.
-            let free = |posted: &Posted| posted.is_slot() && posted.filled().is_none();
+        if self.posted.get_mut(index).is_bounce() {
+            // Bounce buffers are interchangeable: the first free one takes the frame, which keeps the order
+            // of arrival.
+            let free = |posted: &Posted| posted.is_bounce() && posted.filled().is_none();
             let first = self.posted.iter().position(free).unwrap_or(index);
             self.posted.swap(first, index);
             index = first;
         }
         self.posted.get_mut(index).fill(length);
-        self.held += 1;
+        self.out_of_order += 1;
     }
 
-    /// Delivers the frames in the oldest buffers that have waited for an older one; says whether there were
-    /// any.
+    /// Delivers the waiting frames in the oldest buffers. Returns true if there were any.
     #[inline(never)]
-    fn deliver_held(
+    fn deliver_out_of_order(
         &mut self,
         rx: &mut Virtqueue<'_, Writable>,
         umem: &GuestUmem,
         done: &mut Completions,
     ) -> bool {
-        let before = self.held;
+        let before = self.out_of_order;
         while let Some(posted) = self.posted.pop_if(|oldest| oldest.filled().is_some()) {
-            self.held -= 1;
+            self.out_of_order -= 1;
             self.deliver(posted.target(), posted.filled().unwrap_or(0), rx, umem, done);
         }
-        self.held < before
+        self.out_of_order < before
     }
 
-    /// Delivers the frame in the buffer that was the oldest posted.
+    /// Delivers the frame in the buffer that was the oldest in `posted`.
     fn deliver(
         &mut self,
         target: Target,
@@ -156,9 +156,9 @@ impl Receiver {
         done: &mut Completions,
     ) {
         match target {
-            // The oldest of all, and no frame waits.
+            // The oldest guest buffer of all, and no frame waits.
             Target::Guest(position) if position == rx.next_used() && self.waiting.is_empty() => {
-                // The program has put it there, if the kernel copies.
+                // In copy mode the program has written the header.
                 let header = self.header_length - umem.layout.header;
                 if header > 0 {
                     write_header(&rx.chain(position), self.header_length, 1);
@@ -172,7 +172,7 @@ impl Receiver {
         }
     }
 
-    /// Delivers a frame that is not where it belongs.
+    /// Delivers a frame that must be copied: it is in a bounce buffer, or older buffers are deferred.
     #[inline(never)]
     fn deliver_copied(
         &mut self,
@@ -184,7 +184,7 @@ impl Receiver {
     ) {
         match target {
             Target::Guest(position) => {
-                // Older buffers are parked: the frame is theirs, and its buffer one of them.
+                // Older buffers are deferred: the frame goes to those, and its own buffer becomes deferred.
                 let mut bytes = vec![0; usize::from(length) - umem.layout.header];
                 if let Some(piece) = rx.chain(position).first_after(self.header_length) {
                     piece.read(&mut bytes);
@@ -192,15 +192,15 @@ impl Receiver {
                 self.waiting.push_back(Waiting::Copy(bytes));
                 self.defer(position, rx);
             }
-            Target::Slot(slot) => {
-                self.slots_posted -= 1;
-                self.waiting.push_back(Waiting::Slot { slot, length });
+            Target::Bounce(buffer) => {
+                self.bounce_posted -= 1;
+                self.waiting.push_back(Waiting::Bounce { buffer, length });
             }
         }
         self.serve_waiting(rx, umem, done);
     }
 
-    /// Copies the frames that wait into the parked buffers.
+    /// Copies waiting frames into deferred buffers, while there are enough.
     fn serve_waiting(
         &mut self,
         rx: &mut Virtqueue<'_, Writable>,
@@ -209,8 +209,9 @@ impl Receiver {
     ) {
         while let Some(frame) = self.waiting.pop_front() {
             let served = match &frame {
-                Waiting::Slot { slot, length } => {
-                    let frame = umem.rx_frame(self.pair, usize::from(*slot), usize::from(*length));
+                Waiting::Bounce { buffer, length } => {
+                    let frame =
+                        umem.rx_frame(self.pair, usize::from(*buffer), usize::from(*length));
                     self.copy_scattered(frame.into(), rx, umem, done)
                 }
                 Waiting::Copy(bytes) => {
@@ -221,13 +222,13 @@ impl Receiver {
                 self.waiting.push_front(frame);
                 return;
             }
-            if let Waiting::Slot { slot, .. } = frame {
-                self.free_slots.push(slot);
+            if let Waiting::Bounce { buffer, .. } = frame {
+                self.free_bounce.push(buffer);
             }
         }
     }
 
-    /// Copies a frame into the oldest buffers, which are parked; says whether they were there.
+    /// Copies a frame into the oldest buffers. Returns false if too few of these are deferred.
     fn copy_scattered(
         &mut self,
         frame: ReadSegment<'_>,
@@ -242,10 +243,9 @@ impl Receiver {
             Some(_) => CopyReason::Late,
             None => CopyReason::Unsuitable,
         };
-        self.parked.drain(..buffers);
+        self.deferred.drain(..buffers);
         if room < needed {
-            // One buffer, and too small: it goes back with nothing in it, which drivers take for
-            // the faulty frame that it was.
+            // The only buffer is too small. It completes with length 0, which drivers count as a bad frame.
             rx.push_used(0);
             done.rx_dropped.push((DropReason::NoRoom, 1));
             return true;
@@ -264,16 +264,17 @@ impl Receiver {
         true
     }
 
-    /// How many of the oldest buffers hold `needed` bytes, and what they hold, if they are parked and
-    /// nothing older is posted. It is one that holds less, where a frame takes one buffer.
+    /// Returns the number of the oldest deferred buffers that together hold `needed` bytes, and their size in
+    /// bytes. Without mergeable buffers it is one buffer, which may hold less. `None` if there are too few,
+    /// or an older buffer is posted.
     fn buffers_for(&self, needed: usize, rx: &Virtqueue<'_, Writable>) -> Option<(usize, usize)> {
         let age = |position: u16| position.wrapping_sub(rx.next_used());
         let oldest_posted = self.posted.iter().find_map(|posted| match posted.target() {
             Target::Guest(position) => Some(age(position)),
-            Target::Slot(_) => None,
+            Target::Bounce(_) => None,
         });
         let mut room = 0;
-        for (index, position) in self.parked.iter().enumerate() {
+        for (index, position) in self.deferred.iter().enumerate() {
             if oldest_posted.is_some_and(|posted| posted < age(*position)) {
                 return None;
             }
@@ -286,8 +287,8 @@ impl Receiver {
     }
 }
 
-/// Writes the header of a frame that needs nothing done to it, in so many buffers. Not before the
-/// frame has arrived: a device may have used its place for a header of its own.
+/// Writes the header of a frame in `buffers` buffers, without offloads. Call it only after the frame has
+/// arrived: a zero-copy device may write a header of its own to the same place.
 fn write_header(chain: &Chain<'_, '_, Writable>, length: usize, buffers: u16) {
     let mut header = [0; HEADER_LENGTH];
     header[VnetHeader::NUM_BUFFERS..].copy_from_slice(&buffers.to_le_bytes());

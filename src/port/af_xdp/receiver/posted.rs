@@ -1,26 +1,26 @@
 //! Buffers that the kernel has, in the order of the fill ring.
 
-use super::{MAX_BUFFERS, RX_SLOTS};
+use super::{MAX_BUFFERS, RX_BUFFERS};
 
-/// Places for buffers: a power of two.
-const PLACES: usize = (MAX_BUFFERS + RX_SLOTS).next_power_of_two();
+/// Capacity of a [`PostedRing`]: a power of two.
+const PLACES: usize = (MAX_BUFFERS + RX_BUFFERS).next_power_of_two();
 
-/// Where a posted address leads to.
+/// Owner of a posted address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Target {
-    /// A buffer of the guest's: the position of its chain.
+    /// A guest buffer: the position of its chain.
     Guest(u16),
-    /// A slot of the bounce area.
-    Slot(u16),
+    /// A bounce buffer: its number.
+    Bounce(u16),
 }
 
 impl Target {
-    /// As a number: positions are as they are.
+    /// Returns the target as a number. The tag of a guest buffer is its position.
     #[inline(always)]
     fn tag(self) -> u32 {
         match self {
             Target::Guest(position) => position.into(),
-            Target::Slot(slot) => 1 << 16 | u32::from(slot),
+            Target::Bounce(buffer) => 1 << 16 | u32::from(buffer),
         }
     }
 }
@@ -29,44 +29,46 @@ impl Target {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Posted {
     address: u64,
-    /// The tag of its target.
+    /// Tag of the target.
     tag: u32,
-    /// Length in bytes of the frame that has arrived in it, with what the program put before it, and waits
-    /// for older ones; 0 if there is none.
+    /// Length in bytes of the frame that waits in the buffer, with the header that the program has written; 0
+    /// if no frame has arrived.
     length: u32,
 }
 
 impl Posted {
     pub(super) fn target(&self) -> Target {
         let number = self.tag as u16;
-        if self.tag >> 16 == 0 { Target::Guest(number) } else { Target::Slot(number) }
+        if self.tag >> 16 == 0 { Target::Guest(number) } else { Target::Bounce(number) }
     }
 
-    pub(super) fn is_slot(&self) -> bool {
+    /// Returns true for a bounce buffer.
+    pub(super) fn is_bounce(&self) -> bool {
         self.tag >> 16 != 0
     }
 
-    /// Length in bytes of the frame that waits in it.
+    /// Returns the length in bytes of the frame that waits in the buffer.
     pub(super) fn filled(&self) -> Option<u16> {
         (self.length > 0).then_some(self.length as u16)
     }
 
-    /// Whether the kernel has this address, and has put nothing there.
+    /// Returns true if the buffer has this address and no frame.
     pub(super) fn is_at(&self, address: u64) -> bool {
         self.address == address && self.length == 0
     }
 
-    /// Notes the frame that waits in it, which is not empty.
+    /// Records a frame that waits in the buffer. `length` is at least 1.
     pub(super) fn fill(&mut self, length: u16) {
         debug_assert!(length > 0);
         self.length = length.into();
     }
 }
 
-/// All of them, oldest first.
+/// All posted buffers, oldest first.
 #[derive(Debug)]
 pub(super) struct PostedRing {
     places: Box<[Posted; PLACES]>,
+    /// Number of the oldest buffer; its place is that number modulo [`PLACES`].
     oldest: usize,
     count: usize,
 }
@@ -85,18 +87,19 @@ impl PostedRing {
         self.count = 0;
     }
 
-    /// Adds the youngest. The fill ring has no more places than this.
+    /// Adds the youngest buffer. There is room: the fill ring is no larger than this ring.
     pub(super) fn push(&mut self, address: u64, target: Target) {
         self.batch().push(address, target);
     }
 
-    /// Adds many, the youngest last.
+    /// Begins to add several buffers, the youngest last.
     #[inline(always)]
     pub(super) fn batch(&mut self) -> Batch<'_> {
         Batch { next: self.oldest + self.count, ring: self }
     }
 
-    /// Removes the oldest if it is the guest's buffer at `position` and has this address.
+    /// Removes the oldest buffer if it is the guest buffer at `position` with this address. Returns true if
+    /// so.
     #[inline(always)]
     pub(super) fn pop_guest(&mut self, position: u16, address: u64) -> bool {
         let Posted { address: oldest, tag, .. } = self.places[self.oldest % PLACES];
@@ -108,7 +111,7 @@ impl PostedRing {
         is_it
     }
 
-    /// Removes the oldest if it meets a condition.
+    /// Removes the oldest buffer if it meets a condition.
     pub(super) fn pop_if(&mut self, condition: impl FnOnce(&Posted) -> bool) -> Option<Posted> {
         let oldest = self.places[self.oldest % PLACES];
         let found = (self.count > 0 && condition(&oldest)).then_some(oldest)?;
@@ -117,7 +120,7 @@ impl PostedRing {
         Some(found)
     }
 
-    /// The buffer that has so many older ones.
+    /// Returns the buffer that has `age` older ones.
     pub(super) fn get_mut(&mut self, age: usize) -> &mut Posted {
         &mut self.places[(self.oldest + age) % PLACES]
     }
@@ -126,20 +129,20 @@ impl PostedRing {
         self.places.swap((self.oldest + one) % PLACES, (self.oldest + other) % PLACES);
     }
 
-    /// Oldest first.
+    /// Iterates over the buffers, oldest first.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Posted> {
         (0..self.count).map(|age| &self.places[(self.oldest + age) % PLACES])
     }
 }
 
-/// Buffers that are being added.
+/// Addition of several buffers, whose number is stored once, on drop.
 pub(super) struct Batch<'r> {
     ring: &'r mut PostedRing,
     next: usize,
 }
 
 impl Batch<'_> {
-    /// Adds the youngest. The fill ring has no more places than this.
+    /// Adds the youngest buffer. There is room: the fill ring is no larger than this ring.
     #[inline(always)]
     pub(super) fn push(&mut self, address: u64, target: Target) {
         self.ring.places[self.next % PLACES] = Posted { address, tag: target.tag(), length: 0 };

@@ -1,7 +1,7 @@
-//! A session's socket: opened when the guest first has something for it, opened again after a fault, and
-//! closed at the end.
+//! A session's socket. It opens when the guest first has frames or buffers, reopens after a fault, and closes
+//! at the session's end.
 //!
-//! Invariant: no buffer goes back unfinished before its socket is closed, for the kernel may write to it
+//! Invariant: no unfinished buffer is reused before its socket is closed, since the kernel may write to it
 //! until then.
 
 use std::fmt;
@@ -17,13 +17,14 @@ use crate::port::af_xdp::{BUSY_LIMIT, BUSY_RETRY};
 use crate::port::{Completions, Virtqueues};
 use crate::sys::xsk::Statistics;
 
-/// How long a device that does not work is left alone, unless it is heard of.
+/// Interval between attempts to open a socket on a device that does not work. A change of the device triggers
+/// an attempt at once.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long frames that were handed over are waited for when a session ends.
+/// Longest wait, at a session's end, for frames that the device is still sending.
 const LAST_FRAMES: Duration = Duration::from_millis(20);
 
 impl<'mem> XdpPort<'mem> {
-    /// Opens the socket, if it is not open and it is time to try.
+    /// Opens the socket, unless it is open or the next attempt is not due.
     #[inline]
     pub(super) fn ensure_open(&mut self, queues: &Virtqueues<'mem>) {
         if let State::Closed { .. } = self.state {
@@ -31,7 +32,8 @@ impl<'mem> XdpPort<'mem> {
         }
     }
 
-    // By itself: it is left out where instructions are counted (`cargo bench -- instructions`).
+    /// Opens the socket if the next attempt is due.
+    // Not inlined: the instruction count of `cargo bench -- instructions` excludes it.
     #[inline(never)]
     pub(super) fn open(&mut self, queues: &Virtqueues<'mem>) {
         let State::Closed { since, retry } = self.state else { return };
@@ -65,7 +67,7 @@ impl<'mem> XdpPort<'mem> {
                 }
                 self.filtered.counted = self.host.interface.filtered(pair);
                 self.statistics = Statistics::default();
-                // Kept first: whatever happens from here on, the socket is closed at the end.
+                // Stored first, so that `stop` or `drop` closes the socket even after a panic below.
                 self.state = State::Open(Box::new(socket));
                 if let State::Open(socket) = &mut self.state {
                     self.transmitter.begin(socket);
@@ -85,12 +87,14 @@ impl<'mem> XdpPort<'mem> {
         }
     }
 
-    /// Has the receiver begin again with all buffers; returns how many frames were in some of them.
+    /// Makes the receiver forget all posted buffers, to post them again. Returns the number of frames that
+    /// had arrived in some of them, which are lost.
     fn reclaim(&mut self, queues: &Virtqueues<'mem>) -> u64 {
         self.receiver.reclaim(queues.rx.as_ref().map_or(0, Virtqueue::next_used))
     }
 
-    /// Notes that the device does not work: frames are dropped, and it is tried again later.
+    /// Records that the device does not work: the port drops frames until an attempt to open a socket
+    /// succeeds.
     fn gone(&mut self, why: &dyn fmt::Display) {
         if !std::mem::replace(&mut self.host.reported, true) {
             let name = self.host.interface.name();
@@ -101,16 +105,18 @@ impl<'mem> XdpPort<'mem> {
         self.state = State::Closed { since, retry: now + RETRY };
     }
 
+    /// Returns true while the device does not work.
     pub(super) fn is_gone(&self) -> bool {
         matches!(self.state, State::Closed { since: Some(Closed { gone: true, .. }), .. })
     }
 
-    /// Closes the socket: what was sent is finished, what was posted is ours again.
+    /// Closes the socket. Waits at most [`LAST_FRAMES`] for frames in transmission, and completes their
+    /// chains. Unsent chains and posted buffers stay in flight, without the kernel.
     pub(super) fn close(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
         let State::Open(open) = &mut self.state else { return };
         let pair = self.host.pair;
         self.host.interface.stop_receiving(pair);
-        // What the kernel has not sent at once is under way, or never will be.
+        // Frames that the kernel has not sent by now are in the device, or will never be sent.
         let deadline = Instant::now() + LAST_FRAMES;
         loop {
             reap(&mut self.receiver, &mut self.transmitter, queues, open, usize::MAX, done);
@@ -127,41 +133,42 @@ impl<'mem> XdpPort<'mem> {
         let State::Open(open) = std::mem::replace(&mut self.state, closed) else { return };
         let statistics = self.host.interface.close(pair, *open);
         self.count_lost(statistics, done);
-        // Not before here: the kernel writes no more.
+        // Only now: the kernel no longer writes to the buffers.
         let lost = self.reclaim(queues);
         if lost > 0 {
             done.rx_dropped.push((DropReason::NoRoom, lost));
         }
     }
 
-    /// Something is wrong with the socket, of which a new one may be free.
-    pub(super) fn open_anew(
+    /// Opens a new socket, since the old one returned a wrong buffer or keeps one. A second fault within
+    /// [`RETRY`] counts as a device that does not work.
+    pub(super) fn reopen_after_fault(
         &mut self,
         why: &'static str,
         queues: &mut Virtqueues<'mem>,
         done: &mut Completions,
     ) {
-        if self.opened_anew.is_some_and(|at| at.elapsed() < RETRY) {
+        if self.reopened_at.is_some_and(|at| at.elapsed() < RETRY) {
             self.fail(&why, queues, done);
             return;
         }
-        self.opened_anew = Some(Instant::now());
+        self.reopened_at = Some(Instant::now());
         self.reopen(why, queues, done);
     }
 
-    /// Closes the socket, and opens another.
+    /// Closes the socket, and opens a new one.
     pub(super) fn reopen(
         &mut self,
         why: &'static str,
         queues: &mut Virtqueues<'mem>,
         done: &mut Completions,
     ) {
-        warn!("af_xdp {}: opens its socket anew: {why}", self.host.interface.name());
+        warn!("af_xdp {}: reopening the socket: {why}", self.host.interface.name());
         self.close_and_drop(queues, done);
         self.open(queues);
     }
 
-    /// The device was found not to work any more.
+    /// Closes the socket of a device that works no more.
     pub(super) fn fail(
         &mut self,
         why: &dyn fmt::Display,
@@ -172,7 +179,7 @@ impl<'mem> XdpPort<'mem> {
         self.gone(why);
     }
 
-    /// Closes the socket, and drops the frames that were not sent.
+    /// Closes the socket, and drops the frames that the kernel has not sent.
     fn close_and_drop(&mut self, queues: &mut Virtqueues<'mem>, done: &mut Completions) {
         self.close(queues, done);
         if let Some(tx) = &mut queues.tx {
@@ -182,8 +189,8 @@ impl<'mem> XdpPort<'mem> {
 }
 
 impl std::ops::Drop for XdpPort<'_> {
-    /// Closes the socket of a session that panicked: else the kernel would write to the guest's memory
-    /// after the session's end. Every other session has closed it in `stop`.
+    /// Closes the socket of a session that panicked: else the kernel would write to guest memory after the
+    /// session's end. Every other session has closed its socket in `stop`.
     fn drop(&mut self) {
         let closed = State::Closed { since: None, retry: Instant::now() };
         if let State::Open(open) = std::mem::replace(&mut self.state, closed) {

@@ -1,16 +1,16 @@
-//! Frames that the kernel has, by their numbers.
+//! Frames in transmission, by slot.
 
-use super::super::umem::TX_SLOTS;
+use super::super::umem::TX_BUFFERS;
 use crate::counters::DropReason;
 
-/// The kernel has it.
+/// State bit: the kernel has not completed the frame.
 const PENDING: u8 = 1;
-/// Its chain ends with it: it is no segment that others of its chain follow.
+/// State bit: no further segment of the same chain follows.
 const ENDS_CHAIN: u8 = 2;
-/// It is a whole frame that the kernel has.
+/// State of a whole, pending frame.
 const WHOLE: u8 = PENDING | ENDS_CHAIN;
 
-/// A frame on its way, or one that is dropped and waits for older ones.
+/// A frame or segment in transmission, or a dropped frame that waits for older ones to complete.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Frame {
     state: u8,
@@ -18,101 +18,101 @@ pub(super) struct Frame {
 }
 
 impl Frame {
-    /// One that the kernel has.
+    /// Returns a frame that is submitted to the kernel.
     #[inline(always)]
     pub(super) fn pending(ends_chain: bool) -> Self {
         Frame { state: PENDING | if ends_chain { ENDS_CHAIN } else { 0 }, dropped: None }
     }
 
-    /// One that is not sent.
+    /// Returns a frame that is not sent.
     pub(super) fn dropped(reason: DropReason) -> Self {
         Frame { state: ENDS_CHAIN, dropped: Some(reason) }
     }
 
-    /// Whether the kernel has it.
+    /// Returns true until the kernel has completed the frame.
     pub(super) fn is_pending(&self) -> bool {
         self.state & PENDING != 0
     }
 
-    /// Whether its chain completes with it.
+    /// Returns true if the chain completes with this frame or segment.
     pub(super) fn ends_chain(&self) -> bool {
         self.state & ENDS_CHAIN != 0
     }
 
-    /// Why it is dropped, if it is.
+    /// Returns the reason if the frame is dropped.
     pub(super) fn drop_reason(&self) -> Option<DropReason> {
         self.dropped
     }
 
-    /// The kernel has it no more.
+    /// Records that the kernel has completed the frame.
     pub(super) fn complete(&mut self) {
         self.state &= !PENDING;
     }
 
-    /// The kernel has it, and does not send it.
+    /// Records that the device has refused the frame, which stays pending.
     pub(super) fn refuse(&mut self) {
         self.dropped = Some(DropReason::HostRefused);
     }
 }
 
-/// Frames on their way: the oldest is number `oldest`, and the others follow. A frame's slot is its number
-/// modulo [`TX_SLOTS`].
+/// Frames in transmission, numbered in the order of submission from `oldest`. A frame's slot, and its bounce
+/// buffer, is its number modulo [`TX_BUFFERS`].
 #[derive(Debug)]
 pub(super) struct Frames {
-    frames: [Frame; TX_SLOTS],
+    frames: [Frame; TX_BUFFERS],
     oldest: usize,
     count: usize,
 }
 
 impl Frames {
     pub(super) fn new() -> Self {
-        Frames { frames: [Frame { state: 0, dropped: None }; TX_SLOTS], oldest: 0, count: 0 }
+        Frames { frames: [Frame { state: 0, dropped: None }; TX_BUFFERS], oldest: 0, count: 0 }
     }
 
-    /// How many there are.
+    /// Returns the number of frames.
     pub(super) fn len(&self) -> usize {
         self.count
     }
 
-    /// How many more there may be.
+    /// Returns the number of free slots.
     pub(super) fn room(&self) -> usize {
-        TX_SLOTS - self.count
+        TX_BUFFERS - self.count
     }
 
-    /// The slot of the frame that is put in next.
+    /// Returns the slot of the next frame to be added.
     #[inline(always)]
     pub(super) fn next_slot(&self) -> usize {
-        (self.oldest + self.count) % TX_SLOTS
+        (self.oldest + self.count) % TX_BUFFERS
     }
 
-    /// Puts a frame in, where there is room.
+    /// Adds the youngest frame. The caller checks `room` first.
     #[inline(always)]
     pub(super) fn push(&mut self, frame: Frame) {
         self.frames[self.next_slot()] = frame;
         self.count += 1;
     }
 
-    /// How many frames are older than the one in a slot. It may be no frame.
+    /// Returns the number of frames older than the one in `slot`. A free slot gets an age of `len` or more.
     #[inline(always)]
     pub(super) fn age(&self, slot: usize) -> usize {
-        slot.wrapping_sub(self.oldest) % TX_SLOTS
+        slot.wrapping_sub(self.oldest) % TX_BUFFERS
     }
 
-    /// The frame that has so many older ones.
+    /// Returns the frame that has `age` older ones.
     #[inline(always)]
     pub(super) fn get(&self, age: usize) -> Option<&Frame> {
-        (age < self.count).then(|| &self.frames[(self.oldest + age) % TX_SLOTS])
+        (age < self.count).then(|| &self.frames[(self.oldest + age) % TX_BUFFERS])
     }
 
-    /// The same.
+    /// Returns the frame that has `age` older ones, for a change.
     pub(super) fn get_mut(&mut self, age: usize) -> Option<&mut Frame> {
-        (age < self.count).then(|| &mut self.frames[(self.oldest + age) % TX_SLOTS])
+        (age < self.count).then(|| &mut self.frames[(self.oldest + age) % TX_BUFFERS])
     }
 
-    /// Removes the oldest frame, if it is a whole one that is in this slot.
+    /// Removes the oldest frame if it is whole, pending and in this slot. Returns true if so.
     #[inline(always)]
     pub(super) fn pop_whole(&mut self, slot: usize) -> bool {
-        let oldest = self.oldest % TX_SLOTS;
+        let oldest = self.oldest % TX_BUFFERS;
         let Frame { state, dropped } = self.frames[oldest];
         let is_it = slot == oldest && self.count > 0 && state == WHOLE && dropped.is_none();
         self.oldest = self.oldest.wrapping_add(usize::from(is_it));
@@ -120,7 +120,7 @@ impl Frames {
         is_it
     }
 
-    /// Removes the oldest.
+    /// Removes the oldest frame.
     pub(super) fn pop_oldest(&mut self) -> Option<Frame> {
         let frame = *self.get(0)?;
         self.oldest = self.oldest.wrapping_add(1);
@@ -128,14 +128,14 @@ impl Frames {
         Some(frame)
     }
 
-    /// Removes the youngest.
+    /// Removes the youngest frame.
     pub(super) fn pop_youngest(&mut self) -> Option<Frame> {
         let frame = *self.get(self.count.checked_sub(1)?)?;
         self.count -= 1;
         Some(frame)
     }
 
-    /// Ages of those that the kernel has, youngest first.
+    /// Iterates over the ages of pending frames, youngest first.
     pub(super) fn pending(&self) -> impl Iterator<Item = usize> {
         let is_pending = |age: &usize| self.get(*age).is_some_and(Frame::is_pending);
         (0..self.count).rev().filter(is_pending)

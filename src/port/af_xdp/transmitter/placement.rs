@@ -1,8 +1,7 @@
-//! Where a frame that is not plain is sent from: the guest's memory, or a slot of the bounce area that it is
-//! copied into, whole or one segment at a time.
+//! Placement of frames that are not plain: in guest memory, or copied into a bounce buffer, whole or segment
+//! by segment.
 //!
-//! Invariant: what was checked is what is sent. Headers that the checks or the operator's rules have looked
-//! at go out from the copy that they looked at.
+//! Invariant: headers that the checks or a policy have inspected are sent from the inspected copy.
 
 use super::Transmitter;
 use crate::counters::{CopyReason, DropReason};
@@ -15,7 +14,10 @@ use crate::sys::xsk::{Descriptor, checksum_request};
 use crate::vnet_header::VnetHeader;
 
 impl Transmitter {
-    /// Where a frame of any kind is sent from, or the next segment of the frame that is being cut.
+    /// Places a frame, or the next segment of the GSO frame that is being segmented. Returns its descriptor.
+    ///
+    /// # Errors
+    /// The reason to drop the frame.
     #[inline(never)]
     pub(super) fn place_checked(
         &mut self,
@@ -24,16 +26,16 @@ impl Transmitter {
         open: &OpenSocket,
         done: &mut Completions,
     ) -> Result<Descriptor, DropReason> {
-        if self.cut.is_none() {
+        if self.segmenting.is_none() {
             self.begin_frame(chain, done)?;
         }
-        Ok(match &self.cut {
+        Ok(match &self.segmenting {
             Some((how, offset)) => self.place_segment(chain, *how, *offset, slot, open, done),
             None => self.place(chain, slot, open, done),
         })
     }
 
-    /// Checks the frame, and sees whether it is to be cut.
+    /// Checks the next frame, and begins segmentation if the frame needs it.
     fn begin_frame(
         &mut self,
         chain: &Chain<'_, '_, Readable>,
@@ -41,17 +43,17 @@ impl Transmitter {
     ) -> Result<(), DropReason> {
         self.stages.check_copied(chain, &mut self.start)?;
         if self.start.needs_segmentation() {
-            self.begin_cut(chain, done)?;
+            self.begin_segmentation(chain, done)?;
         }
         let length = chain.len() - self.stages.header_length();
         self.stages.observe(self.next, &self.start, length, Outcome::Sent, done);
         Ok(())
     }
 
-    /// Sees how the frame that was just admitted is to be cut.
-    // This and what follows by itself: most frames have no need of it.
+    /// Begins the segmentation of the frame that was just checked.
+    // This function and the next ones are not inlined, since most frames do not need them.
     #[inline(never)]
-    fn begin_cut(
+    fn begin_segmentation(
         &mut self,
         chain: &Chain<'_, '_, Readable>,
         done: &mut Completions,
@@ -63,13 +65,13 @@ impl Transmitter {
             if how.longest() > self.stages.headers.max_frame {
                 return Err(DropReason::TooLong);
             }
-            self.cut = Some((how, 0));
+            self.segmenting = Some((how, 0));
             done.tx.overhead += self.start.overhead(length);
         }
         Ok(())
     }
 
-    /// Where the frame is to be sent from.
+    /// Places a frame that needs no segmentation: in guest memory if possible.
     fn place(
         &mut self,
         chain: &Chain<'_, '_, Readable>,
@@ -78,7 +80,7 @@ impl Transmitter {
         done: &mut Completions,
     ) -> Descriptor {
         let header_length = self.stages.header_length();
-        // Headers that were judged go out as they were then.
+        // Inspected headers are sent from the copy, so the guest cannot change them.
         let as_it_is = !self.start.needs_checksum() && !self.stages.inspects_headers();
         let length = chain.len() - header_length;
         let in_place = chain
@@ -91,7 +93,7 @@ impl Transmitter {
         }
     }
 
-    /// Puts a copy of the frame into the bounce area.
+    /// Copies the frame into its bounce buffer.
     #[inline(never)]
     fn place_copy(
         &mut self,
@@ -116,7 +118,7 @@ impl Transmitter {
         Descriptor { address, length: length as u32, options }
     }
 
-    /// Puts the segment that begins at `offset` of the payload together, and goes on to the next.
+    /// Builds the segment at payload `offset` in its bounce buffer, and advances to the next segment.
     #[inline(never)]
     fn place_segment(
         &mut self,
@@ -135,15 +137,16 @@ impl Transmitter {
         chain.copy_to(header_length + headers + offset, &frame.skip(headers));
         if how.is_last(offset) {
             done.tx_copied.push(CopyReason::Segmentation);
-            self.cut = None;
+            self.segmenting = None;
         } else {
-            self.cut = Some((how, offset + payload));
+            self.segmenting = Some((how, offset + payload));
         }
         let options = self.complete(&frame, slot, open);
         Descriptor { address, length: (headers + payload) as u32, options }
     }
 
-    /// Has the checksum of a frame in the bounce area completed: by the kernel, or at once.
+    /// Completes the checksum of a frame in a bounce buffer: requests it from the kernel by metadata, or
+    /// computes it here. Returns the descriptor's options.
     fn complete(&mut self, frame: &Segment<'_>, slot: usize, open: &OpenSocket) -> u32 {
         let VnetHeader { csum_start, csum_offset, .. } = self.start.header();
         if open.metadata {

@@ -1,4 +1,4 @@
-//! The queues of a device for AF_XDP, their rings, and which frames come to them.
+//! Checks of the queues of a device for AF_XDP: their number, their rings, and the frames that they receive.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -12,11 +12,11 @@ use crate::sys::ethtool::{Amount, Channels};
 use crate::sys::flow::{Rule, Rules};
 use crate::sys::link::Link;
 
-/// Entries of a receive ring below which a burst is lost that the daemon has no time for: what comes
-/// in 70 microseconds at 14.88 million frames a second, 10 Gbit/s of the smallest.
+/// Recommended entries of a receive ring: the frames that arrive in 70 µs at 14.88 million frames
+/// a second (10 Gbit/s of the smallest frames). A shorter ring loses a burst that the daemon is late for.
 const RING: u32 = 1024;
 
-/// Checks queues, rings and steering.
+/// Checks number of queues, rings and steering.
 pub(super) fn check(
     network: &Network,
     link: &Link,
@@ -25,7 +25,7 @@ pub(super) fn check(
     what: &str,
 ) -> Vec<Finding> {
     let Some(ethtool) = &network.ethtool else {
-        let why = "the kernel does not tell of queues and rings (CONFIG_ETHTOOL_NETLINK)";
+        let why = "the kernel does not report queues and rings (CONFIG_ETHTOOL_NETLINK)";
         return vec![Finding::warn("queues", what, why)];
     };
     let name = quoted(&link.name);
@@ -56,21 +56,20 @@ fn queues(channels: io::Result<Channels>, wanted: u32, name: &str, what: &str) -
     let channels = match channels {
         Ok(channels) => channels,
         Err(_) if wanted == 1 => {
-            let why = "its driver does not tell of queues, and its first is what is wanted";
+            let why = "the driver does not report queues; the port uses the first only";
             return Finding::pass("queues", what, why);
         }
         Err(error) => {
-            let why =
-                format!("{wanted} queues are wanted, and its driver does not tell of any: {error}");
+            let why = format!("queues required: {wanted}; the driver reports none: {error}");
             return Finding::warn("queues", what, why);
         }
     };
     let Channels { combined, rx, tx } = channels;
     let now = combined.now + rx.now;
+    let why = format!("queues required: {wanted}, configured: {now}");
     if now >= wanted {
-        return Finding::pass("queues", what, format!("queues wanted: {wanted}, there: {now}"));
+        return Finding::pass("queues", what, why);
     }
-    let why = format!("queues wanted: {wanted}, there: {now}");
     if combined.most >= wanted {
         let command = format!("ethtool -L {name} combined {wanted}");
         Finding::fail("queues", what, why).fix(command)
@@ -79,7 +78,7 @@ fn queues(channels: io::Result<Channels>, wanted: u32, name: &str, what: &str) -
         Finding::fail("queues", what, why).fix(command)
     } else {
         let most = combined.most + rx.most;
-        let why = format!("{why}: {most} is all that it can have; choose a lower queue=N");
+        let why = format!("{why}, maximum: {most}; choose a lower queue=N");
         Finding::fail("queues", what, why)
     }
 }
@@ -88,23 +87,23 @@ fn rings(rings: io::Result<(Amount, Amount)>, name: &str, what: &str) -> Finding
     let (rx, tx) = match rings {
         Ok(rings) => rings,
         Err(_) => {
-            let why = "its driver has no rings whose length could be set: not applicable";
+            let why = "not applicable: the driver has no rings of adjustable length";
             return Finding::pass("rings", what, why);
         }
     };
     let best = RING.min(rx.most);
     if rx.now >= best {
         let why = format!(
-            "its rings have {} entries for rx and {} for tx, of {} and {}",
-            rx.now, tx.now, rx.most, tx.most
+            "entries of each rx ring: {} (maximum {}), of each tx ring: {} (maximum {})",
+            rx.now, rx.most, tx.now, tx.most
         );
         return Finding::pass("rings", what, why);
     }
-    let why = format!("its rx rings have {} entries: a burst of more is lost", rx.now);
+    let why = format!("rx rings have {} entries; a longer burst loses frames", rx.now);
     Finding::warn("rings", what, why).fix(format!("ethtool -G {name} rx {best}"))
 }
 
-/// Whether the host's own frames are kept away from the queues that are a guest's.
+/// Checks that receive hashing (RSS) leaves the guest's queues alone.
 fn hashing(
     hashed: io::Result<BTreeSet<u32>>,
     queues: u32,
@@ -115,18 +114,18 @@ fn hashing(
     let hashed = hashed.ok()?;
     let ours: Vec<u32> = hashed.iter().copied().filter(|queue| *queue >= first).collect();
     if ours.is_empty() {
-        let why = format!("receive hashing leaves queue {first} and those behind it alone");
+        let why = format!("receive hashing (RSS) does not use queue {first} and above");
         return Some(Finding::pass("steering", what, why));
     }
     let why = format!(
-        "receive hashing brings a share of the host's frames to queue {first} and those behind it, \
-         of {queues}: the guest gets them"
+        "receive hashing (RSS) brings part of the host's frames to queue {first} and above, of \
+         {queues}; the guest receives them"
     );
     let found = Finding::warn("steering", what, why);
     Some(if first == 0 { found } else { found.fix(format!("ethtool -X {name} equal {first}")) })
 }
 
-/// Whether a guest's frames can be brought to its queue by a rule.
+/// Checks that a flow rule can bring the guest's frames to its queue.
 fn steering(
     rules: io::Result<Vec<Rule>>,
     filters: bool,
@@ -142,32 +141,35 @@ fn steering(
     match (conflict, &rules, af_xdp.steer) {
         (Some(rule), _, _) => {
             let why = format!(
-                "a flow rule brings the guest's frames to queue {}, not to queue {}: delete it if \
-                 nobody needs it",
+                "a flow rule brings the guest's frames to queue {} instead of {}; delete the rule if \
+                 nothing needs it",
                 rule.queue, af_xdp.queue
             );
             let command = format!("ethtool -N {name} delete {}", rule.location);
             Finding::fail("steering", what, why).fix(command)
         }
         (None, Ok(_), true) if !filters => {
-            let why = "steer=mac is wanted, and its flow rules are off";
+            let why = "steer=mac requires flow rules, which are off";
             Finding::fail("steering", what, why).fix(format!("ethtool -K {name} ntuple on"))
         }
-        (None, Ok(_), true) => Finding::pass("steering", what, "its driver takes flow rules"),
+        (None, Ok(_), true) => Finding::pass("steering", what, "the driver supports flow rules"),
         (None, Err(error), true) => {
             let why = format!(
-                "steer=mac is wanted, and its driver has no flow rules: {error}; bring the guest's \
-                 frames to queue {} another way",
+                "steer=mac requires flow rules, which the driver does not support: {error}. Bring the \
+                 guest's frames to queue {} by other means",
                 af_xdp.queue
             );
             Finding::fail("steering", what, why)
         }
         (None, Ok(rules), false) => {
-            let why = format!("its driver has flow rules, {} now; none is wanted", rules.len());
+            let number = rules.len();
+            let why =
+                format!("the port needs no flow rules; the driver supports them, and has {number}");
             Finding::pass("steering", what, why)
         }
         (None, Err(_), false) => {
-            Finding::pass("steering", what, "its driver has no flow rules, and none is wanted")
+            let why = "the port needs no flow rules; the driver does not support them";
+            Finding::pass("steering", what, why)
         }
     }
 }
@@ -183,30 +185,30 @@ mod tests {
     }
 
     #[test]
-    fn queues_are_made_where_the_driver_has_them() {
+    fn queues_are_added_up_to_the_drivers_maximum() {
         let combined =
             |now, most| Ok(Channels { combined: amount(now, most), ..Channels::default() });
-        let fix = |channels, wanted| queues(channels, wanted, "e", "device e").fix;
-        assert_eq!(queues(combined(4, 8), 4, "e", "device e").status, Status::Pass);
+        let fix = |channels, wanted| queues(channels, wanted, "e", "e").fix;
+        assert_eq!(queues(combined(4, 8), 4, "e", "e").status, Status::Pass);
         assert_eq!(fix(combined(4, 8), 5).as_deref(), Some("ethtool -L e combined 5"));
         let apart = Channels { rx: amount(1, 4), tx: amount(1, 4), ..Channels::default() };
         assert_eq!(fix(Ok(apart), 2).as_deref(), Some("ethtool -L e rx 2 tx 2"));
-        let few = queues(combined(4, 4), 5, "e", "device e");
+        let few = queues(combined(4, 4), 5, "e", "e");
         assert_eq!((few.status, few.fix), (Status::Fail, None));
     }
 
     #[test]
-    fn short_rings_are_slower_and_full_ones_are_fine() {
-        let rings = |now, most| rings(Ok((amount(now, most), amount(now, most))), "e", "device e");
+    fn short_rx_ring_warns() {
+        let rings = |now, most| rings(Ok((amount(now, most), amount(now, most))), "e", "e");
         assert_eq!(rings(256, 256).status, Status::Pass);
         assert_eq!(rings(512, 4096).fix.as_deref(), Some("ethtool -G e rx 1024"));
         assert_eq!(rings(2048, 4096).status, Status::Pass);
     }
 
     #[test]
-    fn the_hosts_frames_stay_with_the_hosts_queues() {
+    fn receive_hashing_to_the_guests_queues_warns() {
         let hashing = |queues: &[u32], first| {
-            hashing(Ok(queues.iter().copied().collect()), 4, first, "e", "device e").unwrap()
+            hashing(Ok(queues.iter().copied().collect()), 4, first, "e", "e").unwrap()
         };
         assert_eq!(hashing(&[0, 1], 2).status, Status::Pass);
         assert_eq!(hashing(&[0, 1, 2], 2).fix.as_deref(), Some("ethtool -X e equal 2"));
@@ -214,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn steering_needs_rules_that_are_on_and_nobody_elses() {
+    fn steering_requires_flow_rules_without_conflict() {
         let mac = MacAddress([2, 0, 0, 0, 0, 1]);
         let af_xdp = AfXdp {
             name: "e".into(),
@@ -224,8 +226,7 @@ mod tests {
             steer: true,
         };
         let rule = |queue| vec![Rule { address: mac.0, queue, location: 9 }];
-        let steering =
-            |rules, filters| steering(rules, filters, Some(mac), &af_xdp, "e", "device e");
+        let steering = |rules, filters| steering(rules, filters, Some(mac), &af_xdp, "e", "e");
         assert_eq!(steering(Ok(rule(2)), true).status, Status::Pass);
         assert_eq!(steering(Ok(rule(1)), true).fix.as_deref(), Some("ethtool -N e delete 9"));
         assert_eq!(steering(Ok(vec![]), false).fix.as_deref(), Some("ethtool -K e ntuple on"));
