@@ -24,6 +24,10 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll, ppoll};
+use nix::sys::time::TimeSpec;
+
 use segment::{ReadSegment, Segment};
 
 /// Plain old data: types that the kernel may fill with any bytes and read whole.
@@ -101,25 +105,16 @@ pub fn poll_two(
     fds: [(BorrowedFd<'_>, libc::c_short); 2],
     timeout: Option<Duration>,
 ) -> io::Result<[bool; 2]> {
-    let mut polled =
-        fds.map(|(fd, events)| libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 });
-    let time = timeout.map(|time| libc::timespec {
-        tv_sec: time.as_secs() as libc::time_t,
-        tv_nsec: time.subsec_nanos().into(),
-    });
-    let time = time.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-    // SAFETY: the array has two elements, and array and time live through the call. A null mask is allowed.
-    match check(unsafe { libc::ppoll(polled.as_mut_ptr(), 2, time, std::ptr::null()) }) {
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok([false; 2]),
-        result => result.map(|_| polled.map(|polled| polled.revents != 0)),
+    let mut polled = fds.map(|(fd, events)| PollFd::new(fd, PollFlags::from_bits_retain(events)));
+    match ppoll(&mut polled, timeout.map(TimeSpec::from), None) {
+        Err(Errno::EINTR) => Ok([false; 2]),
+        result => Ok(result.map(|_| polled.map(|polled| polled.any() != Some(false)))?),
     }
 }
 
 /// Returns true if the other end of a pipe or a socket is closed.
 pub fn is_hung_up(fd: BorrowedFd<'_>) -> bool {
-    let mut polled = libc::pollfd { fd: fd.as_raw_fd(), events: 0, revents: 0 };
-    // SAFETY: the one structure lives through the call, which does not wait.
-    unsafe { libc::poll(&mut polled, 1, 0) > 0 }
+    poll(&mut [PollFd::new(fd, PollFlags::empty())], PollTimeout::ZERO).is_ok_and(|found| found > 0)
 }
 
 /// Creates an epoll instance, closed on exec.

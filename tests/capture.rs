@@ -35,7 +35,9 @@ fn start(daemon: &Daemon, options: &[&str]) -> Child {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    eventually("it captures", || daemon.log().matches("capture started by an operator").count() > before);
+    eventually("it captures", || {
+        daemon.log().matches("capture started by an operator").count() > before
+    });
     child
 }
 

@@ -170,7 +170,9 @@ fn images_are_handed_to_a_successor() {
     card.check_echo(50);
     for round in 1..=2 {
         daemon.upgrade();
-        eventually("it is done", || daemon.log().matches("daemon: took over ports=").count() == round);
+        eventually("it is done", || {
+            daemon.log().matches("daemon: took over ports=").count() == round
+        });
         card.check_echo(50);
     }
     for image in images {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use super::{Device, Refusal, refused};
+use super::{Answer, Device, Refusal, refused};
 use crate::guest::layout::MAX_SIZE;
 use crate::guest::{Allowance, Inflight};
 use crate::protocol::Reply;
@@ -26,7 +26,7 @@ impl Device {
         offset: u64,
         length: u64,
         (rings, size): (u16, u16),
-    ) -> Result<Option<Reply>, Refusal> {
+    ) -> Answer {
         self.check_inflight(rings, size)?;
         let needed = Inflight::length(rings, size);
         if length < needed {

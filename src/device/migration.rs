@@ -6,10 +6,9 @@ use std::sync::Arc;
 
 use log::info;
 
-use super::{Device, Refusal, refused};
+use super::{Answer, Device, Refusal, refused};
 use crate::guest::{Allowance, DirtyLog};
 use crate::net_config::MacAddress;
-use crate::protocol::Reply;
 
 impl Device {
     /// Takes another dirty log (SET_LOG_BASE). When this returns, the last one is not written to any
@@ -42,7 +41,7 @@ impl Device {
     }
 
     /// Tells the port's network where the card is now (SEND_RARP).
-    pub(super) fn announce(&mut self, address: [u8; 6]) -> Result<Option<Reply>, Refusal> {
+    pub(super) fn announce(&mut self, address: [u8; 6]) -> Answer {
         let Some(announcer) = &self.announcer else {
             return refused("the port has no network to announce the card on");
         };

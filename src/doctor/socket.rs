@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use nix::unistd::{User, getgrouplist};
+use nix::unistd::{AccessFlags, User, getgrouplist};
 
 use super::finding::{Finding, quoted};
 use super::host::{Credentials, Host};
@@ -101,7 +101,7 @@ fn no_directory(
 /// Checks that the daemon can create the socket, or replace the existing one.
 fn creation(host: &Host, path: &Path, directory: &Path, what: &str) -> Finding {
     let shown = quoted(&path.display().to_string());
-    if let Err(error) = may_access(None, directory, libc::W_OK | libc::X_OK) {
+    if let Err(error) = may_access(None, directory, AccessFlags::W_OK | AccessFlags::X_OK) {
         let directory = directory.display();
         let why = format!("this user cannot create files in {directory}: {error}");
         let found = Finding::fail("socket", what, why);
@@ -171,7 +171,7 @@ fn search(directory: &Path, qemu: &Qemu, what: &str) -> Option<Finding> {
     ancestors.reverse();
     let who = Some((qemu.user, &qemu.groups[..]));
     for ancestor in ancestors {
-        let error = match may_access(who, ancestor, libc::X_OK) {
+        let error = match may_access(who, ancestor, AccessFlags::X_OK) {
             Ok(()) => continue,
             Err(error) => error,
         };
@@ -206,7 +206,7 @@ fn connect(
     let who = Some((qemu.user, &qemu.groups[..]));
     let shown = quoted(&path.display().to_string());
     if path.exists() {
-        return match may_access(who, path, libc::W_OK) {
+        return match may_access(who, path, AccessFlags::W_OK) {
             Ok(()) => Finding::pass("qemu-user", what, format!("QEMU's user {name} can connect")),
             Err(_) => {
                 let why =

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 
-use super::{HEADER_LENGTH, Header, MAX_PAYLOAD, MAX_TABLE_REGIONS, Message, Reply};
+use super::message::Header;
+use super::{HEADER_LENGTH, MAX_PAYLOAD, MAX_TABLE_REGIONS, Message, Reply};
 use crate::sys::socket::{receive, send_some};
 
 /// How long a frontend may take over the rest of a message that it has begun, or over reading a

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use libc::{c_int, c_long};
+use libc::{Ioctl, c_int, c_long};
 use seccompiler::{
     BackendError, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -179,29 +179,22 @@ fn not_executable() -> Result<Vec<SeccompRule>, BackendError> {
     Ok(vec![SeccompRule::new(vec![condition])?])
 }
 
-/// Requests of ioctl(2): non-blocking mode, those of a TAP (linux/if_tun.h), and those of sockets.
-const FIONBIO: c_int = 0x5421;
-const TAP_REQUESTS: &[c_int] = &[
-    0x8004_54d2_u32 as c_int, // TUNGETIFF
-    0x8004_54d3_u32 as c_int, // TUNGETSNDBUF
-    0x4004_54d0_u32 as c_int, // TUNSETOFFLOAD
-    0x4004_54d8_u32 as c_int, // TUNSETVNETHDRSZ
-    0x4004_54d9_u32 as c_int, // TUNSETQUEUE
-    0x4010_54d5,              // TUNATTACHFILTER
-    0x4010_54d6,              // TUNDETACHFILTER
-    0x4004_54dc_u32 as c_int, // TUNSETVNETLE
-    0x4004_54e2_u32 as c_int, // TUNSETCARRIER
-    0x8910,                   // SIOCGIFNAME
-    0x8921,                   // SIOCGIFMTU
+/// Requests of ioctl(2) for a TAP (linux/if_tun.h).
+const TAP_REQUESTS: &[Ioctl] = &[
+    libc::TUNGETIFF,
+    libc::TUNGETSNDBUF,
+    libc::TUNSETOFFLOAD,
+    libc::TUNSETVNETHDRSZ,
+    libc::TUNSETQUEUE,
+    libc::TUNATTACHFILTER,
+    libc::TUNDETACHFILTER,
+    libc::TUNSETVNETLE,
+    libc::TUNSETCARRIER,
+    libc::SIOCGIFNAME,
+    libc::SIOCGIFMTU,
 ];
 /// Requests that look up a TAP's network device.
-const LOOK_UP_REQUESTS: &[c_int] = &[
-    0x8927, // SIOCGIFHWADDR
-    0x8933, // SIOCGIFINDEX
-];
-const SIOCGIFNAME: c_int = 0x8910;
-const TUNGETVNETHDRSZ: c_int = 0x8004_54d7_u32 as c_int;
-const SIOCETHTOOL: c_int = 0x8946;
+const LOOK_UP_REQUESTS: &[Ioctl] = &[libc::SIOCGIFHWADDR, libc::SIOCGIFINDEX];
 
 /// System calls and arguments that a role permits.
 #[derive(Default)]
@@ -210,7 +203,7 @@ struct Allowed {
     /// Commands of fcntl(2).
     commands: Vec<c_int>,
     /// Requests of ioctl(2).
-    requests: Vec<c_int>,
+    requests: Vec<Ioctl>,
     /// Options of prctl(2).
     options: Vec<c_int>,
     /// Families of socket(2).
@@ -248,7 +241,8 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         Role::Main => Allowed {
             calls: calls(&[WAIT, MAIN]),
             commands: vec![libc::F_GETFD, libc::F_DUPFD_CLOEXEC],
-            requests: vec![FIONBIO],
+            // Non-blocking mode of accepted connections.
+            requests: vec![libc::FIONBIO],
             // To make the control or metrics socket again after its file was deleted.
             families: vec![libc::AF_UNIX],
             ..common
@@ -280,7 +274,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
             ]
             .concat(),
             // For a TAP: to announce a migrated device, and to change the packet filter.
-            requests: [TAP_REQUESTS, &[FIONBIO, TUNGETVNETHDRSZ]].concat(),
+            requests: [TAP_REQUESTS, &[libc::FIONBIO, libc::TUNGETVNETHDRSZ]].concat(),
             // To connect to a VMM.
             families: vec![libc::AF_UNIX],
             hand_over: true,
@@ -295,7 +289,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
         Role::XdpWorker => Allowed {
             calls: calls(&[WAIT, WORKER, XDP]),
             commands: descriptors,
-            requests: vec![FIONBIO, SIOCETHTOOL, SIOCGIFNAME],
+            requests: vec![libc::FIONBIO, libc::SIOCETHTOOL, libc::SIOCGIFNAME],
             // AF_PACKET registers the guest's MAC address with the device.
             families: vec![libc::AF_XDP, libc::AF_NETLINK, libc::AF_PACKET],
             datagrams: true,
@@ -323,6 +317,7 @@ pub(super) fn filter(
         calls.into_iter().map(|call| (call, Vec::new())).collect();
     rules.insert(libc::SYS_mmap, not_executable()?);
     rules.insert(libc::SYS_mprotect, not_executable()?);
+    let requests: Vec<c_int> = requests.into_iter().map(|request| request as c_int).collect();
     let mut sockets = one_of(0, &families)?;
     if has_datagrams {
         sockets.push(datagrams()?);

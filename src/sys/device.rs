@@ -6,7 +6,9 @@
 use std::ffi::CString;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::{check, link};
 
@@ -14,8 +16,6 @@ use super::{check, link};
 pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
 /// Longest alternative name of a network device in bytes (`ALTIFNAMSIZ` less its nul).
 pub const MAX_ALTERNATIVE_NAME: usize = 127;
-
-const SIOCGIFNAME: libc::c_ulong = 0x8910;
 
 /// An `ifreq` with the given name in it and all else zero.
 pub(super) fn request(name: &str) -> io::Result<libc::ifreq> {
@@ -42,11 +42,7 @@ pub(super) fn name_in(request: &libc::ifreq) -> String {
 
 /// A socket for requests to network devices.
 pub(super) fn control_socket() -> io::Result<OwnedFd> {
-    // SAFETY: a fresh descriptor, owned from here on.
-    unsafe {
-        let fd = check(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?;
-        Ok(OwnedFd::from_raw_fd(fd))
-    }
+    Ok(socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
 /// Index of the device that `name` leads to, as its primary or an alternative name; `None` if there is
@@ -87,7 +83,7 @@ fn named(socket: &OwnedFd, index: u32) -> io::Result<libc::ifreq> {
     unsafe {
         let mut request: libc::ifreq = mem::zeroed();
         request.ifr_ifru.ifru_ifindex = index as libc::c_int;
-        check(libc::ioctl(socket.as_raw_fd(), SIOCGIFNAME, &mut request))?;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFNAME, &mut request))?;
         Ok(request)
     }
 }

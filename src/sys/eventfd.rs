@@ -17,9 +17,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{MsgFlags, send};
+use nix::unistd::write;
 
-use super::check;
+use super::process::set_nonblocking;
 use super::socket::{Inherited, classify};
 
 /// Interval between two attempts to replace a descriptor.
@@ -54,11 +56,7 @@ impl NotifyFd {
                 format!("the descriptor is {}, not an eventfd", kind.display()),
             ));
         }
-        // SAFETY: fcntl with these commands reads and sets the flags of an open descriptor, which `file` owns.
-        unsafe {
-            let flags = check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))?;
-            check(libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
-        }
+        set_nonblocking(file.as_fd())?;
         Ok(NotifyFd { file: Arc::new(file), is_socket: false })
     }
 
@@ -84,18 +82,11 @@ impl NotifyFd {
     /// pending. `BrokenPipe` if the socket's other end is closed.
     pub fn signal(&self) -> io::Result<()> {
         let one = 1u64.to_ne_bytes();
-        let (fd, bytes) = (self.file.as_raw_fd(), one.as_ptr().cast());
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: both calls read 8 bytes from `one`, which lives through the call.
-        let written = unsafe {
-            match self.is_socket {
-                true => libc::send(fd, bytes, one.len(), flags),
-                false => libc::write(fd, bytes, one.len()),
-            }
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        match self.is_socket {
+            true => send(self.file.as_raw_fd(), &one, flags)?,
+            false => write(&self.file, &one)?,
         };
-        if written < 0 {
-            return Err(io::Error::last_os_error());
-        }
         Ok(())
     }
 
@@ -180,7 +171,8 @@ pub struct Waker(EventFd);
 impl Waker {
     /// Creates an eventfd that is not readable.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Waker)
+        let flags = EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC;
+        Ok(Waker(EventFd::from_flags(flags)?))
     }
 
     /// Makes the descriptor readable.
@@ -198,8 +190,7 @@ impl Waker {
 
 impl AsFd for Waker {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: `self` owns the eventfd, is borrowed for the result's lifetime, and never closes it earlier.
-        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+        self.0.as_fd()
     }
 }
 
@@ -207,20 +198,17 @@ impl AsFd for Waker {
 mod tests {
     use super::*;
     use std::io::Read;
-    use std::os::fd::{FromRawFd, OwnedFd};
+    use std::os::fd::OwnedFd;
     use std::os::unix::net::{UnixDatagram, UnixStream};
 
     fn foreign(event: &EventFd) -> NotifyFd {
-        let duplicate = event.try_clone().unwrap();
-        // SAFETY: the descriptor has one owner, the File, because the wrapper is forgotten.
-        let file = unsafe { File::from_raw_fd(duplicate.as_raw_fd()) };
-        std::mem::forget(duplicate);
-        NotifyFd::new(file).unwrap()
+        let duplicate = event.as_fd().try_clone_to_owned().unwrap();
+        NotifyFd::new(File::from(duplicate)).unwrap()
     }
 
     #[test]
     fn signal_adds_one_to_the_counter() {
-        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
         let foreign = foreign(&event);
         foreign.signal().unwrap();
         foreign.signal().unwrap();
@@ -229,7 +217,7 @@ mod tests {
 
     #[test]
     fn signal_of_a_full_blocking_eventfd_does_not_block() {
-        let event = EventFd::new(0).unwrap();
+        let event = EventFd::new().unwrap();
         event.write(u64::MAX - 1).unwrap();
         let error = foreign(&event).signal().unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);

@@ -1,17 +1,30 @@
 //! Signals, threads and inherited descriptors of this process.
 
 use std::collections::BTreeSet;
-use std::ffi::CString;
+use std::ffi::CStr;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::thread::JoinHandleExt;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, FdFlag, OFlag, SealFlag, fcntl};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::pthread::pthread_kill;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{self, SigHandler, SigSet};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::{Mode, fstat, umask};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
+use nix::sys::sysinfo::sysinfo;
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::{AccessFlags, Pid, SysconfVar, faccessat, sysconf};
 
 use super::check;
 
@@ -26,7 +39,7 @@ pub enum Signal {
 
 /// SIGTERM, SIGINT and SIGHUP as a descriptor that can be waited for.
 #[derive(Debug)]
-pub struct Signals(File);
+pub struct Signals(SignalFd);
 
 impl Signals {
     /// Blocks the signals in this thread, and so in each thread that it starts from here on, and
@@ -34,30 +47,17 @@ impl Signals {
     /// largest file that the process may have (RLIMIT_FSIZE) fails instead.
     pub fn block() -> io::Result<Self> {
         // SAFETY: no handler is installed.
-        if unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } == libc::SIG_ERR {
-            return Err(io::Error::last_os_error());
-        }
-        let set = vmm_sys_util::signal::create_sigset(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])
-            .map_err(io::Error::from)?;
-        // SAFETY: `set` is an initialised signal set; the old mask is not asked for.
-        let failed = unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) };
-        if failed != 0 {
-            return Err(io::Error::from_raw_os_error(failed));
-        }
-        // SAFETY: the descriptor is fresh and becomes owned here and nowhere else.
-        unsafe {
-            let fd = check(libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK))?;
-            Ok(Signals(File::from_raw_fd(fd)))
-        }
+        unsafe { signal::signal(signal::SIGXFSZ, SigHandler::SigIgn)? };
+        let set = SigSet::from_iter([signal::SIGTERM, signal::SIGINT, signal::SIGHUP]);
+        set.thread_block()?;
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        Ok(Signals(SignalFd::with_flags(&set, flags)?))
     }
 
     /// The next one that has arrived.
     pub fn take(&self) -> Option<Signal> {
-        let mut arrived = [0; mem::size_of::<libc::signalfd_siginfo>()];
-        (&self.0).read_exact(&mut arrived).ok()?;
-        // Its first field is the signal's number (signalfd(2)).
-        let number = arrived.first_chunk().map(|bytes| u32::from_ne_bytes(*bytes));
-        let reload = number == Some(libc::SIGHUP as u32);
+        let arrived = self.0.read_signal().ok()??;
+        let reload = arrived.ssi_signo == libc::SIGHUP as u32;
         Some(if reload { Signal::Reload } else { Signal::End })
     }
 }
@@ -84,15 +84,9 @@ pub fn share_pool() {
 /// Raises the soft limit of open descriptors to the hard limit: what one VMM takes is missing for its
 /// neighbours. If the kernel refuses, the limit stays as it was. Returns the limit, if it can be read.
 pub fn raise_descriptor_limit() -> Option<u64> {
-    // SAFETY: the kernel fills the structure, or it stays zeros and is not used; it lives through both
-    // calls.
-    unsafe {
-        let mut limit: libc::rlimit = mem::zeroed();
-        check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit)).ok()?;
-        let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
-        let result = check(libc::setrlimit(libc::RLIMIT_NOFILE, &raised));
-        Some(if result.is_ok() { raised.rlim_cur } else { limit.rlim_cur })
-    }
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
+    let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    Some(if raised.is_ok() { hard } else { soft })
 }
 
 /// Descriptors that this process was started with, and that nobody has taken yet.
@@ -128,7 +122,7 @@ pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     if number <= 2 {
         return invalid(format!("descriptor {number} is a standard stream"));
     }
-    let flags = descriptor_flags(number)?;
+    descriptor_flags(number)?;
     if !INHERITED.lock().unwrap_or_else(PoisonError::into_inner).remove(&number) {
         return invalid(format!(
             "descriptor {number} is this process's own; name one that it was started with, once"
@@ -137,8 +131,7 @@ pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: the descriptor was open before anything had an owner (`note_inherited`), and its number
     // has just been taken out of the set: nobody else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
-    // SAFETY: sets a flag of a descriptor that we own.
-    unsafe { check(libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC))? };
+    fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(fd)
 }
 
@@ -156,17 +149,9 @@ pub fn close_inherited() {
 /// # Errors
 /// `InvalidInput` if there is no such processor, or this process may not use it.
 pub fn pin_this_thread(cpu: usize) -> io::Result<()> {
-    // SAFETY: cpu_set_t is plain old data, and all zeros is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
-    if cpu >= libc::CPU_SETSIZE as usize {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
-    }
-    // SAFETY: `cpu` is below CPU_SETSIZE, and the set lives through the call.
-    unsafe {
-        libc::CPU_SET(cpu, &mut set);
-        check(libc::sched_setaffinity(0, mem::size_of_val(&set), &set))?;
-    }
-    Ok(())
+    let mut set = CpuSet::new();
+    set.set(cpu)?;
+    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
 }
 
 /// Checks that this process may make files in a directory.
@@ -174,28 +159,25 @@ pub fn pin_this_thread(cpu: usize) -> io::Result<()> {
 /// # Errors
 /// EACCES, or EROFS, or why the directory cannot be looked at.
 pub fn check_writable(directory: &Path) -> io::Result<()> {
-    let path = CString::new(directory.as_os_str().as_bytes())?;
-    let (how, by) = (libc::W_OK | libc::X_OK, libc::AT_EACCESS);
-    // SAFETY: the path ends with a nul, and lives through the call.
-    unsafe { check(libc::faccessat(libc::AT_FDCWD, path.as_ptr(), how, by))? };
-    Ok(())
+    access(directory, AccessFlags::W_OK | AccessFlags::X_OK)
+}
+
+/// Checks what this thread may do with a file.
+fn access(path: &Path, mode: AccessFlags) -> io::Result<()> {
+    Ok(faccessat(AT_FDCWD, path, mode, AtFlags::AT_EACCESS)?)
 }
 
 /// Permissions that new files do not get (umask). For a process with one thread: others would make files
 /// without it for a moment.
 pub fn file_mode_mask() -> u32 {
-    // SAFETY: umask has no preconditions, and cannot fail.
-    unsafe {
-        let mask = libc::umask(0o777);
-        libc::umask(mask);
-        mask
-    }
+    let mask = umask(Mode::all());
+    umask(mask);
+    mask.bits()
 }
 
 /// Has new files get all the permissions that they are made with.
 pub fn clear_file_mode_mask() {
-    // SAFETY: umask has no preconditions, and cannot fail.
-    unsafe { libc::umask(0) };
+    umask(Mode::empty());
 }
 
 /// Checks that threads of this process may run on these CPUs, by a thread that does.
@@ -214,7 +196,7 @@ pub fn check_cpus(cpus: &[usize]) -> Result<(), String> {
 
 /// The clock of a thread: how long it has run on a processor.
 #[derive(Debug, Clone, Copy)]
-pub struct ThreadClock(libc::clockid_t);
+pub struct ThreadClock(ClockId);
 
 impl ThreadClock {
     /// That of the calling thread.
@@ -222,15 +204,12 @@ impl ThreadClock {
         let mut clock = libc::CLOCK_THREAD_CPUTIME_ID;
         // SAFETY: the calling thread is alive; the clock's number is written to `clock`.
         unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) };
-        ThreadClock(clock)
+        ThreadClock(ClockId::from_raw(clock))
     }
 
     /// What it shows, on whichever thread; nothing if its own has ended.
     pub fn elapsed(&self) -> Option<Duration> {
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: the kernel looks the number up, and writes to `time`.
-        unsafe { check(libc::clock_gettime(self.0, &mut time)).ok()? };
-        Some(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+        clock_gettime(self.0).ok().map(Duration::from)
     }
 }
 
@@ -245,8 +224,8 @@ pub fn permit_interrupts() -> io::Result<()> {
 /// Gets a thread out of the system call that it is stuck in, if interrupts are
 /// [permitted](permit_interrupts).
 pub fn interrupt<T>(thread: &JoinHandle<T>) {
-    // SAFETY: the thread's id is its handle's own, and is valid until the handle is joined or dropped.
-    unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGURG) };
+    // The thread's id is its handle's own, and is valid until the handle is joined or dropped.
+    let _ = pthread_kill(thread.as_pthread_t(), signal::SIGURG);
 }
 
 /// Whether a user, with these groups, may do with a file what `mode` says (`R_OK`, `W_OK`, `X_OK`),
@@ -257,20 +236,17 @@ pub fn interrupt<T>(thread: &JoinHandle<T>) {
 pub fn may_access(
     user: Option<(libc::uid_t, &[libc::gid_t])>,
     path: &Path,
-    mode: libc::c_int,
+    mode: AccessFlags,
 ) -> io::Result<()> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
     let ask = || {
         if let Some((uid, groups)) = user {
             become_only_here(uid, groups)?;
         }
-        // SAFETY: the path is a string that ends with a nul.
-        unsafe { check(libc::faccessat(libc::AT_FDCWD, path.as_ptr(), mode, libc::AT_EACCESS))? };
-        Ok(())
+        access(path, mode)
     };
     // Credentials are a thread's own to the kernel, and this one ends with the answer.
     let panicked = |_| Err(io::Error::other("the thread that asked has panicked"));
-    std::thread::scope(|scope| scope.spawn(ask).join().unwrap_or_else(panicked))
+    thread::scope(|scope| scope.spawn(ask).join().unwrap_or_else(panicked))
 }
 
 /// Makes the calling thread, and no other of the process, another user's for good. The C library's
@@ -312,31 +288,22 @@ pub struct FileFacts {
 /// Any other file system could hold us up: one of the frontend's own (FUSE) answers when it
 /// likes, to a question as well as to a touch of the mapped file.
 pub fn file_facts(file: &File) -> io::Result<Option<FileFacts>> {
-    const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
     // The kernel knows seals of memory only (memfd_file_seals_ptr), and looks for them nowhere
     // else. Directories and devices of tmpfs have none either.
-    // SAFETY: reads the seals of a descriptor that we own.
-    let seals = match unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS)) } {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(None),
-        seals => seals?,
+    let seals = match fcntl(file, FcntlArg::F_GET_SEALS) {
+        Err(Errno::EINVAL) => return Ok(None),
+        seals => SealFlag::from_bits_retain(seals?),
     };
-    // SAFETY: all zeros is a valid value of both; the kernel fills them during the calls.
-    let (stat, fs) = unsafe {
-        let mut stat: libc::stat64 = mem::zeroed();
-        let mut fs: libc::statfs64 = mem::zeroed();
-        check(libc::fstat64(file.as_raw_fd(), &mut stat))?;
-        check(libc::fstatfs64(file.as_raw_fd(), &mut fs))?;
-        (stat, fs)
-    };
-    // SAFETY: reads the flags of a descriptor that we own.
-    let flags = unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_GETFL))? };
+    let (stat, fs) = (fstat(file)?, fstatfs(file)?);
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
     let page = page_size();
-    let unwritable = libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE;
+    let is_huge = fs.filesystem_type() == HUGETLBFS_MAGIC;
+    let unwritable = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_FUTURE_WRITE;
     Ok(Some(FileFacts {
-        writable: flags & libc::O_ACCMODE == libc::O_RDWR && seals & unwritable == 0,
+        writable: flags & OFlag::O_ACCMODE == OFlag::O_RDWR && !seals.intersects(unwritable),
         size: stat.st_size as u64,
-        sealed: seals & libc::F_SEAL_SHRINK != 0,
-        alignment: if fs.f_type == HUGETLBFS_MAGIC { page.max(fs.f_bsize as u64) } else { page },
+        sealed: seals.contains(SealFlag::F_SEAL_SHRINK),
+        alignment: if is_huge { page.max(fs.optimal_transfer_size() as u64) } else { page },
     }))
 }
 
@@ -356,44 +323,41 @@ pub fn holds_data(file: &File) -> io::Result<bool> {
 }
 
 /// Memory of our own to be shared, that nobody can cut short: zeros, as long as was asked for.
-pub fn sealed_memory(name: &std::ffi::CStr, length: u64) -> io::Result<File> {
-    memory_with_seals(name, length, 0)
+pub fn sealed_memory(name: &CStr, length: u64) -> io::Result<File> {
+    memory_with_seals(name, length, SealFlag::empty())
 }
 
 /// Memory of our own that nobody can write to, without a byte: in the place of a file that is not kept.
-pub fn unwritable_memory(name: &std::ffi::CStr) -> io::Result<File> {
-    memory_with_seals(name, 0, libc::F_SEAL_WRITE)
+pub fn unwritable_memory(name: &CStr) -> io::Result<File> {
+    memory_with_seals(name, 0, SealFlag::F_SEAL_WRITE)
 }
 
-fn memory_with_seals(name: &std::ffi::CStr, length: u64, seals: libc::c_int) -> io::Result<File> {
-    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-    // SAFETY: the name is a string; the descriptor is fresh and becomes owned here.
-    let file = unsafe { File::from_raw_fd(check(libc::memfd_create(name.as_ptr(), flags))?) };
+fn memory_with_seals(name: &CStr, length: u64, seals: SealFlag) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(name, flags)?);
     file.set_len(length)?;
-    let seals = seals | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-    // SAFETY: sets seals of a descriptor that we own.
-    unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals))? };
+    let fixed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals | fixed))?;
     Ok(file)
 }
 
 /// RAM of the host in bytes, as it was when this was first called: a sandboxed thread may not ask.
 pub fn host_memory() -> u64 {
     static BYTES: OnceLock<u64> = OnceLock::new();
-    *BYTES.get_or_init(|| {
-        // SAFETY: all zeros is a valid value, and the kernel fills it. If the call fails, it stays 0.
-        let facts = unsafe {
-            let mut facts: libc::sysinfo = mem::zeroed();
-            libc::sysinfo(&mut facts);
-            facts
-        };
-        facts.totalram.saturating_mul(facts.mem_unit.into())
-    })
+    *BYTES.get_or_init(|| sysinfo().map_or(0, |facts| facts.ram_total()))
 }
 
 /// The size of a page in bytes.
 pub fn page_size() -> u64 {
-    // SAFETY: the call has no preconditions.
-    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as u64 }
+    let size = sysconf(SysconfVar::PAGE_SIZE);
+    size.ok().flatten().expect("the kernel tells each process its page size") as u64
+}
+
+/// Sets O_NONBLOCK of an open file.
+pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
 }
 
 /// The name of `/proc/self/fd/N` for messages.
@@ -406,6 +370,7 @@ pub fn describe(fd: BorrowedFd<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
 
     #[test]
     fn descriptors_of_our_own_are_not_inherited() {

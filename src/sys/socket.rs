@@ -5,17 +5,34 @@ use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, connect, getpeername, getsockopt,
+    setsockopt, socket, sockopt,
+};
+use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::check;
 
 /// Descriptors that are taken from one read at the most, whatever the caller permits.
 pub const MAX_DESCRIPTORS: usize = 32;
+
+/// SO_PASSRIGHTS (Linux 6.16).
+const SO_PASSRIGHTS: libc::c_int = 83;
+sockopt_impl!(
+    /// Whether descriptors can be sent to it.
+    PassRights, SetOnly, libc::SOL_SOCKET, SO_PASSRIGHTS, libc::c_int
+);
+sockopt_impl!(
+    /// Its address family.
+    Domain, GetOnly, libc::SOL_SOCKET, libc::SO_DOMAIN, libc::c_int
+);
 
 /// Longest path of a unix socket in bytes (`sun_path` less its nul).
 pub const MAX_PATH: usize = 107;
@@ -54,8 +71,7 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8], most: usize) -> io::Resul
     let files: Vec<File> = files.collect();
     for file in &files {
         // The helper process, which is started later, would have them too.
-        // SAFETY: sets a flag of a descriptor that we own.
-        unsafe { check(libc::fcntl(file.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC))? };
+        fcntl(file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     }
     Ok(Received { bytes, files })
 }
@@ -63,18 +79,7 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8], most: usize) -> io::Resul
 /// Has the kernel refuse descriptors that are sent to a listening socket's connections (SO_PASSRIGHTS,
 /// Linux 6.16): to close one can take as long as its sender likes. Older kernels pass them.
 pub fn refuse_descriptors(listener: BorrowedFd<'_>) {
-    const SO_PASSRIGHTS: libc::c_int = 83;
-    let off: libc::c_int = 0;
-    // SAFETY: sets an option of a socket that is open; the value lives through the call.
-    unsafe {
-        libc::setsockopt(
-            listener.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PASSRIGHTS,
-            (&raw const off).cast(),
-            mem::size_of_val(&off) as libc::socklen_t,
-        )
-    };
+    let _ = setsockopt(&listener, PassRights, &0);
 }
 
 /// Sends as many bytes as there is room for, and a descriptor with them; returns how many.
@@ -131,25 +136,9 @@ pub fn send_with_files(
     socket.write_all(bytes)
 }
 
-/// The address that is `path`.
-fn address(path: &Path) -> io::Result<libc::sockaddr_un> {
-    let bytes = path.as_os_str().as_bytes();
-    // SAFETY: all zeros is a valid sockaddr_un.
-    let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
-    if bytes.len() > MAX_PATH || bytes.contains(&0) {
-        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
-    }
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
-    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
-        *to = *from as libc::c_char;
-    }
-    Ok(address)
-}
-
 fn stream_socket() -> io::Result<OwnedFd> {
-    let flags = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: the descriptor is fresh and owned at once.
-    unsafe { Ok(OwnedFd::from_raw_fd(check(libc::socket(libc::AF_UNIX, flags, 0))?)) }
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    Ok(socket(AddressFamily::Unix, SockType::Stream, flags, None)?)
 }
 
 /// A packet socket that sends whole frames by the device of an index, and receives none.
@@ -157,18 +146,18 @@ fn stream_socket() -> io::Result<OwnedFd> {
 /// # Errors
 /// EPERM without CAP_NET_RAW, ENODEV if there is no such device.
 pub fn packet_socket(device: u32) -> io::Result<OwnedFd> {
-    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: the descriptor is fresh and owned at once; the address lives through the call.
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    // Protocol 0 receives nothing (packet(7)).
+    let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None)?;
+    // SAFETY: all zeros is a valid address, which lives through the call.
     unsafe {
-        // Protocol 0 receives nothing (packet(7)).
-        let socket = OwnedFd::from_raw_fd(check(libc::socket(libc::AF_PACKET, kind, 0))?);
         let mut address: libc::sockaddr_ll = mem::zeroed();
         address.sll_family = libc::AF_PACKET as libc::sa_family_t;
         address.sll_ifindex = device as libc::c_int;
         let length = mem::size_of_val(&address) as libc::socklen_t;
         check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length))?;
-        Ok(socket)
     }
+    Ok(socket)
 }
 
 /// Connects to the socket at `path`, or fails at once: unlike [`UnixStream::connect`] it does not
@@ -177,10 +166,8 @@ pub fn packet_socket(device: u32) -> io::Result<OwnedFd> {
 /// # Errors
 /// `NotFound`, `ConnectionRefused`, `WouldBlock` for a full queue, and others of `connect`.
 pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
-    let (address, socket) = (address(path)?, stream_socket()?);
-    let length = mem::size_of_val(&address) as libc::socklen_t;
-    // SAFETY: the address lives through the call.
-    unsafe { check(libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length))? };
+    let socket = stream_socket()?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket.into())
 }
 
@@ -189,19 +176,15 @@ pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
 /// # Errors
 /// `AddrInUse` if there is a file, and others of `bind`.
 pub fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
-    let (address, socket) = (address(path)?, File::from(stream_socket()?));
+    let (address, socket) = (UnixAddr::new(path)?, File::from(stream_socket()?));
     socket.set_permissions(Permissions::from_mode(mode))?;
-    let length = mem::size_of_val(&address) as libc::socklen_t;
-    // SAFETY: the address lives through the call.
-    unsafe { check(libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length))? };
+    nix::sys::socket::bind(socket.as_raw_fd(), &address)?;
     Ok(OwnedFd::from(socket).into())
 }
 
 /// Begins to listen, or goes on; as many as the host allows may wait to be accepted.
 pub fn listen(listener: &UnixListener) -> io::Result<()> {
-    // SAFETY: the call has no preconditions; -1 stands for the host's limit.
-    unsafe { check(libc::listen(listener.as_raw_fd(), -1))? };
-    Ok(())
+    Ok(nix::sys::socket::listen(listener, Backlog::MAXALLOWABLE)?)
 }
 
 /// What an inherited descriptor turned out to be.
@@ -222,41 +205,21 @@ pub fn classify(fd: BorrowedFd<'_>) -> io::Result<Inherited> {
         let name = super::process::describe(fd);
         Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is {what}")))
     };
-    let option = |name| -> io::Result<libc::c_int> {
-        let mut value: libc::c_int = 0;
-        let mut length = mem::size_of_val(&value) as libc::socklen_t;
-        // SAFETY: the kernel writes at most `length` bytes to `value`.
-        unsafe {
-            check(libc::getsockopt(
-                fd.as_raw_fd(),
-                libc::SOL_SOCKET,
-                name,
-                (&raw mut value).cast(),
-                &mut length,
-            ))?;
-        }
-        Ok(value)
-    };
-    match option(libc::SO_DOMAIN) {
-        Err(error) if error.raw_os_error() == Some(libc::ENOTSOCK) => return wrong("no socket"),
-        Err(error) => return Err(error),
+    match getsockopt(&fd, Domain) {
+        Err(Errno::ENOTSOCK) => return wrong("no socket"),
+        Err(error) => return Err(error.into()),
         Ok(libc::AF_UNIX) => {}
         Ok(_) => return wrong("not a unix socket"),
     }
-    if option(libc::SO_TYPE)? != libc::SOCK_STREAM {
+    if getsockopt(&fd, sockopt::SockType)? != SockType::Stream {
         return wrong("not a stream socket");
     }
-    if option(libc::SO_ACCEPTCONN)? == 1 {
+    if getsockopt(&fd, sockopt::AcceptConn)? {
         return Ok(Inherited::Listener);
     }
-    // SAFETY: all zeros is a valid address buffer; the kernel fills at most `length` bytes.
-    unsafe {
-        let mut address: libc::sockaddr_un = mem::zeroed();
-        let mut length = mem::size_of_val(&address) as libc::socklen_t;
-        match check(libc::getpeername(fd.as_raw_fd(), (&raw mut address).cast(), &mut length)) {
-            Ok(_) => Ok(Inherited::Connection),
-            Err(_) => wrong("a socket that neither listens nor is connected"),
-        }
+    match getpeername::<UnixAddr>(fd.as_raw_fd()) {
+        Ok(_) => Ok(Inherited::Connection),
+        Err(_) => wrong("a socket that neither listens nor is connected"),
     }
 }
 

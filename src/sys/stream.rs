@@ -7,11 +7,9 @@
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::ptr;
 
+use nix::fcntl::{FcntlArg, SpliceFFlags, fcntl, splice};
 use nix::sys::socket::{MsgFlags, recv, send};
-
-use super::check;
 
 /// Bytes moved by one call at most: less than any pipe holds.
 const CHUNK: usize = 4096;
@@ -35,8 +33,8 @@ impl ForeignStream {
         let kind = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         let kind = kind.to_string_lossy();
         let own = if kind.starts_with("pipe:[") {
-            // SAFETY: sets the size of a pipe that we hold. If the kernel refuses, the size stays.
-            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETPIPE_SZ, capacity as libc::c_int) };
+            // If the kernel refuses, the size stays.
+            let _ = fcntl(&file, FcntlArg::F_SETPIPE_SZ(capacity as libc::c_int));
             Some(io::pipe()?)
         } else if kind.starts_with("socket:[") {
             None
@@ -55,7 +53,7 @@ impl ForeignStream {
         let most = target.len().min(CHUNK);
         match &mut self.own {
             Some((reader, writer)) => {
-                let moved = splice(self.file.as_fd(), writer.as_fd(), most)?;
+                let moved = move_bytes(&self.file, writer, most)?;
                 // They are there: this does not wait.
                 reader.read_exact(&mut target[..moved])?;
                 Ok(moved)
@@ -80,7 +78,7 @@ impl ForeignStream {
             writer.write_all(&source[..taken])?;
             self.unsent = taken;
         }
-        match splice(reader.as_fd(), self.file.as_fd(), self.unsent) {
+        match move_bytes(reader, &self.file, self.unsent) {
             Ok(moved) => self.unsent -= moved,
             // What was taken goes with the next call.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && taken > 0 => {}
@@ -101,19 +99,9 @@ impl AsFd for ForeignStream {
     }
 }
 
-fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
-    // SAFETY: moves bytes between two pipes that are open; no offsets are given.
-    let moved = unsafe {
-        libc::splice(
-            from.as_raw_fd(),
-            ptr::null_mut(),
-            to.as_raw_fd(),
-            ptr::null_mut(),
-            most,
-            libc::SPLICE_F_NONBLOCK,
-        )
-    };
-    check(moved as libc::c_int).map(|moved| moved as usize)
+/// Moves bytes from or to a pipe, without waiting for either side.
+fn move_bytes(from: impl AsFd, to: impl AsFd, most: usize) -> io::Result<usize> {
+    Ok(splice(from, None, to, None, most, SpliceFFlags::SPLICE_F_NONBLOCK)?)
 }
 
 #[cfg(test)]

@@ -10,37 +10,26 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
+use super::process::set_nonblocking;
 use super::segment::{ReadSegment, Segment};
 use super::{check, device};
 
 pub use filter::ProgramMemory;
 
-const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
-const TUNSETOWNER: libc::c_ulong = 0x4004_54cc;
-const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
-const TUNGETFEATURES: libc::c_ulong = 0x8004_54cf;
-const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
-const TUNGETSNDBUF: libc::c_ulong = 0x8004_54d3;
-const TUNGETVNETHDRSZ: libc::c_ulong = 0x8004_54d7;
-const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
-const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
-const TUNSETCARRIER: libc::c_ulong = 0x4004_54e2;
-const TUNSETVNETLE: libc::c_ulong = 0x4004_54dc;
-
 /// `TUN_F_*` of `linux/if_tun.h`: what the reader of a TAP accepts in the frames it reads.
 pub mod offload {
     /// Checksums may be left to the reader.
-    pub const CSUM: u32 = 0x01;
+    pub const CSUM: u32 = libc::TUN_F_CSUM;
     /// TCP over IPv4 may come unsegmented.
-    pub const TSO4: u32 = 0x02;
+    pub const TSO4: u32 = libc::TUN_F_TSO4;
     /// TCP over IPv6 may come unsegmented.
-    pub const TSO6: u32 = 0x04;
+    pub const TSO6: u32 = libc::TUN_F_TSO6;
     /// Unsegmented TCP may carry ECN bits.
-    pub const TSO_ECN: u32 = 0x08;
+    pub const TSO_ECN: u32 = libc::TUN_F_TSO_ECN;
     /// UDP over IPv4 may come unsegmented (Linux 6.2).
-    pub const USO4: u32 = 0x20;
+    pub const USO4: u32 = libc::TUN_F_USO4;
     /// UDP over IPv6 may come unsegmented (Linux 6.2).
-    pub const USO6: u32 = 0x40;
+    pub const USO6: u32 = libc::TUN_F_USO6;
 }
 
 /// Time after which a queue that never gets empty counts as drained.
@@ -78,7 +67,7 @@ pub fn features() -> io::Result<u32> {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let mut flags: libc::c_uint = 0;
     // SAFETY: TUNGETFEATURES writes one unsigned int.
-    unsafe { check(libc::ioctl(file.as_raw_fd(), TUNGETFEATURES, &mut flags))? };
+    unsafe { check(libc::ioctl(file.as_raw_fd(), libc::TUNGETFEATURES, &mut flags))? };
     Ok(flags)
 }
 
@@ -113,7 +102,7 @@ impl Queue {
         }
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: TUNSETIFF reads and writes one ifreq.
-        unsafe { check(libc::ioctl(file.as_raw_fd(), TUNSETIFF, &mut request))? };
+        unsafe { check(libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request))? };
         Self::unidentified(file).identified()
     }
 
@@ -122,11 +111,7 @@ impl Queue {
     /// # Errors
     /// `InvalidInput` if the descriptor is no TAP, or was opened without `IFF_VNET_HDR`.
     pub fn inherit(fd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: sets flags of a descriptor that we own.
-        unsafe {
-            let flags = check(libc::fcntl(fd.as_raw_fd(), libc::F_GETFL))?;
-            check(libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK))?;
-        }
+        set_nonblocking(fd.as_fd())?;
         let queue = Self::unidentified(File::from(fd));
         if let Err(error) = queue.ask() {
             let name = super::process::describe(queue.as_fd());
@@ -159,7 +144,7 @@ impl Queue {
         // SAFETY: ifreq is plain old data; TUNGETIFF fills one.
         let answer = unsafe {
             let mut answer: libc::ifreq = mem::zeroed();
-            check(libc::ioctl(self.file.as_raw_fd(), TUNGETIFF, &mut answer))?;
+            check(libc::ioctl(self.file.as_raw_fd(), libc::TUNGETIFF, &mut answer))?;
             answer
         };
         // SAFETY: TUNGETIFF has just set the flags; every bit pattern of them is valid.
@@ -195,7 +180,7 @@ impl Queue {
         &self.identity
     }
 
-    fn set(&self, code: libc::c_ulong, value: libc::c_int) -> io::Result<()> {
+    fn set(&self, code: libc::Ioctl, value: libc::c_int) -> io::Result<()> {
         // SAFETY: the TUNSET* codes used here read one int.
         unsafe { check(libc::ioctl(self.file.as_raw_fd(), code, &value))? };
         Ok(())
@@ -204,15 +189,19 @@ impl Queue {
     /// Sets the length in bytes of the header before each frame, and its byte order to little
     /// endian. Applies to the whole device.
     pub fn set_header_length(&self, bytes: usize) -> io::Result<()> {
-        self.set(TUNSETVNETHDRSZ, bytes as libc::c_int)?;
-        self.set(TUNSETVNETLE, 1)
+        self.set(libc::TUNSETVNETHDRSZ, bytes as libc::c_int)?;
+        self.set(libc::TUNSETVNETLE, 1)
     }
 
     /// Tells the kernel which of [`offload`]'s the reader accepts. Applies to the whole device.
     pub fn set_offload(&self, offloads: u32) -> io::Result<()> {
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         unsafe {
-            check(libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offloads)))?
+            check(libc::ioctl(
+                self.file.as_raw_fd(),
+                libc::TUNSETOFFLOAD,
+                libc::c_ulong::from(offloads),
+            ))?
         };
         Ok(())
     }
@@ -225,7 +214,7 @@ impl Queue {
         let set = unsafe {
             let mut request: libc::ifreq = mem::zeroed();
             request.ifr_ifru.ifru_flags = flag as libc::c_short;
-            check(libc::ioctl(self.file.as_raw_fd(), TUNSETQUEUE, &mut request))
+            check(libc::ioctl(self.file.as_raw_fd(), libc::TUNSETQUEUE, &mut request))
         };
         match set {
             // With a filter the kernel says so, and does it: see `filter`.
@@ -265,7 +254,7 @@ impl Queue {
     pub fn set_owner(&self, user: u32) -> io::Result<()> {
         // SAFETY: TUNSETOWNER takes its argument by value.
         unsafe {
-            check(libc::ioctl(self.file.as_raw_fd(), TUNSETOWNER, libc::c_ulong::from(user)))?
+            check(libc::ioctl(self.file.as_raw_fd(), libc::TUNSETOWNER, libc::c_ulong::from(user)))?
         };
         Ok(())
     }
@@ -274,7 +263,7 @@ impl Queue {
     pub fn set_carrier(&self, up: bool) -> io::Result<()> {
         let up = libc::c_int::from(up);
         // SAFETY: TUNSETCARRIER reads one int.
-        unsafe { check(libc::ioctl(self.file.as_raw_fd(), TUNSETCARRIER, &up))? };
+        unsafe { check(libc::ioctl(self.file.as_raw_fd(), libc::TUNSETCARRIER, &up))? };
         Ok(())
     }
 
@@ -287,7 +276,7 @@ impl Queue {
     pub fn write_plain(&self, frame: &[u8]) -> io::Result<()> {
         let mut length: libc::c_int = 0;
         // SAFETY: TUNGETVNETHDRSZ writes one int.
-        unsafe { check(libc::ioctl(self.file.as_raw_fd(), TUNGETVNETHDRSZ, &mut length))? };
+        unsafe { check(libc::ioctl(self.file.as_raw_fd(), libc::TUNGETVNETHDRSZ, &mut length))? };
         let header = vec![0; usize::try_from(length).unwrap_or(0)];
         self.write(&[ReadSegment::of_bytes(&header), ReadSegment::of_bytes(frame)]).map(|_| ())
     }
@@ -297,7 +286,7 @@ impl Queue {
     pub fn has_send_limit(&self) -> bool {
         let mut limit: libc::c_int = 0;
         // SAFETY: TUNGETSNDBUF writes one int.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNGETSNDBUF, &mut limit) };
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNGETSNDBUF, &mut limit) };
         result < 0 || limit != libc::c_int::MAX
     }
 

@@ -18,9 +18,6 @@ use libc::{sock_filter, sock_fprog};
 
 use super::{Queue, check};
 
-const TUNATTACHFILTER: libc::c_ulong = 0x4010_54d5;
-const TUNDETACHFILTER: libc::c_ulong = 0x4010_54d6;
-
 /// Maximum number of instructions of a program (`BPF_MAXINSNS`).
 const MAX_INSTRUCTIONS: usize = 4096;
 const LENGTH: usize = MAX_INSTRUCTIONS * mem::size_of::<sock_filter>();
@@ -69,7 +66,7 @@ impl ProgramMemory {
         // describes; both live through the call.
         let set = unsafe {
             ptr::copy_nonoverlapping(program.as_ptr(), self.0.as_ptr(), program.len());
-            check(libc::ioctl(queue.file.as_raw_fd(), TUNATTACHFILTER, &described))
+            check(libc::ioctl(queue.file.as_raw_fd(), libc::TUNATTACHFILTER, &described))
         };
         self.protect(libc::PROT_NONE)?;
         set.map(drop)
@@ -94,7 +91,7 @@ impl Queue {
             return Ok(());
         }
         // SAFETY: TUNDETACHFILTER does not read its argument.
-        unsafe { check(libc::ioctl(self.file.as_raw_fd(), TUNDETACHFILTER, 0))? };
+        unsafe { check(libc::ioctl(self.file.as_raw_fd(), libc::TUNDETACHFILTER, 0))? };
         Ok(())
     }
 }
