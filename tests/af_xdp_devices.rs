@@ -216,7 +216,7 @@ fn mtu_that_differs_from_the_device_is_said_once() {
             ip(&format!("link set {device} mtu {mtu}"));
             (0..2).for_each(|_| drop(card(&daemon)));
             if !what.is_empty() {
-                said.push(format!("{kind} {device}: MTU {what} device={mtu} card=1500"));
+                said.push(format!("{kind} {device}: MTU {what} device={mtu} guest=1500"));
             }
             eventually("it is said", || said.iter().all(|line| daemon.log().contains(line)));
             assert_eq!(daemon.log().matches(": MTU ").count(), said.len(), "{}", daemon.log());
@@ -232,7 +232,7 @@ fn mtu_of_an_af_xdp_device_that_changes_under_way_is_followed() {
     let mut guest = card(&daemon);
     for mtu in [1500, 3000, 1200, 2000] {
         ["veth0", "veth1"].iter().for_each(|name| ip(&format!("link set {name} mtu {mtu}")));
-        let said = format!("device={mtu} card=1500");
+        let said = format!("device={mtu} guest=1500");
         eventually("it is said", || mtu == 1500 || daemon.log().contains(&said));
         // Both ways, as long as the device takes them.
         eventually("frames come", || {
