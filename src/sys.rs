@@ -69,7 +69,7 @@ fn write_segments(fd: BorrowedFd<'_>, segments: &[ReadSegment<'_>]) -> io::Resul
 /// Reads one frame into the segments.
 fn read_segments(fd: BorrowedFd<'_>, segments: &[Segment<'_>]) -> io::Result<usize> {
     // SAFETY: a Segment's memory stays mapped for its lifetime, which outlasts the call. It is shared memory,
-    // which may change at any time anyway, or our own memory to which no reference exists during the call.
+    // which may change at any time anyway, or our own memory that nothing else accesses during the call.
     unsafe { transfer([libc::SYS_read, libc::SYS_readv], fd, segments) }
 }
 

@@ -28,7 +28,7 @@ pub struct Segment<'mem> {
 }
 
 // SAFETY: a Segment is an address and a length, valid for `'mem` on every thread. The memory is shared with
-// guest or kernel anyway, and only copied by this module's functions or by the kernel, never referenced.
+// guest or kernel anyway. Through a Segment it is only copied, by this module or by the kernel.
 unsafe impl Send for Segment<'_> {}
 
 impl<'mem> Segment<'mem> {
@@ -134,8 +134,8 @@ impl<'mem> Segment<'mem> {
         let source = source.into();
         let length = self.len().min(source.len());
         // SAFETY: both are mapped for at least `length` bytes (`new`, `of_bytes`). A guest can make its buffers
-        // overlap, which `copy` allows; then only the guest's own data mixes. No Rust reference to this range
-        // exists, so a source slice of our own cannot overlap it.
+        // overlap, which `copy` allows; then only the guest's own data mixes. No slice of shared memory
+        // exists, so a source slice of our own does not overlap this range.
         unsafe { std::ptr::copy(source.start(), self.start(), length) };
         length
     }
@@ -161,8 +161,8 @@ impl<'mem> Segment<'mem> {
     #[inline]
     pub fn read(&self, target: &mut [u8]) -> usize {
         let length = self.len().min(target.len());
-        // SAFETY: `length` bytes are mapped (`new`). `target` is exclusively ours, and no Rust reference to
-        // shared memory exists, so the two do not overlap. The guest may write meanwhile: the copy may then
+        // SAFETY: `length` bytes are mapped (`new`). `target` is exclusively ours, and no slice of shared
+        // memory exists, so the two do not overlap. The guest may write meanwhile: the copy may then
         // mix old and new bytes, but it is taken once, and only the copy is used.
         unsafe { copy_once(self.start(), target.as_mut_ptr(), length) };
         length
