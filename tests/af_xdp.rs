@@ -45,8 +45,8 @@ fn counted(daemon: &Daemon, card: Card, text: &str) {
 }
 
 #[test]
-fn frames_go_both_ways_unchanged_in_order_and_uncopied() {
-    needs_root!("frames_go_both_ways_unchanged_in_order_and_uncopied");
+fn frames_pass_in_order_without_copies() {
+    needs_root!("frames_pass_in_order_without_copies");
     let split = VERSION_1 | PROTOCOL;
     for features in [Options::default().features, split, split | EVENT_IDX, PROTOCOL | MRG_RXBUF] {
         for (size, indirect) in [(64, false), (1024, false), (256, true)] {
@@ -61,8 +61,8 @@ fn frames_go_both_ways_unchanged_in_order_and_uncopied() {
 }
 
 #[test]
-fn rings_of_the_socket_wrap_at_any_burst_size() {
-    needs_root!("rings_of_the_socket_wrap_at_any_burst_size");
+fn socket_rings_wrap_at_any_burst_size() {
+    needs_root!("socket_rings_wrap_at_any_burst_size");
     let (_daemon, wire, mut card) = start(&[], Options { size: 256, ..Options::default() });
     let mut first = 0;
     for burst in (1..=100).chain(1..=40) {
@@ -85,8 +85,8 @@ fn rings_of_the_socket_wrap_at_any_burst_size() {
 }
 
 #[test]
-fn an_old_driver_s_header_of_ten_bytes_is_understood() {
-    needs_root!("an_old_driver_s_header_of_ten_bytes_is_understood");
+fn ten_byte_legacy_header_is_accepted() {
+    needs_root!("ten_byte_legacy_header_is_accepted");
     let (_daemon, wire, mut card) =
         start(&[], Options { features: PROTOCOL, ..Options::default() });
     card.send_with(0, &[0; 10], &frame(1, 100));
@@ -97,8 +97,8 @@ fn an_old_driver_s_header_of_ten_bytes_is_understood() {
 }
 
 #[test]
-fn every_mode_that_the_driver_has_moves_the_same_frames() {
-    needs_root!("every_mode_that_the_driver_has_moves_the_same_frames");
+fn every_bind_and_attach_mode_passes_frames() {
+    needs_root!("every_bind_and_attach_mode_passes_frames");
     for (mode, attached) in [
         ("mode=copy,attach=native", "attached, native"),
         ("mode=auto,attach=generic", "attached, generic"),
@@ -113,8 +113,8 @@ fn every_mode_that_the_driver_has_moves_the_same_frames() {
 }
 
 #[test]
-fn busy_polling_moves_the_same_frames() {
-    needs_root!("busy_polling_moves_the_same_frames");
+fn busy_polling_passes_all_frames() {
+    needs_root!("busy_polling_passes_all_frames");
     let (daemon, wire, mut card) =
         start(&["--busy-poll=200", "--cpu-affinity=0", "--log-level=debug"], Options::default());
     check_both_ways(&wire, &mut card, 1000);
@@ -122,8 +122,8 @@ fn busy_polling_moves_the_same_frames() {
 }
 
 #[test]
-fn a_guest_on_huge_pages_is_served() {
-    needs_root!("a_guest_on_huge_pages_is_served");
+fn guest_on_huge_pages_needs_no_copies() {
+    needs_root!("guest_on_huge_pages_needs_no_copies");
     let _pages = crate::support::guest::HugePages::reserve(4);
     let (daemon, wire, mut card) = start(&[], Options { huge: true, ..Options::default() });
     check_both_ways(&wire, &mut card, 500);
@@ -132,8 +132,8 @@ fn a_guest_on_huge_pages_is_served() {
 }
 
 #[test]
-fn frames_in_pieces_are_put_together() {
-    needs_root!("frames_in_pieces_are_put_together");
+fn multi_buffer_tx_frames_are_linearized() {
+    needs_root!("multi_buffer_tx_frames_are_linearized");
     let (daemon, wire, mut card) = start(&[], Options::default());
     for (number, pieces) in [2u32, 3, 7, 12].into_iter().enumerate() {
         let bytes = [vec![0; HEADER], frame(number, 1200)].concat();
@@ -166,8 +166,8 @@ fn frames_in_pieces_are_put_together() {
 }
 
 #[test]
-fn checksums_that_the_guest_leaves_are_completed() {
-    needs_root!("checksums_that_the_guest_leaves_are_completed");
+fn partial_checksums_are_completed() {
+    needs_root!("partial_checksums_are_completed");
     let features = Options::default().features | CSUM;
     let (daemon, wire, mut card) = start(&[], Options { features, ..Options::default() });
     // Has the kernel complete what is still open when it leaves the device.
@@ -201,8 +201,8 @@ fn receive_ipv4(wire: &Wire) -> Vec<u8> {
 }
 
 #[test]
-fn frames_larger_than_the_mtu_are_cut() {
-    needs_root!("frames_larger_than_the_mtu_are_cut");
+fn gso_frames_are_segmented() {
+    needs_root!("gso_frames_are_segmented");
     let features = Options::default().features | CSUM | HOST_TSO;
     let (daemon, wire, mut card) = start(&[], Options { features, ..Options::default() });
     output("ethtool", "-K veth0 tx off");
@@ -232,8 +232,8 @@ fn frames_larger_than_the_mtu_are_cut() {
 }
 
 #[test]
-fn frames_for_small_buffers_are_spread_over_several() {
-    needs_root!("frames_for_small_buffers_are_spread_over_several");
+fn rx_frames_are_spread_over_small_buffers() {
+    needs_root!("rx_frames_are_spread_over_small_buffers");
     for (buffer, size) in [(100, 1024), (500, 256), (1530, 256)] {
         let (daemon, wire, mut card) = start(&[], Options { buffer, size, ..Options::default() });
         wire.send(&frame(1, 1000));
@@ -256,8 +256,8 @@ fn frames_for_small_buffers_are_spread_over_several() {
 }
 
 #[test]
-fn a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives() {
-    needs_root!("a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives");
+fn frame_that_fits_no_buffer_is_dropped_alone() {
+    needs_root!("frame_that_fits_no_buffer_is_dropped_alone");
     let options = Options { features: VERSION_1 | PROTOCOL, buffer: 200, ..Options::default() };
     let (daemon, wire, mut card) = start(&[], options);
     wire.send(&frame(1, 1000));
@@ -270,8 +270,8 @@ fn a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives() {
 }
 
 #[test]
-fn suitable_and_unsuitable_buffers_may_be_mixed() {
-    needs_root!("suitable_and_unsuitable_buffers_may_be_mixed");
+fn suitable_and_unsuitable_buffers_mix() {
+    needs_root!("suitable_and_unsuitable_buffers_mix");
     for features in [Options::default().features, VERSION_1 | PROTOCOL] {
         let options = Options { features, ..Options::default() };
         enter_namespace_with_veth(1);
@@ -304,8 +304,8 @@ fn suitable_and_unsuitable_buffers_may_be_mixed() {
 }
 
 #[test]
-fn frames_wait_for_a_guest_that_has_no_buffers() {
-    needs_root!("frames_wait_for_a_guest_that_has_no_buffers");
+fn frames_wait_until_guest_posts_buffers() {
+    needs_root!("frames_wait_until_guest_posts_buffers");
     enter_namespace_with_veth(1);
     let daemon = Daemon::start(&["--af-xdp=veth0"]);
     let wire = Wire::open("veth1");
@@ -326,8 +326,8 @@ fn frames_wait_for_a_guest_that_has_no_buffers() {
 }
 
 #[test]
-fn memory_that_is_added_under_traffic_is_received_into() {
-    needs_root!("memory_that_is_added_under_traffic_is_received_into");
+fn memory_added_under_traffic_carries_frames() {
+    needs_root!("memory_added_under_traffic_carries_frames");
     let (daemon, _wire, mut card) = start(&[], Options::default());
     let (flood, mut check) = (Flood::start("veth1"), Check::default());
     check.wait(&mut card, 0, 100);
@@ -361,8 +361,8 @@ fn memory_that_is_added_under_traffic_is_received_into() {
 }
 
 #[test]
-fn queue_pairs_have_a_queue_each_and_one_registered_memory() {
-    needs_root!("queue_pairs_have_a_queue_each_and_one_registered_memory");
+fn queue_pairs_have_own_queues_and_share_umem() {
+    needs_root!("queue_pairs_have_own_queues_and_share_umem");
     let (daemon, wire, mut card) = start(&[], Options { pairs: 2, ..Options::default() });
     for pair in 0..2 {
         card.send(pair, &frame(pair, 200));
@@ -399,8 +399,8 @@ fn queue_pairs_have_a_queue_each_and_one_registered_memory() {
 }
 
 #[test]
-fn two_daemons_share_a_device_and_its_program() {
-    needs_root!("two_daemons_share_a_device_and_its_program");
+fn two_daemons_share_device_and_xdp_program() {
+    needs_root!("two_daemons_share_device_and_xdp_program");
     enter_namespace_with_veth(2);
     let start = |queue: u32| Daemon::start(&[&format!("--af-xdp=veth0,queue={queue}")]);
     let mut first = start(0);
@@ -440,8 +440,8 @@ fn two_daemons_share_a_device_and_its_program() {
 }
 
 #[test]
-fn frames_pass_to_the_host_while_there_is_no_guest() {
-    needs_root!("frames_pass_to_the_host_while_there_is_no_guest");
+fn frames_pass_to_host_while_no_guest_runs() {
+    needs_root!("frames_pass_to_host_while_no_guest_runs");
     enter_namespace_with_veth(1);
     let daemon = Daemon::start(&["--af-xdp=veth0"]);
     let (wire, host) = (Wire::open("veth1"), Wire::open("veth0"));
@@ -475,8 +475,8 @@ pub(crate) fn refused(options: &[&str]) -> String {
 }
 
 #[test]
-fn what_can_not_be_had_is_named_with_the_way_out() {
-    needs_root!("what_can_not_be_had_is_named_with_the_way_out");
+fn unavailable_device_or_mode_is_refused_with_fix() {
+    needs_root!("unavailable_device_or_mode_is_refused_with_fix");
     enter_namespace_with_veth(1);
     let says = |options: &[&str], words: &[&str]| {
         let text = refused(options);
@@ -502,8 +502,8 @@ fn what_can_not_be_had_is_named_with_the_way_out() {
 }
 
 #[test]
-fn a_foreign_program_is_named_and_left_alone() {
-    needs_root!("a_foreign_program_is_named_and_left_alone");
+fn foreign_xdp_program_is_named_and_kept() {
+    needs_root!("foreign_xdp_program_is_named_and_kept");
     enter_namespace_with_veth(1);
     // r0 = XDP_PASS; exit
     let program = vhost_user_net::sys::bpf::Program::load("somebody_s", &[0x2_0000_00b7, 0x95]);
@@ -516,8 +516,8 @@ fn a_foreign_program_is_named_and_left_alone() {
 }
 
 #[test]
-fn too_little_locked_memory_is_said_with_the_number_needed() {
-    needs_root!("too_little_locked_memory_is_said_with_the_number_needed");
+fn low_memlock_limit_is_logged_with_required_size() {
+    needs_root!("low_memlock_limit_is_logged_with_required_size");
     enter_namespace_with_veth(1);
     let wrapper = ["prlimit", "--memlock=1048576", "setpriv", "--bounding-set=-ipc_lock"];
     let mut daemon = Daemon::start_under(&wrapper, &["--af-xdp=veth0"]);
@@ -556,8 +556,8 @@ fn pinned_memory_is_counted() {
 }
 
 #[test]
-fn frames_that_the_device_drops_are_counted() {
-    needs_root!("frames_that_the_device_drops_are_counted");
+fn frames_refused_by_device_are_counted() {
+    needs_root!("frames_refused_by_device_are_counted");
     let (daemon, wire, mut card) = start(&[], Options::default());
     ip("link set veth1 down");
     (0..10).for_each(|number| card.send(0, &frame(number, 100)));
@@ -577,16 +577,16 @@ fn frames_that_the_device_drops_are_counted() {
 }
 
 #[test]
-fn idle_costs_nothing() {
-    needs_root!("idle_costs_nothing");
+fn idle_port_uses_no_cpu() {
+    needs_root!("idle_port_uses_no_cpu");
     let (daemon, wire, mut card) = start(&[], Options::default());
     check_both_ways(&wire, &mut card, 100);
     daemon.check_idle(std::time::Duration::from_millis(1));
 }
 
 #[test]
-fn the_kernel_s_rings_hold_addresses_of_the_guest_s_memory() {
-    needs_root!("the_kernel_s_rings_hold_addresses_of_the_guest_s_memory");
+fn kernel_rings_point_into_guest_memory() {
+    needs_root!("kernel_rings_point_into_guest_memory");
     let (daemon, wire, mut card) = start(&[], Options::default());
     check_both_ways(&wire, &mut card, 600);
     // Seen from outside, in what the kernel has mapped for the daemon.

@@ -62,9 +62,9 @@ fn check_tags(mut send: impl FnMut(&[u8]), card: &mut Card) {
 }
 
 #[test]
-fn vlan_tags_pass_a_bridge_from_guest_to_guest() {
-    needs_root!("vlan_tags_pass_a_bridge_from_guest_to_guest");
-    needs_program!("vlan_tags_pass_a_bridge_from_guest_to_guest", "ethtool");
+fn vlan_tags_cross_bridge_between_guests() {
+    needs_root!("vlan_tags_cross_bridge_between_guests");
+    needs_program!("vlan_tags_cross_bridge_between_guests", "ethtool");
     enter_namespace_with_bridge(&["vm1", "vm2"]);
     let daemons = ["vm1", "vm2"].map(|name| Daemon::start(&[&format!("--af-xdp={name}")]));
     let [mut one, mut two] = [card(&daemons[0]), card(&daemons[1])];
@@ -74,9 +74,9 @@ fn vlan_tags_pass_a_bridge_from_guest_to_guest() {
 }
 
 #[test]
-fn vlan_tags_are_filtered_and_put_back_by_whoever_joins() {
-    needs_root!("vlan_tags_are_filtered_and_put_back_by_whoever_joins");
-    needs_program!("vlan_tags_are_filtered_and_put_back_by_whoever_joins", "ethtool");
+fn joining_daemon_filters_and_restores_vlan_tags() {
+    needs_root!("joining_daemon_filters_and_restores_vlan_tags");
+    needs_program!("joining_daemon_filters_and_restores_vlan_tags", "ethtool");
     enter_namespace_with_bridge(&["lan", "vm1"]);
     ethtool("lan", "tx off");
     let wire = Wire::open("lan");
@@ -97,9 +97,9 @@ fn vlan_tags_are_filtered_and_put_back_by_whoever_joins() {
 }
 
 #[test]
-fn lost_vlan_tags_are_warned_of_with_the_command_that_keeps_them() {
-    needs_root!("lost_vlan_tags_are_warned_of_with_the_command_that_keeps_them");
-    needs_program!("lost_vlan_tags_are_warned_of_with_the_command_that_keeps_them", "ethtool");
+fn vlan_tag_loss_is_logged_with_fix_command() {
+    needs_root!("vlan_tag_loss_is_logged_with_fix_command");
+    needs_program!("vlan_tag_loss_is_logged_with_fix_command", "ethtool");
     enter_namespace_with_bridge(&["lan", "vm1"]);
     ethtool("lan", "tx off");
     let wire = Wire::open("lan");
@@ -123,8 +123,8 @@ fn lost_vlan_tags_are_warned_of_with_the_command_that_keeps_them() {
 }
 
 #[test]
-fn vlan_tags_that_nobody_can_keep_are_warned_of() {
-    needs_root!("vlan_tags_that_nobody_can_keep_are_warned_of");
+fn unavoidable_vlan_tag_loss_is_logged() {
+    needs_root!("unavoidable_vlan_tag_loss_is_logged");
     enter_namespace_with_bridge(&["lan"]);
     ip("link add mv0 link lan type macvlan mode bridge");
     ip("link set mv0 up");
@@ -133,8 +133,8 @@ fn vlan_tags_that_nobody_can_keep_are_warned_of() {
 }
 
 #[test]
-fn vlan_tags_from_another_namespace_may_be_lost() {
-    needs_root!("vlan_tags_from_another_namespace_may_be_lost");
+fn vlan_tag_loss_from_other_namespace_is_logged() {
+    needs_root!("vlan_tag_loss_from_other_namespace_is_logged");
     enter_namespace_with_bridge(&["vm1"]);
     let mut other = Command::new("unshare").args(["--net", "sleep", "60"]).spawn().unwrap();
     let network = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
@@ -163,8 +163,8 @@ fn configured_mtu(frontend: &mut Frontend) -> u16 {
 }
 
 #[test]
-fn mtu_beyond_af_xdp_is_refused_and_the_guest_is_served() {
-    needs_root!("mtu_beyond_af_xdp_is_refused_and_the_guest_is_served");
+fn mtu_above_limit_is_refused_and_guest_served() {
+    needs_root!("mtu_above_limit_is_refused_and_guest_served");
     let wire = enter_namespace_for("--af-xdp=veth0");
     let daemon = Daemon::start(&["--af-xdp=veth0"]);
     let mut guest = Card::prepare(Frontend::new(daemon.connect()), Options::default());
@@ -192,8 +192,8 @@ fn mtu_beyond_af_xdp_is_refused_and_the_guest_is_served() {
 }
 
 #[test]
-fn any_mtu_of_a_vmm_goes_on_a_tap() {
-    needs_root!("any_mtu_of_a_vmm_goes_on_a_tap");
+fn tap_accepts_any_vmm_mtu() {
+    needs_root!("tap_accepts_any_vmm_mtu");
     let _wire = enter_namespace_for("--tap=tap0");
     let daemon = Daemon::start(&["--tap=tap0"]);
     let mut frontend = Frontend::new(daemon.connect());
@@ -204,8 +204,8 @@ fn any_mtu_of_a_vmm_goes_on_a_tap() {
 }
 
 #[test]
-fn mtu_that_differs_from_the_device_is_said_once() {
-    needs_root!("mtu_that_differs_from_the_device_is_said_once");
+fn mtu_mismatch_with_device_is_logged_once() {
+    needs_root!("mtu_mismatch_with_device_is_logged_once");
     for (port, kind, device) in
         [("--tap=tap0", "tap", "tap0"), ("--af-xdp=veth0", "af_xdp", "veth0")]
     {
@@ -225,8 +225,8 @@ fn mtu_that_differs_from_the_device_is_said_once() {
 }
 
 #[test]
-fn mtu_of_an_af_xdp_device_that_changes_under_way_is_followed() {
-    needs_root!("mtu_of_an_af_xdp_device_that_changes_under_way_is_followed");
+fn device_mtu_change_is_followed() {
+    needs_root!("device_mtu_change_is_followed");
     let wire = enter_namespace_for("--af-xdp=veth0");
     let daemon = Daemon::start(&["--af-xdp=veth0"]);
     let mut guest = card(&daemon);
@@ -257,8 +257,8 @@ fn enter_namespace_with_macvlan() -> Wire {
 }
 
 #[test]
-fn frames_too_long_for_the_device_are_counted_while_it_runs() {
-    needs_root!("frames_too_long_for_the_device_are_counted_while_it_runs");
+fn too_long_rx_frames_are_counted_while_port_runs() {
+    needs_root!("too_long_rx_frames_are_counted_while_port_runs");
     let wire = enter_namespace_with_macvlan();
     let file =
         "control = \"{}/control\"\n".to_owned() + &port("one", "af-xdp = \"mv0,attach=generic\"");
@@ -292,9 +292,9 @@ fn frames_too_long_for_the_device_are_counted_while_it_runs() {
 }
 
 #[test]
-fn lower_devices_that_join_frames_are_warned_of() {
-    needs_root!("lower_devices_that_join_frames_are_warned_of");
-    needs_program!("lower_devices_that_join_frames_are_warned_of", "ethtool");
+fn lower_devices_that_merge_frames_are_logged() {
+    needs_root!("lower_devices_that_merge_frames_are_logged");
+    needs_program!("lower_devices_that_merge_frames_are_logged", "ethtool");
     let _wire = enter_namespace_with_macvlan();
     for (state, warned) in [("on", true), ("off", false)] {
         ethtool("veth0", &format!("gro {state}"));

@@ -42,8 +42,8 @@ fn check_resources(daemon: &Daemon, before: (usize, usize, usize)) {
 }
 
 #[test]
-fn nothing_is_written_after_a_guest_s_reset() {
-    needs_root!("nothing_is_written_after_a_guest_s_reset");
+fn nothing_is_written_after_guest_reset() {
+    needs_root!("nothing_is_written_after_guest_reset");
     let _alone = one_at_a_time();
     let (daemon, _wire, mut card) = start(&[], Options::default());
     let _flood = Flood::start("veth1");
@@ -61,8 +61,8 @@ fn nothing_is_written_after_a_guest_s_reset() {
 }
 
 #[test]
-fn nothing_is_written_after_the_daemon_s_death_and_its_successor_goes_on() {
-    needs_root!("nothing_is_written_after_the_daemon_s_death_and_its_successor_goes_on");
+fn nothing_is_written_after_kill_and_traffic_resumes() {
+    needs_root!("nothing_is_written_after_kill_and_traffic_resumes");
     let _alone = one_at_a_time();
     let (mut daemon, _wire, mut card) = start(&[], Options::default());
     let _flood = Flood::start("veth1");
@@ -81,8 +81,8 @@ fn nothing_is_written_after_the_daemon_s_death_and_its_successor_goes_on() {
 }
 
 #[test]
-fn a_device_may_go_down_and_up() {
-    needs_root!("a_device_may_go_down_and_up");
+fn traffic_resumes_after_device_goes_down_and_up() {
+    needs_root!("traffic_resumes_after_device_goes_down_and_up");
     let _alone = one_at_a_time();
     let (daemon, _, mut card) = start(&[], Options::default());
     let _flood = Flood::start("veth1");
@@ -116,8 +116,8 @@ fn a_device_may_go_down_and_up() {
 }
 
 #[test]
-fn a_device_may_go_while_the_tx_ring_is_disabled() {
-    needs_root!("a_device_may_go_while_the_tx_ring_is_disabled");
+fn device_down_with_disabled_tx_ring_recovers() {
+    needs_root!("device_down_with_disabled_tx_ring_recovers");
     let (daemon, wire, mut card) = start(&[], Options::default());
     card.frontend.enable(1, false);
     // They are drained, and never reach the port.
@@ -134,8 +134,8 @@ fn a_device_may_go_while_the_tx_ring_is_disabled() {
 }
 
 #[test]
-fn a_device_may_be_deleted_and_made_again() {
-    needs_root!("a_device_may_be_deleted_and_made_again");
+fn traffic_resumes_after_device_is_recreated() {
+    needs_root!("traffic_resumes_after_device_is_recreated");
     let _alone = one_at_a_time();
     let (mut daemon, wire, mut card) = start(&[], Options::default());
     drop(wire);
@@ -160,8 +160,8 @@ fn a_device_may_be_deleted_and_made_again() {
 }
 
 #[test]
-fn an_idle_guest_s_device_may_be_made_again() {
-    needs_root!("an_idle_guest_s_device_may_be_made_again");
+fn idle_port_notices_recreated_device() {
+    needs_root!("idle_port_notices_recreated_device");
     let (daemon, wire, mut card) = start(&[], Options::default());
     drop(wire);
     // Nobody sends: only the kernel's word tells that the device has gone, and is back.
@@ -174,8 +174,8 @@ fn an_idle_guest_s_device_may_be_made_again() {
 }
 
 #[test]
-fn a_signal_under_load_leaves_the_rings_consistent() {
-    needs_root!("a_signal_under_load_leaves_the_rings_consistent");
+fn signal_under_load_leaves_rings_consistent() {
+    needs_root!("signal_under_load_leaves_rings_consistent");
     enter_namespace_with_veth(1);
     let _flood = Flood::start("veth1");
     let mut daemon = Daemon::start(&["--af-xdp=veth0"]);

@@ -80,9 +80,9 @@ fn is_inbound(direction: &str) -> bool {
 }
 
 #[test]
-fn tshark_sees_each_frame_with_its_direction_whole_and_once() {
-    needs_root!("tshark_sees_each_frame_with_its_direction_whole_and_once");
-    needs_program!("tshark_sees_each_frame_with_its_direction_whole_and_once", "tshark");
+fn tshark_reads_each_frame_once_with_direction() {
+    needs_root!("tshark_reads_each_frame_once_with_direction");
+    needs_program!("tshark_reads_each_frame_once_with_direction", "tshark");
     for host in ["tap = \"tap0\"", "af-xdp = \"veth0\"", "loopback = true"] {
         let wire = match host {
             "loopback = true" => None,
@@ -141,11 +141,8 @@ fn tshark_sees_each_frame_with_its_direction_whole_and_once() {
 }
 
 #[test]
-fn frames_in_several_buffers_are_whole_and_others_as_short_as_was_asked_for() {
-    needs_program!(
-        "frames_in_several_buffers_are_whole_and_others_as_short_as_was_asked_for",
-        "tshark"
-    );
+fn scattered_frames_are_captured_whole_or_to_snaplen() {
+    needs_program!("scattered_frames_are_captured_whole_or_to_snaplen", "tshark");
     let (daemon, mut card) = {
         let config =
             "control = \"{}/control\"\n".to_owned() + &port("one", "loopback = true\nmtu = 9000");
@@ -170,8 +167,8 @@ fn frames_in_several_buffers_are_whole_and_others_as_short_as_was_asked_for() {
 }
 
 #[test]
-fn only_frames_that_a_filter_matches_are_captured() {
-    needs_program!("only_frames_that_a_filter_matches_are_captured", "tshark");
+fn only_matching_frames_are_captured() {
+    needs_program!("only_matching_frames_are_captured", "tshark");
     let (daemon, mut card) = capturing("loopback = true");
     let file = daemon.path("capture");
     let options = ["--filter=udp dport 53; icmp", "--count=4", "-w", file.to_str().unwrap()];
@@ -192,8 +189,8 @@ fn only_frames_that_a_filter_matches_are_captured() {
 }
 
 #[test]
-fn an_interrupted_capture_is_whole_and_tells_of_dropped_frames() {
-    needs_program!("an_interrupted_capture_is_whole_and_tells_of_dropped_frames", "tshark");
+fn interrupted_capture_is_complete_with_drop_reasons() {
+    needs_program!("interrupted_capture_is_complete_with_drop_reasons", "tshark");
     let (daemon, mut card) = capturing("loopback = true");
     let file = daemon.path("capture");
     let child = start(&daemon, &["-w", file.to_str().unwrap()]);
@@ -223,7 +220,7 @@ fn an_interrupted_capture_is_whole_and_tells_of_dropped_frames() {
 }
 
 #[test]
-fn whoever_does_not_read_loses_frames_and_the_guest_none() {
+fn slow_capture_reader_costs_guest_no_frames() {
     let _busy = one_at_a_time();
     let (daemon, mut card) = capturing("loopback = true");
     let file = daemon.path("capture");
@@ -248,7 +245,7 @@ fn whoever_does_not_read_loses_frames_and_the_guest_none() {
 }
 
 #[test]
-fn a_capture_ends_with_its_port_and_what_cant_be_captured_is_said() {
+fn capture_ends_with_its_port_and_reports_errors() {
     let (daemon, mut card) = capturing("loopback = true");
     let file = daemon.path("capture");
     let file = file.to_str().unwrap();
@@ -280,9 +277,9 @@ fn a_capture_ends_with_its_port_and_what_cant_be_captured_is_said() {
 }
 
 #[test]
-fn case_64_a_capture_has_the_headers_that_were_judged() {
-    needs_root!("case_64_a_capture_has_the_headers_that_were_judged");
-    needs_program!("case_64_a_capture_has_the_headers_that_were_judged", "tshark");
+fn hostile_64_capture_holds_checked_headers() {
+    needs_root!("hostile_64_capture_holds_checked_headers");
+    needs_program!("hostile_64_capture_holds_checked_headers", "tshark");
     const SLOTS: u64 = 128;
     for host in ["tap = \"tap0\"", "af-xdp = \"veth0\""] {
         let _wire = enter_namespace_for(host);

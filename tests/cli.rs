@@ -28,7 +28,7 @@ fn fails(arguments: &[&str], named: &[&str]) {
 }
 
 #[test]
-fn capabilities_are_printed_as_qemu_asks() {
+fn capabilities_are_printed_in_qemu_format() {
     let output = program().arg("--print-capabilities").output().unwrap();
     assert!(output.status.success());
     assert_eq!(
@@ -38,14 +38,14 @@ fn capabilities_are_printed_as_qemu_asks() {
 }
 
 #[test]
-fn help_goes_to_standard_output() {
+fn help_is_printed_to_standard_output() {
     let output = program().arg("--help").output().unwrap();
     assert!(output.status.success() && output.stderr.is_empty());
     assert!(String::from_utf8(output.stdout).unwrap().contains("--socket-path"));
 }
 
 #[test]
-fn wrong_options_are_named() {
+fn invalid_options_are_named() {
     fails(&["--loopback", "--socket-path=x", "--no-such-option"], &["--no-such-option"]);
     fails(&["--loopback"], &["--socket-path"]);
     fails(&["--loopback", "--socket-path=x", "--queue-pairs=0"], &["queue-pairs=0"]);
@@ -54,7 +54,7 @@ fn wrong_options_are_named() {
 }
 
 #[test]
-fn a_socket_path_that_can_not_be_is_named() {
+fn invalid_socket_path_is_refused() {
     let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let path = |name: &str| format!("--socket-path={}/{name}", directory.as_path().display());
     fails(&["--loopback", &path(&"x".repeat(100))], &["107"]);
@@ -76,13 +76,13 @@ fn a_socket_path_that_can_not_be_is_named() {
 }
 
 #[test]
-fn an_unwritable_directory_is_named() {
+fn unwritable_directory_is_named() {
     // For root too: sysfs takes no sockets.
     fails(&["--loopback", "--socket-path=/sys/socket"], &["/sys/socket"]);
 }
 
 #[test]
-fn an_inherited_descriptor_must_be_a_socket() {
+fn inherited_descriptor_must_be_a_socket() {
     fails(&["--loopback", "--fd=77"], &["77"]);
     fails(&["--loopback", "--fd=1"], &["standard stream"]);
     let output = std::process::Command::new("sh")
@@ -97,7 +97,7 @@ fn an_inherited_descriptor_must_be_a_socket() {
 }
 
 #[test]
-fn a_stale_socket_is_replaced_and_an_own_one_removed() {
+fn stale_socket_is_replaced_and_own_one_removed() {
     let mut daemon = Daemon::start(&["--loopback"]);
     daemon.kill();
     assert!(daemon.socket().exists(), "a killed daemon leaves its socket");
@@ -111,7 +111,7 @@ fn a_stale_socket_is_replaced_and_an_own_one_removed() {
 }
 
 #[test]
-fn a_socket_that_another_has_put_there_stays() {
+fn foreign_socket_at_the_path_is_kept_at_exit() {
     let mut daemon = Daemon::start(&["--loopback"]);
     fs::remove_file(daemon.socket()).unwrap();
     let _theirs = UnixListener::bind(daemon.socket()).unwrap();
@@ -121,8 +121,8 @@ fn a_socket_that_another_has_put_there_stays() {
 }
 
 #[test]
-fn taps_that_do_not_fit_are_explained() {
-    needs_root!("taps_that_do_not_fit_are_explained");
+fn unsuitable_taps_are_refused_with_reason() {
+    needs_root!("unsuitable_taps_are_refused_with_reason");
     enter_new_namespace();
     let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let socket = format!("--socket-path={}/socket", directory.as_path().display());
@@ -144,8 +144,8 @@ fn taps_that_do_not_fit_are_explained() {
 }
 
 #[test]
-fn a_missing_tap_is_made_and_goes_with_the_daemon() {
-    needs_root!("a_missing_tap_is_made_and_goes_with_the_daemon");
+fn missing_tap_is_created_and_removed_at_exit() {
+    needs_root!("missing_tap_is_created_and_removed_at_exit");
     enter_new_namespace();
     let mut daemon = Daemon::start(&["--tap=made0", "--mtu=9000"]);
     assert!(output("ip", "link show made0").contains("UP"));
@@ -156,8 +156,8 @@ fn a_missing_tap_is_made_and_goes_with_the_daemon() {
 }
 
 #[test]
-fn an_existing_tap_is_used_as_it_is() {
-    needs_root!("an_existing_tap_is_used_as_it_is");
+fn existing_tap_keeps_its_state() {
+    needs_root!("existing_tap_keeps_its_state");
     enter_new_namespace();
     ip("tuntap add dev many mode tap vnet_hdr multi_queue");
     let mut daemon = Daemon::start(&["--tap=many"]);

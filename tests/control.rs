@@ -18,7 +18,7 @@ fn operated() -> Daemon {
 }
 
 #[test]
-fn a_ports_state_is_told_in_words() {
+fn port_state_is_explained_in_words() {
     let daemon = operated();
     let state = |wanted: &str| {
         eventually(&format!("one is {wanted}"), || daemon.show("one")["state"] == wanted);
@@ -42,7 +42,7 @@ fn a_ports_state_is_told_in_words() {
 }
 
 #[test]
-fn what_was_counted_is_told_and_exposed() {
+fn counters_appear_in_ctl_and_metrics() {
     let daemon = operated();
     let mut card = Card::start(Frontend::new(daemon.connect_to("two")), Options::default());
     card.check_echo(50);
@@ -70,7 +70,7 @@ fn what_was_counted_is_told_and_exposed() {
 }
 
 #[test]
-fn a_limit_changes_under_traffic() {
+fn limit_changes_under_traffic() {
     let daemon = operated();
     let mut card = Card::start(Frontend::new(daemon.connect_to("one")), Options::default());
     // One packet, and then nothing for long.
@@ -91,7 +91,7 @@ fn a_limit_changes_under_traffic() {
 }
 
 #[test]
-fn what_cant_be_done_is_said_with_an_exit_code() {
+fn failed_commands_print_reason_and_exit_code() {
     let daemon = operated();
     let cases: [(&[&str], i32, &str); 4] = [
         (&["show", "nobody"], 1, "no port \"nobody\""),
@@ -112,7 +112,7 @@ fn what_cant_be_done_is_said_with_an_exit_code() {
 }
 
 #[test]
-fn client_that_reads_no_descriptors_delays_nobody() {
+fn stuck_client_delays_no_other_client() {
     let daemon = operated();
     let mut flood = daemon.connect_to("control");
     // More replies with descriptors than a socket holds.

@@ -439,7 +439,7 @@ fn wrong(page: &Page) -> Vec<String> {
 }
 
 #[test]
-fn all_that_the_pages_name_exists() {
+fn names_in_pages_exist() {
     let complaints: Vec<String> = Page::all()
         .iter()
         .flat_map(|page| wrong(page).into_iter().map(|what| format!("{}: {what}", page.name)))
@@ -448,7 +448,7 @@ fn all_that_the_pages_name_exists() {
 }
 
 #[test]
-fn what_does_not_exist_is_found() {
+fn wrong_names_in_pages_are_found() {
     let cases = [
         ("[x](nowhere.md)", "there is no nowhere.md"),
         ("[x](docs/monitoring.md#no-such-heading)", "docs/monitoring.md has no heading"),
@@ -490,7 +490,7 @@ fn figure(page: &str, before: &str) -> String {
 }
 
 #[test]
-fn figures_that_pages_repeat_are_the_same() {
+fn repeated_figures_agree() {
     // Memory of a further port, by the table that was measured.
     let kib = |ports: &str| -> f64 {
         figure("docs/compare/compare.md", &format!("vhost-user-net, {ports} ports |"))
@@ -523,7 +523,7 @@ fn figures_that_pages_repeat_are_the_same() {
 }
 
 #[test]
-fn all_modules_are_in_their_tables() {
+fn module_tables_are_complete() {
     let listed = |page: &str| -> BTreeSet<String> {
         Page::read(page).column("module").into_iter().collect()
     };
@@ -543,7 +543,7 @@ fn all_modules_are_in_their_tables() {
 }
 
 #[test]
-fn reasons_of_drops_and_copies_are_explained() {
+fn drop_and_copy_reasons_are_explained() {
     let text = Page::read("docs/monitoring.md").text;
     let reasons = DropReason::ALL
         .map(DropReason::name)
@@ -656,7 +656,7 @@ fn wrong_messages(messages: &[String], source: &str) -> Vec<String> {
 }
 
 #[test]
-fn messages_are_those_of_the_source() {
+fn documented_messages_match_the_source() {
     let texts = sources(&Path::new(ROOT).join("src"));
     let source: String =
         texts.iter().flat_map(|text| literals(text)).map(|(_, literal)| literal + "\0").collect();
@@ -754,7 +754,7 @@ fn wrong_tests(promise: &str, sources: &[(String, String)]) -> Vec<String> {
 }
 
 #[test]
-fn promises_name_their_tests() {
+fn promises_name_existing_tests() {
     let mut sources = Vec::new();
     let tests = Path::new(ROOT).join("tests");
     for directory in [tests.clone(), tests.join("hostile")] {

@@ -21,7 +21,7 @@ fn start(options: Options) -> (Daemon, Card) {
 }
 
 #[test]
-fn every_ring_format_and_size_echoes() {
+fn frames_echo_on_every_ring_format_and_size() {
     let base = VERSION_1 | PROTOCOL;
     for features in
         [0, EVENT_IDX, INDIRECT | MRG_RXBUF, EVENT_IDX | INDIRECT | MRG_RXBUF | IN_ORDER]
@@ -41,21 +41,21 @@ fn every_ring_format_and_size_echoes() {
 }
 
 #[test]
-fn the_largest_ring_echoes_over_its_whole_length() {
+fn largest_ring_is_used_over_its_whole_length() {
     let options = Options { size: 32768, buffer: 1600, ..Options::default() };
     let (_daemon, mut card) = start(options);
     card.check_echo(40_000);
 }
 
 #[test]
-fn indices_wrap_around() {
+fn ring_indexes_wrap_around() {
     let (_daemon, mut card) = start(Options { size: 64, ..Options::default() });
     card.check_echo(70_000);
     assert!(card.tx[0].used_index < 10_000);
 }
 
 #[test]
-fn a_frame_larger_than_a_buffer_is_spread_over_several() {
+fn frame_larger_than_a_buffer_is_spread_over_several() {
     let features = Options::default().features | CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
     let (_daemon, mut card) = start(Options { features, buffer: 512, ..Options::default() });
     let frame: Vec<u8> = (0..1400u32).map(|byte| byte as u8).collect();
@@ -67,7 +67,7 @@ fn a_frame_larger_than_a_buffer_is_spread_over_several() {
 }
 
 #[test]
-fn without_mergeable_buffers_a_frame_too_large_is_dropped_and_the_next_comes() {
+fn without_mergeable_buffers_oversized_frame_is_dropped() {
     let (_daemon, mut card) =
         start(Options { features: VERSION_1 | PROTOCOL, buffer: 512, ..Options::default() });
     card.send(0, &[1; 1400]);
@@ -78,7 +78,7 @@ fn without_mergeable_buffers_a_frame_too_large_is_dropped_and_the_next_comes() {
 }
 
 #[test]
-fn an_old_driver_has_a_header_of_ten_bytes() {
+fn ten_byte_legacy_header_is_accepted() {
     let (_daemon, mut card) = start(Options { features: PROTOCOL, ..Options::default() });
     card.send_with(0, &[0; 10], &[3; 100]);
     let (_, length) = card.rx[0].wait_used();
@@ -86,7 +86,7 @@ fn an_old_driver_has_a_header_of_ten_bytes() {
 }
 
 #[test]
-fn a_frame_that_the_guest_can_not_take_never_reaches_it() {
+fn partial_checksum_never_reaches_guest_without_feature() {
     let features = Options::default().features | CSUM;
     let (_daemon, mut card) = start(Options { features, ..Options::default() });
     let mut header = [0; HEADER];
@@ -99,7 +99,7 @@ fn a_frame_that_the_guest_can_not_take_never_reaches_it() {
 }
 
 #[test]
-fn calls_come_when_they_are_asked_for_and_not_else() {
+fn calls_are_sent_only_on_request() {
     for event_idx in [0, EVENT_IDX] {
         let features = VERSION_1 | PROTOCOL | event_idx;
         let (_daemon, mut card) = start(Options { features, ..Options::default() });
@@ -121,7 +121,7 @@ fn calls_come_when_they_are_asked_for_and_not_else() {
 }
 
 #[test]
-fn kicks_are_not_asked_for_while_the_device_is_awake() {
+fn kicks_are_suppressed_while_worker_is_awake() {
     // With busy polling the worker stays awake after the first frame.
     let daemon = Daemon::start(&["--loopback", "--busy-poll=1000000"]);
     let features = VERSION_1 | PROTOCOL;
@@ -139,7 +139,7 @@ fn kicks_are_not_asked_for_while_the_device_is_awake() {
 }
 
 #[test]
-fn the_other_pair_runs_on_while_one_is_broken() {
+fn other_queue_pair_runs_while_one_is_broken() {
     let (_daemon, mut card) = start(Options { pairs: 2, ..Options::default() });
     card.tx[1].offer_head(999);
     card.tx[1].publish();
@@ -148,8 +148,8 @@ fn the_other_pair_runs_on_while_one_is_broken() {
 }
 
 #[test]
-fn memory_of_huge_pages_is_served_at_any_offset_of_its_file() {
-    needs_root!("memory_of_huge_pages_is_served_at_any_offset_of_its_file");
+fn huge_page_memory_works_at_any_file_offset() {
+    needs_root!("huge_page_memory_works_at_any_file_offset");
     let _pages = HugePages::reserve(16);
     let (_daemon, mut card) = start(Options { huge: true, ..Options::default() });
     card.check_echo(300);
@@ -194,7 +194,7 @@ fn rings_without_call_and_kick_descriptors_are_served() {
 }
 
 #[test]
-fn single_rings_are_reset_while_the_others_run() {
+fn one_ring_is_reset_while_others_run() {
     const RING_RESET: u64 = 1 << 40;
     let offered = |options: &[&str]| {
         let daemon = Daemon::start(options);
@@ -228,7 +228,7 @@ fn single_rings_are_reset_while_the_others_run() {
 }
 
 #[test]
-fn a_stopped_ring_is_left_alone() {
+fn stopped_ring_is_not_written() {
     let (_daemon, mut card) = start(Options::default());
     card.check_echo(50);
     let bases = [card.frontend.get_vring_base(0), card.frontend.get_vring_base(1)];

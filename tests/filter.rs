@@ -128,8 +128,8 @@ fn denied_frames_never_reach_the_wire() {
 }
 
 #[test]
-fn whoever_changes_the_port_meanwhile_is_denied_all_the_same() {
-    needs_root!("whoever_changes_the_port_meanwhile_is_denied_all_the_same");
+fn concurrently_rewritten_ports_are_denied() {
+    needs_root!("concurrently_rewritten_ports_are_denied");
     const SLOTS: u64 = 128;
     for port in PORTS {
         let wire = enter_namespace_for(port);
@@ -168,8 +168,8 @@ fn whoever_changes_the_port_meanwhile_is_denied_all_the_same() {
 }
 
 #[test]
-fn a_filter_does_not_outlive_its_daemon() {
-    needs_root!("a_filter_does_not_outlive_its_daemon");
+fn filter_does_not_outlive_its_daemon() {
+    needs_root!("filter_does_not_outlive_its_daemon");
     // A TAP that stays, and its very descriptor.
     enter_namespace_with_tap(false);
     let wire = Wire::open("tap0");
@@ -218,8 +218,8 @@ fn a_filter_does_not_outlive_its_daemon() {
 }
 
 #[test]
-fn frames_that_waited_before_there_was_a_filter_are_dropped() {
-    needs_root!("frames_that_waited_before_there_was_a_filter_are_dropped");
+fn frames_queued_before_the_filter_are_dropped() {
+    needs_root!("frames_queued_before_the_filter_are_dropped");
     enter_namespace_with_tap(false);
     let wire = Wire::open("tap0");
     let queue = Queue::open("tap0", false).unwrap();
@@ -233,8 +233,8 @@ fn frames_that_waited_before_there_was_a_filter_are_dropped() {
 }
 
 #[test]
-fn every_queue_of_a_tap_has_the_filter_whenever_it_is_used() {
-    needs_root!("every_queue_of_a_tap_has_the_filter_whenever_it_is_used");
+fn every_active_tap_queue_has_the_filter() {
+    needs_root!("every_active_tap_queue_has_the_filter");
     enter_quiet_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr multi_queue");
     ip("link set tap0 up");
@@ -293,8 +293,8 @@ fn arrivals(wire: &Wire, queues: &[Arc<Queue>], denied: u16) -> [usize; 2] {
 }
 
 #[test]
-fn a_tap_s_filter_changes_while_its_queues_come_and_go() {
-    needs_root!("a_tap_s_filter_changes_while_its_queues_come_and_go");
+fn tap_filter_change_reaches_inactive_queues() {
+    needs_root!("tap_filter_change_reaches_inactive_queues");
     enter_quiet_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr multi_queue");
     ip("link set tap0 up");
@@ -327,8 +327,8 @@ fn a_tap_s_filter_changes_while_its_queues_come_and_go() {
 }
 
 #[test]
-fn the_filter_is_there_again_with_the_device() {
-    needs_root!("the_filter_is_there_again_with_the_device");
+fn filter_is_restored_with_recreated_device() {
+    needs_root!("filter_is_restored_with_recreated_device");
     let port = "--af-xdp=veth0";
     let wire = enter_namespace_for(port);
     let daemon = Daemon::start(&[port, &format!("--rx-filter={RULES}")]);
@@ -349,8 +349,8 @@ fn the_filter_is_there_again_with_the_device() {
 }
 
 #[test]
-fn what_the_xdp_program_drops_is_counted_while_it_runs() {
-    needs_root!("what_the_xdp_program_drops_is_counted_while_it_runs");
+fn xdp_program_drops_are_counted_while_port_runs() {
+    needs_root!("xdp_program_drops_are_counted_while_port_runs");
     let wire = enter_namespace_for("--af-xdp=veth0");
     let contents = format!(
         "control = \"{{}}/control\"\n{}rx-filter = [\"deny udp dport 53\", \"default allow\"]\n",
@@ -374,8 +374,8 @@ fn what_the_xdp_program_drops_is_counted_while_it_runs() {
 }
 
 #[test]
-fn under_a_flood_only_what_is_allowed_arrives() {
-    needs_root!("under_a_flood_only_what_is_allowed_arrives");
+fn only_allowed_frames_arrive_under_flood() {
+    needs_root!("only_allowed_frames_arrive_under_flood");
     for port in PORTS {
         let wire = enter_namespace_for(port);
         let filter = "--rx-filter=deny ethertype 0x88b5; allow udp; default deny";

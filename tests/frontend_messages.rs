@@ -170,7 +170,7 @@ fn configuration_and_refusals_are_answered() {
 }
 
 #[test]
-fn inflight_buffer_is_made_and_taken_back() {
+fn inflight_buffer_is_created_and_accepted_back() {
     let mut vmm = Vmm::connect();
     let wanted = VhostUserInflight {
         mmap_size: 0,
@@ -186,7 +186,7 @@ fn inflight_buffer_is_made_and_taken_back() {
 }
 
 #[test]
-fn device_state_moves_over_a_pipe() {
+fn device_state_is_transferred_over_a_pipe() {
     let mut vmm = Vmm::connect();
     vmm.start();
     vmm.stop();

@@ -106,7 +106,7 @@ fn with_control(pairs: u32, features: u64) -> (Daemon, Card, Control) {
 }
 
 #[test]
-fn control_ring_that_is_passed_on_is_answered() {
+fn control_virtqueue_is_answered() {
     for (pairs, features) in [
         (1, Options::default().features | MQ),
         (1, Options::default().features & !EVENT_IDX),
@@ -136,7 +136,7 @@ fn control_ring_that_is_passed_on_is_answered() {
 }
 
 #[test]
-fn control_ring_of_a_guest_without_mq_is_ring_2() {
+fn control_virtqueue_without_mq_is_ring_2() {
     let (_daemon, mut card, mut control) = with_control(2, Options::default().features);
     for ring in [&card.rx[0], &card.tx[0]] {
         ring.start(&mut card.frontend, 0);
@@ -153,7 +153,7 @@ fn control_ring_of_a_guest_without_mq_is_ring_2() {
 }
 
 #[test]
-fn control_ring_survives_a_takeover() {
+fn control_virtqueue_survives_takeover() {
     let (mut daemon, mut card, mut control) = with_control(1, Options::default().features | MQ);
     card.run();
     daemon.upgrade();
@@ -169,7 +169,7 @@ fn control_ring_survives_a_takeover() {
 }
 
 #[test]
-fn control_command_of_any_shape_is_used() {
+fn control_command_in_any_layout_is_completed() {
     let features = Options::default().features | MQ | INDIRECT;
     let (_daemon, mut card, mut control) = with_control(1, features);
     card.run();
@@ -192,7 +192,7 @@ fn control_command_of_any_shape_is_used() {
 
 /// crosvm: exactly as many rings as the backend says, and all of its features.
 #[test]
-fn frontend_with_as_many_rings_as_the_backend_says_is_served() {
+fn frontend_that_uses_all_offered_rings_is_served() {
     let daemon = Daemon::start(&["--loopback", "--queue-pairs=2"]);
     let mut frontend = Stock::from_stream(daemon.connect(), 8);
     frontend.set_owner().unwrap();
@@ -250,7 +250,7 @@ fn frontend_with_as_many_rings_as_the_backend_says_is_served() {
 
 /// User-mode Linux: the message always has room for two regions.
 #[test]
-fn memory_table_with_room_behind_its_regions_is_taken() {
+fn memory_table_with_unused_entries_is_accepted() {
     let daemon = Daemon::start(&["--loopback"]);
     let mut card = Card::prepare(Frontend::new(daemon.connect()), Options::default());
     let table = |rooms: usize| {
@@ -273,7 +273,7 @@ fn memory_table_with_room_behind_its_regions_is_taken() {
 
 /// User-mode Linux is called by a socket: its kernel gets no signals for eventfds.
 #[test]
-fn socket_as_call_descriptor_is_signalled_and_never_waited_for() {
+fn socket_call_descriptor_is_signalled_without_blocking() {
     let port = port("one", "loopback = true");
     let mut daemon = Daemon::with_config(&format!("control = \"{{}}/control\"\n{port}"), "one");
     let mut card = Card::start(Frontend::new(daemon.connect_to("one")), Options::default());
@@ -319,7 +319,7 @@ fn socket_as_call_descriptor_is_signalled_and_never_waited_for() {
 
 /// User-mode Linux resets by SET_VRING_ENABLE alone.
 #[test]
-fn disabled_ring_may_be_set_up_anew() {
+fn disabled_ring_accepts_new_setup() {
     let daemon = Daemon::start(&["--loopback"]);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
     card.check_echo(100);

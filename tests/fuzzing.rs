@@ -53,41 +53,41 @@ fn replay(target: &str, entry: fn(&[u8])) {
 }
 
 #[test]
-fn frames_and_limits_of_any_kind_are_judged() {
+fn arbitrary_frames_and_limits_are_checked() {
     replay("policy", entries::policy);
 }
 
 #[test]
-fn messages_of_any_kind_are_survived() {
+fn arbitrary_messages_cause_no_panic() {
     replay("messages", entries::messages);
 }
 
 #[test]
-fn rings_of_any_kind_are_survived() {
+fn arbitrary_rings_yield_only_guest_memory() {
     replay("rings", entries::rings);
 }
 
 #[test]
-fn rings_that_change_meanwhile_are_survived() {
+fn changing_rings_yield_only_guest_memory() {
     replay("race", entries::race);
 }
 
 #[test]
-fn headers_of_any_kind_are_survived() {
+fn arbitrary_headers_are_validated() {
     replay("headers", entries::headers);
 }
 
 #[test]
-fn judges_agree_with_a_receiver() {
+fn filters_agree_with_a_receiver() {
     replay("judges", entries::judges);
 }
 
 #[test]
-fn requests_of_any_kind_are_survived() {
+fn arbitrary_requests_round_trip() {
     replay("requests", entries::requests);
 }
 
 #[test]
-fn device_states_of_any_kind_are_survived() {
+fn arbitrary_device_states_lower_no_counter() {
     replay("states", entries::states);
 }

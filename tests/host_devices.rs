@@ -43,8 +43,8 @@ fn wait_for_frames(wire: &Wire, card: &mut Card) {
 }
 
 #[test]
-fn alternative_name_serves_tap_everywhere() {
-    needs_root!("alternative_name_serves_tap_everywhere");
+fn tap_is_found_by_alternative_name() {
+    needs_root!("tap_is_found_by_alternative_name");
     enter_namespace_with_tap(true);
     ip("tuntap add dev tap1 mode tap vnet_hdr");
     ip("link set tap1 up");
@@ -84,8 +84,8 @@ fn alternative_name_serves_tap_everywhere() {
 }
 
 #[test]
-fn device_under_two_names_starts_no_two_ports() {
-    needs_root!("device_under_two_names_starts_no_two_ports");
+fn one_device_under_two_names_is_refused() {
+    needs_root!("one_device_under_two_names_is_refused");
     enter_namespace_with_tap(true);
     ip("link property add dev tap0 altname first");
     let ports =
@@ -100,8 +100,8 @@ fn device_under_two_names_starts_no_two_ports() {
 }
 
 #[test]
-fn refused_port_leaves_the_devices_filter() {
-    needs_root!("refused_port_leaves_the_devices_filter");
+fn refused_port_keeps_the_device_filter() {
+    needs_root!("refused_port_keeps_the_device_filter");
     enter_namespace_with_veth(1);
     ip("link property add dev veth0 altname first");
     let filter = "af-xdp = \"veth0\"\nrx-filter = \"deny udp; default allow\"";
@@ -118,9 +118,9 @@ fn refused_port_leaves_the_devices_filter() {
 }
 
 #[test]
-fn refused_port_leaves_the_taps_offloads() {
-    needs_root!("refused_port_leaves_the_taps_offloads");
-    needs_program!("refused_port_leaves_the_taps_offloads", "ethtool");
+fn refused_port_keeps_the_tap_offloads() {
+    needs_root!("refused_port_keeps_the_tap_offloads");
+    needs_program!("refused_port_keeps_the_tap_offloads", "ethtool");
     enter_namespace_with_tap(true);
     ip("link property add dev tap0 altname first");
     let file = CONTROL.to_owned() + &port("one", "tap = \"tap0\"\nqueue-pairs = 2");
@@ -167,8 +167,8 @@ fn renamed_tap_stays_with_its_port() {
 }
 
 #[test]
-fn tap_of_old_predecessor_is_looked_up() {
-    needs_root!("tap_of_old_predecessor_is_looked_up");
+fn tap_without_index_from_older_daemon_is_looked_up() {
+    needs_root!("tap_without_index_from_older_daemon_is_looked_up");
     enter_namespace_with_tap(true);
     let queue = || Queue::open("tap0", true).unwrap();
     let filter = Filter::default();
@@ -291,8 +291,8 @@ fn rx_filter_on_macvtap_is_refused() {
 }
 
 #[test]
-fn macvtap_by_name_names_its_file() {
-    needs_root!("macvtap_by_name_names_its_file");
+fn macvtap_by_name_is_refused_with_its_file() {
+    needs_root!("macvtap_by_name_is_refused_with_its_file");
     let _queue = macvtap("macvtap mode bridge").unwrap();
     let mut daemon = Daemon::spawn(&["--tap=macvtap0"]);
     assert!(!daemon.wait().success());
@@ -332,8 +332,8 @@ fn queues_of_other_processes_are_reported() {
 }
 
 #[test]
-fn tap_that_was_made_is_its_users_alone() {
-    needs_root!("tap_that_was_made_is_its_users_alone");
+fn created_tap_belongs_to_its_user_alone() {
+    needs_root!("created_tap_belongs_to_its_user_alone");
     enter_quiet_namespace();
     let daemon = Daemon::start(&["--tap=new0", "--queue-pairs=2"]);
     let mut other = Command::new("setpriv");
@@ -358,8 +358,8 @@ fn tap_that_was_made_is_its_users_alone() {
 }
 
 #[test]
-fn making_tap_takes_no_existing_one() {
-    needs_root!("making_tap_takes_no_existing_one");
+fn tap_creation_refuses_an_existing_device() {
+    needs_root!("tap_creation_refuses_an_existing_device");
     enter_namespace_with_tap(false);
     // It came after the daemon had looked: its owner is not to be changed.
     let error = Queue::make("tap0", false).unwrap_err();
@@ -406,8 +406,8 @@ fn router_advertisement() -> Vec<u8> {
 }
 
 #[test]
-fn guest_is_no_router_of_its_host() {
-    needs_root!("guest_is_no_router_of_its_host");
+fn host_ignores_router_advertisements_of_guest() {
+    needs_root!("host_ignores_router_advertisements_of_guest");
     for taken in [true, false] {
         enter_new_namespace();
         if taken {
@@ -435,8 +435,8 @@ fn guest_is_no_router_of_its_host() {
 }
 
 #[test]
-fn drops_of_the_device_are_shown_beside_what_caused_them() {
-    needs_root!("drops_of_the_device_are_shown_beside_what_caused_them");
+fn device_drops_are_shown_with_their_cause() {
+    needs_root!("device_drops_are_shown_with_their_cause");
     for (host, name, wire) in
         [("tap = \"tap0\"", "tap0", "tap0"), ("af-xdp = \"veth0\"", "veth0", "veth1")]
     {
@@ -469,8 +469,8 @@ fn drops_of_the_device_are_shown_beside_what_caused_them() {
 }
 
 #[test]
-fn port_whose_device_comes_late_is_started_then() {
-    needs_root!("port_whose_device_comes_late_is_started_then");
+fn port_starts_when_its_device_appears() {
+    needs_root!("port_starts_when_its_device_appears");
     enter_quiet_namespace();
     let late = |more: &str| {
         let two = port("two", &format!("af-xdp = \"late0\"\n{more}"));
@@ -504,8 +504,8 @@ fn port_whose_device_comes_late_is_started_then() {
 }
 
 #[test]
-fn daemon_none_of_whose_devices_are_there_exits() {
-    needs_root!("daemon_none_of_whose_devices_are_there_exits");
+fn daemon_without_any_device_exits() {
+    needs_root!("daemon_without_any_device_exits");
     enter_quiet_namespace();
     let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let file = directory.as_path().join("config");

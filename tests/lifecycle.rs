@@ -14,7 +14,7 @@ use crate::support::frontend::Frontend;
 use crate::support::{eventually, needs_program, needs_root};
 
 #[test]
-fn an_inherited_listening_socket_is_served_and_never_removed() {
+fn inherited_listening_socket_is_served_and_kept() {
     let directory =
         vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let path = directory.as_path().join("theirs");
@@ -30,7 +30,7 @@ fn an_inherited_listening_socket_is_served_and_never_removed() {
 }
 
 #[test]
-fn an_inherited_connection_is_served_until_it_ends() {
+fn inherited_connection_is_served_until_it_ends() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut daemon = Daemon::inheriting(&["--loopback", "--fd=5"], OwnedFd::from(theirs), None);
     Card::start(Frontend::new(ours), Options::default()).check_echo(50);
@@ -38,7 +38,7 @@ fn an_inherited_connection_is_served_until_it_ends() {
 }
 
 #[test]
-fn a_client_connects_again_and_again() {
+fn client_mode_reconnects_repeatedly() {
     let mut daemon = Daemon::spawn(&["--loopback", "--connect={}"]);
     let path = daemon.socket();
     let complaints = || daemon.log().matches("cannot connect to ").count();
@@ -61,7 +61,7 @@ fn a_client_connects_again_and_again() {
 }
 
 #[test]
-fn a_signal_ends_it_within_a_second_under_load_and_leaves_the_rings_consistent() {
+fn signal_under_load_stops_daemon_within_a_second() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut daemon = Daemon::start(&["--loopback"]);
         let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
@@ -87,7 +87,7 @@ fn a_signal_ends_it_within_a_second_under_load_and_leaves_the_rings_consistent()
 }
 
 #[test]
-fn a_signal_during_a_half_sent_message_ends_it_too() {
+fn signal_during_a_partial_message_stops_daemon() {
     let mut daemon = Daemon::start(&["--loopback"]);
     let mut frontend = Frontend::new(daemon.connect());
     frontend.get(FrontendReq::GET_FEATURES);
@@ -99,7 +99,7 @@ fn a_signal_during_a_half_sent_message_ends_it_too() {
 }
 
 #[test]
-fn a_frontend_that_does_not_read_its_replies_is_left() {
+fn frontend_that_reads_no_replies_is_disconnected() {
     let daemon = Daemon::start(&["--loopback"]);
     let mut deaf = Frontend::new(daemon.connect());
     deaf.stream.set_nonblocking(true).unwrap();
@@ -114,8 +114,8 @@ fn a_frontend_that_does_not_read_its_replies_is_left() {
 }
 
 #[test]
-fn a_group_may_connect_and_others_may_not() {
-    needs_root!("a_group_may_connect_and_others_may_not");
+fn only_the_socket_group_may_connect() {
+    needs_root!("only_the_socket_group_may_connect");
     let daemon = Daemon::start(&["--loopback", "--socket-group=daemon"]);
     let metadata = std::fs::metadata(daemon.socket()).unwrap();
     assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
@@ -128,7 +128,7 @@ fn a_group_may_connect_and_others_may_not() {
 }
 
 #[test]
-fn a_service_manager_hears_that_it_is_ready_alive_and_stopping() {
+fn service_manager_is_told_ready_watchdog_and_stopping() {
     let directory =
         vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let path = directory.as_path().join("notify");
@@ -161,7 +161,7 @@ fn a_service_manager_hears_that_it_is_ready_alive_and_stopping() {
 }
 
 #[test]
-fn a_service_manager_that_does_not_listen_holds_nothing_up() {
+fn unresponsive_service_manager_delays_nothing() {
     let directory =
         vmm_sys_util::tempdir::TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let path = directory.as_path().join("notify");
@@ -179,8 +179,8 @@ fn a_service_manager_that_does_not_listen_holds_nothing_up() {
 }
 
 #[test]
-fn a_socket_that_systemd_listens_on_is_served() {
-    needs_program!("a_socket_that_systemd_listens_on_is_served", "systemd-socket-activate");
+fn systemd_activated_socket_is_served() {
+    needs_program!("systemd_activated_socket_is_served", "systemd-socket-activate");
     let wrapper = ["systemd-socket-activate", "--listen", "{}"];
     let mut daemon = Daemon::start_under(&wrapper, &["--loopback", "--fd=3"]);
     for _ in 0..3 {

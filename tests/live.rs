@@ -82,8 +82,8 @@ fn to_port(port: u16, from: u8, to: u8) -> Vec<u8> {
 }
 
 #[test]
-fn a_filter_changes_under_traffic() {
-    needs_root!("a_filter_changes_under_traffic");
+fn filter_changes_under_traffic() {
+    needs_root!("filter_changes_under_traffic");
     for kind in ["tap", "af_xdp"] {
         let mut port = Port::start(kind);
         for round in 0..50_u16 {
@@ -109,8 +109,8 @@ fn a_filter_changes_under_traffic() {
 }
 
 #[test]
-fn whom_a_guest_speaks_to_is_counted_while_somebody_asks() {
-    needs_root!("whom_a_guest_speaks_to_is_counted_while_somebody_asks");
+fn peers_are_counted_while_a_client_asks() {
+    needs_root!("peers_are_counted_while_a_client_asks");
     for kind in ["tap", "af_xdp"] {
         let mut port = Port::start(kind);
         let exchange = |port: &mut Port| {
@@ -165,8 +165,8 @@ fn whom_a_guest_speaks_to_is_counted_while_somebody_asks() {
 }
 
 #[test]
-fn top_shows_who_moves_most_first() {
-    needs_root!("top_shows_who_moves_most_first");
+fn top_sorts_peers_by_traffic() {
+    needs_root!("top_sorts_peers_by_traffic");
     let mut port = Port::start("tap");
     let stop = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -193,8 +193,8 @@ fn top_shows_who_moves_most_first() {
 }
 
 #[test]
-fn many_peers_are_no_more_rows_than_there_may_be() {
-    needs_root!("many_peers_are_no_more_rows_than_there_may_be");
+fn peer_table_is_bounded() {
+    needs_root!("peer_table_is_bounded");
     for kind in ["tap", "af_xdp"] {
         let mut port = Port::start(kind);
         assert!(port.traffic().is_empty());

@@ -208,7 +208,7 @@ pub(crate) fn check_moves(times: usize, environment: &[(&str, &str)]) {
 }
 
 #[test]
-fn a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right() {
-    needs_guest!("a_guest_moves_ten_times_under_tcp_both_ways_and_its_memory_is_right");
+fn guest_migrates_ten_times_under_tcp_with_memory_intact() {
+    needs_guest!("guest_migrates_ten_times_under_tcp_with_memory_intact");
     check_moves(MIGRATIONS, &[]);
 }

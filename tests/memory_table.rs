@@ -79,7 +79,7 @@ fn said(daemon: &Daemon) -> usize {
 }
 
 #[test]
-fn images_beside_the_ram_are_not_mapped_and_cost_nothing() {
+fn images_beside_ram_are_not_mapped() {
     let mut daemon = Daemon::start(&["--loopback"]);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
     card.check_echo(50);
@@ -139,7 +139,7 @@ fn rings_and_buffers_in_an_image_stop_their_ring() {
 }
 
 #[test]
-fn a_table_of_images_alone_is_refused_with_the_way_out() {
+fn table_of_images_alone_is_refused_with_fix() {
     let daemon = Daemon::start(&["--loopback"]);
     let mut frontend = Frontend::new(daemon.connect());
     frontend.begin();
@@ -160,8 +160,8 @@ fn a_table_of_images_alone_is_refused_with_the_way_out() {
 }
 
 #[test]
-fn images_are_handed_to_a_successor() {
-    needs_root!("images_are_handed_to_a_successor");
+fn takeover_keeps_images() {
+    needs_root!("takeover_keeps_images");
     let file = "control = \"{}/control\"\n".to_owned() + &port("one", "loopback = true");
     let mut daemon = Daemon::with_config(&file, "one");
     let images = Image::all();
@@ -184,8 +184,8 @@ fn images_are_handed_to_a_successor() {
 }
 
 #[test]
-fn images_that_come_before_the_ram_are_handed_to_a_successor() {
-    needs_root!("images_that_come_before_the_ram_are_handed_to_a_successor");
+fn takeover_keeps_images_listed_before_ram() {
+    needs_root!("takeover_keeps_images_listed_before_ram");
     let file = "control = \"{}/control\"\n".to_owned() + &port("one", "loopback = true");
     let mut daemon = Daemon::with_config(&file, "one");
     let mut frontend = Frontend::new(daemon.connect_to("one"));
@@ -198,7 +198,7 @@ fn images_that_come_before_the_ram_are_handed_to_a_successor() {
 }
 
 #[test]
-fn a_guest_with_images_migrates() {
+fn guest_with_images_migrates() {
     let daemon = Daemon::start(&["--loopback"]);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
     let image = Image::new(0, file_on_disk());
@@ -214,8 +214,8 @@ fn a_guest_with_images_migrates() {
 }
 
 #[test]
-fn af_xdp_registers_the_ram_without_the_images() {
-    needs_root!("af_xdp_registers_the_ram_without_the_images");
+fn af_xdp_registers_ram_without_images() {
+    needs_root!("af_xdp_registers_ram_without_images");
     enter_namespace_with_veth(1);
     let wire = Wire::open("veth1");
     let daemon = Daemon::start(&["--af-xdp=veth0"]);
@@ -232,8 +232,8 @@ fn af_xdp_registers_the_ram_without_the_images() {
 }
 
 #[test]
-fn a_guest_with_an_nvdimm_on_a_disk_has_its_network() {
-    needs_guest!("a_guest_with_an_nvdimm_on_a_disk_has_its_network");
+fn guest_with_file_backed_nvdimm_has_network() {
+    needs_guest!("guest_with_file_backed_nvdimm_has_network");
     let _alone = one_at_a_time();
     let _wire = enter_namespace_for("--tap=tap0");
     ip(&format!("address add {HOST_ADDRESS}/24 dev tap0"));

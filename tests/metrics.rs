@@ -44,8 +44,8 @@ fn value(metrics: &str, start: &str) -> f64 {
 }
 
 #[test]
-fn prometheus_fetches_metrics_by_a_socket_or_a_port() {
-    needs_root!("prometheus_fetches_metrics_by_a_socket_or_a_port");
+fn prometheus_fetches_metrics_by_unix_socket_or_tcp() {
+    needs_root!("prometheus_fetches_metrics_by_unix_socket_or_tcp");
     enter_new_namespace();
     let (daemon, _card) = carrying("metrics = \"{}/metrics\"\n");
     let unix = || UnixStream::connect(daemon.path("metrics")).unwrap();
@@ -99,10 +99,10 @@ fn prometheus_fetches_metrics_by_a_socket_or_a_port() {
 }
 
 #[test]
-fn promtool_finds_nothing_wrong_with_metrics() {
+fn promtool_accepts_metrics() {
     let promtool = match unpacked("prometheus") {
         Ok(package) => package.join("usr/bin/promtool"),
-        Err(why) => return skip("promtool_finds_nothing_wrong_with_metrics", &why),
+        Err(why) => return skip("promtool_accepts_metrics", &why),
     };
     let (daemon, _card) = carrying("");
     let mut promtool = Command::new(promtool)
@@ -120,7 +120,7 @@ fn promtool_finds_nothing_wrong_with_metrics() {
 }
 
 #[test]
-fn rates_are_told_while_frames_move() {
+fn stats_print_rates_under_traffic() {
     let (daemon, mut card) = carrying("");
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {

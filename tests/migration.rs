@@ -98,7 +98,7 @@ fn loopback() -> (Daemon, Card) {
 }
 
 #[test]
-fn every_page_that_is_written_is_noted_while_the_frontend_wants_it_and_none_else() {
+fn dirty_log_marks_exactly_the_written_pages() {
     let (_daemon, mut card) = loopback();
     let log = Log::of(&card);
     card.check_echo(50);
@@ -118,7 +118,7 @@ fn every_page_that_is_written_is_noted_while_the_frontend_wants_it_and_none_else
 }
 
 #[test]
-fn a_new_log_replaces_the_old_one_which_is_not_written_any_more() {
+fn new_dirty_log_replaces_the_old_one() {
     let (_daemon, mut card) = loopback();
     let logs = [Log::of(&card), Log::of(&card)];
     assert!(card.frontend.set_log_base(logs[0].bytes as u64, 0, &logs[0].file));
@@ -140,8 +140,8 @@ fn a_new_log_replaces_the_old_one_which_is_not_written_any_more() {
 }
 
 #[test]
-fn frames_from_a_tap_and_from_a_veth_are_noted_too() {
-    needs_root!("frames_from_a_tap_and_from_a_veth_are_noted_too");
+fn dirty_log_marks_tap_and_veth_frames() {
+    needs_root!("dirty_log_marks_tap_and_veth_frames");
     for host in ["--tap=tap0", "--af-xdp=veth0"] {
         let wire = enter_namespace_for(host);
         let daemon = Daemon::start(&[host]);
@@ -166,8 +166,8 @@ fn frames_from_a_tap_and_from_a_veth_are_noted_too() {
 }
 
 #[test]
-fn a_card_that_has_arrived_is_announced_to_its_network() {
-    needs_root!("a_card_that_has_arrived_is_announced_to_its_network");
+fn migrated_guest_is_announced_to_its_network() {
+    needs_root!("migrated_guest_is_announced_to_its_network");
     let address = [0x52, 0x54, 0, 0, 2, 1];
     let mut payload = address.to_vec();
     payload.extend([0, 0]);

@@ -28,11 +28,11 @@ fn newest_qemu_and_its_guest_restart() {
 }
 
 #[test]
-fn newest_qemu_connects_again_to_a_killed_daemon() {
-    check("newest_qemu_connects_again_to_a_killed_daemon", qemu::check_kills);
+fn newest_qemu_reconnects_to_a_killed_daemon() {
+    check("newest_qemu_reconnects_to_a_killed_daemon", qemu::check_kills);
 }
 
 #[test]
-fn newest_qemu_moves_its_guest() {
-    check("newest_qemu_moves_its_guest", |qemu| live_migration::check_moves(2, qemu));
+fn newest_qemu_migrates_its_guest() {
+    check("newest_qemu_migrates_its_guest", |qemu| live_migration::check_moves(2, qemu));
 }

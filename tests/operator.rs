@@ -199,8 +199,8 @@ impl Walk {
 }
 
 #[test]
-fn an_operator_goes_by_the_pages() {
-    const TEST: &str = "an_operator_goes_by_the_pages";
+fn documented_commands_work_on_clean_debian() {
+    const TEST: &str = "documented_commands_work_on_clean_debian";
     needs_root!(TEST);
     needs_program!(TEST, "cargo-deb");
     needs_program!(TEST, "mmdebstrap");

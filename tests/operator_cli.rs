@@ -263,7 +263,7 @@ fn ctl_set_names_each_option_that_cannot_change() {
 }
 
 #[test]
-fn ctl_add_says_which_port_has_what_it_wants() {
+fn ctl_add_names_the_conflicting_port() {
     let (daemon, mut card) = operated("");
     let socket = |name: &str| format!("--socket-path={}", daemon.path(name).display());
     for (name, socket, said) in [
@@ -286,7 +286,7 @@ fn ctl_stats_prints_as_many_tables_as_asked() {
 }
 
 #[test]
-fn list_and_show_tell_the_policy_in_force() {
+fn list_and_show_print_the_policy_in_force() {
     let (daemon, _card) = operated(
         "mac = \"52:54:00:00:00:01\"\nanti-spoofing = true\nsource-ip = [\"192.0.2.5\"]\n\
          source-mac = [\"52:54:00:00:00:02\"]\nvlan = [7]",
@@ -335,7 +335,7 @@ fn list_and_show_tell_the_policy_in_force() {
 }
 
 #[test]
-fn log_of_a_reload_tells_who_changed_what() {
+fn reload_log_names_actor_and_changes() {
     let identity = "mac = \"52:54:00:00:00:01\"\nanti-spoofing = true\n";
     let (daemon, _card) = operated(&format!("{identity}source-ip = [\"192.0.2.5\"]"));
     let _two = Frontend::new(daemon.connect_to("two"));
@@ -384,8 +384,8 @@ fn chatter(daemon: &Daemon, connections: usize) {
 }
 
 #[test]
-fn log_on_a_full_disk_loses_whole_lines_and_counts_them() {
-    needs_program!("log_on_a_full_disk_loses_whole_lines_and_counts_them", "prlimit");
+fn log_on_a_full_disk_drops_and_counts_whole_lines() {
+    needs_program!("log_on_a_full_disk_drops_and_counts_whole_lines", "prlimit");
     // A file that may not grow, as on a full disk: the last write is cut.
     let options = ["--loopback", "--log-level=debug"];
     let mut daemon = Daemon::start_under(&["prlimit", "--fsize=2999:", "--"], &options);
@@ -416,7 +416,7 @@ fn log_on_a_full_disk_loses_whole_lines_and_counts_them() {
 }
 
 #[test]
-fn spoofed_frames_are_logged_with_counts_and_a_limit() {
+fn spoofed_frames_are_counted_in_rate_limited_log() {
     let (daemon, mut card) = operated("mac = \"52:54:00:00:00:01\"\nanti-spoofing = true");
     let lines = |log: &str| -> Vec<String> {
         let said = log.lines().filter(|line| line.contains("anti-spoofing dropped frames"));

@@ -79,7 +79,7 @@ proptest! {
     /// Whatever the rings hold, chains that we accept are the chains that virtio-queue sees, and
     /// what both write back is the same bytes.
     #[test]
-    fn our_ring_agrees_with_virtio_queue(
+    fn virtqueue_agrees_with_virtio_queue_crate(
         table in proptest::collection::vec(descriptor(), usize::from(SIZE)),
         rounds in proptest::collection::vec(proptest::collection::vec(0u16..SIZE, 1..6), 1..8),
         event_idx: bool,
@@ -279,7 +279,7 @@ mod reference {
 }
 
 #[test]
-fn the_stock_backend_and_ours_leave_the_same_bytes_in_the_rings() {
+fn rings_equal_those_of_vhost_user_backend_crate() {
     use crate::support::daemon::Daemon;
     use crate::support::driver::{Card, HEADER, Options};
     use crate::support::frontend::{Frontend, PROTOCOL_FEATURES, pair};

@@ -73,8 +73,8 @@ fn files(directory: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_package_holds_all_that_belongs_to_it() {
-    needs_program!("the_package_holds_all_that_belongs_to_it", "cargo-deb");
+fn package_contains_all_its_files() {
+    needs_program!("package_contains_all_its_files", "cargo-deb");
     let Package { file, files: root } = package();
     let files = files(root);
     for name in [
@@ -116,8 +116,8 @@ fn the_package_holds_all_that_belongs_to_it() {
 }
 
 #[test]
-fn the_package_installs_on_a_clean_debian_and_goes_without_a_trace() {
-    const TEST: &str = "the_package_installs_on_a_clean_debian_and_goes_without_a_trace";
+fn package_installs_and_purges_on_clean_debian() {
+    const TEST: &str = "package_installs_and_purges_on_clean_debian";
     needs_root!(TEST);
     needs_program!(TEST, "cargo-deb");
     needs_program!(TEST, "mmdebstrap");
@@ -151,8 +151,8 @@ fn exposure(debian: &Debian, unit: &str) -> f64 {
 }
 
 #[test]
-fn units_are_in_order_and_little_exposed() {
-    const TEST: &str = "units_are_in_order_and_little_exposed";
+fn units_verify_with_low_exposure() {
+    const TEST: &str = "units_verify_with_low_exposure";
     needs_root!(TEST);
     needs_program!(TEST, "cargo-deb");
     needs_program!(TEST, "mmdebstrap");
@@ -387,7 +387,7 @@ fn metrics_named(text: &str) -> BTreeSet<&str> {
 }
 
 #[test]
-fn dashboard_and_alerts_name_metrics_that_there_are() {
+fn dashboard_and_alerts_name_existing_metrics() {
     let daemon = Daemon::with_config(
         &("control = \"{}/control\"\n".to_owned() + &port("one", "loopback = true")),
         "one",
@@ -415,8 +415,8 @@ fn dashboard_and_alerts_name_metrics_that_there_are() {
 }
 
 #[test]
-fn promtool_takes_the_rules_and_they_fire() {
-    const TEST: &str = "promtool_takes_the_rules_and_they_fire";
+fn promtool_accepts_alert_rules_and_they_fire() {
+    const TEST: &str = "promtool_accepts_alert_rules_and_they_fire";
     let promtool = fetched!(TEST, unpacked("prometheus")).join("usr/bin/promtool");
     let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let path = |name: &str| directory.as_path().join(name);
@@ -444,7 +444,7 @@ fn promtool_takes_the_rules_and_they_fire() {
 }
 
 #[test]
-fn qemus_description_of_the_program_is_true() {
+fn qemu_backend_description_is_correct() {
     let text = fs::read_to_string(source("dist/50-vhost-user-net.json")).unwrap();
     let description: Value = serde_json::from_str(&text).unwrap();
     // VhostUserBackend of QEMU's docs/interop/vhost-user.json: these three, and tags if there are any.
@@ -460,7 +460,7 @@ fn qemus_description_of_the_program_is_true() {
 }
 
 #[test]
-fn example_files_have_nothing_wrong() {
+fn example_files_pass_check_config() {
     for file in ["dist/vhost-user-net.toml", "dist/example.toml"] {
         let text = fs::read_to_string(source(file)).unwrap();
         let check = |text: &str| {
@@ -479,8 +479,8 @@ fn example_files_have_nothing_wrong() {
 }
 
 #[test]
-fn the_example_domain_is_one_of_libvirts() {
-    const TEST: &str = "the_example_domain_is_one_of_libvirts";
+fn example_domain_matches_libvirt_schema() {
+    const TEST: &str = "example_domain_matches_libvirt_schema";
     needs_program!(TEST, "xmllint");
     let files = fetched!(TEST, unpacked("libvirt0"));
     let schema = files.join("usr/share/libvirt/schemas/domain.rng");
@@ -490,7 +490,7 @@ fn the_example_domain_is_one_of_libvirts() {
 }
 
 #[test]
-fn hooks_start_and_stop_the_unit_of_a_machine_that_has_one() {
+fn hooks_start_and_stop_units_of_configured_machines() {
     let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     let path = |name: &str| directory.as_path().join(name);
     fs::write(path("systemctl"), "#!/bin/sh\necho \"$@\"\n").unwrap();
@@ -518,8 +518,8 @@ fn hooks_start_and_stop_the_unit_of_a_machine_that_has_one() {
 }
 
 #[test]
-fn the_example_command_has_qemu_connect() {
-    needs_program!("the_example_command_has_qemu_connect", "qemu-system-x86_64");
+fn example_command_makes_qemu_connect() {
+    needs_program!("example_command_makes_qemu_connect", "qemu-system-x86_64");
     let daemon = Daemon::start(&["--loopback"]);
     let mut qemu = Command::new(source("dist/examples/qemu"))
         .args(["vm1", "-display", "none", "-nodefaults", "-S"])
@@ -540,8 +540,8 @@ fn the_example_command_has_qemu_connect() {
 }
 
 #[test]
-fn scripts_are_what_shellcheck_takes() {
-    needs_program!("scripts_are_what_shellcheck_takes", "shellcheck");
+fn scripts_pass_shellcheck() {
+    needs_program!("scripts_pass_shellcheck", "shellcheck");
     let mut check = Command::new("shellcheck");
     let names = ["make-deb", "vhost-user-net.postinst"].map(|name| format!("dist/{name}"));
     let examples = ["qemu", "cloud-hypervisor", "libvirt-hook", "proxmox-hook"]

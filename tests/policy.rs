@@ -70,8 +70,8 @@ fn send_all(card: &mut Card, header: &[u8], frame: &[u8]) -> (u64, Duration) {
 }
 
 #[test]
-fn a_guest_sends_no_more_than_it_may() {
-    needs_root!("a_guest_sends_no_more_than_it_may");
+fn tx_limit_is_enforced() {
+    needs_root!("tx_limit_is_enforced");
     let (plain, udp) = (vec![0; HEADER], datagram(1400).1);
     let (gso, tcp) = tcp_frame(60_000, 1448);
     let segments = 60_000_u64.div_ceil(1448);
@@ -133,8 +133,8 @@ fn receive_all(
 }
 
 #[test]
-fn a_guest_is_given_no_more_than_it_may() {
-    needs_root!("a_guest_is_given_no_more_than_it_may");
+fn rx_limit_is_enforced() {
+    needs_root!("rx_limit_is_enforced");
     let frame = frame(7, 1000);
     for option in PORTS {
         for (limit, per_second, burst, each) in
@@ -155,8 +155,8 @@ fn a_guest_is_given_no_more_than_it_may() {
 
 /// The kernel writes what is to be segmented into the guest's memory, and it is read back from there.
 #[test]
-fn segments_count_whatever_a_guest_writes_over_their_header() {
-    needs_root!("segments_count_whatever_a_guest_writes_over_their_header");
+fn rx_limit_counts_segments_despite_rewritten_header() {
+    needs_root!("rx_limit_counts_segments_despite_rewritten_header");
     let wire = enter_namespace_for("--tap=tap0");
     wire.has_header();
     let (header, frame) = tcp_frame(60_000, 1448);
@@ -190,8 +190,8 @@ fn segments_count_whatever_a_guest_writes_over_their_header() {
 }
 
 #[test]
-fn a_limit_holds_nothing_up_that_is_below_it() {
-    needs_root!("a_limit_holds_nothing_up_that_is_below_it");
+fn traffic_below_the_limit_is_not_delayed() {
+    needs_root!("traffic_below_the_limit_is_not_delayed");
     let option = "--tap=tap0";
     let wire = enter_namespace_for(option);
     let limits = ["--tx-limit=1gbit,100kpps", "--rx-limit=1gbit,100kpps"];
@@ -201,7 +201,7 @@ fn a_limit_holds_nothing_up_that_is_below_it() {
 }
 
 #[test]
-fn all_queue_pairs_share_one_limit() {
+fn queue_pairs_share_one_limit() {
     let options = ["--loopback", "--queue-pairs=2", "--tx-limit=2kpps,packet-burst=10"];
     let daemon = Daemon::start(&options);
     let options = Options { pairs: 2, ..Options::default() };

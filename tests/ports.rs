@@ -19,7 +19,7 @@ fn card(daemon: &Daemon, port: &str) -> Card {
 }
 
 #[test]
-fn several_ports_are_served_at_once_and_each_ends_for_itself() {
+fn ports_are_served_and_end_independently() {
     let mut daemon = two_ports();
     let mut one = card(&daemon, "one");
     let mut two = card(&daemon, "two");
@@ -42,7 +42,7 @@ fn several_ports_are_served_at_once_and_each_ends_for_itself() {
 }
 
 #[test]
-fn a_port_more_costs_little_memory() {
+fn additional_port_costs_little_memory() {
     let ports = |count: usize| {
         let port = |number| port(&format!("p{number}"), "loopback = true");
         let contents: String = (0..count).map(port).collect();
@@ -55,7 +55,7 @@ fn a_port_more_costs_little_memory() {
 }
 
 #[test]
-fn what_is_wrong_with_a_file_is_said_with_its_place() {
+fn config_errors_name_file_line_and_column() {
     let daemon = two_ports();
     let file = daemon.path("wrong");
     let cases = [
@@ -78,7 +78,7 @@ fn what_is_wrong_with_a_file_is_said_with_its_place() {
 }
 
 #[test]
-fn two_ports_of_one_name_are_an_error() {
+fn duplicate_port_name_is_refused() {
     let daemon = two_ports();
     let file = daemon.path("same");
     let directory = daemon.directory().display();

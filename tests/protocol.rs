@@ -101,7 +101,7 @@ fn unannounced(frontend: Frontend, options: Options) -> Card {
 }
 
 #[test]
-fn qemu_is_served_from_start_over_reset_mq_hotplug_stop_and_reconnect() {
+fn qemu_message_sequences_are_served() {
     let (daemon, mut frontend) = connected();
     let calls: Vec<EventFd> = (0..4).map(|_| EventFd::new(EFD_NONBLOCK).unwrap()).collect();
     let offered = qemu_realize(&mut frontend, &calls);
@@ -223,7 +223,7 @@ fn cloud_hypervisor_start(frontend: Frontend, pairs: u32, reconnect: Option<Card
 }
 
 #[test]
-fn cloud_hypervisor_is_served_from_start_over_reset_pause_hotplug_and_reconnect() {
+fn cloud_hypervisor_message_sequences_are_served() {
     let (mut daemon, mut frontend) = connected();
     // At boot it reads exactly 17 bytes of configuration space.
     frontend.begin();
@@ -278,7 +278,7 @@ fn cloud_hypervisor_is_served_from_start_over_reset_pause_hotplug_and_reconnect(
 }
 
 #[test]
-fn the_crate_s_own_frontend_is_served() {
+fn vhost_crate_frontend_is_served() {
     use vhost::VhostBackend;
     use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
     use vhost::vhost_user::{Frontend as StockFrontend, VhostUserFrontend};
@@ -334,7 +334,7 @@ fn the_crate_s_own_frontend_is_served() {
 }
 
 #[test]
-fn what_is_refused_does_not_cost_the_connection() {
+fn refused_request_keeps_the_connection() {
     let (_daemon, mut frontend) = connected();
     let offered = frontend.begin();
     for mtu in [0u64, 67, 65536] {
@@ -346,7 +346,7 @@ fn what_is_refused_does_not_cost_the_connection() {
 }
 
 #[test]
-fn acknowledgements_need_the_protocol_feature() {
+fn acknowledgements_require_reply_ack() {
     let (_daemon, mut frontend) = connected();
     // Not negotiated yet: the flag is ignored, and the next reply belongs to the next request.
     frontend.send_with(FrontendReq::SET_OWNER, NEED_REPLY, &[], &[]);
@@ -354,7 +354,7 @@ fn acknowledgements_need_the_protocol_feature() {
 }
 
 #[test]
-fn hundred_reconnects_leave_nothing_behind() {
+fn hundred_reconnects_leak_nothing() {
     let daemon = Daemon::start(OPTIONS);
     let round = || {
         let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
@@ -387,7 +387,7 @@ fn in_flight(buffer: &File, ring: u64) -> Vec<u16> {
 }
 
 #[test]
-fn an_inflight_buffer_tells_which_chains_are_taken() {
+fn inflight_buffer_marks_chains_in_flight() {
     let mut daemon = Daemon::start(&["--loopback"]);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
     let (length, buffer) = card.frontend.get_inflight_fd(2, 256).unwrap();

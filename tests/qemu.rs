@@ -30,8 +30,8 @@ fn counters() -> [u64; 4] {
 }
 
 #[test]
-fn tcp_travels_in_large_segments_both_ways() {
-    needs_guest!("tcp_travels_in_large_segments_both_ways");
+fn tcp_uses_large_segments_both_ways() {
+    needs_guest!("tcp_uses_large_segments_both_ways");
     let _alone = one_at_a_time();
     let daemon = daemon(&[]);
     let mut vm = Vm::start(&daemon.socket(), &[]);
@@ -49,8 +49,8 @@ fn tcp_travels_in_large_segments_both_ways() {
 }
 
 #[test]
-fn both_queue_pairs_carry_traffic_and_their_number_changes_under_it() {
-    needs_guest!("both_queue_pairs_carry_traffic_and_their_number_changes_under_it");
+fn queue_pair_count_changes_under_traffic() {
+    needs_guest!("queue_pair_count_changes_under_traffic");
     let _alone = one_at_a_time();
     let daemon = daemon(&["--queue-pairs=2"]);
     let mut vm = Vm::start(&daemon.socket(), &[("QUEUES", "2"), ("RING", "1024")]);
@@ -114,8 +114,8 @@ fn moved_and_copied(daemon: &Daemon, direction: &str) -> (u64, u64) {
 }
 
 #[test]
-fn a_guest_on_af_xdp_gets_and_sends_frames_that_nobody_copies() {
-    needs_guest!("a_guest_on_af_xdp_gets_and_sends_frames_that_nobody_copies");
+fn af_xdp_guest_frames_are_not_copied() {
+    needs_guest!("af_xdp_guest_frames_are_not_copied");
     let _alone = one_at_a_time();
     enter_namespace_with_veth(1);
     ip(&format!("address add {HOST_ADDRESS}/24 dev veth1"));
@@ -240,7 +240,7 @@ pub(crate) fn check_kills(environment: &[(&str, &str)]) {
 }
 
 #[test]
-fn a_guest_s_connection_outlives_the_daemon() {
-    needs_guest!("a_guest_s_connection_outlives_the_daemon");
+fn guest_tcp_connection_survives_daemon_kill() {
+    needs_guest!("guest_tcp_connection_survives_daemon_kill");
     check_kills(&[]);
 }

@@ -15,7 +15,7 @@ const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference.md");
 const ANEW: &str = "UPDATE_DOCS=1 cargo test --test integration -- reference::";
 
 #[test]
-fn the_reference_is_what_the_program_says() {
+fn reference_matches_the_program() {
     let text = reference();
     if std::env::var_os("UPDATE_DOCS").is_some() {
         fs::write(PATH, text).unwrap();

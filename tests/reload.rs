@@ -47,7 +47,7 @@ fn reload(daemon: &Daemon, times: usize) {
 }
 
 #[test]
-fn sixty_four_ports_live_in_one_daemon_and_others_come_and_go_under_their_traffic() {
+fn sixty_four_ports_run_while_others_come_and_go() {
     let _busy = one_at_a_time();
     let names: Vec<String> = (0..64).map(|number| format!("p{number}")).collect();
     let ports: String = names.iter().map(|name| loopback(name)).collect();
@@ -95,7 +95,7 @@ fn sixty_four_ports_live_in_one_daemon_and_others_come_and_go_under_their_traffi
 }
 
 #[test]
-fn reload_takes_no_descriptor_of_the_opener_s_own() {
+fn reload_cannot_use_the_helper_s_own_descriptors() {
     let file = CONTROL.to_owned() + &loopback("stays");
     let daemon = Daemon::with_config(&file, "stays");
     let mut stays = card(&daemon, "stays");
@@ -114,7 +114,7 @@ fn reload_takes_no_descriptor_of_the_opener_s_own() {
 }
 
 #[test]
-fn the_opener_has_nothing_that_the_daemon_was_started_with() {
+fn helper_inherits_no_unnamed_descriptor() {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
     // Whoever starts the daemon may leave something open that no port names.
     let (left, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -130,7 +130,7 @@ fn the_opener_has_nothing_that_the_daemon_was_started_with() {
 }
 
 #[test]
-fn reading_the_file_again_touches_only_what_has_changed() {
+fn reload_touches_only_changed_ports() {
     let file = CONTROL.to_owned() + &loopback("stays") + &loopback("goes") + &loopback("slows");
     let daemon = Daemon::with_config(&file, "slows");
     let (mut stays, mut goes) = (card(&daemon, "stays"), card(&daemon, "goes"));
@@ -186,7 +186,7 @@ const DEFAULTS: [&str; 16] = [
 ];
 
 #[test]
-fn defaults_that_are_written_out_change_nothing() {
+fn explicit_defaults_change_nothing() {
     let daemon = operated(&loopback("one"), "one");
     let mut card = card(&daemon, "one");
     card.check_echo(20);
@@ -214,7 +214,7 @@ fn defaults_that_are_written_out_change_nothing() {
 }
 
 #[test]
-fn a_file_that_is_wrong_changes_nothing() {
+fn invalid_file_changes_nothing() {
     let daemon = operated(&loopback("one"), "one");
     let mut one = card(&daemon, "one");
     daemon.write_config("[[port]]\nsocket-path = \"x\"\ntup = \"y\"\n");
@@ -242,8 +242,8 @@ fn a_file_that_is_wrong_changes_nothing() {
 }
 
 #[test]
-fn a_tap_port_is_added_to_a_daemon_that_can_open_nothing() {
-    needs_root!("a_tap_port_is_added_to_a_daemon_that_can_open_nothing");
+fn sandboxed_daemon_adds_a_tap_port() {
+    needs_root!("sandboxed_daemon_adds_a_tap_port");
     enter_namespace_with_tap(true);
     let daemon = operated("", "control");
     assert!(daemon.ask(&["list"]).lines().count() == 1);
@@ -279,8 +279,8 @@ fn a_tap_port_is_added_to_a_daemon_that_can_open_nothing() {
 }
 
 #[test]
-fn an_af_xdp_port_is_added_to_a_daemon_that_has_one() {
-    needs_root!("an_af_xdp_port_is_added_to_a_daemon_that_has_one");
+fn af_xdp_port_is_added_beside_another() {
+    needs_root!("af_xdp_port_is_added_beside_another");
     enter_namespace_with_veth(2);
     // What is sent comes to the first queue; by its hash, which differs from boot to boot, it may not.
     output("ethtool", "-L veth1 tx 1");
@@ -297,8 +297,8 @@ fn an_af_xdp_port_is_added_to_a_daemon_that_has_one() {
 }
 
 #[test]
-fn a_link_that_is_down_moves_nothing_until_it_is_up() {
-    needs_root!("a_link_that_is_down_moves_nothing_until_it_is_up");
+fn link_down_stops_traffic_until_link_up() {
+    needs_root!("link_down_stops_traffic_until_link_up");
     enter_namespace_with_tap(false);
     let daemon = operated(&port("one", "tap = \"tap0\""), "one");
     let wire = Wire::open("tap0");
@@ -319,7 +319,7 @@ fn a_link_that_is_down_moves_nothing_until_it_is_up() {
 }
 
 #[test]
-fn rules_change_under_traffic() {
+fn anti_spoofing_changes_under_traffic() {
     let daemon = operated(&port("one", "loopback = true\nmac = \"52:54:00:00:00:01\""), "one");
     let mut card = card(&daemon, "one");
     // Its frames come from an address that is not the card's.
@@ -339,8 +339,8 @@ fn rules_change_under_traffic() {
 }
 
 #[test]
-fn a_set_that_is_refused_changes_nothing() {
-    needs_root!("a_set_that_is_refused_changes_nothing");
+fn refused_set_changes_nothing() {
+    needs_root!("refused_set_changes_nothing");
     enter_namespace_with_tap(false);
     let daemon = operated(&port("one", "tap = \"tap0\"\nmac = \"52:54:00:00:00:01\""), "one");
     let before = daemon.show("one");
@@ -368,8 +368,8 @@ fn a_set_that_is_refused_changes_nothing() {
 }
 
 #[test]
-fn a_daemon_that_became_another_user_gets_ports_too() {
-    needs_root!("a_daemon_that_became_another_user_gets_ports_too");
+fn daemon_with_other_user_adds_ports() {
+    needs_root!("daemon_with_other_user_adds_ports");
     enter_namespace_with_tap(false);
     let file = "user = \"nobody\"\n".to_owned() + CONTROL + &loopback("one");
     let daemon = Daemon::with_config(&file, "one");
@@ -379,7 +379,7 @@ fn a_daemon_that_became_another_user_gets_ports_too() {
 }
 
 #[test]
-fn the_process_that_opens_ends_with_its_daemon() {
+fn helper_process_ends_with_its_daemon() {
     let mut daemon = operated(&loopback("one"), "one");
     let children = format!("/proc/{0}/task/{0}/children", daemon.process());
     let children = std::fs::read_to_string(children).unwrap();
@@ -392,8 +392,8 @@ fn the_process_that_opens_ends_with_its_daemon() {
 }
 
 #[test]
-fn a_tap_that_has_gone_is_opened_again_when_it_is_there_again() {
-    needs_root!("a_tap_that_has_gone_is_opened_again_when_it_is_there_again");
+fn deleted_tap_is_reopened_when_recreated() {
+    needs_root!("deleted_tap_is_reopened_when_recreated");
     enter_namespace_with_tap(false);
     let file = CONTROL.to_owned() + &port("one", "tap = \"tap0\"") + &loopback("two");
     let daemon = Daemon::with_config(&file, "two");
@@ -418,8 +418,8 @@ fn a_tap_that_has_gone_is_opened_again_when_it_is_there_again() {
 }
 
 #[test]
-fn a_tap_may_go_down_and_up_get_another_name_and_move_elsewhere() {
-    needs_root!("a_tap_may_go_down_and_up_get_another_name_and_move_elsewhere");
+fn tap_survives_down_up_rename_and_namespace_move() {
+    needs_root!("tap_survives_down_up_rename_and_namespace_move");
     enter_namespace_with_tap(false);
     let daemon = Daemon::start(&["--tap=tap0"]);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
@@ -450,8 +450,8 @@ fn a_tap_may_go_down_and_up_get_another_name_and_move_elsewhere() {
 }
 
 #[test]
-fn a_replaced_port_has_what_its_options_say() {
-    needs_root!("a_replaced_port_has_what_its_options_say");
+fn replaced_port_uses_its_new_options() {
+    needs_root!("replaced_port_uses_its_new_options");
     enter_namespace_with_tap(true);
     ip("tuntap add dev tap1 mode tap vnet_hdr");
     ip("link set tap1 up");

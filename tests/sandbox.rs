@@ -105,8 +105,8 @@ fn serving(options: &[&str]) -> (Daemon, Card) {
 }
 
 #[test]
-fn a_forbidden_call_in_any_thread_is_the_end_of_the_process() {
-    needs_root!("a_forbidden_call_in_any_thread_is_the_end_of_the_process");
+fn forbidden_call_in_any_thread_kills_the_process() {
+    needs_root!("forbidden_call_in_any_thread_kills_the_process");
     enter_namespace_with_veth(1);
     let calls = [
         ("execve", EXECVE, [TEXT, 0, 0, 0]),
@@ -132,8 +132,8 @@ fn a_forbidden_call_in_any_thread_is_the_end_of_the_process() {
 }
 
 #[test]
-fn addresses_and_files_of_others_are_out_of_reach() {
-    needs_root!("addresses_and_files_of_others_are_out_of_reach");
+fn foreign_addresses_and_files_are_unreachable() {
+    needs_root!("foreign_addresses_and_files_are_unreachable");
     enter_namespace_with_veth(1);
     // The fifth argument of each is an address.
     let sendto = ("sendto", SENDTO, [u64::MAX, TEXT, 16, 0]);
@@ -157,8 +157,8 @@ fn addresses_and_files_of_others_are_out_of_reach() {
 }
 
 #[test]
-fn a_daemon_that_ports_can_be_added_to_is_confined_too() {
-    needs_root!("a_daemon_that_ports_can_be_added_to_is_confined_too");
+fn daemon_that_can_add_ports_is_sandboxed() {
+    needs_root!("daemon_that_can_add_ports_is_sandboxed");
     let calls = [
         ("execve", EXECVE, [TEXT, 0, 0, 0]),
         ("openat", OPENAT, [u64::MAX - 99, TEXT, 0, 0]),
@@ -184,13 +184,13 @@ fn a_daemon_that_ports_can_be_added_to_is_confined_too() {
 }
 
 #[test]
-fn files_stay_closed_without_the_filter_too() {
-    needs_root!("files_stay_closed_without_the_filter_too");
+fn files_are_unreachable_without_seccomp() {
+    needs_root!("files_are_unreachable_without_seccomp");
     for thread in ["vhost-user-net", "log", "loopback", "loopback/0"] {
         let (daemon, _card) = serving(&["--loopback", "--seccomp=none"]);
         assert!(daemon.log().contains("system calls are not filtered"), "{}", daemon.log());
         if daemon.log().contains("the kernel has no landlock") {
-            skip("files_stay_closed_without_the_filter_too", "the kernel has no landlock");
+            skip("files_are_unreachable_without_seccomp", "the kernel has no landlock");
             return;
         }
         let (_, id) = threads(&daemon).into_iter().find(|(name, _)| name == thread).unwrap();
@@ -201,8 +201,8 @@ fn files_stay_closed_without_the_filter_too() {
 }
 
 #[test]
-fn every_thread_is_without_capabilities_and_says_so() {
-    needs_root!("every_thread_is_without_capabilities_and_says_so");
+fn threads_have_and_report_no_capabilities() {
+    needs_root!("threads_have_and_report_no_capabilities");
     enter_namespace_with_veth(1);
     let some = "CAP_BPF CAP_IPC_LOCK CAP_NET_ADMIN CAP_NET_RAW";
     for (host, kept, said) in [("--loopback", 0, "none"), ("--af-xdp=veth0", FOR_SOCKETS, some)] {
@@ -226,8 +226,8 @@ fn every_thread_is_without_capabilities_and_says_so() {
 }
 
 #[test]
-fn another_user_serves_all_the_same() {
-    needs_root!("another_user_serves_all_the_same");
+fn daemon_serves_as_another_user() {
+    needs_root!("daemon_serves_as_another_user");
     let options = ["--user=nobody", "--group=nogroup"];
     let check = |daemon: &Daemon, wire: &str, kept: u64| {
         // Over several connections: all that they need is there.
@@ -261,7 +261,7 @@ fn another_user_serves_all_the_same() {
 }
 
 #[test]
-fn users_that_there_are_not_are_named() {
+fn unknown_users_are_named() {
     for (option, said) in [
         ("--user=nobody-at-all", "there is no user nobody-at-all"),
         ("--group=nobody-at-all", "there is no group nobody-at-all"),

@@ -110,22 +110,22 @@ fn check_kills(server: &str, options: &[&str]) {
 }
 
 #[test]
-fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to() {
-    needs_guest!("a_guest_outlives_a_hundred_deaths_of_a_daemon_that_qemu_connects_to");
+fn guest_survives_hundred_kills_when_qemu_reconnects() {
+    needs_guest!("guest_survives_hundred_kills_when_qemu_reconnects");
     // QEMU tries once a second.
     check_kills("0", &["--tap=tap0"]);
 }
 
 #[test]
-fn a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu() {
-    needs_guest!("a_guest_outlives_a_hundred_deaths_of_a_daemon_that_connects_to_qemu");
+fn guest_survives_hundred_kills_when_daemon_reconnects() {
+    needs_guest!("guest_survives_hundred_kills_when_daemon_reconnects");
     let _alone = one_at_a_time();
     check_kills("1", &["--tap=tap0", "--connect={}"]);
 }
 
 #[test]
-fn memory_is_plugged_in_and_out_under_traffic() {
-    needs_guest!("memory_is_plugged_in_and_out_under_traffic");
+fn memory_hotplug_works_under_traffic() {
+    needs_guest!("memory_hotplug_works_under_traffic");
     let _alone = one_at_a_time();
     enter_new_namespace();
     let daemon = Daemon::start(&["--tap=tap0", "--log-level=debug"]);

@@ -47,8 +47,8 @@ fn gaps(daemon: &Daemon) -> Vec<Duration> {
 }
 
 #[test]
-fn fifty_upgrades_under_traffic_cost_no_frame_and_no_connection() {
-    needs_root!("fifty_upgrades_under_traffic_cost_no_frame_and_no_connection");
+fn fifty_takeovers_lose_no_frame_and_no_connection() {
+    needs_root!("fifty_takeovers_lose_no_frame_and_no_connection");
     let _alone = one_at_a_time();
     enter_namespace_with_tap(true);
     let ports = port("one", "loopback = true\nqueue-pairs = 2")
@@ -129,7 +129,7 @@ fn fifty_upgrades_under_traffic_cost_no_frame_and_no_connection() {
 }
 
 #[test]
-fn all_that_a_frontend_has_told_is_known_to_the_next() {
+fn takeover_preserves_frontend_state() {
     let mut daemon =
         Daemon::with_config(&(CONTROL.to_owned() + &port("one", "loopback = true")), "one");
     let options = Options { features: Options::default().features, ..Options::default() };
@@ -171,8 +171,8 @@ fn all_that_a_frontend_has_told_is_known_to_the_next() {
 }
 
 #[test]
-fn a_successor_that_fails_or_dies_leaves_all_to_its_predecessor() {
-    needs_root!("a_successor_that_fails_or_dies_leaves_all_to_its_predecessor");
+fn failed_takeover_leaves_ports_to_old_daemon() {
+    needs_root!("failed_takeover_leaves_ports_to_old_daemon");
     enter_namespace_with_veth(1);
     let ports = port("one", "loopback = true");
     let mut daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "one");
@@ -338,7 +338,7 @@ fn takeover_refuses_an_incomplete_replay() {
 }
 
 #[test]
-fn late_successor_does_not_end_anothers_takeover() {
+fn late_daemon_does_not_end_another_takeover() {
     let mut daemon =
         Daemon::with_config(&(CONTROL.to_owned() + &port("one", "loopback = true")), "one");
     let mut card = card(&daemon, "one", Options::default());
@@ -363,7 +363,7 @@ fn late_successor_does_not_end_anothers_takeover() {
 }
 
 #[test]
-fn takeover_with_other_metrics_address_makes_its_socket() {
+fn takeover_opens_a_changed_metrics_address() {
     let contents = |metrics: &str| {
         let settings = format!("control = \"{{}}/control\"\nmetrics = \"{{}}/{metrics}\"\n");
         settings + &port("one", "loopback = true")

@@ -32,8 +32,8 @@ fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
 }
 
 #[test]
-fn frames_go_both_ways_unchanged_and_in_order() {
-    needs_root!("frames_go_both_ways_unchanged_and_in_order");
+fn frames_pass_unchanged_in_order() {
+    needs_root!("frames_pass_unchanged_in_order");
     for features in
         [Options::default().features, Options::default().features | OFFLOADS, VERSION_1 | PROTOCOL]
     {
@@ -46,8 +46,8 @@ fn frames_go_both_ways_unchanged_and_in_order() {
 }
 
 #[test]
-fn bursts_are_written_by_io_uring_or_frame_by_frame() {
-    needs_root!("bursts_are_written_by_io_uring_or_frame_by_frame");
+fn bursts_are_sent_by_io_uring_or_writev() {
+    needs_root!("bursts_are_sent_by_io_uring_or_writev");
     let _uring = URING_IS_ON.read().unwrap();
     for method in ["io-uring", "writev"] {
         let option = format!("--tx-method={method}");
@@ -81,8 +81,8 @@ impl Drop for NoUring {
 }
 
 #[test]
-fn where_io_uring_is_not_permitted_frames_are_written_one_by_one() {
-    needs_root!("where_io_uring_is_not_permitted_frames_are_written_one_by_one");
+fn writev_is_used_where_io_uring_is_forbidden() {
+    needs_root!("writev_is_used_where_io_uring_is_forbidden");
     let _uring = URING_IS_ON.write().unwrap();
     let without = NoUring::new();
     let (daemon, wire, mut card) = start(&[], Options::default());
@@ -92,16 +92,16 @@ fn where_io_uring_is_not_permitted_frames_are_written_one_by_one() {
 }
 
 #[test]
-fn busy_polling_moves_the_same_frames() {
-    needs_root!("busy_polling_moves_the_same_frames");
+fn busy_polling_passes_all_frames() {
+    needs_root!("busy_polling_passes_all_frames");
     let (_daemon, wire, mut card) =
         start(&["--busy-poll=200", "--cpu-affinity=0"], Options::default());
     check_both_ways(&wire, &mut card, 1000);
 }
 
 #[test]
-fn an_answer_that_comes_soon_needs_no_kick() {
-    needs_root!("an_answer_that_comes_soon_needs_no_kick");
+fn adaptive_polling_saves_kicks() {
+    needs_root!("adaptive_polling_saves_kicks");
     let features = Options::default().features;
     for (more, features, looks) in [
         ("", features, true),
@@ -149,8 +149,8 @@ fn an_answer_that_comes_soon_needs_no_kick() {
 }
 
 #[test]
-fn the_device_is_set_to_what_the_guest_accepts() {
-    needs_root!("the_device_is_set_to_what_the_guest_accepts");
+fn tap_offloads_follow_negotiated_features() {
+    needs_root!("tap_offloads_follow_negotiated_features");
     let base = Options::default().features;
     let (daemon, wire, mut card) =
         start(&[], Options { features: base | OFFLOADS, ..Options::default() });
@@ -174,8 +174,8 @@ fn the_device_is_set_to_what_the_guest_accepts() {
 }
 
 #[test]
-fn an_old_driver_s_header_of_ten_bytes_is_understood() {
-    needs_root!("an_old_driver_s_header_of_ten_bytes_is_understood");
+fn ten_byte_legacy_header_is_accepted() {
+    needs_root!("ten_byte_legacy_header_is_accepted");
     let (_daemon, wire, mut card) =
         start(&[], Options { features: PROTOCOL, ..Options::default() });
     card.send_with(0, &[0; 10], &frame(1, 100));
@@ -186,8 +186,8 @@ fn an_old_driver_s_header_of_ten_bytes_is_understood() {
 }
 
 #[test]
-fn the_device_s_mtu_may_change_under_way() {
-    needs_root!("the_device_s_mtu_may_change_under_way");
+fn tap_mtu_change_is_followed() {
+    needs_root!("tap_mtu_change_is_followed");
     let (_daemon, wire, mut card) = start(&[], Options::default());
     card.send(0, &frame(1, 2000));
     assert_eq!(wire.receive(50), None, "longer than the MTU");
@@ -205,8 +205,8 @@ fn the_device_s_mtu_may_change_under_way() {
 }
 
 #[test]
-fn a_session_may_begin_when_the_device_is_gone() {
-    needs_root!("a_session_may_begin_when_the_device_is_gone");
+fn session_starts_after_its_device_is_deleted() {
+    needs_root!("session_starts_after_its_device_is_deleted");
     enter_namespace_with_tap(false);
     let mut daemon = Daemon::start(&["--tap=tap0"]);
     ip("link delete tap0");
@@ -217,8 +217,8 @@ fn a_session_may_begin_when_the_device_is_gone() {
 }
 
 #[test]
-fn guest_tso_off_is_not_offered() {
-    needs_root!("guest_tso_off_is_not_offered");
+fn guest_tso_off_withholds_the_feature() {
+    needs_root!("guest_tso_off_withholds_the_feature");
     enter_new_namespace();
     let daemon = Daemon::start(&["--tap=tap0", "--guest-tso=off"]);
     let offered = Frontend::new(daemon.connect()).begin();
@@ -227,8 +227,8 @@ fn guest_tso_off_is_not_offered() {
 }
 
 #[test]
-fn a_frame_is_spread_over_small_buffers() {
-    needs_root!("a_frame_is_spread_over_small_buffers");
+fn frame_is_spread_over_small_buffers() {
+    needs_root!("frame_is_spread_over_small_buffers");
     let (_daemon, wire, mut card) = start(&[], Options { buffer: 100, ..Options::default() });
     wire.send(&frame(1, 1000));
     let received = card.receive(0);
@@ -238,8 +238,8 @@ fn a_frame_is_spread_over_small_buffers() {
 }
 
 #[test]
-fn a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives() {
-    needs_root!("a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives");
+fn frame_that_fits_no_buffer_is_dropped_alone() {
+    needs_root!("frame_that_fits_no_buffer_is_dropped_alone");
     let options = Options { features: VERSION_1 | PROTOCOL, buffer: 200, ..Options::default() };
     let (daemon, wire, mut card) = start(&[], options);
     wire.send(&frame(1, 1000));
@@ -251,8 +251,8 @@ fn a_frame_that_fits_no_buffer_is_dropped_and_the_next_arrives() {
 }
 
 #[test]
-fn a_buffer_too_small_for_any_header_does_not_stall_the_queue() {
-    needs_root!("a_buffer_too_small_for_any_header_does_not_stall_the_queue");
+fn buffer_smaller_than_a_header_does_not_stall_the_queue() {
+    needs_root!("buffer_smaller_than_a_header_does_not_stall_the_queue");
     for buffer in [1, 11, 12, 13] {
         let options =
             Options { features: VERSION_1 | PROTOCOL, buffer, size: 8, ..Options::default() };
@@ -266,8 +266,8 @@ fn a_buffer_too_small_for_any_header_does_not_stall_the_queue() {
 }
 
 #[test]
-fn a_guest_with_few_buffers_gets_its_small_frames() {
-    needs_root!("a_guest_with_few_buffers_gets_its_small_frames");
+fn guest_with_few_buffers_receives_small_frames() {
+    needs_root!("guest_with_few_buffers_receives_small_frames");
     // The largest frame would take 64 KiB, and the guest has 16 KiB of buffers.
     let features = Options::default().features | OFFLOADS;
     let (_daemon, wire, mut card) = start(&[], Options { features, size: 8, ..Options::default() });
@@ -278,8 +278,8 @@ fn a_guest_with_few_buffers_gets_its_small_frames() {
 }
 
 #[test]
-fn frames_wait_for_a_guest_that_has_no_buffers() {
-    needs_root!("frames_wait_for_a_guest_that_has_no_buffers");
+fn frames_wait_until_guest_posts_buffers() {
+    needs_root!("frames_wait_until_guest_posts_buffers");
     enter_new_namespace();
     let daemon = Daemon::start(&["--tap=tap0"]);
     let wire = Wire::open("tap0");
@@ -300,8 +300,8 @@ fn frames_wait_for_a_guest_that_has_no_buffers() {
 }
 
 #[test]
-fn a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not() {
-    needs_root!("a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not");
+fn valid_gso_frame_reaches_host_and_invalid_one_is_dropped() {
+    needs_root!("valid_gso_frame_reaches_host_and_invalid_one_is_dropped");
     let features = Options::default().features | OFFLOADS;
     let (daemon, _wire, mut card) = start(&[], Options { features, ..Options::default() });
     let received = || output("ip", "-s link show tap0").lines().nth(3).unwrap().trim().to_owned();
@@ -340,8 +340,8 @@ fn a_frame_to_be_segmented_reaches_the_host_whole_and_a_false_one_does_not() {
 }
 
 #[test]
-fn frames_are_steered_to_the_pairs_that_have_buffers() {
-    needs_root!("frames_are_steered_to_the_pairs_that_have_buffers");
+fn frames_are_steered_to_queue_pairs_with_buffers() {
+    needs_root!("frames_are_steered_to_queue_pairs_with_buffers");
     enter_quiet_namespace();
     let daemon = Daemon::start(&["--tap=tap0", "--queue-pairs=2"]);
     let wire = Wire::open("tap0");
@@ -396,8 +396,8 @@ fn frames_are_steered_to_the_pairs_that_have_buffers() {
 }
 
 #[test]
-fn inherited_queues_of_a_tap_are_used() {
-    needs_root!("inherited_queues_of_a_tap_are_used");
+fn inherited_tap_queues_are_used() {
+    needs_root!("inherited_tap_queues_are_used");
     enter_quiet_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr multi_queue");
     ip("link set tap0 up");
@@ -416,8 +416,8 @@ fn inherited_queues_of_a_tap_are_used() {
 }
 
 #[test]
-fn idle_costs_nothing() {
-    needs_root!("idle_costs_nothing");
+fn idle_port_uses_no_cpu() {
+    needs_root!("idle_port_uses_no_cpu");
     let (daemon, wire, mut card) = start(&[], Options::default());
     check_both_ways(&wire, &mut card, 100);
     // However often its worker was told something before.

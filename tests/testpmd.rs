@@ -155,9 +155,9 @@ testpmd! {
 }
 
 #[test]
-fn a_flood_from_testpmd_arrives_to_the_last_frame() {
-    needs_root!("a_flood_from_testpmd_arrives_to_the_last_frame");
-    needs_program!("a_flood_from_testpmd_arrives_to_the_last_frame", "dpdk-testpmd");
+fn testpmd_flood_arrives_to_the_last_frame() {
+    needs_root!("testpmd_flood_arrives_to_the_last_frame");
+    needs_program!("testpmd_flood_arrives_to_the_last_frame", "dpdk-testpmd");
     let _alone = one_at_a_time();
     enter_new_namespace();
     let daemon = Daemon::start(&["--tap=tap0"]);

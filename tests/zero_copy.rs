@@ -25,7 +25,7 @@ fn start() -> Daemon {
 
 #[test]
 #[ignore = "runs inside the machine that the tests of this module start"]
-fn inside_frames_go_both_ways() {
+fn inside_frames_pass_both_ways() {
     for features in [Options::default().features, Options::default().features & !MRG_RXBUF] {
         let daemon = start();
         let log = daemon.log();
@@ -64,7 +64,7 @@ fn inside_frames_go_both_ways() {
 
 #[test]
 #[ignore = "runs inside the machine that the tests of this module start"]
-fn inside_nothing_is_written_after_a_guest_s_reset() {
+fn inside_nothing_is_written_after_guest_reset() {
     let daemon = start();
     let options = Options { huge: true, buffer: 4096, ..Options::default() };
     let mut card = Card::start(Frontend::new(daemon.connect()), options);
@@ -96,7 +96,7 @@ fn inside_nothing_is_written_after_a_guest_s_reset() {
 /// Neither emulated card takes flow rules; igb's driver lists them and refuses a new one.
 #[test]
 #[ignore = "runs inside the machine that the tests of this module start"]
-fn inside_a_card_without_flow_rules_is_named() {
+fn inside_nic_without_flow_rules_is_refused() {
     ip("link set eth0 up");
     let output = program()
         .args(["--socket-path=/tmp/refused", "--af-xdp=eth0,steer=mac", "--mac=52:54:00:aa:bb:cc"])
@@ -112,7 +112,7 @@ fn inside_a_card_without_flow_rules_is_named() {
 /// A driver binds for zero copy then, too, but gives the socket no frames.
 #[test]
 #[ignore = "runs inside the machine that the tests of this module start"]
-fn inside_a_generic_program_goes_without_zero_copy() {
+fn inside_generic_xdp_program_disables_zero_copy() {
     ip("link set eth0 up");
     let daemon = Daemon::start(&["--af-xdp=eth0,attach=generic"]);
     let log = daemon.log();
@@ -140,17 +140,17 @@ fn run_with(nic: &str) {
 }
 
 #[test]
-fn virtio_net_moves_frames_without_a_copy() {
-    needs_root!("virtio_net_moves_frames_without_a_copy");
-    needs_program!("virtio_net_moves_frames_without_a_copy", "qemu-system-x86_64");
+fn virtio_net_frames_are_not_copied() {
+    needs_root!("virtio_net_frames_are_not_copied");
+    needs_program!("virtio_net_frames_are_not_copied", "qemu-system-x86_64");
     let _alone = one_at_a_time();
     run_with("virtio");
 }
 
 #[test]
-fn igb_moves_frames_without_a_copy() {
-    needs_root!("igb_moves_frames_without_a_copy");
-    needs_program!("igb_moves_frames_without_a_copy", "qemu-system-x86_64");
+fn igb_frames_are_not_copied() {
+    needs_root!("igb_frames_are_not_copied");
+    needs_program!("igb_frames_are_not_copied", "qemu-system-x86_64");
     let _alone = one_at_a_time();
     run_with("igb");
 }

@@ -33,8 +33,8 @@ const NO_WAIT: Duration = Duration::from_millis(5);
 const SEGMENTS: u64 = CSUM | GUEST_CSUM | GUEST_TSO;
 
 #[test]
-fn small_rx_ring_makes_no_frame_wait() {
-    needs_root!("small_rx_ring_makes_no_frame_wait");
+fn small_rx_ring_delays_no_frame() {
+    needs_root!("small_rx_ring_delays_no_frame");
     for (size, pairs) in [(8, 1), (16, 1), (32, 1), (32, 2)] {
         enter_namespace_with_tap(pairs > 1);
         let daemon = Daemon::start(&["--tap=tap0", &format!("--queue-pairs={pairs}")]);
@@ -66,8 +66,8 @@ fn small_rx_ring_makes_no_frame_wait() {
 }
 
 #[test]
-fn guest_that_posts_few_buffers_makes_one_frame_wait() {
-    needs_root!("guest_that_posts_few_buffers_makes_one_frame_wait");
+fn few_posted_buffers_delay_at_most_one_frame() {
+    needs_root!("few_posted_buffers_delay_at_most_one_frame");
     enter_namespace_with_tap(false);
     let daemon = Daemon::start(&["--tap=tap0"]);
     let features = Options::default().features | SEGMENTS;

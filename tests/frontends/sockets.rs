@@ -20,7 +20,7 @@ fn start() -> (Daemon, Card) {
 }
 
 #[test]
-fn second_vmm_on_a_socket_is_named_and_served_next() {
+fn second_vmm_is_reported_and_served_next() {
     let (daemon, mut card) = start();
     let process = std::process::id();
     assert_eq!(daemon.show("one")["vmm_process"], process);
@@ -43,7 +43,7 @@ fn second_vmm_on_a_socket_is_named_and_served_next() {
 }
 
 #[test]
-fn deleted_socket_file_is_made_again() {
+fn deleted_socket_file_is_recreated() {
     let (mut daemon, mut card) = start();
     let path = daemon.path("one");
     let access = || fs::symlink_metadata(&path).map(|file| (file.mode(), file.gid()));
@@ -85,7 +85,7 @@ fn deleted_socket_file_is_made_again() {
 }
 
 #[test]
-fn socket_that_is_gone_when_a_port_changes_is_made_again() {
+fn socket_deleted_before_port_change_is_recreated() {
     let file = |more: &str| {
         let port = port("one", &format!("loopback = true\nsocket-group = \"0\"\n{more}"));
         format!("control = \"{{}}/control\"\n{port}")
@@ -107,7 +107,7 @@ fn socket_that_is_gone_when_a_port_changes_is_made_again() {
 }
 
 #[test]
-fn deleted_sockets_of_operators_and_metrics_are_made_again() {
+fn deleted_control_and_metrics_sockets_are_recreated() {
     let port = port("one", "loopback = true");
     let sockets = "control = \"{}/control\"\nmetrics = \"{}/metrics\"\n";
     let mut daemon = Daemon::with_config(&format!("{sockets}{port}"), "one");
@@ -126,7 +126,7 @@ fn deleted_sockets_of_operators_and_metrics_are_made_again() {
 }
 
 #[test]
-fn replaced_socket_file_is_named_and_left_alone() {
+fn replaced_socket_file_is_reported_and_kept() {
     let (mut daemon, mut card) = start();
     let path = daemon.path("one");
     fs::remove_file(&path).unwrap();
@@ -148,7 +148,7 @@ fn replaced_socket_file_is_named_and_left_alone() {
 }
 
 #[test]
-fn directory_in_a_sockets_place_is_left_alone() {
+fn directory_in_place_of_a_socket_is_kept() {
     let daemon = Daemon::spawn(&["--loopback", "--control={}.control", "--socket-path={}.d"]);
     let path = daemon.socket().with_extension("d");
     eventually("it listens", || UnixStream::connect(&path).is_ok());

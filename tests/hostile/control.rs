@@ -37,7 +37,7 @@ fn event() -> EventFd {
 }
 
 #[test]
-fn hostile_01_what_is_no_message_closes_the_connection() {
+fn hostile_01_invalid_bytes_close_the_connection() {
     let scene = Scene::new(1);
     let get_features = u32::from(FrontendReq::GET_FEATURES);
     let mut wrong: Vec<Vec<u8>> = vec![
@@ -65,7 +65,7 @@ fn hostile_01_what_is_no_message_closes_the_connection() {
 }
 
 #[test]
-fn hostile_02_a_message_that_stops_half_way_times_out() {
+fn hostile_02_incomplete_message_times_out() {
     let scene = Scene::new(2);
     let mut frontend = scene.frontend();
     for byte in header(FrontendReq::GET_FEATURES.into(), 1, 0) {
@@ -88,7 +88,7 @@ fn hostile_02_a_message_that_stops_half_way_times_out() {
 }
 
 #[test]
-fn hostile_03_a_disconnect_after_any_byte_leaves_a_listener() {
+fn hostile_03_port_listens_after_disconnect_at_any_byte() {
     let scene = Scene::new(3);
     let ram = Ram::new(0, 0x10_0000);
     let mut table = pair(1, 0);
@@ -137,7 +137,7 @@ fn hostile_03_a_disconnect_after_any_byte_leaves_a_listener() {
 }
 
 #[test]
-fn hostile_04_truncated_descriptors_are_refused_and_none_is_kept() {
+fn hostile_04_truncated_descriptors_are_refused_and_closed() {
     let scene = Scene::new(4);
     let (mut reader, writer) = std::io::pipe().unwrap();
     for count in [33, 253] {
@@ -155,7 +155,7 @@ fn hostile_04_truncated_descriptors_are_refused_and_none_is_kept() {
 }
 
 #[test]
-fn hostile_05_descriptors_that_do_not_belong_close_the_connection() {
+fn hostile_05_unexpected_descriptors_close_the_connection() {
     let scene = Scene::new(5);
     let ram = Ram::new(0, 0x1000);
     let mut table = pair(1, 0);
@@ -198,7 +198,7 @@ fn hostile_05_descriptors_that_do_not_belong_close_the_connection() {
 }
 
 #[test]
-fn hostile_06_repetition_takes_neither_memory_nor_descriptors() {
+fn hostile_06_repeated_requests_leak_nothing() {
     const TIMES: usize = 100_000;
     let scene = Scene::new(6);
     let mut frontend = scene.frontend();
@@ -235,7 +235,7 @@ fn hostile_06_repetition_takes_neither_memory_nor_descriptors() {
 }
 
 #[test]
-fn hostile_07_the_wrong_order_and_what_was_not_offered_are_refused() {
+fn hostile_07_wrong_order_and_unoffered_features_are_refused() {
     let scene = Scene::new(7);
     let mut frontend = scene.frontend();
     let offered = frontend.begin();
@@ -262,7 +262,7 @@ fn hostile_07_the_wrong_order_and_what_was_not_offered_are_refused() {
 }
 
 #[test]
-fn hostile_08_a_ring_that_there_is_not_is_refused() {
+fn hostile_08_nonexistent_ring_is_refused() {
     let scene = Scene::new(8);
     let mut frontend = scene.frontend();
     let offered = frontend.begin();
@@ -286,7 +286,7 @@ fn hostile_08_a_ring_that_there_is_not_is_refused() {
 }
 
 #[test]
-fn hostile_09_sizes_that_no_ring_has_and_changes_while_it_runs_are_refused() {
+fn hostile_09_bad_sizes_and_running_ring_changes_are_refused() {
     let scene = Scene::new(9);
     let mut card = scene.card();
     let frontend = &mut card.frontend;
@@ -306,7 +306,7 @@ fn hostile_09_sizes_that_no_ring_has_and_changes_while_it_runs_are_refused() {
 }
 
 #[test]
-fn hostile_10_a_region_larger_than_its_file_is_refused_before_it_is_mapped() {
+fn hostile_10_region_larger_than_its_file_is_refused() {
     let scene = Scene::new(10);
     let mut frontend = scene.frontend();
     frontend.begin();
@@ -332,7 +332,7 @@ fn hostile_10_a_region_larger_than_its_file_is_refused_before_it_is_mapped() {
 }
 
 #[test]
-fn hostile_11_memory_that_is_no_memory_is_refused_and_a_cut_file_costs_its_port_only() {
+fn hostile_11_invalid_or_truncated_memory_costs_one_port() {
     let scene = Scene::new(11);
     let mut frontend = scene.frontend();
     frontend.begin();
@@ -389,7 +389,7 @@ fn hostile_11_memory_that_is_no_memory_is_refused_and_a_cut_file_costs_its_port_
 }
 
 #[test]
-fn hostile_12_memory_can_not_overlap_and_not_go_from_under_a_ring() {
+fn hostile_12_overlapping_and_removed_regions_are_refused() {
     let scene = Scene::new(12);
     let mut card = scene.card();
     let size = card.ram.size;
@@ -443,7 +443,7 @@ fn hostile_12_memory_can_not_overlap_and_not_go_from_under_a_ring() {
 }
 
 #[test]
-fn hostile_13_a_dirty_log_that_can_not_be_is_refused_and_one_that_goes_costs_its_port_only() {
+fn hostile_13_invalid_or_truncated_dirty_log_costs_one_port() {
     let scene = Scene::new(13);
     let mut card = scene.card();
     card.check_echo(50);
@@ -494,7 +494,7 @@ fn hostile_13_a_dirty_log_that_can_not_be_is_refused_and_one_that_goes_costs_its
 }
 
 #[test]
-fn hostile_14_inflight_buffers_that_can_not_be_are_refused_and_none_is_believed() {
+fn hostile_14_inflight_buffer_content_is_not_trusted() {
     let scene = Scene::new(14);
     // What can't be made closes the connection: the answer could not say no.
     for (rings, size) in [(0, 256), (5, 256), (u16::MAX, 1), (2, 0), (2, u16::MAX)] {
@@ -551,7 +551,7 @@ fn no_eventfds() -> Vec<(&'static str, OwnedFd)> {
 }
 
 #[test]
-fn hostile_15_a_kick_descriptor_that_is_no_eventfd_is_refused() {
+fn hostile_15_kick_descriptor_other_than_eventfd_is_refused() {
     let scene = Scene::new(15);
     let mut card = scene.card();
     for (what, descriptor) in no_eventfds() {
@@ -569,7 +569,7 @@ fn hostile_15_a_kick_descriptor_that_is_no_eventfd_is_refused() {
 }
 
 #[test]
-fn hostile_16_a_stolen_kick_is_no_more_than_a_wake_up() {
+fn hostile_16_stolen_kicks_delay_only_their_own_vmm() {
     let scene = Scene::new(16);
     let mut card = scene.card();
     let stop = Arc::<AtomicBool>::default();
@@ -607,7 +607,7 @@ fn hostile_16_a_stolen_kick_is_no_more_than_a_wake_up() {
 }
 
 #[test]
-fn hostile_17_a_call_descriptor_that_blocks_holds_nobody_up() {
+fn hostile_17_blocking_call_stalls_only_its_queue_pair() {
     let scene = Scene::new(17);
     let mut card = scene.card();
     for (what, descriptor) in no_eventfds() {
@@ -654,7 +654,7 @@ fn hostile_17_a_call_descriptor_that_blocks_holds_nobody_up() {
 }
 
 #[test]
-fn hostile_18_a_storm_of_kicks_costs_one_thread_and_ends_with_it() {
+fn hostile_18_kick_storm_costs_one_thread() {
     let scene = Scene::new(18);
     let card = scene.card();
     let started = Instant::now();
@@ -702,7 +702,7 @@ fn hostile_19_further_connections_wait_or_are_refused() {
 }
 
 #[test]
-fn hostile_20_messages_of_other_features_are_refused() {
+fn hostile_20_messages_of_unnegotiated_features_are_refused() {
     let scene = Scene::new(20);
     let mut frontend = scene.frontend();
     // Offered and not negotiated.
@@ -792,7 +792,7 @@ fn load_state(frontend: &mut Frontend, state: &[u8]) -> bool {
 }
 
 #[test]
-fn hostile_53_a_state_neither_fills_memory_nor_sets_counters_back() {
+fn hostile_53_device_state_is_bounded_and_lowers_no_counter() {
     let scene = Scene::operated(53);
     let frames = || scene.daemon.show("attacked")["tx_frames"].as_u64().unwrap();
     let mut frontend = scene.frontend();
@@ -819,7 +819,7 @@ fn hostile_53_a_state_neither_fills_memory_nor_sets_counters_back() {
 }
 
 #[test]
-fn hostile_54_a_log_of_huge_buffers_does_not_delay_a_stop() {
+fn hostile_54_dirty_log_of_huge_buffers_delays_no_stop() {
     const GIB: u64 = 1 << 30;
     let scene = Scene::new(54);
     let mut card = Card::prepare(scene.frontend(), Options::default());
@@ -846,7 +846,7 @@ fn hostile_54_a_log_of_huge_buffers_does_not_delay_a_stop() {
 }
 
 #[test]
-fn hostile_66_sent_sigbus_leaves_truncation_contained() {
+fn hostile_66_sent_sigbus_is_ignored_truncation_contained() {
     let scene = Scene::new(66);
     for _ in 0..3 {
         scene.daemon.signal(Signal::SIGBUS);

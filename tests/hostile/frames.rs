@@ -49,7 +49,7 @@ fn all_dropped(scene: &Scene, mut card: Card, frames: &[(Vec<u8>, Vec<u8>)], rea
 }
 
 #[test]
-fn hostile_31_frames_too_short_and_too_long_are_dropped() {
+fn hostile_31_too_short_and_too_long_frames_are_dropped() {
     let scene = Scene::new(31);
     let plain = |length: usize| (vec![0; HEADER], vec![1; length]);
     let short: Vec<_> = (0..14).map(plain).collect();
@@ -76,7 +76,7 @@ fn hostile_31_frames_too_short_and_too_long_are_dropped() {
 }
 
 #[test]
-fn hostile_32_a_checksum_outside_the_frame_is_dropped() {
+fn hostile_32_checksum_outside_the_frame_is_dropped() {
     let scene = Scene::new(32);
     let places = [
         (34, 80),
@@ -99,7 +99,7 @@ fn hostile_32_a_checksum_outside_the_frame_is_dropped() {
 }
 
 #[test]
-fn hostile_33_segmentation_that_contradicts_the_frame_is_dropped() {
+fn hostile_33_inconsistent_segmentation_is_dropped() {
     let scene = Scene::new(33);
     let (good, tcp) = tcp_frame(4000, 1448);
     let with = |place: usize, value: u8| {
@@ -154,7 +154,7 @@ fn hostile_33_segmentation_that_contradicts_the_frame_is_dropped() {
 }
 
 #[test]
-fn hostile_34_offloads_that_were_not_negotiated_are_dropped() {
+fn hostile_34_unnegotiated_offloads_are_dropped() {
     let scene = Scene::new(34);
     let (good, tcp) = tcp_frame(1000, 500);
     let checksum = (header(NEEDS_CSUM, 0, 0, 0, 34, 16), vec![1; 60]);
@@ -173,8 +173,8 @@ fn hostile_34_offloads_that_were_not_negotiated_are_dropped() {
 }
 
 #[test]
-fn hostile_35_what_the_host_refuses_is_dropped_and_the_port_goes_on() {
-    needs_root!("hostile_35_what_the_host_refuses_is_dropped_and_the_port_goes_on");
+fn hostile_35_frames_refused_by_host_are_dropped() {
+    needs_root!("hostile_35_frames_refused_by_host_are_dropped");
     let scene = Scene::on_tap(35);
     let mut card = scene.card();
     for round in 0..20 {
@@ -312,8 +312,8 @@ fn spoofing_by_policy(scene: Scene) -> Scene {
 }
 
 #[test]
-fn hostile_36_who_speaks_for_others_is_not_heard() {
-    needs_root!("hostile_36_who_speaks_for_others_is_not_heard");
+fn hostile_36_spoofed_sources_are_dropped() {
+    needs_root!("hostile_36_spoofed_sources_are_dropped");
     spoofing_by_policy(Scene::guarded_veth(36)).ends("D");
     spoofing_by_policy(Scene::guarded_tap(36)).ends("D");
 }
@@ -364,15 +364,15 @@ fn spoofing_by_race(scene: Scene, count: usize) -> Scene {
 }
 
 #[test]
-fn hostile_37_who_changes_addresses_meanwhile_is_not_heard() {
-    needs_root!("hostile_37_who_changes_addresses_meanwhile_is_not_heard");
+fn hostile_37_rewritten_sources_never_reach_the_wire() {
+    needs_root!("hostile_37_rewritten_sources_never_reach_the_wire");
     spoofing_by_race(Scene::guarded_veth(37), 1_000_000).ends("D");
     spoofing_by_race(Scene::guarded_tap(37), 10_000_000).ends("D: 0 of 10^7 on the wire");
 }
 
 #[test]
-fn hostile_38_frames_that_no_buffer_takes_are_dropped_and_do_not_stall() {
-    needs_root!("hostile_38_frames_that_no_buffer_takes_are_dropped_and_do_not_stall");
+fn hostile_38_frames_that_fit_no_buffer_are_dropped() {
+    needs_root!("hostile_38_frames_that_fit_no_buffer_are_dropped");
     let scene = Scene::on_tap(38);
     // Not mergeable: a frame fits one buffer, or none.
     let options = Options { features: VERSION_1 | PROTOCOL, buffer: 200, ..Options::default() };
@@ -399,7 +399,7 @@ fn hostile_38_frames_that_no_buffer_takes_are_dropped_and_do_not_stall() {
 }
 
 #[test]
-fn hostile_39_the_configuration_space_ends_where_it_ends() {
+fn hostile_39_config_space_bounds_are_enforced() {
     let scene = Scene::new(39);
     let mut frontend = scene.frontend();
     frontend.begin();
@@ -502,15 +502,15 @@ fn checksum_offload(scene: Scene) -> Scene {
 }
 
 #[test]
-fn case_60_checksum_offload_rewrites_no_judged_header() {
-    needs_root!("case_60_checksum_offload_rewrites_no_judged_header");
+fn hostile_60_checksum_offload_rewrites_no_checked_header() {
+    needs_root!("hostile_60_checksum_offload_rewrites_no_checked_header");
     checksum_offload(Scene::guarded_veth(60)).ends("D");
     checksum_offload(Scene::guarded_tap(60)).ends("D; honest TCP and UDP checksums are completed");
 }
 
 #[test]
-fn case_63_announcements_keep_to_filter_and_link() {
-    needs_root!("case_63_announcements_keep_to_filter_and_link");
+fn hostile_63_announcements_obey_filter_and_link() {
+    needs_root!("hostile_63_announcements_obey_filter_and_link");
     let payload = [0x52, 0x54, 0, 0, 2, 1, 0, 0];
     for (port, on) in [("tap = \"tap0\"", "TAP"), ("af-xdp = \"veth0\"", "AF_XDP")] {
         for (setting, reason) in [
@@ -583,8 +583,8 @@ fn nothing_passes(port: &str, filter: &str, frames: &[Vec<u8>]) {
 const PORTS: [&str; 2] = ["tap = \"tap0\"", "af-xdp = \"veth0\""];
 
 #[test]
-fn case_61_denied_packets_hide_in_no_carrier() {
-    needs_root!("case_61_denied_packets_hide_in_no_carrier");
+fn hostile_61_encapsulated_denied_packets_are_dropped() {
+    needs_root!("hostile_61_encapsulated_denied_packets_are_dropped");
     for port in PORTS {
         for filter in
             ["deny ip; deny ip6; deny arp; default allow", "deny tcp dport 25; default allow"]
@@ -602,8 +602,8 @@ fn case_61_denied_packets_hide_in_no_carrier() {
 }
 
 #[test]
-fn case_62_no_header_hides_in_padding() {
-    needs_root!("case_62_no_header_hides_in_padding");
+fn hostile_62_headers_in_padding_are_ignored() {
+    needs_root!("hostile_62_headers_in_padding_are_ignored");
     const OWN: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
     // Packets that end before their ports, which stand behind them: 80.
     let mut web = tcp_frame(20, 1000).1;

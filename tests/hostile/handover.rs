@@ -183,7 +183,7 @@ fn card(daemon: &Daemon, port: &str, options: Options) -> Card {
 }
 
 #[test]
-fn hostile_57_no_frontend_prevents_a_take_over() {
+fn hostile_57_no_frontend_prevents_a_takeover() {
     for (what, keeps, veto) in VETOES {
         let ports = port("good", "loopback = true") + &port("evil", "loopback = true");
         let mut daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "evil");
@@ -367,8 +367,8 @@ fn shares(number: u64, arguments: [u64; 3]) -> bool {
 const TAKE_OVER: Window = Window { from: "hand-over", to: "let-go", counts: shares };
 
 #[test]
-fn hostile_58_a_successor_that_dies_changes_nothing() {
-    needs_root!("hostile_58_a_successor_that_dies_changes_nothing");
+fn hostile_58_killed_new_daemon_changes_nothing() {
+    needs_root!("hostile_58_killed_new_daemon_changes_nothing");
     let _alone = one_at_a_time();
     let mut house = House::build();
     let mut killed = 0;
@@ -392,8 +392,8 @@ fn hostile_58_a_successor_that_dies_changes_nothing() {
 }
 
 #[test]
-fn hostile_59_a_successor_that_hangs_changes_nothing() {
-    needs_root!("hostile_59_a_successor_that_hangs_changes_nothing");
+fn hostile_59_hanging_new_daemon_changes_nothing() {
+    needs_root!("hostile_59_hanging_new_daemon_changes_nothing");
     let _alone = one_at_a_time();
     let mut house = House::build();
     for nth in [0, 5, 20, 40, 60, 80] {
@@ -428,8 +428,8 @@ fn hostile_59_a_successor_that_hangs_changes_nothing() {
 }
 
 #[test]
-fn takeover_survives_want_of_descriptors_and_threads() {
-    needs_root!("takeover_survives_want_of_descriptors_and_threads");
+fn takeover_survives_lack_of_descriptors_and_threads() {
+    needs_root!("takeover_survives_lack_of_descriptors_and_threads");
     let _alone = one_at_a_time();
     let mut house = House::build();
     let (mut failed, mut succeeded) = (0, 0);

@@ -65,7 +65,7 @@ fn ends_within_a_second(scene: &mut Scene, stopped: StoppedThread) {
 }
 
 #[test]
-fn hostile_55_blocking_state_pipe_holds_up_nobody() {
+fn hostile_55_blocking_state_pipe_blocks_no_thread() {
     let scene = Scene::operated(55);
     for load in [1_u32, 0] {
         let mut frontend = scene.frontend();
@@ -138,8 +138,8 @@ fn lingering() -> (TcpStream, TcpStream) {
 }
 
 #[test]
-fn hostile_77_lingering_descriptors_delay_nobody() {
-    needs_root!("hostile_77_lingering_descriptors_delay_nobody");
+fn hostile_77_lingering_socket_delays_no_removal() {
+    needs_root!("hostile_77_lingering_socket_delays_no_removal");
     for is_removed in [true, false] {
         enter_new_namespace();
         ip("link set lo up");

@@ -27,7 +27,7 @@ use crate::support::traffic::{Check, Flood, check_canaries, check_reset, frame, 
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
 #[test]
-fn hostile_40_a_ring_that_refills_itself_leaves_time_for_others() {
+fn hostile_40_self_refilling_ring_starves_no_other_port() {
     let _alone = one_at_a_time();
     let scene = Scene::new(40);
     let card = scene.card();
@@ -40,7 +40,7 @@ fn hostile_40_a_ring_that_refills_itself_leaves_time_for_others() {
 }
 
 #[test]
-fn hostile_41_too_few_buffers_for_a_frame_do_not_keep_it_busy() {
+fn hostile_41_worker_sleeps_with_too_few_buffers() {
     let scene = Scene::new(41);
     // Three buffers of 100 bytes at a time, and frames of 1000.
     let mut card =
@@ -61,7 +61,7 @@ fn hostile_41_too_few_buffers_for_a_frame_do_not_keep_it_busy() {
 }
 
 #[test]
-fn hostile_42_a_ring_that_was_stopped_in_a_flood_is_left_alone() {
+fn hostile_42_ring_stopped_in_a_flood_is_not_written() {
     let _alone = one_at_a_time();
     let scene = Scene::new(42);
     for _ in 0..20 {
@@ -84,8 +84,8 @@ fn hostile_42_a_ring_that_was_stopped_in_a_flood_is_left_alone() {
 }
 
 #[test]
-fn hostile_43_nothing_is_written_to_memory_that_is_the_guest_s_again() {
-    needs_root!("hostile_43_nothing_is_written_to_memory_that_is_the_guest_s_again");
+fn hostile_43_nothing_is_written_after_reset_or_disconnect() {
+    needs_root!("hostile_43_nothing_is_written_after_reset_or_disconnect");
     let _alone = one_at_a_time();
     let scene = Scene::on_tap(43);
     let mut card = scene.card();
@@ -112,7 +112,7 @@ fn hostile_43_nothing_is_written_to_memory_that_is_the_guest_s_again() {
 }
 
 #[test]
-fn hostile_44_signals_and_deaths_under_attack() {
+fn hostile_44_daemon_stops_and_resumes_under_attack() {
     let _alone = one_at_a_time();
     for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT] {
         let mut scene = Scene::new(44);
@@ -167,8 +167,8 @@ fn hostile_44_signals_and_deaths_under_attack() {
 }
 
 #[test]
-fn hostile_45_what_the_host_runs_out_of_costs_one_port() {
-    needs_program!("hostile_45_what_the_host_runs_out_of_costs_one_port", "prlimit");
+fn hostile_45_exhausted_host_costs_one_port() {
+    needs_program!("hostile_45_exhausted_host_costs_one_port", "prlimit");
     let scene = Scene::new(45);
     let process = format!("--pid={}", scene.daemon.process());
     let limit = |what: String| {
@@ -226,8 +226,8 @@ fn hostile_45_what_the_host_runs_out_of_costs_one_port() {
 }
 
 #[test]
-fn hostile_46_a_guest_that_keeps_its_buffers_keeps_nobody_else_s() {
-    needs_root!("hostile_46_a_guest_that_keeps_its_buffers_keeps_nobody_else_s");
+fn hostile_46_guest_that_keeps_buffers_stalls_only_itself() {
+    needs_root!("hostile_46_guest_that_keeps_buffers_stalls_only_itself");
     let _alone = one_at_a_time();
     let scene = Scene::on_veth(46);
     let mut card = scene.card();
@@ -249,8 +249,8 @@ fn hostile_46_a_guest_that_keeps_its_buffers_keeps_nobody_else_s() {
 }
 
 #[test]
-fn hostile_47_a_device_that_changes_under_the_port_comes_back() {
-    needs_root!("hostile_47_a_device_that_changes_under_the_port_comes_back");
+fn hostile_47_port_recovers_from_device_changes() {
+    needs_root!("hostile_47_port_recovers_from_device_changes");
     let _alone = one_at_a_time();
     let scene = Scene::on_veth(47);
     let mut card = scene.card();
@@ -280,8 +280,8 @@ fn hostile_47_a_device_that_changes_under_the_port_comes_back() {
 }
 
 #[test]
-fn hostile_48_no_byte_of_one_tenant_s_reaches_another() {
-    needs_root!("hostile_48_no_byte_of_one_tenant_s_reaches_another");
+fn hostile_48_no_byte_leaks_between_tenants() {
+    needs_root!("hostile_48_no_byte_leaks_between_tenants");
     let _alone = one_at_a_time();
     let scene = Scene::on_two_veths(48);
     let mut one = scene.card();
@@ -303,8 +303,8 @@ fn hostile_48_no_byte_of_one_tenant_s_reaches_another() {
 }
 
 #[test]
-fn hostile_49_the_control_socket_takes_requests_and_nothing_else() {
-    needs_root!("hostile_49_the_control_socket_takes_requests_and_nothing_else");
+fn hostile_49_control_socket_takes_only_valid_requests() {
+    needs_root!("hostile_49_control_socket_takes_only_valid_requests");
     const LIST: &[u8] = b"{\"version\":1,\"command\":\"list\"}\n";
     let scene = Scene::operated(49);
     let path = scene.daemon.path("control");
@@ -366,7 +366,7 @@ fn hostile_49_the_control_socket_takes_requests_and_nothing_else() {
 }
 
 #[test]
-fn hostile_50_names_are_names_and_nothing_else() {
+fn hostile_50_names_cannot_be_paths_lines_or_links() {
     let scene = Scene::new(50);
     // A file's name with a line of its own in it.
     let forged = "x\n[2026-01-01T00:00:00Z WARN ] quiet: forged";

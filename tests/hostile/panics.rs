@@ -93,9 +93,9 @@ fn hostile_68_worker_panic_costs_one_session() {
 }
 
 #[test]
-fn hostile_68_worker_panic_on_a_tap_recalls_all_chains() {
-    needs_root!("hostile_68_worker_panic_on_a_tap_recalls_all_chains");
-    needs_fault_points!("hostile_68_worker_panic_on_a_tap_recalls_all_chains");
+fn hostile_68_worker_panic_on_a_tap_reclaims_all_chains() {
+    needs_root!("hostile_68_worker_panic_on_a_tap_reclaims_all_chains");
+    needs_fault_points!("hostile_68_worker_panic_on_a_tap_reclaims_all_chains");
     enter_namespace_with_tap(false);
     let wire = Some(Wire::open("tap0"));
     let scene = Scene::failing(68, WORKER, "tap = \"tap0\"\n", wire);

@@ -32,8 +32,8 @@ fn refused(scene: &Scene) -> String {
 }
 
 #[test]
-fn hostile_69_reload_that_fails_keeps_the_port() {
-    needs_root!("hostile_69_reload_that_fails_keeps_the_port");
+fn hostile_69_failed_reload_keeps_the_port() {
+    needs_root!("hostile_69_failed_reload_keeps_the_port");
     enter_namespace_with_tap(false);
     let tap = "tap = \"tap0\"\n";
     let scene = Scene::operated_on(69, tap, Some(Wire::open("tap0")));
@@ -83,8 +83,8 @@ fn hostile_69_reload_that_fails_keeps_the_port() {
 }
 
 #[test]
-fn hostile_69_af_xdp_port_is_started_again_as_it_was() {
-    needs_root!("hostile_69_af_xdp_port_is_started_again_as_it_was");
+fn hostile_69_failed_reload_restarts_the_af_xdp_port() {
+    needs_root!("hostile_69_failed_reload_restarts_the_af_xdp_port");
     enter_namespace_with_veth(1);
     let scene = Scene::operated_on(69, "af-xdp = \"veth0\"\n", Some(Wire::open("veth1")));
     scene.check(&mut scene.card());
@@ -102,8 +102,8 @@ fn hostile_69_af_xdp_port_is_started_again_as_it_was() {
 }
 
 #[test]
-fn hostile_70_change_that_a_vmm_cannot_survive_is_refused() {
-    needs_root!("hostile_70_change_that_a_vmm_cannot_survive_is_refused");
+fn hostile_70_change_that_breaks_a_connected_vmm_is_refused() {
+    needs_root!("hostile_70_change_that_breaks_a_connected_vmm_is_refused");
     enter_namespace_with_tap(true);
     let rest = "tap = \"tap0\"\nqueue-pairs = 2\nmac = \"52:54:00:00:00:01\"\n";
     let scene = Scene::operated_on(70, rest, Some(Wire::open("tap0")));
@@ -180,7 +180,7 @@ fn said_of(verb: &[&str], file: &Path) -> String {
 }
 
 #[test]
-fn hostile_71_file_that_is_no_file_takes_no_memory() {
+fn hostile_71_only_small_regular_files_are_read() {
     let mut scene = Scene::operated(71);
     let (sparse, fifo) = (scene.daemon.path("sparse"), scene.daemon.path("fifo"));
     fs::File::create(&sparse).unwrap().set_len(20 << 30).unwrap();
@@ -211,7 +211,7 @@ fn hostile_71_file_that_is_no_file_takes_no_memory() {
 }
 
 #[test]
-fn hostile_71_all_mistakes_of_a_file_are_said() {
+fn hostile_71_all_mistakes_of_a_file_are_reported() {
     let mut scene = Scene::operated(71);
     let file = scene.daemon.path("wrong");
     let directory = scene.daemon.directory().display().to_string();

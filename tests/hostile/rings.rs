@@ -46,7 +46,7 @@ fn breaks(scene: &Scene, why: &str, break_it: impl FnOnce(&mut Card)) {
 }
 
 #[test]
-fn hostile_21_buffers_that_are_not_in_memory_break_the_pair() {
+fn hostile_21_buffers_outside_memory_break_the_pair() {
     let scene = Scene::new(21);
     let end = scene.card().ram.size;
     for (address, length) in [
@@ -74,7 +74,7 @@ fn hostile_21_buffers_that_are_not_in_memory_break_the_pair() {
 }
 
 #[test]
-fn hostile_22_an_index_out_of_step_breaks_the_pair() {
+fn hostile_22_index_out_of_range_breaks_the_pair() {
     let scene = Scene::new(22);
     for jump in [257, 1000, 0x8000, 0xffff] {
         breaks(&scene, "available index", |card| {
@@ -93,7 +93,7 @@ fn hostile_22_an_index_out_of_step_breaks_the_pair() {
 }
 
 #[test]
-fn hostile_23_a_head_twice_and_rings_on_top_of_each_other_do_no_harm() {
+fn hostile_23_duplicate_heads_and_ring_overlaps_are_contained() {
     let scene = Scene::new(23);
     breaks(&scene, "is already in flight", |card| {
         let area = card.tx[0].buffer_area();
@@ -131,7 +131,7 @@ fn hostile_23_a_head_twice_and_rings_on_top_of_each_other_do_no_harm() {
 }
 
 #[test]
-fn hostile_24_descriptors_of_no_length_are_dropped_or_break_the_pair() {
+fn hostile_24_empty_descriptors_are_dropped_or_break_the_pair() {
     let scene = Scene::new(24);
     let mut card = scene.card();
     let area = card.tx[0].buffer_area();
@@ -152,7 +152,7 @@ fn hostile_24_descriptors_of_no_length_are_dropped_or_break_the_pair() {
 }
 
 #[test]
-fn hostile_25_a_chain_without_a_frame_is_dropped() {
+fn hostile_25_chain_without_a_frame_is_dropped() {
     let scene = Scene::new(25);
     let mut card = scene.card();
     for length in [1, 5, 11, 12] {
@@ -168,7 +168,7 @@ fn hostile_25_a_chain_without_a_frame_is_dropped() {
 }
 
 #[test]
-fn hostile_26_a_header_in_pieces_is_understood() {
+fn hostile_26_scattered_header_is_accepted() {
     let scene = Scene::new(26);
     let mut card = scene.card();
     let area = card.tx[0].buffer_area();
@@ -187,7 +187,7 @@ fn hostile_26_a_header_in_pieces_is_understood() {
 }
 
 #[test]
-fn hostile_27_what_changes_while_it_is_read_is_read_once() {
+fn hostile_27_concurrently_changed_fields_are_read_once() {
     let scene = Scene::new(27);
     let started = Instant::now();
     let mut rounds = 0;
@@ -229,7 +229,7 @@ fn hostile_27_what_changes_while_it_is_read_is_read_once() {
 }
 
 #[test]
-fn hostile_28_indirect_tables_that_break_the_rules_break_the_pair() {
+fn hostile_28_invalid_indirect_tables_break_the_pair() {
     let scene = Scene::new(28);
     for length in [0, 1, 15, 24, 16 * 257, u32::MAX - 15] {
         breaks(&scene, &format!("indirect table of {length} bytes is not allowed"), |card| {
@@ -272,7 +272,7 @@ fn hostile_28_indirect_tables_that_break_the_rules_break_the_pair() {
 }
 
 #[test]
-fn hostile_29_chains_of_the_wrong_direction_or_size_break_the_pair_or_are_passed_over() {
+fn hostile_29_chains_of_wrong_direction_or_size_are_contained() {
     let scene = Scene::new(29);
     breaks(&scene, "wrong VIRTQ_DESC_F_WRITE flag", |card| {
         let area = card.tx[0].buffer_area();
