@@ -111,7 +111,7 @@ fn refused_port_keeps_the_device_filter() {
     let socket = format!("--socket-path={}", daemon.path("two").display());
     let refused = daemon.ctl(&["add", &socket, "--af-xdp=first"]);
     let refused = String::from_utf8(refused.stderr).unwrap();
-    assert!(refused.contains("port one has its device"), "{refused}");
+    assert!(refused.contains("port one uses the same device under another name"), "{refused}");
     wire.send(&datagram(40).1);
     wire.send(&frame(7, 60));
     assert_eq!(card.receive(0)[HEADER..], frame(7, 60), "a datagram is denied");
@@ -136,7 +136,7 @@ fn refused_port_keeps_the_tap_offloads() {
     let socket = format!("--socket-path={}", daemon.path("two").display());
     let refused = daemon.ctl(&["add", &socket, "--tap=first", "--queue-pairs=2"]);
     let refused = String::from_utf8(refused.stderr).unwrap();
-    assert!(refused.contains("port one has its device"), "{refused}");
+    assert!(refused.contains("port one uses the same device under another name"), "{refused}");
     assert_eq!(offloads(), before);
 }
 
