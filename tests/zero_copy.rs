@@ -104,7 +104,7 @@ fn inside_nic_without_flow_rules_is_refused() {
         .unwrap();
     assert!(!output.status.success());
     let text = String::from_utf8(output.stderr).unwrap();
-    for part in ["52:54:00:aa:bb:cc", "queue 0 of eth0", "its driver takes no such rule"] {
+    for part in ["52:54:00:aa:bb:cc", "queue 0 of eth0", "the driver takes no such rule"] {
         assert!(text.contains(part), "{text}");
     }
 }
