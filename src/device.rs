@@ -1,12 +1,11 @@
-//! The state machine of one port: what the frontend has told us, and which sessions follow from it.
+//! The state machine of one virtio-net device: the frontend's state, and the sessions that follow from it.
 //!
-//! Knows no packets. Invariant: a worker serves exactly what the state says. Every request that
-//! changes a running ring, its memory or its features ends the session of its queue pair, and a
-//! new one begins from the new state, at the used index in guest memory.
+//! This module knows no packets. Invariant: a worker serves exactly the rings, memory and features of the
+//! frontend's state. A request that changes one of them ends the session of each queue pair concerned. A new
+//! session begins from the new state, at the used index in guest memory.
 //!
-//! The rules are the vhost-user specification's, and where frontends differ from it, theirs:
-//! QEMU enables rings before it has negotiated anything, and cloud-hypervisor counts a ring's base
-//! by the avail index.
+//! The rules are those of the vhost-user specification, with two exceptions for frontends: QEMU enables rings
+//! before it negotiates features, and cloud-hypervisor sends the available index as a ring's base.
 
 mod descriptors;
 mod inflight;
@@ -40,9 +39,9 @@ use state::Transfer;
 /// A request that the device does not carry out.
 #[derive(Debug)]
 pub enum Refusal {
-    /// The frontend is told, if it wants to know, and the connection lives on.
+    /// With REPLY_ACK the frontend receives an error; the connection stays open.
     Refused(String),
-    /// The request demands an answer that can't be given: the connection has to be closed.
+    /// The request has a reply of its own, which cannot express a refusal: the connection must be closed.
     Unanswerable(String),
 }
 
@@ -54,7 +53,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// What comes of a request: a reply of its own, or none.
+/// Result of a request: its own reply, if it has one.
 type Answer = Result<Option<Reply>, Refusal>;
 
 fn refused<T>(why: impl Into<String>) -> Result<T, Refusal> {
@@ -67,25 +66,27 @@ impl From<MemoryError> for Refusal {
     }
 }
 
-/// What the frontend has told us over one connection.
+/// State that the frontend has set over one connection.
 #[derive(Debug, Default)]
 struct FrontendState {
     features: Option<Negotiated>,
     protocol_features: Option<ProtocolFeatures>,
     status: u8,
-    /// MTU by NET_SET_MTU.
+    /// MTU in bytes, by NET_SET_MTU.
     mtu: Option<u16>,
-    /// With the log, while there is one to write.
+    /// Memory table; it includes the dirty log while LOG_ALL is negotiated.
     memory: Arc<GuestMemory>,
+    /// Dirty log, by SET_LOG_BASE.
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<Inflight>>,
     transfer: Option<Transfer>,
+    /// Two rings for each queue pair, and one more for a control virtqueue.
     rings: Vec<VringState>,
-    /// The channel for requests of ours, of which there are none yet.
+    /// Channel for requests to the frontend; the daemon sends none.
     backend_requests: Option<Arc<File>>,
 }
 
-/// One port's device: its workers, and what a frontend has told about them.
+/// The virtio-net device of one port: its workers, and the frontend's state.
 #[derive(Debug)]
 pub struct Device {
     name: String,
@@ -94,19 +95,19 @@ pub struct Device {
     /// Largest MTU in bytes that the host side carries.
     largest_mtu: u16,
     requires_sealed_memory: bool,
-    rules: Option<Arc<AntiSpoofing>>,
+    anti_spoofing: Option<Arc<AntiSpoofing>>,
     announcer: Option<Announcer>,
     limits: Option<Arc<Limits>>,
     quota: Arc<MemoryQuota>,
     descriptors: Option<Arc<DescriptorQuota>>,
     workers: Vec<Worker>,
-    /// No session begins: another daemon serves the guest, or may do so soon.
+    /// True while no session may begin: during a take-over, and after it.
     suspended: bool,
-    told: FrontendState,
+    frontend: FrontendState,
 }
 
 impl Device {
-    /// Makes a device with one queue pair per worker, to which no frontend has spoken yet.
+    /// Creates a device with one queue pair per worker, before the first frontend connects.
     pub fn new(name: String, offer: Offer, config: NetConfig, workers: Vec<Worker>) -> Self {
         let mut device = Device {
             name,
@@ -114,25 +115,25 @@ impl Device {
             config,
             largest_mtu: u16::MAX,
             requires_sealed_memory: false,
-            rules: None,
+            anti_spoofing: None,
             announcer: None,
             limits: None,
             quota: Arc::default(),
             descriptors: None,
             workers,
             suspended: false,
-            told: FrontendState::default(),
+            frontend: FrontendState::default(),
         };
         device.forget();
         device
     }
 
-    /// Has memory refused whose file could be truncated later.
+    /// Sets whether memory is refused that is not sealed against truncation of its file.
     pub fn require_sealed_memory(&mut self, required: bool) {
         self.requires_sealed_memory = required;
     }
 
-    /// Sets the largest MTU in bytes that the frontend can ask for.
+    /// Sets the largest MTU in bytes that the frontend can set.
     pub fn set_largest_mtu(&mut self, mtu: u16) {
         self.largest_mtu = mtu;
     }
@@ -143,77 +144,78 @@ impl Device {
         self.forget();
     }
 
-    /// Has what is kept for the frontend counted.
+    /// Sets the limit on descriptors that are kept for the frontend.
     pub fn set_descriptor_quota(&mut self, quota: Arc<DescriptorQuota>) {
         self.descriptors = Some(quota);
     }
 
-    /// Has the guest's frames judged by these rules from now on.
+    /// Sets the anti-spoofing rules for the guest's frames, or removes them; new sessions begin.
     pub fn set_anti_spoofing(&mut self, rules: Option<Arc<AntiSpoofing>>) {
-        self.rules = rules;
+        self.anti_spoofing = rules;
         self.restart_all();
     }
 
-    /// Announces a card that has moved here by this.
+    /// Sets the announcer of SEND_RARP's addresses; a loopback port has none.
     pub fn set_announcer(&mut self, announcer: Option<Announcer>) {
         self.announcer = announcer;
     }
 
-    /// Has these limits move with the guest.
+    /// Sets the rate limits whose debt is part of the device state.
     pub fn set_limits(&mut self, limits: Arc<Limits>) {
         self.limits = Some(limits);
     }
 
-    /// Moves frames from now on, or drops what the guest sends and gives it nothing.
+    /// Sets the link state; new sessions begin. While the link is down, workers drop the guest's frames and give
+    /// the guest none.
     pub fn set_link(&mut self, up: bool) {
         self.config.link = up;
         self.restart_all();
     }
 
-    /// The port's name.
+    /// Returns the port's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The workers, one per queue pair.
+    /// Returns the workers, one per queue pair.
     pub fn workers(&self) -> &[Worker] {
         &self.workers
     }
 
-    /// The feature bits that the frontend has set.
+    /// Returns the negotiated feature bits; `None` before SET_FEATURES.
     pub fn features(&self) -> Option<u64> {
-        self.told.features.map(|features| features.bits())
+        self.frontend.features.map(|features| features.bits())
     }
 
-    /// Whether the frontend wants to hear of the success of requests without a reply.
+    /// Returns whether REPLY_ACK is negotiated.
     pub fn acknowledges(&self) -> bool {
-        self.told
+        self.frontend
             .protocol_features
             .is_some_and(|features| features.contains(ProtocolFeatures::REPLY_ACK))
     }
 
-    /// The frontend has gone: ends all sessions and forgets all that it said.
+    /// Ends all sessions, and clears the frontend's state after it has disconnected.
     pub fn forget(&mut self) {
         worker::end_all(&mut self.workers);
         let rings = (0..=2 * self.workers.len()).map(|_| VringState::default()).collect();
-        // Unmapped first, so that the next frontend has all of the port's limit.
+        // The old memory is unmapped before the next frontend maps any, which then has the port's whole limit.
         let memory = Arc::new(GuestMemory::within(self.quota.clone()));
-        self.told = FrontendState { rings, memory, ..FrontendState::default() };
+        self.frontend = FrontendState { rings, memory, ..FrontendState::default() };
         self.count_descriptors();
     }
 
-    /// Index of the ring by which the guest gives commands, if the frontend may pass that on.
+    /// Returns the index of the control virtqueue, if the negotiated features let the frontend pass it on.
     fn control_ring(&self) -> Option<usize> {
-        self.told.features?.control_ring(self.workers.len())
+        self.frontend.features?.control_ring(self.workers.len())
     }
 
-    /// The queue pair whose worker serves a ring.
+    /// Returns the queue pair whose worker serves a ring; the first one serves the control virtqueue.
     fn pair_of(&self, ring: usize) -> usize {
         if Some(ring) == self.control_ring() { 0 } else { ring / 2 }
     }
 
-    /// MTU in bytes that the guest is told of.
+    /// Returns the MTU in bytes that the configuration space shows: the frontend's, or else the port's.
     fn mtu(&self) -> u16 {
-        self.told.mtu.unwrap_or(self.config.mtu)
+        self.frontend.mtu.unwrap_or(self.config.mtu)
     }
 }

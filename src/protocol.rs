@@ -1,9 +1,8 @@
-//! vhost-user messages: framing, and one enum value per request.
+//! vhost-user messages: their framing, and one enum value per request.
 //!
-//! Knows no device. Invariant: whatever the frontend sends, and however slowly, nothing here
-//! waits for it; a message is handed out only when it is whole, has the length its request must
-//! have, and came with the descriptors that belong to it. Structures and numbers are those of
-//! `vhost::vhost_user::message`.
+//! This module knows no device. Invariants: no function here waits for the frontend. [`Connection::receive`]
+//! returns a message only when the message is whole, and has the payload size and the descriptors of its request.
+//! Structures and numbers are those of `vhost::vhost_user::message`.
 
 mod connection;
 mod message;
@@ -21,11 +20,11 @@ pub use replay::{ReplayMessage, can_be_passed};
 pub use reply::Reply;
 pub use request::{Request, VringAddresses};
 
-/// Length in bytes of a message's header: request, flags, payload size.
+/// Length of a message's header in bytes: request, flags, payload size.
 pub const HEADER_LENGTH: usize = 12;
-/// Longest payload in bytes that any request may have.
+/// Longest payload of a request in bytes.
 pub const MAX_PAYLOAD: usize = MAX_MSG_SIZE;
-/// Regions of one SET_MEM_TABLE (the specification's VHOST_USER_MAX_RAM_SLOTS of old).
+/// Most regions of one SET_MEM_TABLE (the specification's former VHOST_USER_MAX_RAM_SLOTS).
 pub const MAX_TABLE_REGIONS: usize = 8;
 
 const VERSION: u32 = 1;
@@ -34,37 +33,37 @@ const REPLY: u32 = 0x4;
 const NEED_REPLY: u32 = 0x8;
 const RESERVED: u32 = !0xf;
 
-/// Bit of a SET_VRING_KICK, CALL or ERR payload that says that no descriptor comes with it.
+/// Bit of the payload of SET_VRING_KICK, CALL or ERR: the message has no descriptor.
 const NO_DESCRIPTOR: u64 = 0x100;
 
-/// Why the connection has to be closed: what came is no vhost-user.
+/// Violation of the vhost-user framing, after which the connection must be closed.
 #[derive(Debug, PartialEq, Eq)]
 pub enum ProtocolError {
-    /// The header's version or reserved flags are wrong, or it claims to be a reply.
+    /// The header has another version, reserved flags, or the flag of a reply.
     Flags(u32),
-    /// There is no such request.
+    /// The specification has no request of this number.
     UnknownRequest(u32),
-    /// The payload is longer than any may be.
+    /// The payload size in bytes exceeds [`MAX_PAYLOAD`].
     TooLong(u32),
-    /// The payload's size is not the request's.
+    /// The payload size is not the request's.
     Size {
         /// Name of the request.
         request: FrontendReq,
         /// Payload size in bytes.
         size: usize,
     },
-    /// More or fewer descriptors came than belong to the request.
+    /// The message has more or fewer descriptors than its request takes.
     Descriptors {
         /// Name of the request.
         request: FrontendReq,
-        /// How many came.
+        /// Number of descriptors of the message.
         count: usize,
     },
-    /// A field of the payload has a value that the specification does not have.
+    /// The specification does not allow the value of a payload field.
     Value {
         /// Name of the request.
         request: FrontendReq,
-        /// What is wrong.
+        /// The field's mistake.
         what: &'static str,
     },
 }
@@ -73,13 +72,13 @@ impl fmt::Display for ProtocolError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ProtocolError::Flags(flags) => write!(f, "header flags {flags:#x} are not allowed"),
-            ProtocolError::UnknownRequest(code) => write!(f, "there is no request {code}"),
+            ProtocolError::UnknownRequest(code) => write!(f, "unknown request {code}"),
             ProtocolError::TooLong(size) => write!(f, "a payload of {size} bytes is too long"),
             ProtocolError::Size { request, size } => {
-                write!(f, "{request:?} with a payload of {size} bytes")
+                write!(f, "{request:?} has a payload of wrong size, {size} bytes")
             }
             ProtocolError::Descriptors { request, count } => {
-                write!(f, "{request:?} with {count} descriptors")
+                write!(f, "{request:?} has a wrong number of descriptors, {count}")
             }
             ProtocolError::Value { request, what } => write!(f, "{request:?}: {what}"),
         }

@@ -149,12 +149,12 @@ pub(crate) fn check_moves(times: usize, environment: &[(&str, &str)]) {
     let says = |daemon: &Daemon, what: &str, times: usize| {
         eventually(what, || daemon.log().matches(what).count() >= times);
     };
-    says(&daemons[0], "is noted in the frontend's dirty log", 1);
+    says(&daemons[0], "dirty logging started", 1);
     traffic.wait(SET / 4);
     monitor.ask("migrate_cancel", Value::Null);
     drop((taken, listener));
     eventually("it is cancelled", || status(&mut monitor)["status"] == "cancelled");
-    says(&daemons[0], "is not noted any more", 1);
+    says(&daemons[0], "dirty logging stopped", 1);
     traffic.wait(SET);
     std::fs::remove_file(&stream).unwrap();
     drop(monitor);
@@ -181,7 +181,7 @@ pub(crate) fn check_moves(times: usize, environment: &[(&str, &str)]) {
         }
         vm.kill();
         // QEMU carries the device's state: what was counted, and how far limits are used up.
-        let moved = "card: its counters and limits have moved";
+        let moved = "card: device state transferred";
         daemons.iter().for_each(|daemon| says(daemon, moved, round));
         assert!(target.show("card")["tx_frames"].as_u64().unwrap() >= sent);
         // The guest goes on where it has arrived.

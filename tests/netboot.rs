@@ -18,8 +18,8 @@ use crate::support::{Running, needs_program, one_at_a_time, skip, within};
 const BOOT: Duration = Duration::from_secs(150);
 /// What firmware's driver says in its features: no VIRTIO_F_VERSION_1 where the card is a legacy one,
 /// so headers have 10 bytes; and nothing that a frame could be cut or joined by.
-const LEGACY: &str = "features 0x40000000\n";
-const MODERN: &str = "features 0x140000000\n";
+const LEGACY: &str = "features=0x40000000\n";
+const MODERN: &str = "features=0x140000000\n";
 
 /// A firmware, as qemu/run-guest and QEMU take it, and the features that its driver accepts.
 struct Firmware {

@@ -136,8 +136,9 @@ fn memory_hotplug_works_under_traffic() {
     let mut traffic = traffic();
     let regions = || {
         let log = daemon.log();
-        let line = log.lines().rev().find(|line| line.ends_with(" memory regions")).unwrap();
-        line.rsplit(' ').nth(2).unwrap().parse::<usize>().unwrap()
+        let mut lines = log.lines().rev();
+        let regions = lines.find_map(|line| line.split_once("memory table replaced regions="));
+        regions.unwrap().1.parse::<usize>().unwrap()
     };
     let before = regions();
     let mut monitor = vm.monitor();

@@ -1,4 +1,4 @@
-//! The descriptors that are kept for the frontend, counted.
+//! The count of descriptors that are kept for the frontend, and its limit.
 
 use std::fs::File;
 
@@ -9,26 +9,27 @@ use crate::descriptors::STATE;
 use crate::protocol::Request;
 
 impl Device {
-    /// Descriptors that are kept for the frontend, but for its connection.
+    /// Returns the number of descriptors that are kept for the frontend, without its connection.
     fn kept_descriptors(&self) -> usize {
-        let FrontendState { memory, log, inflight, transfer, backend_requests, .. } = &self.told;
-        let few = [log.is_some(), inflight.is_some(), backend_requests.is_some()];
+        let FrontendState { memory, log, inflight, transfer, backend_requests, .. } =
+            &self.frontend;
+        let single = [log.is_some(), inflight.is_some(), backend_requests.is_some()];
         let transfer = if matches!(transfer, Some(Transfer::Load(_))) { STATE } else { 0 };
-        let rings: usize = self.told.rings.iter().map(VringState::descriptors).sum();
-        memory.len() + few.into_iter().filter(|is| *is).count() + transfer + rings
+        let rings: usize = self.frontend.rings.iter().map(VringState::descriptors).sum();
+        memory.len() + single.into_iter().filter(|is| *is).count() + transfer + rings
     }
 
-    /// The most of them that there are after a request.
+    /// Returns the largest number of kept descriptors that a request can lead to.
     fn descriptors_after(&self, request: &Request) -> usize {
         let kept = self.kept_descriptors();
-        let instead_of = |replaced: bool| kept + usize::from(!replaced);
+        let replacing = |replaced: bool| kept + usize::from(!replaced);
         let of_ring = |index: &u32, file: &Option<File>, has: fn(&VringState) -> bool| {
-            let ring = self.told.rings.get(*index as usize);
-            ring.map_or(kept, |ring| instead_of(file.is_none() || has(ring)))
+            let ring = self.frontend.rings.get(*index as usize);
+            ring.map_or(kept, |ring| replacing(file.is_none() || has(ring)))
         };
         match request {
             Request::SetMemTable(regions) => {
-                (kept + regions.len()).saturating_sub(self.told.memory.len())
+                (kept + regions.len()).saturating_sub(self.frontend.memory.len())
             }
             Request::AddMemReg(..) => kept + 1,
             Request::SetVringKick { index, file } => of_ring(index, file, VringState::has_kick),
@@ -38,15 +39,18 @@ impl Device {
             Request::SetVringErr { index, file } => {
                 of_ring(index, file, |ring| ring.error.is_set())
             }
-            Request::SetBackendReqFd(_) => instead_of(self.told.backend_requests.is_some()),
-            Request::SetLogBase { .. } => instead_of(self.told.log.is_some()),
-            Request::SetInflightFd { .. } => instead_of(self.told.inflight.is_some()),
+            Request::SetBackendReqFd(_) => replacing(self.frontend.backend_requests.is_some()),
+            Request::SetLogBase { .. } => replacing(self.frontend.log.is_some()),
+            Request::SetInflightFd { .. } => replacing(self.frontend.inflight.is_some()),
             Request::SetDeviceStateFd { .. } => kept + STATE,
             _ => kept,
         }
     }
 
-    /// Checks that what a request adds may be kept, and counts it.
+    /// Reserves the descriptors that a request adds.
+    ///
+    /// # Errors
+    /// The request exceeds the port's share, and no descriptors outside of other ports' shares are left.
     pub(super) fn check_descriptors(&self, request: &Request) -> Result<(), Refusal> {
         let after = self.descriptors_after(request);
         match &self.descriptors {
@@ -57,10 +61,10 @@ impl Device {
         }
     }
 
-    /// Gives back what is not kept any more.
+    /// Releases reserved descriptors that are not kept any more.
     pub(super) fn count_descriptors(&self) {
         if let Some(quota) = &self.descriptors {
-            // Not more than before, or than was permitted before the request.
+            // This cannot fail: the count is at most the one reserved before the request.
             let _ = quota.keep(self.kept_descriptors());
         }
     }

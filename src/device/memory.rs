@@ -1,4 +1,4 @@
-//! The memory table.
+//! Changes of the memory table.
 
 use std::sync::Arc;
 
@@ -8,7 +8,10 @@ use super::{Answer, Device, refused};
 use crate::guest::{GuestMemory, Unmapped};
 
 impl Device {
-    /// Puts a new memory table in force, under running rings if need be.
+    /// Replaces the memory table, also while rings run: their sessions end, and new ones begin.
+    ///
+    /// # Errors
+    /// The memory must be sealed and is not, or a running ring is not in it.
     pub(super) fn replace_memory(&mut self, memory: GuestMemory) -> Answer {
         if self.requires_sealed_memory && !memory.is_sealed() {
             return refused(
@@ -16,16 +19,16 @@ impl Device {
                  memory from memory-backend-memfd, which seals it",
             );
         }
-        let memory = memory.logged(self.told.memory.log().cloned())?;
-        let memory = memory.recorded(self.told.inflight.clone());
-        for (index, ring) in self.told.rings.iter().enumerate() {
+        let memory = memory.logged(self.frontend.memory.log().cloned())?;
+        let memory = memory.recorded(self.frontend.inflight.clone());
+        for (index, ring) in self.frontend.rings.iter().enumerate() {
             if ring.is_running() && ring.layout(&memory).is_err() {
-                return refused(format!("ring {index} runs in memory that would go"));
+                return refused(format!("ring {index} runs in memory that the request removes"));
             }
         }
         self.end_all();
-        debug!("{}: {} memory regions", self.name, memory.len());
-        let known = self.told.memory.unmapped();
+        debug!("{}: memory table replaced regions={}", self.name, memory.len());
+        let known = self.frontend.memory.unmapped();
         for Unmapped { request, .. } in memory.unmapped() {
             if !known.iter().any(|region| region.request == *request) {
                 info!(
@@ -35,13 +38,13 @@ impl Device {
                 );
             }
         }
-        if !memory.is_sealed() && self.told.memory.is_sealed() {
+        if !memory.is_sealed() && self.frontend.memory.is_sealed() {
             info!(
-                "{}: guest memory is not sealed: whoever can truncate its file can stop this port",
+                "{}: guest memory is not sealed; a process that truncates its file stops this port",
                 self.name
             );
         }
-        self.told.memory = Arc::new(memory);
+        self.frontend.memory = Arc::new(memory);
         self.restart_all();
         Ok(None)
     }

@@ -1,4 +1,4 @@
-//! Requests: which are carried out, by what, and how those that are not are refused.
+//! The dispatch of requests, and the refusals of those that are not carried out.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::guest::memory::MAX_SLOTS;
 use crate::net_config::{MIN_MTU, NetConfig};
 use crate::protocol::{Message, Reply, Request};
 
-/// The protocol feature that a request belongs to.
+/// Returns the protocol feature that a request requires, if any.
 fn protocol_feature(code: FrontendReq) -> Option<ProtocolFeatures> {
     Some(match code {
         FrontendReq::GET_QUEUE_NUM => ProtocolFeatures::MQ,
@@ -35,7 +35,7 @@ fn protocol_feature(code: FrontendReq) -> Option<ProtocolFeatures> {
     })
 }
 
-/// Whether a request has a reply of its own, which cannot express a refusal.
+/// Returns whether a request has a reply of its own, which cannot express a refusal.
 fn demands_answer(code: FrontendReq) -> bool {
     matches!(
         code,
@@ -57,10 +57,10 @@ fn demands_answer(code: FrontendReq) -> bool {
 }
 
 impl Device {
-    /// Carries a request out.
+    /// Carries out a request.
     ///
     /// # Errors
-    /// A [`Refusal`]; the device is as it was before.
+    /// A [`Refusal`]; the device keeps the state that it had.
     pub fn handle(&mut self, message: Message) -> Result<Option<Reply>, Refusal> {
         let Message { request, code, .. } = message;
         debug!("{}: {code:?}", self.name);
@@ -77,7 +77,7 @@ impl Device {
 
     /// Refuses a request whose protocol feature was not negotiated.
     fn check_negotiated(&self, code: FrontendReq) -> Result<(), Refusal> {
-        let negotiated = self.told.protocol_features.unwrap_or(ProtocolFeatures::empty());
+        let negotiated = self.frontend.protocol_features.unwrap_or(ProtocolFeatures::empty());
         match protocol_feature(code) {
             Some(feature) if !negotiated.contains(feature) => {
                 refused(format!("its protocol feature {feature:?} was not negotiated"))
@@ -95,17 +95,19 @@ impl Device {
             Request::ResetOwner => self.disable_all(),
             Request::GetProtocolFeatures => number(protocol_features().bits()),
             Request::SetProtocolFeatures(bits) => self.set_protocol_features(bits),
-            // cloud-hypervisor compares this with its rings, QEMU with its queue pairs: the larger
-            // number satisfies both, and a ring beyond the last is refused. crosvm makes as many rings
-            // as this, of which its guest takes the last one for commands.
-            Request::GetQueueNum => number(self.told.rings.len() as u64),
+            // cloud-hypervisor compares this with its number of rings, QEMU with its queue pairs. The number of
+            // rings satisfies both, and requests for rings beyond it are refused. crosvm creates this number of
+            // rings, and its guest uses the last one as the control virtqueue.
+            Request::GetQueueNum => number(self.frontend.rings.len() as u64),
             Request::SetMemTable(regions) => {
-                self.replace_memory(self.told.memory.replaced(regions)?)
+                self.replace_memory(self.frontend.memory.replaced(regions)?)
             }
             Request::AddMemReg(region, file) => {
-                self.replace_memory(self.told.memory.with(region, file)?)
+                self.replace_memory(self.frontend.memory.with(region, file)?)
             }
-            Request::RemMemReg(region) => self.replace_memory(self.told.memory.without(region)?),
+            Request::RemMemReg(region) => {
+                self.replace_memory(self.frontend.memory.without(region)?)
+            }
             Request::GetMaxMemSlots => number(MAX_SLOTS as u64),
             Request::SetVringNum { index, size } => self.set_vring_num(index, size),
             Request::SetVringBase { index, base } => self.set_vring_base(index, base),
@@ -117,18 +119,18 @@ impl Device {
             Request::SetVringEnable { index, enable } => self.set_vring_enable(index, enable),
             Request::NetSetMtu(mtu) => self.set_mtu(mtu),
             Request::SetBackendReqFd(file) => {
-                self.told.backend_requests = Some(Arc::new(file));
+                self.frontend.backend_requests = Some(Arc::new(file));
                 Ok(None)
             }
             Request::GetConfig { offset, size, flags } => self.config(offset, size, flags),
             Request::SetConfig => refused("the configuration space is read-only"),
             Request::ResetDevice => {
-                self.told.features = None;
-                self.told.status = 0;
+                self.frontend.features = None;
+                self.frontend.status = 0;
                 self.disable_all()
             }
             Request::SetStatus(status) => self.set_status(status),
-            Request::GetStatus => number(self.told.status.into()),
+            Request::GetStatus => number(self.frontend.status.into()),
             Request::SetLogBase { size, offset, file } => {
                 self.set_log(file, offset, size)?;
                 Ok(Some(Reply::Log { size, offset }))
@@ -149,22 +151,22 @@ impl Device {
             Ok(negotiated) => negotiated,
             Err(error) => return refused(error.to_string()),
         };
-        let running = self.told.rings.iter().any(|ring| ring.is_running() && !ring.is_idle());
+        let running = self.frontend.rings.iter().any(|ring| ring.is_running() && !ring.is_idle());
         let same = |before: &Negotiated| before.is_same_but_for_the_log(&negotiated);
-        if !self.told.features.as_ref().is_some_and(same) {
+        if !self.frontend.features.as_ref().is_some_and(same) {
             if running {
                 return refused("the features changed while rings run");
             }
             self.stop_all();
         }
-        let before = self.told.features.replace(negotiated);
+        let before = self.frontend.features.replace(negotiated);
         if before != Some(negotiated) {
-            info!("{}: features {bits:#x}", self.name);
+            info!("{}: driver negotiated features={bits:#x}", self.name);
         }
         if before.is_some_and(|before| before.logs()) != negotiated.logs()
             && let Err(refusal) = self.log_memory()
         {
-            self.told.features = before;
+            self.frontend.features = before;
             return Err(refusal);
         }
         Ok(None)
@@ -175,15 +177,15 @@ impl Device {
         if surplus != 0 {
             return refused(format!("protocol feature bits {surplus:#x} were not offered"));
         }
-        self.told.protocol_features = Some(ProtocolFeatures::from_bits_truncate(bits));
+        self.frontend.protocol_features = Some(ProtocolFeatures::from_bits_truncate(bits));
         Ok(None)
     }
 
-    /// Sets the MTU that the guest is told of (NET_SET_MTU).
+    /// Sets the MTU of the configuration space (NET_SET_MTU).
     fn set_mtu(&mut self, mtu: u64) -> Answer {
         let most = self.largest_mtu;
         match u16::try_from(mtu) {
-            Ok(mtu) if (MIN_MTU..=most).contains(&mtu) => self.told.mtu = Some(mtu),
+            Ok(mtu) if (MIN_MTU..=most).contains(&mtu) => self.frontend.mtu = Some(mtu),
             _ => {
                 return refused(format!(
                     "cannot set MTU {mtu}: the port carries {MIN_MTU} to {most}; change the \
@@ -199,18 +201,22 @@ impl Device {
     fn config(&self, offset: u32, size: u32, flags: u32) -> Answer {
         let config = NetConfig { mtu: self.mtu(), ..self.config };
         let bytes = config.read(offset, size).unwrap_or_else(|| {
-            warn!("{}: {size} bytes at {offset} lie outside the configuration space", self.name);
+            warn!(
+                "{}: read outside the configuration space offset={offset} bytes={size}; the frontend gets an \
+                 error",
+                self.name
+            );
             Vec::new()
         });
         Ok(Some(Reply::Config { offset, flags, bytes }))
     }
 
-    /// Takes the driver's status (SET_STATUS); 0 is a reset.
+    /// Stores the driver's device status (SET_STATUS); 0 is a reset, and stops all rings.
     fn set_status(&mut self, status: u64) -> Answer {
         let Ok(status) = u8::try_from(status) else {
             return refused(format!("device status {status:#x} has more than 8 bits"));
         };
-        self.told.status = status;
+        self.frontend.status = status;
         if status == 0 {
             self.stop_all();
         }

@@ -1,4 +1,4 @@
-//! What the frontend has told about one ring.
+//! The frontend's state of one ring.
 
 use std::fs::File;
 use std::io;
@@ -11,17 +11,17 @@ use crate::protocol::VringAddresses;
 use crate::sys::eventfd::{ForeignEvent, NotifyFd};
 use crate::worker::{Ring, RingState};
 
-/// Whether the frontend has started the ring, and how its driver kicks.
+/// Kick descriptor of a ring; SET_VRING_KICK starts the ring.
 #[derive(Debug, Default)]
 pub(super) enum Kick {
     /// Not started.
     #[default]
     NotGiven,
-    /// Started; without a descriptor the ring is to be polled.
+    /// Started. Without a descriptor the worker polls the ring.
     Given(Option<Arc<NotifyFd>>),
 }
 
-/// A ring's addresses as the frontend sees them.
+/// Addresses of a ring's parts, in the frontend's address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Addresses {
     descriptors: u64,
@@ -30,35 +30,36 @@ pub(super) struct Addresses {
 }
 
 impl From<VringAddresses> for Addresses {
-    fn from(told: VringAddresses) -> Self {
-        Addresses { descriptors: told.descriptors, used: told.used, avail: told.avail }
+    fn from(sent: VringAddresses) -> Self {
+        Addresses { descriptors: sent.descriptors, used: sent.used, avail: sent.avail }
     }
 }
 
 impl Addresses {
-    /// Of descriptor table, used and avail ring.
+    /// Returns the addresses of descriptor table, used ring and available ring.
     pub(super) fn all(self) -> (u64, u64, u64) {
         (self.descriptors, self.used, self.avail)
     }
 
-    pub(super) fn same_place(&self, told: &VringAddresses) -> bool {
-        *self == Addresses::from(*told)
+    pub(super) fn same_place(&self, sent: &VringAddresses) -> bool {
+        *self == Addresses::from(*sent)
     }
 }
 
-/// One ring.
+/// State of one ring.
 #[derive(Debug, Default)]
 pub(super) struct VringState {
+    /// Number of descriptors; 0 before SET_VRING_NUM.
     pub(super) size: u16,
     pub(super) addresses: Option<Addresses>,
-    /// By SET_VRING_BASE, or where the ring stood when it last stopped.
+    /// Index of the next chain: of SET_VRING_BASE, or of the last session's end.
     pub(super) base: u16,
-    /// By SET_VRING_ENABLE; nothing before the first one.
+    /// State by SET_VRING_ENABLE; `None` before the first one.
     pub(super) enabled: Option<bool>,
     pub(super) kick: Kick,
     pub(super) call: Arc<ForeignEvent>,
     pub(super) error: Arc<ForeignEvent>,
-    /// Why the ring does not run though it was started.
+    /// Reason why a started ring does not run.
     pub(super) fault: Option<String>,
 }
 
@@ -67,7 +68,7 @@ impl VringState {
         matches!(self.kick, Kick::Given(_)) && self.fault.is_none()
     }
 
-    /// Whether it was started, and then disabled.
+    /// Returns whether the ring was started, and then disabled.
     pub(super) fn is_idle(&self) -> bool {
         self.is_running() && self.enabled == Some(false)
     }
@@ -76,23 +77,22 @@ impl VringState {
         matches!(self.kick, Kick::Given(Some(_)))
     }
 
-    /// Descriptors that are kept for it.
+    /// Returns the number of descriptors that are kept for the ring.
     pub(super) fn descriptors(&self) -> usize {
         let kept = [self.has_kick(), self.call.is_set(), self.error.is_set()];
         kept.into_iter().filter(|is| *is).count()
     }
 
-    /// Stops the ring; size, addresses and descriptors for call and error stay, as QEMU expects
-    /// over a reset.
+    /// Stops the ring. Size, addresses, and call and error descriptors stay, as QEMU expects over a reset.
     pub(super) fn stop(&mut self) {
         self.kick = Kick::NotGiven;
         self.fault = None;
     }
 
-    /// Where the ring lies in `memory`.
+    /// Finds the ring in `memory`.
     ///
     /// # Errors
-    /// What is missing or wrong.
+    /// Addresses or size are not set, or the ring is not wholly in mapped regions, or not aligned.
     pub(super) fn layout(&self, memory: &GuestMemory) -> Result<RingLayout, String> {
         let addresses = self.addresses.ok_or("it was started before SET_VRING_ADDR")?;
         if self.size == 0 {
@@ -114,20 +114,20 @@ impl VringState {
         let layout = RingLayout {
             size: self.size,
             descriptors: find(addresses.descriptors, "descriptor table")?,
-            avail: find(addresses.avail, "avail ring")?,
+            avail: find(addresses.avail, "available ring")?,
             used: find(addresses.used, "used ring")?,
         };
         layout.check(memory).map_err(|fault| fault.to_string())?;
         Ok(layout)
     }
 
-    /// Whether the memory of a ring that has been used is there.
+    /// Checks that guest memory holds the descriptor table of a ring that has been used.
     ///
-    /// With post-copy migration, a page arrives when the guest touches it, and only at the VMM. The daemon
+    /// During post-copy migration, a page arrives when the guest touches it, and only in the VMM. The daemon
     /// would read zeros, and the page would never arrive.
     ///
     /// # Errors
-    /// The descriptor table is blank.
+    /// The base is not 0, and the descriptor table is all zeros.
     pub(super) fn check_arrival(
         &self,
         memory: &GuestMemory,
@@ -143,8 +143,8 @@ impl VringState {
         Ok(())
     }
 
-    /// The ring as a session needs it; none if it is not to run. `complain` hears why not, if it
-    /// was started.
+    /// Returns the ring for a session; `None` if the ring does not run. If a started ring has no valid layout, the
+    /// reason goes to `complain`, and becomes the ring's fault.
     pub(super) fn session(
         &mut self,
         memory: &GuestMemory,
@@ -164,8 +164,8 @@ impl VringState {
                     Some(false) => RingState::Disabled,
                     // Without protocol features there is no SET_VRING_ENABLE.
                     None if !negotiated.protocol_features() => RingState::Enabled,
-                    // cloud-hypervisor enables a ring after it has started it. What the guest
-                    // sent before must not be dropped in between, as for a disabled ring.
+                    // cloud-hypervisor starts a ring before it enables the ring. The worker would drop the
+                    // guest's frames meanwhile if the ring counted as disabled.
                     None => RingState::Waiting,
                 },
                 kick: kick.clone(),
@@ -181,7 +181,7 @@ impl VringState {
     }
 }
 
-/// Takes over a descriptor, which `check` looks at.
+/// Takes a descriptor of the frontend, if it passes `check`.
 pub(super) fn foreign(
     file: Option<File>,
     check: fn(File) -> io::Result<NotifyFd>,

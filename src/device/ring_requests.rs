@@ -15,7 +15,7 @@ impl Device {
     fn ring(&mut self, index: u32) -> Result<&mut VringState, Refusal> {
         let (pairs, control) = (self.workers.len(), self.control_ring());
         let has = |at: &usize| *at < 2 * pairs || Some(*at) == control;
-        match Some(index as usize).filter(has).and_then(|at| self.told.rings.get_mut(at)) {
+        match Some(index as usize).filter(has).and_then(|at| self.frontend.rings.get_mut(at)) {
             Some(ring) => Ok(ring),
             None => refused(format!(
                 "there is no ring {index}: the port has {} ({pairs} queue pairs); \
@@ -25,12 +25,17 @@ impl Device {
         }
     }
 
-    /// The ring, which must not run. User-mode Linux starts rings anew that it has only disabled: all
-    /// such rings are stopped here, for their memory may be another driver's by now.
+    /// Returns the ring, after it has stopped all disabled rings if this one is disabled.
+    ///
+    /// User-mode Linux sets up rings again that it has only disabled. Their memory may belong to another driver
+    /// by then.
+    ///
+    /// # Errors
+    /// The ring runs, or does not exist.
     fn stopped_ring(&mut self, index: u32) -> Result<&mut VringState, Refusal> {
         if self.ring(index)?.is_idle() {
             self.end_all();
-            self.told.rings.iter_mut().filter(|ring| ring.is_idle()).for_each(VringState::stop);
+            self.frontend.rings.iter_mut().filter(|ring| ring.is_idle()).for_each(VringState::stop);
             self.restart_all();
         }
         let ring = self.ring(index)?;
@@ -50,7 +55,7 @@ impl Device {
         Ok(None)
     }
 
-    /// Sets where the ring goes on (SET_VRING_BASE).
+    /// Sets the index of the ring's next chain (SET_VRING_BASE).
     pub(super) fn set_vring_base(&mut self, index: u32, base: u32) -> Answer {
         let base = u16::try_from(base)
             .map_err(|_| Refusal::Refused(format!("ring base {base} is beyond 65535")))?;
@@ -58,7 +63,7 @@ impl Device {
         Ok(None)
     }
 
-    /// Sets where the ring lies (SET_VRING_ADDR).
+    /// Sets the ring's addresses (SET_VRING_ADDR).
     pub(super) fn set_vring_addr(&mut self, index: u32, addresses: VringAddresses) -> Answer {
         let ring = self.ring(index)?;
         let moved = ring.addresses.is_some_and(|known| !known.same_place(&addresses));
@@ -70,12 +75,12 @@ impl Device {
         Ok(None)
     }
 
-    /// GET_VRING_BASE: when it is answered, the ring's memory is touched no more.
+    /// Stops the ring (GET_VRING_BASE). When this returns, the worker does not touch the ring's memory any more.
     pub(super) fn stop_ring(&mut self, index: u32) -> Answer {
         self.ring(index)?;
         let pair = self.pair_of(index as usize);
         self.end(pair);
-        let ring = &mut self.told.rings[index as usize];
+        let ring = &mut self.frontend.rings[index as usize];
         ring.stop();
         let num = u32::from(ring.base);
         self.begin(pair);
@@ -85,12 +90,12 @@ impl Device {
     /// Starts the ring (SET_VRING_KICK).
     pub(super) fn set_vring_kick(&mut self, index: u32, file: Option<File>) -> Answer {
         let event = ring::foreign(file, NotifyFd::new)?;
-        if self.told.features.is_none() {
+        if self.frontend.features.is_none() {
             return refused(format!("ring {index} was started before SET_FEATURES"));
         }
-        let memory = self.told.memory.clone();
+        let memory = self.frontend.memory.clone();
         let ring = self.ring(index)?;
-        // Checked now, so that the frontend hears of it.
+        // The session checks the layout again; this check lets the frontend receive an error.
         let layout = ring.layout(&memory).map_err(Refusal::Refused)?;
         ring.check_arrival(&memory, &layout).map_err(Refusal::Refused)?;
         ring.kick = Kick::Given(event.map(Arc::new));
@@ -102,22 +107,22 @@ impl Device {
         Ok(None)
     }
 
-    /// Sets how the ring's driver is called (SET_VRING_CALL).
+    /// Sets the ring's call descriptor (SET_VRING_CALL).
     pub(super) fn set_vring_call(&mut self, index: u32, file: Option<File>) -> Answer {
         let event = ring::foreign(file, NotifyFd::or_socket)?;
         let ring = self.ring(index)?;
         let (call, running) = (ring.call.clone(), ring.is_running());
         let worker = &self.workers[self.pair_of(index as usize)];
         call.replace(event, || worker.interrupt());
-        // QEMU changes the descriptor whenever the guest masks or moves an interrupt. A
-        // call that went to the last one meanwhile may be lost; one too many does no harm.
+        // QEMU changes the descriptor when the guest masks or moves an interrupt. A call on the previous
+        // descriptor may be lost meanwhile, so the worker calls once more, which does no harm.
         if running {
             worker.call();
         }
         Ok(None)
     }
 
-    /// Sets how the frontend hears of the ring's faults (SET_VRING_ERR).
+    /// Sets the ring's error descriptor (SET_VRING_ERR).
     pub(super) fn set_vring_err(&mut self, index: u32, file: Option<File>) -> Answer {
         let event = ring::foreign(file, NotifyFd::or_socket)?;
         let error = self.ring(index)?.error.clone();

@@ -1,5 +1,5 @@
-//! What moves with a guest beside its memory and rings: counters, and how far limits are used up
-//! (vhost-user specification, "Device state transfer"). Nothing that the guest could not do without.
+//! The device state that migrates with a guest: counters, and the debt of rate limits (vhost-user specification,
+//! "Device state transfer"). The guest runs without it too.
 
 use std::fmt;
 use std::fs::File;
@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use log::info;
+use log::{info, warn};
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -19,19 +19,19 @@ use crate::protocol::Reply;
 use crate::sys::poll_two;
 use crate::sys::stream::ForeignStream;
 
-/// Changes when a state is not understood any more that was.
+/// Version of the format; it changes when older daemons' states cannot be read any more.
 const VERSION: u32 = 1;
-/// Longest state of a queue pair in bytes: some 2 KiB as a rule, 5 KiB if each number has 20 digits.
+/// Longest state of a queue pair in bytes. About 2 KiB is usual; 5 KiB if each number has 20 digits.
 const MAX_PAIR_LENGTH: usize = 8 << 10;
-/// Longest state in bytes, of a port with as many queue pairs as there can be.
+/// Longest state in bytes, of a port with the most queue pairs.
 const MAX_LENGTH: usize = MAX_PAIR_LENGTH * (1 + MAX_QUEUE_PAIRS as usize);
-/// Time in which the frontend must have sent or taken the state; the control thread waits meanwhile. A pipe
-/// holds a whole state, so a frontend that follows the protocol causes no wait.
+/// Time in which the frontend must send or read the state; the control thread waits meanwhile. A pipe holds a
+/// whole state, so a frontend that follows the protocol causes no wait.
 const TRANSFER_TIMEOUT: Duration = Duration::from_millis(500);
-/// A reply's flag that the frontend's own descriptor is used.
+/// Flag of the reply: the daemon uses the frontend's descriptor, and sends none.
 const NO_DESCRIPTOR: u64 = 0x100;
 
-/// A device's state.
+/// State of a device.
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
     version: u32,
@@ -43,7 +43,7 @@ struct State {
     tx_debt: Debt,
 }
 
-/// Counters of queue pairs, of which no more are read than a port can have.
+/// Counters of queue pairs, at most [`MAX_QUEUE_PAIRS`].
 #[derive(Debug, Default, Serialize)]
 #[serde(transparent)]
 struct Pairs(Vec<PairCounters>);
@@ -78,7 +78,7 @@ impl<'de> Deserialize<'de> for Pairs {
 /// Reads the state of a port with `pairs` queue pairs.
 ///
 /// # Errors
-/// The text is no state, of another version, or of a port with more queue pairs.
+/// The text is no device state, has another version, or is of a port with more queue pairs.
 fn parse(text: &[u8], pairs: usize) -> Result<State, String> {
     let most = MAX_PAIR_LENGTH * (1 + pairs);
     if text.len() > most {
@@ -89,54 +89,64 @@ fn parse(text: &[u8], pairs: usize) -> Result<State, String> {
     }
     let state: State = serde_json::from_slice(text).map_err(|error| error.to_string())?;
     if state.version != VERSION {
-        return Err(format!("version {} is not understood here, but {VERSION}", state.version));
-    }
-    let told = state.pairs.0.len();
-    if told > pairs {
         return Err(format!(
-            "cannot take the state of {told} queue pairs: the port has {pairs}; start it with a larger \
+            "unsupported state version {}; this daemon reads {VERSION}",
+            state.version
+        ));
+    }
+    let sent = state.pairs.0.len();
+    if sent > pairs {
+        return Err(format!(
+            "cannot take the state of {sent} queue pairs: the port has {pairs}; start it with a larger \
              --queue-pairs"
         ));
     }
     Ok(state)
 }
 
-/// A transfer under way.
+/// Transfer of the device state between SET_DEVICE_STATE_FD and CHECK_DEVICE_STATE.
 #[derive(Debug)]
 pub(super) enum Transfer {
-    /// The state comes by this.
+    /// The frontend sends the state over this stream.
     Load(ForeignStream),
-    /// It has been sent, or not.
+    /// Result of sending the state to the frontend.
     Saved(Result<(), String>),
 }
 
 impl Device {
-    /// Sends the state by the frontend's descriptor, or has it come by that (SET_DEVICE_STATE_FD).
+    /// Sends the state over the frontend's descriptor, or keeps the descriptor to load it from
+    /// (SET_DEVICE_STATE_FD).
     pub(super) fn transfer_state(&mut self, load: bool, file: File) -> Result<Reply, Refusal> {
-        if self.told.rings.iter().any(super::VringState::is_running) {
-            return refused("the device's state was asked for while rings run");
+        if self.frontend.rings.iter().any(super::VringState::is_running) {
+            return refused("the device state was requested while rings run");
         }
         let stream = ForeignStream::new(file, MAX_LENGTH)
             .map_err(|error| Refusal::Refused(error.to_string()))?;
-        self.told.transfer = Some(if load {
+        self.frontend.transfer = Some(if load {
             Transfer::Load(stream)
         } else {
-            Transfer::Saved(self.save(stream).map_err(|error| format!("save: {error}")))
+            Transfer::Saved(self.save(stream).map_err(|error| format!("cannot send it: {error}")))
         });
         Ok(Reply::U64(NO_DESCRIPTOR))
     }
 
-    /// Says whether the transfer has succeeded (CHECK_DEVICE_STATE).
+    /// Loads the state if the frontend sends it, and replies whether the transfer succeeded
+    /// (CHECK_DEVICE_STATE).
     pub(super) fn check_state(&mut self) -> Result<Reply, Refusal> {
-        let result = match self.told.transfer.take() {
-            None => Err("no transfer has begun".to_owned()),
+        let result = match self.frontend.transfer.take() {
+            None => Err("SET_DEVICE_STATE_FD did not come before".to_owned()),
             Some(Transfer::Saved(result)) => result,
             Some(Transfer::Load(stream)) => self.load(stream),
         };
         match result {
-            Ok(()) => info!("{}: its counters and limits have moved", self.name),
+            Ok(()) => {
+                info!("{}: device state transferred; counters and limits continue", self.name)
+            }
             Err(why) => {
-                log::warn!("{}: the device's state does not move: {why}", self.name);
+                warn!(
+                    "{}: device state not transferred: {why}; counters and limits restart",
+                    self.name
+                );
                 return Ok(Reply::U64(1));
             }
         }
@@ -171,17 +181,18 @@ impl Device {
             match stream.read(&mut bytes) {
                 Ok(0) => break,
                 Ok(length) if text.len() + length > MAX_LENGTH => {
-                    return Err(format!("it has more than {MAX_LENGTH} bytes"));
+                    return Err(format!("it exceeds {MAX_LENGTH} bytes"));
                 }
                 Ok(length) => text.extend(&bytes[..length]),
                 Err(error) => {
-                    wait(&stream, libc::POLLIN, error, end).map_err(|it| format!("load: {it}"))?;
+                    wait(&stream, libc::POLLIN, error, end)
+                        .map_err(|error| format!("cannot read it: {error}"))?;
                 }
             }
         }
         let state = parse(&text, self.workers.len())?;
         for (worker, counters) in self.workers.iter().zip(&state.pairs.0) {
-            // No session runs: its worker counts nothing meanwhile.
+            // No session runs, so no worker counts meanwhile.
             worker.status().counters.restore(counters);
         }
         if let Some(limits) = &self.limits {
@@ -192,7 +203,10 @@ impl Device {
     }
 }
 
-/// Waits until a descriptor that would block may not any more.
+/// Waits until a stream that would have blocked is ready.
+///
+/// # Errors
+/// `TimedOut` at `end`; `error` itself if it is neither `WouldBlock` nor `Interrupted`.
 fn wait(
     stream: &ForeignStream,
     events: libc::c_short,

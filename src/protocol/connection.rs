@@ -1,4 +1,4 @@
-//! A connection to a frontend: messages in, replies out, nothing ever waited for.
+//! A connection to a frontend: it receives messages and sends replies, and never blocks.
 
 use std::fs::File;
 use std::io;
@@ -12,40 +12,40 @@ use super::message::Header;
 use super::{HEADER_LENGTH, MAX_PAYLOAD, MAX_TABLE_REGIONS, Message, Reply};
 use crate::sys::socket::{receive, send_some};
 
-/// How long a frontend may take over the rest of a message that it has begun, or over reading a
-/// reply.
+/// Time that a frontend has to send the rest of a message, or to read a reply.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// What looking at the connection brought.
+/// Result of [`Connection::receive`].
 #[derive(Debug)]
 pub enum Event {
     /// A whole message.
     Message(Message),
-    /// Nothing yet.
+    /// No whole message has arrived, or a reply must be sent first.
     Pending,
-    /// The frontend has gone.
+    /// The frontend has closed the connection.
     Closed,
 }
 
-/// A non-blocking connection.
+/// A non-blocking connection to a frontend.
 #[derive(Debug)]
 pub struct Connection {
     socket: UnixStream,
-    /// The message under way: its header's bytes, then its payload's.
+    /// Received bytes of the current message: of its header, then of its payload.
     buffer: Vec<u8>,
+    /// Header of the current message; `None` while its bytes arrive.
     header: Option<Header>,
-    /// What came with it: no request has more than one for each region of a table.
+    /// Descriptors of the current message, at most [`MAX_TABLE_REGIONS`].
     files: Vec<File>,
-    /// Replies that the socket had no room for yet.
+    /// Bytes of replies that the socket has not accepted yet.
     unsent: Vec<u8>,
-    /// What goes with the first of them.
+    /// Descriptor that goes with the first unsent byte.
     unsent_file: Option<File>,
-    /// When the frontend must have sent the rest, or read its reply.
+    /// Time by which the frontend must send the rest of a message, or read a reply.
     deadline: Option<Instant>,
 }
 
 impl Connection {
-    /// Takes over a connected socket.
+    /// Creates a connection from a connected socket, which becomes non-blocking.
     pub fn new(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Connection {
@@ -59,34 +59,35 @@ impl Connection {
         })
     }
 
-    /// Process that connected, or that listens, if it is in our PID namespace.
+    /// Returns the PID of the process that connected or listens; `None` if it is in another PID namespace.
     pub fn peer(&self) -> Option<i32> {
         let peer = getsockopt(&self.socket, PeerCredentials).ok()?;
         Some(peer.pid()).filter(|pid| *pid != 0)
     }
 
-    /// Whether to wait for room for a reply instead of a message: a frontend that does not read
-    /// its replies is not served.
+    /// Returns whether a reply is not wholly sent. [`receive`](Self::receive) then reads no message until the
+    /// frontend has read the reply.
     pub fn is_sending(&self) -> bool {
         !self.unsent.is_empty()
     }
 
-    /// Whether it is between two messages, and every reply has been sent.
+    /// Returns whether the connection is between two messages, with every reply sent.
     pub fn is_at_rest(&self) -> bool {
         self.header.is_none() && self.buffer.is_empty() && !self.is_sending()
     }
 
-    /// When to look at the connection at the latest.
+    /// Returns the time by which [`receive`](Self::receive) must be called again, if a message or a reply is
+    /// incomplete.
     pub fn deadline(&self) -> Option<Instant> {
         self.deadline
     }
 
-    /// Reads on until a message is whole.
+    /// Sends the rest of a reply, and reads until a message is whole or the socket is empty.
     ///
     /// # Errors
     /// `TimedOut` if the frontend missed its deadline, `InvalidData` with a
-    /// [`ProtocolError`](super::ProtocolError) if it does not speak vhost-user, or those of the
-    /// socket. The connection is of no further use then.
+    /// [`ProtocolError`](super::ProtocolError) if it violates the framing, or an error of the socket. The
+    /// connection must then be closed.
     pub fn receive(&mut self) -> io::Result<Event> {
         self.send_unsent()?;
         if self.is_sending() {
@@ -132,7 +133,10 @@ impl Connection {
         }
     }
 
-    /// Nothing to hand out; the clock runs if something is under way.
+    /// Returns [`Event::Pending`], and starts the deadline if a message or a reply is incomplete.
+    ///
+    /// # Errors
+    /// `TimedOut` after the deadline.
     fn pending(&mut self) -> io::Result<Event> {
         let under_way = self.header.is_some() || !self.buffer.is_empty() || self.is_sending();
         if !under_way {
@@ -143,18 +147,18 @@ impl Connection {
         if Instant::now() < deadline {
             return Ok(Event::Pending);
         }
-        let what = if self.is_sending() { "reading a reply" } else { "sending a message" };
+        let what = if self.is_sending() { "read a reply" } else { "send a whole message" };
         let seconds = DEADLINE.as_secs();
         Err(io::Error::new(
             io::ErrorKind::TimedOut,
-            format!("the frontend took longer than {seconds} s over {what}"),
+            format!("the frontend took longer than {seconds} s to {what}"),
         ))
     }
 
-    /// Sends a reply, or keeps it until the socket has room.
+    /// Sends a reply. The connection keeps bytes that the socket does not accept, and sends them later.
     ///
     /// # Errors
-    /// Those of the socket.
+    /// An error of the socket.
     pub fn send(
         &mut self,
         code: vhost::vhost_user::message::FrontendReq,
@@ -163,8 +167,8 @@ impl Connection {
         let bytes = reply.to_bytes(code);
         let file = reply.into_file();
         if file.is_some() {
-            // A descriptor goes with the next bytes: there are none of another reply's, for a frontend
-            // that has not read one is not served.
+            // A descriptor goes with the next byte that is sent. No byte of another reply is unsent: the
+            // connection reads no message before the frontend has read the last reply.
             debug_assert!(self.unsent.is_empty());
             self.unsent_file = file;
         }

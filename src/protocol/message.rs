@@ -1,4 +1,4 @@
-//! Messages of a frontend: each is checked against what its request takes.
+//! Messages of a frontend, each checked for the payload and the descriptors that its request takes.
 
 use std::fs::File;
 use std::vec;
@@ -17,22 +17,23 @@ const REGION_LENGTH: usize = 32;
 /// Bytes after the last number of `VhostUserInflight`.
 const INFLIGHT_PADDING: usize = 4;
 
-/// A whole message of the frontend's.
+/// A whole message from the frontend.
 #[derive(Debug)]
 pub struct Message {
-    /// What it asks for.
+    /// The request, with its payload and descriptors.
     pub request: Request,
-    /// Its number.
+    /// The request's number, which a reply repeats.
     pub code: FrontendReq,
-    /// Whether the frontend wants to hear of success or failure.
+    /// Whether the frontend wants a reply that states success or failure (REPLY_ACK).
     pub need_reply: bool,
 }
 
-/// A message's header, checked.
+/// A checked header of a message.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Header {
     pub(super) code: FrontendReq,
     pub(super) need_reply: bool,
+    /// Payload size in bytes.
     pub(super) size: usize,
 }
 
@@ -51,13 +52,14 @@ impl Header {
     }
 }
 
-/// The rest of a message: what its request has not taken yet. Numbers and files are taken in order, and
-/// an error says that one is missing.
+/// The bytes and descriptors of a message that are not parsed yet. Methods take numbers and files in order, and
+/// fail if one is missing.
 struct Body<'a> {
     code: FrontendReq,
+    /// Size of the whole payload in bytes.
     size: usize,
     payload: &'a [u8],
-    /// Descriptors that came in all.
+    /// Number of all descriptors of the message.
     count: usize,
     files: vec::IntoIter<File>,
 }
@@ -93,7 +95,7 @@ impl Body<'_> {
         self.bytes().map(u64::from_ne_bytes)
     }
 
-    /// `VhostUserMemoryRegion`.
+    /// Takes a `VhostUserMemoryRegion`.
     fn region(&mut self) -> Result<RegionRequest, ProtocolError> {
         Ok(RegionRequest {
             guest_address: self.u64()?,
@@ -107,12 +109,12 @@ impl Body<'_> {
         self.files.next().ok_or_else(|| self.wrong_count())
     }
 
-    /// Takes at most `most` bytes that mean nothing.
+    /// Skips at most `most` bytes.
     fn skip(&mut self, most: usize) {
         self.payload = &self.payload[most.min(self.payload.len())..];
     }
 
-    /// Takes what the request takes.
+    /// Takes the fields and descriptors of the request.
     fn request(&mut self) -> Result<Request, ProtocolError> {
         Ok(match self.code {
             FrontendReq::GET_FEATURES => Request::GetFeatures,
@@ -126,7 +128,7 @@ impl Body<'_> {
             FrontendReq::SET_VRING_ADDR => {
                 let (index, flags) = (self.u32()?, self.u32()?);
                 let (descriptors, used, avail) = (self.u64()?, self.u64()?, self.u64()?);
-                // The address to log the used ring's pages at: the log is by guest addresses.
+                // The log address of the used ring is not needed: a ring's writes are logged by guest address.
                 self.u64()?;
                 let addresses = VringAddresses { flags, descriptors, used, avail };
                 Request::SetVringAddr { index, addresses }
@@ -201,11 +203,11 @@ impl Body<'_> {
             }
             FrontendReq::CHECK_DEVICE_STATE => Request::CheckDeviceState,
             FrontendReq::SEND_RARP => {
-                // The address is the first six bytes, as they lie there.
+                // The first six bytes are the MAC address, in the order of the wire.
                 let [a, b, c, d, e, f, ..] = self.bytes::<8>()?;
                 Request::SendRarp([a, b, c, d, e, f])
             }
-            // Whatever came along is closed; the frontend is answered, not cut off.
+            // The device refuses the request, and the connection stays open. Descriptors are closed.
             other => {
                 self.skip(self.size);
                 self.files.by_ref().for_each(drop);
@@ -214,7 +216,7 @@ impl Body<'_> {
         })
     }
 
-    /// `VhostUserMemory`.
+    /// Takes a `VhostUserMemory`, and one descriptor for each region.
     fn table(&mut self) -> Result<Vec<(RegionRequest, File)>, ProtocolError> {
         let (regions, _) = (self.u32()? as usize, self.u32()?);
         if regions > MAX_TABLE_REGIONS {
@@ -222,12 +224,12 @@ impl Body<'_> {
         }
         let table = (0..regions).map(|_| Ok((self.region()?, self.file()?)));
         let table = table.collect::<Result<_, _>>()?;
-        // User-mode Linux always sends room for two.
+        // User-mode Linux always sends the bytes of two regions.
         self.skip((MAX_TABLE_REGIONS - regions) * REGION_LENGTH);
         Ok(table)
     }
 
-    /// A ring's index, and the descriptor to kick it, to call by, or to tell errors by.
+    /// Takes a ring's index, and its kick, call or error descriptor.
     fn event(&mut self) -> Result<(u32, Option<File>), ProtocolError> {
         let value = self.u64()?;
         if value & !(NO_DESCRIPTOR | VRING_INDEX_MASK) != 0 {
@@ -237,7 +239,7 @@ impl Body<'_> {
         Ok(((value & VRING_INDEX_MASK) as u32, file))
     }
 
-    /// `VhostUserConfig`: first byte, length in bytes and flags; the bytes are passed over.
+    /// Takes a `VhostUserConfig`: first byte, length in bytes and flags. The content is skipped.
     fn config(&mut self) -> Result<(u32, u32, u32), ProtocolError> {
         let (offset, size, flags) = (self.u32()?, self.u32()?, self.u32()?);
         if size > VHOST_USER_CONFIG_SIZE {
@@ -250,10 +252,10 @@ impl Body<'_> {
         Ok((offset, size, flags))
     }
 
-    /// `VhostUserInflight`: length and offset in bytes, rings, and descriptors of each.
+    /// Takes a `VhostUserInflight`: length and offset in bytes, number of rings, and descriptors of each.
     fn inflight(&mut self) -> Result<(u64, u64, u16, u16), ProtocolError> {
         let place = (self.u64()?, self.u64()?, self.u16()?, self.u16()?);
-        // Some send the structure's padding along.
+        // QEMU and the vhost crate send the structure's padding too.
         if self.payload.len() == INFLIGHT_PADDING {
             self.skip(INFLIGHT_PADDING);
         }
@@ -262,7 +264,10 @@ impl Body<'_> {
 }
 
 impl Message {
-    /// Puts a whole message together.
+    /// Parses the payload and descriptors of a message.
+    ///
+    /// # Errors
+    /// The payload size, the number of descriptors or a field is not the request's.
     pub(super) fn parse(
         header: Header,
         payload: &[u8],

@@ -1,4 +1,4 @@
-//! Messages as a frontend would send them: what one daemon was told, for the next to be told again.
+//! Messages as a frontend sends them. On a take-over, the old daemon replays its frontend's state to the new one.
 
 use std::fs::File;
 use std::io;
@@ -13,11 +13,10 @@ use super::{NO_DESCRIPTOR, VERSION};
 use crate::guest::RegionRequest;
 use crate::sys::socket::send_message;
 
-/// Time for which the kernel may refuse a descriptor because too many are in flight.
+/// Time for which the kernel may refuse a descriptor because too many descriptors are in flight.
 const IN_FLIGHT_TIMEOUT: Duration = Duration::from_millis(50);
 
-/// A message, and the descriptors that go with it: those that the port keeps, so that a replay takes no
-/// others.
+/// A message to replay. Its descriptors are the port's own, so a replay opens none.
 #[derive(Debug)]
 pub struct ReplayMessage {
     bytes: Vec<u8>,
@@ -30,31 +29,31 @@ impl ReplayMessage {
         ReplayMessage { bytes: [&header.concat(), payload].concat(), files }
     }
 
-    /// One with a number of 64 bits.
+    /// Creates a message with one 64-bit number.
     pub fn number(code: FrontendReq, value: u64) -> Self {
         Self::new(code, &value.to_ne_bytes(), Vec::new())
     }
 
-    /// One about a ring.
+    /// Creates a message with a ring's index and a number.
     pub fn ring(code: FrontendReq, index: u32, value: u32) -> Self {
         Self::new(code, &[index, value].map(u32::to_ne_bytes).concat(), Vec::new())
     }
 
-    /// SET_VRING_ADDR.
+    /// Creates SET_VRING_ADDR, with addresses of the frontend's.
     pub fn addresses(index: u32, descriptors: u64, used: u64, avail: u64) -> Self {
         let flags = [index, 0].map(u32::to_ne_bytes).concat();
         let places = [descriptors, used, avail, 0].map(u64::to_ne_bytes).concat();
         Self::new(FrontendReq::SET_VRING_ADDR, &[flags, places].concat(), Vec::new())
     }
 
-    /// SET_VRING_KICK, CALL or ERR, with a descriptor or without.
+    /// Creates SET_VRING_KICK, CALL or ERR, with or without a descriptor.
     pub fn event(code: FrontendReq, index: u32, file: Option<Arc<File>>) -> Self {
         let none = if file.is_some() { 0 } else { NO_DESCRIPTOR };
         let value = u64::from(index) | none;
         Self::new(code, &value.to_ne_bytes(), file.into_iter().collect())
     }
 
-    /// SET_MEM_TABLE, for no more regions than one message takes.
+    /// Creates SET_MEM_TABLE, for at most [`MAX_TABLE_REGIONS`](super::MAX_TABLE_REGIONS) regions.
     pub fn memory(regions: Vec<(RegionRequest, Arc<File>)>) -> Self {
         let mut payload = [regions.len() as u32, 0].map(u32::to_ne_bytes).concat();
         regions.iter().for_each(|(region, _)| payload.extend(region_bytes(region)));
@@ -62,34 +61,34 @@ impl ReplayMessage {
         Self::new(FrontendReq::SET_MEM_TABLE, &payload, files)
     }
 
-    /// ADD_MEM_REG.
+    /// Creates ADD_MEM_REG.
     pub fn region(region: &RegionRequest, file: Arc<File>) -> Self {
         let payload = [vec![0; 8], region_bytes(region)].concat();
         Self::new(FrontendReq::ADD_MEM_REG, &payload, vec![file])
     }
 
-    /// SET_LOG_BASE.
+    /// Creates SET_LOG_BASE; size and offset in bytes.
     pub fn log(size: u64, offset: u64, file: Arc<File>) -> Self {
         let payload = [size, offset].map(u64::to_ne_bytes).concat();
         Self::new(FrontendReq::SET_LOG_BASE, &payload, vec![file])
     }
 
-    /// SET_INFLIGHT_FD.
+    /// Creates SET_INFLIGHT_FD; length and offset in bytes, `size` descriptors for each ring.
     pub fn inflight(length: u64, offset: u64, rings: u16, size: u16, file: Arc<File>) -> Self {
         let place = [length, offset].map(u64::to_ne_bytes).concat();
         let numbers = [rings, size].map(u16::to_ne_bytes).concat();
         Self::new(FrontendReq::SET_INFLIGHT_FD, &[place, numbers].concat(), vec![file])
     }
 
-    /// SET_BACKEND_REQ_FD.
+    /// Creates SET_BACKEND_REQ_FD.
     pub fn backend_requests(file: Arc<File>) -> Self {
         Self::new(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![file])
     }
 
-    /// Sends the message whole, or not at all.
+    /// Sends the message with its descriptors.
     ///
     /// # Errors
-    /// `WouldBlock` if the other side has to read first; otherwise those of `sendmsg`.
+    /// `WouldBlock` if the receiver has to read first; otherwise an error of `sendmsg`.
     pub fn send(&self, socket: &UnixStream) -> io::Result<()> {
         let files: Vec<BorrowedFd<'_>> = self.files.iter().map(|file| file.as_fd()).collect();
         match send_message(socket, &self.bytes, &files) {
@@ -103,11 +102,13 @@ impl ReplayMessage {
     }
 }
 
-/// Whether the kernel passes a descriptor to another process. It refuses a unix socket that has sockets
-/// in flight that have sockets in flight, and so on: whoever holds the other end can bring that about.
+/// Returns whether the kernel passes a descriptor to another process.
+///
+/// The kernel refuses a unix socket in whose queue sockets are in flight that have sockets in flight, and so on.
+/// The process at the other end can cause this.
 ///
 /// # Errors
-/// No socket pair can be made.
+/// The kernel makes no socket pair.
 pub fn can_be_passed(file: &impl AsFd) -> io::Result<bool> {
     let (ours, _theirs) = UnixStream::pair()?;
     let end = Instant::now() + IN_FLIGHT_TIMEOUT;
@@ -120,7 +121,7 @@ pub fn can_be_passed(file: &impl AsFd) -> io::Result<bool> {
     }
 }
 
-/// `VhostUserMemoryRegion`.
+/// Returns the bytes of a `VhostUserMemoryRegion`.
 fn region_bytes(region: &RegionRequest) -> Vec<u8> {
     let RegionRequest { guest_address, size, frontend_address, file_offset } = *region;
     [guest_address, size, frontend_address, file_offset].map(u64::to_ne_bytes).concat()

@@ -1,4 +1,4 @@
-//! Replies, and their bytes.
+//! Replies to requests, and their encoding.
 
 use std::fs::File;
 
@@ -11,45 +11,45 @@ use super::{HEADER_LENGTH, REPLY, VERSION};
 pub enum Reply {
     /// One 64-bit number.
     U64(u64),
-    /// `VhostUserLog` of a dirty log that was taken: cloud-hypervisor waits for all of it, QEMU takes a
+    /// The `VhostUserLog` of an accepted dirty log. cloud-hypervisor waits for the whole structure; QEMU accepts a
     /// reply of any length.
     Log {
-        /// The log's length in bytes.
+        /// Length of the log in bytes.
         size: u64,
-        /// Where it starts in its file.
+        /// Offset of the log in its file, in bytes.
         offset: u64,
     },
-    /// Index and number of a ring.
+    /// A ring's index, and a number.
     VringState {
-        /// The ring.
+        /// Index of the ring.
         index: u32,
-        /// The number asked for.
+        /// Index of the ring's next chain (GET_VRING_BASE).
         num: u32,
     },
-    /// Bytes of the configuration space; none says that they could not be read.
+    /// Bytes of the configuration space. No bytes mean that the read failed.
     Config {
-        /// First byte.
+        /// Offset of the first byte.
         offset: u32,
         /// The request's flags.
         flags: u32,
-        /// The bytes.
+        /// Content from `offset` on.
         bytes: Vec<u8>,
     },
     /// An inflight buffer.
     Inflight {
-        /// Its length in bytes.
+        /// Length of the buffer in bytes.
         length: u64,
-        /// Rings that it is for.
+        /// Number of rings.
         rings: u16,
-        /// Descriptors of each at the most.
+        /// Most descriptors of each ring.
         size: u16,
-        /// Its memory.
+        /// Sealed memfd of the buffer.
         file: File,
     },
 }
 
 impl Reply {
-    /// The descriptor that goes with it, if one does.
+    /// Returns the descriptor that is sent with the reply, if any.
     pub fn into_file(self) -> Option<File> {
         match self {
             Reply::Inflight { file, .. } => Some(file),
@@ -59,7 +59,7 @@ impl Reply {
         }
     }
 
-    /// The reply's bytes, header first.
+    /// Encodes the reply, header first.
     pub fn to_bytes(&self, code: FrontendReq) -> Vec<u8> {
         let mut payload = Vec::with_capacity(32);
         match self {
@@ -83,10 +83,10 @@ impl Reply {
                 payload.extend(0u64.to_ne_bytes());
                 payload.extend(rings.to_ne_bytes());
                 payload.extend(size.to_ne_bytes());
-                // The structure's padding, without which QEMU and the vhost crate refuse it.
+                // QEMU and the vhost crate require the structure's padding.
                 payload.extend([0; 4]);
             }
-            // The specification's way to say that the read failed.
+            // The specification signals a failed read by an empty payload.
             Reply::Config { .. } => {}
         }
         let mut message = Vec::with_capacity(HEADER_LENGTH + payload.len());

@@ -1,4 +1,4 @@
-//! Requests: one enum value for each.
+//! Requests of the frontend, one enum value for each.
 
 use std::fs::File;
 
@@ -6,20 +6,20 @@ use vhost::vhost_user::message::FrontendReq;
 
 use crate::guest::RegionRequest;
 
-/// Where a ring lies, in the frontend's addresses (SET_VRING_ADDR).
+/// Addresses of a ring's parts, in the frontend's address space (SET_VRING_ADDR).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VringAddresses {
     /// Bit 0: log writes to the ring.
     pub flags: u32,
-    /// Descriptor table.
+    /// Address of the descriptor table.
     pub descriptors: u64,
-    /// Used ring.
+    /// Address of the used ring.
     pub used: u64,
-    /// Avail ring.
+    /// Address of the available ring.
     pub avail: u64,
 }
 
-/// A request of the frontend's, by the specification's names.
+/// A request of the frontend, by the specification's name.
 #[derive(Debug)]
 #[allow(missing_docs)]
 pub enum Request {
@@ -93,13 +93,13 @@ pub enum Request {
         file: File,
     },
     SetDeviceStateFd {
-        /// The state comes, or else it is to be sent.
+        /// True if the frontend sends the state; false if the daemon does.
         load: bool,
         file: File,
     },
     CheckDeviceState,
-    /// The address of a card that has moved here.
+    /// MAC address of a guest that has migrated to this host.
     SendRarp([u8; 6]),
-    /// A request that exists but belongs to a protocol feature that is not offered.
+    /// A request of a protocol feature that the daemon does not offer.
     Unsupported(FrontendReq),
 }

@@ -83,7 +83,7 @@ fn hostile_02_incomplete_message_times_out() {
     }
     assert!(frontend.is_closed());
     assert!(started.elapsed() < Duration::from_secs(15));
-    scene.says("took longer than 5 s over sending a message");
+    scene.says("took longer than 5 s to send a whole message");
     scene.ends("R: put together if it comes in time, else closed after 5 s");
 }
 
@@ -193,7 +193,7 @@ fn hostile_05_unexpected_descriptors_close_the_connection() {
             assert!(frontend.is_closed(), "{code:?} with {count} descriptors");
         }
     }
-    scene.says("with 2 descriptors");
+    scene.says("has a wrong number of descriptors, 2");
     scene.ends("R: closed, all of them closed");
 }
 
@@ -502,7 +502,7 @@ fn hostile_14_inflight_buffer_content_is_not_trusted() {
         frontend.begin();
         assert!(frontend.get_inflight_fd(rings, size).is_none(), "{rings} rings of {size}");
     }
-    scene.says("an inflight buffer for 0 rings of 256: the port has 4");
+    scene.says("an inflight buffer for 0 rings of 256 descriptors: the port has 4");
     let mut card = scene.card();
     card.check_echo(20);
     let memory = memfd(0x4000);

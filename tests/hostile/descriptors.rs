@@ -194,7 +194,7 @@ fn hostile_76_lost_descriptors_are_refused_not_misread() {
     let mut frontend = Frontend::new(daemon.connect_to("one"));
     frontend.begin();
     without_any(&mut || assert!(frontend.get_inflight_fd(2, 256).is_none()));
-    says("one: connection closed: GET_INFLIGHT_FD: make an inflight buffer: Too many open files");
+    says("one: connection closed: GET_INFLIGHT_FD: cannot make an inflight buffer: Too many open files");
     card.check_echo(100);
 
     // A take-over is refused, and changes nothing.

@@ -427,7 +427,7 @@ fn hostile_39_config_space_bounds_are_enforced() {
     // Longer than any: no request at all.
     frontend.send(FrontendReq::GET_CONFIG, &request(0, 4097));
     assert!(frontend.is_closed());
-    scene.says("lie outside the configuration space");
+    scene.says("read outside the configuration space");
     scene.says("a payload of 4109 bytes is too long");
     scene.ends("R");
 }
