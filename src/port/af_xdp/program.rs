@@ -49,7 +49,7 @@ const HEADER_LENGTH: u32 = 0xffff;
 const HAS_QUEUE_PROGRAM: u32 = 1 << 16;
 /// Bit of the first queue's settings: the device's program restores VLAN tags.
 const RESTORES_TAGS: u32 = 1 << 17;
-/// Counters of a queue.
+/// Number of counters of a queue.
 const COUNTED: usize = 4;
 /// Number of queues of a device that can have a socket: the first ones.
 const QUEUES: u32 = 1024;
