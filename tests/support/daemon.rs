@@ -14,14 +14,14 @@ use vmm_sys_util::tempdir::TempDir;
 use super::eventually;
 use super::rings::SocketRings;
 
-/// A running daemon, ended with the value.
+/// A running daemon in its own directory. The `drop` kills the daemon.
 #[derive(Debug)]
 pub(crate) struct Daemon {
     child: Child,
     directory: TempDir,
 }
 
-/// The program under test; VHOST_USER_NET says where it is on another machine than this.
+/// Returns the command of the program under test. `VHOST_USER_NET` overrides its path.
 pub(crate) fn program() -> Command {
     let built = env!("CARGO_BIN_EXE_vhost-user-net");
     let mut command = Command::new(std::env::var("VHOST_USER_NET").unwrap_or(built.into()));
@@ -29,29 +29,28 @@ pub(crate) fn program() -> Command {
     command
 }
 
-/// What a file says of a port `name`, whose socket has that name too; `rest` is its host side and
-/// the like.
+/// Returns a `[[port]]` table with name and socket `name`. `rest` holds the other keys.
 pub(crate) fn port(name: &str, rest: &str) -> String {
     format!("[[port]]\nname = \"{name}\"\nsocket-path = \"{{}}/{name}\"\n{rest}\n")
 }
 
 impl Daemon {
-    /// Starts it on a socket in a directory of its own, and waits until it listens.
+    /// Starts a daemon on a socket in a new directory, and waits until it listens.
     pub(crate) fn start(options: &[&str]) -> Self {
         let daemon = Self::spawn(options);
         daemon.wait_until_it_listens();
         daemon
     }
 
-    /// Starts it with a file that describes its ports, and waits until the port `last` listens.
+    /// Starts a daemon with a configuration file, and waits until the port `last` listens.
     /// `{}` in the file stands for its directory.
     pub(crate) fn with_config(contents: &str, last: &str) -> Self {
         Self::failing(contents, last, "")
     }
 
-    /// Starts it on a socket with a fault point of `src/fault_point.rs`, and waits until it listens.
+    /// Starts a daemon on a socket with a fault point of `src/fault_point.rs`, and waits until it listens.
     pub(crate) fn failing_without_file(options: &[&str], fault: &str) -> Self {
-        let mut daemon = Self::nobody();
+        let mut daemon = Self::not_started();
         let mut command = program();
         command.arg(format!("--socket-path={}", daemon.socket().display())).args(options);
         command.env("VHOST_USER_NET_FAULT", fault);
@@ -60,18 +59,18 @@ impl Daemon {
         daemon
     }
 
-    /// Starts it with a file, and with a fault point if `fault` names one.
+    /// Starts a daemon with a configuration file, and with a fault point unless `fault` is empty.
     pub(crate) fn failing(contents: &str, last: &str, fault: &str) -> Self {
-        let mut daemon = Self::nobody();
+        let mut daemon = Self::not_started();
         daemon.write_config(contents);
         daemon.run_config_failing(fault);
         eventually("the daemon listens", || UnixStream::connect(daemon.path(last)).is_ok());
         daemon
     }
 
-    /// The same by another program, which limits it.
+    /// Starts a daemon with a configuration file through `wrapper`, which limits it.
     pub(crate) fn with_config_under(wrapper: &[&str], contents: &str, last: &str) -> Self {
-        let mut daemon = Self::nobody();
+        let mut daemon = Self::not_started();
         daemon.write_config(contents);
         let mut command = Command::new(wrapper[0]);
         command.args(&wrapper[1..]).arg(program().get_program()).stdin(Stdio::null());
@@ -81,9 +80,9 @@ impl Daemon {
         daemon
     }
 
-    /// Starts it with somewhere else for what it logs, and waits until it listens.
+    /// Starts a daemon that logs to `stderr`, and waits until it listens.
     pub(crate) fn start_with_stderr(stderr: Stdio, options: &[&str]) -> Self {
-        let mut daemon = Self::nobody();
+        let mut daemon = Self::not_started();
         let mut command = program();
         command.arg(format!("--socket-path={}", daemon.socket().display())).args(options);
         daemon.child = command.stderr(stderr).spawn().unwrap();
@@ -91,7 +90,7 @@ impl Daemon {
         daemon
     }
 
-    /// Starts it with the file that is there, after it has ended.
+    /// Starts the daemon again with its file, after it has exited.
     pub(crate) fn run_config(&mut self) {
         self.run_config_failing("");
     }
@@ -103,7 +102,7 @@ impl Daemon {
         self.child = command.stderr(self.open_log()).spawn().unwrap();
     }
 
-    /// Starts another one with its file, to take over from it, and waits for its end.
+    /// Starts a new daemon that takes over, and waits until the old one exits.
     pub(crate) fn upgrade(&mut self) {
         let next = self.start_successor();
         let mut last = std::mem::replace(&mut self.child, next);
@@ -114,32 +113,32 @@ impl Daemon {
         assert!(last.wait().unwrap().success());
     }
 
-    /// Starts another one with its file, to take over from it.
+    /// Starts a new daemon that takes over with the same file.
     pub(crate) fn start_successor(&self) -> Child {
         self.successor().stderr(self.open_log()).spawn().unwrap()
     }
 
-    /// The command that takes over from it, with its file.
+    /// Returns the command of a daemon that takes over with the same file.
     pub(crate) fn successor(&self) -> Command {
         let mut command = program();
         command.arg("run").arg("--config").arg(self.path("config")).arg("--take-over");
         command
     }
 
-    /// Waits for its end, and goes on as another process, which has taken over from it.
+    /// Waits until the daemon exits, and continues with `successor`, which has taken over.
     pub(crate) fn become_successor(&mut self, successor: Child) {
         assert!(self.wait().success());
         self.child = successor;
     }
 
-    /// What `vhost-user-net ctl` says of it, by a control socket called `control`.
+    /// Runs `vhost-user-net ctl` on the control socket `control`.
     pub(crate) fn ctl(&self, words: &[&str]) -> Output {
         let mut command = program();
         command.arg("ctl").arg("--control").arg(self.path("control")).args(words);
         command.output().unwrap()
     }
 
-    /// What it prints, if it succeeds.
+    /// Runs `ctl`, which must succeed, and returns its output.
     #[track_caller]
     pub(crate) fn ask(&self, words: &[&str]) -> String {
         let output = self.ctl(words);
@@ -148,19 +147,19 @@ impl Daemon {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What it says of a port.
+    /// Returns the output of `ctl --json show` for a port.
     #[track_caller]
     pub(crate) fn show(&self, port: &str) -> serde_json::Value {
         serde_json::from_str(&self.ask(&["--json", "show", port])).unwrap()
     }
 
-    /// Writes the file that it was started with again; `{}` stands for its directory.
+    /// Rewrites the configuration file. `{}` stands for its directory.
     pub(crate) fn write_config(&self, contents: &str) {
         let directory = self.directory().to_str().unwrap();
         fs::write(self.path("config"), contents.replace("{}", directory)).unwrap();
     }
 
-    /// A thread by its name.
+    /// Returns the thread of this name.
     pub(crate) fn thread(&self, name: &str) -> Pid {
         let tasks = PathBuf::from(format!("/proc/{}/task", self.process()));
         let mut numbers = fs::read_dir(&tasks).unwrap().map(|task| task.unwrap().file_name());
@@ -171,12 +170,12 @@ impl Daemon {
         Pid::from_raw(number.to_str().unwrap().parse().unwrap())
     }
 
-    /// Its process.
+    /// Returns the process id.
     pub(crate) fn process(&self) -> u32 {
         self.child.id()
     }
 
-    /// The number that its next descriptor will have.
+    /// Returns the number of the next descriptor that the daemon opens.
     pub(crate) fn lowest_free_descriptor(&self) -> usize {
         let free = |number: &usize| {
             !PathBuf::from(format!("/proc/{}/fd/{number}", self.child.id())).is_symlink()
@@ -184,20 +183,20 @@ impl Daemon {
         (0..).find(free).unwrap()
     }
 
-    /// A file in its directory.
+    /// Returns the path of a file in the directory.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.as_path().join(name)
     }
 
-    /// Connects to another socket than the one that it is started with as a rule.
+    /// Connects to the socket of this name.
     pub(crate) fn connect_to(&self, socket: &str) -> UnixStream {
         UnixStream::connect(self.path(socket)).unwrap()
     }
 
-    /// Starts it by another program, which limits it or listens for it. `{}` in that program's
+    /// Starts a daemon through `wrapper`, which limits it or listens for it. `{}` in the wrapper's
     /// options stands for the socket's path.
     pub(crate) fn start_under(wrapper: &[&str], options: &[&str]) -> Self {
-        let mut daemon = Self::nobody();
+        let mut daemon = Self::not_started();
         let socket = daemon.socket();
         let socket = socket.to_str().unwrap();
         let mut command = Command::new(wrapper[0]);
@@ -212,21 +211,21 @@ impl Daemon {
         daemon
     }
 
-    /// What its AF_XDP socket's rings hold, as the kernel has mapped them.
+    /// Reads the rings of the daemon's AF_XDP socket from its mappings.
     pub(crate) fn socket_rings(&self) -> SocketRings {
         SocketRings::of(self.child.id())
     }
 
-    /// Starts it without waiting. `{}` in an option stands for the socket's path.
+    /// Starts a daemon without waiting. `{}` in an option stands for the socket's path.
     pub(crate) fn spawn(options: &[&str]) -> Self {
-        let mut daemon = Self::nobody();
+        let mut daemon = Self::not_started();
         daemon.run(options);
         daemon
     }
 
-    /// Starts it with descriptors 5 and 6 open.
+    /// Starts a daemon that inherits descriptors 5 and 6, without waiting.
     pub(crate) fn inheriting(options: &[&str], five: OwnedFd, six: Option<OwnedFd>) -> Self {
-        let mut daemon = Self::nobody();
+        let mut daemon = Self::not_started();
         let script = if six.is_some() {
             "exec \"$0\" \"$@\" 5<&0 6<&1 0<&- 1>&2"
         } else {
@@ -245,8 +244,8 @@ impl Daemon {
         daemon
     }
 
-    /// A directory, and no daemon in it yet.
-    fn nobody() -> Self {
+    /// Makes a directory for a daemon that is not started yet.
+    fn not_started() -> Self {
         let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
         let mut child = Command::new("true").spawn().unwrap();
         child.wait().unwrap();
@@ -257,20 +256,20 @@ impl Daemon {
         fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap()
     }
 
-    /// On-CPU nanoseconds of all its threads.
+    /// Returns the CPU time of all threads, in nanoseconds.
     pub(crate) fn cpu_nanoseconds(&self) -> u64 {
         super::cpu_nanoseconds(self.child.id())
     }
 
-    /// Memory of its own, that is not shared with a guest, in kB.
+    /// Returns the private memory in kB, without guest memory.
     pub(crate) fn private_kilobytes(&self) -> usize {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let own = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
         own.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Waits for a second of which it uses at most `most`. A machine that is itself a guest charges a
-    /// thread what its host takes meanwhile, so one such second is enough: what spins has none.
+    /// Waits for a second in which the daemon uses at most `most` of CPU time. One such second is enough,
+    /// since a thread that spins has none. On a virtual machine a thread is also charged for stolen time.
     #[track_caller]
     pub(crate) fn check_idle(&self, most: Duration) {
         eventually("nothing is used", || {
@@ -280,7 +279,7 @@ impl Daemon {
         });
     }
 
-    /// Starts it again in the same directory, after it has ended.
+    /// Starts the daemon again in the same directory, after it has exited.
     pub(crate) fn run(&mut self, options: &[&str]) {
         let socket = self.socket();
         let socket = socket.to_str().unwrap();
@@ -292,7 +291,7 @@ impl Daemon {
         self.child = command.stderr(self.open_log()).spawn().unwrap();
     }
 
-    /// Its socket is there a moment before it listens.
+    /// Waits until a connection succeeds: the socket file appears before the daemon listens.
     pub(crate) fn wait_until_it_listens(&self) {
         eventually("the daemon listens", || UnixStream::connect(self.socket()).is_ok());
     }
@@ -309,8 +308,8 @@ impl Daemon {
         self.directory.as_path().join("log")
     }
 
-    /// What it has logged so far. A thread of its own writes the lines, a little after what they tell of:
-    /// this waits until no more come for 10 ms.
+    /// Returns the log. The daemon's log thread writes lines shortly after their events, so this waits until
+    /// none comes for 10 ms, at most 200 ms.
     pub(crate) fn log(&self) -> String {
         let read = || fs::read(self.log_path()).unwrap_or_default();
         let (mut bytes, mut quiet) = (read(), 0);
@@ -328,7 +327,7 @@ impl Daemon {
         UnixStream::connect(self.socket()).unwrap()
     }
 
-    /// Whether it has not ended. If somebody else has waited for it, it has.
+    /// Reports whether the daemon runs. A daemon that another test helper has waited for has exited.
     pub(crate) fn is_alive(&mut self) -> bool {
         self.child.try_wait().is_ok_and(|status| status.is_none())
     }
@@ -337,13 +336,13 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// Sends SIGKILL and waits.
+    /// Sends SIGKILL, and waits until the daemon exits.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// Waits for its end.
+    /// Waits until the daemon exits.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         let mut status = None;
         eventually("the daemon ends", || {
@@ -353,7 +352,7 @@ impl Daemon {
         status.unwrap()
     }
 
-    /// Open descriptors, threads, and resident memory in kB.
+    /// Returns open descriptors, threads, and resident memory in kB.
     pub(crate) fn resources(&self) -> (usize, usize, usize) {
         let process = PathBuf::from(format!("/proc/{}", self.child.id()));
         let count = |what: &str| fs::read_dir(process.join(what)).unwrap().count();
@@ -362,7 +361,7 @@ impl Daemon {
             let line = status.lines().find_map(|line| line.strip_prefix(what)).unwrap();
             line.trim().trim_end_matches(" kB").parse().unwrap()
         };
-        // Without the program's own pages: those for unwinding are read at the first panic.
+        // Without file pages: the kernel loads those for unwinding at the first panic.
         let resident = kilobytes("RssAnon:") + kilobytes("RssShmem:");
         (count("fd"), count("task"), resident)
     }

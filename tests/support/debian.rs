@@ -1,5 +1,5 @@
-//! A clean Debian 12, where a package must install, and systemd as its first process, under which
-//! the package's units must run.
+//! A clean Debian 12, in which the package must install, and a container of it, in which the package's units
+//! must run under systemd.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -16,17 +16,17 @@ use super::eventually;
 use super::network::silence_kernel;
 
 const RELEASE: &str = "bookworm";
-/// What it has beyond the essential.
+/// Packages beyond the essential ones.
 const PACKAGES: &str = "systemd,passwd,iproute2";
-/// Where programs are in a Debian.
+/// Search path of programs in a Debian.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// What is kept between runs of the tests.
+/// Returns the path of a file or directory that stays between test runs.
 fn kept(name: &str) -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(name)
 }
 
-/// What a command prints, or all that it says if it fails.
+/// Runs a command. Returns its standard output, or all of its output if it fails.
 fn attempt(command: &mut Command) -> Result<String, String> {
     let output = command.stdin(Stdio::null()).output().map_err(|error| error.to_string())?;
     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
@@ -36,7 +36,7 @@ fn attempt(command: &mut Command) -> Result<String, String> {
     Err(format!("{command:?}: {}{}", text(&output.stdout), text(&output.stderr)))
 }
 
-/// What a command prints that must succeed.
+/// Runs a command, which must succeed. Returns its standard output.
 #[track_caller]
 pub(crate) fn succeed(command: &mut Command) -> String {
     match attempt(command) {
@@ -45,14 +45,14 @@ pub(crate) fn succeed(command: &mut Command) -> String {
     }
 }
 
-/// The first child of a process: of one that makes a PID namespace, the first process there.
+/// Returns the first child of a process. For the creator of a PID namespace, this is its first process.
 pub(crate) fn first_child(process: &Child) -> Option<i32> {
     let id = process.id();
     let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).ok()?;
     children.split(' ').next()?.parse().ok()
 }
 
-/// Makes `name` once, by a function that is given another path to make it at.
+/// Makes `name` unless it exists. `make` gets a temporary path, which is renamed after success.
 fn once(name: &str, make: impl FnOnce(&Path) -> Result<(), String>) -> Result<PathBuf, String> {
     let path = kept(name);
     let lock = fs::File::create(kept(&format!("{name}.lock"))).unwrap();
@@ -66,7 +66,11 @@ fn once(name: &str, make: impl FnOnce(&Path) -> Result<(), String>) -> Result<Pa
     Ok(path)
 }
 
-/// Where this machine has the packages of its release from. Or why that is not known.
+/// Returns the mirror of this machine's packages.
+///
+/// # Errors
+///
+/// apt has no source of the release.
 fn mirror() -> Result<String, String> {
     let mut which = Command::new("apt-get");
     let format = ["indextargets", "--format", "$(REPO_URI)"];
@@ -75,18 +79,24 @@ fn mirror() -> Result<String, String> {
     mirrors.lines().next().map(str::to_owned).ok_or(format!("apt has no source of {RELEASE}"))
 }
 
-/// Makes a directory with a Debian release, from where this machine has its packages from. Or why they
-/// can't be fetched.
+/// Makes a directory with a Debian release, from this machine's mirror.
+///
+/// # Errors
+///
+/// The packages cannot be fetched.
 fn bootstrap(variant: &str, packages: &str, release: &str, at: &Path) -> Result<(), String> {
     let mut make = Command::new("mmdebstrap");
     make.arg("--quiet").arg(format!("--variant={variant}")).arg(format!("--include={packages}"));
-    // A machine whose clock is ahead takes its list of packages all the same.
+    // A machine whose clock is ahead must accept the list of packages.
     make.arg("--aptopt=Acquire::Check-Valid-Until \"false\"");
     attempt(make.arg(release).arg(at).arg(mirror()?)).map(drop)
 }
 
-/// The newest QEMU that Debian has, of its unstable suite, which is not installed: a program that runs
-/// it with the libraries of that suite. Or why it can't be fetched.
+/// Unpacks the QEMU of Debian's unstable suite. Returns a program that runs it with that suite's libraries.
+///
+/// # Errors
+///
+/// The packages cannot be fetched.
 pub(crate) fn newest_qemu() -> Result<PathBuf, String> {
     let tree = once("newest-qemu", |directory| {
         bootstrap("extract", "qemu-system-x86", "sid", directory)?;
@@ -102,8 +112,11 @@ pub(crate) fn newest_qemu() -> Result<PathBuf, String> {
     Ok(tree.join("qemu"))
 }
 
-/// The files of a Debian package, which is not installed: fetched and unpacked once. Or why it can't
-/// be fetched.
+/// Fetches and unpacks a Debian package once, without installing it. Returns its directory.
+///
+/// # Errors
+///
+/// The package cannot be fetched.
 pub(crate) fn unpacked(package: &str) -> Result<PathBuf, String> {
     once(package, |directory| {
         fs::create_dir_all(directory).unwrap();
@@ -118,12 +131,15 @@ pub(crate) fn unpacked(package: &str) -> Result<PathBuf, String> {
     })
 }
 
-/// A directory with the libraries of another Debian release alone, which stays: nothing of it is
-/// installed. Or why they can't be fetched.
+/// Unpacks the libraries of another Debian release once. Returns their directory.
+///
+/// # Errors
+///
+/// The packages cannot be fetched.
 pub(crate) fn libraries(release: &str, packages: &str) -> Result<PathBuf, String> {
     once(&format!("libraries-{release}"), |directory| {
         bootstrap("extract", packages, release, directory)?;
-        // Of base-files.
+        // The package base-files has these links.
         for name in ["lib", "lib64"] {
             let _ = symlink(format!("usr/{name}"), directory.join(name));
         }
@@ -131,13 +147,16 @@ pub(crate) fn libraries(release: &str, packages: &str) -> Result<PathBuf, String
     })
 }
 
-/// A directory with a Debian, which goes with the value.
+/// A directory with a Debian, deleted on drop.
 #[derive(Debug)]
 pub(crate) struct Debian(TempDir);
 
 impl Debian {
-    /// With essential packages and some more, as after their installation. Made once, from where this
-    /// machine has its packages from, and copied. Or why they can't be fetched.
+    /// Copies a Debian with the essential packages and `PACKAGES`, which is made once.
+    ///
+    /// # Errors
+    ///
+    /// The packages cannot be fetched.
     pub(crate) fn new() -> Result<Self, String> {
         let clean = once(&format!("{RELEASE},{PACKAGES}"), |directory| {
             bootstrap("essential", PACKAGES, RELEASE, directory)
@@ -147,19 +166,19 @@ impl Debian {
         Ok(Debian(directory))
     }
 
-    /// One of its files.
+    /// Returns the path of a file in the directory.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.as_path().join(name.trim_start_matches('/'))
     }
 
-    /// Runs a program in it.
+    /// Runs a program in the directory.
     pub(crate) fn output(&self, words: &[&str]) -> Output {
         let mut command = Command::new("chroot");
         command.arg(self.0.as_path()).args(words).env("PATH", PATH);
         command.stdin(Stdio::null()).output().unwrap()
     }
 
-    /// What a program in it prints, if it succeeds.
+    /// Runs a program there, which must succeed. Returns its output.
     #[track_caller]
     pub(crate) fn run(&self, words: &[&str]) -> String {
         succeed(Command::new("chroot").arg(self.0.as_path()).args(words).env("PATH", PATH))
@@ -172,7 +191,7 @@ impl Debian {
         self.run(&["dpkg", "--install", "/package.deb"]);
     }
 
-    /// Names of its files that have `part` in them.
+    /// Returns the names of files that contain `part`.
     pub(crate) fn find(&self, part: &str) -> String {
         let pattern = format!("*{part}*");
         let mut find = Command::new("find");
@@ -187,27 +206,27 @@ impl Debian {
     }
 }
 
-/// A Debian that runs, as a container with a network of its own.
+/// A running Debian container with its own network.
 #[derive(Debug)]
 pub(crate) struct Machine {
     nspawn: Child,
-    /// Its first process, by the number that it has here.
+    /// Process id of the container's init in this PID namespace.
     first: i32,
     debian: Debian,
 }
 
 impl Machine {
-    /// Starts it, and waits until systemd says that all is well.
+    /// Starts the container, and waits until systemd reports `running`.
     ///
-    /// The container has the capabilities and system calls that services in it give up again, and a
-    /// unified hierarchy of control groups, on which systemd filters devices and packets.
+    /// The container has the capabilities and system calls that its services need at their start. It has a
+    /// unified control group hierarchy, on which systemd filters devices and packets.
     pub(crate) fn boot(debian: Debian) -> Self {
         let console = fs::File::create(debian.path("console")).unwrap();
-        // No message bus, no login, no name resolution: targets that nobody waits for.
+        // This Debian has no message bus, login or name resolution. multi-user.target does not wait for them.
         let wanted = debian.path("etc/systemd/system/default.target");
         let _ = fs::remove_file(&wanted);
         symlink("/lib/systemd/system/multi-user.target", wanted).unwrap();
-        // One at a time on a machine, for their control groups have fixed names.
+        // One container at a time, since its control group has a fixed name.
         let mut nspawn = Command::new("flock");
         nspawn.args(["--no-fork", "/run/lock/vhost-user-net-test", "systemd-nspawn"]);
         nspawn.args(["--quiet", "--boot", "--register=no", "--keep-unit", "--console=pipe"]);
@@ -246,30 +265,30 @@ impl Machine {
         command
     }
 
-    /// Runs a program in it.
+    /// Runs a program in the container.
     pub(crate) fn output(&self, words: &[&str]) -> Output {
         self.command(words).output().unwrap()
     }
 
-    /// What a program in it prints, if it succeeds.
+    /// Runs a program there, which must succeed. Returns its output.
     #[track_caller]
     pub(crate) fn run(&self, words: &[&str]) -> String {
         succeed(&mut self.command(words))
     }
 
-    /// Starts a unit; a failure is explained by its log.
+    /// Starts a unit, and prints the unit's log if it fails.
     #[track_caller]
     pub(crate) fn start(&self, unit: &str) {
         let started = self.command(&["systemctl", "start", unit]).output().unwrap();
         assert!(started.status.success(), "{unit}: {}", self.log(unit));
     }
 
-    /// What a unit has logged.
+    /// Returns a unit's log.
     pub(crate) fn log(&self, unit: &str) -> String {
         self.run(&["journalctl", "--no-pager", "--unit", unit])
     }
 
-    /// A property of a unit.
+    /// Returns a property of a unit.
     pub(crate) fn property(&self, unit: &str, property: &str) -> String {
         self.run(&["systemctl", "show", "--value", "--property", property, unit]).trim().to_owned()
     }
@@ -282,19 +301,19 @@ impl Machine {
         });
     }
 
-    /// One of its files, as it sees them.
+    /// Returns the path of a file in the container's mount namespace.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{name}", self.first))
     }
 
-    /// Writes a file in it, and makes the directory for it.
+    /// Writes a file in the container, and creates its directory.
     pub(crate) fn write(&self, name: &str, text: &str) {
         let path = self.debian.path(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
     }
 
-    /// Moves this thread into its network, without traffic of the kernel's own.
+    /// Moves this thread into the container's network namespace, in which the kernel sends no frames itself.
     pub(crate) fn enter_network(&self) {
         let network = fs::File::open(format!("/proc/{}/ns/net", self.first)).unwrap();
         setns(network, CloneFlags::CLONE_NEWNET).unwrap();

@@ -1,4 +1,4 @@
-//! A virtio-net driver's rings over test memory: split, direct and indirect, with and without
+//! A virtio-net driver over test memory: split rings, direct and indirect descriptors, with and without
 //! EVENT_IDX.
 
 use std::sync::Arc;
@@ -14,7 +14,7 @@ pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) const INDIRECT: u64 = 1 << 28;
 pub(crate) const MRG_RXBUF: u64 = 1 << 15;
 pub(crate) const VERSION_1: u64 = 1 << 32;
-/// What the frontend sets while it migrates the guest.
+/// VHOST_F_LOG_ALL, which the frontend sets while it migrates the guest.
 pub(crate) const LOG_ALL: u64 = 1 << 26;
 pub(crate) const IN_ORDER: u64 = 1 << 35;
 pub(crate) const PROTOCOL: u64 = 1 << 30;
@@ -35,7 +35,7 @@ pub(crate) const NEXT: u16 = 1;
 pub(crate) const WRITE: u16 = 2;
 pub(crate) const INDIRECT_FLAG: u16 = 4;
 
-/// One ring as its driver sees it.
+/// The driver's side of one ring.
 #[derive(Debug)]
 pub(crate) struct Ring {
     ram: Arc<Ram>,
@@ -48,7 +48,7 @@ pub(crate) struct Ring {
     buffers: u64,
     /// Descriptors that are not in use.
     free: Vec<u16>,
-    /// For each head in use: its descriptors.
+    /// Descriptors of each head that is in use.
     in_use: Vec<Vec<u16>>,
     pub(crate) avail_index: u16,
     pub(crate) used_index: u16,
@@ -58,14 +58,14 @@ pub(crate) struct Ring {
     pub(crate) error: EventFd,
 }
 
-/// Bytes of memory that a ring takes, buffers included.
+/// Returns the bytes of memory that a ring needs, with its buffers.
 pub(crate) fn footprint(size: u16, buffer: u64) -> u64 {
     (u64::from(size) * (16 + 2 + 8 + 256) + 0x1000).next_multiple_of(0x1000)
         + u64::from(size) * buffer
 }
 
 impl Ring {
-    /// Lays a ring out from `base` on, all zero.
+    /// Lays out a zeroed ring from address `base`.
     pub(crate) fn new(ram: &Arc<Ram>, index: u32, base: u64, size: u16, event_idx: bool) -> Self {
         let entries = u64::from(size);
         let avail = base + 16 * entries;
@@ -92,12 +92,12 @@ impl Ring {
         }
     }
 
-    /// First byte behind the rings, for buffers; indirect tables come first, 256 bytes a head.
+    /// Returns the address of the buffers, which follow the indirect tables of 256 bytes for each head.
     pub(crate) fn buffer_area(&self) -> u64 {
         (self.buffers + u64::from(self.size) * 256).next_multiple_of(0x1000)
     }
 
-    /// Where the device writes: address and length of the used ring.
+    /// Returns address and length of the used ring, which the device writes.
     pub(crate) fn used_area(&self) -> (u64, u64) {
         (self.used, 6 + 8 * u64::from(self.size))
     }
@@ -118,7 +118,7 @@ impl Ring {
         self.ram.write(table + 16 * u64::from(index), &bytes);
     }
 
-    /// Writes `pieces` as a chain to `table`, at the places in `slots`.
+    /// Writes `pieces` as a chain to the entries `slots` of `table`.
     fn write_chain(&self, table: u64, slots: &[u16], pieces: &[(u64, u32)], write: bool) {
         for (i, (address, length)) in pieces.iter().enumerate() {
             let next = slots.get(i + 1);
@@ -134,8 +134,8 @@ impl Ring {
         }
     }
 
-    /// Makes a chain available without telling anybody; returns its head, or nothing if the ring
-    /// is full.
+    /// Adds a chain to the available ring; [`publish`](Self::publish) stores the index. Returns its head, or
+    /// nothing if the ring is full.
     pub(crate) fn add(&mut self, pieces: &[(u64, u32)], write: bool) -> Option<u16> {
         if self.free.len() < pieces.len() {
             return None;
@@ -145,17 +145,17 @@ impl Ring {
         Some(self.offer(slots))
     }
 
-    /// The same with an indirect table.
+    /// Adds a chain with an indirect table, as [`add`](Self::add) does.
     pub(crate) fn add_indirect(&mut self, pieces: &[(u64, u32)], write: bool) -> Option<u16> {
         let head = self.free.pop()?;
         self.describe_indirect(head, pieces, write);
         Some(self.offer(vec![head]))
     }
 
-    /// Writes `pieces` to the head's indirect table.
+    /// Writes `pieces` to the head's indirect table, at most 15.
     pub(crate) fn describe_indirect(&self, head: u16, pieces: &[(u64, u32)], write: bool) {
         assert!(pieces.len() <= 15);
-        // At any alignment.
+        // A table may have any alignment.
         let table = self.buffers + 256 * u64::from(head) + u64::from(head % 16);
         let slots: Vec<u16> = (0..pieces.len() as u16).collect();
         self.write_chain(table, &slots, pieces, write);
@@ -163,7 +163,7 @@ impl Ring {
         self.write_descriptor(self.descriptors, head, table, length, INDIRECT_FLAG, 0);
     }
 
-    /// Puts a head into the avail ring's next entry; the index follows in `publish`.
+    /// Writes a head to the next entry of the available ring.
     fn offer(&mut self, slots: Vec<u16>) -> u16 {
         let head = slots[0];
         self.in_use[usize::from(head)] = slots;
@@ -177,12 +177,12 @@ impl Ring {
         self.avail_index = self.avail_index.wrapping_add(1);
     }
 
-    /// Descriptors that are not in use.
+    /// Returns the number of descriptors that are not in use.
     pub(crate) fn free(&self) -> usize {
         self.free.len()
     }
 
-    /// Shows what was added, and kicks if the device asked for it; says whether it did.
+    /// Stores the available index, and kicks if the device asked for it. Reports whether it kicked.
     pub(crate) fn publish(&mut self) -> bool {
         let before = self.ram.load(self.avail + 2);
         self.ram.store(self.avail + 2, self.avail_index);
@@ -199,17 +199,17 @@ impl Ring {
         wanted
     }
 
-    /// Behind which avail index the device asks for a kick.
+    /// Returns the device's `avail_event`.
     pub(crate) fn avail_event(&self) -> u16 {
         self.ram.load(self.used + 4 + 8 * u64::from(self.size))
     }
 
-    /// Whether there are used entries that were not taken.
+    /// Reports whether the used ring has entries that were not taken.
     pub(crate) fn has_used(&self) -> bool {
         self.ram.load(self.used + 2) != self.used_index
     }
 
-    /// The next used entry of a ring whose heads the caller keeps: its head and the bytes written.
+    /// Takes the next used entry of a ring whose caller tracks heads. Returns head and bytes written.
     pub(crate) fn next_used(&mut self) -> Option<(u16, u32)> {
         if !self.has_used() {
             return None;
@@ -219,7 +219,7 @@ impl Ring {
         Some((self.ram.read_u32(entry) as u16, self.ram.read_u32(entry + 4)))
     }
 
-    /// Takes the next used entry: its head and the bytes written.
+    /// Takes the next used entry and frees its descriptors. Returns head and bytes written.
     pub(crate) fn take_used(&mut self) -> Option<(u16, u32)> {
         let (head, length) = self.next_used()?;
         let slots = std::mem::take(&mut self.in_use[usize::from(head)]);
@@ -228,7 +228,7 @@ impl Ring {
         Some((head, length))
     }
 
-    /// Makes the chains of all used entries available again.
+    /// Makes the chains of all used entries available again. Returns their number.
     pub(crate) fn recycle(&mut self) -> usize {
         let used = self.ram.load(self.used + 2);
         let count = used.wrapping_sub(self.used_index);
@@ -241,7 +241,7 @@ impl Ring {
         count.into()
     }
 
-    /// Asks to be called when the next used entry comes.
+    /// Asks the device to call with the next used entry.
     pub(crate) fn want_call(&self) {
         if self.event_idx {
             self.ram.store(self.avail + 4 + 2 * u64::from(self.size), self.used_index);
@@ -250,7 +250,7 @@ impl Ring {
         }
     }
 
-    /// Asks not to be called.
+    /// Asks the device not to call.
     pub(crate) fn want_no_call(&self) {
         if self.event_idx {
             let far = self.used_index.wrapping_sub(1).wrapping_add(0x8000);
@@ -260,7 +260,7 @@ impl Ring {
         }
     }
 
-    /// Waits for the next used entry.
+    /// Waits for the next used entry, and takes it.
     #[track_caller]
     pub(crate) fn wait_used(&mut self) -> (u16, u32) {
         let mut used = None;
@@ -271,7 +271,7 @@ impl Ring {
         used.unwrap()
     }
 
-    /// Tells the daemon about the ring and starts it.
+    /// Sets up the ring in the daemon and starts it at index `base`.
     pub(crate) fn start(&self, frontend: &mut Frontend, base: u16) {
         frontend.ask(FrontendReq::SET_VRING_NUM, &pair(self.index, self.size.into()), &[]);
         frontend.ask(FrontendReq::SET_VRING_BASE, &pair(self.index, base.into()), &[]);
@@ -283,7 +283,7 @@ impl Ring {
     }
 }
 
-/// What a card is started with.
+/// Options of a [`Card`].
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Options {
     pub(crate) features: u64,
@@ -291,9 +291,9 @@ pub(crate) struct Options {
     pub(crate) pairs: u32,
     /// Bytes of each rx buffer, header included.
     pub(crate) buffer: u32,
-    /// Whether chains are indirect.
+    /// Chains have indirect tables.
     pub(crate) indirect: bool,
-    /// Whether memory is of huge pages.
+    /// Guest memory consists of huge pages.
     pub(crate) huge: bool,
 }
 
@@ -314,7 +314,7 @@ impl Default for Options {
     }
 }
 
-/// A card with its rings running, rx rings full of buffers.
+/// A guest's virtio-net device: its frontend, its memory and its driver's rings.
 #[derive(Debug)]
 pub(crate) struct Card {
     pub(crate) frontend: Frontend,
@@ -322,12 +322,12 @@ pub(crate) struct Card {
     pub(crate) rx: Vec<Ring>,
     pub(crate) tx: Vec<Ring>,
     pub(crate) options: Options,
-    /// Address of each rx head's buffer.
+    /// Address of each rx head's buffer, by queue pair.
     rx_buffers: Vec<Vec<u64>>,
 }
 
 impl Card {
-    /// Negotiates, shares memory, fills the rx rings and starts everything.
+    /// Negotiates, shares memory, fills the rx rings and starts all rings.
     pub(crate) fn start(frontend: Frontend, options: Options) -> Self {
         let mut card = Card::prepare(frontend, options);
         card.fill();
@@ -335,7 +335,7 @@ impl Card {
         card
     }
 
-    /// All of `start` but filling rx rings and starting rings.
+    /// Negotiates and shares memory, with empty and stopped rings.
     pub(crate) fn prepare(mut frontend: Frontend, mut options: Options) -> Self {
         frontend.begin();
         options.features = frontend.set_features(options.features);
@@ -365,7 +365,7 @@ impl Card {
         }
     }
 
-    /// Negotiates again over a new connection, and starts the rings where they stand.
+    /// Negotiates over a new connection, and starts the rings with their contents.
     pub(crate) fn resume(&mut self, frontend: Frontend) {
         self.frontend = frontend;
         self.frontend.begin();
@@ -380,7 +380,7 @@ impl Card {
         (0..self.rx.len()).for_each(|pair| self.fill_from(pair, 0));
     }
 
-    /// Fills the rest of an rx ring, from the n-th buffer on.
+    /// Fills the rest of an rx ring, from buffer `first`.
     pub(crate) fn fill_from(&mut self, pair: usize, first: u64) {
         let area = self.rx[pair].buffer_area();
         for slot in first..u64::from(self.options.size) {
@@ -389,17 +389,17 @@ impl Card {
         self.rx[pair].publish();
     }
 
-    /// Address of an rx head's buffer.
+    /// Returns the address of an rx head's buffer.
     pub(crate) fn rx_buffer(&self, pair: usize, head: u16) -> u64 {
         self.rx_buffers[pair][usize::from(head)]
     }
 
-    /// Adds one rx buffer at `address`; `publish` shows it.
+    /// Adds one rx buffer at `address`. The caller publishes it.
     pub(crate) fn post(&mut self, pair: usize, address: u64) {
         self.post_pieces(pair, &[(address, self.options.buffer)]);
     }
 
-    /// The same in pieces that follow each other.
+    /// Adds one rx buffer of several adjacent pieces. The caller publishes it.
     pub(crate) fn post_pieces(&mut self, pair: usize, pieces: &[(u64, u32)]) {
         let ring = &mut self.rx[pair];
         let head = if self.options.indirect {
@@ -410,7 +410,7 @@ impl Card {
         self.rx_buffers[pair][usize::from(head.unwrap())] = pieces[0].0;
     }
 
-    /// Writes header and frame into the tx area at `slot` and makes them available.
+    /// Writes header and frame to tx buffer `slot` and adds the chain. The caller publishes it.
     pub(crate) fn queue_tx(&mut self, pair: usize, slot: u64, header: &[u8], frame: &[u8]) -> u16 {
         let address = self.tx[pair].buffer_area() + slot * 2048;
         self.ram.write(address, header);
@@ -438,7 +438,7 @@ impl Card {
         assert_eq!(self.tx[pair].wait_used(), (head, 0));
     }
 
-    /// Takes a frame from the rx ring, with its header, if one is there; posts its buffers again.
+    /// Takes the next received frame with its header, if any, and posts its buffers again.
     pub(crate) fn try_receive(&mut self, pair: usize) -> Option<Vec<u8>> {
         let (frame, buffers) = self.try_take(pair)?;
         buffers.into_iter().for_each(|address| self.post(pair, address));
@@ -446,7 +446,7 @@ impl Card {
         Some(frame)
     }
 
-    /// Takes a frame, and the addresses of its buffers.
+    /// Takes the next received frame, and the addresses of its buffers.
     fn try_take(&mut self, pair: usize) -> Option<(Vec<u8>, Vec<u64>)> {
         let (head, length) = self.rx[pair].take_used()?;
         let mut buffers = vec![self.rx_buffers[pair][usize::from(head)]];
@@ -464,8 +464,8 @@ impl Card {
         Some((frame, buffers))
     }
 
-    /// Gives all buffers that were used back as they are, whatever is in them; returns how many
-    /// there were. For the benchmark: it costs little.
+    /// Posts all used buffers again, without reading them. Returns their number. The benchmark uses this
+    /// cheap way.
     #[allow(dead_code)]
     pub(crate) fn recycle(&mut self, pair: usize) -> usize {
         let recycled = self.rx[pair].recycle();
@@ -475,7 +475,7 @@ impl Card {
         recycled
     }
 
-    /// Waits for a frame, and keeps its buffers.
+    /// Waits for a frame, and does not post its buffers again.
     #[track_caller]
     pub(crate) fn receive_once(&mut self, pair: usize) -> Vec<u8> {
         let mut taken = None;
@@ -496,8 +496,8 @@ impl Card {
         frame.unwrap()
     }
 
-    /// Sends `count` frames of different lengths in bursts and checks that a loopback port brings
-    /// each back once, unchanged, in order.
+    /// Sends `count` frames of different lengths in bursts. Checks that a loopback port returns each frame
+    /// once, unchanged and in order.
     #[track_caller]
     pub(crate) fn check_echo(&mut self, count: usize) {
         let frame = |number: usize| {
@@ -509,7 +509,7 @@ impl Card {
         let what = format!("all frames come back with {:?}", self.options);
         eventually(&what, || {
             while self.tx[0].take_used().is_some() {}
-            // As many tx slots as rx buffers, and no more frames on their way than that.
+            // At most a quarter of the ring is in flight, so that no frame lacks an rx buffer.
             while sent < count && sent - back < usize::from(self.options.size) / 4 {
                 let slot = (sent % usize::from(self.options.size)) as u64;
                 self.queue_tx(0, slot, &[0; HEADER], &frame(sent));

@@ -1,4 +1,4 @@
-//! A frontend that sends vhost-user messages, right or wrong, byte by byte if need be.
+//! A frontend that sends any vhost-user message, valid or invalid, whole or byte by byte.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -37,16 +37,16 @@ pub(crate) const PROTOCOL_FEATURES: u64 = 1
 #[derive(Debug)]
 pub(crate) struct Frontend {
     pub(crate) stream: UnixStream,
-    /// What the backend offers, if it may offer less than is asked for.
+    /// Features that another backend offers. `None` for our daemon, which must offer all.
     offered: Option<u64>,
 }
 
-/// Bytes of a message's header.
+/// Builds a message's header.
 pub(crate) fn header(code: u32, flags: u32, size: usize) -> Vec<u8> {
     [code, flags, size as u32].iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-/// `VhostUserMemoryRegion` of `ram`.
+/// Builds the `VhostUserMemoryRegion` of `ram`.
 pub(crate) fn region(ram: &Ram) -> Vec<u8> {
     [ram.base, ram.size, FRONTEND_BASE + ram.base, 0]
         .iter()
@@ -65,7 +65,7 @@ impl Frontend {
         Frontend { stream, offered: None }
     }
 
-    /// One that takes another backend than ours as it is.
+    /// Creates a frontend for any backend, which may offer fewer features than the daemon.
     #[allow(dead_code)]
     pub(crate) fn of_any(stream: UnixStream) -> Self {
         Frontend { offered: Some(u64::MAX), ..Self::new(stream) }
@@ -95,7 +95,7 @@ impl Frontend {
         self.send_with(code, 0, payload, &[]);
     }
 
-    /// Reads a reply; returns its payload, or nothing if the connection was closed.
+    /// Reads a reply. Returns its payload, or nothing if the connection was closed.
     pub(crate) fn try_reply(&mut self, code: FrontendReq) -> Option<Vec<u8>> {
         let mut head = [0; 12];
         if self.stream.read_exact(&mut head).is_err() {
@@ -113,13 +113,13 @@ impl Frontend {
         self.try_reply(code).unwrap_or_else(|| panic!("no reply to {code:?}"))
     }
 
-    /// Asks for a number.
+    /// Sends a request whose reply is a number.
     pub(crate) fn get(&mut self, code: FrontendReq) -> u64 {
         self.send(code, &[]);
         u64::from_ne_bytes(self.reply(code).try_into().unwrap())
     }
 
-    /// Sends with NEED_REPLY; says whether the daemon did it.
+    /// Sends a request with NEED_REPLY. Reports whether it succeeded; `None` if the connection was closed.
     pub(crate) fn try_ask(
         &mut self,
         code: FrontendReq,
@@ -147,7 +147,8 @@ impl Frontend {
         }
     }
 
-    /// Owner and protocol features, as every frontend begins.
+    /// Negotiates protocol features and sets the owner, as every frontend does first. Returns the offered
+    /// features.
     pub(crate) fn begin(&mut self) -> u64 {
         let offered = self.get(FrontendReq::GET_FEATURES);
         let mut protocol = self.get(FrontendReq::GET_PROTOCOL_FEATURES);
@@ -163,7 +164,7 @@ impl Frontend {
         offered
     }
 
-    /// Sets features, as far as the backend may be asked for them; says which those are.
+    /// Sets those of `features` that the backend offers, and returns them.
     pub(crate) fn set_features(&mut self, features: u64) -> u64 {
         let features = features & self.offered.unwrap_or(u64::MAX);
         self.ask(FrontendReq::SET_FEATURES, &features.to_ne_bytes(), &[]);
@@ -177,7 +178,7 @@ impl Frontend {
         self.ask(FrontendReq::SET_MEM_TABLE, &payload, &fds);
     }
 
-    /// Asks for an inflight buffer: its length, and its memory.
+    /// Asks for an inflight buffer. Returns its length and its file.
     pub(crate) fn get_inflight_fd(&mut self, rings: u16, size: u16) -> Option<(u64, File)> {
         self.send(FrontendReq::GET_INFLIGHT_FD, &inflight(0, 0, rings, size));
         let mut reply = [0; 64];
@@ -192,14 +193,14 @@ impl Frontend {
         self.send_with(FrontendReq::SET_LOG_BASE, 0, &place, &[file.as_raw_fd()]);
     }
 
-    /// Gives it a dirty log; says whether it was taken.
+    /// Sends a dirty log. Reports whether the daemon accepted it.
     pub(crate) fn set_log_base(&mut self, size: u64, offset: u64, file: &File) -> bool {
         self.try_set_log_base(size, offset, file);
         let reply = self.reply(FrontendReq::SET_LOG_BASE);
         reply == [size, offset].map(u64::to_ne_bytes).concat()
     }
 
-    /// Gives it a dirty log; says whether it was taken. If not, the connection is closed.
+    /// Sends a dirty log. Reports whether the daemon accepted it, or else closed the connection.
     pub(crate) fn set_log_base_or_close(&mut self, size: u64, file: &File) -> bool {
         self.try_set_log_base(size, 0, file);
         self.try_reply(FrontendReq::SET_LOG_BASE).is_some()
@@ -215,7 +216,7 @@ impl Frontend {
         self.ask(FrontendReq::SET_VRING_ENABLE, &pair(index, enable.into()), &[]);
     }
 
-    /// Stops a ring; returns its base.
+    /// Stops a ring with GET_VRING_BASE. Returns its base.
     pub(crate) fn get_vring_base(&mut self, index: u32) -> u32 {
         self.send(FrontendReq::GET_VRING_BASE, &pair(index, 0));
         let reply = self.reply(FrontendReq::GET_VRING_BASE);
@@ -223,19 +224,19 @@ impl Frontend {
         u32::from_ne_bytes(reply[4..8].try_into().unwrap())
     }
 
-    /// Whether the daemon has closed the connection.
+    /// Reports whether the daemon has closed the connection.
     pub(crate) fn is_closed(&mut self) -> bool {
         matches!(self.stream.read(&mut [0; 64]), Ok(0) | Err(_))
     }
 }
 
-/// `VhostUserInflight`.
+/// Builds a `VhostUserInflight`.
 pub(crate) fn inflight(length: u64, offset: u64, rings: u16, size: u16) -> Vec<u8> {
     let place = [length, offset].map(u64::to_ne_bytes).concat();
     [place, [rings, size].map(u16::to_ne_bytes).concat(), vec![0; 4]].concat()
 }
 
-/// Where a ring lies, as SET_VRING_ADDR has it.
+/// Builds the payload of SET_VRING_ADDR from guest addresses.
 pub(crate) fn addresses(
     index: u32,
     flags: u32,
@@ -250,7 +251,7 @@ pub(crate) fn addresses(
     payload
 }
 
-/// A descriptor that is no eventfd.
+/// Opens a descriptor that is no eventfd.
 pub(crate) fn dev_null() -> File {
     File::open("/dev/null").unwrap()
 }

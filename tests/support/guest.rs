@@ -1,4 +1,4 @@
-//! Memory that plays the guest's RAM: a memfd, mapped here and shared with the daemon.
+//! Guest RAM of the tests: a memfd, mapped here and shared with the daemon.
 
 use std::fs::File;
 use std::io;
@@ -9,10 +9,10 @@ use vm_memory::{
     VolatileMemoryError, WriteVolatile,
 };
 
-/// What the frontend adds to a guest address to get its own.
+/// Difference between frontend addresses and guest addresses.
 pub(crate) const FRONTEND_BASE: u64 = 0x5555_0000_0000;
 
-/// One region of RAM from guest address 0 on, or wherever it is put.
+/// One region of RAM at guest address `base`.
 #[derive(Debug)]
 pub(crate) struct Ram {
     pub(crate) file: File,
@@ -21,7 +21,7 @@ pub(crate) struct Ram {
     memory: GuestMemoryMmap,
 }
 
-/// A memfd of `size` bytes.
+/// Creates a memfd of `size` bytes.
 pub(crate) fn memfd(size: u64) -> File {
     let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
     let file = File::from(nix::sys::memfd::memfd_create(c"guest", flags).unwrap());
@@ -29,7 +29,7 @@ pub(crate) fn memfd(size: u64) -> File {
     file
 }
 
-/// A memfd of `size` bytes in huge pages of 2 MiB, if the machine has that many to give.
+/// Creates a memfd of `size` bytes in huge pages of 2 MiB, if the kernel supports them.
 pub(crate) fn huge_memfd(size: u64) -> Option<File> {
     use nix::sys::memfd::{MFdFlags, memfd_create};
     let file =
@@ -38,7 +38,7 @@ pub(crate) fn huge_memfd(size: u64) -> Option<File> {
     Some(file)
 }
 
-/// Huge pages of 2 MiB that the machine has to spare as long as this lives.
+/// A reservation of huge pages of 2 MiB, ended on drop. One test at a time holds it.
 pub(crate) struct HugePages {
     before: u64,
     _alone: std::sync::MutexGuard<'static, ()>,
@@ -88,14 +88,14 @@ impl Ram {
         bytes
     }
 
-    /// Writes so many bytes to a file, with one system call.
+    /// Writes `length` bytes to a file, with one system call.
     #[allow(dead_code)]
     pub(crate) fn send(&self, address: u64, length: usize, file: &mut File) -> io::Result<usize> {
         let piece = self.memory.get_slice(GuestAddress(address), length).unwrap();
         file.write_volatile(&piece).map_err(into_io_error)
     }
 
-    /// Reads so many bytes from a file, or fewer, with one system call.
+    /// Reads at most `length` bytes from a file, with one system call.
     #[allow(dead_code)]
     pub(crate) fn fetch(&self, address: u64, length: usize, file: &mut File) -> io::Result<usize> {
         let mut piece = self.memory.get_slice(GuestAddress(address), length).unwrap();
@@ -106,12 +106,12 @@ impl Ram {
         u32::from_le_bytes(self.read(address, 4).try_into().unwrap())
     }
 
-    /// Reads an index that the daemon stores with release.
+    /// Loads an index that the daemon stores with release order.
     pub(crate) fn load(&self, address: u64) -> u16 {
         self.memory.load(GuestAddress(address), Ordering::SeqCst).unwrap()
     }
 
-    /// Stores an index, and a full barrier behind it, as a driver does before it decides to kick.
+    /// Stores an index, then executes a full fence, as a driver does before it decides to kick.
     pub(crate) fn store(&self, address: u64, value: u16) {
         self.memory.store(value, GuestAddress(address), Ordering::SeqCst).unwrap();
         std::sync::atomic::fence(Ordering::SeqCst);

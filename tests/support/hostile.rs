@@ -1,5 +1,5 @@
-//! What all hostile cases share: a daemon with a port under attack and a quiet neighbour, and what
-//! must hold afterwards.
+//! The set-up of all hostile cases, a daemon with an attacked port and a neighbour, and the checks at
+//! their end.
 
 use std::collections::HashMap;
 use std::fs::{self, OpenOptions};
@@ -20,14 +20,14 @@ use super::network::{
 };
 use super::traffic::{check_both_ways, datagram};
 
-/// Frames of the neighbour's that are on their way at once, at the most.
+/// Frames in each round of the neighbour.
 const ECHO: usize = 64;
-/// Resident memory in kB that may come and go with what the allocator keeps.
+/// Growth of resident memory in kB that the allocator may cause.
 const SLACK: usize = 1024;
-/// The log's limit for lines of one kind in ten seconds.
+/// The log's limit for lines of one kind in 10 s.
 const LOG_BURST: usize = 20;
 
-/// Notes how a case ended, for the table that tests/run prints.
+/// Records a case's outcome, for the table that `tests/run` prints.
 pub(crate) fn note(case: u8, outcome: &str) {
     println!("hostile case {case}: {outcome}");
     if let Some(path) = std::env::var_os("HOSTILE_CASES") {
@@ -36,7 +36,7 @@ pub(crate) fn note(case: u8, outcome: &str) {
     }
 }
 
-/// A guest that sends frames to itself all the time and misses none.
+/// A guest that sends frames to itself all the time, and must receive each of them.
 struct Neighbour {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<usize>>,
@@ -57,12 +57,12 @@ impl Neighbour {
         Neighbour { stop, thread: Some(thread) }
     }
 
-    /// Lets it fail: its daemon is gone.
+    /// Ignores the outcome, since the daemon has exited.
     fn abandon(&mut self) {
         self.thread = None;
     }
 
-    /// Stops it; returns the frames that came back.
+    /// Stops the neighbour. Returns the number of its frames.
     fn stop(&mut self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().expect("the neighbour lost a frame")
@@ -78,21 +78,21 @@ impl Drop for Neighbour {
     }
 }
 
-/// Anti-spoofing for a guest that may send [`datagram`]s.
+/// Anti-spoofing options that allow [`datagram`]s.
 const RULES: &str = "anti-spoofing = true
 mac = \"52:54:00:00:02:01\"
 source-ip = [\"192.0.2.2\", \"2001:db8::2\"]
 ";
 
-/// Puts a device into a bridge, `br0`.
+/// Puts a device into a new bridge, `br0`.
 fn bridge(device: &str) {
-    // One that joins no groups: all that comes is a guest's.
+    // Without multicast snooping the bridge joins no groups, so each arriving frame is a guest's.
     ip("link add br0 type bridge mcast_snooping 0");
     ip(&format!("link set {device} master br0"));
     ip("link set br0 up");
 }
 
-/// A guest whose rings refill themselves: whatever is used is available again at once.
+/// A guest whose rings refill themselves: each used chain becomes available again at once.
 pub(crate) struct Refilling {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Card>>,
@@ -102,7 +102,7 @@ impl Refilling {
     pub(crate) fn start(mut card: Card) -> Self {
         let stop = Arc::<AtomicBool>::default();
         let stopped = stop.clone();
-        // None, if it has run before: then all is used, or will be.
+        // None if the rings ran before: then all chains are in use.
         for slot in 0..card.tx[0].free() as u64 {
             card.queue_tx(0, slot, &[0; HEADER], &[slot as u8; 60]);
         }
@@ -126,95 +126,96 @@ impl Refilling {
     }
 }
 
-/// One case under way.
+/// A running case.
 pub(crate) struct Scene {
     pub(crate) daemon: Daemon,
     case: u8,
-    /// The host's end of the attacked port, if it is not a loopback.
+    /// Host's end of the attacked port. `None` for a loopback port.
     wire: Option<Wire>,
     neighbour: Neighbour,
-    /// Frames must be such as a guest may send that only speaks for itself.
+    /// Anti-spoofing is on, so frames must have an allowed source.
     guarded: bool,
-    /// Descriptors, threads and resident kB while nobody attacks.
+    /// Descriptors, threads and resident kB before the attack.
     baseline: (usize, usize, usize),
 }
 
 impl Scene {
-    /// A daemon with a port named `attacked`, and its neighbour.
+    /// Starts a daemon with a loopback port `attacked` of two queue pairs, and the neighbour.
     pub(crate) fn new(case: u8) -> Self {
-        Self::between(case, "loopback = true\nqueue-pairs = 2\n", None)
+        Self::start(case, "loopback = true\nqueue-pairs = 2\n", None)
     }
 
-    /// The same with another number of queue pairs.
+    /// Starts a case with `pairs` queue pairs.
     pub(crate) fn of_pairs(case: u8, pairs: u32) -> Self {
-        Self::between(case, &format!("loopback = true\nqueue-pairs = {pairs}\n"), None)
+        Self::start(case, &format!("loopback = true\nqueue-pairs = {pairs}\n"), None)
     }
 
-    /// The same with further options of the attacked port.
+    /// Starts a case with further options of the attacked port.
     pub(crate) fn limited(case: u8, options: &str) -> Self {
-        Self::between(case, &format!("loopback = true\nqueue-pairs = 2\n{options}"), None)
+        Self::start(case, &format!("loopback = true\nqueue-pairs = 2\n{options}"), None)
     }
 
-    /// The same with a control socket, `control`.
+    /// Starts a case with a control socket, `control`.
     pub(crate) fn operated(case: u8) -> Self {
         let control = "control = \"{}/control\"\n";
-        Self::described(case, control, "loopback = true\n", None)
+        Self::start_with(case, control, "loopback = true\n", None)
     }
 
-    /// The same, with a fault point of `src/fault_point.rs`, and the attacked port as given.
+    /// Starts a case with a fault point of `src/fault_point.rs` and the attacked port's options.
     pub(crate) fn failing(case: u8, fault: &str, attacked: &str, wire: Option<Wire>) -> Self {
         Self::with_fault(case, "control = \"{}/control\"\n", attacked, wire, fault)
     }
 
-    /// The same on `attacked`, whose host's end is `wire`.
+    /// Starts a case with a control socket and the attacked port's options. `wire` is the host's end.
     pub(crate) fn operated_on(case: u8, attacked: &str, wire: Option<Wire>) -> Self {
-        Self::described(case, "control = \"{}/control\"\n", attacked, wire)
+        Self::start_with(case, "control = \"{}/control\"\n", attacked, wire)
     }
 
-    /// The same on a TAP, in a fresh namespace.
+    /// Starts a case on a TAP, in a new namespace.
     pub(crate) fn on_tap(case: u8) -> Self {
         enter_namespace_with_tap(false);
-        Self::between(case, "tap = \"tap0\"\n", Some(Wire::open("tap0")))
+        Self::start(case, "tap = \"tap0\"\n", Some(Wire::open("tap0")))
     }
 
-    /// The same on a veth's end, `veth0`, in a fresh namespace.
+    /// Starts a case on `veth0`, in a new namespace.
     pub(crate) fn on_veth(case: u8) -> Self {
         enter_namespace_with_veth(1);
-        Self::between(case, "af-xdp = \"veth0\"\n", Some(Wire::open("veth1")))
+        Self::start(case, "af-xdp = \"veth0\"\n", Some(Wire::open("veth1")))
     }
 
-    /// The same, and a port named `other` on `veth2`.
+    /// Starts a case on `veth0`, with a further port `other` on `veth2`.
     pub(crate) fn on_two_veths(case: u8) -> Self {
         enter_namespace_with_veth(1);
         ip("link add veth2 type veth peer name veth3");
         ip("link set veth2 up");
         ip("link set veth3 up");
         let ports = "af-xdp = \"veth0\"\n".to_owned() + &port("other", "af-xdp = \"veth2\"");
-        Self::between(case, &ports, Some(Wire::open("veth1")))
+        Self::start(case, &ports, Some(Wire::open("veth1")))
     }
 
-    /// On a TAP, with rules for a guest that is who [`datagram`]s are from, and its host's end in a
-    /// bridge, `br0`, which learns who sends.
+    /// Starts a case on a TAP in a bridge, `br0`, which learns source addresses. Anti-spoofing allows only
+    /// the source of [`datagram`]s.
     ///
     /// [`datagram`]: super::traffic::datagram
     pub(crate) fn guarded_tap(case: u8) -> Self {
         enter_namespace_with_tap(false);
         bridge("tap0");
-        Self::between(case, &format!("tap = \"tap0\"\n{RULES}"), Some(Wire::open("tap0")))
+        Self::start(case, &format!("tap = \"tap0\"\n{RULES}"), Some(Wire::open("tap0")))
     }
 
-    /// The same on a veth's end.
+    /// Starts a case on `veth0`, whose peer is in a bridge, with anti-spoofing as
+    /// [`guarded_tap`](Self::guarded_tap) has.
     pub(crate) fn guarded_veth(case: u8) -> Self {
         enter_namespace_with_veth(1);
         bridge("veth1");
-        Self::between(case, &format!("af-xdp = \"veth0\"\n{RULES}"), Some(Wire::open("veth1")))
+        Self::start(case, &format!("af-xdp = \"veth0\"\n{RULES}"), Some(Wire::open("veth1")))
     }
 
-    fn between(case: u8, attacked: &str, wire: Option<Wire>) -> Self {
-        Self::described(case, "", attacked, wire)
+    fn start(case: u8, attacked: &str, wire: Option<Wire>) -> Self {
+        Self::start_with(case, "", attacked, wire)
     }
 
-    fn described(case: u8, daemon: &str, attacked: &str, wire: Option<Wire>) -> Self {
+    fn start_with(case: u8, daemon: &str, attacked: &str, wire: Option<Wire>) -> Self {
         Self::with_fault(case, daemon, attacked, wire, "")
     }
 
@@ -234,12 +235,12 @@ impl Scene {
         scene
     }
 
-    /// A frontend of the attacked port's.
+    /// Connects a frontend to the attacked port.
     pub(crate) fn frontend(&self) -> Frontend {
         Frontend::new(self.daemon.connect_to("attacked"))
     }
 
-    /// A card on the attacked port, running.
+    /// Starts a guest on the attacked port.
     pub(crate) fn card(&self) -> Card {
         self.card_with(Options::default())
     }
@@ -248,12 +249,12 @@ impl Scene {
         Card::start(self.frontend(), options)
     }
 
-    /// The host's end of the attacked port.
+    /// Returns the host's end of the attacked port.
     pub(crate) fn wire(&self) -> &Wire {
         self.wire.as_ref().expect("not a loopback")
     }
 
-    /// Whether the attacked port is a loopback.
+    /// Reports whether the attacked port is a loopback.
     pub(crate) fn has_no_host(&self) -> bool {
         self.wire.is_none()
     }
@@ -264,7 +265,7 @@ impl Scene {
         match &self.wire {
             None => card.check_echo(100),
             Some(wire) => {
-                // What is under way since before belongs to nobody.
+                // Frames of the attack may still arrive.
                 let mut quiet = 0;
                 while quiet < 3 {
                     std::thread::sleep(Duration::from_millis(10));
@@ -285,14 +286,14 @@ impl Scene {
         }
     }
 
-    /// What the daemon has, with one idle frontend that has done nothing.
+    /// Returns the daemon's resources while an idle frontend is connected.
     fn resources(&self) -> (usize, usize, usize) {
-        // It is answered when its predecessor has been cleared away.
+        // The reply shows that the daemon has released the previous frontend.
         self.frontend().get(FrontendReq::GET_FEATURES);
         self.daemon.resources()
     }
 
-    /// Waits for a line of the attacked port's in the log that says `what`.
+    /// Waits for a log line of the attacked port that contains `what`.
     #[track_caller]
     pub(crate) fn says(&self, what: &str) {
         let said =
@@ -300,13 +301,13 @@ impl Scene {
         eventually(&format!("the log says {what:?}"), said);
     }
 
-    /// Waits for a line of anybody's.
+    /// Waits for any log line that contains `what`.
     #[track_caller]
     pub(crate) fn daemon_says(&self, what: &str) {
         eventually(&format!("the log says {what:?}"), || self.daemon.log().contains(what));
     }
 
-    /// The thread of the attacked port's first worker.
+    /// Returns the thread id of the attacked port's first worker.
     pub(crate) fn worker(&self) -> u32 {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.daemon.process())).unwrap();
         let number = |task: std::io::Result<fs::DirEntry>| {
@@ -318,27 +319,27 @@ impl Scene {
         tasks.filter_map(number).next().expect("the worker's thread")
     }
 
-    /// On-CPU nanoseconds of the attacked port's first worker.
+    /// Returns the CPU time of the attacked port's first worker, in nanoseconds.
     pub(crate) fn worker_nanoseconds(&self) -> u64 {
         let path = format!("/proc/{}/task/{}/schedstat", self.daemon.process(), self.worker());
         let used = fs::read_to_string(path).unwrap();
         used.split(' ').next().unwrap().parse().unwrap()
     }
 
-    /// The daemon lives, and the neighbour has missed nothing.
+    /// Checks that the daemon runs and that the neighbour has received every frame.
     #[track_caller]
     pub(crate) fn lives(&mut self) {
         assert!(self.daemon.is_alive(), "the daemon has died");
         assert!(self.neighbour.stop() > 0, "the neighbour was not served");
     }
 
-    /// The daemon was stopped, and the neighbour with it.
+    /// Ends a case whose daemon was stopped on purpose.
     pub(crate) fn stopped(mut self) {
         self.neighbour.abandon();
     }
 
-    /// What every case must come to: the daemon lives, the neighbour has missed nothing, the port
-    /// serves the next frontend, nothing is left behind, and the log was not flooded.
+    /// Checks the end of a case: the daemon runs, the neighbour has received every frame, the port serves the
+    /// next frontend, nothing leaks, and the log is not flooded.
     #[track_caller]
     pub(crate) fn ends(mut self, outcome: &str) {
         assert!(self.daemon.is_alive(), "the daemon has died");
@@ -354,7 +355,7 @@ impl Scene {
         note(self.case, outcome);
     }
 
-    /// The same, if the host's end is another than at the beginning.
+    /// Checks the end of a case whose host's end was replaced by `wire`.
     #[track_caller]
     pub(crate) fn ends_on(mut self, wire: Wire, outcome: &str) {
         self.wire = Some(wire);
@@ -365,19 +366,19 @@ impl Scene {
         let log = self.daemon.log();
         let mut kinds: HashMap<String, usize> = HashMap::new();
         for line in log.lines().filter(|line| is_about_it(line)) {
-            // Without its time, and the numbers behind what it is about.
+            // The kind of a line has no time and no numbers.
             let text = line.split_once("] ").map_or(line, |(_, text)| text);
             let (about, what) = text.split_once(": ").unwrap_or((text, ""));
             let what = what.split(|c: char| c.is_ascii_digit()).next().unwrap_or_default();
             *kinds.entry(format!("{about}: {what}")).or_default() += 1;
         }
-        // A case may last over a few windows of the log's.
+        // A case may last three windows of the log's limit.
         let flooded = kinds.iter().find(|(_, count)| **count > 3 * LOG_BURST);
         assert!(flooded.is_none(), "{flooded:?} in the log");
     }
 }
 
-/// Whether a line of the log is about the attacked port.
+/// Reports whether a log line is about the attacked port.
 fn is_about_it(line: &str) -> bool {
     line.contains("] attacked")
 }

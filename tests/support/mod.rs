@@ -1,5 +1,5 @@
-//! What the tests share: a frontend that speaks vhost-user, a virtio-net driver over memory of its
-//! own, the daemon as a child process, and network namespaces.
+//! Shared parts of the tests: a vhost-user frontend, a virtio-net driver over its own memory, the daemon as a
+//! child process, and network namespaces.
 
 pub(crate) mod daemon;
 pub(crate) mod debian;
@@ -20,7 +20,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// How long anything that must happen may take on a slow machine.
+/// Time limit for any expected event, on a slow machine.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
 /// Waits until `condition` holds.
@@ -29,20 +29,20 @@ pub(crate) fn eventually(what: &str, condition: impl FnMut() -> bool) {
     within(SOON, what, condition);
 }
 
-/// Waits for so long until `condition` holds.
+/// Waits until `condition` holds, at most `limit`.
 #[track_caller]
 pub(crate) fn within(limit: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
         let waited = started.elapsed();
         assert!(waited < limit, "{what}: not within {limit:?}");
-        // What is waited for may need the processor that looking takes.
+        // Polling must leave CPU time to the awaited event.
         let pause = (waited / 64).clamp(Duration::from_micros(50), Duration::from_micros(500));
         std::thread::sleep(pause);
     }
 }
 
-/// On-CPU nanoseconds of all threads of a process.
+/// Returns the CPU time of all threads of a process, in nanoseconds.
 pub(crate) fn cpu_nanoseconds(process: u32) -> u64 {
     let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap();
     let used = |thread: std::io::Result<std::fs::DirEntry>| -> u64 {
@@ -52,7 +52,7 @@ pub(crate) fn cpu_nanoseconds(process: u32) -> u64 {
     threads.map(used).sum()
 }
 
-/// Notes that a test can't run here. tests/run prints these lines, and fails on the CI machine.
+/// Records a skipped test and the reason. `tests/run` prints these lines, and fails if `CI` is set.
 pub(crate) fn skip(test: &str, why: &str) {
     eprintln!("SKIPPED {test}: {why}");
     if let Some(path) = std::env::var_os("SKIPPED_TESTS") {
@@ -61,7 +61,7 @@ pub(crate) fn skip(test: &str, why: &str) {
     }
 }
 
-/// Returns from a test that needs root, for TAP devices and namespaces, where it is not.
+/// Skips a test that needs TAP devices or network namespaces, unless the user is root.
 macro_rules! needs_root {
     ($test:expr) => {
         if !nix::unistd::geteuid().is_root() {
@@ -72,7 +72,7 @@ macro_rules! needs_root {
 }
 pub(crate) use needs_root;
 
-/// Returns from a test whose program is not installed.
+/// Skips a test unless its program is installed.
 macro_rules! needs_program {
     ($test:expr, $program:expr) => {
         let found = std::process::Command::new("sh")
@@ -87,13 +87,13 @@ macro_rules! needs_program {
 }
 pub(crate) use needs_program;
 
-/// Tests that keep both processors busy run one at a time.
+/// Serializes tests that keep both CPUs busy.
 pub(crate) fn one_at_a_time() -> MutexGuard<'static, ()> {
     static BUSY: Mutex<()> = Mutex::new(());
     BUSY.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// A program that would run for much longer than it is needed, ended with the value.
+/// A child process, killed on drop.
 pub(crate) struct Running(Child);
 
 impl Running {

@@ -1,4 +1,4 @@
-//! Network namespaces and the host's end of a TAP device.
+//! Network namespaces, and the host's end of a TAP or veth.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -12,31 +12,30 @@ use nix::sys::socket::{
     sendmmsg, setsockopt, socket, sockopt::RcvBufForce,
 };
 
-/// Moves this thread, and whatever it starts, into a network namespace of its own, which goes
-/// with them.
+/// Moves this thread, and its later children, into a new network namespace, which ends with them.
 pub(crate) fn enter_new_namespace() {
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
     ip("link set lo up");
 }
 
-/// The same, without traffic of the kernel's own: no router solicitations and the like.
+/// Enters a new network namespace in which the kernel sends no frames itself, such as router solicitations.
 pub(crate) fn enter_quiet_namespace() {
     enter_new_namespace();
     silence_kernel();
 }
 
-/// Has the kernel send no frames of its own in this thread's network namespace.
+/// Disables IPv6 in this thread's network namespace, so that the kernel sends no frames itself.
 pub(crate) fn silence_kernel() {
     std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
 }
 
-/// A veth in a fresh namespace: one end for the daemon, the other for the test.
+/// Enters a new namespace with a veth: `veth0` for the daemon, `veth1` for the test.
 pub(crate) fn enter_namespace_with_veth(queues: u32) {
     enter_quiet_namespace();
     make_veth(queues);
 }
 
-/// A TAP, `tap0`, in a fresh namespace: only the tests' frames.
+/// Enters a new, quiet namespace with a TAP, `tap0`.
 pub(crate) fn enter_namespace_with_tap(multi_queue: bool) {
     enter_quiet_namespace();
     let several = if multi_queue { " multi_queue" } else { "" };
@@ -44,8 +43,8 @@ pub(crate) fn enter_namespace_with_tap(multi_queue: bool) {
     ip("link set tap0 up");
 }
 
-/// Makes the device that a port is to be on in a fresh namespace, `tap0` or `veth0`, as an option or a
-/// line of a file names it; returns the host's side of it.
+/// Enters a new namespace with the device that `port` names, `tap0` or `veth0`. `port` is an option or a
+/// line of a file. Returns the host's end of the device.
 pub(crate) fn enter_namespace_for(port: &str) -> Wire {
     if port.contains("tap0") {
         enter_namespace_with_tap(false);
@@ -57,7 +56,7 @@ pub(crate) fn enter_namespace_for(port: &str) -> Wire {
     }
 }
 
-/// A veth with so many queues at each end.
+/// Creates a veth with `queues` queues at each end.
 pub(crate) fn make_veth(queues: u32) {
     let many = format!("numrxqueues {queues} numtxqueues {queues}");
     ip(&format!("link add veth0 {many} type veth peer name veth1 {many}"));
@@ -65,15 +64,15 @@ pub(crate) fn make_veth(queues: u32) {
     ip("link set veth1 up");
 }
 
-/// Runs `ip` with these words.
+/// Runs `ip`, which must succeed.
 #[track_caller]
 pub(crate) fn ip(words: &str) {
     let status = Command::new("ip").args(words.split(' ')).status().unwrap();
     assert!(status.success(), "ip {words}");
 }
 
-/// Waits until the kernel sends frames to a TAP that was just opened: it drops them before, without
-/// a word, and under load for a second.
+/// Waits until the kernel delivers frames to a TAP that was just opened. Before, the kernel drops them
+/// silently, under load for a second.
 #[track_caller]
 pub(crate) fn wait_for_carrier(tap: &str) {
     super::eventually("the TAP has a carrier", || {
@@ -81,21 +80,20 @@ pub(crate) fn wait_for_carrier(tap: &str) {
     });
 }
 
-/// What a command prints.
+/// Runs a command. Returns its standard output and standard error.
 pub(crate) fn output(program: &str, words: &str) -> String {
     let output = Command::new(program).args(words.split(' ')).output().unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
-/// A packet socket on a network device: sees what the guest sends, sends what the guest is to see.
+/// A packet socket on a network device, which receives the guest's frames and sends frames to the guest.
 #[derive(Debug)]
 pub(crate) struct Wire(OwnedFd);
 
-/// Ethertype of the tests' frames, which no protocol of the host's answers (IEEE 802.1, local
-/// experimental).
+/// Ethertype of the tests' frames, which no protocol of the host answers (IEEE 802.1 local experimental).
 pub(crate) const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
 
-/// Of linux/if_packet.h.
+/// Socket option of linux/if_packet.h.
 const PACKET_VNET_HDR: libc::c_int = 15;
 
 impl Wire {
@@ -103,12 +101,12 @@ impl Wire {
         Self::try_open(device).unwrap_or_else(|| panic!("there is no {device}"))
     }
 
-    /// Opens it if there is such a device.
+    /// Opens a packet socket, if the device exists.
     pub(crate) fn try_open(device: &str) -> Option<Self> {
         let protocol = Some(SockProtocol::EthAll);
         let fd = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_NONBLOCK, protocol)
             .unwrap();
-        // For bursts: the default takes 256 small frames.
+        // The default holds only 256 small frames.
         setsockopt(&fd, RcvBufForce, &(4 << 20)).unwrap();
         let address = getifaddrs()
             .unwrap()
@@ -122,13 +120,12 @@ impl Wire {
         self.try_send(frame).unwrap();
     }
 
-    /// Sends a frame, if the device is there, is up and has room.
+    /// Sends a frame, if the device exists, is up and has room.
     pub(crate) fn try_send(&self, frame: &[u8]) -> nix::Result<()> {
         send(self.0.as_raw_fd(), frame, MsgFlags::empty()).map(|sent| assert_eq!(sent, frame.len()))
     }
 
-    /// Has a virtio header, of 10 bytes, before each frame that is sent or comes (PACKET_VNET_HDR of
-    /// packet(7)).
+    /// Puts a virtio header of 10 bytes before each sent and received frame (PACKET_VNET_HDR of packet(7)).
     #[allow(unsafe_code)]
     pub(crate) fn has_header(&self) {
         let on: libc::c_int = 1;
@@ -140,7 +137,7 @@ impl Wire {
         assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     }
 
-    /// Sends the frame 32 times with one system call, however few arrive: for the benchmark.
+    /// Sends the frame 32 times with one system call, and ignores losses. For the benchmark.
     #[allow(dead_code)]
     pub(crate) fn flood(&self, frame: &[u8]) {
         let mut headers = MultiHeaders::<()>::preallocate(32, None);
@@ -149,7 +146,7 @@ impl Wire {
             sendmmsg(self.0.as_raw_fd(), &mut headers, &slices, [None; 32], [], MsgFlags::empty());
     }
 
-    /// The next frame of the tests' ethertype, if one comes within `milliseconds`.
+    /// Returns the next frame of the tests' ethertype that arrives within `milliseconds`.
     pub(crate) fn receive(&self, milliseconds: u16) -> Option<Vec<u8>> {
         loop {
             let frame = self.receive_any(milliseconds)?;
@@ -159,7 +156,7 @@ impl Wire {
         }
     }
 
-    /// The next frame, if one comes within `milliseconds`.
+    /// Returns the next frame that arrives within `milliseconds`.
     pub(crate) fn receive_any(&self, milliseconds: u16) -> Option<Vec<u8>> {
         let mut frame = vec![0; 70_000];
         loop {

@@ -1,4 +1,4 @@
-//! The rings of another process's AF_XDP socket, read from outside.
+//! The rings of another process's AF_XDP socket, read from its memory.
 
 use std::fs::{self, File};
 use std::ops::Range;
@@ -7,10 +7,10 @@ use std::os::unix::fs::FileExt;
 
 use nix::sys::stat::fstat;
 
-/// Where the entries of an rx or tx ring start (`struct xdp_rxtx_ring` in net/xdp/xsk_queue.h,
-/// with cache lines of 64 bytes).
+/// Offset of the entries of an rx or tx ring (`struct xdp_rxtx_ring` in net/xdp/xsk_queue.h, with cache
+/// lines of 64 bytes).
 const ENTRIES: usize = 320;
-/// The bits of an address that are a place; above them stands an offset to be added.
+/// Mask of the base address. The higher bits hold an offset to add.
 const PLACE: u64 = (1 << 48) - 1;
 
 /// A line of /proc/PID/maps.
@@ -22,7 +22,7 @@ struct Mapping {
     name: String,
 }
 
-/// What the rings hold: places in the socket's memory.
+/// The rings' entries, as offsets into the UMEM.
 #[derive(Debug)]
 pub(crate) struct SocketRings {
     pub(crate) rx: Vec<u64>,
@@ -67,12 +67,12 @@ impl SocketRings {
         SocketRings { rx: entries(0), tx: entries(0x8000_0000), mappings }
     }
 
-    /// Where the guest's memory lies in the socket's: behind the arena, which is the mapping that
-    /// stands before one of the file's.
+    /// Returns the range of guest memory in the UMEM. The bounce area comes first: the anonymous mapping
+    /// right before a mapping of the guest's file.
     pub(crate) fn guest_memory(&self, file: BorrowedFd<'_>) -> Range<u64> {
         let inode = fstat(file).unwrap().st_ino;
         let pairs = self.mappings.windows(2);
-        let (arena, guest) = pairs
+        let (bounce, guest) = pairs
             .map(|pair| (&pair[0], &pair[1]))
             .find(|(before, this)| {
                 this.inode == inode
@@ -80,7 +80,7 @@ impl SocketRings {
                     && before.inode == 0
                     && before.name.is_empty()
             })
-            .expect("the file is mapped behind an arena");
-        guest.range.start - arena.range.start..guest.range.end - arena.range.start
+            .expect("the file is mapped after a bounce area");
+        guest.range.start - bounce.range.start..guest.range.end - bounce.range.start
     }
 }

@@ -1,4 +1,4 @@
-//! DPDK's testpmd with its virtio-user driver: a second guest driver that knows nothing of ours.
+//! DPDK's testpmd with its virtio-user driver, an independent guest driver.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -20,12 +20,12 @@ pub(crate) struct Testpmd {
 }
 
 impl Testpmd {
-    /// Starts it on the daemon's socket. `device` are further arguments of its virtio device.
+    /// Starts testpmd on the daemon's socket. `device` has further arguments of the virtio device.
     pub(crate) fn start(socket: &Path, queues: u16, size: u16, device: &str) -> Self {
         Self::start_on("0-1", socket, queues, size, device)
     }
 
-    /// The same, on these processors.
+    /// Starts testpmd on the CPUs `cpus`.
     pub(crate) fn start_on(
         cpus: &str,
         socket: &Path,
@@ -36,7 +36,7 @@ impl Testpmd {
         Self::start_with(cpus, socket, queues, size, device, &[])
     }
 
-    /// The same, with further options.
+    /// Starts testpmd on the CPUs `cpus`, with further options.
     pub(crate) fn start_with(
         cpus: &str,
         socket: &Path,
@@ -55,8 +55,7 @@ impl Testpmd {
         Self::run(cpus, &[&device], &[&sizes, options].concat())
     }
 
-    /// Starts it as a backend that forwards between a vhost-user socket, on which it listens, and
-    /// another device.
+    /// Starts testpmd as a vhost-user backend that listens on `socket` and forwards to `device`.
     #[allow(dead_code)]
     pub(crate) fn backend(cpus: &str, socket: &Path, device: &str) -> Self {
         let vhost = format!("net_vhost0,iface={},queues=1", socket.display());
@@ -64,7 +63,7 @@ impl Testpmd {
     }
 
     fn run(cpus: &str, devices: &[&str], options: &[&str]) -> Self {
-        // Its answers go through stdio, which would keep them back for a pipe.
+        // testpmd prints through stdio, which buffers whole blocks for a pipe.
         let mut child = Command::new("stdbuf")
             .args(["-oL", "dpdk-testpmd"])
             .arg(format!("--lcores=0@{cpus},1@{cpus}"))
@@ -86,10 +85,10 @@ impl Testpmd {
         testpmd
     }
 
-    /// Types a command and waits until testpmd has done it; returns what was printed.
+    /// Runs a command in testpmd. Returns its output.
     #[track_caller]
     pub(crate) fn command(&mut self, line: &str) -> String {
-        // Prompts come before and after; an unknown command is answered by its name.
+        // The prompt does not mark the end of a command; the error for an unknown command does.
         const MARK: &str = "no-such-command";
         self.log.clear();
         writeln!(self.input, "{line}\n{MARK}").unwrap();
@@ -110,25 +109,25 @@ impl Testpmd {
         });
     }
 
-    /// Its process.
+    /// Returns the process id.
     #[allow(dead_code)]
     pub(crate) fn process(&self) -> u32 {
         self.child.id()
     }
 
-    /// On-CPU nanoseconds of all its threads.
+    /// Returns the CPU time of all threads, in nanoseconds.
     #[allow(dead_code)]
     pub(crate) fn cpu_nanoseconds(&self) -> u64 {
         super::cpu_nanoseconds(self.child.id())
     }
 
-    /// Has it stand still.
+    /// Stops the process with SIGSTOP.
     #[allow(dead_code)]
     pub(crate) fn pause(&self) {
         self.signal(Signal::SIGSTOP);
     }
 
-    /// Has it go on.
+    /// Resumes the process with SIGCONT.
     pub(crate) fn resume(&self) {
         self.signal(Signal::SIGCONT);
     }
@@ -137,7 +136,7 @@ impl Testpmd {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// A number of `show port stats 0`.
+    /// Returns a counter of `show port stats 0`.
     pub(crate) fn counter(&mut self, name: &str) -> u64 {
         let text = self.command("show port stats 0");
         let (_, rest) = text.split_once(&format!("{name}:")).unwrap_or_else(|| panic!("{text}"));

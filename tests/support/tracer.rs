@@ -1,4 +1,4 @@
-//! A program under ptrace, one of whose system calls is its last, fails, or does not return.
+//! A program under ptrace. One of its system calls kills it, stops it or fails.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -12,28 +12,28 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-/// What happens to a system call before it is made.
+/// The effect on the chosen system call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Strike {
-    /// The process is killed.
+    /// Kill the process before the call.
     Kill,
-    /// The process stands still, until it is told to go on.
+    /// Stop the process before the call, until [`Traced::go_on`].
     Stop,
-    /// The call fails.
+    /// Let the call fail with this error.
     Fail(Errno),
 }
 
-/// Whether a call of that number, with these arguments, counts.
+/// A predicate on the number and the first three arguments of a system call: the call counts.
 pub(crate) type Counts = fn(u64, [u64; 3]) -> bool;
 
-/// System calls that are counted.
+/// The system calls that count.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Window {
-    /// What the message contains behind which counting begins.
+    /// Text of the message after which counting begins.
     pub(crate) from: &'static str,
-    /// What the message contains behind which it ends.
+    /// Text of the message after which counting ends.
     pub(crate) to: &'static str,
-    /// Which calls count.
+    /// Predicate for the calls that count.
     pub(crate) counts: Counts,
 }
 
@@ -43,21 +43,21 @@ pub(crate) struct Traced {
     pub(crate) child: Child,
     window: Window,
     strike: Strike,
-    /// Counted calls before the one that is struck.
+    /// Number of counted calls before the chosen one.
     left: usize,
     is_counting: bool,
-    /// The call that was struck.
+    /// Number of the chosen call, once it was made.
     pub(crate) struck: Option<u64>,
-    /// Threads, and whether they are in a system call.
+    /// Threads. The value is true inside a system call.
     threads: HashMap<Pid, bool>,
-    /// The thread whose call fails when it returns.
+    /// Thread whose call will fail at its return.
     failing: Option<Pid>,
-    /// The thread that stands still before its call.
+    /// Thread that is stopped before its call.
     standing: Option<Pid>,
 }
 
 impl Traced {
-    /// Starts a program, to strike the `nth` of its counted system calls, from 0 on.
+    /// Starts a program. `strike` affects the `nth` of its counted system calls, from 0.
     pub(crate) fn start(
         command: &Command,
         log: File,
@@ -66,7 +66,7 @@ impl Traced {
         nth: usize,
     ) -> Self {
         let mut stopped = Command::new("sh");
-        // Nothing is missed: it is traced before it becomes the program.
+        // The tracer attaches before the exec, so that it sees every call.
         stopped.args(["-c", "kill -STOP $$; exec \"$0\" \"$@\""]);
         stopped.arg(command.get_program()).args(command.get_args()).process_group(0);
         let child = stopped.stdin(Stdio::null()).stderr(log).spawn().unwrap();
@@ -96,7 +96,7 @@ impl Traced {
         Pid::from_raw(self.child.id() as i32)
     }
 
-    /// Lets it run until it has ended (which is said), stands still, or `done`.
+    /// Runs the process until it exits, stops, or `done` returns true. Reports whether it exited.
     pub(crate) fn run(&mut self, mut done: impl FnMut() -> bool) -> bool {
         let group = Pid::from_raw(-self.process().as_raw());
         let end = Instant::now() + Duration::from_secs(30);
@@ -138,7 +138,7 @@ impl Traced {
         }
     }
 
-    /// A thread begins or ends a system call; says whether it is to stand still.
+    /// Handles the entry or exit of a system call. Reports whether the thread must stop.
     fn system_call(&mut self, thread: Pid) -> bool {
         let inside = self.threads.entry(thread).or_insert(false);
         *inside = !*inside;
@@ -157,7 +157,7 @@ impl Traced {
         let (number, arguments) =
             (registers.orig_rax, [registers.rdi, registers.rsi, registers.rdx]);
         let counts = self.is_counting && (self.window.counts)(number, arguments);
-        // write, sendto: a message that begins or ends the window.
+        // write and sendto carry the messages that begin and end the window.
         if [1, 44].contains(&number) && arguments[2] < 256 {
             let text = self.text(thread, arguments[1], arguments[2]);
             if text.contains(self.window.from) {
@@ -196,21 +196,21 @@ impl Traced {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Lets the thread go on that stands still.
+    /// Resumes the stopped thread.
     pub(crate) fn go_on(&mut self) {
         if let Some(thread) = self.standing.take() {
             ptrace::syscall(thread, None).unwrap();
         }
     }
 
-    /// Kills it.
+    /// Kills the process, and waits for its exit.
     pub(crate) fn kill(mut self) {
         let _ = kill(self.process(), Signal::SIGKILL);
         self.run(|| false);
         let _ = self.child.wait();
     }
 
-    /// Lets it be: it is nobody's tracee any more.
+    /// Detaches from all threads.
     pub(crate) fn release(self) -> Child {
         for thread in self.threads.into_keys() {
             if ptrace::interrupt(thread).is_ok() {

@@ -1,4 +1,4 @@
-//! Frames between a driver of ours and the far end of its card.
+//! Test frames between a guest's driver and the host's end of its port.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::eventually;
 use super::guest::Ram;
 use super::network::{ETHERTYPE, Wire};
 
-/// A frame of the tests' ethertype that no two tests' numbers share.
+/// Builds a frame of the tests' ethertype that is unique for each number.
 pub(crate) fn frame(number: usize, length: usize) -> Vec<u8> {
     let mut frame = vec![number as u8; length.max(60)];
     frame[..6].copy_from_slice(&[0x52, 0x54, 0, 0, 2, 2]);
@@ -21,10 +21,10 @@ pub(crate) fn frame(number: usize, length: usize) -> Vec<u8> {
     frame
 }
 
-/// Sends frames both ways in bursts and checks that each arrives once, unchanged, in order.
+/// Sends frames both ways in bursts, and checks that each arrives once, unchanged and in order.
 #[track_caller]
 pub(crate) fn check_both_ways(wire: &Wire, card: &mut Card, count: usize) {
-    // More would not fit the packet socket's queue.
+    // A larger burst does not fit the packet socket's queue.
     let burst = usize::from(card.options.size / 4).min(64);
     for first in (0..count).step_by(burst) {
         let numbers = first..count.min(first + burst);
@@ -55,13 +55,12 @@ fn length(number: usize) -> usize {
     60 + number * 13 % 1400
 }
 
-/// A frame as [`Flood`] sends and [`Check`] expects it.
+/// Builds a frame as [`Flood`] sends and [`Check`] expects it.
 pub(crate) fn flood_frame(number: usize) -> Vec<u8> {
     frame(number, length(number))
 }
 
-/// Sends numbered frames to the guest through a device, whether it is there or not, until it is
-/// dropped.
+/// A thread that sends numbered frames to the guest until the value is dropped. The device may come and go.
 pub(crate) struct Flood {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -79,7 +78,7 @@ impl Flood {
                 }
                 let sent = wire.as_ref().map(|wire: &Wire| wire.try_send(&flood_frame(number)));
                 if !matches!(sent, Some(Ok(()))) {
-                    // Looking devices up takes the lock that whoever changes them needs.
+                    // A look-up takes the lock that changes of devices need, so look-ups are rare.
                     std::thread::sleep(Duration::from_millis(10));
                     wire = Wire::try_open(device);
                 }
@@ -99,22 +98,22 @@ impl Drop for Flood {
     }
 }
 
-/// Checks what a flood brings: every frame unchanged, in order, none twice.
+/// The check of a flood: each frame arrives unchanged, in order and at most once.
 #[derive(Debug, Default)]
 pub(crate) struct Check {
     next: usize,
     pub(crate) received: usize,
-    /// The numbers of all, if their order does not matter.
+    /// Numbers of all received frames, if their order does not matter.
     seen: Option<HashSet<usize>>,
 }
 
 impl Check {
-    /// One that does not mind in which order frames come.
+    /// Creates a check that ignores the order of frames.
     pub(crate) fn in_any_order() -> Self {
         Check { seen: Some(HashSet::new()), ..Check::default() }
     }
 
-    /// Takes the frames that have arrived, and not those that arrive meanwhile for ever.
+    /// Takes the frames that have arrived, at most a ring of them. Returns their number.
     #[track_caller]
     pub(crate) fn take(&mut self, card: &mut Card, pair: usize) -> usize {
         let mut taken = 0;
@@ -131,7 +130,7 @@ impl Check {
                 assert!(number >= self.next, "frame {number} came after {}", self.next - 1);
             }
             let expected = flood_frame(number);
-            // Not by assert_eq, which would print all of both.
+            // assert_eq would print both frames.
             assert!(
                 bytes == expected,
                 "frame {number} has changed: {} bytes of {}",
@@ -145,7 +144,7 @@ impl Check {
         taken
     }
 
-    /// Waits until frames arrive, beside those that are there.
+    /// Takes the frames that have arrived, and waits for `count` further ones.
     #[track_caller]
     pub(crate) fn wait(&mut self, card: &mut Card, pair: usize, count: usize) {
         self.take(card, pair);
@@ -157,30 +156,30 @@ impl Check {
     }
 }
 
-/// What a buffer that the driver has back is filled with.
+/// Fill byte of buffers that the device must not write.
 const CANARY: u8 = 0xa5;
 
-/// Fills every rx buffer of a queue pair.
+/// Fills every rx buffer of a queue pair with canaries.
 pub(crate) fn plant_canaries(card: &Card, pair: usize) {
     let (area, length) = (card.rx[pair].buffer_area(), card.options.buffer as usize);
     card.ram.write(area, &vec![CANARY; length * usize::from(card.options.size)]);
 }
 
-/// Resets the guest's driver: stops both rings of the first pair, and checks for a while that nobody
-/// writes into the buffers, before they run again.
+/// Resets the guest's driver: stops both rings of the first pair, checks for `milliseconds` that the device
+/// writes no buffer, and starts the rings again.
 #[track_caller]
 pub(crate) fn check_reset(card: &mut Card, check: &mut Check, milliseconds: u64) {
     card.frontend.get_vring_base(0);
     card.frontend.get_vring_base(1);
     check.take(card, 0);
-    // The rings' buffers are the driver's again, but for those that it had made available: they
-    // stay where they are, and are not touched either until the rings run.
+    // The stopped device may write no buffer, not even one that is still available, until the rings
+    // run again.
     plant_canaries(card, 0);
     check_canaries(card, 0, milliseconds);
     card.run();
 }
 
-/// Watches for a while that nobody writes into any of them.
+/// Checks after `milliseconds` that all canaries are intact.
 #[track_caller]
 pub(crate) fn check_canaries(card: &Card, pair: usize, milliseconds: u64) {
     std::thread::sleep(Duration::from_millis(milliseconds));
@@ -190,7 +189,7 @@ pub(crate) fn check_canaries(card: &Card, pair: usize, milliseconds: u64) {
     assert_eq!(touched, None, "written after it was given back");
 }
 
-/// An IPv4/UDP datagram whose checksum is left to the device, and its virtio header.
+/// Builds an IPv4/UDP frame with a partial checksum, and its virtio header.
 pub(crate) fn datagram(payload: usize) -> (Vec<u8>, Vec<u8>) {
     let mut bytes = frame(0, 42 + payload);
     bytes[12..14].copy_from_slice(&[8, 0]);
@@ -204,14 +203,14 @@ pub(crate) fn datagram(payload: usize) -> (Vec<u8>, Vec<u8>) {
     bytes[34..38].copy_from_slice(&[0, 9, 0, 9]);
     let length = ((8 + payload) as u16).to_be_bytes();
     bytes[38..40].copy_from_slice(&length);
-    // The sum of the pseudo-header, as drivers leave it.
+    // The sum of the pseudo-header, as a partial checksum has it.
     let partial = sum(&pseudo_header(&bytes)).to_be_bytes();
     bytes[40..42].copy_from_slice(&partial);
     let header = vec![1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 0, 0];
     (header, bytes)
 }
 
-/// The Internet checksum before it is inverted (RFC 1071).
+/// Returns the Internet checksum before its inversion (RFC 1071).
 pub(crate) fn sum(bytes: &[u8]) -> u16 {
     let mut sum: u32 = bytes
         .chunks(2)
@@ -223,19 +222,19 @@ pub(crate) fn sum(bytes: &[u8]) -> u16 {
     sum as u16
 }
 
-/// The pseudo-header of an IPv4 packet without options, in a frame.
+/// Builds the pseudo-header of an IPv4 frame without options.
 fn pseudo_header(frame: &[u8]) -> Vec<u8> {
     let length = (frame.len() - 34) as u16;
     [&frame[26..34], &[0, frame[23]], &length.to_be_bytes()].concat()
 }
 
-/// The sum of its transport header and payload: all ones if its checksum is right.
+/// Returns the sum of pseudo-header, transport header and payload: 0xffff if the checksum is right.
 pub(crate) fn transport_sum(frame: &[u8]) -> u16 {
     sum(&[&pseudo_header(frame), &frame[34..]].concat())
 }
 
-/// Ethernet, IPv4 and TCP headers before `payload` bytes, and the virtio header to cut it by into
-/// segments of `size`.
+/// Builds an Ethernet, IPv4 and TCP frame of `payload` bytes, and the virtio header that segments it into
+/// `size` bytes each.
 pub(crate) fn tcp_frame(payload: usize, size: u16) -> (Vec<u8>, Vec<u8>) {
     let mut bytes = frame(0, 54 + payload);
     bytes[12..14].copy_from_slice(&[8, 0]);
@@ -255,8 +254,8 @@ pub(crate) fn tcp_frame(payload: usize, size: u16) -> (Vec<u8>, Vec<u8>) {
     (header, bytes)
 }
 
-/// Rewrites the destination port of the frames in a tx ring's first buffers, 80 to 53 and back, until it
-/// is told to stop: a guest that changes what was judged. The buffers begin at `area`.
+/// Switches the destination port of the frames in the tx buffers from `area` between 80 and 53 until `stop`
+/// is set: a guest that rewrites checked headers.
 pub(crate) fn flip_ports(ram: &Ram, area: u64, slots: u64, stop: &AtomicBool) {
     let place = |slot: u64| area + slot * 2048 + HEADER as u64 + 37;
     for port in [80, 53].into_iter().cycle() {

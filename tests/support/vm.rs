@@ -25,7 +25,7 @@ pub(crate) struct Vm {
     directory: TempDir,
 }
 
-/// The guest's second serial port, where its init takes commands.
+/// The guest's second serial port, where the guest's init accepts commands.
 #[derive(Debug)]
 pub(crate) struct Guest(UnixStream);
 
@@ -33,7 +33,7 @@ fn script(name: &str) -> Command {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu").join(name))
 }
 
-/// Returns from a test of real guests where what they need is not installed; makes the guest.
+/// Skips a test of real guests unless its programs are installed. Builds the guest.
 macro_rules! needs_guest {
     ($test:expr) => {
         $crate::support::needs_root!($test);
@@ -45,24 +45,24 @@ macro_rules! needs_guest {
 }
 pub(crate) use needs_guest;
 
-/// Makes the guest's kernel and initramfs, once.
+/// Builds the guest's kernel and initramfs, once.
 pub(crate) fn make_guest() {
     let status = script("make-guest").status().unwrap();
     assert!(status.success(), "qemu/make-guest failed");
 }
 
-/// What QEMU can run the guest with here: `kvm`, or another accelerator.
+/// Returns the accelerator that runs the guest here: `kvm` or another.
 pub(crate) fn accelerator() -> String {
     super::debian::succeed(&mut script("accelerator")).trim().to_owned()
 }
 
 impl Vm {
-    /// Starts QEMU on the vhost-user socket, with further environment for qemu/run-guest.
+    /// Starts QEMU on the vhost-user socket. `environment` is for `qemu/run-guest`.
     pub(crate) fn start(socket: &Path, environment: &[(&str, &str)]) -> Self {
         Self::start_with(socket, environment, &[])
     }
 
-    /// The same with further options for QEMU.
+    /// Starts QEMU on the vhost-user socket, with further QEMU options.
     pub(crate) fn start_with(
         socket: &Path,
         environment: &[(&str, &str)],
@@ -86,7 +86,7 @@ impl Vm {
         Vm { qemu, guest: Guest::connect(&path("commands")), directory }
     }
 
-    /// QEMU's monitor.
+    /// Connects to QEMU's monitor.
     pub(crate) fn monitor(&self) -> Monitor {
         let path = self.directory.as_path().join("monitor");
         let stream = UnixStream::connect(path).unwrap();
@@ -97,19 +97,19 @@ impl Vm {
         monitor
     }
 
-    /// Has QEMU stand still: for the benchmark.
+    /// Stops QEMU with SIGSTOP. For the benchmark.
     #[allow(dead_code)]
     pub(crate) fn pause(&self) {
         kill(Pid::from_raw(self.qemu.id() as i32), Signal::SIGSTOP).unwrap();
     }
 
-    /// Has it go on.
+    /// Resumes QEMU with SIGCONT. For the benchmark.
     #[allow(dead_code)]
     pub(crate) fn resume(&self) {
         kill(Pid::from_raw(self.qemu.id() as i32), Signal::SIGCONT).unwrap();
     }
 
-    /// Ends QEMU at once.
+    /// Kills QEMU, and waits for its exit.
     pub(crate) fn kill(&mut self) {
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
@@ -117,7 +117,7 @@ impl Vm {
 }
 
 impl Guest {
-    /// Waits until QEMU listens on the socket of the guest's second serial port.
+    /// Waits until QEMU listens on the socket of the guest's second serial port, and connects.
     #[track_caller]
     pub(crate) fn connect(path: &Path) -> Self {
         let mut connected = None;
@@ -128,13 +128,13 @@ impl Guest {
         Guest(connected.unwrap())
     }
 
-    /// Waits until the guest's init says that it is ready.
+    /// Waits at most 60 s until the guest's init is ready.
     #[track_caller]
     pub(crate) fn wait_ready(&mut self) {
         self.wait_ready_within(Duration::from_secs(60));
     }
 
-    /// Waits for so long until the guest's init says that it is ready.
+    /// Waits at most `limit` until the guest's init is ready.
     #[track_caller]
     pub(crate) fn wait_ready_within(&mut self, limit: Duration) {
         self.wait_for_within(limit, "guest: ready");
@@ -160,7 +160,7 @@ impl Guest {
         log
     }
 
-    /// Runs a command in the guest; returns what it printed.
+    /// Runs a command in the guest, which must succeed. Returns its output.
     #[track_caller]
     pub(crate) fn run(&mut self, command: &str) -> String {
         self.type_line(command);
@@ -170,13 +170,13 @@ impl Guest {
         output.to_owned()
     }
 
-    /// What the command printed that was typed last.
+    /// Waits for the end of the last typed command. Returns its output.
     #[track_caller]
     pub(crate) fn wait_for_end(&mut self) -> String {
         self.wait_for("END ")
     }
 
-    /// Waits until a guest that has arrived here takes commands.
+    /// Waits until a migrated guest accepts commands.
     #[track_caller]
     pub(crate) fn wait_for_commands(&mut self) {
         self.run("true");
@@ -197,7 +197,7 @@ impl Monitor {
         serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"))
     }
 
-    /// Has it carry a command out; returns what it says.
+    /// Runs a monitor command, which must succeed. Returns its result.
     #[track_caller]
     pub(crate) fn ask(&mut self, command: &str, arguments: Value) -> Value {
         let mut request = serde_json::json!({"execute": command});
@@ -241,34 +241,34 @@ impl Drop for Vm {
     }
 }
 
-/// Pings the guest; it may take a moment to answer the first one.
+/// Pings the guest until it answers.
 #[track_caller]
 pub(crate) fn check_ping() {
     eventually("the guest answers", answers);
 }
 
-/// Whether the guest answers a ping within a second.
+/// Reports whether the guest answers a ping within a second.
 pub(crate) fn answers() -> bool {
     let ping = Command::new("ping").args(["-c", "1", "-W", "1", GUEST_ADDRESS]).output();
     ping.unwrap().status.success()
 }
 
-/// Runs iperf3 against the guest; returns Mbit/s at the receiver.
+/// Runs iperf3 against the guest. Returns Mbit/s at the receiver.
 #[track_caller]
 pub(crate) fn iperf(options: &str) -> f64 {
     iperf_with(GUEST_ADDRESS, options)
 }
 
-/// The same with a guest at another address.
+/// Runs iperf3 against the guest at address `guest`. Returns Mbit/s at the receiver.
 #[track_caller]
 pub(crate) fn iperf_with(guest: &str, options: &str) -> f64 {
     let mut text = String::new();
-    // The server listens anew after each client, and turns away who comes too early. And the host
-    // may have found just now that the last guest at this address does not answer any more.
+    // The server refuses clients until it listens again after the previous one. The host may still
+    // remember that the previous guest at this address did not answer.
     const TOO_EARLY: [&str; 4] = ["refused", "busy", "reset by peer", "No route to host"];
     eventually(&format!("iperf3 {options}"), || {
         std::thread::sleep(Duration::from_millis(200));
-        // A client of UDP never ends where nobody answers.
+        // A UDP client never ends without an answer.
         let output = Command::new("timeout")
             .args(["60", "iperf3", "-c", guest, "-f", "m"])
             .args(options.split_whitespace())
