@@ -53,13 +53,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_example_of_rfc_1071_is_summed() {
+    fn rfc_1071_example_is_summed() {
         let bytes = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
         assert_eq!(fold(sum(&bytes)).to_ne_bytes(), [0xdd, 0xf2]);
     }
 
     #[test]
-    fn a_completed_checksum_makes_the_sum_all_ones() {
+    fn completed_checksum_makes_the_sum_all_ones() {
         for length in 40..60 {
             let mut frame: Vec<u8> = (0..length).map(|at| (at * 37) as u8).collect();
             let pseudo_header = u64::from(u16::from_ne_bytes([frame[20], frame[21]]));
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sum_of_nothing_is_not_sent_as_no_checksum() {
+    fn zero_checksum_is_sent_as_all_ones() {
         let mut frame = [0xff; 8];
         frame[6..8].fill(0);
         complete(&mut frame, 4, 2);

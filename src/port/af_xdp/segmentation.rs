@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn tcp_segments_are_what_a_host_would_have_sent() {
+    fn tcp_segments_have_own_headers_and_valid_checksums() {
         let mut tcp = [0; 32];
         tcp[4..8].copy_from_slice(&0xffff_ff00_u32.to_be_bytes());
         tcp[12] = 0x80;
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn udp_segments_over_ipv6_have_lengths_of_their_own() {
+    fn udp_segments_over_ipv6_have_own_lengths() {
         let mut ip = [0; 40];
         ip[0] = 0x60;
         ip[6] = 17;

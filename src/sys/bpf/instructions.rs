@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_instruction_is_laid_out_as_the_kernel_has_it() {
+    fn instruction_has_the_kernels_layout() {
         // r2 += -4, as clang encodes it.
         assert_eq!(add(2, -4).to_le_bytes(), [7, 2, 0, 0, 0xfc, 0xff, 0xff, 0xff]);
         // *(u32 *)(r10 - 4) = r6

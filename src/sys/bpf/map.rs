@@ -313,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn joined_maps_are_of_the_kind_and_size_that_they_were_made_for() {
+    fn map_opened_by_id_must_match_kind_and_size() {
         let map = match Map::<Counters<4>>::new("test", 8) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 println!("skipped: needs CAP_BPF");
