@@ -36,9 +36,10 @@ impl Device {
         }
         let memory = self.frontend.memory.logged(log)?;
         self.end_all();
-        match logs {
-            true => info!("{}: dirty logging started", self.name),
-            false => info!("{}: dirty logging stopped", self.name),
+        if logs {
+            info!("{}: dirty logging started", self.name);
+        } else {
+            info!("{}: dirty logging stopped", self.name);
         }
         self.frontend.memory = Arc::new(memory);
         self.restart_all();

@@ -1,7 +1,7 @@
 //! Network devices through the ioctls of netdevice(7).
 //!
-//! A device is its index. Its name can change, another device can take the name, and alternative names
-//! lead to the device too.
+//! An index identifies a device. A name does not: it can change, another device can take it, and a device can have
+//! alternative names.
 
 use std::ffi::CString;
 use std::io;
@@ -12,12 +12,15 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::{check, link};
 
-/// Longest primary name of a network device in bytes (`IFNAMSIZ` less its nul).
+/// Longest primary name of a network device in bytes (`IFNAMSIZ` without its NUL).
 pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
-/// Longest alternative name of a network device in bytes (`ALTIFNAMSIZ` less its nul).
+/// Longest alternative name of a network device in bytes (`ALTIFNAMSIZ` without its NUL).
 pub const MAX_ALTERNATIVE_NAME: usize = 127;
 
-/// An `ifreq` with the given name in it and all else zero.
+/// Returns an `ifreq` with the given name, and zeros in all other fields.
+///
+/// # Errors
+/// `InvalidInput` if the name has 0 bytes, more than [`MAX_NAME`], or a NUL.
 pub(super) fn request(name: &str) -> io::Result<libc::ifreq> {
     let text = CString::new(name)?;
     if name.is_empty() || name.len() > MAX_NAME {
@@ -34,22 +37,21 @@ pub(super) fn request(name: &str) -> io::Result<libc::ifreq> {
     Ok(request)
 }
 
-/// The name in an `ifreq`.
+/// Returns the name in an `ifreq`.
 pub(super) fn name_in(request: &libc::ifreq) -> String {
     let bytes = request.ifr_name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0);
     String::from_utf8_lossy(&bytes.collect::<Vec<_>>()).into_owned()
 }
 
-/// A socket for requests to network devices.
+/// Opens an AF_INET socket for requests to network devices; the seccomp filter of workers permits no AF_UNIX socket.
 pub(super) fn control_socket() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
-/// Index of the device that `name` leads to, as its primary or an alternative name; `None` if there is
-/// no such device.
+/// Returns the index of the device with this primary or alternative name; `None` if no device has it.
 ///
 /// # Errors
-/// Those of netlink, which longer names than [`MAX_NAME`] take, and those of making a socket.
+/// An error of opening a socket, or of netlink, which finds names longer than [`MAX_NAME`].
 pub fn index(name: &str) -> io::Result<Option<u32>> {
     let found = if name.len() > MAX_NAME {
         link::find(name).map(|link| link.index)
@@ -68,18 +70,18 @@ pub fn index(name: &str) -> io::Result<Option<u32>> {
     }
 }
 
-/// Primary name of the device of that index.
+/// Returns the primary name of the device with this index.
 ///
 /// # Errors
-/// ENODEV if there is none.
+/// ENODEV if no device has the index.
 pub fn name(index: u32) -> io::Result<String> {
     Ok(name_in(&named(&control_socket()?, index)?))
 }
 
-/// An `ifreq` with the name of the device of that index in it.
+/// Returns an `ifreq` with the primary name of the device with this index.
 fn named(socket: &OwnedFd, index: u32) -> io::Result<libc::ifreq> {
-    // SAFETY: ifreq is plain old data, and all zeros is a valid one. SIOCGIFNAME reads the index in it,
-    // and writes the name.
+    // SAFETY: ifreq is plain old data, and all zeros is a valid one. SIOCGIFNAME reads its index, and writes its
+    // name.
     unsafe {
         let mut request: libc::ifreq = mem::zeroed();
         request.ifr_ifru.ifru_ifindex = index as libc::c_int;
@@ -88,7 +90,8 @@ fn named(socket: &OwnedFd, index: u32) -> io::Result<libc::ifreq> {
     }
 }
 
-/// Hardware address of the device `name`; with a TAP's queue as `fd`, of the queue's own device.
+/// Returns the hardware address of the device `name`, with a socket as `fd`; with a TAP's queue as `fd`, of the queue's
+/// own device.
 pub(super) fn hardware_address(fd: BorrowedFd<'_>, name: &str) -> io::Result<[libc::c_char; 6]> {
     let mut request = request(name)?;
     // SAFETY: SIOCGIFHWADDR reads the name in one ifreq, and writes its address.
@@ -99,20 +102,20 @@ pub(super) fn hardware_address(fd: BorrowedFd<'_>, name: &str) -> io::Result<[li
     Ok([data[0], data[1], data[2], data[3], data[4], data[5]])
 }
 
-/// Index of the device of a TAP's queue, which is called `name`; `None` if the device is in another
-/// network namespace.
+/// Returns the index of the device of a TAP's queue, whose name is `name`; `None` if the device is in another network
+/// namespace.
 pub(super) fn index_of_queue(queue: BorrowedFd<'_>, name: &str) -> Option<u32> {
     let socket = control_socket().ok()?;
     let here = hardware_address(socket.as_fd(), name).ok()?;
-    // There may be another device of that name in the queue's namespace.
+    // In this process's namespace, the name may belong to another device, which has another hardware address.
     let is_here = here == hardware_address(queue, name).ok()?;
     index(name).ok()?.filter(|_| is_here)
 }
 
-/// MTU in bytes of the device of that index.
+/// Returns the MTU in bytes of the device with this index.
 ///
 /// # Errors
-/// There is no such device.
+/// ENODEV if no device has the index.
 pub fn mtu(index: u32) -> io::Result<u32> {
     let socket = control_socket()?;
     let mut request = named(&socket, index)?;
@@ -126,7 +129,7 @@ pub fn mtu(index: u32) -> io::Result<u32> {
 /// Sets the MTU of the device `name` in bytes.
 ///
 /// # Errors
-/// There is no such device, or we may not set it.
+/// ENODEV if no device has the name, EPERM without CAP_NET_ADMIN, EINVAL if the device does not support the MTU.
 pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
     let mut request = request(name)?;
     request.ifr_ifru.ifru_mtu = mtu as libc::c_int;
@@ -140,7 +143,7 @@ pub fn set_mtu(name: &str, mtu: u32) -> io::Result<()> {
 /// Sets the device `name` up, as `ip link set NAME up` does.
 ///
 /// # Errors
-/// There is no such device, or we may not set it up.
+/// ENODEV if no device has the name, EPERM without CAP_NET_ADMIN.
 pub fn set_up(name: &str) -> io::Result<()> {
     let mut request = request(name)?;
     let socket = control_socket()?;

@@ -1,5 +1,4 @@
-//! Generic netlink (`linux/genetlink.h`): questions to one of the kernel's families, and the
-//! attributes of its answers.
+//! Generic netlink (`linux/genetlink.h`): requests to a family of the kernel, and the attributes of its replies.
 
 use std::io;
 
@@ -9,18 +8,19 @@ use netlink_packet_core::{
 use netlink_sys::protocols::NETLINK_GENERIC;
 use netlink_sys::{Socket, SocketAddr};
 
-/// Length in bytes of `struct nlmsghdr`, and of `struct genlmsghdr` behind it.
+/// Length of `struct nlmsghdr` in bytes.
 const HEADER: usize = 16;
+/// Length of `struct genlmsghdr` in bytes, which follows it.
 const GENERIC_HEADER: usize = 4;
-/// Message types of `linux/netlink.h`.
+/// Message type of an error or an acknowledgement (`linux/netlink.h`).
 const NLMSG_ERROR: u16 = 2;
-/// The family that knows the others (`GENL_ID_CTRL`), its question, and attributes of both.
+/// Id of the controller family, which knows the ids of all families (`GENL_ID_CTRL`).
 const CONTROL: u16 = 0x10;
 const CTRL_CMD_GETFAMILY: u8 = 3;
 const CTRL_ATTR_FAMILY_ID: u16 = 1;
 const CTRL_ATTR_FAMILY_NAME: u16 = 2;
 
-/// A family, open for questions.
+/// A generic netlink family, on a socket of its own.
 pub struct Family {
     socket: Socket,
     id: u16,
@@ -36,25 +36,26 @@ impl Family {
     /// Finds the family `name`.
     ///
     /// # Errors
-    /// ENOENT if the kernel has none of that name.
+    /// ENOENT if the kernel has no family of this name.
     pub fn open(name: &str) -> io::Result<Self> {
         let mut socket = Socket::new(NETLINK_GENERIC)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         let control = Family { socket, id: CONTROL };
         let name = DefaultNla::new(CTRL_ATTR_FAMILY_NAME, [name.as_bytes(), b"\0"].concat());
-        let answer = control.ask(CTRL_CMD_GETFAMILY, &[name])?;
-        let id = answer.bytes(CTRL_ATTR_FAMILY_ID).and_then(|bytes| bytes.try_into().ok());
+        let reply = control.ask(CTRL_CMD_GETFAMILY, &[name])?;
+        let id = reply.bytes(CTRL_ATTR_FAMILY_ID).and_then(|bytes| bytes.try_into().ok());
         match id {
             Some(id) => Ok(Family { socket: control.socket, id: u16::from_ne_bytes(id) }),
-            None => Err(malformed(&"it has no family's number")),
+            None => Err(malformed(&"no family id")),
         }
     }
 
-    /// Asks one question, and returns the attributes of the one answer.
+    /// Sends one request, and returns the attributes of the reply.
     ///
     /// # Errors
-    /// ENODEV if there is no such device, EOPNOTSUPP if it does not know what is asked.
+    /// The family's error, such as ENODEV if the device does not exist, or EOPNOTSUPP if its driver does not support
+    /// the request. `InvalidData` if the reply is malformed.
     pub fn ask(&self, command: u8, attributes: &[DefaultNla]) -> io::Result<Attributes> {
         const VERSION: u8 = 1;
         let length = HEADER + GENERIC_HEADER + attributes.buffer_len();
@@ -68,14 +69,14 @@ impl Family {
         self.socket.send(&message, 0)?;
         let mut found = None;
         loop {
-            let (answer, _) = self.socket.recv_from_full()?;
-            let answer = NetlinkBuffer::new_checked(&answer).map_err(|error| malformed(&error))?;
-            match (answer.message_type(), answer.payload()) {
+            let (reply, _) = self.socket.recv_from_full()?;
+            let reply = NetlinkBuffer::new_checked(&reply).map_err(|error| malformed(&error))?;
+            match (reply.message_type(), reply.payload()) {
                 (NLMSG_ERROR, payload) => {
                     let code = payload.first_chunk().copied().map_or(0, i32::from_ne_bytes);
                     return match (code, found) {
                         (0, Some(found)) => Ok(found),
-                        (0, None) => Err(malformed(&"there is none")),
+                        (0, None) => Err(malformed(&"an acknowledgement only")),
                         (code, _) => Err(io::Error::from_raw_os_error(-code)),
                     };
                 }
@@ -88,7 +89,7 @@ impl Family {
     }
 }
 
-/// Attributes that hold others.
+/// Returns an attribute that contains other attributes.
 pub fn nested(kind: u16, attributes: &[DefaultNla]) -> DefaultNla {
     const NLA_F_NESTED: u16 = 0x8000;
     let mut value = vec![0; attributes.buffer_len()];
@@ -96,44 +97,44 @@ pub fn nested(kind: u16, attributes: &[DefaultNla]) -> DefaultNla {
     DefaultNla::new(kind | NLA_F_NESTED, value)
 }
 
-/// An attribute that is a number.
+/// Returns an attribute with a 32-bit number.
 pub fn number(kind: u16, value: u32) -> DefaultNla {
     DefaultNla::new(kind, value.to_ne_bytes().to_vec())
 }
 
-/// Attributes as they lie in a message.
+/// Bytes of a message's attributes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Attributes(pub Vec<u8>);
 
 impl Attributes {
-    /// Each attribute: its kind and its value. They end where one is malformed.
+    /// Iterates over the attributes, each as its kind and its value. The iterator ends at a malformed attribute.
     pub fn each(&self) -> impl Iterator<Item = (u16, Attributes)> + '_ {
         NlasIterator::new(&self.0[..])
             .map_while(Result::ok)
             .map(|attribute| (attribute.kind(), Attributes(attribute.value().to_vec())))
     }
 
-    /// The value of the first of a kind.
+    /// Returns the value of the first attribute of a kind.
     pub fn bytes(&self, kind: u16) -> Option<Vec<u8>> {
         self.each().find(|(found, _)| *found == kind).map(|(_, value)| value.0)
     }
 
-    /// Attributes inside of one.
+    /// Returns the attributes that the first attribute of a kind contains.
     pub fn inside(&self, kind: u16) -> Option<Attributes> {
         self.bytes(kind).map(Attributes)
     }
 
-    /// A number of 32 bits.
+    /// Returns the 32-bit number of a kind; `None` if there is none, or its value has another length.
     pub fn number(&self, kind: u16) -> Option<u32> {
         Some(u32::from_ne_bytes(self.bytes(kind)?.try_into().ok()?))
     }
 
-    /// A number of 64 bits.
+    /// Returns the 64-bit number of a kind; `None` if there is none, or its value has another length.
     pub fn long(&self, kind: u16) -> Option<u64> {
         Some(u64::from_ne_bytes(self.bytes(kind)?.try_into().ok()?))
     }
 
-    /// A string.
+    /// Returns the string of a kind, without its NUL.
     pub fn text(&self, kind: u16) -> Option<String> {
         let bytes = self.bytes(kind)?;
         Some(String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned())
@@ -141,7 +142,10 @@ impl Attributes {
 }
 
 fn malformed(error: &dyn std::fmt::Display) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("the kernel's answer: {error}"))
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("the kernel's reply on netlink is malformed: {error}"),
+    )
 }
 
 #[cfg(test)]

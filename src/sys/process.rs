@@ -1,4 +1,4 @@
-//! Signals, threads and inherited descriptors of this process.
+//! System calls about this process: its signals, threads, inherited descriptors and limits, and its memory files.
 
 use std::collections::BTreeSet;
 use std::ffi::CStr;
@@ -28,23 +28,23 @@ use nix::unistd::{AccessFlags, Pid, SysconfVar, faccessat, sysconf};
 
 use super::check;
 
-/// What a signal asks for.
+/// Request of an operator by a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Signal {
-    /// SIGTERM and SIGINT: to end.
+    /// SIGTERM or SIGINT: end the process.
     End,
-    /// SIGHUP: to read the configuration again.
+    /// SIGHUP: read the configuration again.
     Reload,
 }
 
-/// SIGTERM, SIGINT and SIGHUP as a descriptor that can be waited for.
+/// A descriptor that is readable when SIGTERM, SIGINT or SIGHUP has arrived.
 #[derive(Debug)]
 pub struct Signals(SignalFd);
 
 impl Signals {
-    /// Blocks the signals in this thread, and so in each thread that it starts from here on, and
-    /// opens a descriptor that becomes readable when one arrives. Ignores SIGXFSZ: writing beyond the
-    /// largest file that the process may have (RLIMIT_FSIZE) fails instead.
+    /// Blocks the signals in this thread and in each thread that it starts later, and opens the descriptor.
+    ///
+    /// Ignores SIGXFSZ too: a write beyond the process's largest file size (RLIMIT_FSIZE) then fails.
     pub fn block() -> io::Result<Self> {
         // SAFETY: no handler is installed.
         unsafe { signal::signal(signal::SIGXFSZ, SigHandler::SigIgn)? };
@@ -54,7 +54,7 @@ impl Signals {
         Ok(Signals(SignalFd::with_flags(&set, flags)?))
     }
 
-    /// The next one that has arrived.
+    /// Takes the next signal that has arrived.
     pub fn take(&self) -> Option<Signal> {
         let arrived = self.0.read_signal().ok()??;
         let reload = arrived.ssi_signo == libc::SIGHUP as u32;
@@ -68,36 +68,37 @@ impl AsFd for Signals {
     }
 }
 
-/// Has all threads allocate from the one pool that grows by brk(2). Pools of their own cost memory, and
-/// to make or shrink one the C library reads files (the number of processors, whether memory is
-/// overcommitted), which a sandboxed thread may not open: it would end the process.
+/// Makes all threads allocate from the one malloc arena that grows by brk(2).
+///
+/// Other arenas cost memory. To create or shrink one, the C library reads files (the number of CPUs, the overcommit
+/// setting). A sandboxed thread may not open them: its seccomp filter would kill the process.
 pub fn share_pool() {
-    // SAFETY: sets numbers of the allocator's. If it does not know one, that is as before.
+    // SAFETY: these calls set numbers of the allocator; it ignores those that it does not know.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
-        // The default, which would grow with the first large block that is freed: such blocks go back to
-        // the kernel.
+        // Freed blocks of this size and more return to the kernel. It is the default, which would otherwise grow
+        // when the first such block is freed.
         libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
     }
 }
 
-/// Raises the soft limit of open descriptors to the hard limit: what one VMM takes is missing for its
-/// neighbours. If the kernel refuses, the limit stays as it was. Returns the limit, if it can be read.
+/// Raises the soft limit of open descriptors to the hard limit, because all VMMs share the limit. If the kernel
+/// refuses, the soft limit stays. Returns the limit in force, if it can be read.
 pub fn raise_descriptor_limit() -> Option<u64> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
     let raised = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     Some(if raised.is_ok() { hard } else { soft })
 }
 
-/// Descriptors that this process was started with, and that nobody has taken yet.
+/// Descriptors that this process was started with, and that [`inherit`] has not taken yet.
 static INHERITED: Mutex<BTreeSet<RawFd>> = Mutex::new(BTreeSet::new());
 
-/// Notes the descriptors that this process was started with, for [`inherit`] to take. Those have no
-/// close-on-exec flag.
+/// Records the descriptors that this process was started with, for [`inherit`] to take. These are the open
+/// descriptors without the close-on-exec flag.
 ///
 /// # Safety
-/// No descriptor without that flag may have an owner in this process, but the standard streams: to be
-/// called before anything is opened.
+/// No descriptor without this flag may have an owner in this process, except the standard streams. The function must
+/// be called before any descriptor is opened.
 pub unsafe fn note_inherited() {
     let numbers = std::fs::read_dir("/proc/self/fd").into_iter().flatten().filter_map(|entry| {
         let number: RawFd = entry.ok()?.file_name().to_str()?.parse().ok()?;
@@ -106,17 +107,17 @@ pub unsafe fn note_inherited() {
     INHERITED.lock().unwrap_or_else(PoisonError::into_inner).extend(numbers);
 }
 
-/// Flags of a descriptor (`F_GETFD`).
+/// Returns the flags of a descriptor (`F_GETFD`).
 fn descriptor_flags(number: RawFd) -> io::Result<libc::c_int> {
-    // SAFETY: fcntl with this command on any number is harmless: it fails where nothing is open.
+    // SAFETY: fcntl with this command changes nothing, and fails if no descriptor of this number is open.
     unsafe { check(libc::fcntl(number, libc::F_GETFD)) }
 }
 
-/// Takes over a descriptor that the process that started us left open for us: once.
+/// Takes a descriptor that this process was started with; each can be taken once.
 ///
 /// # Errors
-/// If the number is not an open descriptor, is one of the standard streams, or was not among those that
-/// [`note_inherited`] found, or was taken already.
+/// The number is no open descriptor, or a standard stream. Or [`note_inherited`] did not find it, or it was taken
+/// before.
 pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
     let invalid = |text| Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     if number <= 2 {
@@ -128,62 +129,61 @@ pub fn inherit(number: RawFd) -> io::Result<OwnedFd> {
             "descriptor {number} is this process's own; name one that it was started with, once"
         ));
     }
-    // SAFETY: the descriptor was open before anything had an owner (`note_inherited`), and its number
-    // has just been taken out of the set: nobody else owns it.
+    // SAFETY: the descriptor was open before any other had an owner (`note_inherited`). Its number has just left
+    // the set, so nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
     fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(fd)
 }
 
-/// Closes what the process that started us left open and nobody has taken.
+/// Closes the descriptors that this process was started with and that [`inherit`] has not taken.
 pub fn close_inherited() {
     let left = mem::take(&mut *INHERITED.lock().unwrap_or_else(PoisonError::into_inner));
     for number in left {
-        // SAFETY: as in `inherit`: it has just been taken out of the set, and nobody else owns it.
+        // SAFETY: as in `inherit`: the number has just left the set, so nothing else owns the descriptor.
         drop(unsafe { OwnedFd::from_raw_fd(number) });
     }
 }
 
-/// Binds the calling thread to one processor.
+/// Binds the calling thread to one CPU.
 ///
 /// # Errors
-/// `InvalidInput` if there is no such processor, or this process may not use it.
+/// `InvalidInput` if the CPU does not exist, or this process may not use it.
 pub fn pin_this_thread(cpu: usize) -> io::Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu)?;
     Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
 }
 
-/// Checks that this process may make files in a directory.
+/// Checks that this process may create files in a directory.
 ///
 /// # Errors
-/// EACCES, or EROFS, or why the directory cannot be looked at.
+/// EACCES, EROFS, or an error of finding the directory.
 pub fn check_writable(directory: &Path) -> io::Result<()> {
     access(directory, AccessFlags::W_OK | AccessFlags::X_OK)
 }
 
-/// Checks what this thread may do with a file.
+/// Checks that this thread has the permissions `mode` on a file.
 fn access(path: &Path, mode: AccessFlags) -> io::Result<()> {
     Ok(faccessat(AT_FDCWD, path, mode, AtFlags::AT_EACCESS)?)
 }
 
-/// Permissions that new files do not get (umask). For a process with one thread: others would make files
-/// without it for a moment.
+/// Returns the umask. The process must have one thread, because the umask is 0777 for a moment.
 pub fn file_mode_mask() -> u32 {
     let mask = umask(Mode::all());
     umask(mask);
     mask.bits()
 }
 
-/// Has new files get all the permissions that they are made with.
+/// Sets the umask to 0: new files get all permissions that they are created with.
 pub fn clear_file_mode_mask() {
     umask(Mode::empty());
 }
 
-/// Checks that threads of this process may run on these CPUs, by a thread that does.
+/// Checks that threads of this process may run on these CPUs, by binding a thread to each.
 ///
 /// # Errors
-/// With the first CPU that does not exist, or that this process may not use.
+/// Names the first CPU that does not exist, or that this process may not use.
 pub fn check_cpus(cpus: &[usize]) -> Result<(), String> {
     let refused = |(cpu, error): (&usize, io::Error)| format!("cannot run on CPU {cpu}: {error}");
     thread::scope(|scope| {
@@ -194,45 +194,44 @@ pub fn check_cpus(cpus: &[usize]) -> Result<(), String> {
     })
 }
 
-/// The clock of a thread: how long it has run on a processor.
+/// The CPU clock of a thread: the time that the thread has run.
 #[derive(Debug, Clone, Copy)]
 pub struct ThreadClock(ClockId);
 
 impl ThreadClock {
-    /// That of the calling thread.
+    /// Returns the clock of the calling thread.
     pub fn of_this_thread() -> Self {
         let mut clock = libc::CLOCK_THREAD_CPUTIME_ID;
-        // SAFETY: the calling thread is alive; the clock's number is written to `clock`.
+        // SAFETY: the calling thread is alive, and the call writes only to `clock`.
         unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) };
         ThreadClock(ClockId::from_raw(clock))
     }
 
-    /// What it shows, on whichever thread; nothing if its own has ended.
+    /// Reads the clock, from any thread; `None` if the clock's thread has ended.
     pub fn elapsed(&self) -> Option<Duration> {
         clock_gettime(self.0).ok().map(Duration::from)
     }
 }
 
-/// Lets threads of this process be [interrupted](interrupt): installs a handler for SIGURG, which does
-/// nothing, without SA_RESTART. The signal's one effect is then that a blocked system call returns
-/// `EINTR`.
+/// Installs a handler for SIGURG that does nothing, without SA_RESTART. [`interrupt`] then makes a blocked system
+/// call of a thread return `EINTR`.
 pub fn permit_interrupts() -> io::Result<()> {
     extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
     vmm_sys_util::signal::register_signal_handler(libc::SIGURG, nothing).map_err(io::Error::from)
 }
 
-/// Gets a thread out of the system call that it is stuck in, if interrupts are
-/// [permitted](permit_interrupts).
+/// Interrupts the system call that blocks a thread. [`permit_interrupts`] must have been called.
 pub fn interrupt<T>(thread: &JoinHandle<T>) {
     // The thread's id is its handle's own, and is valid until the handle is joined or dropped.
     let _ = pthread_kill(thread.as_pthread_t(), signal::SIGURG);
 }
 
-/// Whether a user, with these groups, may do with a file what `mode` says (`R_OK`, `W_OK`, `X_OK`),
-/// as the kernel sees it, access control lists included. Without a user: whether this process may.
+/// Checks that a user with these groups has the permissions `mode` on a file. Without a user, checks this process.
+/// The kernel decides, with access control lists.
 ///
 /// # Errors
-/// EACCES or EPERM if not, ENOENT if there is none; EPERM also if we may not ask for another user.
+/// EACCES or EPERM without the permission, ENOENT without the file. EPERM also if this process may not become the
+/// user.
 pub fn may_access(
     user: Option<(libc::uid_t, &[libc::gid_t])>,
     path: &Path,
@@ -240,21 +239,24 @@ pub fn may_access(
 ) -> io::Result<()> {
     let ask = || {
         if let Some((uid, groups)) = user {
-            become_only_here(uid, groups)?;
+            become_user_in_thread(uid, groups)?;
         }
         access(path, mode)
     };
-    // Credentials are a thread's own to the kernel, and this one ends with the answer.
-    let panicked = |_| Err(io::Error::other("the thread that asked has panicked"));
+    // To the kernel, credentials belong to a thread. This thread ends after the check.
+    let panicked = |_| Err(io::Error::other("the thread that checks has panicked"));
     thread::scope(|scope| scope.spawn(ask).join().unwrap_or_else(panicked))
 }
 
-/// Makes the calling thread, and no other of the process, another user's for good. The C library's
-/// functions change all threads, the system calls behind them one.
-fn become_only_here(uid: libc::uid_t, groups: &[libc::gid_t]) -> io::Result<()> {
+/// Gives the calling thread, and no other, another user's credentials for good. The C library's functions change all
+/// threads of the process; their system calls change one.
+///
+/// # Errors
+/// EPERM if this process may not do so.
+fn become_user_in_thread(uid: libc::uid_t, groups: &[libc::gid_t]) -> io::Result<()> {
     let gid = groups.first().copied().unwrap_or(uid);
-    // SAFETY: `groups` lives through the first call, which reads as many numbers as it is told; the
-    // others take numbers only. What they change ends with this thread.
+    // SAFETY: `groups` lives through the first call, which reads `groups.len()` numbers. The others take numbers
+    // only. The changes end with this thread.
     let results = unsafe {
         [
             libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()),
@@ -268,28 +270,26 @@ fn become_only_here(uid: libc::uid_t, groups: &[libc::gid_t]) -> io::Result<()> 
     Ok(())
 }
 
-/// What must be known of a file before it is mapped as memory.
+/// Properties of a file that a mapping depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileFacts {
     /// Whether it was opened for reading and writing.
     pub writable: bool,
     /// Size in bytes.
     pub size: u64,
-    /// Whether its size can't shrink any more (F_SEAL_SHRINK of memfd_create(2)).
+    /// Whether the file cannot be truncated any more (F_SEAL_SHRINK of memfd_create(2)).
     pub sealed: bool,
-    /// Alignment in bytes that a mapping's offset and length need: the page size, or the huge
-    /// page size on hugetlbfs.
+    /// Alignment in bytes of a mapping's offset and length: the page size, or the huge page size on hugetlbfs.
     pub alignment: u64,
 }
 
-/// Reads them, or returns nothing if the file is not memory: a memfd, or a file on tmpfs or
-/// hugetlbfs.
+/// Reads the properties of a memfd, or of a file on tmpfs or hugetlbfs; returns `None` for any other file.
 ///
-/// Any other file system could hold us up: one of the frontend's own (FUSE) answers when it
-/// likes, to a question as well as to a touch of the mapped file.
+/// Another file system can block the daemon for as long as it likes, in system calls and in page faults. It can be the
+/// frontend's own (FUSE).
 pub fn file_facts(file: &File) -> io::Result<Option<FileFacts>> {
-    // The kernel knows seals of memory only (memfd_file_seals_ptr), and looks for them nowhere
-    // else. Directories and devices of tmpfs have none either.
+    // Only files of memory have seals (memfd_file_seals_ptr), and the kernel asks no file system for them.
+    // Directories and devices on tmpfs have none.
     let seals = match fcntl(file, FcntlArg::F_GET_SEALS) {
         Err(Errno::EINVAL) => return Ok(None),
         seals => SealFlag::from_bits_retain(seals?),
@@ -307,11 +307,11 @@ pub fn file_facts(file: &File) -> io::Result<Option<FileFacts>> {
     }))
 }
 
-/// Whether it is a file or a device, as its file system remembers it: nobody is asked, who could hold us
-/// up.
+/// Returns whether a descriptor is a regular file or a device. AT_STATX_DONT_SYNC keeps a file system's server (FUSE)
+/// from being asked, which could block the daemon.
 pub fn holds_data(file: &File) -> io::Result<bool> {
     let flags = libc::AT_EMPTY_PATH | libc::AT_STATX_DONT_SYNC;
-    // SAFETY: all zeros is a valid value, and the kernel fills it; the path is an empty string.
+    // SAFETY: all zeros is a valid statx, which the kernel fills; the path is an empty string.
     let facts = unsafe {
         let mut facts: libc::statx = mem::zeroed();
         let path = c"".as_ptr();
@@ -322,12 +322,12 @@ pub fn holds_data(file: &File) -> io::Result<bool> {
     Ok([libc::S_IFREG, libc::S_IFCHR, libc::S_IFBLK].contains(&kind))
 }
 
-/// Memory of our own to be shared, that nobody can cut short: zeros, as long as was asked for.
+/// Creates a memfd of `length` bytes, all zeros, whose size no process can change.
 pub fn sealed_memory(name: &CStr, length: u64) -> io::Result<File> {
     memory_with_seals(name, length, SealFlag::empty())
 }
 
-/// Memory of our own that nobody can write to, without a byte: in the place of a file that is not kept.
+/// Creates an empty memfd that no process can write to. It replaces a file that is not kept.
 pub fn unwritable_memory(name: &CStr) -> io::Result<File> {
     memory_with_seals(name, 0, SealFlag::F_SEAL_WRITE)
 }
@@ -341,26 +341,26 @@ fn memory_with_seals(name: &CStr, length: u64, seals: SealFlag) -> io::Result<Fi
     Ok(file)
 }
 
-/// RAM of the host in bytes, as it was when this was first called: a sandboxed thread may not ask.
+/// Returns the host's RAM in bytes, as of the first call: a sandboxed thread may not read it.
 pub fn host_memory() -> u64 {
     static BYTES: OnceLock<u64> = OnceLock::new();
     *BYTES.get_or_init(|| sysinfo().map_or(0, |facts| facts.ram_total()))
 }
 
-/// The size of a page in bytes.
+/// Returns the page size in bytes.
 pub fn page_size() -> u64 {
     let size = sysconf(SysconfVar::PAGE_SIZE);
     size.ok().flatten().expect("the kernel tells each process its page size") as u64
 }
 
-/// Sets O_NONBLOCK of an open file.
+/// Sets O_NONBLOCK of an open file, for all its descriptors.
 pub fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL)?);
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
     Ok(())
 }
 
-/// The name of `/proc/self/fd/N` for messages.
+/// Returns a descriptor's name for messages, from `/proc/self/fd`.
 pub fn describe(fd: BorrowedFd<'_>) -> String {
     std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
         .map(|path| path.display().to_string())

@@ -1,5 +1,4 @@
-//! Unix stream sockets: receiving bytes with descriptors, and telling a listener from a
-//! connection.
+//! Unix stream sockets, which send and receive bytes with descriptors; and packet sockets.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Write};
@@ -20,37 +19,37 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::check;
 
-/// Descriptors that are taken from one read at the most, whatever the caller permits.
+/// Most descriptors that one read can receive.
 pub const MAX_DESCRIPTORS: usize = 32;
 
 /// SO_PASSRIGHTS (Linux 6.16).
 const SO_PASSRIGHTS: libc::c_int = 83;
 sockopt_impl!(
-    /// Whether descriptors can be sent to it.
+    /// Whether the socket accepts descriptors.
     PassRights, SetOnly, libc::SOL_SOCKET, SO_PASSRIGHTS, libc::c_int
 );
 sockopt_impl!(
-    /// Its address family.
+    /// Address family of the socket.
     Domain, GetOnly, libc::SOL_SOCKET, libc::SO_DOMAIN, libc::c_int
 );
 
-/// Longest path of a unix socket in bytes (`sun_path` less its nul).
+/// Longest path of a unix socket in bytes (`sun_path` without its NUL).
 pub const MAX_PATH: usize = 107;
 
-/// What one read brought.
+/// Result of one read.
 #[derive(Debug, Default)]
 pub struct Received {
     /// Bytes read; 0 is the end of the connection.
     pub bytes: usize,
-    /// Descriptors that came with them.
+    /// Descriptors that came with the bytes.
     pub files: Vec<File>,
 }
 
-/// Reads once, without blocking if the socket is non-blocking, and takes `most` descriptors at the most.
+/// Reads once, and receives at most `most` descriptors. Does not block if the socket is non-blocking.
 ///
 /// # Errors
-/// `WouldBlock` if nothing is there, `ConnectionReset`-like errors of the socket, and others when
-/// descriptors that came are lost: more than `most`, or no more can be open. None of them stays open.
+/// `WouldBlock` if the socket is empty, or an error of the socket. Fails also if descriptors are lost: more than
+/// `most` came, or the process can open no more. All descriptors of the read are then closed.
 pub fn receive(socket: &UnixStream, buffer: &mut [u8], most: usize) -> io::Result<Received> {
     let mut descriptors: [RawFd; MAX_DESCRIPTORS] = [-1; MAX_DESCRIPTORS];
     let mut iovec = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
@@ -59,33 +58,33 @@ pub fn receive(socket: &UnixStream, buffer: &mut [u8], most: usize) -> io::Resul
     let received =
         unsafe { socket.recv_with_fds(&mut iovec, &mut descriptors[..most.min(MAX_DESCRIPTORS)]) };
     let (bytes, count) = received.map_err(|error| match error.errno() {
-        // The kernel has cut them off (MSG_CTRUNC), and does not say why.
+        // The kernel has dropped descriptors (MSG_CTRUNC), and does not say why.
         libc::ENOBUFS => io::Error::other(match socket.try_clone() {
             Ok(_) => "too many descriptors with one message".to_owned(),
             Err(error) => format!("descriptors of a message are lost: {error}"),
         }),
         number => io::Error::from_raw_os_error(number),
     })?;
-    // SAFETY: the kernel has just made these descriptors for us; each is owned once.
+    // SAFETY: the kernel has just made these descriptors for this process; each gets one owner.
     let files = descriptors[..count].iter().map(|&fd| unsafe { File::from_raw_fd(fd) });
     let files: Vec<File> = files.collect();
     for file in &files {
-        // The helper process, which is started later, would have them too.
+        // The helper process, which starts later, must not inherit them.
         fcntl(file, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     }
     Ok(Received { bytes, files })
 }
 
-/// Has the kernel refuse descriptors that are sent to a listening socket's connections (SO_PASSRIGHTS,
-/// Linux 6.16): to close one can take as long as its sender likes. Older kernels pass them.
+/// Makes the kernel refuse descriptors on a listening socket's connections (SO_PASSRIGHTS, Linux 6.16). The sender of
+/// a descriptor can decide how long closing it takes. Older kernels pass descriptors.
 pub fn refuse_descriptors(listener: BorrowedFd<'_>) {
     let _ = setsockopt(&listener, PassRights, &0);
 }
 
-/// Sends as many bytes as there is room for, and a descriptor with them; returns how many.
+/// Sends as many bytes as the socket accepts, with a descriptor if there is one. Returns the number of bytes.
 ///
 /// # Errors
-/// Those of `sendmsg` and `write`.
+/// An error of `sendmsg` or `write`.
 pub fn send_some(
     mut socket: &UnixStream,
     bytes: &[u8],
@@ -97,10 +96,10 @@ pub fn send_some(
         .map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }
 
-/// Sends a message whole, and all of its descriptors with its first byte.
+/// Sends all of `bytes`, and all descriptors with the first byte.
 ///
 /// # Errors
-/// Those of `sendmsg` and `write`.
+/// An error of `sendmsg` or `write`. The first bytes may have been sent.
 pub fn send_message(
     mut socket: &UnixStream,
     bytes: &[u8],
@@ -120,18 +119,18 @@ pub fn send_message(
     socket.write_all(&bytes[sent..])
 }
 
-/// Sends all of `bytes`, and `files` before them: a byte that is `carrier` goes with each few.
+/// Sends `files`, then all of `bytes`. Each 32 files go with one byte `carrier`.
 ///
 /// # Errors
-/// Those of `sendmsg` and `write`.
+/// An error of `sendmsg` or `write`.
 pub fn send_with_files(
     mut socket: &UnixStream,
     bytes: &[u8],
     files: &[BorrowedFd<'_>],
     carrier: u8,
 ) -> io::Result<()> {
-    for some in files.chunks(MAX_DESCRIPTORS) {
-        send_message(socket, &[carrier], some)?;
+    for chunk in files.chunks(MAX_DESCRIPTORS) {
+        send_message(socket, &[carrier], chunk)?;
     }
     socket.write_all(bytes)
 }
@@ -141,15 +140,15 @@ fn stream_socket() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Unix, SockType::Stream, flags, None)?)
 }
 
-/// A packet socket that sends whole frames by the device of an index, and receives none.
+/// Opens a packet socket that sends whole frames on the device with index `device`, and receives none.
 ///
 /// # Errors
-/// EPERM without CAP_NET_RAW, ENODEV if there is no such device.
+/// EPERM without CAP_NET_RAW, ENODEV if the device does not exist.
 pub fn packet_socket(device: u32) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     // Protocol 0 receives nothing (packet(7)).
     let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None)?;
-    // SAFETY: all zeros is a valid address, which lives through the call.
+    // SAFETY: all zeros is a valid address; the address lives through the call.
     unsafe {
         let mut address: libc::sockaddr_ll = mem::zeroed();
         address.sll_family = libc::AF_PACKET as libc::sa_family_t;
@@ -160,21 +159,22 @@ pub fn packet_socket(device: u32) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Connects to the socket at `path`, or fails at once: unlike [`UnixStream::connect`] it does not
-/// wait for a listener whose queue is full.
+/// Connects to the socket at `path`, or fails at once. Unlike [`UnixStream::connect`], it does not wait while the
+/// listener's queue is full.
 ///
 /// # Errors
-/// `NotFound`, `ConnectionRefused`, `WouldBlock` for a full queue, and others of `connect`.
+/// `WouldBlock` if the queue is full, `NotFound`, `ConnectionRefused`, or another error of `connect`.
 pub fn connect_now(path: &Path) -> io::Result<UnixStream> {
     let socket = stream_socket()?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket.into())
 }
 
-/// Makes a socket at `path` that does not listen yet. Its file has `mode`, less the umask, from the start.
+/// Binds a socket to `path`; it does not listen yet. Its file has the permissions `mode`, without the umask's bits,
+/// from the start.
 ///
 /// # Errors
-/// `AddrInUse` if there is a file, and others of `bind`.
+/// `AddrInUse` if a file exists at `path`, or another error of `bind`.
 pub fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
     let (address, socket) = (UnixAddr::new(path)?, File::from(stream_socket()?));
     socket.set_permissions(Permissions::from_mode(mode))?;
@@ -182,12 +182,12 @@ pub fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
     Ok(OwnedFd::from(socket).into())
 }
 
-/// Begins to listen, or goes on; as many as the host allows may wait to be accepted.
+/// Listens, with the longest queue that the host allows (`net.core.somaxconn`). May be called again.
 pub fn listen(listener: &UnixListener) -> io::Result<()> {
     Ok(nix::sys::socket::listen(listener, Backlog::MAXALLOWABLE)?)
 }
 
-/// What an inherited descriptor turned out to be.
+/// Kind of an inherited socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inherited {
     /// A unix stream socket that listens.
@@ -196,10 +196,10 @@ pub enum Inherited {
     Connection,
 }
 
-/// Tells whether `fd` is a listening or a connected unix stream socket.
+/// Returns whether `fd` is a listening or a connected unix stream socket.
 ///
 /// # Errors
-/// `InvalidInput`, with what it is instead, for everything else.
+/// `InvalidInput` for any other descriptor; the text says what it is.
 pub fn classify(fd: BorrowedFd<'_>) -> io::Result<Inherited> {
     let wrong = |what: &str| {
         let name = super::process::describe(fd);

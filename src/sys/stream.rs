@@ -1,8 +1,8 @@
-//! A pipe or socket of the frontend's, read and written without ever waiting for the frontend.
+//! Pipes and sockets of the frontend. No read or write waits for the frontend.
 //!
-//! O_NONBLOCK belongs to the open file, which the frontend has too and can change at any time. So no
-//! call here relies on it: a socket is used with MSG_DONTWAIT, and a pipe by splice(2) with
-//! SPLICE_F_NONBLOCK, by way of a pipe of our own.
+//! O_NONBLOCK belongs to the open file, which the frontend has too, and can change at any time. So no call here relies
+//! on the flag: sockets are used with MSG_DONTWAIT. Pipes are used by splice(2) with SPLICE_F_NONBLOCK, through a pipe
+//! of the daemon.
 
 use std::fs::{self, File};
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -11,21 +11,21 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use nix::fcntl::{FcntlArg, SpliceFFlags, fcntl, splice};
 use nix::sys::socket::{MsgFlags, recv, send};
 
-/// Bytes moved by one call at most: less than any pipe holds.
+/// Most bytes that one call moves; every pipe holds this much.
 const CHUNK: usize = 4096;
 
-/// A pipe or a stream socket whose other end, and flags, are somebody else's.
+/// A pipe or a stream socket whose other end and flags the frontend controls.
 #[derive(Debug)]
 pub struct ForeignStream {
     file: File,
-    /// The pipe of our own, if `file` is a pipe.
+    /// The daemon's own pipe, if `file` is a pipe.
     own: Option<(PipeReader, PipeWriter)>,
-    /// Bytes in the pipe of our own that `file` had no room for yet.
+    /// Bytes in the daemon's own pipe that `file` has not accepted yet.
     unsent: usize,
 }
 
 impl ForeignStream {
-    /// Takes over a descriptor. A pipe is made to hold `capacity` bytes, if the kernel permits it.
+    /// Creates a stream from a descriptor. A pipe gets a capacity of `capacity` bytes, if the kernel permits it.
     ///
     /// # Errors
     /// `InvalidInput` if `file` is neither a pipe nor a socket.
@@ -33,7 +33,7 @@ impl ForeignStream {
         let kind = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
         let kind = kind.to_string_lossy();
         let own = if kind.starts_with("pipe:[") {
-            // If the kernel refuses, the size stays.
+            // If the kernel refuses, the capacity stays.
             let _ = fcntl(&file, FcntlArg::F_SETPIPE_SZ(capacity as libc::c_int));
             Some(io::pipe()?)
         } else if kind.starts_with("socket:[") {
@@ -45,16 +45,16 @@ impl ForeignStream {
         Ok(ForeignStream { file, own, unsent: 0 })
     }
 
-    /// Reads what is there; 0 bytes are the end.
+    /// Reads at most 4096 of the bytes that have arrived. Returns 0 at the end of the stream.
     ///
     /// # Errors
-    /// `WouldBlock` if nothing is there.
+    /// `WouldBlock` if no byte has arrived, or another error of the stream.
     pub fn read(&mut self, target: &mut [u8]) -> io::Result<usize> {
         let most = target.len().min(CHUNK);
         match &mut self.own {
             Some((reader, writer)) => {
                 let moved = move_bytes(&self.file, writer, most)?;
-                // They are there: this does not wait.
+                // The daemon's own pipe holds these bytes, so this does not wait.
                 reader.read_exact(&mut target[..moved])?;
                 Ok(moved)
             }
@@ -62,10 +62,11 @@ impl ForeignStream {
         }
     }
 
-    /// Writes as much as there is room for.
+    /// Writes as many bytes as the stream accepts, and returns how many it has taken. If the
+    /// stream is a pipe, some can still be in the daemon's own pipe: see [`has_unsent`](Self::has_unsent).
     ///
     /// # Errors
-    /// `WouldBlock` if there is no room; `BrokenPipe` if nobody reads.
+    /// `WouldBlock` if the stream is full, `BrokenPipe` if its other end is closed.
     pub fn write(&mut self, source: &[u8]) -> io::Result<usize> {
         let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         let Some((reader, writer)) = &mut self.own else {
@@ -74,20 +75,21 @@ impl ForeignStream {
         let mut taken = 0;
         if self.unsent == 0 {
             taken = source.len().min(CHUNK);
-            // The pipe of our own is empty, and holds a chunk: this does not wait.
+            // The daemon's own pipe is empty, and holds a chunk, so this does not wait.
             writer.write_all(&source[..taken])?;
             self.unsent = taken;
         }
         match move_bytes(reader, &self.file, self.unsent) {
             Ok(moved) => self.unsent -= moved,
-            // What was taken goes with the next call.
+            // The next call moves the bytes that were taken.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && taken > 0 => {}
             Err(error) => return Err(error),
         }
         Ok(taken)
     }
 
-    /// Whether bytes were taken that the other end has not been given.
+    /// Returns whether the daemon's own pipe holds bytes that [`write`](Self::write) has taken. Another call of
+    /// `write`, also with no bytes, moves them.
     pub fn has_unsent(&self) -> bool {
         self.unsent > 0
     }
@@ -99,7 +101,7 @@ impl AsFd for ForeignStream {
     }
 }
 
-/// Moves bytes from or to a pipe, without waiting for either side.
+/// Moves at most `most` bytes from or to a pipe, and never waits.
 fn move_bytes(from: impl AsFd, to: impl AsFd, most: usize) -> io::Result<usize> {
     Ok(splice(from, None, to, None, most, SpliceFFlags::SPLICE_F_NONBLOCK)?)
 }
@@ -114,7 +116,7 @@ mod tests {
         ForeignStream::new(File::from(fd.into()), 1 << 16).unwrap()
     }
 
-    /// Both ends, blocking: whoever has the other descriptor may have made them so.
+    /// Returns both ends of a pipe and of a socket, blocking, as a frontend can make them.
     fn ends() -> [(ForeignStream, ForeignStream); 2] {
         let (reader, writer) = io::pipe().unwrap();
         let (here, there) = UnixStream::pair().unwrap();

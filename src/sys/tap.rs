@@ -1,4 +1,4 @@
-//! TUN/TAP devices: opening their queues, and the ioctls of `linux/if_tun.h`.
+//! TAP devices: their queues, and the ioctls of `linux/if_tun.h`.
 
 mod filter;
 
@@ -16,37 +16,35 @@ use super::{check, device};
 
 pub use filter::ProgramMemory;
 
-/// `TUN_F_*` of `linux/if_tun.h`: what the reader of a TAP accepts in the frames it reads.
+/// `TUN_F_*` of `linux/if_tun.h`: offloads that the reader of a TAP accepts in frames.
 pub mod offload {
-    /// Checksums may be left to the reader.
+    /// Frames may have partial checksums.
     pub const CSUM: u32 = libc::TUN_F_CSUM;
-    /// TCP over IPv4 may come unsegmented.
+    /// GSO frames of TCP over IPv4.
     pub const TSO4: u32 = libc::TUN_F_TSO4;
-    /// TCP over IPv6 may come unsegmented.
+    /// GSO frames of TCP over IPv6.
     pub const TSO6: u32 = libc::TUN_F_TSO6;
-    /// Unsegmented TCP may carry ECN bits.
+    /// GSO frames of TCP may have ECN bits.
     pub const TSO_ECN: u32 = libc::TUN_F_TSO_ECN;
-    /// UDP over IPv4 may come unsegmented (Linux 6.2).
+    /// GSO frames of UDP over IPv4 (Linux 6.2).
     pub const USO4: u32 = libc::TUN_F_USO4;
-    /// UDP over IPv6 may come unsegmented (Linux 6.2).
+    /// GSO frames of UDP over IPv6 (Linux 6.2).
     pub const USO6: u32 = libc::TUN_F_USO6;
 }
 
-/// Time after which a queue that never gets empty counts as drained.
+/// Time after which [`Queue::drain`] ends although frames still arrive.
 const DRAIN_TIME: Duration = Duration::from_millis(50);
-/// Frames that are taken however long that takes: those that a queue holds by default (`TUN_READQ_SIZE`),
-/// and as many again.
+/// Frames that [`Queue::drain`] takes at least: twice the default length of a queue (`TUN_READQ_SIZE`).
 const DRAINED_FRAMES: usize = 1000;
 
-/// How a TAP's queue was opened.
+/// The device of a TAP's queue, as of the time when the queue was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
-    /// The device's primary name when the queue was opened.
+    /// Primary name of the device; it can have changed since.
     pub name: String,
-    /// The device's index; `None` if the device is in another network namespace.
+    /// Index of the device; `None` if the device is in another network namespace.
     pub index: Option<u32>,
-    /// Whether the device has `IFF_MULTI_QUEUE`, and the kernel can leave a queue out. A macvtap's
-    /// queues count as all it has.
+    /// Whether the device has `IFF_MULTI_QUEUE`, so that the kernel can detach a queue. False for a macvtap.
     pub multi_queue: bool,
     /// Whether the device is a macvtap or an ipvtap, which has neither filters nor a carrier to set.
     pub is_macvtap: bool,
@@ -59,10 +57,10 @@ pub struct Queue {
     identity: Identity,
 }
 
-/// The flags (`IFF_*` of `linux/if_tun.h`) that the kernel knows for TUN and TAP devices.
+/// Returns the flags (`IFF_*` of `linux/if_tun.h`) that the kernel supports for TUN and TAP devices.
 ///
 /// # Errors
-/// Those of opening `/dev/net/tun`.
+/// An error of opening `/dev/net/tun`.
 pub fn features() -> io::Result<u32> {
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let mut flags: libc::c_uint = 0;
@@ -72,19 +70,19 @@ pub fn features() -> io::Result<u32> {
 }
 
 impl Queue {
-    /// Opens one more queue of the TAP `name`, which is made if it is missing.
+    /// Opens one more queue of the TAP `name`. The kernel creates a missing TAP.
     ///
     /// # Errors
-    /// Those of `/dev/net/tun` and TUNSETIFF: EBUSY if the device has another user, EINVAL if
-    /// `multi_queue` is not what the device has, EPERM without the right to open it.
+    /// Errors of `/dev/net/tun` and TUNSETIFF: EBUSY if another process has the device open, EINVAL if `multi_queue`
+    /// differs from the device, EPERM without the right to open or create it.
     pub fn open(name: &str, multi_queue: bool) -> io::Result<Self> {
         Self::set_up(name, multi_queue, 0)
     }
 
-    /// Makes the TAP `name`, for as long as it has a queue, and opens its first.
+    /// Creates the TAP `name`, which exists as long as a queue of it is open, and opens its first queue.
     ///
     /// # Errors
-    /// Those of [`open`](Self::open); EBUSY if there is a device of that name.
+    /// As for [`open`](Self::open); EBUSY also if a device has this name.
     pub fn make(name: &str, multi_queue: bool) -> io::Result<Self> {
         Self::set_up(name, multi_queue, libc::IFF_TUN_EXCL)
     }
@@ -106,10 +104,11 @@ impl Queue {
         Self::unidentified(file).identified()
     }
 
-    /// Takes over a TAP queue that another process opened for us.
+    /// Creates a queue from the descriptor of a TAP queue that another process has opened.
     ///
     /// # Errors
-    /// `InvalidInput` if the descriptor is no TAP, or was opened without `IFF_VNET_HDR`.
+    /// The descriptor is no TAP queue. `InvalidInput` if it was opened without `IFF_TAP`, `IFF_NO_PI` or
+    /// `IFF_VNET_HDR`.
     pub fn inherit(fd: OwnedFd) -> io::Result<Self> {
         set_nonblocking(fd.as_fd())?;
         let queue = Self::unidentified(File::from(fd));
@@ -121,8 +120,8 @@ impl Queue {
         queue.identified()
     }
 
-    /// Takes over a queue that another daemon has opened. The kernel is only asked for an index that is not
-    /// told: the device may be renamed or gone by now.
+    /// Creates a queue from a descriptor that another daemon has opened. Only a missing index is read from the kernel,
+    /// because the device may have another name by then, or be gone.
     pub fn identified_as(fd: OwnedFd, identity: &Identity) -> Self {
         let mut queue = Queue { file: File::from(fd), identity: identity.clone() };
         if identity.index.is_none()
@@ -139,7 +138,7 @@ impl Queue {
         Queue { file, identity }
     }
 
-    /// Asks the kernel which device this queue belongs to now, and how it was opened.
+    /// Reads the current name of the queue's device, and the flags of the queue, from the kernel.
     fn ask(&self) -> io::Result<(String, libc::c_int)> {
         // SAFETY: ifreq is plain old data; TUNGETIFF fills one.
         let answer = unsafe {
@@ -152,7 +151,10 @@ impl Queue {
         Ok((device::name_in(&answer), flags))
     }
 
-    /// Fills in which device this queue belongs to.
+    /// Reads the queue's identity from the kernel.
+    ///
+    /// # Errors
+    /// `InvalidInput` without `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`; otherwise an error of TUNGETIFF.
     fn identified(mut self) -> io::Result<Self> {
         let (name, flags) = self.ask()?;
         let is_macvtap = !is_tun(&self.file)?;
@@ -175,25 +177,25 @@ impl Queue {
         Ok(self)
     }
 
-    /// Which device this queue belongs to.
+    /// Returns the device of this queue.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
 
+    /// Passes `value` to one of the TUNSET* ioctls that read an int.
     fn set(&self, code: libc::Ioctl, value: libc::c_int) -> io::Result<()> {
         // SAFETY: the TUNSET* codes used here read one int.
         unsafe { check(libc::ioctl(self.file.as_raw_fd(), code, &value))? };
         Ok(())
     }
 
-    /// Sets the length in bytes of the header before each frame, and its byte order to little
-    /// endian. Applies to the whole device.
+    /// Sets the length in bytes of the virtio-net header, and its byte order to little endian, for the whole device.
     pub fn set_header_length(&self, bytes: usize) -> io::Result<()> {
         self.set(libc::TUNSETVNETHDRSZ, bytes as libc::c_int)?;
         self.set(libc::TUNSETVNETLE, 1)
     }
 
-    /// Tells the kernel which of [`offload`]'s the reader accepts. Applies to the whole device.
+    /// Sets the offloads that the reader accepts, flags of [`offload`], for the whole device.
     pub fn set_offload(&self, offloads: u32) -> io::Result<()> {
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         unsafe {
@@ -206,8 +208,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Has the kernel steer frames to this queue, or none. It may be so already: another daemon has had
-    /// the queue.
+    /// Attaches the queue, so that the kernel steers frames to it, or detaches it. Succeeds also if another daemon has
+    /// done so before.
     pub fn set_attached(&self, attached: bool) -> io::Result<()> {
         let flag = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
         // SAFETY: TUNSETQUEUE reads one ifreq, of which only the flags count.
@@ -217,11 +219,11 @@ impl Queue {
             check(libc::ioctl(self.file.as_raw_fd(), libc::TUNSETQUEUE, &mut request))
         };
         match set {
-            // With a filter the kernel says so, and does it: see `filter`.
+            // With a filter, the kernel attaches the queue and returns this error: see `filter`.
             Err(error) if attached && error.raw_os_error() == Some(libc::EFAULT) => {
                 if self.is_attached()? { Ok(()) } else { Err(error) }
             }
-            // It is so already: another daemon has had the queue.
+            // Another daemon has attached or detached the queue before.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 if self.is_attached()? == attached { Ok(()) } else { Err(error) }
             }
@@ -229,28 +231,27 @@ impl Queue {
         }
     }
 
-    /// Whether the kernel steers frames to this queue.
+    /// Returns whether the queue is attached, so that the kernel steers frames to it.
     pub fn is_attached(&self) -> io::Result<bool> {
         Ok(self.ask()?.1 & libc::IFF_DETACH_QUEUE == 0)
     }
 
-    /// Takes a frame that waits, and throws it away; says whether there was one.
+    /// Discards one waiting frame; returns whether there was one.
     pub fn discard(&self) -> bool {
-        // The kernel cuts the frame to this, which is room for the virtio header.
+        // The kernel truncates the frame to this buffer, which holds at least the virtio-net header.
         let mut start = [0; 64];
         (&self.file).read(&mut start).is_ok()
     }
 
-    /// Takes all frames that wait, and throws them away. Where more come all the time, this ends after
-    /// 50 ms, and at least 1000 frames.
+    /// Discards all waiting frames. If frames still arrive, this ends after 50 ms and at least 1000 frames.
     pub fn drain(&self) {
         let end = Instant::now() + DRAIN_TIME;
         let is_enough = |frame| frame >= DRAINED_FRAMES && Instant::now() > end;
         (0..).find(|&frame| is_enough(frame) || !self.discard());
     }
 
-    /// Sets the user that can open the device without CAP_NET_ADMIN. Everybody can open a device
-    /// without owner and group.
+    /// Sets the user who can open the device without CAP_NET_ADMIN. Every user can open a device that has neither
+    /// owner nor group.
     pub fn set_owner(&self, user: u32) -> io::Result<()> {
         // SAFETY: TUNSETOWNER takes its argument by value.
         unsafe {
@@ -259,7 +260,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Sets the device's link up or down, as the host sees it.
+    /// Sets the device's carrier on or off, which is the link state on the host.
     pub fn set_carrier(&self, up: bool) -> io::Result<()> {
         let up = libc::c_int::from(up);
         // SAFETY: TUNSETCARRIER reads one int.
@@ -267,12 +268,12 @@ impl Queue {
         Ok(())
     }
 
-    /// The same queue by another descriptor.
+    /// Returns the same queue with a duplicate of its descriptor.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Queue { file: self.file.try_clone()?, identity: self.identity.clone() })
     }
 
-    /// Writes one frame without any offload, whatever header the device is set to.
+    /// Writes one frame that needs no offload, after a zeroed header of the device's length.
     pub fn write_plain(&self, frame: &[u8]) -> io::Result<()> {
         let mut length: libc::c_int = 0;
         // SAFETY: TUNGETVNETHDRSZ writes one int.
@@ -281,8 +282,8 @@ impl Queue {
         self.write(&[ReadSegment::of_bytes(&header), ReadSegment::of_bytes(frame)]).map(|_| ())
     }
 
-    /// Whether a write can be refused because too much is under way. Without a limit (the
-    /// kernel's default) a write to a TAP either succeeds or fails for good.
+    /// Returns whether the TAP's send buffer is limited, so that a write can return `WouldBlock`. Without a limit, the
+    /// kernel's default, the kernel accepts a frame or rejects it for good.
     pub fn has_send_limit(&self) -> bool {
         let mut limit: libc::c_int = 0;
         // SAFETY: TUNGETSNDBUF writes one int.
@@ -290,26 +291,31 @@ impl Queue {
         result < 0 || limit != libc::c_int::MAX
     }
 
-    /// The device's MTU in bytes, whatever its name is by now.
+    /// Reads the device's MTU in bytes, by the device's index.
+    ///
+    /// # Errors
+    /// The device is gone, or in another network namespace.
     pub fn mtu(&self) -> io::Result<u32> {
         let elsewhere = || io::Error::other("the device is in another network namespace");
         device::mtu(self.identity.index.ok_or_else(elsewhere)?)
     }
 
-    /// Reads one frame, header first, into `window`.
+    /// Reads one frame, header first, into `window`; returns its length in bytes.
     ///
-    /// The kernel cuts a frame to the buffers that it is given and says nothing: one that fills the
-    /// window may have been longer.
+    /// The kernel truncates a frame that is longer than the window, and does not report it.
     ///
     /// # Errors
-    /// `WouldBlock` if no frame waits; otherwise those of the device.
+    /// `WouldBlock` if no frame waits; otherwise an error of the device.
     #[inline]
     pub fn read(&self, window: &[Segment<'_>]) -> io::Result<usize> {
         super::read_segments(self.as_fd(), window)
     }
 
-    /// The same with one byte of our own behind the window: a result longer than the window means
-    /// that the frame was longer, and is lost.
+    /// Reads one frame as [`read`](Self::read) does, with one more byte after the window. If the result is longer than
+    /// the window, the frame was truncated.
+    ///
+    /// # Errors
+    /// As for [`read`](Self::read).
     pub fn read_watching(&self, window: &mut Vec<Segment<'_>>) -> io::Result<usize> {
         let mut overflow = [0u8; 1];
         // SAFETY: `overflow` lives to the end of this function, and its segment leaves the window
@@ -323,7 +329,7 @@ impl Queue {
     /// Writes one frame, header first.
     ///
     /// # Errors
-    /// `WouldBlock` if a send limit is reached; otherwise those of the device.
+    /// `WouldBlock` if the send buffer is limited and full; otherwise an error of the device.
     pub fn write(&self, segments: &[ReadSegment<'_>]) -> io::Result<usize> {
         super::write_segments(self.as_fd(), segments)
     }
@@ -341,8 +347,8 @@ impl AsFd for Queue {
     }
 }
 
-/// Whether a descriptor is of `/dev/net/tun` (Documentation/networking/tuntap.rst: character device 10,
-/// 200), and not of a macvtap's device file, which knows fewer requests.
+/// Returns whether a descriptor is of `/dev/net/tun` (Documentation/networking/tuntap.rst: character device 10, 200).
+/// A macvtap has its own device file, which supports fewer requests.
 fn is_tun(file: &File) -> io::Result<bool> {
     let metadata = file.metadata()?;
     Ok(metadata.file_type().is_char_device() && metadata.rdev() == libc::makedev(10, 200))
