@@ -101,7 +101,7 @@ pub struct Device {
     quota: Arc<MemoryQuota>,
     descriptors: Option<Arc<DescriptorQuota>>,
     workers: Vec<Worker>,
-    /// True while no session may begin: during a take-over, and after it.
+    /// True while no session may begin: while another daemon or another port takes over the guest, and afterwards.
     suspended: bool,
     frontend: FrontendState,
 }

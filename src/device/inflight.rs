@@ -1,5 +1,5 @@
-//! The inflight buffer, for frontends that keep one for the next backend (cloud-hypervisor). The daemon writes it,
-//! and never reads it: the used index in guest memory says where a ring resumes.
+//! The inflight buffer, for frontends that keep one for the next backend (cloud-hypervisor). The daemon writes it
+//! and never relies on its content: the used index in guest memory says where a ring resumes.
 
 use std::fs::File;
 use std::sync::Arc;

@@ -17,7 +17,7 @@ pub(super) enum Kick {
     /// Not started.
     #[default]
     NotGiven,
-    /// Started. Without a descriptor the worker polls the ring.
+    /// Started. The worker polls a ring without a descriptor.
     Given(Option<Arc<NotifyFd>>),
 }
 

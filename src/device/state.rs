@@ -134,7 +134,7 @@ impl Device {
     /// (CHECK_DEVICE_STATE).
     pub(super) fn check_state(&mut self) -> Result<Reply, Refusal> {
         let result = match self.frontend.transfer.take() {
-            None => Err("SET_DEVICE_STATE_FD did not come before".to_owned()),
+            None => Err("no SET_DEVICE_STATE_FD came before".to_owned()),
             Some(Transfer::Saved(result)) => result,
             Some(Transfer::Load(stream)) => self.load(stream),
         };

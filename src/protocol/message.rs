@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_are_no_request_are_refused() {
+    fn invalid_headers_are_refused() {
         let header = |code: u32, flags: u32, size: u32| {
             let mut bytes = [0; HEADER_LENGTH];
             bytes[0..4].copy_from_slice(&code.to_ne_bytes());
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn every_request_checks_its_size_and_its_descriptors() {
+    fn every_request_checks_payload_size_and_descriptors() {
         for code in 1..=44 {
             let code = FrontendReq::try_from(code).unwrap();
             for size in [0, 1, 7, 8, 9, 11, 12, 39, 40, 41, 4096] {
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_message_without_descriptor_says_so() {
+    fn ring_message_has_descriptor_or_flag() {
         let with = parse(FrontendReq::SET_VRING_CALL, &3u64.to_ne_bytes(), 1).unwrap();
         assert!(matches!(with.request, Request::SetVringCall { index: 3, file: Some(_) }));
         let without = parse(FrontendReq::SET_VRING_CALL, &0x103u64.to_ne_bytes(), 0).unwrap();

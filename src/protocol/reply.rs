@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failed_read_of_the_configuration_space_has_no_payload() {
+    fn failed_config_read_has_empty_payload() {
         let reply = Reply::Config { offset: 0, flags: 0, bytes: vec![] };
         assert_eq!(reply.to_bytes(FrontendReq::GET_CONFIG).len(), HEADER_LENGTH);
     }

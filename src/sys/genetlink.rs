@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_come_back_as_they_were_put_in() {
+    fn attributes_round_trip() {
         let inner = [number(1, 7), DefaultNla::new(2, b"eth0\0".to_vec())];
         let mut bytes = vec![0; 100];
         let all = [nested(3, &inner)];
@@ -161,12 +161,12 @@ mod tests {
         bytes.truncate(all.as_slice().buffer_len());
         let read = Attributes(bytes).inside(3).unwrap();
         assert_eq!((read.number(1), read.text(2)), (Some(7), Some("eth0".into())));
-        assert_eq!(read.number(2), None, "five bytes are no number");
+        assert_eq!(read.number(2), None, "five bytes parsed as a number");
         assert_eq!(Attributes(vec![9, 0, 1]).each().count(), 0);
     }
 
     #[test]
-    fn a_family_that_there_is_not_is_no_surprise() {
+    fn unknown_family_is_enoent() {
         let error = Family::open("no-such-family").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
     }

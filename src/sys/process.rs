@@ -273,7 +273,7 @@ fn become_user_in_thread(uid: libc::uid_t, groups: &[libc::gid_t]) -> io::Result
 /// Properties of a file that a mapping depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileFacts {
-    /// Whether it was opened for reading and writing.
+    /// Whether the file is open for reading and writing, and no seal forbids writing.
     pub writable: bool,
     /// Size in bytes.
     pub size: u64,
@@ -373,16 +373,16 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn descriptors_of_our_own_are_not_inherited() {
+    fn own_descriptors_are_not_inherited() {
         let file = File::open("/").unwrap();
         let error = inherit(file.as_raw_fd()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
-        assert!(file.metadata().is_ok(), "it is open still");
+        assert!(file.metadata().is_ok(), "the descriptor was closed");
         assert_eq!(inherit(RawFd::MAX).unwrap_err().raw_os_error(), Some(libc::EBADF));
     }
 
     #[test]
-    fn interrupt_ends_a_system_call_and_spares_an_ended_thread() {
+    fn interrupt_ends_system_call_and_ignores_ended_thread() {
         permit_interrupts().unwrap();
         let (reader, _writer) = io::pipe().unwrap();
         let thread = std::thread::spawn(move || (&reader).read(&mut [0]));

@@ -230,7 +230,7 @@ mod tests {
     use std::os::unix::net::UnixDatagram;
 
     #[test]
-    fn sockets_are_told_apart() {
+    fn classify_accepts_unix_stream_sockets_only() {
         let (connected, _peer) = UnixStream::pair().unwrap();
         assert_eq!(classify(connected.as_fd()).unwrap(), Inherited::Connection);
         let (datagram, _peer) = UnixDatagram::pair().unwrap();
@@ -254,14 +254,14 @@ mod tests {
     }
 
     #[test]
-    fn too_many_descriptors_fail_the_read_and_leave_none_open() {
+    fn too_many_descriptors_fail_the_read_and_are_closed() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (mut read_end, write_end) = io::pipe().unwrap();
         let many = vec![write_end.as_raw_fd(); 200];
         theirs.send_with_fds(&[&b"x"[..]], &many).unwrap();
         drop(write_end);
         assert!(receive(&ours, &mut [0; 16], 8).is_err());
-        // End of file: no copy of the write end is left.
+        // The end of file proves that no copy of the write end is open.
         assert_eq!(io::Read::read(&mut read_end, &mut [0]).unwrap(), 0);
     }
 }

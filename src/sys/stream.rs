@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn blocking_streams_are_not_waited_for() {
+    fn blocking_streams_never_block_reads_or_writes() {
         for (mut reader, mut writer) in ends() {
             let mut bytes = [0; 10_000];
             assert_eq!(reader.read(&mut bytes).unwrap_err().kind(), io::ErrorKind::WouldBlock);
