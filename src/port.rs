@@ -161,8 +161,8 @@ pub trait Port<'mem> {
     /// An accepted frame may complete later, in [`reap`](Self::reap). Frames complete in the order of the ring.
     ///
     /// Called first in a turn, if the rate limit has admitted frames or the last call returned false. After false,
-    /// the worker pops no frames, and calls `transmit` again in the next turn. `until` never goes back. The worker
-    /// itself drops the frames of a disabled ring.
+    /// the worker pops no frames, and calls `transmit` again in the next turn. `until` never goes back. In a
+    /// session with a disabled tx ring the worker drops all frames itself, and never calls `transmit`.
     fn transmit(
         &mut self,
         queues: &mut Virtqueues<'mem>,

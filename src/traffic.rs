@@ -61,7 +61,7 @@ impl PeerTable {
     }
 
     fn enable(&self, on: bool) {
-        // The table is empty before counting begins, and after it ends.
+        // Counting starts from an empty table.
         self.lock().clear();
         self.on.store(on, Ordering::Relaxed);
     }
@@ -122,7 +122,7 @@ fn add(rows: &mut HashMap<Key, Volume>, key: Key, more: Volume) {
 
 /// A counter of frames that no worker inspects: frames to the guest on AF_XDP.
 pub trait PeerCounter: fmt::Debug + Send + Sync {
-    /// Starts counting frames by sender, from zero, or stops it.
+    /// Starts counting frames by sender, from zero, or stops counting.
     ///
     /// # Errors
     /// The kernel refuses to load the XDP program. Counting stays as it was.
@@ -153,7 +153,7 @@ impl Traffic {
         self.counter.as_ref().and_then(Weak::upgrade)
     }
 
-    /// Starts counting, from zero, or stops it. Called by the port's control thread.
+    /// Starts counting, from zero, or stops counting. Called by the port's control thread.
     ///
     /// # Errors
     /// The kernel refuses to load the XDP program. Counting stays as it was.

@@ -128,7 +128,7 @@ impl<'mem> Port<'mem> for Loopback {
         self.stages.begin_burst(done);
         let Virtqueues { tx: Some(tx), rx: Some(rx) } = queues else { return };
         let mut delivered = 0;
-        // None if the session has dropped them: its ring is disabled.
+        // No position is left if the worker has dropped the frames, because the ring is disabled.
         for position in tx.positions(self.until) {
             if delivered == rx_allowance {
                 break;
