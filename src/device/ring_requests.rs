@@ -96,8 +96,9 @@ impl Device {
         let memory = self.frontend.memory.clone();
         let ring = self.ring(index)?;
         // The session checks the layout again; this check lets the frontend receive an error.
-        let layout = ring.layout(&memory).map_err(Refusal::Refused)?;
-        ring.check_arrival(&memory, &layout).map_err(Refusal::Refused)?;
+        let refusal = |why: String| Refusal::Refused(format!("ring {index}: {why}"));
+        let layout = ring.layout(&memory).map_err(refusal)?;
+        ring.check_arrival(&memory, &layout).map_err(refusal)?;
         ring.kick = Kick::Given(event.map(Arc::new));
         ring.fault = None;
         if self.control_ring() == Some(index as usize) {
