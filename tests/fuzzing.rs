@@ -1,5 +1,5 @@
-//! The fuzzer's entries with the bytes that it has found worth keeping, and with seeded variations
-//! of them: the same code, on a stable compiler and without a sanitizer.
+//! The fuzzer's entries, run on its corpus and on seeded variations of it, with a stable compiler and without
+//! a sanitizer.
 
 #[allow(unreachable_pub)]
 #[path = "fuzz/entries.rs"]
@@ -8,10 +8,10 @@ mod entries;
 use std::fs;
 use std::path::Path;
 
-/// Variations of each input.
+/// Number of variations of each input.
 const VARIATIONS: usize = 8;
 
-/// Numbers that look random, the same each time (xorshift).
+/// A pseudo-random sequence from a fixed seed (xorshift).
 struct Numbers(u64);
 
 impl Numbers {
@@ -23,8 +23,7 @@ impl Numbers {
     }
 }
 
-/// Calls `entry` with every input that is kept for it, as it is and varied; returns how many
-/// inputs there were.
+/// Calls `entry` with every input of its corpus, and with variations of each.
 fn replay(target: &str, entry: fn(&[u8])) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(target);
     let mut files: Vec<_> =
@@ -79,7 +78,7 @@ fn arbitrary_headers_are_validated() {
 
 #[test]
 fn filters_agree_with_a_receiver() {
-    replay("judges", entries::judges);
+    replay("filters", entries::filters);
 }
 
 #[test]

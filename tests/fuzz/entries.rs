@@ -1,5 +1,5 @@
-//! What the fuzzer calls with its bytes, and the ordinary tests with seeded ones. They assert what
-//! must hold whatever the bytes are; memory errors are for the sanitizer to find.
+//! The entries that the fuzzer calls with its bytes, and `tests/fuzzing.rs` with its corpus. They assert
+//! properties that hold for any bytes. The sanitizer finds memory errors.
 
 #[path = "receiver.rs"]
 mod receiver;
@@ -42,9 +42,9 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Memory: two regions beside each other for the guest, and apart here.
+/// Bytes of each of two regions, which are adjacent in guest addresses only.
 const REGION: u64 = 0x4000;
-/// Where a ring's parts lie as a rule: near the start, so that few bytes make a whole ring.
+/// Usual addresses of a ring's parts, near the start, so that few bytes make a whole ring.
 const AVAIL: u64 = 0x200;
 const USED: u64 = 0x280;
 const FRONTEND_BASE: u64 = 0x5555_0000_0000;
@@ -60,7 +60,7 @@ fn offer() -> Offer {
     Offer::new(PortOffloads::ALL, options)
 }
 
-/// A number between 0 and `limit`, from bytes that may have ended.
+/// Takes the next `N` bytes, filled up with zeros.
 fn take<const N: usize>(data: &mut &[u8]) -> [u8; N] {
     let mut bytes = [0; N];
     let count = N.min(data.len());
@@ -73,7 +73,7 @@ fn byte(data: &mut &[u8]) -> u8 {
     take::<1>(data)[0]
 }
 
-/// The guest's memory, and the file behind each region.
+/// Guest memory and the file of each region.
 struct Guest {
     files: [File; 2],
     memory: GuestMemory,
@@ -93,7 +93,7 @@ impl Guest {
         Guest { files, memory }
     }
 
-    /// Fills it with the bytes, again and again if they are too few for more than a corner.
+    /// Writes the bytes to the start of memory, and zeros to the rest.
     fn write(&self, data: &[u8]) {
         let mut bytes = vec![0; 2 * REGION as usize];
         let length = data.len().min(bytes.len());
@@ -103,7 +103,7 @@ impl Guest {
         }
     }
 
-    /// Whether each byte of a chain lies in a region.
+    /// Checks that each segment of a chain lies inside a region.
     fn check<D: Direction>(&self, chain: &Chain<'_, '_, D>) {
         let mut total = 0;
         for segment in chain.segments() {
@@ -123,7 +123,7 @@ thread_local! {
     static SERVED: RefCell<Served> = RefCell::new(Served::new());
 }
 
-/// Where a ring lies, how it notifies: from the first bytes, mostly sensible.
+/// Takes a ring's layout and notification features from the first bytes. Most layouts are valid.
 fn ring(data: &mut &[u8]) -> (RingLayout, Notification) {
     let [size, flags] = take(data);
     let place = |data: &mut &[u8], usual: u64| {
@@ -142,7 +142,7 @@ fn ring(data: &mut &[u8]) -> (RingLayout, Notification) {
     (layout, Notification { event_idx: flags & 1 != 0, indirect: flags & 2 != 0 })
 }
 
-/// Walks a ring as a worker does; `each` sees what was popped.
+/// Walks a ring as a worker does. `each` gets every popped chain, and returns the bytes written.
 fn walk<D: Direction>(
     guest: &Guest,
     layout: RingLayout,
@@ -158,7 +158,7 @@ fn walk<D: Direction>(
             guest.check(&queue.chain(position));
         }
         if last {
-            // As a session that ends.
+            // As at the end of a session.
             queue.unpop_all();
             assert_eq!((queue.in_flight(), queue.bytes_in_flight()), (0, 0));
             return;
@@ -171,7 +171,7 @@ fn walk<D: Direction>(
             completed.push((chain.head(), chain.len()));
             queue.push_used(written);
         }
-        // What has completed is known until the driver may use it again.
+        // Completed chains stay readable until their publication.
         assert_eq!(queue.completed(), completed.len());
         for (index, (head, length)) in (0..).zip(completed) {
             let chain = queue.chain(queue.published().wrapping_add(index));
@@ -185,7 +185,7 @@ fn walk<D: Direction>(
     }
 }
 
-/// Bytes as a ring, its descriptors, and the memory that they point to.
+/// Reads the bytes as a ring, its descriptors and their memory.
 pub fn rings(mut data: &[u8]) {
     let (layout, notification) = ring(&mut data);
     GUEST.with(|guest| {
@@ -210,16 +210,16 @@ fn walk_both(guest: &Guest, layout: RingLayout, notification: Notification) {
     });
 }
 
-/// A thread that writes to a guest's memory while it has a seed, and sleeps else.
+/// A thread that writes to guest memory while it has a seed, and otherwise sleeps.
 struct Flipper {
     seed: Arc<AtomicU64>,
-    /// It has seen that there is none.
+    /// The thread has seen that there is no seed.
     idle: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Flipper {
-    /// In place of a seed, which is odd: ends the thread.
+    /// Value that ends the thread. Seeds are odd.
     const END: u64 = 2;
 
     fn start(guest: &Guest) -> Self {
@@ -242,7 +242,7 @@ impl Flipper {
                     state ^= state << 13;
                     state ^= state >> 7;
                     state ^= state << 17;
-                    // Descriptors and indices more than the rest.
+                    // More often descriptors and indexes than other memory.
                     let limit = [0x100, AVAIL + 0x10, USED + 0x10, REGION][(state % 4) as usize];
                     let place = (state >> 8) % limit;
                     memory.write_obj((state >> 32) as u8, GuestAddress(place)).unwrap();
@@ -275,7 +275,7 @@ impl std::ops::Drop for Flipper {
     }
 }
 
-/// The same, while another thread writes to it all.
+/// Reads the bytes as [`rings`] does, while another thread writes to the memory.
 pub fn race(mut data: &[u8]) {
     let (layout, notification) = ring(&mut data);
     GUEST.with(|guest| {
@@ -299,14 +299,14 @@ fn stages(negotiated: &Negotiated) -> TxStages {
     stages
 }
 
-/// Anti-spoofing for a guest that has this Ethernet address and those of two prefixes.
+/// Returns anti-spoofing for a guest with this Ethernet address, two IP prefixes and VLAN 7.
 fn rules(mac: [u8; 6]) -> AntiSpoofing {
     let addresses = ["192.0.2.0/24", "2001:db8::/32"].map(|net| net.parse().unwrap());
     let macs = vec![MacAddress(mac)];
     AntiSpoofing::new(AllowedSources { macs, addresses: addresses.to_vec(), vlans: vec![7] })
 }
 
-/// Bytes as the start of a frame from the guest, and as the text of a limit or a filter.
+/// Reads the bytes as the start of a guest's frame, and as the text of a rate limit or a filter.
 pub fn policy(data: &[u8]) {
     if data.len() >= 14 {
         let mac = data[6..12].try_into().unwrap();
@@ -316,11 +316,11 @@ pub fn policy(data: &[u8]) {
         other[5] ^= 1;
         assert_eq!(rules(other).check(data), Err(DropReason::SpoofedMac));
         if verdict.is_ok() {
-            // Cut short, it shows less: it passes for the same reason, or not at all.
+            // A shorter frame may pass or not, but must not panic.
             let _ = rules(mac).check(&data[..data.len() - 1]);
         }
     }
-    filters(data);
+    check_filters(data);
     if let Ok(text) = std::str::from_utf8(data)
         && let Ok(limit) = text.parse::<Limit>()
     {
@@ -333,17 +333,17 @@ pub fn policy(data: &[u8]) {
     }
 }
 
-/// Filters that look at everything, and what the bytes say if they are one, on the bytes as a frame:
-/// a filter and its opposite do not both let it pass.
-fn filters(data: &[u8]) {
+/// Checks that a filter and its opposite do not both pass the bytes as a frame. Parses the bytes as a filter
+/// too.
+fn check_filters(data: &[u8]) {
     const RULES: &str = "WORD tcp dport 25 from 192.0.2.0/24; WORD udp sport 1-9; WORD icmp; \
         WORD icmp6 to 2001:db8::/33; WORD ethertype 0x88cc; WORD proto 50; WORD ip6 from ::/0";
-    let judge = |word: &str, default: &str| {
+    let check = |word: &str, default: &str| {
         let text = format!("{}; default {default}", RULES.replace("WORD", word));
         text.parse::<Filter>().unwrap().check(data)
     };
-    let passes = judge("allow", "deny").is_ok();
-    assert!(!passes || judge("deny", "allow").is_err(), "allowed and denied by the same rules");
+    let passes = check("allow", "deny").is_ok();
+    assert!(!passes || check("deny", "allow").is_err(), "allowed and denied by the same rules");
     if let Ok(filter) = std::str::from_utf8(data).unwrap_or_default().parse::<Filter>() {
         assert_eq!(filter.to_string().parse(), Ok(filter.clone()));
         assert!(classic(&filter).len() <= MAX_INSTRUCTIONS);
@@ -352,24 +352,24 @@ fn filters(data: &[u8]) {
     }
 }
 
-/// What goes over the wire passes as what was judged did.
-fn check_judged(sent: &[u8], stages: &TxStages) {
+/// Checks that a sent frame passes the same rules as the checked frame.
+fn check_sent(sent: &[u8], stages: &TxStages) {
     if let Some(rules) = &stages.anti_spoofing {
-        assert_eq!(rules.check(sent), Ok(()), "what is sent is what was judged");
+        assert_eq!(rules.check(sent), Ok(()), "the sent headers are the checked ones");
     }
     if let Some(filter) = stages.filter.current() {
-        assert_eq!(filter.check(sent), Ok(()), "what is sent is what was judged");
+        assert_eq!(filter.check(sent), Ok(()), "the sent headers are the checked ones");
     }
 }
 
-/// Checks a frame as a port does, and the check.
+/// Checks a frame as a port does, and then the result.
 fn check_stages(chain: &Chain<'_, '_, Readable>, stages: &TxStages, start: &mut HeaderCopy) {
     match stages.check(chain, start) {
         Ok(Validated::Copied) => {
             check_admitted(start, stages, chain.len() - stages.header_length());
         }
         Ok(Validated::Plain) => {
-            assert!(!stages.inspects_headers(), "what is judged is copied");
+            assert!(!stages.inspects_headers(), "checked headers are copied");
             let length = chain.len() - stages.header_length();
             assert!((14..=stages.headers.max_frame).contains(&length));
         }
@@ -377,7 +377,7 @@ fn check_stages(chain: &Chain<'_, '_, Readable>, stages: &TxStages, start: &mut 
     }
 }
 
-/// What a frame may count on that was admitted.
+/// Checks the guarantees for a validated frame.
 fn check_admitted(start: &HeaderCopy, stages: &TxStages, length: usize) {
     let header = start.header();
     assert!(header.accepted_by(&stages.headers.offloads), "{header:?}");
@@ -389,17 +389,17 @@ fn check_admitted(start: &HeaderCopy, stages: &TxStages, length: usize) {
         assert!(length <= stages.headers.max_frame);
     }
     let whole = &start.bytes()[stages.header_length()..];
-    check_judged(whole, stages);
+    check_sent(whole, stages);
     if header.needs_checksum() && stages.inspects_headers() {
         let at = usize::from(header.csum_start) + usize::from(header.csum_offset);
         for value in [0, 0x19, 0xff] {
             let mut completed = whole.to_vec();
             completed.iter_mut().skip(at).take(2).for_each(|byte| *byte = value);
-            check_judged(&completed, stages);
+            check_sent(&completed, stages);
         }
     }
     let Some(how) = Segmentation::of(&header, whole, length) else {
-        assert!(!header.needs_segmentation(), "a frame that can't be cut: {header:?}");
+        assert!(!header.needs_segmentation(), "a frame that cannot be segmented: {header:?}");
         return;
     };
     assert!(header.gso_size > 0 && how.headers() <= length);
@@ -408,7 +408,7 @@ fn check_admitted(start: &HeaderCopy, stages: &TxStages, length: usize) {
         let headers = how.headers_at(whole, offset);
         assert!(how.headers() + how.payload_at(offset) <= how.longest());
         assert_eq!(headers[..12], whole[..12], "the addresses stay");
-        check_judged(&headers[..how.headers()], stages);
+        check_sent(&headers[..how.headers()], stages);
         if how.is_last(offset) {
             break;
         }
@@ -417,11 +417,11 @@ fn check_admitted(start: &HeaderCopy, stages: &TxStages, length: usize) {
     assert_eq!(offset + how.payload_at(offset) + how.headers(), length);
 }
 
-/// Bytes as features, a header and a frame, in pieces.
+/// Reads the bytes as features, a header and a frame, in several segments.
 pub fn headers(mut data: &[u8]) {
     let bits = u64::from_le_bytes(take(&mut data));
     let [pieces, piece] = take(&mut data);
-    // A frame of some length that repeats its last bytes.
+    // The frame is padded with 0x11 to this length.
     let [low, high] = take(&mut data);
     let length = usize::from(u16::from_le_bytes([low, high]));
     let negotiated = negotiated(bits);
@@ -442,7 +442,7 @@ pub fn headers(mut data: &[u8]) {
     bytes.resize(length.clamp(data.len().min(0x3000), 0x3000), 0x11);
     Headers::parse(&bytes);
     GUEST.with(|guest| {
-        // Descriptors at 0, the ring behind them, the frame in the second region.
+        // Descriptors at 0, then the ring; the frame in the second region.
         let mut memory = vec![0; 2 * REGION as usize];
         let count = usize::from(pieces % 8) + 1;
         let each = (usize::from(piece) + 1).min(bytes.len().max(1));
@@ -484,7 +484,7 @@ pub fn headers(mut data: &[u8]) {
     });
 }
 
-/// A device with a worker, and what a frontend may send along.
+/// A device with a worker, and the descriptors that a frontend may send.
 struct Served {
     device: Device,
     memory: File,
@@ -532,16 +532,16 @@ impl Served {
     }
 }
 
-/// Bytes as the guest's memory and a frontend's messages, each with descriptors.
+/// Reads the bytes as guest memory and a frontend's messages with descriptors.
 ///
-/// A message is: request; flags; how many descriptors; which; length of the payload; the payload.
-/// Request 255 stands for a payload without a header before it.
+/// A message consists of request, flags, number of descriptors, their kinds, payload length and payload.
+/// Request 255 is a payload without a header.
 pub fn messages(mut data: &[u8]) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let mut connection = Connection::new(ours).unwrap();
     SERVED.with_borrow_mut(|served| {
-        // The rings' part of memory, small enough to leave bytes for messages.
+        // The rings' part of memory only, which leaves bytes for messages.
         let memory = &data[..data.len().min(128 * usize::from(byte(&mut data) % 8))];
         served.memory.write_all_at(memory, 0).unwrap();
         data = &data[memory.len().min(data.len())..];
@@ -570,13 +570,13 @@ pub fn messages(mut data: &[u8]) {
             if !drain(&mut connection, &mut served.device) {
                 break;
             }
-            // Replies go unread until the socket is full, which is a case of its own.
+            // Nobody reads the replies, so the socket may become full.
         }
         served.device.forget();
     });
 }
 
-/// Handles whatever has come; says whether the connection lives.
+/// Handles all received messages. Reports whether the connection is still open.
 fn drain(connection: &mut Connection, device: &mut Device) -> bool {
     loop {
         let message = match connection.receive() {
@@ -597,9 +597,9 @@ fn drain(connection: &mut Connection, device: &mut Device) -> bool {
     }
 }
 
-/// Bytes as a filter's text, up to the first line feed, and a frame: the classic program agrees with the
-/// judge in user space, and both with what a receiver sees.
-pub fn judges(data: &[u8]) {
+/// Reads the bytes as a filter's text, up to the first line feed, and a frame. The classic BPF program must
+/// agree with the user-space filter, and both with a receiver.
+pub fn filters(data: &[u8]) {
     const FILTER: &str = "deny tcp dport 0-3 from 192.0.2.0/24; allow udp sport 1-9; deny other; \
         allow proto 41; deny arp; allow ip6 to 2001:db8::/33; default allow";
     let (text, frame) = match data.iter().position(|byte| *byte == b'\n') {
@@ -609,7 +609,7 @@ pub fn judges(data: &[u8]) {
     let given = std::str::from_utf8(text).ok().and_then(|text| text.parse::<Filter>().ok());
     let filter = given.unwrap_or_else(|| FILTER.parse().unwrap());
     let passes = |text: &str, frame: &[u8]| text.parse::<Filter>().unwrap().check(frame).is_ok();
-    // The kernel has no shorter frames.
+    // The kernel delivers no shorter frames.
     if frame.len() >= 14 {
         let classic = receiver::run(&classic(&filter), frame) != 0;
         assert_eq!(classic, filter.check(frame).is_ok(), "{filter} of {frame:02x?}");
@@ -617,10 +617,10 @@ pub fn judges(data: &[u8]) {
     }
 }
 
-/// Bytes as a line from a client of the control socket.
+/// Reads the bytes as a line from a client of the control socket.
 pub fn requests(line: &[u8]) {
     let Ok(command) = api::parse(line) else { return };
-    // What was understood is understood again, and is the same.
+    // An accepted request, written out, parses to the same request.
     let mut again = serde_json::to_value(&command).unwrap();
     again["version"] = api::VERSION.into();
     assert_eq!(api::parse(again.to_string().as_bytes()), Ok(command.clone()));
@@ -631,7 +631,7 @@ pub fn requests(line: &[u8]) {
     }
 }
 
-/// Options are refused, or make sense.
+/// Checks that accepted options are consistent, and are accepted again.
 fn check_options(options: PortOptions) {
     let Ok(config) = options.absolute().check() else { return };
     assert!(
@@ -640,12 +640,12 @@ fn check_options(options: PortOptions) {
     assert_eq!(
         config.options.clone().check().as_ref(),
         Ok(&config),
-        "it is the same when told again"
+        "the options are the same when checked again"
     );
 }
 
-/// Bytes as a device's state: whatever it is, counters are not set back, and a state that is saved
-/// afterwards can be loaded.
+/// Reads the bytes as a device's state. No counter may decrease, and the state saved afterwards must be the
+/// one in force.
 pub fn states(state: &[u8]) {
     SERVED.with_borrow_mut(|served| {
         let before = served.counters();
@@ -667,7 +667,7 @@ pub fn states(state: &[u8]) {
             drain(connection, device)
         };
         let (reader, mut writer) = std::io::pipe().unwrap();
-        // A pipe takes that much at once.
+        // A pipe holds this much.
         writer.write_all(&state[..state.len().min(60_000)]).unwrap();
         drop(writer);
         assert!(transfer(&mut connection, &mut served.device, 1, reader.as_raw_fd()));
@@ -692,7 +692,7 @@ pub fn states(state: &[u8]) {
     });
 }
 
-/// All numbers of a value, in order.
+/// Collects all numbers of a value, in order.
 fn collect(value: &serde_json::Value, numbers: &mut Vec<u64>) {
     match value {
         serde_json::Value::Number(number) => numbers.extend(number.as_u64()),

@@ -1,7 +1,7 @@
-//! What a receiver makes of a frame, and what the kernel makes of a filter: for the unit tests of filters,
-//! and for the fuzzer.
+//! A receiver's parser of frames and an interpreter of classic BPF, for the unit tests of filters and for the
+//! fuzzer.
 
-/// Runs a program of classic BPF on a frame, as the kernel does; returns what it returns.
+/// Interprets a classic BPF program on a frame, as the kernel does. Returns the program's result.
 pub fn run(program: &[libc::sock_filter], frame: &[u8]) -> u32 {
     let (mut a, mut x, mut memory, mut at) = (0u32, 0u32, [None; 16], 0);
     let load = |at: u32, size: usize| -> Option<u32> {
@@ -42,12 +42,12 @@ pub fn run(program: &[libc::sock_filter], frame: &[u8]) -> u32 {
     }
 }
 
-/// What follows in the next fragment: ports 9 and 3, if the first one ends before its ports.
+/// Payload of the next fragment: ports 9 and 3, for a first fragment that ends before its ports.
 const CONTINUATION: [u8; 16] = [0, 9, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-/// The transport protocol and the ports that a receiver comes to, which takes apart whatever it can
-/// and trims packets to their own length, as Linux does (`ip_rcv_core`, `ip6_rcv_core`); nothing if it
-/// drops the frame or sees no ports. A later fragment completes a first one by [`CONTINUATION`].
+/// Returns the transport protocol and ports that a receiver finds, or nothing if it drops the frame or finds
+/// no ports. The receiver removes every encapsulation that it knows, and trims packets to their own length,
+/// as Linux does (`ip_rcv_core`, `ip6_rcv_core`). [`CONTINUATION`] completes a first fragment.
 fn receiver(ethertype: u16, packet: &[u8]) -> Option<(u8, [u16; 2])> {
     let u16_of = |at: usize| Some(u16::from_be_bytes([*packet.get(at)?, *packet.get(at + 1)?]));
     match ethertype {
@@ -61,7 +61,7 @@ fn receiver(ethertype: u16, packet: &[u8]) -> Option<(u8, [u16; 2])> {
             let inner = packet.get(4 * (bottom + 1)..)?;
             receiver(if inner.first()? >> 4 == 4 { 0x0800 } else { 0x86dd }, inner)
         }
-        // PPPoE, and in it PPP.
+        // PPPoE with PPP.
         0x8864 => receiver(if u16_of(6)? == 0x21 { 0x0800 } else { 0x86dd }, packet.get(8..)?),
         // NSH without metadata.
         0x894f => receiver(if *packet.get(3)? == 1 { 0x0800 } else { 0x86dd }, packet.get(8..)?),
@@ -101,7 +101,7 @@ fn receiver(ethertype: u16, packet: &[u8]) -> Option<(u8, [u16; 2])> {
     }
 }
 
-/// The same for what an IP packet carries.
+/// Returns the transport protocol and ports of an IP packet's payload, as [`receiver`] does.
 fn carried(protocol: u8, upper: &[u8]) -> Option<(u8, [u16; 2])> {
     match (protocol, upper) {
         (4, _) => receiver(0x0800, upper),
@@ -114,13 +114,13 @@ fn carried(protocol: u8, upper: &[u8]) -> Option<(u8, [u16; 2])> {
     }
 }
 
-/// The transport protocol and the ports that a receiver of a frame comes to.
+/// Returns the transport protocol and ports that a receiver of a frame finds.
 pub fn received(frame: &[u8]) -> Option<(u8, [u16; 2])> {
     receiver(u16::from_be_bytes([*frame.get(12)?, *frame.get(13)?]), frame.get(14..)?)
 }
 
-/// Checks that filters deny what a receiver sees, and allow nothing else. `passes` says whether a frame
-/// passes a filter.
+/// Checks that filters deny the protocol and ports that a receiver sees, and that they allow no other ones.
+/// `passes` reports whether a frame passes a filter.
 pub fn check_received(frame: &[u8], passes: impl Fn(&str, &[u8]) -> bool) {
     let passes = |filter: &str| passes(filter, frame);
     let seen = received(frame);
