@@ -1,5 +1,5 @@
-//! The AF_XDP port: frames between a driver of ours and the far end of a veth, each test in a
-//! network namespace of its own.
+//! The AF_XDP port: frames between a test driver and the far end of a veth. Each test has its own network
+//! namespace.
 
 use std::os::fd::AsFd;
 
@@ -15,7 +15,7 @@ use crate::support::traffic::{
 };
 use crate::support::{eventually, needs_root};
 
-/// A daemon on one end of a veth, and a card with its rings running.
+/// Starts a daemon on one end of a veth, and a guest with running rings.
 pub(crate) fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
     enter_namespace_with_veth(card.pairs);
     let queues = format!("--queue-pairs={}", card.pairs);
@@ -30,14 +30,14 @@ pub(crate) fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
     (daemon, Wire::open("veth1"), card)
 }
 
-/// A queue is busy for some 30 ms after its last socket. Frames from the guest wait that long,
-/// also one that is too short to be sent.
+/// Waits until the AF_XDP socket is open, with a frame too short to be sent. A queue is busy for some 30 ms
+/// after its last socket, and the guest's frames wait that long.
 #[track_caller]
 pub(crate) fn wait_until_open(card: &mut Card, pair: usize) {
     card.send(pair, &[0; 5]);
 }
 
-/// Ends the card and waits until the daemon has logged its counters.
+/// Disconnects the guest, and waits until the daemon has logged its counters.
 #[track_caller]
 fn counted(daemon: &Daemon, card: Card, text: &str) {
     drop(card);
@@ -190,7 +190,7 @@ fn partial_checksums_are_completed() {
     assert!(daemon.log().contains("1 dropped (bad_header)"));
 }
 
-/// The next IPv4 packet, as a frame.
+/// Returns the next frame with an IPv4 packet.
 fn receive_ipv4(wire: &Wire) -> Vec<u8> {
     loop {
         let received = wire.receive_any(1000).unwrap();
@@ -460,7 +460,7 @@ fn frames_pass_to_host_while_no_guest_runs() {
     assert_eq!(seen, [frame(4, 100)]);
 }
 
-/// Runs a daemon that must not start; returns its one line.
+/// Runs a daemon that must fail to start. Returns its error line.
 #[track_caller]
 pub(crate) fn refused(options: &[&str]) -> String {
     let output = program()

@@ -1,5 +1,5 @@
-//! AF_XDP on devices as hosts have them: what the kernel and other devices do to frames on the way to
-//! the program, and what of that the guest is spared.
+//! AF_XDP on the devices of real hosts: VLAN tags, MTUs and merged frames, which the kernel and other devices
+//! change before the XDP program runs.
 
 use std::process::Command;
 
@@ -12,8 +12,8 @@ use crate::support::network::{Wire, enter_namespace_for, enter_quiet_namespace, 
 use crate::support::traffic::{datagram, frame};
 use crate::support::{eventually, needs_program, needs_root};
 
-/// A bridge with tenants' veths, whose other ends are its ports. A bridge takes VLAN tags out of frames,
-/// and keeps them beside.
+/// Creates a bridge whose ports are the other ends of tenants' veths. A bridge moves VLAN tags from frames to
+/// their metadata.
 fn enter_namespace_with_bridge(tenants: &[&str]) {
     enter_quiet_namespace();
     // One that snoops joins a multicast group, and says so to all.
@@ -34,13 +34,13 @@ fn ethtool(device: &str, features: &str) {
     assert!(!output.contains("Could not") && !output.contains("Cannot"), "{output}");
 }
 
-/// A frame with a tag of this ethertype.
+/// Builds a frame with a VLAN tag of this ethertype.
 fn tagged(ethertype: u16, tag: u16, number: usize) -> Vec<u8> {
     let frame = frame(number, 100);
     [&frame[..12], &ethertype.to_be_bytes(), &tag.to_be_bytes(), &frame[12..]].concat()
 }
 
-/// Tags of a VLAN, of a priority without a VLAN, of both at their largest, and of a provider.
+/// Tags with a VLAN, a priority only, the largest values, and a provider's ethertype.
 const TAGS: [(u16, u16); 4] = [(0x8100, 100), (0x8100, 0xe000), (0x8100, 0xefff), (0x88a8, 100)];
 
 fn card(daemon: &Daemon) -> Card {
@@ -49,7 +49,7 @@ fn card(daemon: &Daemon) -> Card {
     card
 }
 
-/// Sends frames with and without tags, all of which arrive as they were sent.
+/// Sends frames with and without tags, and checks that each arrives unchanged.
 #[track_caller]
 fn check_tags(mut send: impl FnMut(&[u8]), card: &mut Card) {
     for (number, (ethertype, tag)) in TAGS.into_iter().enumerate() {
@@ -149,12 +149,12 @@ fn vlan_tag_loss_from_other_namespace_is_logged() {
     assert!(log.contains("'ethtool -K NAME txvlan off tx-vlan-stag-hw-insert off' there"), "{log}");
 }
 
-/// Has the VMM ask for an MTU; says whether the daemon agreed.
+/// Sends NET_SET_MTU. Reports whether the daemon accepted it.
 fn ask_for_mtu(frontend: &mut Frontend, mtu: u64) -> bool {
     frontend.try_ask(FrontendReq::NET_SET_MTU, &mtu.to_ne_bytes(), &[]).unwrap()
 }
 
-/// Bytes 10 and 11 of the configuration space.
+/// Returns the MTU of the configuration space, bytes 10 and 11.
 fn configured_mtu(frontend: &mut Frontend) -> u16 {
     let request = [10_u32, 2, 0].map(u32::to_ne_bytes).concat();
     frontend.send(FrontendReq::GET_CONFIG, &[&request[..], &[0; 2]].concat());
@@ -247,7 +247,7 @@ fn device_mtu_change_is_followed() {
     assert!(!daemon.log().contains("does not work"), "{}", daemon.log());
 }
 
-/// A macvlan, `mv0`, on one end of a veth, `veth0`, which takes frames that are longer than `mv0`'s MTU.
+/// Creates a macvlan, `mv0`, on `veth0`, which receives frames longer than the MTU of `mv0`.
 fn enter_namespace_with_macvlan() -> Wire {
     let wire = enter_namespace_for("--af-xdp=veth0");
     ip("link add mv0 link veth0 mtu 1500 type macvlan mode bridge");

@@ -1,5 +1,5 @@
-//! The AF_XDP port when things end under traffic: the guest's session, the daemon, the device.
-//! What the kernel was given must not be written to once it was given back.
+//! The AF_XDP port when its session, its daemon or its device ends under traffic. The kernel must not write
+//! to buffers that the daemon has returned to the guest.
 
 use std::time::{Duration, Instant};
 
@@ -13,21 +13,21 @@ use crate::support::{eventually, needs_root, one_at_a_time};
 
 const ROUNDS: usize = 100;
 
-/// Frames come and go.
+/// Checks that frames pass in both directions.
 #[track_caller]
 fn check_traffic(card: &mut Card, check: &mut Check) {
     card.send(0, &frame(1, 100));
     check.wait(card, 0, 20);
 }
 
-/// Frames that a device has received.
+/// Returns the number of frames that a device has received.
 fn arrived(device: &str) -> u64 {
     let text = output("ip", &format!("-s link show {device}"));
     text.lines().nth(3).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Descriptors, threads, and memory of the daemon's own in kB. Not the guest's pages, which come
-/// and go.
+/// Returns the daemon's descriptors, threads, and private memory in kB. Guest memory varies, so it does not
+/// count.
 fn resources(daemon: &Daemon) -> (usize, usize, usize) {
     let (descriptors, threads, _) = daemon.resources();
     (descriptors, threads, daemon.private_kilobytes())
@@ -37,7 +37,7 @@ fn resources(daemon: &Daemon) -> (usize, usize, usize) {
 fn check_resources(daemon: &Daemon, before: (usize, usize, usize)) {
     let after = resources(daemon);
     assert_eq!((after.0, after.1), (before.0, before.1), "descriptors and threads");
-    // A socket's bounce_area has 768 KiB: one that were left behind in each round would be seen.
+    // A bounce area has 768 KiB, so a leak in each round exceeds this.
     assert!(after.2 < before.2 + 1024, "{} kB after {} kB", after.2, before.2);
 }
 

@@ -1,4 +1,4 @@
-//! A port's frames, as an operator's tshark sees them.
+//! Captures of a port's frames, read by tshark.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -41,7 +41,7 @@ fn start(daemon: &Daemon, options: &[&str]) -> Child {
     child
 }
 
-/// What it says at its end.
+/// Waits for the end of the capture. Returns its output.
 #[track_caller]
 fn end(child: Child) -> String {
     let output = child.wait_with_output().unwrap();
@@ -54,7 +54,7 @@ fn interrupt(child: &Child) {
     kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
 }
 
-/// Fields of each frame in a file, as tshark reads them.
+/// Returns fields of each frame in a file, read by tshark.
 #[track_caller]
 fn fields(file: &Path, names: &[&str]) -> Vec<Vec<String>> {
     let mut tshark = Command::new("tshark");
@@ -70,7 +70,7 @@ fn fields(file: &Path, names: &[&str]) -> Vec<Vec<String>> {
 
 const DIRECTION: &str = "frame.packet_flags_direction";
 
-/// Inbound is to the guest.
+/// Reports whether a direction flag means a frame to the guest.
 fn is_inbound(direction: &str) -> bool {
     match direction {
         "0x00000001" | "0x1" | "1" => true,
@@ -321,5 +321,5 @@ fn hostile_64_capture_holds_checked_headers() {
         }
         assert!(counts[0] > 100 && counts[1] > 100, "{host}: {counts:?}");
     }
-    note(64, "D or sent, and captured as it was judged");
+    note(64, "D or sent, and captured as it was checked");
 }

@@ -1,4 +1,4 @@
-//! What an operator types wrong: one clear line, an exit code, and nothing left behind.
+//! Operators' mistakes on the command line: one line of error, the exit code, and no files left behind.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -11,7 +11,7 @@ use crate::support::daemon::{Daemon, program};
 use crate::support::network::{enter_new_namespace, ip, output};
 use crate::support::{eventually, needs_root};
 
-/// Runs the program to its end; returns its exit code and what it complained about.
+/// Runs the program until it exits. Returns its exit code and its standard error.
 fn run(arguments: &[&str]) -> (i32, String) {
     let output = program().args(arguments).arg("--log-level=error").output().unwrap();
     (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())

@@ -11,7 +11,7 @@ use crate::support::driver::{Card, HEADER, Options};
 use crate::support::eventually;
 use crate::support::frontend::Frontend;
 
-/// A daemon with a control socket and two ports.
+/// Starts a daemon with a control socket and two ports.
 fn operated() -> Daemon {
     let ports = port("one", "loopback = true") + &port("two", "loopback = true");
     Daemon::with_config(&("control = \"{}/control\"\n".to_owned() + &ports), "two")

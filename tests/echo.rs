@@ -1,4 +1,4 @@
-//! The rings, driven through the loopback port: every frame comes back once, unchanged, in order.
+//! Rings on the loopback port, which returns each frame once, unchanged and in order.
 
 use std::os::fd::AsRawFd;
 

@@ -1,5 +1,4 @@
-//! What an operator denies, by protocol, port and prefix: frames from a guest that never reach the
-//! wire, and frames that never reach its memory.
+//! Packet filters by protocol, port and prefix. A denied frame reaches neither the wire nor guest memory.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -19,11 +18,11 @@ use crate::support::network::{
 use crate::support::traffic::{Flood, datagram, flip_ports, frame, tcp_frame};
 use crate::support::{eventually, needs_root};
 
-/// Denies what [`denied`] makes.
+/// Filter that denies the frames of [`denied`].
 const RULES: &str = "deny udp dport 53; deny tcp dport 20-29 to 192.0.2.0/24; deny icmp; \
                      default allow";
 
-/// A datagram with a number, to a port.
+/// Builds a numbered datagram to a port.
 fn to_port(number: u8, port: u16) -> Vec<u8> {
     let (_, mut bytes) = datagram(40);
     bytes[36..38].copy_from_slice(&port.to_be_bytes());
@@ -31,7 +30,7 @@ fn to_port(number: u8, port: u16) -> Vec<u8> {
     bytes
 }
 
-/// Frames that the rules deny.
+/// Builds frames that the filter denies.
 fn denied(number: u8) -> Vec<Vec<u8>> {
     let dns = to_port(number, 53);
     let mut ping = dns.clone();
@@ -57,13 +56,13 @@ fn card(daemon: &Daemon, options: Options) -> Card {
     card
 }
 
-/// Frames that the device dropped on their way to its reader.
+/// Returns the number of frames that the device dropped before its reader.
 fn tx_dropped(device: &str) -> u64 {
     let text = output("ip", &format!("-s link show {device}"));
     text.lines().last().unwrap().split_whitespace().nth(3).unwrap().parse().unwrap()
 }
 
-/// Sends all that is denied, and a frame that is not: it must be the next that the guest sees.
+/// Sends all denied frames, then an allowed one, which must be the next frame that the guest receives.
 #[track_caller]
 fn check_rx(wire: &Wire, card: &mut Card, rounds: u8) {
     for number in 0..rounds {
@@ -276,7 +275,7 @@ fn every_active_tap_queue_has_the_filter() {
     daemon.signal(nix::sys::signal::Signal::SIGTERM);
 }
 
-/// Sends a frame to each of two ports over so many flows; returns how many arrive.
+/// Sends a frame of 32 flows each to the UDP port `denied`. Returns the number of arrivals by queue.
 fn arrivals(wire: &Wire, queues: &[Arc<Queue>], denied: u16) -> [usize; 2] {
     let mut arrived = [0, 0];
     for source in 0..32_u16 {

@@ -1,5 +1,5 @@
-//! Every message that QEMU or cloud-hypervisor can send, sent by cloud-hypervisor's own frontend (the
-//! crate `vhost`), which also reads the replies: lengths and fields are as that frontend expects them.
+//! Every message that QEMU or cloud-hypervisor can send. cloud-hypervisor's own frontend (the crate `vhost`)
+//! sends them, and checks lengths and fields of the replies.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -25,20 +25,20 @@ const RINGS: usize = 4;
 const SIZE: u16 = 256;
 const FEATURES: u64 = VERSION_1 | PROTOCOL | MRG_RXBUF;
 
-/// The descriptors of a ring.
+/// Event descriptors of a ring.
 struct Events {
     kick: EventFd,
     call: EventFd,
     error: EventFd,
 }
 
-/// The frontend, what it has told, and the memory that it shares.
+/// The frontend, its negotiated state and its shared memory.
 struct Vmm {
     _daemon: Daemon,
     frontend: Frontend,
     ram: Ram,
     events: Vec<Events>,
-    /// Chains that ring 1 was offered.
+    /// Number of chains made available on ring 1.
     sent: u16,
 }
 
@@ -52,7 +52,7 @@ fn info(ram: &Ram, file: &File) -> VhostUserMemoryRegionInfo {
     }
 }
 
-/// Where a ring's parts lie, 64 KiB for each ring.
+/// Returns the addresses of a ring's parts. Each ring has 64 KiB.
 fn place(ring: usize) -> VringConfigData {
     let base = FRONTEND_BASE + (ring as u64) * 0x1_0000;
     VringConfigData {
@@ -115,7 +115,7 @@ impl Vmm {
         }
     }
 
-    /// Offers ring 1's first descriptor, a frame without bytes.
+    /// Makes ring 1's first descriptor available, an empty frame.
     fn send_nothing(&mut self) {
         let ring = 0x1_0000;
         let descriptor = [ring + 0x8000, 1].map(u64::to_le_bytes).concat();
@@ -125,7 +125,7 @@ impl Vmm {
         self.events[1].kick.write(1).unwrap();
     }
 
-    /// Stops all rings, which stand where their used rings say.
+    /// Stops all rings, and checks their bases.
     fn stop(&mut self) {
         for index in 0..RINGS {
             self.frontend.set_vring_enable(index, false).unwrap();

@@ -1,5 +1,5 @@
-//! What frontends other than QEMU and cloud-hypervisor do: they pass the control virtqueue on, make as
-//! many rings as the backend says, and leave out or add what the specification lets them.
+//! Frontends other than QEMU and cloud-hypervisor. They pass the control virtqueue on, create as many rings
+//! as the backend offers, and use optional parts of the specification.
 
 mod guests;
 mod sockets;
@@ -26,11 +26,11 @@ use crate::support::{SOON, eventually};
 const CTRL_VQ: u64 = 1 << 17;
 const MQ: u64 = 1 << 22;
 
-/// Answers of a control virtqueue.
+/// Replies of the control virtqueue.
 const OK: u8 = 0;
 const ERR: u8 = 1;
 
-/// A driver's control ring, and where its commands lie: one at a time.
+/// A driver's control virtqueue, and the buffer of its current command.
 struct Control {
     ram: Arc<Ram>,
     ring: Ring,
@@ -43,7 +43,7 @@ impl Control {
         Control { ram: ram.clone(), area: ring.buffer_area(), ring }
     }
 
-    /// Makes the chain of `pieces` available, each with its bytes, or else a byte for the answer.
+    /// Makes a chain of `pieces` available: buffers with bytes, or one writable byte for the reply.
     fn offer(&mut self, pieces: &[Option<&[u8]>], indirect: bool) {
         let table = if indirect { self.area + 0x800 } else { self.ring.descriptors };
         for (at, piece) in (0..).zip(pieces) {
@@ -63,7 +63,7 @@ impl Control {
         self.ring.publish();
     }
 
-    /// Waits until the command is used; returns the bytes written and the byte for the answer.
+    /// Waits until the command is used. Returns the bytes written and the reply.
     #[track_caller]
     fn answer(&mut self, pieces: &[Option<&[u8]>], indirect: bool) -> (u32, u8) {
         self.offer(pieces, indirect);
@@ -79,7 +79,7 @@ impl Control {
         (written, self.ram.read(self.area + 64 * last, 1)[0])
     }
 
-    /// Gives the command as Linux does: class and number, data, and a byte for the answer.
+    /// Sends a command as Linux does: class and number, data, and a byte for the reply.
     #[track_caller]
     fn command(&mut self, class: u8, number: u8, data: &[u8]) -> u8 {
         let (written, answer) = self.answer(&[Some(&[class, number]), Some(data), None], false);
@@ -88,7 +88,7 @@ impl Control {
     }
 }
 
-/// A daemon, and a card whose frontend passes the control ring on as it is.
+/// Starts a daemon, and a guest whose frontend passes the control virtqueue on.
 fn with_control(pairs: u32, features: u64) -> (Daemon, Card, Control) {
     let port = port("one", &format!("loopback = true\nqueue-pairs = {pairs}"));
     let daemon = Daemon::with_config(&format!("control = \"{{}}/control\"\n{port}"), "one");
@@ -190,7 +190,7 @@ fn control_command_in_any_layout_is_completed() {
     eventually("the error descriptor is signalled", || control.ring.error.read().is_ok());
 }
 
-/// crosvm: exactly as many rings as the backend says, and all of its features.
+/// crosvm creates exactly as many rings as the backend offers, and accepts all features.
 #[test]
 fn frontend_that_uses_all_offered_rings_is_served() {
     let daemon = Daemon::start(&["--loopback", "--queue-pairs=2"]);
@@ -248,7 +248,7 @@ fn frontend_that_uses_all_offered_rings_is_served() {
     assert_eq!(control.command(0, 0, &[1]), ERR);
 }
 
-/// User-mode Linux: the message always has room for two regions.
+/// User-mode Linux always sends a table with two entries.
 #[test]
 fn memory_table_with_unused_entries_is_accepted() {
     let daemon = Daemon::start(&["--loopback"]);
@@ -271,7 +271,7 @@ fn memory_table_with_unused_entries_is_accepted() {
     assert!(card.frontend.is_closed());
 }
 
-/// User-mode Linux is called by a socket: its kernel gets no signals for eventfds.
+/// User-mode Linux uses a socket as call descriptor, since its kernel gets no signals for eventfds.
 #[test]
 fn socket_call_descriptor_is_signalled_without_blocking() {
     let port = port("one", "loopback = true");

@@ -1,5 +1,4 @@
-//! The host's network devices: their names, kinds, owners and other users, each test in a network
-//! namespace of its own.
+//! The host's network devices: names, kinds, owners and other users. Each test has its own network namespace.
 
 use std::fs::{self, File, OpenOptions};
 use std::process::Command;
@@ -24,7 +23,7 @@ use crate::support::traffic::{check_both_ways, datagram, frame};
 use crate::support::{eventually, needs_program, needs_root};
 
 const CONTROL: &str = "control = \"{}/control\"\n";
-/// A name that only an alternative name can be.
+/// A name too long for anything but an alternative name.
 const LONG: &str = "network-card-of-the-first-machine";
 
 fn card(daemon: &Daemon, port: &str, pairs: u32) -> Card {
@@ -32,7 +31,7 @@ fn card(daemon: &Daemon, port: &str, pairs: u32) -> Card {
     Card::start(Frontend::new(daemon.connect_to(port)), options)
 }
 
-/// Waits until frames come through a TAP that the daemon made: the kernel does not tell its state.
+/// Waits until frames pass a TAP that the daemon created, whose state the kernel does not report.
 fn wait_for_frames(wire: &Wire, card: &mut Card) {
     eventually("frames come through", || {
         wire.send(&frame(0, 60));
@@ -212,7 +211,7 @@ fn renamed_af_xdp_device_stays_with_its_port() {
     }
 }
 
-/// A macvtap above one end of a veth in a fresh namespace: a queue of it, and the other end.
+/// Creates a macvtap on one end of a veth in a new namespace. Returns its queue and the other end.
 fn macvtap(kind: &str) -> Option<(File, Wire)> {
     enter_namespace_with_veth(1);
     let made = Command::new("ip")
@@ -380,7 +379,7 @@ fn tap_without_owner_is_reported_once() {
     assert_eq!(daemon.log().matches("has no owner").count(), 1);
 }
 
-/// A router advertisement: a default route, and a prefix to make addresses of.
+/// Builds a router advertisement with a default route and a prefix for addresses.
 fn router_advertisement() -> Vec<u8> {
     let mut bytes = frame(0, 14 + 40 + 48);
     bytes.truncate(14 + 40 + 48);

@@ -1,10 +1,9 @@
-//! What tenants, frontends, the network and operators can throw at the daemon, and what must
-//! happen then, numbered as in docs/threat-model.md. Each leaves the daemon alive, its
-//! neighbour's traffic whole, and nothing behind (`support::hostile::Scene`).
+//! Attacks by tenants, frontends, the network and operators, numbered as in docs/threat-model.md. After each
+//! the daemon runs, the neighbour has lost no frame, and nothing leaks (`support::hostile::Scene`).
 //!
-//! Outcomes: R, the request is refused or the connection closed; B, the queue pair is broken until
-//! the guest resets or reconnects; D, the frame is dropped and counted, and its chain used; C,
-//! only this tenant's port suffers.
+//! Outcomes: R, the request is refused or the connection closed; B, the queue pair is broken until the guest
+//! resets or the VMM reconnects; D, the frame is dropped and counted, and its chain used; C, only this
+//! tenant's port suffers.
 
 mod calls;
 mod control;
@@ -22,10 +21,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Changes the flags of an eventfd for everybody who has it.
+/// Sets the flags of an eventfd's open file, which all processes share.
 #[allow(unsafe_code)]
 fn set_flags(event: &EventFd, flags: OFlag) {
-    // SAFETY: it is open as long as it is borrowed.
+    // SAFETY: the eventfd stays open for the whole function.
     let event = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
     fcntl(event, FcntlArg::F_SETFL(flags)).unwrap();
 }

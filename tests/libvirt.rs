@@ -1,5 +1,4 @@
-//! An operator with libvirt: a real libvirtd defines and starts the example's domain, whose card the
-//! example's hook brings up.
+//! libvirt: a real libvirtd starts the example's domain, whose hook starts the daemon.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,7 +15,7 @@ use crate::support::vm::{Guest, HOST_ADDRESS, accelerator, answers, check_ping, 
 use crate::support::{eventually, needs_program, one_at_a_time};
 
 const UNIT: &str = "vhost-user-net@vm1.service";
-/// The port of the example's domain, with one queue pair more than the domain asks for.
+/// Port of the example's domain, with one more queue pair than the domain has.
 const PORT: &str = "control = \"/run/vhost-user-net-vm1/control.sock\"\n[[port]]\nname = \"vm1\"\n\
     socket-path = \"/run/vhost-user-net-vm1/vm.sock\"\nsocket-group = \"kvm\"\ntap = \"vnet0\"\n\
     queue-pairs = 2\n";
@@ -25,10 +24,10 @@ fn source(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// A libvirtd in namespaces of its own, which end with the value, and all that it started with them.
+/// A libvirtd in its own namespaces. The drop ends them, and all processes in them.
 struct Libvirt {
     unshare: Child,
-    /// Its first process, by the number that it has here.
+    /// Process id of the namespace's init in this PID namespace.
     first: i32,
     directory: TempDir,
 }
@@ -58,7 +57,7 @@ impl Libvirt {
         command
     }
 
-    /// What a program beside libvirtd prints, if it succeeds.
+    /// Runs a program in the namespaces, which must succeed. Returns its output.
     #[track_caller]
     fn run(&self, words: &[&str]) -> String {
         succeed(&mut self.command(words))
@@ -69,7 +68,7 @@ impl Libvirt {
         self.command(&words).output().unwrap()
     }
 
-    /// Has libvirt carry a command out.
+    /// Runs a `virsh` command, which must succeed.
     #[track_caller]
     fn do_it(&self, words: &[&str]) {
         let output = self.virsh(words);
@@ -77,23 +76,23 @@ impl Libvirt {
         assert!(output.status.success(), "virsh {words:?}: {said}{}", self.daemon_log());
     }
 
-    /// One of its files, as it sees them.
+    /// Returns the path of a file in the mount namespace.
     fn path(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{name}", self.first))
     }
 
-    /// Writes a file that it sees; returns the name.
+    /// Writes a file in the mount namespace. Returns its name there.
     fn write<'a>(&self, name: &'a str, text: &str) -> &'a str {
         fs::write(self.path(name), text).unwrap();
         name
     }
 
-    /// What daemons have logged.
+    /// Returns the daemons' log.
     fn daemon_log(&self) -> String {
         fs::read_to_string(self.path("/run/vhost-user-net-vm1.log")).unwrap_or_default()
     }
 
-    /// The daemon's process, by the number that it has there.
+    /// Returns the daemon's process id in the namespace.
     fn daemon(&self) -> Option<String> {
         fs::read_to_string(self.path("/run/vhost-user-net-vm1.pid")).ok()
     }
@@ -122,7 +121,7 @@ impl Drop for Libvirt {
     }
 }
 
-/// The example's domain, with the test's guest in place of a disk.
+/// Returns the example's domain, with the test guest instead of a disk.
 fn domain() -> String {
     let example = fs::read_to_string(source("dist/examples/libvirt-domain.xml")).unwrap();
     let replaced = |text: String, from: &str, to: &str| {
@@ -141,7 +140,7 @@ fn domain() -> String {
     replaced(text, "<devices>", ports)
 }
 
-/// The interface of the example, with two queue pairs.
+/// Returns the example's interface, with two queue pairs.
 fn interface() -> String {
     let example = domain();
     let (_, rest) = example.split_once("<interface").unwrap();

@@ -1,4 +1,4 @@
-//! How the daemon starts, ends, and outlives its frontends.
+//! Start and exit of the daemon, and reconnects of its frontends.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

@@ -1,5 +1,4 @@
-//! What operators may change, and ask, of a port while its guest's traffic runs: filters, and whom
-//! the guest speaks to.
+//! Changes and queries of a port under traffic: filters, and the guest's peers.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -14,7 +13,7 @@ use crate::support::network::{Wire, enter_namespace_for, wait_for_carrier};
 use crate::support::traffic::datagram;
 use crate::support::{eventually, needs_root};
 
-/// A port, a guest on it, and an operator who asks.
+/// A port, its guest, and a client of the control socket.
 struct Port {
     card: Card,
     wire: Wire,
@@ -37,7 +36,7 @@ impl Port {
         Port { card, wire, control, daemon }
     }
 
-    /// What the daemon replies to a request.
+    /// Sends a request. Returns the daemon's reply.
     #[track_caller]
     fn ask(&mut self, mut request: Value) -> Value {
         request["version"] = 1.into();
@@ -53,7 +52,7 @@ impl Port {
         self.ask(json!({"command": "set", "port": "live", "changes": changes}));
     }
 
-    /// Rows as words, with frames and bytes.
+    /// Returns the rows of peers as words, with frames and bytes.
     fn traffic(&mut self) -> BTreeMap<String, (u64, u64)> {
         let rows = self.ask(json!({"command": "traffic", "port": "live"}));
         let row = |row: &Value| {
@@ -65,15 +64,15 @@ impl Port {
         rows.as_array().unwrap().iter().map(row).collect()
     }
 
-    /// Another operator, for whom nothing is counted.
+    /// Replaces the client. Without a query of the new client, the daemon counts no peers.
     fn reconnect(&mut self) {
         self.control = BufReader::new(self.daemon.connect_to("control"));
-        // It has heard that the last one has gone.
+        // The reply shows that the daemon has seen the old client disconnect.
         self.ask(json!({"command": "list"}));
     }
 }
 
-/// A datagram to a port, from and to these hosts of 192.0.2.0/24.
+/// Builds a datagram to a port, between two hosts of 192.0.2.0/24.
 fn to_port(port: u16, from: u8, to: u8) -> Vec<u8> {
     let (_, mut bytes) = datagram(40);
     bytes[36..38].copy_from_slice(&port.to_be_bytes());

@@ -1,4 +1,4 @@
-//! A real guest that moves between two QEMUs, each with a daemon of its own, under TCP both ways.
+//! A real guest that migrates between two QEMUs, each with its own daemon, under TCP in both directions.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -15,11 +15,11 @@ use crate::support::network::{enter_new_namespace, ip};
 use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, needs_guest};
 use crate::support::{eventually, one_at_a_time};
 
-/// Bytes of the data that goes back and forth.
+/// Bytes of the data in each direction.
 const SET: usize = 8 << 20;
 const MIGRATIONS: usize = 10;
 
-/// Data that does not repeat within itself.
+/// Builds data without repetitions.
 fn data() -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let next = || {
@@ -41,14 +41,14 @@ fn connect(port: u16) -> TcpStream {
     stream
 }
 
-/// Two connections that carry the data over and over, one each way, and check it.
+/// Two connections, one in each direction, that repeat the data and check it.
 struct Traffic {
     stop: Arc<AtomicBool>,
     received: Arc<AtomicUsize>,
-    /// Longest time in microseconds in which nothing was received.
+    /// Longest time without received data, in microseconds.
     gap: Arc<AtomicU64>,
     reader: JoinHandle<()>,
-    /// Returns how often it has sent the data.
+    /// Sender thread, which returns how many times it has sent the data.
     writer: JoinHandle<usize>,
 }
 
@@ -99,7 +99,7 @@ impl Traffic {
         Traffic { stop, received, gap, reader, writer }
     }
 
-    /// Waits until so many bytes more have come from the guest.
+    /// Waits until the guest has sent `bytes` further bytes.
     fn wait(&self, bytes: usize) {
         let wanted = self.received.load(Ordering::Relaxed) + bytes;
         // An emulated guest is slow, and more so while it moves.
@@ -115,8 +115,8 @@ fn status(monitor: &mut crate::support::vm::Monitor) -> Value {
     monitor.ask("query-migrate", Value::Null)
 }
 
-/// Moves a guest so often under TCP both ways, by QEMUs with this environment for qemu/run-guest, after a
-/// move that is cancelled; checks all that it has sent and got.
+/// Migrates a guest `times` times under TCP in both directions, after a cancelled migration. Checks all data.
+/// `environment` is for `qemu/run-guest`.
 pub(crate) fn check_moves(times: usize, environment: &[(&str, &str)]) {
     let _alone = one_at_a_time();
     let environment = &[&[("MEMORY", "192")], environment].concat();

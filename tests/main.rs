@@ -1,4 +1,4 @@
-//! The integration tests: one program, a module per use.
+//! The integration tests: one program, a module for each use.
 
 mod af_xdp;
 mod af_xdp_devices;

@@ -1,5 +1,5 @@
-//! Guests with regions in their memory table that are no RAM: images on disks and images that can't be
-//! written to, as nvdimm, virtio-pmem and ivshmem have them. They cost the guest nothing.
+//! Guests whose memory table has regions other than RAM: files on disks and read-only files, for nvdimm,
+//! virtio-pmem and ivshmem. The daemon does not map them.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -18,7 +18,7 @@ use crate::support::{eventually, needs_root, one_at_a_time};
 const SIZE: u64 = 0x20_0000;
 const ABOVE: u64 = 1 << 32;
 
-/// A file on a disk, without a name.
+/// Creates an unnamed file on a disk.
 fn file_on_disk() -> File {
     let name = format!("{}/image-{:?}", env!("CARGO_TARGET_TMPDIR"), std::thread::current().id());
     let options = File::options().read(true).write(true).create(true).truncate(true).to_owned();
@@ -28,12 +28,12 @@ fn file_on_disk() -> File {
     file
 }
 
-/// The same, open for reading only, in memory.
+/// Opens a memfd for reading only.
 fn read_only(file: &File) -> File {
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
 }
 
-/// A region of a guest, and the descriptor that the frontend sends for it.
+/// A region of guest memory, and the descriptor that the frontend sends for it.
 struct Image {
     ram: Ram,
     file: File,
@@ -44,7 +44,7 @@ impl Image {
         Image { ram: Ram::new(ABOVE + number * SIZE, SIZE), file }
     }
 
-    /// One of each kind.
+    /// Creates one region of each kind.
     fn all() -> [Self; 3] {
         let disk = Image::new(0, file_on_disk());
         [
@@ -64,7 +64,7 @@ impl Image {
     }
 }
 
-/// Gives the daemon a table of the card's RAM and images, in one message.
+/// Sends a memory table of the guest's RAM and images.
 fn set_table(card: &mut Card, images: &[&Image]) {
     let mut payload = [pair(images.len() as u32 + 1, 0), region(&card.ram)].concat();
     images.iter().for_each(|image| payload.extend(region(&image.ram)));
@@ -73,7 +73,7 @@ fn set_table(card: &mut Card, images: &[&Image]) {
     card.frontend.ask(FrontendReq::SET_MEM_TABLE, &payload, &fds);
 }
 
-/// Lines of the log about regions that are not mapped.
+/// Returns the number of log lines about regions that are not mapped.
 fn said(daemon: &Daemon) -> usize {
     daemon.log().matches("memory region not mapped").count()
 }

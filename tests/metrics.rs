@@ -1,4 +1,4 @@
-//! What is counted, as Prometheus and people see it.
+//! Metrics for Prometheus, and statistics of `ctl`.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -15,7 +15,7 @@ use crate::support::frontend::Frontend;
 use crate::support::network::enter_new_namespace;
 use crate::support::{needs_root, skip};
 
-/// Asks, and returns the whole reply.
+/// Sends a request. Returns the whole reply.
 fn fetch(mut stream: impl Read + Write, request: &str) -> String {
     stream.write_all(request.as_bytes()).unwrap();
     let mut reply = String::new();
@@ -36,7 +36,7 @@ fn carrying(control: &str) -> (Daemon, Card) {
     (daemon, card)
 }
 
-/// The value of a metric, by its line's start.
+/// Returns the value of the metric whose line starts so.
 fn value(metrics: &str, start: &str) -> f64 {
     let line = metrics.lines().find(|line| line.starts_with(start));
     let line = line.unwrap_or_else(|| panic!("{start} is not in {metrics}"));

@@ -1,5 +1,5 @@
-//! A guest that moves: what is written to its memory is noted for the frontend, and where it arrives
-//! its address is announced.
+//! Migration: the dirty log marks each page that the device writes, and the destination announces the
+//! guest's address.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -20,7 +20,7 @@ use crate::support::{eventually, needs_root};
 
 const PAGE: usize = 4096;
 
-/// A dirty log of the test's, and the memory that it is for.
+/// A dirty log and its guest memory.
 struct Log {
     file: File,
     bytes: usize,
@@ -32,7 +32,7 @@ impl Log {
         Log { file: memfd(bytes as u64), bytes }
     }
 
-    /// The pages that are marked, and unmarks them.
+    /// Returns the marked pages, and clears the log.
     fn take(&self) -> Vec<usize> {
         let mut bits = vec![0; self.bytes];
         self.file.read_exact_at(&mut bits, 0).unwrap();
@@ -41,7 +41,7 @@ impl Log {
     }
 }
 
-/// What only the device writes, rx buffers and used rings: a piece in each page, and its contents.
+/// Returns the areas that only the device writes, rx buffers and used rings: page numbers and contents.
 fn device_pieces(card: &Card) -> Vec<(usize, Vec<u8>)> {
     let used = card.rx.iter().chain(&card.tx).map(|ring| ring.used_area());
     let buffers = card.rx.iter().map(|ring| {
@@ -57,7 +57,7 @@ fn device_pieces(card: &Card) -> Vec<(usize, Vec<u8>)> {
     pieces.collect()
 }
 
-/// Each page that the device has changed must be marked by now, and no page that is not its own.
+/// Checks that each page that the device has changed is marked, and no page that it cannot write.
 #[track_caller]
 fn check_marked(card: &Card, before: &[(usize, Vec<u8>)], marked: &[usize]) {
     let after = device_pieces(card);
@@ -73,7 +73,7 @@ fn check_marked(card: &Card, before: &[(usize, Vec<u8>)], marked: &[usize]) {
     }
 }
 
-/// Stops the rings: when that is answered, nothing is noted any more.
+/// Stops the rings. After the reply the daemon marks no page.
 fn stop(card: &mut Card) {
     card.frontend.get_vring_base(0);
     card.frontend.get_vring_base(1);
@@ -202,7 +202,7 @@ fn migrated_guest_is_announced_to_its_network() {
     card.frontend.refused(FrontendReq::SEND_RARP, &payload, &[]);
 }
 
-/// Has a frontend transfer a device's state; says what the daemon says of it.
+/// Transfers a device state. Returns the daemon's result.
 fn transfer(frontend: &mut Frontend, load: bool, pipe: &impl AsRawFd) -> u64 {
     let payload = [u32::from(load), 0].map(u32::to_ne_bytes).concat();
     frontend.send_with(FrontendReq::SET_DEVICE_STATE_FD, 0, &payload, &[pipe.as_raw_fd()]);

@@ -1,5 +1,5 @@
-//! A tenant whose guest boots from the network: firmware drives the card with a driver of its own, loads
-//! the kernel, and leaves the card to the kernel's driver.
+//! Guests that boot from the network. The firmware's own driver drives the device and loads the kernel, whose
+//! driver then takes over.
 
 use std::fs;
 use std::path::Path;
@@ -14,27 +14,31 @@ use crate::support::network::{enter_namespace_with_tap, enter_namespace_with_vet
 use crate::support::vm::{HOST_ADDRESS, Vm, check_ping, needs_guest};
 use crate::support::{Running, needs_program, one_at_a_time, skip, within};
 
-/// How long firmware may take under software emulation on a loaded machine.
+/// Time limit for firmware under software emulation on a loaded machine.
 const BOOT: Duration = Duration::from_secs(150);
-/// What firmware's driver says in its features: no VIRTIO_F_VERSION_1 where the card is a legacy one,
-/// so headers have 10 bytes; and nothing that a frame could be cut or joined by.
+/// Features of the firmware's driver, without offloads. On a legacy device VIRTIO_F_VERSION_1 is missing, so
+/// headers have 10 bytes.
 const LEGACY: &str = "features=0x40000000\n";
 const MODERN: &str = "features=0x140000000\n";
 
-/// A firmware, as qemu/run-guest and QEMU take it, and the features that its driver accepts.
+/// A firmware: variables for `qemu/run-guest`, QEMU options, and the features that its driver accepts.
 struct Firmware {
     card: &'static str,
     options: Vec<String>,
     accepts: &'static str,
 }
 
-/// iPXE, the card's own ROM, under SeaBIOS.
+/// Returns iPXE, the device's ROM, under SeaBIOS.
 fn ipxe(card: &'static str, accepts: &'static str) -> Firmware {
     Firmware { card, options: vec![], accepts }
 }
 
-/// UEFI firmware with its own driver, in place of the card's ROM. Loads iPXE without drivers, which goes
-/// on by the firmware's. Or why it can't be fetched.
+/// Returns UEFI firmware with its own driver, instead of the device's ROM. It loads iPXE without drivers,
+/// which uses the firmware's driver.
+///
+/// # Errors
+///
+/// The packages cannot be fetched.
 fn ovmf(directory: &Path, card: &'static str, accepts: &'static str) -> Result<Firmware, String> {
     let firmware = unpacked("ovmf")?.join("usr/share/OVMF");
     let variables = directory.join("variables");
@@ -50,16 +54,16 @@ fn ovmf(directory: &Path, card: &'static str, accepts: &'static str) -> Result<F
     Ok(Firmware { card, options, accepts })
 }
 
-/// What iPXE does once it has an address.
+/// iPXE's script after it has an address.
 enum Script {
-    /// Boots the test guest, which it loads.
+    /// Load and boot the test guest.
     Boot,
-    /// Stays where it is: a test of firmware only, in a third of the time.
+    /// Do not boot. The test of the firmware alone takes a third of the time.
     Stay,
 }
 
 impl Script {
-    /// Its text; what it loads is put into the directory.
+    /// Returns the script's text, and copies the files that it loads to the directory.
     fn text(&self, directory: &Path) -> String {
         let Script::Boot = self else { return "#!ipxe\nsleep 600\n".into() };
         let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("qemu/guest");
@@ -74,7 +78,7 @@ impl Script {
     }
 }
 
-/// DHCP and TFTP on the wire's far end.
+/// DHCP and TFTP server on the host's end.
 fn serve(directory: &Path, device: &str, script: &Script) -> Running {
     fs::write(directory.join("script"), script.text(directory)).unwrap();
     let mut dnsmasq = Command::new("dnsmasq");
@@ -90,8 +94,8 @@ fn serve(directory: &Path, device: &str, script: &Script) -> Running {
     Running::start(&mut dnsmasq)
 }
 
-/// Boots by the firmware over a port with two queue pairs; then the kernel drives both, if it was loaded,
-/// and the firmware the card again.
+/// Boots the firmware on a port with two queue pairs. If it loads the kernel, the kernel drives both queue
+/// pairs, and the firmware drives the device again after a reboot.
 fn check(
     test: &str,
     host: &str,

@@ -1,4 +1,4 @@
-//! A tenant of a host with the newest QEMU that Debian has: what is checked with the usual one, in short.
+//! Short runs of other modules' checks with the newest QEMU that Debian has.
 
 use crate::support::debian::newest_qemu;
 use crate::support::network::output;
@@ -6,7 +6,7 @@ use crate::support::vm::needs_guest;
 use crate::support::{needs_program, skip};
 use crate::{live_migration, qemu};
 
-/// Has a check run with the newest QEMU, if it can be fetched.
+/// Runs a check with the newest QEMU, if it can be fetched.
 fn check(test: &str, check: impl FnOnce(&[(&str, &str)])) {
     needs_guest!(test);
     needs_program!(test, "mmdebstrap");

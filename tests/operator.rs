@@ -1,5 +1,5 @@
-//! An operator's first day, by the book: a clean Debian 12, the package, and the commands of the pages.
-//! Each command is one that a page has, and each line that the daemon and `ctl` print is explained there.
+//! An operator with a clean Debian 12 and the package. Each command comes from the pages, and the pages
+//! explain each line that the daemon and `ctl` print.
 
 use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
@@ -14,7 +14,7 @@ use crate::support::network::Wire;
 use crate::support::traffic::check_both_ways;
 use crate::support::{eventually, needs_program, needs_root, skip};
 
-/// Pages that have what an operator types and reads.
+/// Pages with operators' commands and their output.
 const PAGES: [&str; 9] = [
     "install",
     "quick-start",
@@ -26,18 +26,18 @@ const PAGES: [&str; 9] = [
     "data-path",
     "troubleshooting",
 ];
-/// A line of the daemon's or `ctl`'s has at most so many letters.
+/// Maximum length of a line of the daemon or `ctl`, in characters.
 const LONGEST: usize = 240;
 
-/// What the pages say.
+/// Commands, messages and outputs of the pages.
 struct Book {
-    /// Lines of the blocks, without the comments behind them.
+    /// Lines of the blocks, without trailing comments.
     lines: BTreeSet<String>,
-    /// Code within lines.
+    /// Code spans within lines.
     spans: BTreeSet<String>,
-    /// Messages of the tables, by the parts that stand there as they are.
+    /// Messages of the tables, as their parts between placeholders.
     messages: Vec<Vec<String>>,
-    /// What the blocks show of outputs, piece by piece.
+    /// Pieces of the outputs in blocks.
     pieces: BTreeSet<String>,
 }
 
@@ -60,12 +60,12 @@ impl Book {
         Book { lines, spans, messages, pieces }
     }
 
-    /// Whether a page has this command, as a line of a block or within a line.
+    /// Reports whether a page has this command, as a line of a block or a code span.
     fn has_command(&self, command: &str) -> bool {
         self.lines.contains(command) || self.spans.contains(command)
     }
 
-    /// Whether the pages explain a line: a table has it, or a block shows another of its kind.
+    /// Reports whether the pages explain a line: a table has the message, or a block shows such a line.
     fn explains(&self, line: &str) -> bool {
         let message = self.messages.iter().any(|parts| {
             let mut rest = line;
@@ -84,7 +84,7 @@ impl Book {
     }
 }
 
-/// Names of the operator's own: the pages call their ports and devices otherwise.
+/// Names of this test's ports and devices, for which the pages have other names.
 const NAMES: [&str; 11] = [
     "one",
     "two",
@@ -99,14 +99,14 @@ const NAMES: [&str; 11] = [
     "/etc/vhost-user-net.toml",
 ];
 
-/// A line's pieces between commas, colons and wide gaps, without names and numbers.
+/// Splits a line at commas, colons and wide gaps, without names and numbers.
 fn pieces_of(line: &str) -> Vec<String> {
     let line = line.replace("  ", ",");
     let pieces = line.split([',', ';', ':', '(', ')']).map(str::trim).filter(|it| !it.is_empty());
     pieces.map(without_names_and_numbers).collect()
 }
 
-/// A text with one sign for each name, and one for each number, in it.
+/// Replaces each name and each number of a text with a sign.
 fn without_names_and_numbers(text: &str) -> String {
     let replaced = text.split(' ').map(|word| {
         let (key, value) = word.split_once('=').unwrap_or(("", word));
@@ -122,7 +122,7 @@ fn without_names_and_numbers(text: &str) -> String {
     replaced.collect::<Vec<_>>().join(" ").trim().to_owned()
 }
 
-/// The walk: what was typed, and what was read that no page has.
+/// The operator's session: the commands typed, and the lines that no page explains.
 struct Walk {
     book: Book,
     machine: Machine,
@@ -130,7 +130,7 @@ struct Walk {
 }
 
 impl Walk {
-    /// Types a command that a page has, with other words for some of its words; returns what it says.
+    /// Runs a command that a page has, with some words replaced. Returns its output.
     fn try_types(&mut self, command: &str, words: &[(&str, &str)]) -> Output {
         assert!(self.book.has_command(command), "no page has the command: {command}");
         let mut typed = command.to_owned();
@@ -148,7 +148,7 @@ impl Walk {
         output
     }
 
-    /// The same for a command that succeeds.
+    /// Runs a command that a page has, which must succeed. Returns its output.
     #[track_caller]
     fn types(&mut self, command: &str, words: &[(&str, &str)]) -> String {
         let output = self.try_types(command, words);
@@ -157,7 +157,7 @@ impl Walk {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Reads what was printed; notes what no page explains, and what is too long.
+    /// Checks printed lines: records those that no page explains, and those that are too long.
     fn reads(&mut self, whose: &str, text: &str) {
         for line in text.lines().filter(|line| !line.trim().is_empty()) {
             if !self.book.explains(line) {
@@ -169,7 +169,7 @@ impl Walk {
         }
     }
 
-    /// Reads the log of a unit's daemon.
+    /// Checks the log of a unit's daemon.
     fn reads_log(&mut self, unit: &str) -> String {
         let log = self.machine.run(&[
             "journalctl",
@@ -186,7 +186,7 @@ impl Walk {
         log
     }
 
-    /// A guest of a port, by a VMM that connects to its socket.
+    /// Starts a guest whose VMM connects to a port's socket.
     fn guest(&self, socket: &str) -> Card {
         let path = self.machine.path(socket);
         let mut connected = None;

@@ -1,4 +1,4 @@
-//! What a new operator types first: help, manual pages, completions, and `ctl` with mistakes.
+//! The command line of a new operator: help, manual pages, completions, and mistakes with `ctl`.
 
 use std::fs;
 use std::process::{Command, Output};
@@ -17,7 +17,7 @@ use crate::support::{eventually, needs_program};
 #[path = "../examples/generate.rs"]
 mod generate;
 
-/// Words of each command, hidden ones left out.
+/// Returns the words of each command, without hidden commands.
 fn commands() -> Vec<Vec<String>> {
     fn below(command: &clap::Command, path: &[String], all: &mut Vec<Vec<String>>) {
         all.push(path.to_vec());
@@ -85,7 +85,7 @@ fn help_has_groups_and_every_option() {
     }
 }
 
-/// What a package has of pages and completions, in a directory.
+/// Writes the package's manual pages and completions to a directory.
 fn generated() -> TempDir {
     let directory = TempDir::new_with_prefix("/tmp/vhost-user-net-test-").unwrap();
     generate::generate(directory.as_path()).unwrap();
@@ -140,7 +140,7 @@ fn manual_pages_have_their_sections() {
     }
 }
 
-/// What a shell offers behind these words.
+/// Returns a shell's completions after these words.
 fn offered(shell: Shell, scripts: &TempDir, words: &str) -> String {
     let scripts = scripts.as_path();
     let directory = scripts.join("files");
@@ -218,7 +218,7 @@ fn completions_offer_values_and_paths_where_they_fit() {
 
 const CONTROL: &str = "control = \"{}/control\"\n";
 
-/// A daemon with a file, and a guest on its port `one`.
+/// Starts a daemon with a file, and a guest on its port `one`.
 fn operated(rest: &str) -> (Daemon, Card) {
     let ports = port("one", &format!("loopback = true\n{rest}")) + &port("two", "loopback = true");
     let daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "two");
@@ -373,7 +373,7 @@ fn reload_log_names_actor_and_changes() {
     }
 }
 
-/// Has the daemon log, one connection after the other.
+/// Makes the daemon log, with one connection after another.
 fn chatter(daemon: &Daemon, connections: usize) {
     for _ in 0..connections {
         let mut frontend = Frontend::new(daemon.connect());

@@ -1,5 +1,5 @@
-//! Second opinions: `virtio-queue` on the same ring bytes, and `vhost-user-backend` under the same
-//! frontend.
+//! Comparison with other implementations: `virtio-queue` on the same ring bytes, and `vhost-user-backend`
+//! under the same frontend.
 
 use std::collections::VecDeque;
 
@@ -21,7 +21,7 @@ const USED: u64 = 0x2000;
 const RAM: u64 = 0x1_0000;
 const ALL: Budget = Budget { chains: usize::MAX, bytes: usize::MAX };
 
-/// Two equal memories: one for each implementation.
+/// Two equal guest memories, one for each implementation.
 struct Rings {
     ours: Ram,
     theirs: Ram,
@@ -67,7 +67,7 @@ fn their_queue(event_idx: bool) -> Queue {
     queue
 }
 
-/// A descriptor that is mostly right: in memory, chained within the table.
+/// Generates a descriptor, mostly valid: inside memory, chained within the table.
 fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
     let flags = prop_oneof![8 => Just(0u16), 6 => Just(1u16), 1 => Just(2u16), 1 => Just(4u16)];
     (0x4000u64..0x10_100, 0u32..3000, flags, 0u16..SIZE + 1)
@@ -76,8 +76,7 @@ fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever the rings hold, chains that we accept are the chains that virtio-queue sees, and
-    /// what both write back is the same bytes.
+    /// For any ring contents, both implementations see the same chains and write the same bytes.
     #[test]
     fn virtqueue_agrees_with_virtio_queue_crate(
         table in proptest::collection::vec(descriptor(), usize::from(SIZE)),
@@ -155,7 +154,7 @@ proptest! {
 }
 
 mod reference {
-    //! A loopback device on the stock crates, as small as it gets.
+    //! A minimal loopback device on the `vhost-user-backend` crate.
 
     use std::sync::{Arc, Mutex, RwLock};
 
@@ -258,7 +257,7 @@ mod reference {
 
     type Daemon = VhostUserDaemon<Arc<RwLock<Reference>>>;
 
-    /// Serves one connection at `path` in a thread of its own.
+    /// Serves one connection at `path` in a new thread.
     pub(super) fn serve(path: std::path::PathBuf) -> std::thread::JoinHandle<()> {
         let ready = Arc::new(Mutex::new(false));
         let its_ready = ready.clone();
@@ -286,7 +285,7 @@ fn rings_equal_those_of_vhost_user_backend_crate() {
     use std::os::unix::net::UnixStream;
     use vhost::vhost_user::message::FrontendReq;
 
-    /// The same conversation and the same traffic; returns all memory, and every answer.
+    /// Runs a fixed conversation and fixed traffic. Returns all memory and every reply.
     fn converse(stream: UnixStream, features: u64) -> (Vec<u8>, Vec<u64>) {
         let spare = Daemon::start(&["--loopback"]);
         let options = Options { features, size: 64, ..Options::default() };

@@ -1,5 +1,5 @@
-//! The daemon with a C library, and with an allocator, that it was not built with: all that threads do
-//! in their sandbox is allowed with those, too, else the kernel ends the process.
+//! The daemon with another C library and other allocators than it was built with. Their system calls must be
+//! allowed in the sandbox too, or the kernel kills the process.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -27,8 +27,8 @@ fn mount(words: &[&str]) {
     succeed(Command::new("mount").args(words));
 }
 
-/// Moves this thread to where `tree` has all that the daemon needs beside its libraries. Whatever was
-/// mounted goes with the thread; the tree must stay.
+/// Moves this thread to a mount namespace in which `tree` has the daemon's other files. The mounts end with
+/// the thread, and `tree` must outlive them.
 fn enter(tree: &Path, preloaded: &str) {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     mount(&["--make-rprivate", "/"]);
@@ -57,7 +57,7 @@ fn card(daemon: &Daemon, name: &str) -> Card {
     card
 }
 
-/// Has the daemon do all that it can do, with libraries of the tree's.
+/// Exercises all functions of the daemon with the libraries of `tree`.
 fn check(test: &str, preloaded: &str) {
     let tree = match libraries(RELEASE, PACKAGES) {
         Ok(tree) => tree,
@@ -98,7 +98,7 @@ fn check(test: &str, preloaded: &str) {
     assert!(daemon.wait().success(), "{}", daemon.log());
 }
 
-/// Frames, filters, and a device that comes again: its program is loaded by a thread in the sandbox.
+/// Tests frames, filters, and a recreated device, whose program a sandboxed thread loads.
 fn check_af_xdp(daemon: &Daemon) {
     let mut veth = card(daemon, "three");
     check_both_ways(&Wire::open("veth1"), &mut veth, 200);
@@ -109,7 +109,7 @@ fn check_af_xdp(daemon: &Daemon) {
     check_both_ways(&Wire::open("veth1"), &mut veth, 100);
 }
 
-/// Has operators ask, and change all that can be changed, under traffic.
+/// Sends every query and change of operators, under traffic.
 fn check_operators(daemon: &Daemon, text: &str) {
     let [mut loopback, mut tap] = ["one", "two"].map(|name| card(daemon, name));
     loopback.check_echo(200);

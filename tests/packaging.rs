@@ -1,5 +1,5 @@
-//! What an operator installs: the Debian package on a clean Debian 12, its units under systemd, and
-//! what they read, look at and copy from.
+//! The Debian package on a clean Debian 12, its units under systemd, and its manual pages, completions,
+//! alerts, dashboard and examples.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,7 +22,7 @@ use crate::support::network::{Wire, ip};
 use crate::support::traffic::check_both_ways;
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time, skip};
 
-/// What was made of packages that can be fetched; else returns from the test.
+/// Unwraps a result that needs fetched packages, or skips the test.
 macro_rules! fetched {
     ($test:expr, $made:expr) => {
         match $made {
@@ -36,18 +36,18 @@ macro_rules! fetched {
 }
 pub(crate) use fetched;
 
-/// A file of the source.
+/// Returns the path of a source file.
 fn source(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// The package, as dist/make-deb makes it, and its files.
+/// The package that dist/make-deb builds, and its files.
 pub(crate) struct Package {
     pub(crate) file: PathBuf,
     files: PathBuf,
 }
 
-/// Makes the package, once.
+/// Builds the package, once.
 pub(crate) fn package() -> &'static Package {
     static PACKAGE: OnceLock<Package> = OnceLock::new();
     PACKAGE.get_or_init(|| {
@@ -65,7 +65,7 @@ pub(crate) fn package() -> &'static Package {
     })
 }
 
-/// All files below a directory, by their names from there.
+/// Returns all files below a directory, by relative name.
 fn files(directory: &Path) -> BTreeSet<String> {
     let mut find = Command::new("find");
     let text = succeed(find.arg(directory).args(["-type", "f", "-printf", "%P\n"]));
@@ -143,7 +143,7 @@ fn package_installs_and_purges_on_clean_debian() {
     assert_eq!(debian.find("vhost-user-net"), "");
 }
 
-/// How exposed a unit is, from 0 to 10, as systemd reckons.
+/// Returns a unit's exposure by `systemd-analyze security`, from 0 to 10.
 fn exposure(debian: &Debian, unit: &str) -> f64 {
     let said = debian.run(&["systemd-analyze", "security", "--offline=true", "--no-pager", unit]);
     let line = said.lines().find(|line| line.contains("Overall exposure level")).unwrap();
@@ -379,7 +379,7 @@ fn completions_load_in_each_shell() {
     assert!(run("fish", &["--no-config", "-c"], script).starts_with("set"));
 }
 
-/// Names of metrics, and words like them, in a text.
+/// Returns the words of a text that look like metrics.
 fn metrics_named(text: &str) -> BTreeSet<&str> {
     text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
         .filter(|word| word.starts_with("vhost_user_net_"))

@@ -1,5 +1,4 @@
-//! What an operator allows a guest: how much it may send and be given. That it can't speak for
-//! others is among the hostile cases.
+//! Rate limits of a guest, in each direction. Anti-spoofing is among the hostile cases.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,24 +10,24 @@ use crate::support::needs_root;
 use crate::support::network::{Wire, enter_namespace_for};
 use crate::support::traffic::{datagram, frame, tcp_frame};
 
-/// How long traffic runs.
+/// Duration of the traffic.
 const TIME: Duration = Duration::from_millis(700);
 
-/// What goes over the wire in `packets` packets of together `bytes` bytes, many times over.
+/// Traffic: `packets` packets of `bytes` bytes in total.
 struct Traffic {
     packets: u64,
     bytes: u64,
 }
 
-/// What a limit lets pass in a time: so much per second, and so much at once.
+/// The allowance of a limit: rate per second, and burst.
 struct Allowed {
     per_second: f64,
     burst: f64,
 }
 
 impl Allowed {
-    /// What passed must be no more, of what a frame has `each`, and must have gone on after what was
-    /// saved up. How exactly the rate is kept is the benchmark's to show.
+    /// Checks that the traffic stayed below the limit, within one frame of `each`, and continued after the
+    /// burst. The benchmark measures how exactly the rate is kept.
     #[track_caller]
     fn check(&self, passed: u64, each: u64, time: Duration) {
         self.check_most(passed, each, time);
@@ -46,7 +45,7 @@ impl Allowed {
 
 const PORTS: [&str; 2] = ["--tap=tap0", "--af-xdp=veth0"];
 
-/// Has a guest send the same frame as fast as it may; returns how many were sent, and in what time.
+/// Sends one frame repeatedly from a guest, as fast as possible. Returns the number of frames and the time.
 fn send_all(card: &mut Card, header: &[u8], frame: &[u8]) -> (u64, Duration) {
     let area = card.tx[0].buffer_area();
     card.ram.write(area, header);
@@ -97,8 +96,8 @@ fn tx_limit_is_enforced() {
     }
 }
 
-/// Sends the frame each `pause` to a guest that takes what comes, and does `beside` over and over meanwhile, if
-/// it is to; returns how many frames came, and in what time.
+/// Sends the frame every `pause` to a guest that receives all frames, and repeats `beside` meanwhile, if any.
+/// Returns the number of received frames and the time.
 fn receive_all(
     card: &mut Card,
     (wire, frame, pause): (&Wire, &[u8], Duration),
@@ -153,7 +152,7 @@ fn rx_limit_is_enforced() {
     }
 }
 
-/// The kernel writes what is to be segmented into the guest's memory, and it is read back from there.
+/// The kernel writes the GSO header to guest memory, from where the daemon reads it.
 #[test]
 fn rx_limit_counts_segments_despite_rewritten_header() {
     needs_root!("rx_limit_counts_segments_despite_rewritten_header");

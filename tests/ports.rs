@@ -1,4 +1,4 @@
-//! One daemon with several ports, described by a file.
+//! A daemon with several ports of one configuration file.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! vhost-user messages: the sequences that frontends send, and what must be refused.
+//! vhost-user messages: the sequences of QEMU and cloud-hypervisor, and requests that are refused.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -25,7 +25,7 @@ fn connected() -> (Daemon, Frontend) {
     (daemon, frontend)
 }
 
-/// QEMU's messages before the guest drives the card, as recorded from QEMU 10 with two pairs.
+/// Sends QEMU's messages before DRIVER_OK, as recorded from QEMU 10 with two queue pairs.
 fn qemu_realize(frontend: &mut Frontend, calls: &[EventFd]) -> u64 {
     let offered = frontend.get(FrontendReq::GET_FEATURES);
     let protocol = frontend.get(FrontendReq::GET_PROTOCOL_FEATURES);
@@ -55,7 +55,7 @@ fn qemu_realize(frontend: &mut Frontend, calls: &[EventFd]) -> u64 {
     offered
 }
 
-/// What QEMU sends at each reset of the device: before any SET_FEATURES the first time.
+/// Sends QEMU's messages at each device reset. The first reset precedes SET_FEATURES.
 fn qemu_reset(frontend: &mut Frontend) {
     frontend.send(FrontendReq::RESET_DEVICE, &[]);
     for (index, enable) in [(0, 1), (1, 1), (2, 0), (3, 0)] {
@@ -63,7 +63,7 @@ fn qemu_reset(frontend: &mut Frontend) {
     }
 }
 
-/// What QEMU sends when the driver sets DRIVER_OK, around the rings of `card`.
+/// Sends QEMU's messages at DRIVER_OK, for the rings of `card`.
 fn qemu_driver_ok(card: &mut Card, first_start: bool, bases: &[u16; 4]) {
     let features = card.options.features;
     let frontend = &mut card.frontend;
@@ -92,7 +92,7 @@ fn qemu_driver_ok(card: &mut Card, first_start: bool, bases: &[u16; 4]) {
     frontend.send(FrontendReq::SET_STATUS, &0xfu64.to_ne_bytes());
 }
 
-/// A card whose rings and memory are ready but of which the daemon knows nothing.
+/// Creates a guest with rings and memory, without any message to the daemon.
 fn unannounced(frontend: Frontend, options: Options) -> Card {
     let nobody = Daemon::start(OPTIONS);
     let mut card = Card::prepare(Frontend::new(nobody.connect()), options);
@@ -179,8 +179,8 @@ fn qemu_message_sequences_are_served() {
     card.check_echo(100);
 }
 
-/// cloud-hypervisor's messages at boot and at DRIVER_OK: everything with NEED_REPLY, rings filled
-/// before they are told, the avail index as base, and all rings enabled.
+/// Sends cloud-hypervisor's messages at boot and at DRIVER_OK: all with NEED_REPLY, rings filled before their
+/// set-up, the available index as base, and all rings enabled.
 fn cloud_hypervisor_start(frontend: Frontend, pairs: u32, reconnect: Option<Card>) -> Card {
     let features = VERSION_1 | EVENT_IDX | MRG_RXBUF | PROTOCOL;
     let options = Options { pairs, features, ..Options::default() };
@@ -377,7 +377,7 @@ fn hundred_reconnects_leak_nothing() {
     assert!(after.2 < before.2 + 512, "{} kB after {} kB", after.2, before.2);
 }
 
-/// Heads that a ring's part of an inflight buffer has in flight.
+/// Returns the heads in flight by a ring's part of an inflight buffer.
 fn in_flight(buffer: &File, ring: u64) -> Vec<u16> {
     let length = (16 + 16 * 256_usize).next_multiple_of(64);
     let mut part = vec![0; length];

@@ -1,4 +1,4 @@
-//! A stock Linux guest under an unmodified QEMU: what a tenant would see.
+//! A stock Linux guest under an unmodified QEMU, as a tenant has it.
 
 use std::process::Command;
 
@@ -7,7 +7,7 @@ use crate::support::network::{enter_namespace_with_veth, enter_new_namespace, ip
 use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, iperf, needs_guest};
 use crate::support::{eventually, one_at_a_time};
 
-/// A daemon on a TAP with the host's address, in a namespace of its own.
+/// Starts a daemon on a TAP with the host's address, in a new namespace.
 fn daemon(options: &[&str]) -> Daemon {
     enter_new_namespace();
     let client = options.iter().any(|option| option.starts_with("--connect"));
@@ -18,7 +18,7 @@ fn daemon(options: &[&str]) -> Daemon {
     daemon
 }
 
-/// Frames and bytes that the guest has sent, and has got.
+/// Returns frames and bytes that the guest has sent and received.
 fn counters() -> [u64; 4] {
     let text = output("ip", "-s link show tap0");
     let numbers = |line: usize| -> Vec<u64> {
@@ -103,7 +103,7 @@ fn queue_pair_count_changes_under_traffic() {
     }
 }
 
-/// Frames moved in a direction according to the daemon's last count, and those copied.
+/// Returns the frames of a direction in the daemon's last counters, and the copied ones.
 fn moved_and_copied(daemon: &Daemon, direction: &str) -> (u64, u64) {
     let log = daemon.log();
     let prefix = format!("veth0/0: {direction} ");
@@ -153,7 +153,7 @@ fn af_xdp_guest_frames_are_not_copied() {
     }
 }
 
-/// How often the guest and QEMU are restarted.
+/// Number of restarts of the guest, and of QEMU.
 const RESTARTS: usize = 20;
 
 fn traffic() {
@@ -162,8 +162,8 @@ fn traffic() {
     iperf("-n 4M -R");
 }
 
-/// Boots guests on one daemon, and as many QEMUs with this environment for qemu/run-guest; checks after
-/// some that nothing grows.
+/// Restarts guests and QEMUs on one daemon, and checks that its resources do not grow. `environment` is for
+/// `qemu/run-guest`.
 fn check_restarts(daemon: &mut Daemon, times: usize, environment: &[(&str, &str)]) {
     let socket = daemon.socket();
     let start = || Vm::start(&socket, environment);
@@ -194,7 +194,7 @@ fn check_restarts(daemon: &mut Daemon, times: usize, environment: &[(&str, &str)
     assert!(daemon.is_alive());
 }
 
-/// The same on a daemon that listens.
+/// Restarts guests and QEMUs on a daemon that listens.
 pub(crate) fn check_restarts_and_listen(times: usize, environment: &[(&str, &str)]) {
     check_restarts(&mut daemon(&[]), times, environment);
 }
@@ -212,7 +212,7 @@ fn guests_and_qemu_restart_against_one_connecting_daemon() {
     check_restarts(&mut daemon, RESTARTS, &[("SERVER", "1")]);
 }
 
-/// Kills the daemon twice under a connection of a guest, whose QEMU has this environment.
+/// Kills the daemon twice under a guest's TCP connection. `environment` is for `qemu/run-guest`.
 pub(crate) fn check_kills(environment: &[(&str, &str)]) {
     let _alone = one_at_a_time();
     enter_new_namespace();

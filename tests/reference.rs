@@ -1,5 +1,4 @@
-//! `docs/reference.md` is what the program says of itself: its command line's description, and the
-//! metrics of a running daemon.
+//! `docs/reference.md` is generated from the command line's description and the metrics of a running daemon.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -78,7 +77,7 @@ fn reference() -> String {
     text + &details + &metrics()
 }
 
-/// Adds a row for a command, or for those below it, and what options it has.
+/// Adds a row for a command with its options, or for its subcommands.
 fn commands(
     above: &str,
     command: &Command,
@@ -127,7 +126,7 @@ fn find<'a>(command: &'a Command, path: &[&str]) -> &'a Command {
     path.iter().fold(command, |command, name| command.find_subcommand(name).unwrap())
 }
 
-/// Options that every program has.
+/// Options that every program has: help and version.
 fn is_common(arg: &Arg) -> bool {
     ["help", "version"].contains(&arg.get_id().as_str())
 }
@@ -142,13 +141,13 @@ fn value_name(arg: &Arg) -> String {
     if names.is_empty() { arg.get_id().as_str().to_uppercase() } else { names.join(" ") }
 }
 
-/// As it is typed, in both ways.
+/// Returns an option's short and long form.
 fn option(arg: &Arg) -> String {
     let short = arg.get_short().map_or(String::new(), |short| format!("-{short}, "));
     short + &long_option(arg)
 }
 
-/// As it is typed.
+/// Returns an option's long form.
 fn long_option(arg: &Arg) -> String {
     let long = name(arg);
     if !arg.get_action().takes_values() {
@@ -159,7 +158,7 @@ fn long_option(arg: &Arg) -> String {
     if least == 0 { format!("--{long}[={value}]") } else { format!("--{long}={value}") }
 }
 
-/// What it is for, with what may be said and what is meant if nothing is.
+/// Returns an option's help, with its values and its default.
 fn help(arg: &Arg) -> String {
     let help = arg.get_long_help().or(arg.get_help()).map(ToString::to_string);
     let mut text = help.unwrap_or_default().replace("\n\n", " ");
@@ -182,7 +181,7 @@ fn row(text: &mut String, cells: &[String]) {
     let _ = writeln!(text, "| {} |", cells.join(" | "));
 }
 
-/// The metrics of a daemon that has one port.
+/// Returns the metrics of a daemon with one port.
 fn metrics() -> String {
     let file = "control = \"{}/control\"\n".to_owned() + &port("one", "loopback = true");
     let daemon = Daemon::with_config(&file, "one");

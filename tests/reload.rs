@@ -1,4 +1,4 @@
-//! Ports that are added, changed and removed while others carry traffic.
+//! Ports that are added, changed and removed under the traffic of other ports.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
@@ -30,13 +30,13 @@ fn card(daemon: &Daemon, port: &str) -> Card {
     Card::start(Frontend::new(daemon.connect_to(port)), Options::default())
 }
 
-/// Adds a loopback port by `ctl`.
+/// Adds a loopback port with `ctl`.
 fn add(daemon: &Daemon, name: &str) {
     let socket = format!("--socket-path={}", daemon.path(name).display());
     daemon.ask(&["add", "--name", name, &socket, "--loopback"]);
 }
 
-/// Tells it to read its file again, and waits until it has, for the n-th time.
+/// Sends SIGHUP, and waits until the log has the n-th reload.
 fn reload(daemon: &Daemon, times: usize) {
     daemon.signal(Signal::SIGHUP);
     eventually("the file is read again", || {
@@ -165,7 +165,7 @@ fn reload_touches_only_changed_ports() {
     assert_eq!(daemon.ask(&["reload"]), "", "nothing has changed");
 }
 
-/// Every option whose default can be written out.
+/// Options with their default values.
 const DEFAULTS: [&str; 16] = [
     "queue-pairs = 1",
     "mtu = 1500",
@@ -508,7 +508,7 @@ fn replaced_port_uses_its_new_options() {
     let said = change(&(one("tap = \"tap1\"") + &port("three", "loopback = true")));
     assert!(said.contains("one: replaced") && said.contains("three: replaced"), "{said}");
     check("tap1");
-    // Nothing is judged any more on the TAP that was given up.
+    // The released TAP has no filter any more.
     change(&(one("tap = \"tap1\"") + &port("three", "tap = \"tap0\"")));
     wait_for_carrier("tap0");
     check_both_ways(&Wire::open("tap0"), &mut card(&daemon, "three"), 50);

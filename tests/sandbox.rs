@@ -1,5 +1,5 @@
-//! What the daemon has given up. Calls that it never makes are put into its threads from outside,
-//! by ptrace, as a guest that has taken one over would make them.
+//! The sandbox. ptrace injects system calls that the daemon never makes into its threads, as a guest that
+//! controls a thread would make them.
 
 use std::fs;
 
@@ -31,10 +31,10 @@ const SOCK_STREAM: u64 = 1;
 const PROT_READ_EXEC: u64 = 5;
 const MAP_PRIVATE_ANONYMOUS: u64 = 0x22;
 
-/// NET_ADMIN, NET_RAW, IPC_LOCK, BPF.
+/// Mask of CAP_NET_ADMIN, CAP_NET_RAW, CAP_IPC_LOCK and CAP_BPF.
 const FOR_SOCKETS: u64 = 1 << 12 | 1 << 13 | 1 << 14 | 1 << 39;
 
-/// The daemon's threads: their names and ids.
+/// Returns the names and ids of the daemon's threads.
 fn threads(daemon: &Daemon) -> Vec<(String, Pid)> {
     let tasks = fs::read_dir(format!("/proc/{}/task", daemon.process())).unwrap();
     tasks
@@ -47,7 +47,7 @@ fn threads(daemon: &Daemon) -> Vec<(String, Pid)> {
         .collect()
 }
 
-/// A field of what the kernel says of a thread.
+/// Returns a field of a thread's `/proc` status.
 fn status(daemon: &Daemon, thread: Pid, field: &str) -> String {
     let path = format!("/proc/{}/task/{thread}/status", daemon.process());
     let text = fs::read_to_string(path).unwrap();
@@ -55,8 +55,8 @@ fn status(daemon: &Daemon, thread: Pid, field: &str) -> String {
     text.lines().find_map(|line| line.strip_prefix(&field)).unwrap().trim().to_owned()
 }
 
-/// Has a thread, asleep in a system call, make another one; `text` is in its memory, where the
-/// argument `TEXT` says. What the call returns, or the signal that the process has died of.
+/// Injects a system call into a thread that sleeps in another one. `text` is in its memory, at the argument
+/// `TEXT`. Returns the call's result, or the signal that killed the process.
 fn inject(thread: Pid, number: u64, arguments: [u64; 4], text: &[u8; 16]) -> Result<i64, Signal> {
     ptrace::seize(thread, ptrace::Options::empty()).unwrap();
     ptrace::interrupt(thread).unwrap();
@@ -92,10 +92,10 @@ fn inject(thread: Pid, number: u64, arguments: [u64; 4], text: &[u8; 16]) -> Res
     }
 }
 
-/// Stands for the place of the text.
+/// Argument that stands for the address of the text.
 const TEXT: u64 = 0x7e87;
 
-/// A daemon that serves a card, with all its threads asleep.
+/// Starts a daemon that serves a guest, with all its threads asleep.
 fn serving(options: &[&str]) -> (Daemon, Card) {
     let daemon = Daemon::start(options);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());

@@ -1,4 +1,4 @@
-//! What a tenant notices when the daemon goes: nothing but a pause.
+//! Guests whose daemon is killed notice only a pause.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use crate::support::vm::{GUEST_ADDRESS, HOST_ADDRESS, Vm, check_ping, needs_gues
 use crate::support::{Running, eventually, one_at_a_time};
 
 const KILLS: usize = 100;
-/// The guest's address, as qemu/run-guest sets it.
+/// Guest's address, which qemu/run-guest sets.
 const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 2, 2];
 
-/// Counts what the guest sends.
+/// A count of the guest's frames.
 struct Watch {
     frames: Arc<AtomicUsize>,
     stop: Arc<AtomicBool>,
@@ -42,7 +42,7 @@ impl Watch {
         self.frames.load(Ordering::Relaxed)
     }
 
-    /// Waits until the guest has sent so many frames more.
+    /// Waits until the guest has sent `frames` further frames.
     fn wait(&self, frames: usize) {
         let wanted = self.count() + frames;
         eventually("the guest sends", || self.count() >= wanted);
@@ -56,20 +56,19 @@ impl Drop for Watch {
     }
 }
 
-/// TCP both ways, for much longer than it is needed, and no more of it than leaves the processor to
-/// other tests.
+/// Starts TCP in both directions for longer than the test, at a rate that leaves CPU time to other tests.
 fn traffic() -> Running {
     let options = ["-t", "600", "--bidir", "-b", "20M"];
     Running::start(Command::new("iperf3").args(["-c", GUEST_ADDRESS]).args(options))
 }
 
-/// Half of the pauses are not longer than the first, and none than the second.
+/// Returns median and maximum of the pauses.
 fn summary(mut gaps: Vec<Duration>) -> (Duration, Duration) {
     gaps.sort_unstable();
     (gaps[gaps.len() / 2], gaps[gaps.len() - 1])
 }
 
-/// Kills the daemon again and again under the traffic of a guest, and starts it anew.
+/// Kills and restarts the daemon repeatedly under a guest's traffic.
 fn check_kills(server: &str, options: &[&str]) {
     enter_new_namespace();
     ip("tuntap add dev tap0 mode tap vnet_hdr");

@@ -1,4 +1,4 @@
-//! A daemon that goes on where another stops, under traffic.
+//! Take-overs by a new daemon, under traffic.
 
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -26,7 +26,7 @@ fn card(daemon: &Daemon, port: &str, options: Options) -> Card {
     Card::start(Frontend::new(daemon.connect_to(port)), options)
 }
 
-/// The pause of the ports at each take-over, by the log.
+/// Returns the ports' pause at each take-over, from the log.
 fn gaps(daemon: &Daemon) -> Vec<Duration> {
     let log = daemon.log();
     let times = log.lines().filter_map(|line| line.split_once(" pause_max="));
@@ -60,7 +60,7 @@ fn fifty_takeovers_lose_no_frame_and_no_connection() {
     wait_for_carrier("tap0");
     let wire = Wire::open("tap0");
     check_both_ways(&wire, &mut two, 50);
-    /// Whatever happens, the traffic ends.
+    /// Stops the traffic even if the test fails.
     struct Stop(AtomicBool);
     impl Stop {
         fn now(&self) {
@@ -241,7 +241,7 @@ fn takeover_keeps_renamed_and_deleted_taps() {
     });
 }
 
-/// A predecessor's answer to a request: its value, and descriptors.
+/// Sends a request to the old daemon. Returns the reply and its descriptors.
 fn ask(socket: &UnixStream, command: &str) -> (serde_json::Value, Vec<OwnedFd>) {
     let request = serde_json::json!({"version": 1, "command": command}).to_string() + "\n";
     (&*socket).write_all(request.as_bytes()).unwrap();
@@ -249,7 +249,7 @@ fn ask(socket: &UnixStream, command: &str) -> (serde_json::Value, Vec<OwnedFd>) 
     (serde_json::from_slice(&bytes).unwrap(), files)
 }
 
-/// Reads until `done`, or to the end.
+/// Reads until `done` returns true, or to the end.
 fn read_until(socket: &UnixStream, done: impl Fn(&[u8]) -> bool) -> (Vec<u8>, Vec<OwnedFd>) {
     let (mut bytes, mut files) = (Vec::new(), Vec::new());
     while !done(&bytes) {
@@ -264,7 +264,7 @@ fn read_until(socket: &UnixStream, done: impl Fn(&[u8]) -> bool) -> (Vec<u8>, Ve
     (bytes, files)
 }
 
-/// Sends bytes, and descriptors with the first.
+/// Sends bytes, with descriptors on the first one.
 fn give(socket: &UnixStream, bytes: &[u8], files: &[OwnedFd]) {
     let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
     send_message(socket, bytes, &files).unwrap();

@@ -1,5 +1,5 @@
-//! The TAP port: frames between a driver of ours and the host's end of the device, each test in a
-//! network namespace of its own.
+//! The TAP port: frames between a test driver and the host's end of the device. Each test has its own network
+//! namespace.
 
 use std::fs;
 use std::sync::RwLock;
@@ -19,7 +19,7 @@ use crate::support::{SOON, eventually, needs_root};
 
 const OFFLOADS: u64 = CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
 
-/// A TAP in a fresh namespace, without traffic of the host's own, and a daemon on it.
+/// Starts a daemon on a TAP in a new, quiet namespace.
 fn start(options: &[&str], card: Options) -> (Daemon, Wire, Card) {
     enter_namespace_with_tap(card.pairs > 1);
     let queues = format!("--queue-pairs={}", card.pairs);
@@ -58,10 +58,10 @@ fn bursts_are_sent_by_io_uring_or_writev() {
     }
 }
 
-/// Held for writing by the test that switches io_uring off, for reading by the one that needs it.
+/// Lock for io_uring: written by the test that disables it, read by the tests that need it.
 static URING_IS_ON: RwLock<()> = RwLock::new(());
 
-/// io_uring is switched off for the whole machine as long as this lives.
+/// A guard that disables io_uring on the whole machine until it is dropped.
 struct NoUring(String);
 
 const URING: &str = "/proc/sys/kernel/io_uring_disabled";

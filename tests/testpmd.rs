@@ -1,5 +1,5 @@
-//! DPDK's virtio-user driver as the guest, on a TAP and on AF_XDP: it swaps each frame's MAC
-//! addresses and sends it back, so that every frame is seen on its way in and out.
+//! DPDK's virtio-user driver as the guest, on a TAP and on AF_XDP. It swaps each frame's MAC addresses and
+//! sends it back, so every frame passes in both directions.
 
 use std::collections::HashMap;
 
@@ -14,7 +14,7 @@ const HOST: [u8; 6] = [0x52, 0x54, 0, 0x77, 0, 1];
 const GUEST: [u8; 6] = [0x52, 0x54, 0, 0x77, 0, 2];
 const FLOWS: usize = 8;
 
-/// An IPv4/UDP frame of one of the flows, whose payload says which it is.
+/// Builds a numbered IPv4/UDP frame of one of the flows.
 fn frame(number: usize) -> Vec<u8> {
     let length = 60 + number * 17 % 1455;
     let mut frame: Vec<u8> = (0..length).map(|at| (number * 31 + at) as u8).collect();
@@ -33,7 +33,7 @@ fn frame(number: usize) -> Vec<u8> {
     frame
 }
 
-/// A daemon on a TAP, and the TAP.
+/// Starts a daemon on a TAP, and checks the traffic.
 fn on_tap(queues: u16, size: u16, device: &str) {
     enter_quiet_namespace();
     let daemon = Daemon::start(&["--tap=tap0", &format!("--queue-pairs={queues}")]);
@@ -49,7 +49,7 @@ fn on_tap(queues: u16, size: u16, device: &str) {
     }
 }
 
-/// The same on one end of a veth, whose other end the test has.
+/// Starts a daemon on one end of a veth, and checks that the traffic passes without copies.
 fn on_af_xdp(queues: u16, size: u16, device: &str) {
     enter_namespace_with_veth(queues.into());
     let daemon = Daemon::start(&["--af-xdp=veth0", &format!("--queue-pairs={queues}")]);
@@ -60,7 +60,7 @@ fn on_af_xdp(queues: u16, size: u16, device: &str) {
     assert!(!daemon.log().contains("copied"), "{}", daemon.log());
 }
 
-/// Buffers of 1 KiB take no frame of 1500 bytes.
+/// Checks AF_XDP with buffers of 1 KiB, which hold no frame of 1500 bytes.
 fn on_af_xdp_with_small_buffers(queues: u16, size: u16, device: &str) {
     enter_namespace_with_veth(queues.into());
     let daemon = Daemon::start(&["--af-xdp=veth0", &format!("--queue-pairs={queues}")]);
@@ -70,8 +70,8 @@ fn on_af_xdp_with_small_buffers(queues: u16, size: u16, device: &str) {
     eventually("copies are counted", || daemon.log().contains("copied (unsuitable_buffer)"));
 }
 
-/// Every frame sent to the guest comes back once, unchanged but for its addresses, in the order
-/// of its flow.
+/// Checks that every frame sent to the guest comes back once, unchanged except for its addresses, in the
+/// order of its flow.
 fn check(mut testpmd: Testpmd, wire: &Wire) {
     testpmd.command("set fwd macswap");
     testpmd.command("start");

@@ -1,5 +1,5 @@
-//! Real zero copy: inside a virtual machine whose emulated network card's driver has it, the daemon
-//! serves a driver of ours on that card, and the other end of the wire is the machine's second card.
+//! AF_XDP zero copy in a virtual machine, whose emulated NIC's driver supports it. The daemon serves a test
+//! driver on that NIC. The machine's second NIC is the other end of the wire.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +12,7 @@ use crate::support::network::{Wire, ip};
 use crate::support::traffic::{Check, check_both_ways, check_reset, flood_frame, frame};
 use crate::support::{eventually, needs_program, needs_root, one_at_a_time};
 
-/// The daemon on the card with zero copy.
+/// Starts the daemon on the NIC with zero copy.
 fn start() -> Daemon {
     for device in ["eth0", "eth1"] {
         ip(&format!("link set {device} promisc on"));
@@ -21,7 +21,7 @@ fn start() -> Daemon {
     Daemon::start(&["--af-xdp=eth0,mode=zero-copy"])
 }
 
-// The tests named inside_… run inside the machine; elsewhere they would find no such card.
+// The tests inside_… run only inside the machine, which has such a NIC.
 
 #[test]
 #[ignore = "runs inside the machine that the tests of this module start"]
@@ -93,7 +93,7 @@ fn inside_nothing_is_written_after_guest_reset() {
     assert!(!daemon.log().contains("anew"), "{}", daemon.log());
 }
 
-/// Neither emulated card takes flow rules; igb's driver lists them and refuses a new one.
+/// Neither emulated NIC supports flow rules: igb's driver lists rules, and refuses a new one.
 #[test]
 #[ignore = "runs inside the machine that the tests of this module start"]
 fn inside_nic_without_flow_rules_is_refused() {
@@ -109,7 +109,7 @@ fn inside_nic_without_flow_rules_is_refused() {
     }
 }
 
-/// A driver binds for zero copy then, too, but gives the socket no frames.
+/// With a generic program a driver would still bind for zero copy, but pass no frames to the socket.
 #[test]
 #[ignore = "runs inside the machine that the tests of this module start"]
 fn inside_generic_xdp_program_disables_zero_copy() {

@@ -10,12 +10,12 @@ use crate::support::network::{Wire, enter_namespace_with_tap, ip, output, wait_f
 use crate::support::traffic::frame;
 use crate::support::{eventually, needs_root};
 
-/// Whether the kernel leaves TCP to be segmented to the TAP.
+/// Reports whether the kernel passes GSO frames of TCP to the TAP.
 fn leaves_segments() -> bool {
     output("ethtool", "-k tap0").contains("tx-tcp-segmentation: on")
 }
 
-/// The shortest time in which a train of frames reached the guest, of many tries.
+/// Returns the shortest time of many tries in which a train of frames reached the guest.
 fn shortest_train(wire: &Wire, card: &mut Card, frames: usize) -> Duration {
     let train = |_| {
         let started = Instant::now();
@@ -28,7 +28,7 @@ fn shortest_train(wire: &Wire, card: &mut Card, frames: usize) -> Duration {
     (0..20).map(train).min().unwrap()
 }
 
-/// Well below the 10 ms for which frames wait for more buffers.
+/// Limit well below the 10 ms for which frames wait for more buffers.
 const NO_WAIT: Duration = Duration::from_millis(5);
 const SEGMENTS: u64 = CSUM | GUEST_CSUM | GUEST_TSO;
 
@@ -91,8 +91,8 @@ fn few_posted_buffers_delay_at_most_one_frame() {
     eventually("the guest segments", leaves_segments);
 }
 
-/// The ones' complement sum of an IPv4 packet's addresses, protocol and payload: 0xffff if its TCP or
-/// UDP checksum is right.
+/// Returns the ones' complement sum of an IPv4 packet's pseudo-header and payload: 0xffff if its TCP or UDP
+/// checksum is right.
 fn transport_sum(packet: &[u8]) -> u16 {
     let payload = &packet[20..usize::from(u16::from_be_bytes([packet[2], packet[3]]))];
     let words = packet[12..20].chunks(2).chain(payload.chunks(2));

@@ -1,4 +1,4 @@
-//! The port's socket: a second VMM on it, and whoever deletes or replaces its file.
+//! Socket files: a second VMM on a socket, and files that are deleted or replaced.
 
 use std::fs;
 use std::io::{Error, ErrorKind, Read};

@@ -1,4 +1,4 @@
-//! User-mode Linux, a frontend that is a guest kernel itself.
+//! User-mode Linux, a guest kernel that is its own frontend.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -9,7 +9,7 @@ use crate::support::daemon::Daemon;
 use crate::support::network::{enter_namespace_with_tap, ip};
 use crate::support::{needs_program, needs_root};
 
-/// Pings the host, binds the driver anew, and pings it again.
+/// Init script: pings the host, binds the driver again, and pings again.
 const INIT: &str = "#!/bin/busybox sh
 busybox mount -t sysfs sys /sys
 for module in failover net_failover virtio_net; do busybox insmod /$module.ko; done

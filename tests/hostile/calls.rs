@@ -1,4 +1,4 @@
-//! Cases 73 and 74: call descriptors that block, under load and of many queue pairs.
+//! Cases 73 and 74: blocking call descriptors, under load and in many queue pairs.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use crate::support::{eventually, one_at_a_time};
 /// Queue pairs of case 74.
 const PAIRS: u32 = 16;
 
-/// An eventfd whose counter is at its maximum: a write to it blocks, once [`set_flags`] has said so.
+/// Creates an eventfd with its maximum count. A write blocks once [`set_flags`] has cleared O_NONBLOCK.
 fn full() -> EventFd {
     let full = EventFd::new(0).unwrap();
     full.write(u64::MAX - 1).unwrap();
@@ -51,7 +51,7 @@ fn hostile_73_call_descriptor_is_replaced_while_a_worker_blocks() {
     scene.ends("answered within 500 ms, however often the worker blocks");
 }
 
-/// A card of 16 queue pairs, whose workers all stand in a write to a call descriptor.
+/// Starts a guest with 16 queue pairs, whose workers all block in a write to a call descriptor.
 fn blocked(scene: &Scene) -> Card {
     let features = Options::default().features & !EVENT_IDX;
     let options = Options { features, pairs: PAIRS, size: 16, ..Options::default() };

@@ -1,4 +1,4 @@
-//! Cases 1 to 20, and 51 to 54: the VM's control socket.
+//! Cases 1 to 20, 51, 53, 54 and 66: messages on the vhost-user socket.
 
 use std::fs::File;
 use std::io::Write;
@@ -51,7 +51,7 @@ fn hostile_01_invalid_bytes_close_the_connection() {
         header(get_features, 1, 8),
         header(FrontendReq::SET_FEATURES.into(), 1, 7),
         header(FrontendReq::SET_MEM_TABLE.into(), 1, 9),
-        // One descriptor is due.
+        // This message requires one descriptor.
         header(FrontendReq::SET_BACKEND_REQ_FD.into(), 1, 0),
     ];
     for bytes in &mut wrong {
@@ -73,7 +73,7 @@ fn hostile_02_incomplete_message_times_out() {
         std::thread::sleep(Duration::from_millis(2));
     }
     frontend.reply(FrontendReq::GET_FEATURES);
-    // A byte now and then does not extend the time.
+    // Further bytes do not extend the deadline.
     let started = Instant::now();
     for byte in header(FrontendReq::SET_FEATURES.into(), 1, 8) {
         if frontend.stream.write_all(&[byte]).is_err() {
@@ -148,7 +148,7 @@ fn hostile_04_truncated_descriptors_are_refused_and_closed() {
         assert!(frontend.is_closed(), "{count} descriptors");
     }
     drop(writer);
-    // The end of the pipe: no copy of the other end is open anywhere.
+    // End of file on the pipe shows that no copy of its other end is open.
     assert_eq!(std::io::Read::read(&mut reader, &mut [0]).unwrap(), 0);
     scene.says("connection closed");
     scene.ends("R: closed, none of the descriptors stays open");
@@ -212,12 +212,12 @@ fn hostile_06_repeated_requests_leak_nothing() {
     frontend.ask(FrontendReq::SET_VRING_NUM, &pair(0, 256), &[]);
     frontend.ask(FrontendReq::SET_VRING_ADDR, &place, &[]);
     let before = scene.daemon.resources();
-    // Without NEED_REPLY, as fast as the daemon takes them; memory and sessions are dearer.
+    // Without NEED_REPLY, as fast as the daemon reads. Memory and sessions cost more, so fewer of them.
     for _ in 0..TIMES {
         frontend.send(FrontendReq::SET_VRING_NUM, &pair(1, 256));
     }
     for _ in 0..TIMES {
-        // Not offered: its descriptor must be closed all the same.
+        // The daemon does not offer this message, and must still close its descriptor.
         frontend.send_with(FrontendReq::SET_LOG_FD, 0, &[], &[kick.as_raw_fd()]);
     }
     for _ in 0..TIMES / 10 {
@@ -227,7 +227,7 @@ fn hostile_06_repeated_requests_leak_nothing() {
     }
     frontend.get(FrontendReq::GET_FEATURES);
     let after = scene.daemon.resources();
-    // One session runs now, with its epoll, the kick and the file.
+    // One session runs now, with its epoll, its kick and its memory file.
     assert!(after.0 <= before.0 + 3, "{} descriptors after {}", after.0, before.0);
     assert!(after.2 <= before.2 + 1024, "{} kB after {}", after.2, before.2);
     drop(frontend);
@@ -275,10 +275,10 @@ fn hostile_08_nonexistent_ring_is_refused() {
     let call = event();
     let payload = 7u64.to_ne_bytes();
     frontend.refused(FrontendReq::SET_VRING_CALL, &payload, &[call.as_raw_fd()]);
-    // QEMU with more queues than there are does not ask for a reply.
+    // QEMU with more queues than the port has does not ask for a reply.
     frontend.send_with(FrontendReq::SET_VRING_CALL, 0, &payload, &[call.as_raw_fd()]);
     assert_eq!(frontend.get(FrontendReq::GET_FEATURES), offered, "the connection lives");
-    // This one can't be refused but by the end of the connection.
+    // GET_VRING_BASE has no error reply, so the daemon closes the connection.
     frontend.send(FrontendReq::GET_VRING_BASE, &pair(4, 0));
     assert!(frontend.is_closed());
     scene.says("there is no ring 4");
@@ -295,7 +295,7 @@ fn hostile_09_bad_sizes_and_running_ring_changes_are_refused() {
     }
     frontend.ask(FrontendReq::SET_VRING_NUM, &pair(2, 32768), &[]);
     frontend.refused(FrontendReq::SET_VRING_BASE, &pair(2, 65536), &[]);
-    // It runs: what it stands on can't be changed.
+    // The addresses and size of a running ring cannot change.
     frontend.refused(FrontendReq::SET_VRING_NUM, &pair(0, 128), &[]);
     frontend.refused(FrontendReq::SET_VRING_BASE, &pair(0, 1), &[]);
     frontend.refused(FrontendReq::SET_VRING_ADDR, &addresses(0, 0, 0, 0x4000, 0x1000), &[]);
@@ -348,8 +348,8 @@ fn hostile_11_invalid_or_truncated_memory_costs_one_port() {
         let payload = one_region(0, 0x1000, 0, 0);
         frontend.refused(FrontendReq::ADD_MEM_REG, &payload, &[descriptor.as_raw_fd()]);
     }
-    // An ordinary file may be on a file system of the VMM's own, which answers when it likes: nobody
-    // looks into it.
+    // A regular file may be on a file system that the VMM serves, which can delay each access. So the daemon
+    // does not read it.
     let ordinary = concat!(env!("CARGO_TARGET_TMPDIR"), "/ordinary");
     let options = File::options().read(true).write(true).create(true).truncate(true).to_owned();
     let ordinary = options.open(ordinary).unwrap();
@@ -369,13 +369,13 @@ fn hostile_11_invalid_or_truncated_memory_costs_one_port() {
     }
     drop(frontend);
 
-    // Cut while the rings run: first what the guest sends, then all.
+    // Truncated while the rings run: first the tx buffers, then all memory.
     for all in [false, true] {
         let mut card = scene.card();
         card.check_echo(100);
         card.queue_tx(0, 0, &[0; HEADER], &[1; 100]);
         if all {
-            // From here on the memory is not there for us either.
+            // From here on this process cannot access the memory either.
             card.ram.file.set_len(0).unwrap();
             card.tx[0].kick.write(1).unwrap();
         } else {
@@ -396,14 +396,14 @@ fn hostile_12_overlapping_and_removed_regions_are_refused() {
     let other = Ram::new(1 << 32, 0x10_0000);
     let fd = [other.file.as_raw_fd()];
     let frontend = &mut card.frontend;
-    // The guest's addresses, and the frontend's.
+    // Guest addresses overlap, then frontend addresses.
     frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(size - 0x1000, 0x2000, 1 << 45, 0), &fd);
     let theirs = FRONTEND_BASE + size - 0x1000;
     frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(1 << 40, 0x2000, theirs, 0), &fd);
     let live = [vec![0; 8], region(&card.ram)].concat();
     frontend.refused(FrontendReq::REM_MEM_REG, &live, &[]);
     frontend.refused(FrontendReq::REM_MEM_REG, &one_region(1 << 50, 0x1000, 1 << 50, 0), &[]);
-    // A storm, under traffic.
+    // Many changes under traffic.
     let added = [vec![0; 8], region(&other)].concat();
     for _ in 0..100 {
         card.frontend.ask(FrontendReq::ADD_MEM_REG, &added, &fd);
@@ -448,7 +448,7 @@ fn hostile_13_invalid_or_truncated_dirty_log_costs_one_port() {
     let mut card = scene.card();
     card.check_echo(50);
     let logging = card.options.features | LOG_ALL;
-    // Before there is a log.
+    // Before a log is set.
     card.frontend.refused(FrontendReq::SET_FEATURES, &logging.to_ne_bytes(), &[]);
     card.frontend.refused(FrontendReq::SET_LOG_FD, &[], &[event().as_raw_fd()]);
     drop(card);
@@ -467,13 +467,13 @@ fn hostile_13_invalid_or_truncated_dirty_log_costs_one_port() {
         assert!(frontend.is_closed(), "{said}");
         scene.says(said);
     }
-    // Too short for the guest's memory: it is refused, and nothing is logged.
+    // A log too short for guest memory is refused, and nothing is marked.
     let mut card = scene.card();
     assert!(card.frontend.set_log_base(2, 0, &log));
     card.frontend.refused(FrontendReq::SET_FEATURES, &logging.to_ne_bytes(), &[]);
     scene.says("the dirty log has no bits for all memory");
     card.check_echo(50);
-    // On and off under traffic, and with another log each time.
+    // Logging starts and stops under traffic, with a new log each time.
     assert!(card.frontend.set_log_base(all, 0, &log));
     for _ in 0..20 {
         card.frontend.set_features(logging);
@@ -483,7 +483,7 @@ fn hostile_13_invalid_or_truncated_dirty_log_costs_one_port() {
         card.frontend.set_features(card.options.features);
         card.check_echo(20);
     }
-    // A log that is cut while it is written.
+    // A log that is truncated while the daemon writes it.
     card.frontend.set_features(logging);
     card.check_echo(20);
     log.set_len(0).unwrap();
@@ -496,7 +496,7 @@ fn hostile_13_invalid_or_truncated_dirty_log_costs_one_port() {
 #[test]
 fn hostile_14_inflight_buffer_content_is_not_trusted() {
     let scene = Scene::new(14);
-    // What can't be made closes the connection: the answer could not say no.
+    // GET_INFLIGHT_FD has no error reply, so the daemon closes the connection.
     for (rings, size) in [(0, 256), (5, 256), (u16::MAX, 1), (2, 0), (2, u16::MAX)] {
         let mut frontend = scene.frontend();
         frontend.begin();
@@ -520,13 +520,13 @@ fn hostile_14_inflight_buffer_content_is_not_trusted() {
         let payload = inflight(length, offset, rings, size);
         card.frontend.refused(FrontendReq::SET_INFLIGHT_FD, &payload, &[file.as_raw_fd()]);
     }
-    // One full of lies is taken, and nothing in it counts.
+    // The daemon accepts a buffer of false content, and ignores the content.
     let lies = memfd(whole);
     std::os::unix::fs::FileExt::write_all_at(&lies, &vec![0xff; whole as usize], 0).unwrap();
     let payload = inflight(whole, 0, 2, 256);
     card.frontend.ask(FrontendReq::SET_INFLIGHT_FD, &payload, &[lies.as_raw_fd()]);
     card.check_echo(200);
-    // And one that is cut while it is written.
+    // A buffer that is truncated while the daemon writes it.
     lies.set_len(0).unwrap();
     card.send(0, &[0; 60]);
     scene.says("memory is gone");
@@ -534,7 +534,7 @@ fn hostile_14_inflight_buffer_content_is_not_trusted() {
     scene.ends("R: refused, and nothing that it holds is believed; B: when it is cut");
 }
 
-/// Descriptors that are no eventfd, and the other ends of those that have one.
+/// Opens descriptors that are no eventfd. Also returns the other ends of pipes and sockets.
 fn no_eventfds() -> Vec<(&'static str, OwnedFd)> {
     let (at_its_end, _) = std::io::pipe().unwrap();
     let (_, without_reader) = std::io::pipe().unwrap();
@@ -586,7 +586,7 @@ fn hostile_16_stolen_kicks_delay_only_their_own_vmm() {
             stolen
         })
     };
-    // Whoever steals its own kicks waits for the next.
+    // A VMM that reads its own kick waits for the next one.
     let mut kicks = 0;
     for _ in 0..100 {
         card.queue_tx(0, 0, &[0; HEADER], &[1; 60]);
@@ -614,7 +614,7 @@ fn hostile_17_blocking_call_stalls_only_its_queue_pair() {
         for code in [FrontendReq::SET_VRING_CALL, FrontendReq::SET_VRING_ERR] {
             let fds = [descriptor.as_raw_fd()];
             let answer = card.frontend.try_ask(code, &[0; 8], &fds);
-            // A unix socket never blocks whoever asks it not to.
+            // MSG_DONTWAIT makes a write to a unix socket non-blocking.
             assert_eq!(answer, Some(what == "a socket"), "{what}");
         }
     }
@@ -624,15 +624,14 @@ fn hostile_17_blocking_call_stalls_only_its_queue_pair() {
         card.frontend.event(FrontendReq::SET_VRING_CALL, index, Some(&full));
         card.frontend.event(FrontendReq::SET_VRING_ERR, index, Some(&full));
     }
-    // Blocking again, though the daemon has made it non-blocking.
+    // The VMM makes the descriptor blocking again after the daemon made it non-blocking.
     set_flags(&full, OFlag::empty());
     card.rx[0].want_call();
     card.tx[0].want_call();
     card.queue_tx(0, 0, &[0; HEADER], &[1; 60]);
     card.tx[0].publish();
     std::thread::sleep(Duration::from_millis(50));
-    // Its own worker stands in the write, and in every one after it. All that is asked of the
-    // port is done nevertheless.
+    // The port's own worker blocks in each write. The daemon still answers every request of the port.
     let started = Instant::now();
     card.frontend.event(FrontendReq::SET_VRING_CALL, 1, Some(&full));
     let good = event();
@@ -667,7 +666,7 @@ fn hostile_18_kick_storm_costs_one_thread() {
     }
     println!("{kicks} kicks in a second");
     drop(card);
-    // A ring that is never kicked.
+    // The frontend never kicks this ring.
     let mut card = scene.card();
     card.queue_tx(0, 0, &[0; HEADER], &[1; 60]);
     std::thread::sleep(Duration::from_millis(200));
@@ -686,7 +685,7 @@ fn hostile_19_further_connections_wait_or_are_refused() {
     second.send(FrontendReq::GET_FEATURES, &[]);
     second.stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     assert!(second.try_reply(FrontendReq::GET_FEATURES).is_none());
-    // The listener's queue fills up.
+    // The listener's backlog fills up.
     let crowd: Vec<_> =
         (0..1000).map_while(|_| connect_now(&scene.daemon.path("attacked")).ok()).collect();
     println!("{} connections wait", crowd.len());
@@ -705,7 +704,7 @@ fn hostile_19_further_connections_wait_or_are_refused() {
 fn hostile_20_messages_of_unnegotiated_features_are_refused() {
     let scene = Scene::new(20);
     let mut frontend = scene.frontend();
-    // Offered and not negotiated.
+    // Offered, but not negotiated.
     frontend.send_with(FrontendReq::NET_SET_MTU, NEED_REPLY, &1500u64.to_ne_bytes(), &[]);
     let offered = frontend.begin();
     let null = dev_null();
@@ -731,7 +730,7 @@ fn hostile_20_messages_of_unnegotiated_features_are_refused() {
     scene.ends("R: refused, or closed where the answer could not say no");
 }
 
-/// Sparse memory: no page of it exists until somebody touches it.
+/// Creates sparse memory. The kernel allocates no page before the first access.
 fn sparse(size: u64) -> File {
     memfd(size)
 }
@@ -752,13 +751,13 @@ fn hostile_51_sparse_files_do_not_fill_the_address_space() {
         frontend = scene.frontend();
         frontend.begin();
     }
-    // A table that fills the limit is replaced by another, again and again.
+    // Tables that reach the limit replace each other.
     for _ in 0..5 {
         frontend.ask(TABLE, &table(1 << 30), &fd);
     }
     frontend.refused(FrontendReq::ADD_MEM_REG, &one_region(1 << 40, 1, 1 << 40, 0), &fd);
     frontend.refused(TABLE, &table((1 << 30) + 1), &fd);
-    // What is unmapped can be mapped again: in this session, and by the next one.
+    // Unmapped memory frees the limit, in this session and for the next one.
     frontend.ask(FrontendReq::REM_MEM_REG, &one_region(0, 1 << 30, 0, 0), &[]);
     for region in 0..64 {
         let place = one_region(region << 24, 1 << 24, region << 24, 0);
@@ -776,7 +775,7 @@ fn hostile_51_sparse_files_do_not_fill_the_address_space() {
     scene.ends("R before it is mapped; by default at twice the host's RAM, and 64 GiB");
 }
 
-/// Has the daemon load a state; says whether it does.
+/// Sends a device state. Reports whether the daemon accepted it.
 fn load_state(frontend: &mut Frontend, state: &[u8]) -> bool {
     let (reader, mut writer) = std::io::pipe().unwrap();
     let payload = [1_u32, 0].map(u32::to_ne_bytes).concat();
@@ -784,7 +783,7 @@ fn load_state(frontend: &mut Frontend, state: &[u8]) -> bool {
     frontend.reply(FrontendReq::SET_DEVICE_STATE_FD);
     drop(reader);
     let state = state.to_vec();
-    // The daemon may stop reading before all of it is written.
+    // The daemon may stop reading early.
     let feeder = std::thread::spawn(move || drop(writer.write_all(&state)));
     let loaded = frontend.get(FrontendReq::CHECK_DEVICE_STATE) == 0;
     feeder.join().unwrap();
@@ -806,7 +805,7 @@ fn hostile_53_device_state_is_bounded_and_lowers_no_counter() {
     assert!(!load_state(&mut frontend, few.as_bytes()));
     let after = scene.daemon.resources().2;
     assert!(after < before + 8192, "{after} kB after {before}");
-    // A number that would wrap the counter round to 0, and one more: neither sets it back.
+    // A count that would wrap the counter to 0, and one more: neither lowers it.
     for told in [u64::MAX - sent + 1, u64::MAX] {
         let state = format!("{{\"version\":1,\"pairs\":[{{\"tx\":{{\"frames\":{told}}}}}]}}");
         assert!(load_state(&mut frontend, state.as_bytes()));
@@ -834,7 +833,7 @@ fn hostile_54_dirty_log_of_huge_buffers_delays_no_stop() {
     let log = memfd(8 * GIB / 4096 / 8);
     assert!(card.frontend.set_log_base(8 * GIB / 4096 / 8, 0, &log));
     card.frontend.set_features(card.options.features | LOG_ALL);
-    // The worker takes all of the ring's buffers.
+    // The worker pops all buffers of the ring.
     std::thread::sleep(Duration::from_millis(200));
     let started = Instant::now();
     card.frontend.get_vring_base(0);

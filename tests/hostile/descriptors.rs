@@ -1,4 +1,4 @@
-//! Cases 52, 75 and 76: descriptors that run out.
+//! Cases 52, 75 and 76: exhausted descriptors.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -37,7 +37,7 @@ fn hostile_75_failing_accept_neither_spins_nor_sleeps() {
     let daemon = Daemon::with_config(&file, "two");
     let mut two = Frontend::new(daemon.connect_to("two"));
     assert_ne!(two.get(FrontendReq::GET_FEATURES), 0);
-    // A client that is connected already.
+    // This client is connected before descriptors run out.
     let mut client = daemon.connect_to("control");
     let mut list = || {
         client.write_all(b"{\"version\":1,\"command\":\"list\"}\n").unwrap();
@@ -57,7 +57,7 @@ fn hostile_75_failing_accept_neither_spins_nor_sleeps() {
         eventually(&line, || daemon.log().contains(&line));
     }
     daemon.check_idle(Duration::from_millis(10));
-    // Nobody sleeps either: whoever is connected is served at once.
+    // No thread sleeps: connected clients are served at once.
     let started = std::time::Instant::now();
     (0..50).for_each(|_| list());
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
@@ -76,8 +76,8 @@ fn hostile_75_failing_accept_neither_spins_nor_sleeps() {
     note(75, "tried every 200 ms; idle meanwhile, and nobody else waits");
 }
 
-/// A VMM that shares as many memory regions, each of its own file, as the daemon takes; returns how many
-/// that were.
+/// Shares memory regions, each of its own file, until the daemon refuses one. Returns the number of accepted
+/// regions.
 fn hog(daemon: &Daemon, port: &str) -> (Frontend, usize) {
     let mut frontend = Frontend::new(daemon.connect_to(port));
     frontend.begin();
@@ -93,7 +93,7 @@ fn hog(daemon: &Daemon, port: &str) -> (Frontend, usize) {
     (frontend, 509)
 }
 
-/// The value of a metric of a port's.
+/// Returns the value of a port's metric.
 fn metric(daemon: &Daemon, name: &str, port: &str) -> usize {
     let start = format!("vhost_user_net_{name}{{port=\"{port}\"}} ");
     let metrics = daemon.ask(&["metrics"]);
@@ -122,7 +122,7 @@ fn hostile_52_no_vmm_takes_its_neighbours_descriptors() {
     assert_eq!(metric(&daemon, "descriptors_refused_total", "one"), 1);
     assert!(daemon.log().contains("one: ADD_MEM_REG refused: the port would keep"));
 
-    // The neighbour has its share, and the daemon its reserve.
+    // The neighbour still has its share, and the daemon its reserve.
     card.check_echo(100);
     drop(card);
     let mut card = quiet();
@@ -145,14 +145,14 @@ fn hostile_52_no_vmm_takes_its_neighbours_descriptors() {
     let refused = String::from_utf8(add(&daemon).stderr).unwrap();
     assert!(refused.contains("512 descriptors may be open, and the ports need"), "{refused}");
 
-    // What a replay of all that takes is there too.
+    // The reserve also suffices for a take-over, which replays all of this.
     daemon.upgrade();
     card.check_echo(100);
     drop((card, one, two));
     eventually("nothing is kept", || metric(&daemon, "vmm_descriptors", "one") == 0);
     assert!(add(&daemon).status.success());
 
-    // There is not enough for every port's share, and the daemon says so; ordinary guests are served.
+    // The limit is too low for the shares of all ports. The daemon logs this, and serves ordinary guests.
     let daemon = start(100);
     eventually("it warns", || {
         daemon.log().contains("daemon: limit of open descriptors is low limit=100 needed=208")
@@ -194,10 +194,12 @@ fn hostile_76_lost_descriptors_are_refused_not_misread() {
     let mut frontend = Frontend::new(daemon.connect_to("one"));
     frontend.begin();
     without_any(&mut || assert!(frontend.get_inflight_fd(2, 256).is_none()));
-    says("one: connection closed: GET_INFLIGHT_FD: cannot make an inflight buffer: Too many open files");
+    says(
+        "one: connection closed: GET_INFLIGHT_FD: cannot make an inflight buffer: Too many open files",
+    );
     card.check_echo(100);
 
-    // A take-over is refused, and changes nothing.
+    // A take-over is refused, and the ports run on.
     let mut client = daemon.connect_to("control");
     let mut ask = |request: &str| {
         client
@@ -217,7 +219,7 @@ fn hostile_76_lost_descriptors_are_refused_not_misread() {
     });
     card.check_echo(100);
 
-    // The helper process can't pass a new port's socket on. It can later.
+    // The helper process cannot pass a new port's socket until descriptors are free.
     daemon.write_config(&(file.clone() + &port("three", "loopback = true")));
     without_any(&mut || {
         daemon.signal(Signal::SIGHUP);

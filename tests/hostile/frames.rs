@@ -1,4 +1,4 @@
-//! Cases 31 to 39 and 60 to 64: frames and their headers, from the guest and for it, and the device's
+//! Cases 31 to 39, 60 to 63 and 65: frames and their headers in both directions, and the device's
 //! configuration space.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +16,7 @@ use crate::support::network::{Wire, enter_namespace_for, ip, output, wait_for_ca
 use crate::support::traffic::{check_both_ways, datagram, frame, tcp_frame};
 use crate::support::{eventually, needs_root, skip};
 
-/// A virtio header: flags, GSO type, header length, GSO size, where the checksum starts and lies.
+/// Builds a virtio header from flags, GSO type, header length, GSO size, csum_start and csum_offset.
 fn header(flags: u8, gso: u8, length: u16, size: u16, start: u16, offset: u16) -> Vec<u8> {
     let mut header = vec![flags, gso];
     for number in [length, size, start, offset, 0] {
@@ -30,13 +30,13 @@ const TCPV4: u8 = 1;
 const TCPV6: u8 = 4;
 const ECN: u8 = 0x80;
 
-/// A card that has negotiated all offloads.
+/// Starts a guest that has negotiated all offloads.
 fn offloading(scene: &Scene) -> Card {
     let features = Options::default().features | CSUM | GUEST_CSUM | HOST_TSO | GUEST_TSO;
     scene.card_with(Options { features, ..Options::default() })
 }
 
-/// Sends a frame under each header; all must be dropped for `reason`, and the next one come back.
+/// Sends a frame with each header. All must be dropped for `reason`, and the next frame must come back.
 fn all_dropped(scene: &Scene, mut card: Card, frames: &[(Vec<u8>, Vec<u8>)], reason: &str) {
     for (header, frame) in frames {
         card.send_with(0, header, frame);
@@ -57,7 +57,7 @@ fn hostile_31_too_short_and_too_long_frames_are_dropped() {
     let long: Vec<_> = [1523, 1600, 2000].into_iter().map(plain).collect();
     all_dropped(&scene, scene.card(), &long, "too_long");
     let mut card = scene.card();
-    // 64 KiB and more, in pieces.
+    // 64 KiB and more, in several buffers.
     for length in [65536, 70_000, 1_000_000] {
         let area = card.tx[0].buffer_area();
         let pieces: Vec<(u64, u32)> =
@@ -124,27 +124,27 @@ fn hostile_33_inconsistent_segmentation_is_dropped() {
         frame
     };
     let frames = [
-        // Types that there are not, or that were not negotiated.
+        // Unknown GSO types, and types that were not negotiated.
         (with(1, 2), tcp.clone()),
         (with(1, 5), tcp.clone()),
         (with(1, 0x7f), tcp.clone()),
         (with(1, TCPV4 | ECN), tcp.clone()),
         (sized(0), tcp.clone()),
-        // Longer than the frame is.
+        // A header length beyond the frame.
         (with(3, 0xff), tcp.clone()),
-        // Without a checksum to complete.
+        // Without a partial checksum.
         (with(0, 0), tcp.clone()),
-        // Of the other version.
+        // The type of the other IP version.
         (with(1, TCPV6), tcp.clone()),
         (good.clone(), changed(12, 0x86)),
         (good.clone(), changed(14, 0x65)),
-        // Not TCP.
+        // A protocol other than TCP.
         (good.clone(), changed(23, 17)),
-        // An IPv4 header of 16 bytes, and of more than there is.
+        // An IPv4 header of 16 bytes, and one longer than the frame.
         (good.clone(), changed(14, 0x44)),
-        // A TCP header of 4 bytes, and one of 60 that reaches no further than the checksum says.
+        // A TCP header of 4 bytes, and one of 60 bytes whose frame ends at the checksum.
         (good.clone(), changed(14 + 20 + 12, 0x10)),
-        // Its checksum would be elsewhere than the header says.
+        // The header names another position than the protocol's checksum.
         (good.clone(), tagged(1)),
         (good.clone(), tagged(3)),
         (good.clone(), tcp[..40].to_vec()),
@@ -159,8 +159,8 @@ fn hostile_34_unnegotiated_offloads_are_dropped() {
     let (good, tcp) = tcp_frame(1000, 500);
     let checksum = (header(NEEDS_CSUM, 0, 0, 0, 34, 16), vec![1; 60]);
     all_dropped(&scene, scene.card(), &[checksum, (good, tcp)], "bad_header");
-    // num_buffers is the device's to write: whatever stands there is not looked at. Nor are flags
-    // that mean nothing from a driver.
+    // The device ignores num_buffers, which only a device writes, and flags that have no meaning from
+    // a driver.
     let mut card = scene.card();
     for (place, value) in [(10, 0xff), (11, 0xff), (0, 2), (0, 4)] {
         let mut header = [0; HEADER];
@@ -191,7 +191,7 @@ fn hostile_35_frames_refused_by_host_are_dropped() {
     scene.says("100 dropped (host_refused)");
     scene.ends_on(Wire::open("tap0"), "D, and counted; traffic resumes");
 
-    // The device goes for good: only its own port has lost anything.
+    // The device is deleted: only its own port stops.
     let mut scene = Scene::on_tap(35);
     let mut card = scene.card();
     ip("link delete tap0");
@@ -206,7 +206,7 @@ fn hostile_35_frames_refused_by_host_are_dropped() {
     scene.lives();
 }
 
-/// A frame that the guest of a guarded scene may send, and one with each of these bytes changed.
+/// Returns a copy of `frame` with `changes`, each an offset and its new bytes.
 fn changed(frame: &[u8], changes: &[(usize, &[u8])]) -> Vec<u8> {
     let mut frame = frame.to_vec();
     for (at, bytes) in changes {
@@ -215,7 +215,7 @@ fn changed(frame: &[u8], changes: &[(usize, &[u8])]) -> Vec<u8> {
     frame
 }
 
-/// An IPv6 frame of that guest's.
+/// Builds an IPv6 frame of the guarded guest.
 fn ipv6(source: &[u8; 16], protocol: u8, payload: &[u8]) -> Vec<u8> {
     let mut frame = changed(&datagram(0).1[..14], &[(12, &[0x86, 0xdd])]);
     frame.extend([0x60, 0, 0, 0, 0, payload.len() as u8, protocol, 255]);
@@ -225,7 +225,7 @@ fn ipv6(source: &[u8; 16], protocol: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// A virtio header and a frame.
+/// A virtio header and its frame.
 type Framed = (Vec<u8>, Vec<u8>);
 
 fn spoofing_by_policy(scene: Scene) -> Scene {
@@ -279,13 +279,13 @@ fn spoofing_by_policy(scene: Scene) -> Scene {
         (
             "forbidden",
             &[
-                // A DHCP server's offer, and DHCPv6's.
+                // An offer of a DHCP server, and of a DHCPv6 server.
                 (plain(), changed(&good, &[(34, &[0, 67, 0, 68])])),
                 (plain(), ipv6(&OWN, 17, &[2, 35, 2, 34, 0, 8, 0, 0])),
-                // A router advertisement, and one behind a header with options.
+                // A router advertisement, and one after an extension header.
                 (plain(), ipv6(&OWN, 58, &[134, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])),
                 (plain(), ipv6(&OWN, 60, &[58, 0, 1, 4, 0, 0, 0, 0, 134, 0, 0, 0, 0, 0, 0, 0])),
-                // Spanning tree, and LLDP.
+                // Spanning tree and LLDP.
                 (plain(), changed(&good, &[(0, &[1, 0x80, 0xc2, 0, 0, 0]), (12, &[0, 0x26])])),
                 (plain(), changed(&good, &[(0, &[1, 0x80, 0xc2, 0, 0, 14]), (12, &[0x88, 0xcc])])),
             ],
@@ -318,8 +318,8 @@ fn hostile_36_spoofed_sources_are_dropped() {
     spoofing_by_policy(Scene::guarded_tap(36)).ends("D");
 }
 
-/// Sends `count` frames whose source addresses another thread rewrites all the time; the bridge
-/// must learn none but the guest's own.
+/// Sends `count` frames whose source addresses another thread rewrites all the time. The bridge must learn
+/// only the guest's own address.
 fn spoofing_by_race(scene: Scene, count: usize) -> Scene {
     const SLOTS: u64 = 128;
     let (_, good) = datagram(20);
@@ -374,7 +374,7 @@ fn hostile_37_rewritten_sources_never_reach_the_wire() {
 fn hostile_38_frames_that_fit_no_buffer_are_dropped() {
     needs_root!("hostile_38_frames_that_fit_no_buffer_are_dropped");
     let scene = Scene::on_tap(38);
-    // Not mergeable: a frame fits one buffer, or none.
+    // Without mergeable buffers a frame needs one buffer that holds it.
     let options = Options { features: VERSION_1 | PROTOCOL, buffer: 200, ..Options::default() };
     let mut card = scene.card_with(options);
     (0..20).for_each(|number| scene.wire().send(&frame(number, 1000)));
@@ -382,7 +382,7 @@ fn hostile_38_frames_that_fit_no_buffer_are_dropped() {
     assert_eq!(card.receive(0)[HEADER..], frame(21, 188));
     drop(card);
     scene.says("20 dropped (no_room)");
-    // No buffers at all for a while, under a flood: the worker sleeps, and goes on afterwards.
+    // Without buffers under a flood the worker sleeps. It resumes with the next buffers.
     let mut card = Card::prepare(scene.frontend(), Options::default());
     card.run();
     for number in 0..2000 {
@@ -424,7 +424,7 @@ fn hostile_39_config_space_bounds_are_enforced() {
         assert_eq!(bytes, expected, "{offset} {size}");
     }
     frontend.refused(FrontendReq::SET_CONFIG, &request(0, 6), &[]);
-    // Longer than any: no request at all.
+    // Longer than any request.
     frontend.send(FrontendReq::GET_CONFIG, &request(0, 4097));
     assert!(frontend.is_closed());
     scene.says("read outside the configuration space");
@@ -432,8 +432,8 @@ fn hostile_39_config_space_bounds_are_enforced() {
     scene.ends("R");
 }
 
-/// IPv4 and IPv6 frames of a guarded guest's, each with the TCP or UDP checksum left to the host.
-fn with_open_checksums() -> Vec<Framed> {
+/// Builds IPv4 and IPv6 frames of a guarded guest with partial TCP or UDP checksums.
+fn with_partial_checksums() -> Vec<Framed> {
     const OWN: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
     let udp = [&[0, 9, 0, 9, 0, 28, 0, 0][..], &[7; 20]].concat();
     let tcp = [&[0, 9, 0, 9, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 1, 0, 0, 0, 0][..], &[7; 20]];
@@ -447,9 +447,9 @@ fn with_open_checksums() -> Vec<Framed> {
     ]
 }
 
-/// Checksums that the host would write over what was judged, and over what it can't tell.
+/// Builds frames whose partial checksum is not their own TCP or UDP checksum.
 fn checksums_over_headers() -> Vec<Framed> {
-    let open = |start: u16, offset: u16, frame: &[u8]| {
+    let partial = |start: u16, offset: u16, frame: &[u8]| {
         (header(NEEDS_CSUM, 0, 0, 0, start, offset), frame.to_vec())
     };
     let (_, good) = datagram(30);
@@ -460,19 +460,19 @@ fn checksums_over_headers() -> Vec<Framed> {
     let tagged = [&good[..12], &[0x81, 0, 0, 0], &good[12..]].concat();
     let tcp = tcp_frame(20, 1000).1;
     vec![
-        // The IPv4 source, an ARP sender, both ports, and a VLAN tag.
-        open(20, 8, &good),
-        open(20, 10, &arp),
-        open(34, 0, &good),
-        open(34, 2, &good),
-        open(14, 0, &tagged),
-        // Another protocol's checksum, and that of a packet without tags.
-        open(34, 16, &good),
-        open(34, 6, &tcp),
-        open(34, 6, &tagged),
-        // Of a later fragment, and of a packet that ends before its checksum.
-        open(34, 6, &changed(&good, &[(20, &[0, 8])])),
-        open(34, 16, &changed(&tcp, &[(16, &[0, 36])])),
+        // Over the IPv4 source, an ARP sender, both ports, and a VLAN tag.
+        partial(20, 8, &good),
+        partial(20, 10, &arp),
+        partial(34, 0, &good),
+        partial(34, 2, &good),
+        partial(14, 0, &tagged),
+        // At another protocol's offset, and at an untagged frame's offset in a tagged frame.
+        partial(34, 16, &good),
+        partial(34, 6, &tcp),
+        partial(34, 6, &tagged),
+        // In a later fragment, and in a packet that ends before its checksum.
+        partial(34, 6, &changed(&good, &[(20, &[0, 8])])),
+        partial(34, 16, &changed(&tcp, &[(16, &[0, 36])])),
     ]
 }
 
@@ -487,12 +487,12 @@ fn checksum_offload(scene: Scene) -> Scene {
         card.send_with(0, header, frame);
     }
     assert_eq!(scene.wire().receive_any(50), None, "no attack reaches the wire");
-    for (header, frame) in with_open_checksums() {
+    for (header, frame) in with_partial_checksums() {
         let start = usize::from(u16::from_le_bytes([header[6], header[7]]));
         let at = start + usize::from(header[8]);
         card.send_with(0, &header, &frame);
         let received = scene.wire().receive_any(1000).expect("an honest frame arrives");
-        // The host completes the checksum, on AF_XDP before the wire.
+        // The host completes the checksum; on AF_XDP the daemon does.
         let apart = |frame: &[u8]| [&frame[..at], &frame[at + 2..]].concat();
         assert_eq!(apart(&received), apart(&frame));
     }
@@ -530,7 +530,7 @@ fn hostile_63_announcements_obey_filter_and_link() {
     note(63, "R: neither past a filter nor with the link off");
 }
 
-/// Frames that carry an IPv4 packet to TCP port 25, each in another way that nobody looks into.
+/// Builds frames with an IPv4 packet to TCP port 25 in encapsulations that the filter does not parse.
 fn carriers() -> Vec<Vec<u8>> {
     let (_, good) = datagram(20);
     let mut mail = tcp_frame(20, 1000).1;
@@ -542,7 +542,7 @@ fn carriers() -> Vec<Vec<u8>> {
         [&outer, before, packet].concat()
     };
     let before: [&[u8]; 7] = [
-        // LLC and SNAP, a VLAN tag of old, MPLS, PPPoE, PBB, NSH.
+        // LLC and SNAP, an old VLAN tag, MPLS, PPPoE, PBB, NSH.
         &[0, 68, 0xaa, 0xaa, 3, 0, 0, 0, 8, 0],
         &[0x92, 0, 0, 7, 8, 0],
         &[0x88, 0x47, 0, 0, 1, 64],
@@ -557,8 +557,8 @@ fn carriers() -> Vec<Vec<u8>> {
     frames
 }
 
-/// A port with both filters in a fresh namespace: no frame passes either way, and the last one, which
-/// nothing denies, does.
+/// Checks a port with both filters in a new namespace: only the last frame, which no rule denies, passes in
+/// either direction.
 fn nothing_passes(port: &str, filter: &str, frames: &[Vec<u8>]) {
     let wire = enter_namespace_for(port);
     let filters = format!("{port}\ntx-filter = \"{filter}\"\nrx-filter = \"{filter}\"\n");
@@ -605,7 +605,7 @@ fn hostile_61_encapsulated_denied_packets_are_dropped() {
 fn hostile_62_headers_in_padding_are_ignored() {
     needs_root!("hostile_62_headers_in_padding_are_ignored");
     const OWN: [u8; 16] = [0x20, 1, 0xd, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
-    // Packets that end before their ports, which stand behind them: 80.
+    // Packets that end before their ports. The padding after them names port 80.
     let mut web = tcp_frame(20, 1000).1;
     web[34..38].copy_from_slice(&[0, 9, 0, 80]);
     let ipv4 = changed(&web, &[(16, &[0, 20])]);
@@ -619,7 +619,7 @@ fn hostile_62_headers_in_padding_are_ignored() {
             &[ipv4.clone(), ipv6_fragment.clone()],
         );
     }
-    // The same for rules: the guest must not seem to be no DHCP server.
+    // For anti-spoofing: padding must not hide a DHCP server.
     let (_, good) = datagram(20);
     let hidden = [changed(&good, &[(16, &[0, 20])]), changed(&good, &[(16, &[0, 10])])];
     for scene in [Scene::guarded_veth(62), Scene::guarded_tap(62)] {
@@ -644,7 +644,7 @@ fn hostile_65_partial_submission_sends_each_frame_once() {
 
     needs_root!("hostile_65_partial_submission_sends_each_frame_once");
     const FRAMES: u64 = 16;
-    // An error may come before the kernel has taken all frames, and after it.
+    // The error may come before or after the kernel has taken all frames.
     for taken in [FRAMES / 2, FRAMES] {
         let mut scene = Scene::on_tap(65);
         let mut card = scene.card();
@@ -676,7 +676,7 @@ fn hostile_65_partial_submission_sends_each_frame_once() {
                 continue;
             }
             calls += 1;
-            // Takes so many and waits for none; or refuses the flags.
+            // The first call submits `taken` frames and waits for none. The second fails for invalid flags.
             (registers.rsi, registers.r10) = (taken, if calls == 1 { 0 } else { 1 << 31 });
             ptrace::setregs(worker, registers).unwrap();
             if calls == 2 {
@@ -696,7 +696,7 @@ fn hostile_65_partial_submission_sends_each_frame_once() {
         assert_eq!(arrived.len(), sent.len());
         assert!(arrived == sent, "each frame arrives once, in order");
         scene.daemon_says(&format!("io_uring failed after {taken} of 16 frames"));
-        // Not `ends`: the daemon has a descriptor less, that of io_uring.
+        // Not `ends`, since the daemon has closed its io_uring descriptor.
         scene.check(&mut card);
         scene.lives();
     }

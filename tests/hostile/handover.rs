@@ -1,4 +1,4 @@
-//! Cases 57 to 59: frontends that hold up a take-over, and successors that fail, die or hang.
+//! Cases 57 to 59: frontends that delay a take-over, and new daemons that fail, die or hang.
 
 use std::fs;
 use std::io::Write as _;
@@ -27,7 +27,7 @@ use crate::support::{eventually, needs_root, one_at_a_time};
 
 const CONTROL: &str = "control = \"{}/control\"\n";
 
-/// A frontend that has negotiated all protocol features.
+/// Connects a frontend that negotiates all protocol features.
 fn begin(daemon: &Daemon) -> Frontend {
     let mut frontend = Frontend::new(daemon.connect_to("evil"));
     frontend.begin();
@@ -37,19 +37,19 @@ fn begin(daemon: &Daemon) -> Frontend {
     frontend
 }
 
-/// Negotiates protocol features without one that has been used.
+/// Negotiates protocol features again, without a feature that is in use.
 fn drop_feature(frontend: &mut Frontend, bit: u32) {
     let rest = frontend.get(FrontendReq::GET_PROTOCOL_FEATURES) & !(1 << bit);
     frontend.ask(FrontendReq::SET_PROTOCOL_FEATURES, &rest.to_ne_bytes(), &[]);
 }
 
-/// Something that a frontend holds while a take-over is tried.
+/// A value that a frontend holds during the take-over.
 type Held = Box<dyn std::any::Any>;
-/// Brings that about.
-type Veto = fn(&Daemon) -> Held;
+/// A function that prepares the obstacle.
+type Obstacle = fn(&Daemon) -> Held;
 
-/// Ways in which a frontend may hold up a take-over, and whether it is to keep its connection.
-const VETOES: &[(&str, bool, Veto)] = &[
+/// Obstacles to a take-over: name, whether the frontend must keep its connection, and preparation.
+const OBSTACLES: &[(&str, bool, Obstacle)] = &[
     ("memory's file shrunk", false, |daemon| {
         let card = card(daemon, "evil", Options::default());
         card.ram.file.set_len(0x1000).unwrap();
@@ -130,7 +130,7 @@ const VETOES: &[(&str, bool, Veto)] = &[
     }),
     ("messages without end", true, |daemon| {
         let mut frontend = begin(daemon);
-        let held = HangsUp(frontend.stream.try_clone().unwrap());
+        let held = ShutOnDrop(frontend.stream.try_clone().unwrap());
         std::thread::spawn(move || {
             let code = FrontendReq::GET_FEATURES;
             loop {
@@ -144,8 +144,8 @@ const VETOES: &[(&str, bool, Veto)] = &[
     }),
     ("a connection that can't be passed", false, |daemon| {
         let stream = begin(daemon).stream;
-        // A message that is not complete, with a descriptor, is read by the daemon. So the sockets are
-        // left where it does not read any more: behind replies that nobody reads.
+        // The daemon reads an incomplete message that has a descriptor. So the sockets wait where the
+        // daemon does not read: after requests whose replies the frontend does not read.
         stream.set_nonblocking(true).unwrap();
         let request = header(FrontendReq::GET_FEATURES.into(), 1, 0).repeat(100);
         while (&stream).write(&request).is_ok() {}
@@ -154,16 +154,16 @@ const VETOES: &[(&str, bool, Veto)] = &[
     }),
 ];
 
-/// Ends a connection that a thread uses.
-struct HangsUp(UnixStream);
+/// A connection that a thread uses, shut down on drop.
+struct ShutOnDrop(UnixStream);
 
-impl Drop for HangsUp {
+impl Drop for ShutOnDrop {
     fn drop(&mut self) {
         let _ = self.0.shutdown(std::net::Shutdown::Both);
     }
 }
 
-/// Sends sockets that have sockets in flight that have sockets in flight, and so on.
+/// Sends a socket with a socket in flight, which has a socket in flight, and so on.
 fn nest(stream: &UnixStream) {
     let (mut inner, mut kept) = UnixStream::pair().unwrap();
     for _ in 0..8 {
@@ -171,7 +171,7 @@ fn nest(stream: &UnixStream) {
         if its_end.send_with_fd(&b"x"[..], inner.as_raw_fd()).is_err() {
             break;
         }
-        // What is in flight is kept by the kernel.
+        // The kernel keeps sockets in flight open.
         (inner, kept) = (outer, its_end);
     }
     let _ = stream.send_with_fd(&b"x"[..], inner.as_raw_fd());
@@ -184,7 +184,7 @@ fn card(daemon: &Daemon, port: &str, options: Options) -> Card {
 
 #[test]
 fn hostile_57_no_frontend_prevents_a_takeover() {
-    for (what, keeps, veto) in VETOES {
+    for (what, keeps, veto) in OBSTACLES {
         let ports = port("good", "loopback = true") + &port("evil", "loopback = true");
         let mut daemon = Daemon::with_config(&(CONTROL.to_owned() + &ports), "evil");
         let mut good = card(&daemon, "good", Options::default());
@@ -202,7 +202,7 @@ fn hostile_57_no_frontend_prevents_a_takeover() {
             eventually("the frontend is disconnected", || !connected());
         }
         drop(held);
-        // Whoever comes next is served.
+        // The next frontend is served.
         eventually("the frontend has gone", || !connected());
         card(&daemon, "evil", Options::default()).check_echo(20);
     }
@@ -222,7 +222,7 @@ fn takeover_leaves_a_stuck_port_behind() {
         waitpid(stuck, Some(WaitPidFlag::__WALL)).unwrap();
         let successor = daemon.start_successor();
         eventually("it has taken over", || daemon.log().contains("daemon: took over"));
-        // The process of a traced thread ends when the tracer has taken note.
+        // A traced process exits only after its tracer has waited for it.
         waitpid(stuck, Some(WaitPidFlag::__WALL)).unwrap();
         daemon.become_successor(successor);
         good.check_echo(20);
@@ -231,8 +231,8 @@ fn takeover_leaves_a_stuck_port_behind() {
     }
 }
 
-/// Guests on TAPs of all kinds, of one daemon.
-struct House {
+/// A daemon with guests on TAPs of all kinds.
+struct TapGuests {
     daemon: Daemon,
     multi: Card,
     single: Card,
@@ -245,7 +245,7 @@ struct House {
 
 const TAPS: [&str; 4] = ["multi", "single", "old", "unlinked"];
 
-impl House {
+impl TapGuests {
     fn build() -> Self {
         enter_quiet_namespace();
         for tap in TAPS {
@@ -273,21 +273,29 @@ impl House {
         let echo = card(&daemon, "echo", usual);
         TAPS[..3].iter().for_each(|tap| wait_for_carrier(tap));
         let wires = ["multi", "single", "old"].map(Wire::open);
-        let mut house =
-            House { daemon, multi, single, old, _unlinked, echo, wires, settings: String::new() };
-        house.settings = Self::settings();
-        house.check("at the beginning");
-        house
+        let mut guests = TapGuests {
+            daemon,
+            multi,
+            single,
+            old,
+            _unlinked,
+            echo,
+            wires,
+            settings: String::new(),
+        };
+        guests.settings = Self::settings();
+        guests.check("at the beginning");
+        guests
     }
 
-    /// What the kernel says of the TAPs: offloads and carriers.
+    /// Returns the TAPs' offloads and carriers.
     fn settings() -> String {
         let carrier =
             |tap| fs::read_to_string(format!("/sys/class/net/{tap}/carrier")).unwrap_or_default();
         TAPS.map(|tap| output("ethtool", &format!("-k {tap}")) + &carrier(tap)).concat()
     }
 
-    /// All traffic is as at the beginning.
+    /// Checks traffic and settings, which must be as at the beginning.
     #[track_caller]
     fn check(&mut self, when: &str) {
         assert_eq!(Self::settings(), self.settings, "{when}");
@@ -315,7 +323,7 @@ impl House {
             self.multi.send(pair, &frame(pair, 100));
             assert_eq!(multi.receive(1000), Some(frame(pair, 100)), "{when}: multi, to the host");
         }
-        // Both queues are steered to: these hash to either.
+        // These flows hash to both queues.
         let flow = |number: u16| {
             let (_, mut bytes) = tcp_frame(100, 1448);
             bytes[34..36].copy_from_slice(&(1000 + number).to_be_bytes());
@@ -344,7 +352,7 @@ impl House {
         Traced::start(&self.daemon.successor(), self.daemon.open_log(), window, strike, nth)
     }
 
-    /// The daemon serves again, or still.
+    /// Waits until the old daemon serves all ports.
     fn has_resumed(&self) {
         eventually("the ports are resumed", || {
             let shown = self.daemon.ctl(&["set", "echo", "--tx-limit=none"]);
@@ -353,7 +361,7 @@ impl House {
     }
 }
 
-/// System calls that touch what both daemons share, or that need something that there may be no more of.
+/// Reports whether a system call touches state that both daemons share, or needs a limited resource.
 fn shares(number: u64, arguments: [u64; 3]) -> bool {
     match number {
         // mmap of guest memory.
@@ -363,31 +371,31 @@ fn shares(number: u64, arguments: [u64; 3]) -> bool {
     }
 }
 
-/// From the request for the ports to the request to let go.
+/// Window from the request for the ports to the request to release them.
 const TAKE_OVER: Window = Window { from: "hand-over", to: "let-go", counts: shares };
 
 #[test]
 fn hostile_58_killed_new_daemon_changes_nothing() {
     needs_root!("hostile_58_killed_new_daemon_changes_nothing");
     let _alone = one_at_a_time();
-    let mut house = House::build();
+    let mut guests = TapGuests::build();
     let mut killed = 0;
     for nth in 0.. {
-        let mut successor = house.successor(TAKE_OVER, Strike::Kill, nth);
-        let ended = successor.run(|| !house.daemon.is_alive());
+        let mut successor = guests.successor(TAKE_OVER, Strike::Kill, nth);
+        let ended = successor.run(|| !guests.daemon.is_alive());
         let Some(call) = successor.struck else {
-            assert!(!ended, "{}", house.daemon.log());
-            house.daemon.become_successor(successor.release());
+            assert!(!ended, "{}", guests.daemon.log());
+            guests.daemon.become_successor(successor.release());
             break;
         };
         successor.kill();
-        house.has_resumed();
-        house.check(&format!("killed before call {nth}, {call}"));
+        guests.has_resumed();
+        guests.check(&format!("killed before call {nth}, {call}"));
         killed += 1;
     }
     println!("killed before each of {killed} system calls");
     assert!(killed > 30, "{killed}");
-    house.check("at the end");
+    guests.check("at the end");
     note(58, "C");
 }
 
@@ -395,35 +403,35 @@ fn hostile_58_killed_new_daemon_changes_nothing() {
 fn hostile_59_hanging_new_daemon_changes_nothing() {
     needs_root!("hostile_59_hanging_new_daemon_changes_nothing");
     let _alone = one_at_a_time();
-    let mut house = House::build();
+    let mut guests = TapGuests::build();
     for nth in [0, 5, 20, 40, 60, 80] {
-        let mut successor = house.successor(TAKE_OVER, Strike::Stop, nth);
-        let ended = successor.run(|| !house.daemon.is_alive());
+        let mut successor = guests.successor(TAKE_OVER, Strike::Stop, nth);
+        let ended = successor.run(|| !guests.daemon.is_alive());
         if successor.struck.is_none() {
             assert!(!ended);
-            house.daemon.become_successor(successor.release());
+            guests.daemon.become_successor(successor.release());
             continue;
         }
         let stopped = Instant::now();
-        house.has_resumed();
+        guests.has_resumed();
         assert!(stopped.elapsed() < Duration::from_secs(4), "{:?}", stopped.elapsed());
-        house.check(&format!("stopped before call {nth}"));
-        // It is too late when it goes on.
+        guests.check(&format!("stopped before call {nth}"));
+        // The new daemon resumes too late.
         successor.go_on();
         assert!(successor.run(|| false), "it has not ended");
-        assert!(house.daemon.is_alive(), "{}", house.daemon.log());
-        house.check(&format!("stopped before call {nth}, and gone on"));
+        assert!(guests.daemon.is_alive(), "{}", guests.daemon.log());
+        guests.check(&format!("stopped before call {nth}, and gone on"));
     }
-    // SIGTERM meanwhile ends the daemon, and whoever would succeed it.
-    let mut successor = house.successor(TAKE_OVER, Strike::Stop, 50);
+    // SIGTERM during a take-over ends both daemons.
+    let mut successor = guests.successor(TAKE_OVER, Strike::Stop, 50);
     assert!(!successor.run(|| false));
     let asked = Instant::now();
-    house.daemon.signal(Signal::SIGTERM);
-    assert!(house.daemon.wait().success());
+    guests.daemon.signal(Signal::SIGTERM);
+    assert!(guests.daemon.wait().success());
     assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
     successor.go_on();
     assert!(successor.run(|| false), "it has not ended");
-    assert!(house.daemon.log().contains("the old daemon was told to stop"));
+    assert!(guests.daemon.log().contains("the old daemon was told to stop"));
     note(59, "C");
 }
 
@@ -431,7 +439,7 @@ fn hostile_59_hanging_new_daemon_changes_nothing() {
 fn takeover_survives_lack_of_descriptors_and_threads() {
     needs_root!("takeover_survives_lack_of_descriptors_and_threads");
     let _alone = one_at_a_time();
-    let mut house = House::build();
+    let mut guests = TapGuests::build();
     let (mut failed, mut succeeded) = (0, 0);
     let errors: &[(Errno, Counts)] = &[
         (Errno::EMFILE, |number, [_, command, _]| {
@@ -444,19 +452,19 @@ fn takeover_survives_lack_of_descriptors_and_threads() {
     for (error, counts) in errors {
         let window = Window { counts: *counts, ..TAKE_OVER };
         for nth in 0.. {
-            let mut successor = house.successor(window, Strike::Fail(*error), nth);
-            let ended = successor.run(|| !house.daemon.is_alive());
+            let mut successor = guests.successor(window, Strike::Fail(*error), nth);
+            let ended = successor.run(|| !guests.daemon.is_alive());
             let struck = successor.struck;
             if ended {
                 let _ = successor.child.wait();
-                assert!(house.daemon.is_alive(), "nobody serves after {error} of {struck:?}");
+                assert!(guests.daemon.is_alive(), "nobody serves after {error} of {struck:?}");
                 failed += 1;
             } else {
-                house.daemon.become_successor(successor.release());
+                guests.daemon.become_successor(successor.release());
                 succeeded += 1;
             }
-            house.has_resumed();
-            house.check(&format!("{error} of call {nth}, {struck:?}"));
+            guests.has_resumed();
+            guests.check(&format!("{error} of call {nth}, {struck:?}"));
             if struck.is_none() {
                 break;
             }
@@ -464,29 +472,29 @@ fn takeover_survives_lack_of_descriptors_and_threads() {
     }
     println!("{failed} take-overs failed, {succeeded} did not");
     assert!(failed > 10 && succeeded >= errors.len());
-    // The same by the limit itself.
+    // The descriptor limit itself.
     let mut limit = 8;
     loop {
         let options = [&format!("--nofile={limit}:{limit}")];
         let mut command = std::process::Command::new("prlimit");
-        let successor = house.daemon.successor();
+        let successor = guests.daemon.successor();
         command.args(options).arg(successor.get_program()).args(successor.get_args());
-        let mut child = command.stderr(house.daemon.open_log()).spawn().unwrap();
+        let mut child = command.stderr(guests.daemon.open_log()).spawn().unwrap();
         let mut ended = None;
         eventually("either ends", || {
             ended = child.try_wait().unwrap();
-            ended.is_some() || !house.daemon.is_alive()
+            ended.is_some() || !guests.daemon.is_alive()
         });
         if ended.is_none() {
-            house.daemon.become_successor(child);
+            guests.daemon.become_successor(child);
             break;
         }
-        assert!(house.daemon.is_alive(), "nobody serves with {limit} descriptors");
-        house.has_resumed();
-        house.check(&format!("a limit of {limit} descriptors"));
+        assert!(guests.daemon.is_alive(), "nobody serves with {limit} descriptors");
+        guests.has_resumed();
+        guests.check(&format!("a limit of {limit} descriptors"));
         limit += 3;
     }
     assert!(limit > 20, "{limit}");
-    house.has_resumed();
-    house.check(&format!("taken over with {limit} descriptors"));
+    guests.has_resumed();
+    guests.check(&format!("taken over with {limit} descriptors"));
 }

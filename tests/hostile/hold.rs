@@ -1,4 +1,4 @@
-//! Cases 55, 56, 67 and 77: what a tenant or a helper process holds, and nobody waits for.
+//! Cases 55, 56, 67 and 77: pipes, threads, processes and sockets that block only their own port.
 
 use std::fs;
 use std::io::Write;
@@ -20,13 +20,12 @@ use crate::support::hostile::{Scene, note};
 use crate::support::network::{enter_new_namespace, ip};
 use crate::support::{eventually, needs_root};
 
-/// A thread that is stopped; it goes on when this is dropped, or a failed test would wait for its process for
-/// ever.
+/// A stopped thread, resumed on drop. Otherwise a failed test would wait for its process forever.
 struct StoppedThread(Pid);
 
 impl Drop for StoppedThread {
     fn drop(&mut self) {
-        // Fails if it has ended.
+        // Fails if the thread has exited.
         let _ = ptrace::detach(self.0, None);
     }
 }
@@ -37,11 +36,11 @@ const WAITS: [i64; 2] = [SYS_epoll_pwait, nix::libc::SYS_epoll_wait];
 #[cfg(not(target_arch = "x86_64"))]
 const WAITS: [i64; 1] = [SYS_epoll_pwait];
 
-/// Stops a port's control thread, as if a system call of its did not return.
+/// Stops a port's control thread, as if its system call did not return.
 fn stop_control_thread(scene: &Scene) -> StoppedThread {
     let control = scene.daemon.thread("attacked");
     let mut stopped = None;
-    // Not between two calls: it might hold a lock there that others wait for.
+    // Only while the thread waits: between two calls it might hold a lock.
     eventually("the control thread waits for something", || {
         ptrace::attach(control).unwrap();
         waitpid(control, Some(WaitPidFlag::__WALL)).unwrap();
@@ -54,11 +53,11 @@ fn stop_control_thread(scene: &Scene) -> StoppedThread {
     stopped.unwrap()
 }
 
-/// Ends the daemon, one of whose threads is stopped.
+/// Checks that SIGTERM ends a daemon with a stopped thread within 1 s.
 fn ends_within_a_second(scene: &mut Scene, stopped: StoppedThread) {
     let asked = Instant::now();
     scene.daemon.signal(Signal::SIGTERM);
-    // Whoever traces a thread must take note of its end, or the process does not end.
+    // The process exits only after the tracer has waited for the thread.
     waitpid(stopped.0, Some(WaitPidFlag::__WALL)).unwrap();
     assert!(scene.daemon.wait().success());
     assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
@@ -75,7 +74,7 @@ fn hostile_55_blocking_state_pipe_blocks_no_thread() {
         let payload = [load, 0].map(u32::to_ne_bytes).concat();
         frontend.send_with(FrontendReq::SET_DEVICE_STATE_FD, 0, &payload, &[pipe]);
         frontend.reply(FrontendReq::SET_DEVICE_STATE_FD);
-        // The flag is the open file's: the daemon's descriptor would block now.
+        // The flag belongs to the open file, so the daemon's descriptor would block too.
         for end in [&reader as &dyn std::os::fd::AsFd, &writer] {
             fcntl(end.as_fd(), FcntlArg::F_SETFL(OFlag::empty())).unwrap();
         }
@@ -101,7 +100,7 @@ fn hostile_56_stuck_port_is_abandoned() {
     scene.lives();
     ends_within_a_second(&mut scene, control);
 
-    // One that is stuck when the daemon ends.
+    // A port that is stuck when the daemon stops.
     let mut scene = Scene::operated(56);
     let control = stop_control_thread(&scene);
     scene.lives();
@@ -120,13 +119,13 @@ fn hostile_67_dead_helper_ends_no_port() {
     scene.daemon_says("the helper process has exited");
     scene.daemon.signal(Signal::SIGHUP);
     scene.daemon_says("reload refused: the helper process that reads the file has exited");
-    // Not `ends`: the helper's socket is gone.
+    // Not `ends`, since the helper's socket is closed.
     scene.check(&mut scene.card());
     scene.lives();
     note(67, "SIGHUP is refused with a log line; all ports go on");
 }
 
-/// A connection whose last close waits for a peer that does not read, and that peer.
+/// Returns a connection whose last close waits for its peer, which does not read, and the peer.
 fn lingering() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -158,7 +157,7 @@ fn hostile_77_lingering_socket_delays_no_removal() {
         scene.lives();
         scene.daemon.signal(Signal::SIGTERM);
         assert!(scene.daemon.wait().success());
-        // The kernel would wait for 20 s.
+        // The kernel would wait 20 s.
         assert!(asked.elapsed() < Duration::from_secs(4), "{:?}", asked.elapsed());
     }
     note(77, "the port is removed, and the daemon ends, at once");

@@ -1,4 +1,4 @@
-//! Cases 40 to 50: fairness, life cycle, AF_XDP and what operators do.
+//! Cases 40 to 50: fairness, life cycle, AF_XDP and operators' input.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -42,7 +42,7 @@ fn hostile_40_self_refilling_ring_starves_no_other_port() {
 #[test]
 fn hostile_41_worker_sleeps_with_too_few_buffers() {
     let scene = Scene::new(41);
-    // Three buffers of 100 bytes at a time, and frames of 1000.
+    // Three buffers of 100 bytes, and frames of 1000 bytes.
     let mut card =
         Card::prepare(scene.frontend(), Options { buffer: 100, size: 8, ..Options::default() });
     card.fill_from(0, 5);
@@ -95,11 +95,11 @@ fn hostile_43_nothing_is_written_after_reset_or_disconnect() {
         check.wait(&mut card, 0, 20);
         check_reset(&mut card, &mut check, 3);
     }
-    // The frontend goes in mid-burst, and its guest's memory lives on.
+    // The frontend disconnects in a burst, and the guest's memory stays.
     for _ in 0..20 {
         check.wait(&mut card, 0, 20);
         card.frontend.stream.shutdown(Shutdown::Both).unwrap();
-        // It is answered when its predecessor has been let go.
+        // The reply shows that the daemon has released the previous frontend.
         let mut next = scene.frontend();
         next.get(FrontendReq::GET_FEATURES);
         check.take(&mut card, 0);
@@ -117,7 +117,7 @@ fn hostile_44_daemon_stops_and_resumes_under_attack() {
     for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGINT] {
         let mut scene = Scene::new(44);
         let mut card = scene.card();
-        // Its worker stands in a write to a call descriptor that blocks.
+        // The worker blocks in a write to a call descriptor.
         let full = EventFd::new(0).unwrap();
         full.write(u64::MAX - 1).unwrap();
         card.frontend.event(FrontendReq::SET_VRING_CALL, 1, Some(&full));
@@ -126,7 +126,7 @@ fn hostile_44_daemon_stops_and_resumes_under_attack() {
         let flood = Refilling::start(card);
         std::thread::sleep(Duration::from_millis(50));
         if signal == Signal::SIGHUP {
-            // It reads its file again, whatever its tenants do, and goes on.
+            // A reload succeeds whatever tenants do.
             scene.daemon.signal(signal);
             scene.daemon_says(" failures=0");
         }
@@ -137,7 +137,7 @@ fn hostile_44_daemon_stops_and_resumes_under_attack() {
         flood.stop();
         scene.stopped();
     }
-    // Killed again and again, with a frontend that connects again.
+    // The daemon is killed repeatedly, and the frontend reconnects.
     let mut daemon = Daemon::start(&["--loopback"]);
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
     for _ in 0..100 {
@@ -159,7 +159,7 @@ fn hostile_44_daemon_stops_and_resumes_under_attack() {
             while card.tx[0].take_used().is_some() {}
             card.tx[0].used_index == card.tx[0].avail_index
         });
-        // What was on its way may have come twice.
+        // Frames in flight at the kill may arrive twice.
         while card.try_receive(0).is_some() {}
         assert!(started.elapsed() < Duration::from_secs(1));
     }
@@ -174,8 +174,8 @@ fn hostile_45_exhausted_host_costs_one_port() {
     let limit = |what: String| {
         assert!(Command::new("prlimit").args([&process, &what]).status().unwrap().success());
     };
-    // Descriptors: what is open stays open, and no new one has a number below the limit.
-    // The last frontend has gone when its port has closed all.
+    // Descriptors: open ones stay open, and no new one fits below the limit.
+    // The port needs a moment to close the last frontend's descriptors.
     std::thread::sleep(Duration::from_millis(200));
     limit(format!("--nofile={}:", scene.daemon.lowest_free_descriptor()));
     let waiting = scene.daemon.connect_to("attacked");
@@ -183,7 +183,7 @@ fn hostile_45_exhausted_host_costs_one_port() {
     scene.daemon_says("cannot accept a connection: Too many open files");
     limit("--nofile=1024:".into());
     assert_ne!(Frontend::new(waiting).get(FrontendReq::GET_FEATURES), 0);
-    // A session that begins without a descriptor for its waiting begins when there is one.
+    // A session that lacks a descriptor for epoll starts when one is free.
     let mut card = scene.card();
     limit("--nofile=4:".into());
     card.frontend.enable(1, false);
@@ -204,7 +204,7 @@ fn hostile_45_exhausted_host_costs_one_port() {
     drop(frontend);
     scene.ends("refused or tried again, the others run on");
 
-    // Nobody reads standard error, or there is no room for it.
+    // Standard error is a pipe without a reader, or a full disk.
     let (reader, writer) = std::io::pipe().unwrap();
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     for stderr in [Stdio::from(writer), Stdio::from(full)] {
@@ -233,10 +233,10 @@ fn hostile_46_guest_that_keeps_buffers_stalls_only_itself() {
     let mut card = scene.card();
     card.send(0, &[0; 5]);
     let flood = Flood::start("veth1");
-    // The kernel may still hold its predecessor's socket.
+    // The kernel may still hold the previous socket.
     let mut check = Check::default();
     check.wait(&mut card, 0, 1);
-    // It takes no frame for a while: all its buffers fill, and the kernel's rings after them.
+    // The guest takes no frames: its buffers fill, then the kernel's rings.
     std::thread::sleep(Duration::from_secs(1));
     drop(flood);
     let full = check.received + usize::from(card.options.size);
@@ -289,7 +289,7 @@ fn hostile_48_no_byte_leaks_between_tenants() {
     for card in [&mut one, &mut two] {
         card.send(0, &[0; 5]);
     }
-    // Frames for one only: whatever is in the other's memory is not of them.
+    // Frames for one guest only: the other guest's memory must hold none of them.
     let flood = Flood::start("veth1");
     let mut check = Check::default();
     check.wait(&mut one, 0, 5000);
@@ -318,7 +318,7 @@ fn hostile_49_control_socket_takes_only_valid_requests() {
     };
     let good = |reply: &str| reply.contains("\"ok\":[") && reply.contains("attacked");
     assert!(good(&ask(LIST)));
-    // Deep JSON, bad UTF-8, other versions and commands, and too much of everything.
+    // Deep JSON, bad UTF-8, other versions and commands, and values that are too long.
     let deep = "[".repeat(10_000) + "\n";
     let unknown = b"{\"version\":1,\"command\":\"show\",\"port\":\"../\\n\",\"x\":1}\n";
     for (bytes, kind) in [
@@ -333,22 +333,22 @@ fn hostile_49_control_socket_takes_only_valid_requests() {
         let reply = ask(bytes);
         assert!(reply.contains(&format!("\"kind\":\"{kind}\"")), "{kind}: {reply}");
     }
-    // A line without an end: whoever sends it is hung up on long before a gigabyte.
+    // An endless line: the daemon disconnects the client long before 1 GB.
     let mut stream = UnixStream::connect(&path).unwrap();
     let chunk = [b'x'; 0x10000];
     let sent = (0..0x4000).take_while(|_| stream.write_all(&chunk).is_ok()).count();
     assert!(sent < 100, "{sent} chunks were taken");
     scene.daemon_says("control socket: client disconnected: a request has more than");
-    // Who asks and does not read: others are served meanwhile.
+    // A client that reads no replies: the daemon serves other clients.
     let mut deaf = UnixStream::connect(&path).unwrap();
     deaf.set_nonblocking(true).unwrap();
     while deaf.write(LIST).is_ok() {}
     assert!(good(&ask(LIST)));
-    // A thousand that are silent: the oldest make room.
+    // A thousand silent clients: the daemon disconnects the oldest.
     let idle: Vec<UnixStream> = (0..1000).map(|_| UnixStream::connect(&path).unwrap()).collect();
     assert!(good(&ask(LIST)));
     drop((idle, deaf));
-    // Another user, to whom somebody has opened the socket's file.
+    // Another user, who has permission on the socket's file.
     for (file, mode) in [(scene.daemon.directory(), 0o755), (path.as_path(), 0o666)] {
         fs::set_permissions(file, fs::Permissions::from_mode(mode)).unwrap();
     }
@@ -368,7 +368,7 @@ fn hostile_49_control_socket_takes_only_valid_requests() {
 #[test]
 fn hostile_50_names_cannot_be_paths_lines_or_links() {
     let scene = Scene::new(50);
-    // A file's name with a line of its own in it.
+    // A file name with a line break.
     let forged = "x\n[2026-01-01T00:00:00Z WARN ] quiet: forged";
     let name = std::ffi::CString::new(forged).unwrap();
     let memory = memfd_create(name.as_c_str(), MFdFlags::MFD_CLOEXEC).unwrap();
@@ -394,7 +394,7 @@ fn hostile_50_names_cannot_be_paths_lines_or_links() {
     }
     refused(&format!("socket-path = \"/{}\"", "x".repeat(107)), "at most 107");
     refused("socket-path = \"\"", "is empty");
-    // A link where the socket is to be, in a directory that everybody can write to.
+    // A link at the socket's path, in a directory that all users can write to.
     let target = scene.daemon.path("target");
     fs::write(&target, "precious").unwrap();
     for to in [target.clone(), scene.daemon.path("attacked"), scene.daemon.path("nowhere")] {

@@ -1,5 +1,4 @@
-//! Case 68: a bug makes a thread of one port panic, by a fault point of debug builds
-//! (`src/fault_point.rs`).
+//! Case 68: a thread of one port panics, by a fault point of debug builds (`src/fault_point.rs`).
 
 use std::time::{Duration, Instant};
 
@@ -13,10 +12,10 @@ use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_wi
 use crate::support::traffic::{check_canaries, frame, plant_canaries};
 use crate::support::{eventually, needs_root, skip};
 
-/// Frames that the guest has sent when its worker panics: those of the scene's check, and five.
+/// Fault point: the worker panics after 105 frames, the 100 of the scene's check and five.
 const WORKER: &str = "worker:attacked/0:105";
 
-/// Returns from a test where the daemon has no fault points.
+/// Skips a test in builds without fault points.
 macro_rules! needs_fault_points {
     ($test:expr) => {
         if !cfg!(debug_assertions) {
@@ -26,7 +25,7 @@ macro_rules! needs_fault_points {
     };
 }
 
-/// Waits until frames are used, and takes them if they come back.
+/// Waits until frames are used, and receives them on a loopback port.
 #[track_caller]
 fn used(scene: &Scene, card: &mut Card, frames: usize) {
     for _ in 0..frames {
@@ -37,8 +36,8 @@ fn used(scene: &Scene, card: &mut Card, frames: usize) {
     }
 }
 
-/// Has the worker panic with frames in flight both ways. The session ends: the frontend is told, an
-/// operator is, the used indices are answered, and nothing writes to guest memory.
+/// Lets the worker panic with frames in flight both ways. Checks that the frontend and the operator are
+/// told, that GET_VRING_BASE returns the used indexes, and that the device writes no buffer.
 #[track_caller]
 fn panics(scene: &Scene) -> Card {
     let mut card = scene.card();
@@ -72,7 +71,7 @@ fn panics(scene: &Scene) -> Card {
     card
 }
 
-/// What was in flight is moved after all.
+/// Checks that the next session moves the frames that were in flight.
 #[track_caller]
 fn resumes(scene: &Scene, card: &mut Card) {
     used(scene, card, 8);
@@ -84,7 +83,7 @@ fn hostile_68_worker_panic_costs_one_session() {
     needs_fault_points!("hostile_68_worker_panic_costs_one_session");
     let scene = Scene::failing(68, WORKER, "loopback = true\n", None);
     let mut card = panics(&scene);
-    // The guest's reset.
+    // The guest resets the device.
     card.run();
     resumes(&scene, &mut card);
     assert_eq!(scene.daemon.show("attacked")["state"], "running");
@@ -129,7 +128,7 @@ fn hostile_68_worker_panic_on_af_xdp_closes_the_socket() {
 #[test]
 fn hostile_68_control_panic_ends_one_port() {
     needs_fault_points!("hostile_68_control_panic_ends_one_port");
-    // By a message that no other test's frontend sends here: SEND_RARP.
+    // SEND_RARP triggers the panic; no other test sends it to this port.
     let scene = Scene::failing(68, "control:attacked:19", "loopback = true\n", None);
     let mut card = scene.card();
     card.check_echo(10);
@@ -142,13 +141,13 @@ fn hostile_68_control_panic_ends_one_port() {
         shown["state"] == "ended" && shown["mapped_bytes"] == 0
     });
     assert!(!scene.daemon.path("attacked").exists(), "the socket is removed");
-    // An operator can add it again.
+    // An operator can add the port again.
     scene.daemon.ask(&["remove", "attacked"]);
     scene.daemon.ask(&["reload"]);
     drop(card);
     scene.ends("B: a worker serves the next session; C: a control thread's port has ended");
 
-    // A service manager starts a daemon again whose last port has ended so.
+    // The daemon exits with an error when its last port ends so, and a service manager restarts it.
     let mut daemon =
         Daemon::failing_without_file(&["--loopback", "--name=only"], "control:only:19");
     let mut frontend = Frontend::new(daemon.connect());

@@ -1,4 +1,4 @@
-//! Cases 69 to 71: an operator whose file asks for what there is not.
+//! Cases 69 to 71: configuration files that name missing resources, or are no regular files.
 
 use std::fs;
 use std::path::Path;
@@ -16,13 +16,13 @@ use crate::support::network::{Wire, enter_namespace_with_tap, enter_namespace_wi
 use crate::support::traffic::check_both_ways;
 use crate::support::{eventually, needs_root};
 
-/// Describes the attacked port in another way.
+/// Writes a file with other options for the attacked port.
 fn describe(scene: &Scene, attacked: &str) {
     let ports = port("attacked", attacked) + &port("quiet", "loopback = true\n");
     scene.daemon.write_config(&("control = \"{}/control\"\n".to_owned() + &ports));
 }
 
-/// Reloads; returns what was refused.
+/// Reloads, which must fail. Returns the error output.
 #[track_caller]
 fn refused(scene: &Scene) -> String {
     let output = scene.daemon.ctl(&["reload"]);
@@ -51,15 +51,15 @@ fn hostile_69_failed_reload_keeps_the_port() {
         let text = refused(&scene);
         assert!(text.contains("attacked: not changed: "), "{text}");
         assert!(text.contains(why), "{rest}: {text}");
-        // Its VMM has noticed nothing.
+        // The VMM is still connected.
         scene.check(&mut card);
     }
-    // SIGHUP says so in the log.
+    // After SIGHUP the log has the reason.
     scene.daemon.signal(Signal::SIGHUP);
     scene.daemon_says("reload failed attacked: not changed: ");
     scene.check(&mut card);
     drop(card);
-    // Nobody is connected: the socket may move, if there is a directory for it.
+    // Without a VMM the socket may move, if the new directory exists.
     let elsewhere = "[[port]]\nname = \"attacked\"\nsocket-path = \"{}/none/socket\"\n";
     let quiet = port("quiet", "loopback = true\n");
     let file = |port: String| "control = \"{}/control\"\n".to_owned() + &port + &quiet;
@@ -67,7 +67,7 @@ fn hostile_69_failed_reload_keeps_the_port() {
     scene.daemon.write_config(&file(elsewhere.to_owned() + tap));
     assert!(refused(&scene).contains("make its directory first"));
     scene.check(&mut scene.card());
-    // What can be had takes its place, and has its TAP.
+    // A valid port replaces this one, and gets its TAP.
     let moved = "[[port]]\nname = \"attacked\"\nsocket-path = \"{}/moved\"\nmtu = 1400\n";
     eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
     scene.daemon.write_config(&file(moved.to_owned() + tap));
@@ -88,7 +88,7 @@ fn hostile_69_failed_reload_restarts_the_af_xdp_port() {
     enter_namespace_with_veth(1);
     let scene = Scene::operated_on(69, "af-xdp = \"veth0\"\n", Some(Wire::open("veth1")));
     scene.check(&mut scene.card());
-    // The queue is the old port's until it ends; only then can be seen that the driver can't.
+    // The old port holds the queue until it ends. Only then does the bind fail.
     describe(&scene, "af-xdp = \"veth0,queue=7\"");
     let text = refused(&scene);
     assert!(text.contains("attacked: not changed: "), "{text}");
@@ -131,7 +131,7 @@ fn hostile_70_change_that_breaks_a_connected_vmm_is_refused() {
         assert!(text.contains(why), "{rest}: {text}");
         scene.check(&mut card);
     }
-    // Without a VMM all of that can be.
+    // Without a VMM all of these changes succeed.
     drop(card);
     eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
     for (rest, _) in &wrong {
@@ -149,7 +149,7 @@ fn hostile_70_af_xdp_in_place_of_a_tap_is_refused() {
     enter_namespace_with_veth(1);
     ip("tuntap add dev tap0 mode tap vnet_hdr");
     ip("link set tap0 up");
-    // A daemon that has AF_XDP.
+    // A daemon that started with AF_XDP.
     let attacked = "tap = \"tap0\"\n".to_owned();
     let other = port("other", "af-xdp = \"veth0\"\n");
     let mut scene = Scene::operated_on(70, &(attacked + &other), Some(Wire::open("tap0")));
@@ -169,7 +169,7 @@ fn hostile_70_af_xdp_in_place_of_a_tap_is_refused() {
     note(70, "R while a VMM is connected, with the key and the feature");
 }
 
-/// What the program says of a file; it may take 5 s and 1 GB.
+/// Runs the program on a file, limited to 5 s and 1 GB. Returns its output.
 fn said_of(verb: &[&str], file: &Path) -> String {
     let script = "ulimit -v 1000000; exec timeout 5 \"$0\" \"$@\"";
     let mut command = Command::new("sh");
@@ -196,7 +196,7 @@ fn hostile_71_only_small_regular_files_are_read() {
             assert!(said_of(verb, file).contains(why), "{verb:?} {file:?}");
         }
     }
-    // The helper process of the daemon reads such files no more than others do.
+    // The daemon's helper process refuses such files too.
     for replaced in [&sparse, &fifo] {
         fs::rename(replaced, scene.daemon.path("config")).unwrap();
         let before = scene.daemon.log().matches("no port changed").count();
@@ -227,7 +227,7 @@ fn hostile_71_all_mistakes_of_a_file_are_reported() {
     assert!(text.contains("3 more mistakes: 'vhost-user-net check-config' names all"), "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
 
-    // What this host does not have.
+    // Resources that this host lacks.
     let port = |rest: &str| format!("[[port]]\n{rest}\n");
     let contents = "user = \"no-such-user\"\ngroup = \"no-such-group\"\n".to_owned()
         + &port(&format!("socket-path = \"{directory}/a\"\ntap = \"lo\""))
@@ -253,7 +253,7 @@ fn hostile_71_all_mistakes_of_a_file_are_reported() {
     ] {
         assert!(text.contains(said), "{said}: {text}");
     }
-    // A directory that a service makes at its start, and a TAP that the daemon makes.
+    // A directory that the service creates at its start, and a TAP that the daemon creates.
     let later = port("socket-path = \"/run/none-yet/a\"\ntap = \"none9\"");
     fs::write(&file, later).unwrap();
     let output = program().arg("check-config").arg(&file).output().unwrap();

@@ -1,4 +1,4 @@
-//! Cases 21 to 30: the rings, written by a guest that means harm.
+//! Cases 21 to 30: rings of a hostile guest.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,14 +14,14 @@ use crate::support::frontend::addresses;
 use crate::support::guest::Ram;
 use crate::support::hostile::Scene;
 
-/// Writes descriptors to the tx ring's table, from the first on: address, length, flags, next.
+/// Writes descriptors to `table`, from entry 0: address, length, flags, next.
 fn write_table(ring: &Ring, table: u64, descriptors: &[(u64, u32, u16, u16)]) {
     for (index, (address, length, flags, next)) in (0..).zip(descriptors) {
         ring.write_descriptor(table, index, *address, *length, *flags, *next);
     }
 }
 
-/// Offers a chain that starts at descriptor 0 of the tx ring.
+/// Makes a chain available that starts at descriptor 0 of the tx ring.
 fn offer(card: &mut Card, descriptors: &[(u64, u32, u16, u16)]) {
     let ring = &mut card.tx[0];
     write_table(ring, ring.descriptors, descriptors);
@@ -29,8 +29,8 @@ fn offer(card: &mut Card, descriptors: &[(u64, u32, u16, u16)]) {
     ring.publish();
 }
 
-/// Has a guest break its tx ring, which stops the pair with a line that says `why`. The guest's
-/// reset, and the next session over a new connection, find it mended.
+/// Lets a guest break its tx ring. Checks that the queue pair stops with a log line that contains `why`, and
+/// works again after the guest's reset and over a new connection.
 #[track_caller]
 fn breaks(scene: &Scene, why: &str, break_it: impl FnOnce(&mut Card)) {
     let mut card = scene.card();
@@ -39,7 +39,7 @@ fn breaks(scene: &Scene, why: &str, break_it: impl FnOnce(&mut Card)) {
     card.tx[0].kick.write(1).unwrap();
     eventually(&format!("the frontend is told: {why}"), || card.tx[0].error.read().is_ok());
     scene.says(why);
-    // It stays so until it is reset, and then runs from where it stood.
+    // The pair stays broken until a reset, and then resumes at its index.
     for index in 0..2 {
         card.frontend.get_vring_base(index);
     }
@@ -59,7 +59,7 @@ fn hostile_21_buffers_outside_memory_break_the_pair() {
     ] {
         breaks(&scene, "lies outside guest memory", |card| offer(card, &[(address, length, 0, 0)]));
     }
-    // Two regions beside each other for the guest are not so here.
+    // Two regions are adjacent in guest addresses, but not in this process.
     let mut card = scene.card();
     let next = Ram::new(end, 0x10_0000);
     card.frontend.add_mem_reg(&next);
@@ -101,7 +101,7 @@ fn hostile_23_duplicate_heads_and_ring_overlaps_are_contained() {
         card.tx[0].offer_head(head);
         card.tx[0].publish();
     });
-    // The parts of a ring over each other, over the other ring's, and over the buffers.
+    // The parts of a ring overlap each other, the other ring and the buffers.
     let card = scene.card();
     let (rx, tx) = (&card.rx[0], &card.tx[0]);
     let buffers = tx.buffer_area();
@@ -140,7 +140,7 @@ fn hostile_24_empty_descriptors_are_dropped_or_break_the_pair() {
         card.tx[0].publish();
         card.tx[0].wait_used();
     }
-    // Between others they count for nothing.
+    // Empty descriptors between others are ignored.
     card.ram.write(area, &[[0; HEADER].as_slice(), &[9; 60]].concat());
     let pieces = [(area, 0), (area, 12), (area + 5, 0), (area + 12, 60), (area, 0)];
     card.tx[0].add(&pieces, false).unwrap();
@@ -195,7 +195,7 @@ fn hostile_27_concurrently_changed_fields_are_read_once() {
         let mut card = scene.card_with(Options { size: 64, ..Options::default() });
         let stop = Arc::<AtomicBool>::default();
         let ram = card.ram.clone();
-        // Everything of the tx ring that a guest writes, and header and frame.
+        // All fields of the tx ring that a guest writes, and header and frame.
         let parts = [
             (card.tx[0].descriptors, 64 * 16),
             (card.tx[0].avail + 4, 64 * 2),
@@ -209,7 +209,7 @@ fn hostile_27_concurrently_changed_fields_are_read_once() {
                 state ^= state >> 7;
                 state ^= state << 17;
                 let (start, length) = parts[(state % 3) as usize];
-                // Most values are near what is right: those get further.
+                // Most values are near valid ones, which reach more of the code.
                 let value = (state >> 40) as u8 & if state & 8 == 0 { 0xff } else { 7 };
                 ram.write(start + (state >> 8) % length, &[value]);
             }
@@ -259,7 +259,7 @@ fn hostile_28_invalid_indirect_tables_break_the_pair() {
     breaks(&scene, "outside guest memory", |card| {
         offer(card, &[(1 << 50, 16, INDIRECT_FLAG, 0)]);
     });
-    // Not negotiated at all.
+    // INDIRECT is not negotiated.
     let mut card = scene.card_with(Options {
         features: Options::default().features & !INDIRECT,
         ..Options::default()
@@ -282,7 +282,7 @@ fn hostile_29_chains_of_wrong_direction_or_size_are_contained() {
         let area = card.tx[0].buffer_area();
         offer(card, &[(area, 100, NEXT, 1), (area + 100, 100, WRITE, 0)]);
     });
-    // The other way round, on the rx ring: nobody has been given its buffers yet.
+    // Readable descriptors on the rx ring, whose buffers are not posted yet.
     let mut card = Card::prepare(scene.frontend(), Options::default());
     card.run();
     let area = card.rx[0].buffer_area();
@@ -291,7 +291,7 @@ fn hostile_29_chains_of_wrong_direction_or_size_are_contained() {
     card.rx[0].kick.write(1).unwrap();
     eventually("the frontend is told", || card.rx[0].error.read().is_ok());
     drop(card);
-    // Buffers that hold less than a header, and just one: frames go to the next that suits.
+    // Buffers around the size of a header: frames go to the next suitable one.
     for merging in [true, false] {
         let all = Options::default().features;
         let features = if merging { all } else { all & !MRG_RXBUF };
