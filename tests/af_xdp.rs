@@ -206,7 +206,7 @@ fn gso_frames_are_segmented() {
     let features = Options::default().features | CSUM | HOST_TSO;
     let (daemon, wire, mut card) = start(&[], Options { features, ..Options::default() });
     output("ethtool", "-K veth0 tx off");
-    // More segments than can be under way at a time, many, and one.
+    // More segments than can be in flight, many, and one.
     for (payload, size) in [(20_000, 64), (20_000, 1448), (1448, 1448), (100, 1448)] {
         let (header, bytes) = tcp_frame(payload, size);
         card.send_with(0, &header, &bytes);
@@ -385,7 +385,7 @@ fn queue_pairs_have_own_queues_and_share_umem() {
         arrived[0] + arrived[1] == 64
     });
     assert!(arrived.iter().all(|count| *count > 5), "{arrived:?}");
-    // One pair stops and starts again while the other goes on.
+    // One queue pair stops and starts again while the other runs.
     for _ in 0..10 {
         card.frontend.enable(2, false);
         card.frontend.enable(2, true);
@@ -430,7 +430,7 @@ fn two_daemons_share_device_and_xdp_program() {
         (0..16).for_each(|number| wire.send(&flow(number)));
         cards[1].try_receive(0).is_some()
     });
-    // A successor joins the program that is there.
+    // A new daemon joins the attached program.
     let next = start(0);
     let mut card = Card::start(Frontend::new(next.connect()), Options::default());
     card.send(0, &frame(3, 100));

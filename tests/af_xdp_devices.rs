@@ -108,16 +108,16 @@ fn vlan_tag_loss_is_logged_with_fix_command() {
     let mut guest = card(&daemon);
     wire.send(&tagged(0x8100, 100, 2));
     assert_eq!(guest.receive(0)[HEADER..], frame(2, 100), "without its tag");
-    let cure = "ethtool -K vm1-br txvlan off tx-vlan-stag-hw-insert off";
+    let fix = "ethtool -K vm1-br txvlan off tx-vlan-stag-hw-insert off";
     let log = daemon.log();
-    assert!(log.contains("VLAN tags are lost") && log.contains(cure), "{log}");
+    assert!(log.contains("VLAN tags are lost") && log.contains(fix), "{log}");
     drop((guest, daemon));
-    ethtool("vm1-br", cure.strip_prefix("ethtool -K vm1-br ").unwrap());
+    ethtool("vm1-br", fix.strip_prefix("ethtool -K vm1-br ").unwrap());
     let daemon = Daemon::start(&["--af-xdp=vm1,attach=generic"]);
     let mut guest = card(&daemon);
     check_tags(|frame| wire.send(frame), &mut guest);
     assert!(!daemon.log().contains("VLAN"), "{}", daemon.log());
-    // Somebody turns it on again, under way.
+    // The offload is enabled again while the port runs.
     ethtool("vm1-br", "txvlan on");
     eventually("it is said", || daemon.log().contains("ethtool -K vm1-br txvlan off'"));
 }
@@ -178,7 +178,7 @@ fn mtu_above_limit_is_refused_and_guest_served() {
     guest.run();
     guest.send(0, &frame(1, 1400));
     assert_eq!(wire.receive(1000).unwrap(), frame(1, 1400));
-    // Under way too; and what the port can carry, it does, though the device must be told.
+    // A running port refuses it too. It accepts an MTU that it can carry, even above the device's MTU.
     assert!(!ask_for_mtu(&mut guest.frontend, 9000));
     assert!(ask_for_mtu(&mut guest.frontend, 3806));
     assert_eq!(configured_mtu(&mut guest.frontend), 3806);

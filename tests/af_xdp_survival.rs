@@ -164,7 +164,7 @@ fn idle_port_notices_recreated_device() {
     needs_root!("idle_port_notices_recreated_device");
     let (daemon, wire, mut card) = start(&[], Options::default());
     drop(wire);
-    // Nobody sends: only the kernel's word tells that the device has gone, and is back.
+    // Without traffic only the kernel's notifications report the device's removal and return.
     ip("link delete veth0");
     eventually("it is heard of", || daemon.log().contains("does not work"));
     make_veth(1);

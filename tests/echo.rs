@@ -106,7 +106,7 @@ fn calls_are_sent_only_on_request() {
         card.check_echo(10);
         card.tx[0].want_no_call();
         card.rx[0].want_no_call();
-        // What is under way when a wish changes may still call.
+        // Chains in flight at the change may still cause calls.
         card.check_echo(5);
         let _ = (card.tx[0].call.read(), card.rx[0].call.read());
         card.check_echo(200);

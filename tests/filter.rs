@@ -38,7 +38,7 @@ fn denied(number: u8) -> Vec<Vec<u8>> {
     let mut smtp = to_port(number, 25);
     smtp[23] = 6;
     let tagged = [&dns[..12], &[0x81, 0, 0, 7], &dns[12..]].concat();
-    // A later part of a datagram whose port nobody knows.
+    // A later fragment of a datagram, whose port is unknown.
     let mut fragment = to_port(number, 80);
     fragment[21] = 1;
     vec![dns, ping, smtp, tagged, fragment]

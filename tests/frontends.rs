@@ -295,7 +295,7 @@ fn socket_call_descriptor_is_signalled_without_blocking() {
         assert_eq!(bytes, 1u64.to_ne_bytes());
         assert_eq!(card.receive(0)[HEADER..], frame(number, 100));
     }
-    // Nobody reads: it is full after some hundred calls. Then nobody is there.
+    // Without a reader the socket is full after some hundred calls. Then its peer is closed.
     let tx = call(&mut card, 1);
     card.check_echo(3000);
     drop(tx);
@@ -308,7 +308,7 @@ fn socket_call_descriptor_is_signalled_without_blocking() {
     card.send(0, &frame(1, 100));
     rx.read_exact(&mut [0; 8]).unwrap();
     card.receive(0);
-    // Whoever reads a pipe can keep whoever writes it waiting, so that no signal helps.
+    // A reader of a pipe can block its writer, even against signals, so pipes are refused.
     let (_reader, writer) = pipe().unwrap();
     let (_peer, socket) = UnixStream::pair().unwrap();
     card.frontend.refused(FrontendReq::SET_VRING_CALL, &[0; 8], &[writer.as_raw_fd()]);
@@ -342,7 +342,7 @@ fn disabled_ring_accepts_new_setup() {
     card.fill();
     card.run();
     card.check_echo(100);
-    // The same without other features.
+    // Setup without new features.
     (0..2).for_each(|index| card.frontend.enable(index, false));
     let ring = |index: u32| {
         let base = u64::from(index) * each;

@@ -75,7 +75,7 @@ fn signal_under_load_stops_daemon_within_a_second() {
         assert_eq!(daemon.wait().code(), Some(0));
         assert!(started.elapsed() < Duration::from_secs(1));
         assert!(!daemon.socket().exists());
-        // Its successor takes up where it stopped: each frame comes back once.
+        // The next daemon resumes at the used index: each frame comes back once.
         let mut next = Daemon::start(&["--loopback"]);
         card.resume(Frontend::new(next.connect()));
         for slot in 0..200u8 {

@@ -156,7 +156,7 @@ fn peers_are_counted_while_a_client_asks() {
         port.card.receive(0);
         eventually("it is counted", || port.traffic()["rx udp 192.0.2.1"].0 == 3);
         port.set(json!({"rx-filter": "none"}));
-        // Whoever has asked is gone: nothing is counted, and the next begins anew.
+        // Without a client nothing is counted, and the next client starts at zero.
         port.reconnect();
         exchange(&mut port);
         assert!(port.traffic().is_empty());

@@ -138,7 +138,7 @@ pub(crate) fn check_moves(times: usize, environment: &[(&str, &str)]) {
     let traffic = Traffic::start(&mut vm, &data);
     traffic.wait(SET);
 
-    // Cancelled: logging is off again, and all goes on.
+    // A cancelled migration: logging stops, and traffic continues.
     let mut monitor = vm.monitor();
     let stream = daemons[0].path("migration");
     monitor.ask("migrate-set-parameters", json!({"max-bandwidth": 1 << 20}));
@@ -184,7 +184,7 @@ pub(crate) fn check_moves(times: usize, environment: &[(&str, &str)]) {
         let moved = "card: device state transferred";
         daemons.iter().for_each(|daemon| says(daemon, moved, round));
         assert!(target.show("card")["tx_frames"].as_u64().unwrap() >= sent);
-        // The guest goes on where it has arrived.
+        // The guest continues on the destination.
         traffic.wait(SET);
         downtimes.push(last["downtime"].as_u64().unwrap());
         gaps.push(traffic.gap.load(Ordering::Relaxed) / 1000);

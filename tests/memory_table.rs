@@ -179,7 +179,7 @@ fn takeover_keeps_images() {
         card.frontend.ask(FrontendReq::REM_MEM_REG, &image.payload(), &[]);
     }
     card.check_echo(50);
-    // But for whoever waited for it to listen.
+    // At most the connection that waited for the port to listen.
     assert!(daemon.log().matches("frontend disconnected").count() <= 1, "{}", daemon.log());
 }
 
@@ -224,7 +224,7 @@ fn af_xdp_registers_ram_without_images() {
     set_table(&mut card, &images.each_ref());
     card.send(0, &[0; 5]);
     check_both_ways(&wire, &mut card, 200);
-    // And under way.
+    // Under traffic too.
     card.frontend.ask(FrontendReq::REM_MEM_REG, &images[0].payload(), &[]);
     check_both_ways(&wire, &mut card, 200);
     assert!(images[0].add(&mut card.frontend));

@@ -68,7 +68,7 @@ fn prometheus_fetches_metrics_by_unix_socket_or_tcp() {
     assert!(value(body, &format!("vhost_user_net_sessions_total{pair}}}")) >= 1.0);
     assert_eq!(value(body, &format!("vhost_user_net_queue_mode{pair},mode=\"loopback\"}}")), 1.0);
 
-    // What is no question for metrics is told so, and holds nobody up.
+    // Invalid requests get an error, and silent clients delay no other client.
     let silent: Vec<UnixStream> = (0..20).map(|_| unix()).collect();
     for (request, status) in [
         ("GET / HTTP/1.1\r\n\r\n", "404"),

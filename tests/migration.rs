@@ -280,7 +280,7 @@ fn ring_whose_memory_has_not_arrived_stays_stopped() {
     let kick = card.rx[0].kick.as_raw_fd();
     card.frontend.refused(FrontendReq::SET_VRING_KICK, &0_u64.to_ne_bytes(), &[kick]);
     eventually("it says so", || daemon.log().contains("post-copy migration is not supported"));
-    // Whoever touches a page makes it, and it never arrives from the source.
+    // An access would allocate a page, which then never arrives from the source.
     let data = lseek(&card.ram.file, 0, Whence::SeekData).unwrap();
     assert_eq!(data, table);
 }

@@ -134,7 +134,7 @@ proptest! {
                 ours.push_used(bytes);
                 theirs.add_used(rings.theirs.memory(), head, bytes).unwrap();
             }
-            // Their crate says "no" after nothing was added; ours is the same by other words.
+            // virtio-queue reports no notification if nothing was added; this crate reports `Nothing`.
             let call = ours.publish();
             let needed = theirs.needs_notification(rings.theirs.memory()).unwrap();
             if call != Published::Nothing {

@@ -132,7 +132,7 @@ fn package_installs_and_purges_on_clean_debian() {
         assert!(said.contains("1 ports, nothing wrong"), "{said}");
     }
     assert!(debian.run(&["getent", "group", "kvm"]).starts_with("kvm:"));
-    // Nobody has written down yet what it is to serve.
+    // The unit is disabled until the operator has configured its ports.
     let enabled = debian.output(&["systemctl", "is-enabled", "vhost-user-net.service"]);
     assert_eq!(enabled.stdout, b"disabled\n");
     // Its configuration is the operator's.
@@ -266,7 +266,7 @@ fn units_serve_guests_under_systemd() {
     machine.run(&["systemctl", "stop", "vhost-user-net@vm4.service"]);
     Card::start(Frontend::new(connect()), Options::default()).check_echo(50);
 
-    // A daemon that hangs is started anew.
+    // systemd restarts a daemon that hangs.
     let unit = "vhost-user-net@vm1.service";
     machine.write(
         "/etc/systemd/system/vhost-user-net@vm1.service.d/test.conf",
@@ -529,7 +529,7 @@ fn example_command_makes_qemu_connect() {
         .stderr(Stdio::inherit())
         .spawn()
         .unwrap();
-    // Once by whoever waited for the daemon to listen.
+    // The first connection only waited for the daemon to listen.
     eventually("QEMU has connected", || daemon.log().matches("frontend connected").count() == 2);
     std::thread::sleep(std::time::Duration::from_millis(500));
     let ended = qemu.try_wait().unwrap();

@@ -142,7 +142,7 @@ fn rx_limit_is_enforced() {
             let wire = enter_namespace_for(option);
             let daemon = Daemon::start(&[option, &format!("--rx-limit={limit}")]);
             let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
-            // More than may pass, and less than a processor's worth.
+            // More than the limit, and less than one CPU can send.
             let sent = (&wire, &*frame, Duration::from_micros(20));
             let (received, time) = receive_all(&mut card, sent, None);
             // What one turn finds on the wire passes together, and is paid for afterwards.

@@ -32,7 +32,7 @@ fn ports_are_served_and_end_independently() {
     for line in ["one: ready queue_pairs=1", "two: ready", "one: frontend disconnected"] {
         assert!(log.contains(line), "{line}: {log}");
     }
-    // Once by whoever waited for it to listen.
+    // The one disconnect is of the connection that waited for the port to listen.
     assert_eq!(log.matches("two: frontend disconnected").count(), 1, "{log}");
     daemon.signal(Signal::SIGTERM);
     assert!(daemon.wait().success());

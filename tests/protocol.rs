@@ -359,7 +359,7 @@ fn hundred_reconnects_leak_nothing() {
     let round = || {
         let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
         card.check_echo(20);
-        // Memory is still shared here: the daemon must have let go of its own mapping.
+        // This process still maps the memory: the daemon must unmap it.
         let ram = Arc::clone(&card.ram);
         drop(card);
         ram

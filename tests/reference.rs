@@ -11,7 +11,7 @@ use vhost_user_net::config::{self, Place};
 use crate::support::daemon::{Daemon, port};
 
 const PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference.md");
-const ANEW: &str = "UPDATE_DOCS=1 cargo test --test integration -- reference::";
+const UPDATE: &str = "UPDATE_DOCS=1 cargo test --test integration -- reference::";
 
 #[test]
 fn reference_matches_the_program() {
@@ -25,8 +25,8 @@ fn reference_matches_the_program() {
     let line = same.count();
     assert!(
         written == text,
-        "docs/reference.md differs from line {} on, where it should have {:?}: write it anew with \
-         '{ANEW}'",
+        "docs/reference.md differs from line {} on, where it should have {:?}: generate it again \
+         with '{UPDATE}'",
         line + 1,
         text.lines().nth(line).unwrap_or("nothing more")
     );
@@ -36,8 +36,8 @@ fn reference() -> String {
     let program = cli::command();
     let mut text = format!(
         "# Reference\n\n\
-         Made from the program: its command line's description, and what `ctl metrics` says of a \
-         daemon.\nWhat is wrong here is mended there; then write this page anew:\n\n    {ANEW}\n\n"
+         Generated from the program: its command line's description, and the output of \
+         `ctl metrics` of a daemon.\nFix mistakes in the source, then generate this page again:\n\n    {UPDATE}\n\n"
     );
     let named = |arg: &&Arg| arg.get_long().is_some() && !is_common(arg);
     let keys = config::keys();

@@ -116,7 +116,7 @@ fn reload_cannot_use_the_helper_s_own_descriptors() {
 #[test]
 fn helper_inherits_no_unnamed_descriptor() {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-    // Whoever starts the daemon may leave something open that no port names.
+    // The daemon's parent may leave descriptors open that no port names.
     let (left, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
     fcntl(&left, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
     let file = CONTROL.to_owned() + &loopback("stays");
@@ -155,7 +155,7 @@ fn reload_touches_only_changed_ports() {
         assert!(log.contains(line), "{line}: {log}");
     }
 
-    // What needs a restart of the port gets one, and nobody else does.
+    // Only the port whose option requires it is restarted.
     let mtu = port("slows", "loopback = true\nmtu = 1400");
     daemon.write_config(&(CONTROL.to_owned() + &loopback("stays") + &mtu));
     assert!(daemon.ask(&["reload"]).contains("slows: replaced, since mtu"));
@@ -387,7 +387,7 @@ fn helper_process_ends_with_its_daemon() {
     let command = || std::fs::read_to_string(format!("/proc/{opener}/cmdline")).unwrap_or_default();
     assert!(command().contains("opener"), "{children:?}");
     daemon.kill();
-    // A process that nobody has waited for has no command line.
+    // A zombie has no command line.
     eventually("it ends", || command().is_empty());
 }
 
@@ -403,7 +403,7 @@ fn deleted_tap_is_reopened_when_recreated() {
         ip("link delete tap0");
         eventually("it is degraded", || daemon.show("one")["state"] == "degraded");
         assert!(daemon.ask(&["metrics"]).contains("{port=\"one\",state=\"degraded\"} 1"));
-        // Not made by us: whoever has made it sets it up.
+        // The daemon did not create this TAP, so its creator sets it up.
         std::thread::sleep(std::time::Duration::from_millis(1200));
         assert!(!output("ip", "link show tap0").contains("tap0: <"));
         ip("tuntap add dev tap0 mode tap vnet_hdr");

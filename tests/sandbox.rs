@@ -81,8 +81,7 @@ fn inject(thread: Pid, number: u64, arguments: [u64; 4], text: &[u8; 16]) -> Res
     match wait() {
         WaitStatus::Stopped(_, Signal::SIGTRAP) => {
             let result = ptrace::getregs(thread).unwrap().rax as i64;
-            // It stands in the middle of nowhere. Until it is waited for, nobody else can see the
-            // process's end.
+            // The thread cannot continue from here. The process's exit is visible only after this wait.
             ptrace::kill(thread).unwrap();
             while !matches!(wait(), WaitStatus::Signaled(..) | WaitStatus::Exited(..)) {}
             Ok(result)

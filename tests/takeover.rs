@@ -102,8 +102,8 @@ fn fifty_takeovers_lose_no_frame_and_no_connection() {
     let (half, most) = (gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
     println!("{UPGRADES} upgrades, {echoed} frames: pause {half:.1?} (half), {most:.1?} (longest)");
     assert!(most < Duration::from_secs(1), "{most:?}");
-    // Nobody was disconnected, and what was counted is counted on.
-    // (Each was, once, by whoever waited for it to listen.)
+    // No frontend was disconnected, and the counters continue. One connection only waited for the port to
+    // listen.
     assert!(daemon.log().matches("one: frontend disconnected").count() <= 1, "{}", daemon.log());
     assert!(!daemon.log().contains("take-over aborted"), "{}", daemon.log());
     let report = daemon.show("one");
@@ -116,7 +116,7 @@ fn fifty_takeovers_lose_no_frame_and_no_connection() {
             .map(|_| "10gbit,burst=12500000")
             .unwrap()
     );
-    // Whoever comes now finds the sockets.
+    // New clients find all sockets.
     card(&daemon, "idle", Options::default()).check_echo(20);
     assert!(daemon.ask(&["list"]).contains("idle"));
     let metrics = UnixStream::connect(daemon.path("metrics"));
@@ -210,7 +210,7 @@ fn failed_takeover_leaves_ports_to_old_daemon() {
     );
     check_both_ways(&Wire::open("veth1"), &mut card, 50);
     assert!(other.path("x").exists() && other.path("control").exists());
-    // Nobody to take over from, and no way to.
+    // No old daemon, and no control socket.
     let mut nobody = Daemon::with_config(&(CONTROL.to_owned() + &ports), "one");
     nobody.kill();
     assert_eq!(nobody.start_successor().wait().unwrap().code(), Some(1));
@@ -303,7 +303,7 @@ fn takeover_refuses_an_incomplete_replay() {
     }
     assert_eq!(told["ok"][0]["messages"], messages.len());
     drop(socket);
-    // A predecessor that gives up in the middle: after a whole message, within one, before the first.
+    // The old daemon stops after a whole message, within a message, and before the first.
     let whole = messages.len();
     for (count, cut) in [(whole - 1, 0), (1, 0), (0, 0), (whole - 1, 1), (3, 11), (5, 13)] {
         let mut fake =
@@ -346,7 +346,7 @@ fn late_daemon_does_not_end_another_takeover() {
     let (late, gone, next) = (connect(), connect(), connect());
     for successor in [&late, &gone] {
         assert!(ask(successor, "hand-over").0["ok"].is_array());
-        // Nobody else has the ports meanwhile.
+        // A third daemon cannot take over the ports.
         let refusal = ask(&next, "hand-over").0["error"]["message"].to_string();
         assert!(refusal.contains("another daemon is taking over the ports"), "{refusal}");
         card.check_echo(20);

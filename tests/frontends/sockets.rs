@@ -61,7 +61,7 @@ fn deleted_socket_file_is_recreated() {
         card.check_echo(300);
     }
     eventually("it is said", || daemon.log().contains("socket file was deleted"));
-    // Whoever waited at the old socket hears that it has gone.
+    // A client that waits at the old socket is disconnected.
     let mut waits = daemon.connect_to("one");
     waits.set_read_timeout(Some(SOON)).unwrap();
     fs::remove_file(&path).unwrap();
@@ -152,7 +152,7 @@ fn directory_in_place_of_a_socket_is_kept() {
     let daemon = Daemon::spawn(&["--loopback", "--control={}.control", "--socket-path={}.d"]);
     let path = daemon.socket().with_extension("d");
     eventually("it listens", || UnixStream::connect(&path).is_ok());
-    // Neither is it a socket of somebody's.
+    // The path has a directory instead of a socket.
     fs::remove_file(&path).unwrap();
     fs::create_dir(&path).unwrap();
     eventually("it is said", || daemon.log().contains("socket file was replaced"));
