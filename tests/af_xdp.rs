@@ -186,7 +186,7 @@ fn partial_checksums_are_completed() {
     card.send_with(0, &header, &bytes);
     assert_eq!(wire.receive_any(50), None);
     drop(card);
-    eventually("it is counted", || daemon.log().contains("5 copied (checksum)"));
+    eventually("the expected count appears", || daemon.log().contains("5 copied (checksum)"));
     assert!(daemon.log().contains("1 dropped (bad_header)"));
 }
 
@@ -227,7 +227,7 @@ fn gso_frames_are_segmented() {
     card.send_with(0, &header, &bytes);
     assert_eq!(wire.receive_any(50), None);
     drop(card);
-    eventually("it is counted", || daemon.log().contains("4 copied (segmentation)"));
+    eventually("the expected count appears", || daemon.log().contains("4 copied (segmentation)"));
     assert!(daemon.log().contains("1 dropped (too_long)"));
 }
 
@@ -338,7 +338,7 @@ fn memory_added_under_traffic_carries_frames() {
     std::thread::sleep(std::time::Duration::from_millis(50));
     check.take(&mut card, 0);
     drop(card);
-    eventually("it is counted", || daemon.log().contains("frontend disconnected"));
+    eventually("the expected count appears", || daemon.log().contains("frontend disconnected"));
     assert!(!daemon.log().contains("copied"), "{}", daemon.log());
     // Sent from and received into the new region.
     let mut card = Card::prepare(Frontend::new(daemon.connect()), Options::default());
@@ -395,7 +395,7 @@ fn queue_pairs_have_own_queues_and_share_umem() {
         assert_eq!(wire.receive(1000).unwrap(), frame(8, 100));
     }
     drop(card);
-    eventually("it is counted", || daemon.log().contains("frontend disconnected"));
+    eventually("the expected count appears", || daemon.log().contains("frontend disconnected"));
 }
 
 #[test]
@@ -524,7 +524,7 @@ fn low_memlock_limit_is_logged_with_required_size() {
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
     card.send(0, &frame(1, 100));
     drop(card);
-    eventually("it is counted", || daemon.log().contains("1 dropped (host_refused)"));
+    eventually("the expected count appears", || daemon.log().contains("1 dropped (host_refused)"));
     let log = daemon.log();
     assert!(log.contains("needs that much locked memory") && log.contains("ulimit -l"), "{log}");
     assert_eq!(log.matches("does not work").count(), 1, "once: {log}");
@@ -569,7 +569,7 @@ fn frames_refused_by_device_are_counted() {
         wire.receive(10).is_some()
     });
     drop(card);
-    eventually("it is counted", || daemon.log().matches("veth0/0: tx ").count() == 2);
+    eventually("the expected count appears", || daemon.log().matches("veth0/0: tx ").count() == 2);
     let log = daemon.log();
     let tx = log.lines().rfind(|line| line.contains("veth0/0: tx ")).unwrap();
     let dropped = tx.split(", ").find(|part| part.contains("dropped (host_refused)")).unwrap();

@@ -93,7 +93,7 @@ fn joining_daemon_filters_and_restores_vlan_tags() {
     wire.send(&[&datagram[..12], &[0x81, 0, 0, 7], &datagram[12..]].concat());
     check_tags(|frame| wire.send(frame), &mut card);
     drop(card);
-    eventually("it is counted", || second.log().contains("1 dropped (filtered)"));
+    eventually("the expected count appears", || second.log().contains("1 dropped (filtered)"));
 }
 
 #[test]
@@ -119,7 +119,7 @@ fn vlan_tag_loss_is_logged_with_fix_command() {
     assert!(!daemon.log().contains("VLAN"), "{}", daemon.log());
     // The offload is enabled again while the port runs.
     ethtool("vm1-br", "txvlan on");
-    eventually("it is said", || daemon.log().contains("ethtool -K vm1-br txvlan off'"));
+    eventually("the log has the line", || daemon.log().contains("ethtool -K vm1-br txvlan off'"));
 }
 
 #[test]
@@ -218,7 +218,9 @@ fn mtu_mismatch_with_device_is_logged_once() {
             if !what.is_empty() {
                 said.push(format!("{kind} {device}: MTU {what} device={mtu} guest=1500"));
             }
-            eventually("it is said", || said.iter().all(|line| daemon.log().contains(line)));
+            eventually("the log has the line", || {
+                said.iter().all(|line| daemon.log().contains(line))
+            });
             assert_eq!(daemon.log().matches(": MTU ").count(), said.len(), "{}", daemon.log());
         }
     }
@@ -233,9 +235,9 @@ fn device_mtu_change_is_followed() {
     for mtu in [1500, 3000, 1200, 2000] {
         ["veth0", "veth1"].iter().for_each(|name| ip(&format!("link set {name} mtu {mtu}")));
         let said = format!("device={mtu} guest=1500");
-        eventually("it is said", || mtu == 1500 || daemon.log().contains(&said));
+        eventually("the log has the line", || mtu == 1500 || daemon.log().contains(&said));
         // Both ways, as long as the device takes them.
-        eventually("frames come", || {
+        eventually("frames arrive", || {
             wire.send(&frame(mtu, mtu));
             guest.try_receive(0).is_some_and(|received| received[HEADER..] == frame(mtu, mtu))
         });
@@ -283,7 +285,7 @@ fn too_long_rx_frames_are_counted_while_port_runs() {
             .to_owned();
         line.ends_with(&format!(" {count}"))
     };
-    eventually("they are counted", || counted("too_long", 10));
+    eventually("the expected count appears", || counted("too_long", 10));
     let said = "af_xdp mv0: frames longer than its MTU are lost";
     eventually(said, || daemon.log().contains(said));
     (0..2000).for_each(|number| wire.send(&to_all(number, 100)));

@@ -126,7 +126,7 @@ fn device_down_with_disabled_tx_ring_recovers() {
     eventually("the port has noticed", || daemon.log().contains("does not work"));
     ip("link set veth0 up");
     eventually("the port has noticed", || daemon.log().contains("works again"));
-    eventually("frames come", || {
+    eventually("frames arrive", || {
         wire.send(&frame(7, 100));
         card.try_receive(0).is_some()
     });
@@ -166,9 +166,9 @@ fn idle_port_notices_recreated_device() {
     drop(wire);
     // Without traffic only the kernel's notifications report the device's removal and return.
     ip("link delete veth0");
-    eventually("it is heard of", || daemon.log().contains("does not work"));
+    eventually("the daemon notices the device", || daemon.log().contains("does not work"));
     make_veth(1);
-    eventually("it is heard of", || daemon.log().contains("works again"));
+    eventually("the daemon notices the device", || daemon.log().contains("works again"));
     Wire::open("veth1").send(&frame(1, 100));
     assert_eq!(card.receive(0)[12..], frame(1, 100));
 }

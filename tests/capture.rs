@@ -35,7 +35,7 @@ fn start(daemon: &Daemon, options: &[&str]) -> Child {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    eventually("it captures", || {
+    eventually("the capture runs", || {
         daemon.log().matches("capture started by an operator").count() > before
     });
     child
@@ -197,7 +197,7 @@ fn interrupted_capture_is_complete_with_drop_reasons() {
     card.check_echo(10);
     // Shorter than an Ethernet header.
     card.send(0, &[0; 5]);
-    eventually("it is dropped", || daemon.show("one")["dropped"] == 1);
+    eventually("the frame is dropped", || daemon.show("one")["dropped"] == 1);
     interrupt(&child);
     assert_eq!(end(child), "one: 21 frames captured, 0 left out\n");
     let comments = fields(&file, &["frame.comment"]);

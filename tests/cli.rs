@@ -102,7 +102,7 @@ fn stale_socket_is_replaced_and_own_one_removed() {
     daemon.kill();
     assert!(daemon.socket().exists(), "a killed daemon leaves its socket");
     daemon.run(&["--loopback"]);
-    eventually("it listens again", || {
+    eventually("the daemon listens again", || {
         std::os::unix::net::UnixStream::connect(daemon.socket()).is_ok()
     });
     daemon.signal(Signal::SIGTERM);

@@ -87,7 +87,7 @@ fn denied_frames_never_reach_the_guest() {
             assert_eq!(tx_dropped("tap0") - before, 250);
         } else {
             let counted = "250 frames, 20700 bytes dropped by its filter";
-            eventually("they are counted", || daemon.log().contains(counted));
+            eventually("the expected count appears", || daemon.log().contains(counted));
         }
     }
 }
@@ -122,7 +122,9 @@ fn denied_frames_never_reach_the_wire() {
         card.send_with(0, &open, &to_port(1, 53));
         assert_eq!(wire.receive_any(50), None);
         drop(card);
-        eventually("they are counted", || daemon.log().contains("254 dropped (filtered)"));
+        eventually("the expected count appears", || {
+            daemon.log().contains("254 dropped (filtered)")
+        });
     }
 }
 
@@ -162,7 +164,7 @@ fn concurrently_rewritten_ports_are_denied() {
         });
         assert!(seen > 1000, "{seen} frames");
         drop(card);
-        eventually("they are counted", || daemon.log().contains("dropped (filtered)"));
+        eventually("the expected count appears", || daemon.log().contains("dropped (filtered)"));
     }
 }
 

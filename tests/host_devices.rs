@@ -454,7 +454,7 @@ fn device_drops_are_shown_with_their_cause() {
         daemon.ask(&["set", "one", "--rx-limit=1mbit,burst=10k"]);
         let drops = || daemon.show("one")["device"]["rx_drops"].as_u64().unwrap();
         let limited = || daemon.show("one")["queue_pairs"][0]["rx"]["limited"].as_u64().unwrap();
-        eventually("the limit is seen to cut", || {
+        eventually("the limit takes effect", || {
             (0..200).for_each(|_| wire.try_send(&frame(1, 1000)).unwrap_or_default());
             while card.try_receive(0).is_some_and(|received| received.len() > HEADER) {}
             limited() > 3 && (name != "tap0" || drops() > 100)

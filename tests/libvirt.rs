@@ -194,10 +194,10 @@ fn libvirt_runs_the_example_domain_with_the_hook() {
     let interface = interface();
     let file = libvirt.write("/run/interface.xml", &interface);
     libvirt.do_it(&["detach-device", "vm1", file, "--live"]);
-    eventually("the guest has lost its card", || guest.run("ls /sys/class/net") == "lo\n");
+    eventually("the guest has lost its device", || guest.run("ls /sys/class/net") == "lo\n");
     eventually("the port is free", || libvirt.ctl(&["list"]).contains("waiting"));
     libvirt.do_it(&["attach-device", "vm1", file, "--live"]);
-    eventually("the guest has a card", || guest.run("ls /sys/class/net").contains("eth0"));
+    eventually("the guest has a device", || guest.run("ls /sys/class/net").contains("eth0"));
     guest.run("ip address add 192.0.2.2/24 dev eth0 && ip link set eth0 up");
     eventually("it runs", || libvirt.ctl(&["show", "vm1"]).contains("of 2 queue pairs"));
     guest.run("ethtool -L eth0 combined 2");

@@ -154,7 +154,7 @@ fn peers_are_counted_while_a_client_asks() {
         port.wire.send(&to_port(53, 1, 2));
         port.wire.send(&to_port(54, 1, 2));
         port.card.receive(0);
-        eventually("it is counted", || port.traffic()["rx udp 192.0.2.1"].0 == 3);
+        eventually("the expected count appears", || port.traffic()["rx udp 192.0.2.1"].0 == 3);
         port.set(json!({"rx-filter": "none"}));
         // Without a client nothing is counted, and the next client starts at zero.
         port.reconnect();

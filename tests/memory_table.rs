@@ -90,7 +90,7 @@ fn images_beside_ram_are_not_mapped() {
     card.check_echo(50);
     for address in ["0x100000000", "0x100200000"] {
         let line = format!("address={address} bytes=2097152; its file");
-        eventually("it is said", || daemon.log().contains(&line));
+        eventually("the log has the line", || daemon.log().contains(&line));
     }
     // Told again, as QEMU does: it is said once.
     set_table(&mut card, &[constant, disk]);
@@ -98,7 +98,7 @@ fn images_beside_ram_are_not_mapped() {
     assert_eq!(said(&daemon), 2);
     assert!(device.add(&mut card.frontend));
     card.check_echo(50);
-    eventually("it is said", || said(&daemon) == 3);
+    eventually("the log has the line", || said(&daemon) == 3);
     // Neither mapped nor kept open.
     assert_eq!(daemon.resources().0, descriptors);
     assert!(!images.iter().any(|image| image.add(&mut card.frontend)), "it overlaps itself");
@@ -121,7 +121,7 @@ fn rings_and_buffers_in_an_image_stop_their_ring() {
         card.tx[0].publish();
         eventually("the frontend is told", || card.tx[0].error.read().is_ok());
         let fault = format!("a buffer of 100 bytes at {:#x} lies outside", image.ram.base + 64);
-        eventually("the log says so", || daemon.log().contains(&fault));
+        eventually("the log has the line", || daemon.log().contains(&fault));
         drop(card);
 
         let mut card = Card::prepare(Frontend::new(daemon.connect()), Options::default());
@@ -132,7 +132,7 @@ fn rings_and_buffers_in_an_image_stop_their_ring() {
         frontend.ask(FrontendReq::SET_VRING_ADDR, &place, &[]);
         let kick = &card.rx[0].kick;
         frontend.refused(FrontendReq::SET_VRING_KICK, &0_u64.to_ne_bytes(), &[kick.as_raw_fd()]);
-        eventually("the log says why", || {
+        eventually("the log has the reason", || {
             daemon.log().contains("a memory region that is not mapped")
         });
     }
@@ -147,7 +147,7 @@ fn table_of_images_alone_is_refused_with_fix() {
     for (image, why) in [(disk, "memory-backend-memfd"), (constant, "reading and writing")] {
         let table = [pair(1, 0), region(&image.ram)].concat();
         frontend.refused(FrontendReq::SET_MEM_TABLE, &table, &[image.file.as_raw_fd()]);
-        eventually("the log says why", || daemon.log().contains(why));
+        eventually("the log has the reason", || daemon.log().contains(why));
         // One by one the RAM may be the next.
         assert!(image.add(&mut frontend));
     }

@@ -279,7 +279,9 @@ fn ring_whose_memory_has_not_arrived_stays_stopped() {
     card.frontend.ask(FrontendReq::SET_VRING_BASE, &pair(0, 7), &[]);
     let kick = card.rx[0].kick.as_raw_fd();
     card.frontend.refused(FrontendReq::SET_VRING_KICK, &0_u64.to_ne_bytes(), &[kick]);
-    eventually("it says so", || daemon.log().contains("post-copy migration is not supported"));
+    eventually("the log has the line", || {
+        daemon.log().contains("post-copy migration is not supported")
+    });
     // An access would allocate a page, which then never arrives from the source.
     let data = lseek(&card.ram.file, 0, Whence::SeekData).unwrap();
     assert_eq!(data, table);

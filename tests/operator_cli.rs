@@ -401,7 +401,7 @@ fn log_on_a_full_disk_drops_and_counts_whole_lines() {
     let mut raise = Command::new("prlimit");
     raise.arg(format!("--pid={}", daemon.process())).arg("--fsize=unlimited");
     assert!(raise.status().unwrap().success());
-    eventually("what was lost is said", || {
+    eventually("the log counts lost lines", || {
         chatter(&daemon, 1);
         daemon.log().contains(" log lines were lost")
     });
@@ -426,7 +426,7 @@ fn spoofed_frames_are_counted_in_rate_limited_log() {
     let spoofed = [&[0xff; 6][..], &[2, 0, 0, 0, 0, 9], &[8, 0], &[0; 46]].concat();
     let bridge = [&[1, 0x80, 0xc2, 0, 0, 0][..], &spoofed[6..]].concat();
     card.send(0, &spoofed);
-    eventually("it is said", || lines(&daemon.log()).len() == 1);
+    eventually("the log has the line", || lines(&daemon.log()).len() == 1);
     let log = daemon.log();
     let said = lines(&log).remove(0);
     assert!(said.contains("WARN ] one/0: ") && said.contains(" spoofed_mac=1;"), "{said}");

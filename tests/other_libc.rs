@@ -90,7 +90,9 @@ fn check(test: &str, preloaded: &str) {
     next.arg(&tree).arg(program().get_program()).args(["run", "--take-over", "--config"]);
     let next = next.arg(daemon.path("config")).stderr(daemon.open_log()).spawn().unwrap();
     daemon.become_successor(next);
-    eventually("it has taken over", || daemon.log().contains("daemon: took over ports="));
+    eventually("the new daemon has taken over", || {
+        daemon.log().contains("daemon: took over ports=")
+    });
     loopback.check_echo(50);
     drop(loopback);
     check_operators(&daemon, &text);
@@ -120,7 +122,7 @@ fn check_operators(daemon: &Daemon, text: &str) {
     capture.arg("ctl").arg("--control").arg(daemon.path("control"));
     capture.args(["capture", "two", "-w"]).arg(file).stderr(Stdio::null());
     let mut capture = capture.spawn().unwrap();
-    eventually("it captures", || captured() > before);
+    eventually("the capture runs", || captured() > before);
     check_both_ways(&Wire::open("tap0"), &mut tap, 200);
     kill(Pid::from_raw(capture.id() as i32), Signal::SIGINT).unwrap();
     assert!(capture.wait().unwrap().success());
@@ -141,7 +143,7 @@ fn check_operators(daemon: &Daemon, text: &str) {
     // The helper reads the file again, with a port more.
     daemon.write_config(&(text.to_owned() + &port("five", "loopback = true")));
     daemon.signal(Signal::SIGHUP);
-    eventually("it listens", || UnixStream::connect(daemon.path("five")).is_ok());
+    eventually("the daemon listens", || UnixStream::connect(daemon.path("five")).is_ok());
     card(daemon, "five").check_echo(50);
     daemon.write_config(text);
     daemon.signal(Signal::SIGHUP);

@@ -269,7 +269,7 @@ fn cloud_hypervisor_message_sequences_are_served() {
     // The daemon is killed with frames on their way; no GET_PROTOCOL_FEATURES comes again.
     daemon.kill();
     daemon.run(OPTIONS);
-    eventually("it listens again", || {
+    eventually("the daemon listens again", || {
         std::os::unix::net::UnixStream::connect(daemon.socket()).is_ok()
     });
     let frontend = Frontend::new(daemon.connect());

@@ -136,7 +136,9 @@ fn af_xdp_guest_frames_are_not_copied() {
         iperf("-t 3 -R");
         check_ping();
         drop(vm);
-        eventually("it is counted", || daemon.log().matches("veth0/0: tx ").count() == 2);
+        eventually("the expected count appears", || {
+            daemon.log().matches("veth0/0: tx ").count() == 2
+        });
         let (received, copied) = moved_and_copied(&daemon, "rx");
         assert!(received > 10_000, "{received}");
         // The guest's buffers take every frame, unless it had none left: a slow guest, now and then.

@@ -308,7 +308,7 @@ fn link_down_stops_traffic_until_link_up() {
     assert!(output("ip", "link show tap0").contains("NO-CARRIER"));
     card.send(0, &frame(7, 100));
     let dropped = || daemon.show("one")["queue_pairs"][0]["tx"]["dropped"]["link_down"] == 1;
-    eventually("it is dropped", dropped);
+    eventually("the frame is dropped", dropped);
     let _ = wire.try_send(&frame(8, 100));
     assert_eq!(wire.receive(100).filter(|seen| *seen == frame(7, 100)), None);
     assert!(card.try_receive(0).is_none());
@@ -328,7 +328,7 @@ fn anti_spoofing_changes_under_traffic() {
     card.queue_tx(0, 0, &[0; HEADER], &frame(1, 100));
     card.tx[0].publish();
     let dropped = || daemon.show("one")["queue_pairs"][0]["tx"]["dropped"]["spoofed_mac"] == 1;
-    eventually("it is dropped", dropped);
+    eventually("the frame is dropped", dropped);
     assert_eq!(daemon.show("one")["options"]["anti-spoofing"], true);
     let refused = daemon.ctl(&["set", "one", "--anti-spoofing=off", "--vlan=7"]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("require anti-spoofing"));
@@ -408,9 +408,9 @@ fn deleted_tap_is_reopened_when_recreated() {
         assert!(!output("ip", "link show tap0").contains("tap0: <"));
         ip("tuntap add dev tap0 mode tap vnet_hdr");
         ip("link set tap0 up");
-        eventually("its frontend is let go of", || one.frontend.is_closed());
+        eventually("the frontend is disconnected", || one.frontend.is_closed());
         let added = || daemon.log().matches("one: replaced; its VMM reconnects").count() == round;
-        eventually("it listens again", added);
+        eventually("the daemon listens again", added);
         one = card(&daemon, "one");
         check_both_ways(&Wire::open("tap0"), &mut one, 50);
         two.check_echo(50);
@@ -458,7 +458,7 @@ fn replaced_port_uses_its_new_options() {
     let one = |rest: &str| CONTROL.to_owned() + &port("one", rest);
     let daemon = operated(&port("one", "tap = \"made0\""), "one");
     let change = |file: &str| {
-        eventually("nobody is connected", || daemon.show("one")["state"] == "waiting");
+        eventually("no VMM is connected", || daemon.show("one")["state"] == "waiting");
         daemon.write_config(file);
         daemon.ask(&["reload"])
     };
@@ -487,7 +487,7 @@ fn replaced_port_uses_its_new_options() {
     change(&one(&format!("tap = \"tap0\"\n{filter}")));
     assert_eq!((socket().gid(), socket().mode()), before);
     check("tap0");
-    eventually("nobody is connected", || daemon.show("one")["state"] == "waiting");
+    eventually("no VMM is connected", || daemon.show("one")["state"] == "waiting");
     assert_eq!(daemon.resources().1 + 1, resources.1, "a thread is left");
     // Another name, on the same socket, while a VMM is connected.
     let mut vmm = card(&daemon, "one");
@@ -501,7 +501,7 @@ fn replaced_port_uses_its_new_options() {
     assert!(vmm.frontend.is_closed());
     check("tap0");
     daemon.write_config(&one(&format!("tap = \"tap0\"\n{filter}")));
-    eventually("nobody is connected", || daemon.show("two")["state"] == "waiting");
+    eventually("no VMM is connected", || daemon.show("two")["state"] == "waiting");
     daemon.ask(&["reload"]);
     // One port gets what another gives up, in whatever order they stand.
     change(&(one("tap = \"tap0\"") + &port("three", "tap = \"tap1\"")));
@@ -554,7 +554,7 @@ fn replaced_tap_port_has_its_own_filter_and_queues() {
     };
     received(8);
     let change = |rest: &str| {
-        eventually("nobody is connected", || daemon.show("one")["state"] == "waiting");
+        eventually("no VMM is connected", || daemon.show("one")["state"] == "waiting");
         daemon.write_config(&one(rest));
         assert!(daemon.ask(&["reload"]).starts_with("one: replaced, since "));
     };

@@ -87,7 +87,7 @@ fn fifty_takeovers_lose_no_frame_and_no_connection() {
         let _end = AtEnd(&stop);
         for round in 1..=UPGRADES {
             daemon.upgrade();
-            eventually("it says so", || gaps(&daemon).len() == round);
+            eventually("the log has the line", || gaps(&daemon).len() == round);
             if round % 10 == 0 {
                 check_both_ways(&wire, &mut two, 20);
             }
@@ -156,7 +156,7 @@ fn takeover_preserves_frontend_state() {
     card.frontend.enable(1, false);
     daemon.upgrade();
     card.send(0, &[0; 60]);
-    eventually("it is dropped", || {
+    eventually("the frame is dropped", || {
         daemon.show("one")["queue_pairs"][0]["tx"]["dropped"]["disabled"] == 1
     });
     card.frontend.enable(1, true);
@@ -167,7 +167,7 @@ fn takeover_preserves_frontend_state() {
     card.run();
     card.check_echo(20);
     drop(card);
-    eventually("it has gone", || daemon.show("one")["state"] == "waiting");
+    eventually("the port waits for a VMM", || daemon.show("one")["state"] == "waiting");
 }
 
 #[test]
@@ -193,7 +193,7 @@ fn failed_takeover_leaves_ports_to_old_daemon() {
         if !daemon.is_alive() {
             // It was there already, and had taken over: its death is that of a daemon.
             daemon.run_config();
-            eventually("it listens", || UnixStream::connect(daemon.path("one")).is_ok());
+            eventually("the daemon listens", || UnixStream::connect(daemon.path("one")).is_ok());
             one.resume(Frontend::new(daemon.connect_to("one")));
         }
         one.check_echo(50);
@@ -374,5 +374,5 @@ fn takeover_opens_a_changed_metrics_address() {
     daemon.write_config(&contents("after"));
     daemon.upgrade();
     assert!(UnixStream::connect(daemon.path("after")).is_ok());
-    eventually("nobody listens there", || UnixStream::connect(daemon.path("before")).is_err());
+    eventually("no daemon listens there", || UnixStream::connect(daemon.path("before")).is_err());
 }

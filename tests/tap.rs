@@ -213,7 +213,7 @@ fn session_starts_after_its_device_is_deleted() {
     let mut card = Card::start(Frontend::new(daemon.connect()), Options::default());
     (0..10).for_each(|number| card.send(0, &frame(number, 100)));
     assert!(daemon.is_alive());
-    eventually("it is said", || daemon.log().contains("the device is gone"));
+    eventually("the log has the line", || daemon.log().contains("the device is gone"));
 }
 
 #[test]

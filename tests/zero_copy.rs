@@ -50,7 +50,9 @@ fn inside_frames_pass_both_ways() {
         while wire.receive(50).is_some() || card.try_receive(0).is_some() {}
         check_both_ways(&wire, &mut card, 1000);
         drop((wire, card));
-        eventually("it is counted", || daemon.log().matches("eth0/0: tx ").count() == 2);
+        eventually("the expected count appears", || {
+            daemon.log().matches("eth0/0: tx ").count() == 2
+        });
         let log = daemon.log();
         let rx = log.lines().rfind(|line| line.contains("eth0/0: rx ")).unwrap();
         let number = |text: &str| text.split(' ').next().unwrap().parse::<u64>().unwrap();

@@ -28,7 +28,7 @@ fn second_vmm_is_reported_and_served_next() {
     let second = daemon.connect_to("one");
     eventually("it is shown", || daemon.show("one")["another_vmm_waits"] == true);
     let said = format!("another VMM connected and waits served_process={process}");
-    eventually("it is logged", || daemon.log().contains(&said));
+    eventually("the log has the line", || daemon.log().contains(&said));
     assert!(daemon.ask(&["show", "one"]).contains("another VMM has connected and waits"));
     assert!(daemon.ask(&["show", "one"]).contains(&format!("process {process}")));
     // However many wait, the first is served on.
@@ -39,7 +39,7 @@ fn second_vmm_is_reported_and_served_next() {
     card.check_echo(300);
     eventually("the third waits", || daemon.show("one")["another_vmm_waits"] == true);
     drop((card, third));
-    eventually("nobody is there", || daemon.show("one")["state"] == "waiting");
+    eventually("the port waits for a VMM", || daemon.show("one")["state"] == "waiting");
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn deleted_socket_file_is_recreated() {
     let before = access().unwrap();
     for _ in 0..2 {
         fs::remove_file(&path).unwrap();
-        eventually("the file is there again", || path.exists());
+        eventually("the socket file exists again", || path.exists());
         assert_eq!(access().unwrap(), before);
         card.check_echo(300);
         // The next VMM finds it, and waits for the first one to go.
@@ -60,7 +60,7 @@ fn deleted_socket_file_is_recreated() {
         card = Card::start(Frontend::new(next), Options::default());
         card.check_echo(300);
     }
-    eventually("it is said", || daemon.log().contains("socket file was deleted"));
+    eventually("the log has the line", || daemon.log().contains("socket file was deleted"));
     // A client that waits at the old socket is disconnected.
     let mut waits = daemon.connect_to("one");
     waits.set_read_timeout(Some(SOON)).unwrap();
@@ -71,7 +71,7 @@ fn deleted_socket_file_is_recreated() {
     card.check_echo(300);
     drop(card);
     // A port that is replaced, and one of the next daemon, have the new socket.
-    eventually("nobody is connected", || daemon.show("one")["state"] == "waiting");
+    eventually("no VMM is connected", || daemon.show("one")["state"] == "waiting");
     let more = port("one", "loopback = true\nqueue-pairs = 2");
     daemon.write_config(&format!("control = \"{{}}/control\"\n{more}"));
     daemon.ask(&["reload"]);
@@ -93,7 +93,7 @@ fn socket_deleted_before_port_change_is_recreated() {
     let mut daemon = Daemon::with_config(&file(""), "one");
     let path = daemon.path("one");
     let made_again = |daemon: &Daemon| {
-        eventually("the file is there again", || path.exists());
+        eventually("the socket file exists again", || path.exists());
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o660);
         Card::start(Frontend::new(daemon.connect_to("one")), Options::default()).check_echo(300);
     };
@@ -115,7 +115,7 @@ fn deleted_control_and_metrics_sockets_are_recreated() {
     for path in [&control, &metrics] {
         let mode = fs::symlink_metadata(path).unwrap().mode();
         fs::remove_file(path).unwrap();
-        eventually("the file is there again", || UnixStream::connect(path).is_ok());
+        eventually("the socket file exists again", || UnixStream::connect(path).is_ok());
         assert_eq!(fs::symlink_metadata(path).unwrap().mode(), mode);
     }
     assert_eq!(daemon.show("one")["state"], "waiting");
@@ -132,14 +132,16 @@ fn replaced_socket_file_is_reported_and_kept() {
     fs::remove_file(&path).unwrap();
     let others = UnixListener::bind(&path).unwrap();
     let hidden = || daemon.show("one")["explanation"].as_str().unwrap().contains("has replaced");
-    eventually("it is said", hidden);
-    eventually("it is logged", || daemon.log().contains("socket file was replaced by another"));
+    eventually("the log has the line", hidden);
+    eventually("the log has the line", || {
+        daemon.log().contains("socket file was replaced by another")
+    });
     card.check_echo(300);
     // It goes, and the port's comes back; then another one comes, which outlives the daemon.
     fs::remove_file(&path).unwrap();
     drop(others);
     eventually("the port is there again", || UnixStream::connect(&path).is_ok());
-    eventually("it is said", || !hidden());
+    eventually("the log has the line", || !hidden());
     fs::remove_file(&path).unwrap();
     let _others = UnixListener::bind(&path).unwrap();
     daemon.signal(Signal::SIGTERM);
@@ -151,13 +153,13 @@ fn replaced_socket_file_is_reported_and_kept() {
 fn directory_in_place_of_a_socket_is_kept() {
     let daemon = Daemon::spawn(&["--loopback", "--control={}.control", "--socket-path={}.d"]);
     let path = daemon.socket().with_extension("d");
-    eventually("it listens", || UnixStream::connect(&path).is_ok());
+    eventually("the daemon listens", || UnixStream::connect(&path).is_ok());
     // The path has a directory instead of a socket.
     fs::remove_file(&path).unwrap();
     fs::create_dir(&path).unwrap();
-    eventually("it is said", || daemon.log().contains("socket file was replaced"));
+    eventually("the log has the line", || daemon.log().contains("socket file was replaced"));
     fs::remove_dir(&path).unwrap();
     eventually("it is there again", || UnixStream::connect(&path).is_ok());
-    eventually("that is said", || daemon.log().contains("it is made again"));
+    eventually("the log has the line", || daemon.log().contains("it is made again"));
     assert_eq!(daemon.log().matches("socket file was").count(), 2, "{}", daemon.log());
 }

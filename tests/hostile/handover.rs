@@ -221,7 +221,7 @@ fn takeover_leaves_a_stuck_port_behind() {
         ptrace::attach(stuck).unwrap();
         waitpid(stuck, Some(WaitPidFlag::__WALL)).unwrap();
         let successor = daemon.start_successor();
-        eventually("it has taken over", || daemon.log().contains("daemon: took over"));
+        eventually("the new daemon has taken over", || daemon.log().contains("daemon: took over"));
         // A traced process exits only after its tracer has waited for it.
         waitpid(stuck, Some(WaitPidFlag::__WALL)).unwrap();
         daemon.become_successor(successor);

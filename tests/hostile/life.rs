@@ -240,7 +240,7 @@ fn hostile_46_guest_that_keeps_buffers_stalls_only_itself() {
     std::thread::sleep(Duration::from_secs(1));
     drop(flood);
     let full = check.received + usize::from(card.options.size);
-    eventually("what was kept is given back", || {
+    eventually("the kept frames arrive", || {
         check.take(&mut card, 0);
         check.received >= full
     });

@@ -56,7 +56,7 @@ fn panics(scene: &Scene) -> Card {
     plant_canaries(&card, 0);
     scene.says("fault point worker");
     scene.says("worker thread panicked (bug)");
-    eventually("operators are told", || {
+    eventually("ctl shows it", || {
         let shown = scene.daemon.show("attacked");
         let fault = shown["queue_pairs"][0]["fault"].as_str().unwrap_or_default().to_owned();
         let explanation = shown["explanation"].as_str().unwrap_or_default().to_owned();
@@ -136,7 +136,7 @@ fn hostile_68_control_panic_ends_one_port() {
     assert_eq!(card.frontend.try_ask(FrontendReq::SEND_RARP, &[0; 8], &[]), None, "disconnected");
     assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
     scene.says("control thread panicked (bug)");
-    eventually("operators are told", || {
+    eventually("ctl shows it", || {
         let shown = scene.daemon.show("attacked");
         shown["state"] == "ended" && shown["mapped_bytes"] == 0
     });

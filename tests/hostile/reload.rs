@@ -63,19 +63,19 @@ fn hostile_69_failed_reload_keeps_the_port() {
     let elsewhere = "[[port]]\nname = \"attacked\"\nsocket-path = \"{}/none/socket\"\n";
     let quiet = port("quiet", "loopback = true\n");
     let file = |port: String| "control = \"{}/control\"\n".to_owned() + &port + &quiet;
-    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    eventually("the port waits for a VMM", || scene.daemon.show("attacked")["state"] == "waiting");
     scene.daemon.write_config(&file(elsewhere.to_owned() + tap));
     assert!(refused(&scene).contains("make its directory first"));
     scene.check(&mut scene.card());
     // A valid port replaces this one, and gets its TAP.
     let moved = "[[port]]\nname = \"attacked\"\nsocket-path = \"{}/moved\"\nmtu = 1400\n";
-    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    eventually("the port waits for a VMM", || scene.daemon.show("attacked")["state"] == "waiting");
     scene.daemon.write_config(&file(moved.to_owned() + tap));
     assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced, since socket-path, mtu"));
     assert!(!scene.daemon.path("attacked").exists(), "a socket is left behind");
     let moved = Frontend::new(scene.daemon.connect_to("moved"));
     check_both_ways(scene.wire(), &mut Card::start(moved, Default::default()), 100);
-    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    eventually("the port waits for a VMM", || scene.daemon.show("attacked")["state"] == "waiting");
     describe(&scene, tap);
     assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced"));
     assert!(!scene.daemon.path("moved").exists(), "a socket is left behind");
@@ -94,7 +94,7 @@ fn hostile_69_failed_reload_restarts_the_af_xdp_port() {
     assert!(text.contains("attacked: not changed: "), "{text}");
     assert!(text.contains("started again with its old options"), "{text}");
     scene.check(&mut scene.card());
-    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    eventually("the port waits for a VMM", || scene.daemon.show("attacked")["state"] == "waiting");
     describe(&scene, "af-xdp = \"veth0,mode=copy\"");
     assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced, since af-xdp"));
     scene.check(&mut scene.card());
@@ -133,7 +133,7 @@ fn hostile_70_change_that_breaks_a_connected_vmm_is_refused() {
     }
     // Without a VMM all of these changes succeed.
     drop(card);
-    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    eventually("the port waits for a VMM", || scene.daemon.show("attacked")["state"] == "waiting");
     for (rest, _) in &wrong {
         describe(&scene, rest);
         assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced"), "{rest}");
@@ -162,7 +162,7 @@ fn hostile_70_af_xdp_in_place_of_a_tap_is_refused() {
     assert!(text.contains(why), "{text}");
     scene.check(&mut card);
     drop(card);
-    eventually("it has gone", || scene.daemon.show("attacked")["state"] == "waiting");
+    eventually("the port waits for a VMM", || scene.daemon.show("attacked")["state"] == "waiting");
     assert!(scene.daemon.ask(&["reload"]).contains("attacked: replaced, since tap, af-xdp"));
     check_both_ways(&Wire::open("veth1"), &mut scene.card(), 100);
     scene.lives();
