@@ -143,7 +143,7 @@ fn check(
         within(BOOT, "the firmware drives the card again", || driven() > before);
     }
     assert!(!daemon.log().contains("queue pair stopped"), "{}", daemon.log());
-    let says = daemon.log().contains("pairs that the guest does not use are lost to it");
+    let says = daemon.log().contains("pairs that the guest does not use go to the host");
     assert_eq!(says, host.contains("af-xdp"), "{}", daemon.log());
 }
 
