@@ -71,7 +71,7 @@ pub struct Server {
     starter: u32,
     info: DaemonInfo,
     /// True once another daemon has taken over the ports for good.
-    given_away: bool,
+    handover_committed: bool,
     /// The helper process, which reads the daemon's file and opens the descriptors of its ports.
     opener: Option<Client>,
     /// The clients; the one that has been silent longest comes first.
@@ -117,7 +117,7 @@ impl Server {
             endpoint: config.control.as_deref().map(open).transpose()?,
             starter: geteuid().as_raw(),
             info: DaemonInfo { about, listeners: Vec::new() },
-            given_away: false,
+            handover_committed: false,
             opener: None,
             clients: Vec::new(),
             next: 1,
@@ -149,8 +149,8 @@ impl Server {
     }
 
     /// Returns whether another daemon has taken over the ports for good.
-    pub fn has_given_away(&self) -> bool {
-        self.given_away
+    pub fn has_committed_handover(&self) -> bool {
+        self.handover_committed
     }
 
     /// Sends the rest of the replies, as far as the clients read them.
@@ -178,7 +178,7 @@ impl Server {
     /// Keeps the socket's file, which another daemon owns now.
     pub fn leave(self) {
         if let Some(endpoint) = self.endpoint {
-            endpoint.give_away();
+            endpoint.leave_to_successor();
         }
     }
 
@@ -314,7 +314,7 @@ impl Server {
     /// Serves a client whose socket is readable or writable; returns the next event to wait for.
     pub fn serve(&mut self, number: u32, ports: &mut Ports) -> ClientInterest {
         let Some(mut client) = self.take(number) else { return ClientInterest::Nothing };
-        match client.talk(ports, &self.info, &mut self.given_away) {
+        match client.talk(ports, &self.info, &mut self.handover_committed) {
             Ok(()) => {
                 let wanted = if client.output.is_empty() {
                     ClientInterest::Request

@@ -193,7 +193,7 @@ impl Endpoint {
     }
 
     /// Closes the socket without removing its file, which another process owns from now on.
-    pub fn give_away(self) {
+    pub fn leave_to_successor(self) {
         if let Endpoint::Listener(_, Some(file), _) = self {
             std::mem::forget(file);
         }

@@ -6,11 +6,13 @@
 pub mod allowed_sources;
 pub mod anti_spoofing;
 pub mod filter;
+pub mod limit;
 pub mod limiter;
 pub mod live;
 
 pub use allowed_sources::AllowedSources;
 pub use anti_spoofing::AntiSpoofing;
 pub use filter::Filter;
-pub use limiter::{Limit, Limiter, Limits};
+pub use limit::Limit;
+pub use limiter::{Limiter, Limits};
 pub use live::{FilterView, LiveFilter};

@@ -65,7 +65,7 @@ impl Client {
         &mut self,
         ports: &mut Ports,
         info: &DaemonInfo,
-        given_away: &mut bool,
+        handover_committed: &mut bool,
     ) -> io::Result<()> {
         if self.output.is_empty() && !self.input.contains(&b'\n') {
             self.receive()?;
@@ -77,7 +77,7 @@ impl Client {
             let line: Vec<u8> = self.input.drain(..=end).collect();
             let files = std::mem::take(&mut self.files);
             let answer = parse(&line[..end])
-                .map(|command| self.answer(command, files, ports, info, given_away));
+                .map(|command| self.answer(command, files, ports, info, handover_committed));
             self.output = match answer {
                 Ok(Ok(Answer { value, files })) => {
                     self.pass(&files)?;
@@ -157,7 +157,7 @@ impl Client {
         files: Vec<OwnedFd>,
         ports: &mut Ports,
         info: &DaemonInfo,
-        given_away: &mut bool,
+        handover_committed: &mut bool,
     ) -> Result<Answer, Refused> {
         let bad = |message: &str| Refused { kind: "bad-request", message: message.into() };
         if !command.only_asks() {
@@ -182,7 +182,7 @@ impl Client {
         if takes {
             self.handover = ports.handover_deadline();
         }
-        *given_away |= lets_go;
+        *handover_committed |= lets_go;
         Ok(answer)
     }
 }

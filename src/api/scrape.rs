@@ -118,7 +118,7 @@ impl Scrape {
     /// Keeps the socket's file, which another daemon owns now.
     pub fn leave(self) {
         if let Listener::Unix(endpoint) = self.listener {
-            endpoint.give_away();
+            endpoint.leave_to_successor();
         }
     }
 

@@ -201,7 +201,7 @@ fn replace(
     daemon.ask(&Command::Replace { name: name.to_owned(), port }, &files)?;
     let mut failed = None;
     match (endpoint, &config.frontend) {
-        (Some(endpoint), _) => endpoint.give_away(),
+        (Some(endpoint), _) => endpoint.leave_to_successor(),
         (None, Frontend::Listen(path)) if config.socket_group != old.socket_group => {
             failed = share(path, group).err();
         }
@@ -333,6 +333,6 @@ fn pass(
         endpoint.descriptor().into_iter().chain(tap_queues.iter().map(AsFd::as_fd)).collect();
     let options: Box<PortOptions> = Box::new(config.options.clone());
     let added = daemon.ask(&Command::Add { port: options, from_file }, &files)?;
-    endpoint.give_away();
+    endpoint.leave_to_successor();
     Ok(added)
 }

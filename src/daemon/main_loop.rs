@@ -87,7 +87,9 @@ impl<'a> MainLoop<'a> {
     pub(super) fn run(&mut self) -> Result<(), StartError> {
         let mut events = Vec::new();
         self.supervisor.ready(&self.ports);
-        while !self.server.has_given_away() && (self.server.is_open() || self.ports.any_runs()) {
+        while !self.server.has_committed_handover()
+            && (self.server.is_open() || self.ports.any_runs())
+        {
             let time = self.supervisor.report(&self.ports);
             let overdue = self.ports.end_overdue_handover();
             let accept = self.wait_for_connections();
@@ -126,7 +128,7 @@ impl<'a> MainLoop<'a> {
                 }
             }
         }
-        if !self.server.has_given_away() && self.ports.any_panicked() {
+        if !self.server.has_committed_handover() && self.ports.any_panicked() {
             return Err(StartError::new(
                 "no port runs: the control thread of a port panicked (bug); restart the daemon",
             ));
@@ -136,7 +138,7 @@ impl<'a> MainLoop<'a> {
 
     /// Stops all ports; after a take-over, only closes this daemon's own descriptors.
     pub(super) fn stop(mut self) {
-        if self.server.has_given_away() {
+        if self.server.has_committed_handover() {
             info!("daemon: exiting; another daemon serves its ports");
             self.server.flush(&mut self.ports);
             self.server.leave();

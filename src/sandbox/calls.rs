@@ -211,7 +211,7 @@ struct Allowed {
     /// True if internet sockets are permitted, for requests to network devices.
     datagrams: bool,
     /// True if socket pairs and timeouts are permitted, which a take-over by another daemon requires.
-    hand_over: bool,
+    take_over: bool,
 }
 
 impl Allowed {
@@ -222,7 +222,7 @@ impl Allowed {
         self.options.extend(other.options);
         self.families.extend(other.families);
         self.datagrams |= other.datagrams;
-        self.hand_over |= other.hand_over;
+        self.take_over |= other.take_over;
     }
 }
 
@@ -277,7 +277,7 @@ fn allowed(role: Role, af_xdp: bool) -> Allowed {
             requests: [TAP_REQUESTS, &[libc::FIONBIO, libc::TUNGETVNETHDRSZ]].concat(),
             // To connect to a VMM.
             families: vec![libc::AF_UNIX],
-            hand_over: true,
+            take_over: true,
             ..common
         },
         Role::Worker => Allowed {
@@ -311,7 +311,7 @@ pub(super) fn filter(
         options,
         families,
         datagrams: has_datagrams,
-        hand_over,
+        take_over,
     } = allowed(role, af_xdp);
     let mut rules: BTreeMap<c_long, Vec<SeccompRule>> =
         calls.into_iter().map(|call| (call, Vec::new())).collect();
@@ -339,7 +339,7 @@ pub(super) fn filter(
     for (call, rule) in [(libc::SYS_sendto, no_address()?), (libc::SYS_lchown, same_owner()?)] {
         rules.entry(call).and_modify(|all| *all = rule);
     }
-    if hand_over {
+    if take_over {
         rules.insert(libc::SYS_socketpair, one_of(0, &[libc::AF_UNIX])?);
         let timeouts = one_of(2, &[libc::SO_RCVTIMEO, libc::SO_SNDTIMEO])?;
         // A role that may set all socket options keeps that right.

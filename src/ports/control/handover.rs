@@ -118,7 +118,7 @@ impl Control {
                 Some(ControlCommand::CommitHandover) => {
                     info!("{}: handed over", self.device.name());
                     let gone = Endpoint::Connected(None);
-                    std::mem::replace(&mut self.endpoint, gone).give_away();
+                    std::mem::replace(&mut self.endpoint, gone).leave_to_successor();
                     self.connection = None;
                     self.is_handed_over = true;
                     return true;
