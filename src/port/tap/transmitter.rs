@@ -189,14 +189,15 @@ impl Transmitter {
         done: &mut Completions,
     ) {
         let position = tx.next_used();
-        let length = tx.chain(position).len().saturating_sub(self.stages.header_length());
-        let outcome = validated.map_or_else(Outcome::Dropped, |_| Outcome::Sent);
-        self.stages.observe(position, start, length, outcome, done);
         let how = match validated {
             Ok(how) => how,
-            Err(reason) => return done.drop_oldest(tx, reason),
+            Err(reason) => {
+                self.stages.observe(position, start, 0, Outcome::Dropped(reason), done);
+                return done.drop_oldest(tx, reason);
+            }
         };
-        tx.push_used(0);
+        let length = tx.push_used(0) - self.stages.header_length();
+        self.stages.observe(position, start, length, Outcome::Sent, done);
         done.tx.frames += 1;
         done.tx.bytes += length as u64;
         if how == Validated::Copied && start.needs_segmentation() {
