@@ -45,6 +45,16 @@ impl Virtqueues<'_> {
     pub fn buffers(&self) -> usize {
         self.rx.as_ref().map_or(0, Virtqueue::in_flight)
     }
+
+    /// Returns the position of the oldest tx chain that is not used; 0 without a tx ring.
+    pub fn tx_next_used(&self) -> u16 {
+        self.tx.as_ref().map_or(0, Virtqueue::next_used)
+    }
+
+    /// Returns the position of the oldest rx chain that is not used; 0 without an rx ring.
+    pub fn rx_next_used(&self) -> u16 {
+        self.rx.as_ref().map_or(0, Virtqueue::next_used)
+    }
 }
 
 /// A session of one queue pair on the host's network.

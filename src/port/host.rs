@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 
 use super::{Announcer, Port, SessionConfig, TapState, Virtqueues, af_xdp, loopback, tap};
 use crate::features::PortOffloads;
-use crate::guest::{GuestMemory, Virtqueue};
+use crate::guest::GuestMemory;
 use crate::policy::{Filter, Limits, LiveFilter};
 use crate::sandbox::Role;
 use crate::traffic::{PeerCounter, PeerTable, Traffic};
@@ -146,10 +146,7 @@ impl HostQueue {
         match self {
             HostQueue::Tap(queue) => Box::new(queue.session(config)),
             HostQueue::AfXdp(queue) => Box::new(queue.session(memory, queues, config)),
-            HostQueue::Loopback => {
-                let next_used = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
-                Box::new(loopback::Loopback::new(config, next_used))
-            }
+            HostQueue::Loopback => Box::new(loopback::Loopback::new(config, queues.tx_next_used())),
         }
     }
 }

@@ -138,7 +138,7 @@ impl<'mem> Port<'mem> for Loopback {
             match self.place(&frame, rx) {
                 Delivery::Waits => {
                     self.starved = true;
-                    return;
+                    break;
                 }
                 Delivery::Dropped(reason) => {
                     let outcome = Outcome::Dropped(reason);

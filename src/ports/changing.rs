@@ -51,7 +51,7 @@ impl Port {
         Ok(true)
     }
 
-    /// Has the control thread apply its part of the change. The rx filter comes first: if the device refuses the
+    /// Makes the control thread apply its part of the change. The rx filter comes first: if the device refuses the
     /// filter, nothing has changed.
     fn send_change(&self, config: &PortConfig) -> Result<io::Result<()>, Refusal> {
         if config.rx_filter != self.config.rx_filter {
@@ -75,7 +75,7 @@ impl Port {
         Ok(Ok(()))
     }
 
-    /// Has the control thread restore the old options, after it has not answered in time. The thread receives
+    /// Makes the control thread restore the old options, after it has not answered in time. The thread receives
     /// these commands after those that it has not carried out yet.
     fn undo_change(&self, config: &PortConfig) {
         let old = &self.config;

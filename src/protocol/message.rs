@@ -24,7 +24,7 @@ pub struct Message {
     pub request: Request,
     /// The request's number, which a reply repeats.
     pub code: FrontendReq,
-    /// Whether the frontend wants a reply that states success or failure (REPLY_ACK).
+    /// True if the frontend requests a reply that states success or failure (REPLY_ACK).
     pub need_reply: bool,
 }
 

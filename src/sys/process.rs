@@ -273,11 +273,11 @@ fn become_user_in_thread(uid: libc::uid_t, groups: &[libc::gid_t]) -> io::Result
 /// Properties of a file that a mapping depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileFacts {
-    /// Whether the file is open for reading and writing, and no seal forbids writing.
+    /// True if the file is open for reading and writing, and no seal forbids writing.
     pub writable: bool,
     /// Size in bytes.
     pub size: u64,
-    /// Whether the file cannot be truncated any more (F_SEAL_SHRINK of memfd_create(2)).
+    /// True if the file cannot be truncated any more (F_SEAL_SHRINK of memfd_create(2)).
     pub sealed: bool,
     /// Alignment in bytes of a mapping's offset and length: the page size, or the huge page size on hugetlbfs.
     pub alignment: u64,

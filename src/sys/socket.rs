@@ -25,7 +25,7 @@ pub const MAX_DESCRIPTORS: usize = 32;
 /// SO_PASSRIGHTS (Linux 6.16).
 const SO_PASSRIGHTS: libc::c_int = 83;
 sockopt_impl!(
-    /// Whether the socket accepts descriptors.
+    /// True if the socket accepts descriptors.
     PassRights, SetOnly, libc::SOL_SOCKET, SO_PASSRIGHTS, libc::c_int
 );
 sockopt_impl!(

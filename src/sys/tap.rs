@@ -44,9 +44,9 @@ pub struct Identity {
     pub name: String,
     /// Index of the device; `None` if the device is in another network namespace.
     pub index: Option<u32>,
-    /// Whether the device has `IFF_MULTI_QUEUE`, so that the kernel can detach a queue. False for a macvtap.
+    /// True if the device has `IFF_MULTI_QUEUE`, so that the kernel can detach a queue. False for a macvtap.
     pub multi_queue: bool,
-    /// Whether the device is a macvtap or an ipvtap, which has neither filters nor a carrier to set.
+    /// True if the device is a macvtap or an ipvtap, which has neither filters nor a carrier to set.
     pub is_macvtap: bool,
 }
 

@@ -95,7 +95,7 @@ pub(super) fn serve(
     let header_length = session.negotiated.header_length();
     let sizes = [&session.rx, &session.tx].into_iter().flatten().map(|ring| ring.layout.size);
     let smaller = sizes.min().unwrap_or(0);
-    let first_tx = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
+    let first_tx = queues.tx_next_used();
     let mut active = ActiveSession {
         rx,
         tx,

@@ -17,7 +17,7 @@ use super::receiver::{MAX_BUFFERS, Receiver};
 use super::transmitter::Transmitter;
 use super::{OpenError, XdpQueue};
 use crate::counters::DropReason;
-use crate::guest::{GuestMemory, Virtqueue};
+use crate::guest::GuestMemory;
 use crate::port::{Completions, Mode, Port, Readiness, SessionConfig, Virtqueues};
 use crate::sys::xsk::Statistics;
 
@@ -89,8 +89,7 @@ impl XdpQueue {
         queues: &Virtqueues<'mem>,
         config: &SessionConfig,
     ) -> XdpPort<'mem> {
-        let first_tx = queues.tx.as_ref().map_or(0, Virtqueue::next_used);
-        let first_rx = queues.rx.as_ref().map_or(0, Virtqueue::next_used);
+        let (first_tx, first_rx) = (queues.tx_next_used(), queues.rx_next_used());
         XdpPort {
             transmitter: Transmitter::new(config, self.pair, first_tx),
             receiver: Receiver::new(&config.negotiated, self.pair, first_rx),

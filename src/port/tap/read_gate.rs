@@ -36,28 +36,28 @@ pub(super) struct ReadGate {
     /// True if frames may have arrived since the device was last found empty.
     may_have_frames: bool,
     shortage: Shortage,
-    /// Bursts of frames from the guest since the worker's last sleep.
-    tx_bursts: usize,
+    /// True if frames from the guest were sent since the worker's last sleep.
+    has_sent: bool,
 }
 
 impl ReadGate {
     /// Creates the gate of a session; `receives` is true if the guest has an rx ring.
     pub(super) fn new(receives: bool) -> Self {
-        ReadGate { may_have_frames: receives, shortage: Shortage::None, tx_bursts: 0 }
+        ReadGate { may_have_frames: receives, shortage: Shortage::None, has_sent: false }
     }
 
     /// Notes a burst of frames from the guest. A worker does not sleep between bursts, so epoll reports no frames
     /// to it: from the second burst on, it reads without a report. After a single burst a read would mostly find
     /// nothing.
     pub(super) fn note_tx_burst(&mut self) {
-        self.may_have_frames |= self.tx_bursts > 0;
-        self.tx_bursts += 1;
+        self.may_have_frames |= self.has_sent;
+        self.has_sent = true;
     }
 
     /// Notes that the worker slept. epoll reports the device as `readable` once only (edge-triggered), so frames
     /// that were not read then still wait.
     pub(super) fn note_wake_up(&mut self, readable: bool) {
-        self.tx_bursts = 0;
+        self.has_sent = false;
         self.may_have_frames |= readable;
     }
 

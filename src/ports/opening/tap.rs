@@ -121,7 +121,7 @@ pub(in crate::ports) fn log_created(name: &str) {
     info!("tap {name}: created; removed on exit");
 }
 
-/// Has the host ignore router advertisements of the guest. By default the kernel takes addresses and routes from
+/// Makes the host ignore router advertisements of the guest. By default the kernel takes addresses and routes from
 /// them, unless the device is in a bridge.
 fn refuse_router_advertisements(name: &str) {
     let written = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/accept_ra"), "0");

@@ -11,7 +11,6 @@ use log::{info, warn};
 
 use super::{Closed, State, XdpPort, reap};
 use crate::counters::DropReason;
-use crate::guest::Virtqueue;
 use crate::port::af_xdp::interface::Failure;
 use crate::port::af_xdp::{BUSY_LIMIT, BUSY_RETRY};
 use crate::port::{Completions, Virtqueues};
@@ -90,7 +89,7 @@ impl<'mem> XdpPort<'mem> {
     /// Makes the receiver forget all posted buffers, to post them again. Returns the number of frames that
     /// had arrived in some of them, which are lost.
     fn reclaim(&mut self, queues: &Virtqueues<'mem>) -> u64 {
-        self.receiver.reclaim(queues.rx.as_ref().map_or(0, Virtqueue::next_used))
+        self.receiver.reclaim(queues.rx_next_used())
     }
 
     /// Records that the device does not work: the port drops frames until an attempt to open a socket
